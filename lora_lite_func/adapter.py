@@ -1,0 +1,220 @@
+"""The container: an immutable Mapping path -> {lora_name: tensor}, a pytree node for torch.func and optree alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import optree
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from .config import AdapterConfig
+from .errors import StructureError, nearest
+from .spec import Site, Variant
+from .summary import render
+
+__all__ = ["ABSENT", "Adapter", "Layout"]
+
+
+class _Absent:
+    """Stands where a leaf was taken out: a pytree node without children, so that no transform sees it."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+    def __reduce__(self) -> str:
+        return "ABSENT"  # pickle and copy find the one instance by this name
+
+
+ABSENT = _Absent()
+
+
+class Layout:
+    """An adapter's static data: its method, config, sites and the names of their tensors. Equal layouts stack."""
+
+    __slots__ = ("config", "expected", "least", "names", "sites", "trainable", "variant")
+
+    def __init__(self, variant: Variant, config: AdapterConfig, sites: Iterable[Site]) -> None:
+        self.variant = variant
+        self.config = config
+        self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
+        specs = {path: dict(sorted(variant.param_specs(config, site).items())) for path, site in self.sites.items()}
+        self.names = {path: tuple(specs[path]) for path in specs}
+        self.expected = {path: {name: tuple(s.shape) for name, s in specs[path].items()} for path in specs}
+        self.least = {path: {name: s.dtype for name, s in specs[path].items()} for path in specs}
+        self.trainable = {path: {name: s.trainable for name, s in specs[path].items()} for path in specs}
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Layout) and self.config == other.config and self.sites == other.sites and self.names == other.names
+
+    def __hash__(self) -> int:
+        return hash((self.config, tuple(self.sites.values())))
+
+    def __repr__(self) -> str:
+        return f"Layout({self.variant.name}, {len(self.sites)} sites, {self.config})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.variant, self.config, tuple(self.sites.values()))
+
+
+class Adapter(Mapping[str, Mapping[str, Tensor]]):
+    """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static data.
+
+    Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`, `ll.scale` ...). Two
+    adapters with equal sites and equal method settings have equal tree structure, whatever patterns chose the sites.
+
+    Attributes:
+        config: the AdapterConfig.
+        sites: {path: Site}.
+        layout: all static data, as one value.
+    """
+
+    __slots__ = ("_data", "layout")
+
+    _data: dict[str, dict[str, Tensor]]
+    layout: Layout
+
+    def __init__(self, layout: Layout, data: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if data.keys() != layout.names.keys():
+            odd = next(iter(data.keys() ^ layout.names.keys()))
+            raise StructureError(f"site {odd!r} is in the {'data' if odd in data else 'layout'} alone")
+        for path, names in layout.names.items():
+            if set(data[path]) != set(names):
+                raise StructureError(f"{path!r}: expected tensors {', '.join(names)}, found {', '.join(sorted(data[path])) or 'none'}")
+        self.layout = layout
+        self._data = {path: {name: data[path][name] for name in names} for path, names in layout.names.items()}
+
+    @property
+    def config(self) -> AdapterConfig:
+        """The method's config."""
+        return self.layout.config
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """{path: Site}."""
+        return MappingProxyType(self.layout.sites)
+
+    def __getitem__(self, path: str) -> Mapping[str, Tensor]:
+        try:
+            return MappingProxyType(self._data[path])
+        except KeyError:
+            raise KeyError(f"no site {path!r}; {nearest(str(path), self._data)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._data
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return render(self.layout.variant.name, self.sites, self._data, self.layout.trainable)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.layout, list(leaves(self)))
+
+
+def leaves(params: Adapter) -> Iterator[Any]:
+    """All leaves in order (absent ones included)."""
+    for tensors in params._data.values():
+        yield from tensors.values()
+
+
+def _rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
+    """Without validation: transforms put ints, shapes and None where tensors were."""
+    new = Adapter.__new__(Adapter)
+    it = iter(children)
+    new.layout = layout
+    new._data = {path: {name: next(it) for name in names} for path, names in layout.names.items()}
+    return new
+
+
+def replace(params: Adapter, data: Mapping[str, Mapping[str, Any]]) -> Adapter:
+    """The same layout around other leaves, unchecked."""
+    return _rebuild(params.layout, (data[path][name] for path, names in params.layout.names.items() for name in names))
+
+
+def check_shapes(params: Adapter) -> None:
+    """Every leaf is a tensor of the shape that its site asks for.
+
+    Raises:
+        StructureError: with path, name, expected and found, and what to do.
+    """
+    for path, expected in params.layout.expected.items():
+        for name, tensor in params._data[path].items():
+            if not isinstance(tensor, Tensor) or tensor.shape != expected[name]:
+                raise StructureError(_misfit(path, name, expected[name], tensor))
+
+
+def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
+    where = f"{path!r} {name}: expected shape {tuple(expected)}, "
+    if found is ABSENT:
+        return where + "found nothing: this is one part of a partition; put it back with ll.combine(trainable, frozen)"
+    if not isinstance(found, Tensor):
+        return where + f"found {type(found).__name__}"
+    if tuple(found.shape[1:]) == tuple(expected):
+        return where + (
+            f"found {tuple(found.shape)}: a stack of {found.shape[0]} adapters; "
+            "torch.func.vmap(lambda p: ll.apply(model, p, x))(stack) runs them all, ll.unstack(stack)[i] is one of them"
+        )
+    return where + f"found {tuple(found.shape)}"
+
+
+# --------------------------------------------------------------------------------------------------- registration
+def _flatten(params: Adapter) -> tuple[list[Any], Layout]:
+    return list(leaves(params)), params.layout
+
+
+def _unflatten(children: Iterable[Any], layout: Layout) -> Adapter:
+    return _rebuild(layout, children)
+
+
+def _keys(params: Adapter) -> list[tuple[str, str]]:
+    return [(path, name) for path, names in params.layout.names.items() for name in names]
+
+
+def _flatten_with_keys(params: Adapter) -> tuple[list[tuple[Any, Any]], Layout]:
+    keys: list[Any] = [torch_pytree.MappingKey(f"{path}.{name}" if path else name) for path, name in _keys(params)]
+    return list(zip(keys, leaves(params), strict=True)), params.layout
+
+
+def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str, str]]]:
+    return list(leaves(params)), params.layout, _keys(params)
+
+
+@functools.cache
+def _register() -> None:
+    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")  # getattr: a class would mangle the name
+    torch_pytree.register_pytree_node(
+        Adapter,
+        _flatten,
+        _unflatten,
+        serialized_type_name="lora_lite_func.Adapter",
+        flatten_with_keys_fn=_flatten_with_keys,
+    )
+    torch_pytree.register_pytree_node(
+        _Absent,
+        lambda _: ([], None),
+        lambda _children, _context: ABSENT,
+        serialized_type_name="lora_lite_func.Absent",
+        flatten_with_keys_fn=lambda _: ([], None),
+    )
+    register: Any = optree.register_pytree_node  # its stubs know collections of strings only
+    register(Adapter, _optree_flatten, _rebuild, namespace=everywhere)
+    register(_Absent, lambda _: ((), None, ()), lambda _meta, _kids: ABSENT, namespace=everywhere)
+
+
+_register()

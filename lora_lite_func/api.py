@@ -1,0 +1,251 @@
+"""The verbs that put an adapter to a model: apply, functional_call, bind, unbind, merge, merged. Nothing here writes on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Layout, check_shapes
+from .errors import StructureError, nearest
+from .site import Leaves, Op, hold, leaves_at, merge_site
+from .skeleton import check_mergeable, check_site, constant, copy_tree, own_buffers
+
+__all__ = ["Adapters", "apply", "bind", "functional_call", "merge", "merged", "unbind"]
+
+Adapters = Adapter | Sequence["Adapters"] | Mapping[str, "Adapters"]
+"""One Adapter, or a tuple, list or dict of them, applied in order."""
+
+
+# --------------------------------------------------------------------------------------------------------------- apply
+def apply(model: nn.Module, params: Adapters, /, *args: Any, **kwargs: Any) -> Any:
+    """The model's output with the adapter in: `y = ll.apply(model, params, x)`.
+
+    The base is a constant, whatever its requires_grad says: gradients reach `params` and the arguments alone. Works under every
+    torch.func transform, in threads, under torch.compile(fullgraph=True).
+
+    Args:
+        model: the frozen base; never written.
+        params: an Adapter, or a tuple, list or dict of them, applied in order: `apply(model, (p1, p2), x)` is
+            `apply(merged(model, p1), p2, x)`. An empty one is the bare base.
+        *args: the model's own positional arguments.
+        **kwargs: the model's own keyword arguments.
+
+    Raises:
+        StructureError: a site isn't in the model, or a tensor has the wrong shape; with the path.
+        UnsupportedError: the model can't be copied (TorchScript, compiled, sharded).
+    """
+    return functional_call(model, params, args, kwargs)
+
+
+def functional_call(
+    model: nn.Module,
+    params: Adapters,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """`apply` with the arguments as a tuple and a dict, and base weights that may be replaced.
+
+    Args:
+        model: the frozen base; never written.
+        params: as in `apply`.
+        args: a tuple of positional arguments; anything else is taken as the only one.
+        kwargs: keyword arguments.
+        base: {parameter or buffer name: tensor} to use instead of the model's own; gradients reach these.
+
+    Raises:
+        StructureError: as `apply`; or `base` names what the model hasn't.
+    """
+    skeleton = copy_tree(model, ops_of(params), _Constant(model, base))
+    args = args if isinstance(args, tuple) else (args,)
+    return skeleton(*args, **(kwargs or {}))
+
+
+def flatten(params: Adapters) -> list[Adapter]:
+    """The adapters in order.
+
+    Raises:
+        StructureError: something that isn't an adapter.
+    """
+    if isinstance(params, Adapter):
+        return [params]
+    if isinstance(params, (tuple, list, Mapping)):
+        parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
+        return [adapter for part in parts for adapter in flatten(part)]
+    raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}")
+
+
+def ops_of(params: Adapters) -> dict[str, list[Op]]:
+    """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient."""
+    sites: dict[str, list[Op]] = {}
+    constant = torch.is_grad_enabled()
+    for adapter in flatten(params):
+        check_shapes(adapter)
+        layout = adapter.layout
+        variant, cfg = layout.variant, layout.config
+        dropout = getattr(cfg, "dropout", 0.0)
+        for path, tensors in adapter._data.items():
+            if constant:
+                trainable = layout.trainable[path]
+                tensors = {name: t if trainable[name] else t.detach() for name, t in tensors.items()}
+            sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout))
+    return sites
+
+
+class _Constant:
+    """What a copy holds in `apply`: the base's own tensors as constants, or those of `base` in their place."""
+
+    def __init__(self, model: nn.Module, base: Mapping[str, Tensor] | None) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.base = {} if base is None else _tied(model, base)
+
+    def __call__(self, copy: nn.Module, path: str) -> None:
+        parameters: dict[str, Any] = copy._parameters
+        buffers: dict[str, Any] = copy._buffers
+        if buffers and copy.training:
+            own_buffers(copy)
+        if self.base:
+            for tensors in (parameters, buffers):
+                for name in tensors:
+                    tensors[name] = self.base.get(f"{path}.{name}" if path else name, tensors[name])
+        if self.grad:
+            for name, p in parameters.items():
+                if p is not None and p.requires_grad and not (self.base and p is self.base.get(f"{path}.{name}" if path else name)):
+                    parameters[name] = constant(p, copy)
+
+
+def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`base` with every name of a tied tensor that it names once."""
+    known: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in base.items():
+        if name not in known:
+            raise StructureError(f"base: {type(model).__name__} has no parameter or buffer {name!r}; {nearest(name, known)}")
+        if tensor.shape != known[name].shape:
+            raise StructureError(f"base {name!r}: expected shape {tuple(known[name].shape)}, found {tuple(tensor.shape)}")
+    by_tensor = {id(known[name]): tensor for name, tensor in base.items()}
+    return {name: base.get(name, by_tensor[id(t)]) for name, t in known.items() if id(t) in by_tensor}
+
+
+# ---------------------------------------------------------------------------------------------------------------- bind
+def bind(model: nn.Module, params: Adapters) -> nn.Module:
+    """A module of the model's own class with the adapter inside: for `generate`, a Trainer, an optimizer, a pipeline, an export.
+
+    The adapter's trainable tensors are its only trainable parameters, `<site>.adapter.<i>.<lora_name>`, and share storage with
+    `params`: training the bound module trains them. Frozen ones are buffers. Base weights share storage with the model's and don't
+    require gradients. The user's model isn't changed, whatever is done to the bound one (train(), to(), half(), hooks ...).
+
+    Raises:
+        StructureError: a site isn't in the model, or a tensor has the wrong shape.
+        UnsupportedError: the model can't be copied.
+    """
+    adapters = flatten(params)
+    sites: dict[str, list[Op]] = {}
+    homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
+    for adapter in adapters:
+        check_shapes(adapter)
+        layout, indices = adapter.layout, {}
+        for path, site in layout.sites.items():
+            ops = sites.setdefault(path, [])
+            indices[path] = len(ops) + _bound_before(model, path)
+            ops.append(Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), indices[path]))
+        homes.append((layout, indices))
+    bound = copy_tree(model, sites, _Frozen())
+    for adapter in adapters:
+        for path, tensors in adapter._data.items():
+            hold(bound.get_submodule(path), Leaves(tensors, adapter.layout.trainable[path]))
+    bound.__dict__["_ll_bound"] = homes
+    return bound
+
+
+def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
+    """The adapter of a bound module as it is now (a tuple, if it was bound with several); tensors share its storage.
+
+    Raises:
+        StructureError: the module wasn't made by `ll.bind`.
+    """
+    homes: Iterable[tuple[Layout, dict[str, int]]] | None = bound.__dict__.get("_ll_bound")
+    if homes is None:
+        raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
+    found = []
+    for layout, indices in homes:
+        held = {path: leaves_at(bound.get_submodule(path), i).tensors() for path, i in indices.items()}
+        found.append(Adapter(layout, {path: {name: t.detach() for name, t in tensors.items()} for path, tensors in held.items()}))
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _bound_before(model: nn.Module, path: str) -> int:
+    try:
+        return len(model.get_submodule(path).__dict__.get("_ll_ops", ()))
+    except AttributeError:
+        return 0  # copy_tree says what is wrong with the path
+
+
+class _Frozen:
+    """What a kept copy holds: new parameters on the base's storage that don't require gradients; tied ones stay tied."""
+
+    def __init__(self, keep_flags: bool = False) -> None:
+        self.made: dict[int, nn.Parameter] = {}
+        self.keep_flags = keep_flags
+
+    def __call__(self, copy: nn.Module, path: str) -> None:
+        parameters = copy._parameters
+        for name, p in parameters.items():
+            if type(p) is nn.Parameter:  # a quantised layer's own kind of parameter stays the object it is
+                if id(p) not in self.made:
+                    grad = p.requires_grad and self.keep_flags
+                    self.made[id(p)] = nn.Parameter(p.detach(), requires_grad=grad)
+                parameters[name] = self.made[id(p)]
+        own_buffers(copy)
+
+
+# --------------------------------------------------------------------------------------------------------------- merge
+def merge(model: nn.Module, params: Adapters) -> dict[str, Tensor]:
+    """{parameter name: tensor}: the dense weights (and biases) with the adapter in, for the sites' parameters alone.
+
+    Pure and differentiable in `params`. Sums are taken in float32 at least and returned in the weight's dtype. A method that moves
+    the bias gives a `<site>.bias` even where the layer had none.
+
+    Raises:
+        StructureError: a site isn't in the model, or a tensor has the wrong shape.
+        UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
+    """
+    merged_tensors: dict[str, Tensor] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, ops in ops_of(params).items():
+        module: Any = modules.get(path)
+        if module is None:
+            raise StructureError(f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, modules)}")
+        check_site(module, path, ops[-1].site)
+        check_mergeable(module, path)
+        bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None
+        W, b = merge_site(module, ops, module.weight.detach(), bias)
+        prefix = path + "." if path else ""
+        merged_tensors[prefix + "weight"] = W
+        if b is not None and b is not bias:
+            merged_tensors[prefix + "bias"] = b
+    return merged_tensors
+
+
+def merged(model: nn.Module, params: Adapters) -> nn.Module:
+    """A plain module of the model's class with the merged weights: base speed, no adapter. The user's model isn't changed.
+
+    Parameters that no site touches share storage with the model's (`copy.deepcopy` it for independence). Flags stay as they were.
+
+    Raises:
+        StructureError, UnsupportedError: as `merge`.
+    """
+    new = merge(model, params)
+    made = copy_tree(model, {}, _Frozen(keep_flags=True))
+    for name, tensor in new.items():
+        path, _, leaf = name.rpartition(".")
+        module = made.get_submodule(path)
+        old = module._parameters.get(leaf)
+        module.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=True if old is None else old.requires_grad))
+    return made

@@ -1,0 +1,48 @@
+"""What can go wrong, as a user sees it: one base class, a handful of children, each also a builtin."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "ConfigError", "LoraLiteError", "StructureError", "TargetError", "UnsupportedError", "nearest"]
+
+
+class LoraLiteError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(LoraLiteError, ValueError):
+    """A config says something that can't be meant: an unknown field, a wrong type, a value out of range."""
+
+
+class TargetError(LoraLiteError, ValueError):
+    """A pattern, role or layer index of a config selects nothing."""
+
+
+class StructureError(LoraLiteError, ValueError):
+    """An adapter doesn't fit where it is put: another model, another adapter, a missing or mis-shaped tensor."""
+
+
+class CheckpointError(LoraLiteError, ValueError):
+    """A file can't be written or read as an adapter."""
+
+
+class UnsupportedError(LoraLiteError, TypeError):
+    """A method can't do what is asked on this layer or this kind of model."""
+
+
+def nearest(word: str, known: Iterable[str], *, first: int = 3) -> str:
+    """A hint for a message: the closest known words, or else the first few.
+
+    >>> nearest("q_porj", ["q_proj", "k_proj"])
+    "did you mean 'q_proj'?"
+    """
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if not known:
+        return "there are none."
+    more = f" (and {len(known) - first} more)" if len(known) > first else ""
+    return f"there are: {', '.join(map(repr, known[:first]))}{more}."

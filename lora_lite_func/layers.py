@@ -1,0 +1,97 @@
+"""Reading a layer: is it linear-like, in which dtype and where does it compute, what is its dense weight. Nothing is written."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+
+__all__ = ["compute_dtype", "dense_weight", "device_of", "is_linear_like", "refusal"]
+
+
+def is_linear_like(module: Any) -> bool:
+    """in_features, out_features, weight and a call: nn.Linear, its subclasses, and the quantised ones."""
+    return (
+        isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and callable(module)
+    )
+
+
+def compute_dtype(module: Any) -> torch.dtype:
+    """The floating dtype a layer computes in: its weight's, a quantised layer's own choice, or float32."""
+    weight = module.weight
+    if weight.is_floating_point() and weight.itemsize > 1:
+        return weight.dtype
+    declared = getattr(module, "compute_dtype", None)
+    return declared if isinstance(declared, torch.dtype) else torch.float32
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a layer computes: its weight's device, or where accelerate's hook brings an offloaded one."""
+    device = module.weight.device
+    if device.type == "meta":
+        target = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        return device if target is None else torch.device(target)
+    return device
+
+
+def dense_weight(module: Any, method: str) -> Tensor:
+    """The layer's weight as a dense (d_out, d_in) matrix, float32 at least.
+
+    Raises:
+        UnsupportedError: it is packed (quantised), or on the meta device without a map to load it from.
+    """
+    weight = module.weight.detach()
+    if weight.is_meta:
+        weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights_map is None:
+            raise UnsupportedError(f"{method} reads the weight, which is on the meta device; load the model's weights first")
+        weight = weights_map["weight"].detach()
+    if not weight.is_floating_point() or tuple(weight.shape) != (module.out_features, module.in_features):
+        raise UnsupportedError(
+            f"{method} needs the dense weight, found {type(module).__name__} with a {weight.dtype} one of shape {tuple(weight.shape)}; "
+            "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"
+        )
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+@torch.compiler.assume_constant_result
+def refusal(cls: type) -> str | None:
+    """Why modules of a class can't be copied, and what to do instead; None if they can."""
+    return _refusal(cls)
+
+
+@functools.cache
+def _refusal(cls: type) -> str | None:
+    homes = [base.__module__ for base in cls.__mro__]
+    if issubclass(cls, torch.jit.ScriptModule):
+        return "is a TorchScript module, whose calls can't be changed; give the nn.Module it was made from"
+    if any(home == "torch._dynamo.eval_frame" for home in homes):
+        return (
+            "is the result of torch.compile, which holds on to the original; give that one (`compiled._orig_mod`) and compile the call: "
+            "torch.compile(lambda params, x: ll.apply(model, params, x))"
+        )
+    if any(home.startswith(("torch.distributed.fsdp", "torch.nn.parallel")) for home in homes):
+        return (
+            "spreads its module over devices or processes; bind first, then wrap: "
+            "DistributedDataParallel(ll.bind(model, params)), fully_shard(ll.bind(model, params))"
+        )
+    return None
+
+
+def refuse_uncopyable(model: nn.Module) -> None:
+    """Refuse a model with a part that can't be copied.
+
+    Raises:
+        UnsupportedError: with the path and what to do instead.
+    """
+    for path, module in model.named_modules():
+        reason = refusal(type(module))
+        if reason is not None:
+            raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")

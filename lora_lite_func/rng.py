@@ -1,0 +1,36 @@
+"""Random starts: every draw is a function of (seed, path, name) alone, on the CPU, whatever the device or the other sites."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Draw", "generator", "kaiming", "normal", "uniform"]
+
+Draw = Callable[[Sequence[int], torch.Generator], Tensor]
+"""A random start: (shape, generator) -> float32 CPU tensor of that shape."""
+
+
+def generator(seed: int, path: str, name: str) -> torch.Generator:
+    """A fresh CPU generator for one tensor, seeded by a stable hash of (seed, path, name)."""
+    digest = hashlib.blake2b(f"{seed}\0{path}\0{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def kaiming(shape: Sequence[int], gen: torch.Generator) -> Tensor:
+    """Uniform in +-1/sqrt(n), n the last dimension: `kaiming_uniform_(a=sqrt(5))`, the usual start of lora_A."""
+    return uniform(1.0 / math.sqrt(max(shape[-1], 1)))(shape, gen)
+
+
+def uniform(bound: float) -> Draw:
+    """Uniform in [-bound, bound)."""
+    return lambda shape, gen: torch.empty(tuple(shape)).uniform_(-bound, bound, generator=gen)
+
+
+def normal(std: float) -> Draw:
+    """Gaussian with mean 0 and standard deviation `std`."""
+    return lambda shape, gen: torch.empty(tuple(shape)).normal_(0.0, std, generator=gen)

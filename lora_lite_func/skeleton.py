@@ -1,0 +1,193 @@
+"""A copy of the module tree, made for one call (or kept, for `bind`): the only file that goes through the user's modules.
+
+Every module of the copy is a new object of the same class with the same attributes; parameters and buffers are shared with the
+user's model, never written. Nothing is cached between calls, so flags, dtypes, devices and replaced layers are always current.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import StructureError, UnsupportedError, nearest
+from .layers import refusal
+from .rebind import BINDABLE, REFERENCES, rebound
+from .site import Op, site_class
+from .spec import Site
+
+__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "own_buffers"]
+
+_OWN = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+_BASE_ATTRIBUTES = len(nn.Module().__dict__)
+
+Own = Callable[[nn.Module, str], None]
+
+
+def copy_tree(model: nn.Module, sites: Mapping[str, Sequence[Op]], own: Own | None = None) -> nn.Module:
+    """A copy of the module tree with the ops at their paths; `own(copy, path)` may replace the copy's parameters and buffers.
+
+    Raises:
+        StructureError: a site isn't there, has other dimensions, or is named twice through shared modules.
+        UnsupportedError: an instance-level forward can't be re-bound to the copy.
+    """
+    copier = _Copier(sites, own)
+    root = copier.visit(model, "", False)
+    if copier.left:
+        path = next(iter(copier.left))
+        known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        raise StructureError(f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, known)}")
+    copier.rebind()
+    return root
+
+
+class _Copier:
+    """One walk over the module tree."""
+
+    def __init__(self, sites: Mapping[str, Sequence[Op]], own: Own | None) -> None:
+        self.sites = sites
+        self.left = dict.fromkeys(sites)
+        self.own = own
+        self.copies: dict[int, nn.Module] = {}
+        self.referring: list[tuple[nn.Module, list[str]]] = []
+
+    def visit(self, module: nn.Module, path: str, by_weight: bool) -> nn.Module:
+        ops = self.sites.get(path)
+        copy = self.copies.get(id(module))
+        if copy is not None:
+            if ops is None:
+                return copy
+            raise StructureError(f"site {path!r} is the same module as one at another path; name that one alone")
+        reason = refusal(type(module))
+        if reason is not None:
+            raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")
+        if ops is None:
+            copy = _shallow(module, type(module))
+        else:
+            self.left.pop(path)
+            copy = _as_site(module, path, ops, by_weight)
+        self.copies[id(module)] = copy
+        if self.own is not None:
+            self.own(copy, path)
+        self._note_references(copy, path)
+        children = copy._modules
+        if children:
+            before = len(self.left)
+            prefix = path + "." if path else ""
+            attention = isinstance(module, nn.MultiheadAttention)
+            for name, child in children.items():
+                if child is not None:
+                    children[name] = self.visit(child, prefix + name, attention and name == "out_proj")
+            if len(self.left) < before:
+                _leave_fast_path(copy)
+        return copy
+
+    def _note_references(self, copy: nn.Module, path: str) -> None:
+        attributes = copy.__dict__
+        own = islice(attributes.items(), _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0, None)
+        names = [name for name, value in own if isinstance(value, REFERENCES)]
+        if not names:
+            return
+        for name in ("forward", "_ll_frozen"):
+            if name in attributes and not isinstance(attributes[name], BINDABLE):
+                raise UnsupportedError(
+                    f"{path!r}: its own `forward` is a {type(attributes[name]).__name__} that holds on to the original module; "
+                    "give the model as it was before that was put in"
+                )
+        self.referring.append((copy, names))
+
+    def rebind(self) -> None:
+        """Attributes that refer to modules of the original tree (bound forwards, lists of modules) refer to the copies."""
+        for copy, names in self.referring:
+            attributes = copy.__dict__
+            for name in names:
+                attributes[name] = rebound(attributes[name], self.copies, 0)
+
+
+def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A new object of class `cls` with the module's attributes, its own dicts of tensors, children and hooks."""
+    copy = object.__new__(cls)
+    attributes = copy.__dict__
+    attributes.update(module.__dict__)
+    for name in _OWN:
+        attributes[name] = attributes[name].copy()
+    if "_compiled_call_impl" in attributes:  # `module.compile()` bound it to the original
+        del attributes["_compiled_call_impl"]
+    return copy
+
+
+def _as_site(module: nn.Module, path: str, ops: Sequence[Op], by_weight: bool) -> nn.Module:
+    """The copy of a site, its ops behind those it has already (a bound model may be adapted again)."""
+    check_site(module, path, ops[-1].site)
+    inside: Sequence[Op] = module.__dict__.get("_ll_ops", ())
+    copy = _shallow(module, type(module) if inside else site_class(type(module), by_weight))
+    attributes = copy.__dict__
+    attributes["_ll_ops"] = (*inside, *ops)
+    if not by_weight and "forward" in attributes:  # an instance-level forward would shadow the class's: it is the frozen call
+        attributes["_ll_frozen"] = attributes.pop("forward")
+    return copy
+
+
+def check_site(module: Any, path: str, site: Site) -> None:
+    """Refuse a module that isn't what the adapter was made for.
+
+    Raises:
+        StructureError: with what was expected and found.
+    """
+    found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if found != (site.d_in, site.d_out):
+        what = f"{found[0]} -> {found[1]}" if None not in found else "no linear layer"
+        raise StructureError(f"site {path!r}: expected {site.d_in} -> {site.d_out}, found {type(module).__name__} ({what})")
+
+
+def check_mergeable(module: Any, path: str) -> None:
+    """Refuse a layer whose weight isn't a plain floating parameter.
+
+    Raises:
+        UnsupportedError: it is packed, or computed by a parametrization.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its weight is computed, not a parameter, so merged values have nowhere to go; "
+            "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    if not weight.is_floating_point() or tuple(weight.shape) != (module.out_features, module.in_features):
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its weight is packed ({weight.dtype}, shape {tuple(weight.shape)}); "
+            "merging would dequantise and round it again. Merge into the unquantised model instead"
+        )
+
+
+def _leave_fast_path(copy: Any) -> None:
+    """torch's fused encoder kernels read weights without calling the layers: with a site inside, take the other path."""
+    if isinstance(copy, nn.TransformerEncoderLayer):
+        copy.__dict__["activation_relu_or_gelu"] = 0
+    elif isinstance(copy, nn.TransformerEncoder):
+        copy.__dict__["use_nested_tensor"] = False
+
+
+def constant(parameter: Tensor, copy: nn.Module) -> Tensor:
+    """A parameter's values without its gradient: the same storage."""
+    if "_hf_hook" in copy.__dict__:  # accelerate rebuilds the parameter from its class
+        return nn.Parameter(parameter.detach(), requires_grad=False)
+    return parameter.detach()
+
+
+def own_buffers(copy: nn.Module) -> None:
+    """Clone what a forward in training mode may write in place: running statistics and counters, not packed weights."""
+    buffers = copy._buffers
+    for name, buffer in buffers.items():
+        if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1):
+            buffers[name] = buffer.clone()

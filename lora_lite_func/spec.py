@@ -1,0 +1,181 @@
+"""The contract between a method and the runtime: Site (where), ParamSpec (which tensors), Variant (the maths)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .config import AdapterConfig
+from .errors import ConfigError, nearest
+from .rng import Draw
+
+__all__ = ["Layer", "ParamSpec", "Params", "Site", "Variant", "lookup", "register", "variants"]
+
+Params = Mapping[str, Tensor]
+"""The tensors of one site: {lora_name: tensor}."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that is adapted: static data, known without the model.
+
+    Attributes:
+        path: full module path; "" is the model itself.
+        d_in: input features.
+        d_out: output features.
+        bias: whether the frozen layer has a bias.
+        kind: what sort of layer; "linear" is anything with in_features, out_features, weight and a call.
+        r: the rank here.
+        alpha: the strength here.
+        factor: the scale that follows from r and alpha (alpha / r unless the method says otherwise).
+    """
+
+    path: str
+    d_in: int
+    d_out: int
+    bias: bool = False
+    kind: str = "linear"
+    r: int = 8
+    alpha: float = 16.0
+    factor: float = 2.0
+    twin: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """`factor` as phases should use it.
+
+        A Python float in eager mode, where it costs nothing; under torch.compile a 0-dim tensor of the same value,
+        so that a graph compiled for one strength serves every other.
+        """
+        if torch.compiler.is_compiling() and self.twin is not None:
+            return self.twin
+        return self.factor
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of a method at a site.
+
+    Attributes:
+        shape: its shape.
+        init: "zeros", "ones", or a draw (shape, generator) -> float32 tensor.
+        trainable: False for a tensor that is part of the adapter but never learned.
+        dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates, angles, magnitudes);
+            an integer dtype is taken as it is.
+    """
+
+    shape: tuple[int, ...]
+    init: Literal["zeros", "ones"] | Draw = "zeros"
+    trainable: bool = True
+    dtype: torch.dtype | None = None
+
+
+class Layer(Protocol):
+    """The frozen layer as `prepare` may see it."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias (d_out,), if it has one."""
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""
+
+
+def _default_factor(cfg: AdapterConfig, site: Site) -> float:
+    return site.alpha / site.r
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One method: a record of pure functions. `p` is the site's {lora_name: tensor}, `d` what `prepare` returned.
+
+    Attributes:
+        name: how files and tables call it.
+        config: its config class.
+        paper: authors, year, arXiv id.
+        param_specs: (cfg, site) -> {lora_name: ParamSpec}. Raises UnsupportedError for what it can't do there.
+        init: (cfg, site, specs, weight, stats, generator) -> {lora_name: tensor}, for starts that the specs' inits don't
+            say; may return some of the tensors. `weight` is the dense (d_out, d_in) float weight if "weight" is in
+            `needs`, else None; `generator(name)` gives the torch.Generator of a tensor.
+        prepare: (cfg, p, site, layer) -> d, small tensors that the phases share.
+        inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in).
+        outputs: (cfg, p, d, x, y, site) -> y', after it; x is what came to this adapter, y what the layer gave.
+        weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and (d_out,) or None.
+        scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing.
+        factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
+        needs: what init needs: subset of {"weight", "inputs", "gradients"}.
+        sites: kinds of site it can adapt.
+    """
+
+    name: str
+    config: type[AdapterConfig]
+    param_specs: Callable[[Any, Site], Mapping[str, ParamSpec]]
+    paper: str = ""
+    init: Callable[..., Mapping[str, Tensor]] | None = None
+    prepare: Callable[[Any, Params, Site, Layer], Any] | None = None
+    inputs: Callable[[Any, Params, Any, Tensor, Site], Tensor] | None = None
+    outputs: Callable[[Any, Params, Any, Tensor, Tensor, Site], Tensor] | None = None
+    weight: Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
+    scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
+    factor: Callable[[Any, Site], float] = _default_factor
+    needs: frozenset[str] = frozenset()
+    sites: frozenset[str] = frozenset({"linear"})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return lookup, (self.config,)  # a record of functions travels as the class of its config
+
+
+_REGISTRY: dict[type[AdapterConfig], Variant] = {}
+
+
+def register(variant: Variant) -> Variant:
+    """Make a method known by its config class and its name (files find it so); returns it.
+
+    Raises:
+        ConfigError: another method has that name or that config class.
+    """
+    for known in _REGISTRY.values():
+        if known is not variant and (known.name == variant.name or known.config is variant.config):
+            raise ConfigError(f"variant {variant.name!r} ({variant.config.__name__}): {known.name!r} has that name or config already")
+    _REGISTRY[variant.config] = variant
+    return variant
+
+
+def variants() -> dict[str, Variant]:
+    """Every registered method: {name: Variant}."""
+    return {v.name: v for v in sorted(_REGISTRY.values(), key=lambda v: v.name)}
+
+
+def lookup(config: type[AdapterConfig]) -> Variant:
+    """The method of a config class.
+
+    Raises:
+        ConfigError: no registered method has it.
+    """
+    if config not in _REGISTRY:
+        name = getattr(config, "__name__", repr(config))
+        raise ConfigError(f"no variant is registered for {name}; {nearest(name, [c.__name__ for c in _REGISTRY], first=50)}")
+    return _REGISTRY[config]
+
+
+def leaf_dtype(spec: ParamSpec, adapter_dtype: torch.dtype) -> torch.dtype:
+    """The dtype a tensor gets: the adapter's, at least what the spec says, or the spec's own if that isn't floating."""
+    if spec.dtype is None:
+        return adapter_dtype
+    return torch.promote_types(spec.dtype, adapter_dtype) if spec.dtype.is_floating_point else spec.dtype
+
+
+def site_for(
+    variant: Variant, cfg: AdapterConfig, path: str, d_in: int, d_out: int, *, bias: bool, kind: str, twins: dict[float, Tensor]
+) -> Site:
+    """The Site of a layer under a config, its scale and the scale's tensor twin (shared through `twins`) worked out."""
+    site = Site(path, d_in, d_out, bias, kind, r=cfg.rank_at(path), alpha=cfg.alpha_at(path))
+    factor = float(variant.factor(cfg, site))
+    if factor not in twins:
+        twins[factor] = torch.tensor(factor, dtype=torch.float64)
+    return dataclasses.replace(site, factor=factor, twin=twins[factor])

@@ -1,0 +1,58 @@
+"""How an adapter prints: a row per group of like sites, layer numbers folded into ranges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .spec import Site
+
+__all__ = ["render"]
+
+
+def render(
+    variant: str, sites: Mapping[str, Site], data: Mapping[str, Mapping[str, Any]], trainable: Mapping[str, Mapping[str, bool]]
+) -> str:
+    """The table as text: path, in -> out, tensors with shape and dtype; frozen ones marked with a star."""
+    groups: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
+    total = learned = 0
+    for path, site in sites.items():
+        cells = []
+        for name, leaf in data[path].items():
+            cells.append(f"{name}{'' if trainable[path][name] else '*'} {_leaf(leaf)}")
+            count = leaf.numel() if isinstance(leaf, Tensor) else 0
+            total += count
+            learned += count if trainable[path][name] else 0
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "{}", path)
+        numbers = tuple(int(n) for n in re.findall(r"(?<![^.])\d+(?![^.])", path))
+        groups.setdefault((pattern, f"{site.d_in} -> {site.d_out}", "  ".join(cells)), []).append(numbers)
+    rows = [(_fold(pattern, numbers) or '""', dims, cells) for (pattern, dims, cells), numbers in groups.items()]
+    head = f"Adapter({variant}: {len(sites)} sites, {learned:,} trainable parameters"
+    head += f", {total - learned:,} frozen*)" if total != learned else ")"
+    wide = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    return "\n".join([head, *(f"  {p:<{wide[0]}}  {d:<{wide[1]}}  {c}" for p, d, c in rows)])
+
+
+def _leaf(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    return f"({', '.join(map(str, leaf.shape))}) {str(leaf.dtype).removeprefix('torch.')}"
+
+
+def _fold(pattern: str, numbers: list[tuple[int, ...]]) -> str:
+    """`layers.{}.q` with [(0,), (1,), (2,)] -> `layers.{0-2}.q`; with several numbers in a path, each its own range."""
+    columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+    return pattern.format(*("{" + _ranges(c) + "}" if len(c) > 1 else str(c[0]) for c in columns))
+
+
+def _ranges(values: list[int]) -> str:
+    parts: list[list[int]] = []
+    for v in values:
+        if parts and parts[-1][-1] + 1 == v:
+            parts[-1].append(v)
+        else:
+            parts.append([v])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -1,0 +1,94 @@
+"""Low-rank algebra shared by the methods: one fused product onto y, dense equivalents, decompositions. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..spec import Site
+
+__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "top_svd"]
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the adapter's dtype; under autocast, which casts by its own rules, x as it is."""
+    if x.dtype == dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(dtype)
+
+
+def core_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where small systems and norms are computed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
+    """y + s (x A^T) B^T, the low-rank branch fused onto y: one pass over y where the dtypes agree.
+
+    Args:
+        y: (..., d_out) what the branch is added to; the result has its dtype.
+        x: (..., d_in).
+        A: (r, d_in).
+        B: (d_out, r).
+        s: a float, or a 0-dim tensor.
+    """
+    h = F.linear(cast(x, A.dtype), A)  # (..., r)
+    if not isinstance(s, float):
+        h, s = h * s, 1.0
+    if h.dtype == y.dtype:
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT.to(h.dtype), alpha=s)
+        return flat.view(y.shape)
+    return (y + F.linear(h if s == 1.0 else h * s, B)).to(y.dtype)  # (..., d_out), summed in the wider dtype
+
+
+def add_dense(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
+    """W + s B A, (d_out, d_in), in W's dtype."""
+    A, B = A.to(W.dtype), B.to(W.dtype)
+    if not isinstance(s, float):
+        A, s = A * s, 1.0
+    return torch.addmm(W, B, A, alpha=s)
+
+
+def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """B A - B0 A0 as one factor pair of rank 2r, exactly zero in every dtype while A is A0 and B is B0.
+
+    B A - B0 A0 = (B - B0) A + B0 (A - A0), so [A; A - A0] (2r, d_in) and [B - B0, B0] (d_out, 2r).
+    """
+    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+
+
+def check_rank(site: Site, method: str) -> None:
+    """Refuse a rank that a d_out x d_in matrix can't have.
+
+    Raises:
+        UnsupportedError: r > min(d_in, d_out).
+    """
+    limit = min(site.d_in, site.d_out)
+    if site.r > limit:
+        raise UnsupportedError(
+            f"{method} splits a {site.d_out} x {site.d_in} weight, expected a rank of at most {limit}, found r={site.r}; "
+            "lower r, or set it there with rank_pattern"
+        )
+
+
+def top_svd(W: Tensor, r: int, niter: int | None, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The r largest singular triplets: U (d_out, r), S (r,), Vh (r, d_in).
+
+    Args:
+        W: (d_out, d_in), float32 or float64.
+        r: how many.
+        niter: None for the exact decomposition; else that many power iterations of the randomised one (Halko, Martinsson and
+            Tropp 2011, arXiv 0909.4061, algorithm 4.4 with an oversampling of 8).
+        gen: CPU generator of the random start; torch's global one is left alone.
+    """
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :r], S[:r], Vh[:r]
+    k = min(r + 8, *W.shape)
+    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], k, generator=gen).to(W))[0]  # (d_out, k)
+    for _ in range(niter):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
+    U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)  # (k, k), (k,), (k, d_in)
+    return (Q @ U)[:, :r], S[:r], Vh[:r]

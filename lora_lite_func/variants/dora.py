@@ -1,0 +1,118 @@
+"""DoRA: the direction of each weight row gets a low-rank update, its magnitude is learned apart.
+
+    y' = (m / n) * (y - b + s (x A^T) B^T) + b         V = W + s B A,  n_i = |V_i| (row norms),  m (d_out,)
+
+Paper: Liu et al. 2024, arXiv 2402.09353. The norm n is a constant for the gradient (section 4.3), unless `detach_norm=False`.
+Row norms without a d_out x d_in temporary:  n_i^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T,
+where W A^T is r rows through the frozen layer, so a quantised layer serves as it is.
+Identity at the start: B = 0 and m = |W_i|, so m / n is exactly 1. Needs |W_i| once, then only the layer's call.
+With dropout only the low-rank branch sees the dropped x (PEFT recomputes the whole product to drop the other term too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..rng import kaiming
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+        detach_norm: treat the row norm as a constant in gradients (the paper's choice).
+    """
+
+    dropout: float = 0.0
+    detach_norm: bool = True
+
+    def validate(self) -> None:
+        probability(self.dropout, "DoRAConfig.dropout")
+
+
+class Prepared(NamedTuple):
+    """gain = m / n (d_out,); shift = (1 - gain) b or None (d_out,); B times gain (d_out, r)."""
+
+    gain: Tensor
+    shift: Tensor | None
+    B: Tensor
+
+
+def param_specs(cfg: DoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_A, lora_B, magnitudes lora_m (d_out,), frozen squared row norms lora_wnorm2 (d_out,)."""
+    return {
+        "lora_A": ParamSpec((site.r, site.d_in), kaiming),
+        "lora_B": ParamSpec((site.d_out, site.r)),
+        "lora_m": ParamSpec((site.d_out,), dtype=torch.float32),
+        "lora_wnorm2": ParamSpec((site.d_out,), trainable=False, dtype=torch.float32),
+    }
+
+
+def init(
+    cfg: DoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """Row norms of W."""
+    wnorm2 = weight.square().sum(dim=1).to(_lowrank.core_dtype(cfg.dtype or weight.dtype))  # (d_out,), as it is stored
+    return {"lora_m": wnorm2.sqrt(), "lora_wnorm2": wnorm2}
+
+
+def _gain(cfg: DoRAConfig, p: Params, s: float | Tensor, linear: Callable[[Tensor], Tensor], core: torch.dtype) -> Tensor:
+    """m / n, (d_out,)."""
+    A, B = p["lora_A"], p["lora_B"]
+    if cfg.detach_norm:
+        A, B = A.detach(), B.detach()
+    WA = linear(A).to(core).mT  # (d_out, r)
+    A, B = A.to(core), B.to(core)
+    cross = (WA * B).sum(dim=1)  # (d_out,)
+    square = ((B @ (A @ A.mT)) * B).sum(dim=1)  # (d_out,)
+    n2 = p["lora_wnorm2"].to(core) + 2.0 * s * cross + s * s * square
+    return p["lora_m"].to(core) / n2.clamp_min(torch.finfo(core).tiny).sqrt()
+
+
+def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
+    """m / n and what follows from it."""
+    gain = _gain(cfg, p, site.scale, layer.linear, _lowrank.core_dtype(p["lora_m"].dtype))
+    shift = None if layer.bias is None else (1.0 - gain) * layer.bias
+    return Prepared(gain, shift, (p["lora_B"] * gain[:, None]).to(p["lora_B"].dtype))
+
+
+def outputs(cfg: DoRAConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """(m / n) (y - b + s (x A^T) B^T) + b."""
+    scaled = y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)  # gain * (y - b) + b
+    return _lowrank.add(scaled.to(y.dtype), x, p["lora_A"], d.B, site.scale)
+
+
+def weight(cfg: DoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """diag(m / n) (W + s B A)."""
+    gain = _gain(cfg, p, site.scale, lambda A: A.to(W.dtype) @ W.mT, _lowrank.core_dtype(p["lora_m"].dtype))
+    return gain[:, None].to(W.dtype) * _lowrank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
+
+
+def scale(cfg: DoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """B times c, m moved along its line from |W_i|."""
+    start = p["lora_wnorm2"].sqrt()
+    return {**p, "lora_B": p["lora_B"] * c, "lora_m": start + c * (p["lora_m"] - start)}
+
+
+VARIANT = Variant(
+    name="dora",
+    config=DoRAConfig,
+    paper="Liu et al. 2024, arXiv 2402.09353",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    needs=frozenset({"weight"}),
+)

@@ -1,0 +1,109 @@
+"""HRA: the layer's input goes through a chain of r Householder reflections.
+
+    W' = W R,  R = H_0 H_1 ... H_{r-1},  H_i = I - 2 u_i u_i^T / |u_i|^2        U (r, d_in), rows u_i
+    compact WY:  R = I - U^T T U,  T^-1 = striu(U U^T) + 1/2 diag(|u_i|^2)      x' = x - ((x U^T) T^T) U
+
+Paper: Yuan, Liu and Xu 2024, arXiv 2405.17484 (WY: Schreiber and Van Loan 1989; Joffrain et al. 2006 for this T).
+Identity at the start: rows in equal pairs cancel (to rounding: 1e-7 in float32), hence r is even. Needs only x.
+Rows start with unit norm; the map doesn't depend on their length, an optimizer's angular step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..errors import ConfigError
+from ..rng import normal
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r is the number of reflections, even; alpha has no part in this method)."""
+
+    def validate(self) -> None:
+        for r in (self.r, *(r for _, r in self.rank_pattern)):
+            if r % 2:
+                raise ConfigError(f"HRAConfig.r: reflections come in pairs (an odd number is never the identity), expected even, found {r}")
+
+
+def param_specs(cfg: HRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_U (r, d_in), a reflection per row."""
+    return {"lora_U": ParamSpec((site.r, site.d_in))}
+
+
+def init(
+    cfg: HRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """Unit rows in equal pairs."""
+    half = normal(1.0)((site.r // 2, site.d_in), generator("lora_U"))
+    return {"lora_U": F.normalize(half, dim=1).repeat_interleave(2, dim=0)}  # u_0 = u_1, u_2 = u_3, ...
+
+
+def _T(U: Tensor) -> Tensor:
+    """T (r, r), upper triangular, in U's dtype."""
+    gram = U @ U.mT
+    square = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(U.dtype).tiny)
+    inverse = gram.triu(1) + torch.diag_embed(0.5 * square)
+    eye = torch.eye(U.shape[0], dtype=U.dtype, device=U.device)
+    return torch.linalg.solve_triangular(inverse, eye, upper=True)
+
+
+def prepare(cfg: HRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """U in the core dtype and T of the compact WY form."""
+    U = p["lora_U"].to(_lowrank.core_dtype(p["lora_U"].dtype))
+    return U, _T(U)
+
+
+def inputs(cfg: HRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, site: Site) -> Tensor:
+    """x' = x - ((x U^T) T^T) U."""
+    U, T = d
+    h = F.linear(_lowrank.cast(x, p["lora_U"].dtype), p["lora_U"])  # (..., r)
+    z = F.linear(h.to(T.dtype), T)  # (..., r)
+    return _subtract(x, z, U)
+
+
+def _subtract(x: Tensor, z: Tensor, U: Tensor) -> Tensor:
+    """x - z U, summed in the wider dtype, returned in x's."""
+    if x.dtype == z.dtype:
+        return torch.addmm(x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1]), U.to(z.dtype), alpha=-1.0).view(x.shape)
+    return (x - z @ U.to(z.dtype)).to(x.dtype)
+
+
+def weight(cfg: HRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W R = W - (W U^T) T U."""
+    U = p["lora_U"].to(_lowrank.core_dtype(W.dtype))
+    return torch.addmm(W, (W @ U.mT) @ _T(U), U, alpha=-1.0), b
+
+
+def scale(cfg: HRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """Each pair of reflections is a rotation by twice the angle between its rows: turn the second row to c times that angle."""
+    U = p["lora_U"]
+    first, second = F.normalize(U.to(_lowrank.core_dtype(U.dtype)).unflatten(0, (-1, 2)), dim=-1).unbind(1)  # (r/2, d_in) each
+    cosine = (first * second).sum(-1, keepdim=True)
+    across = second - cosine * first  # the part of the second row off the first
+    sine = across.norm(dim=-1, keepdim=True)
+    angle = torch.atan2(sine, cosine) * c
+    turned = angle.cos() * first + angle.sin() * across / sine.clamp_min(torch.finfo(sine.dtype).tiny)
+    return {"lora_U": torch.stack([first, turned], dim=1).flatten(0, 1).to(U.dtype)}
+
+
+VARIANT = Variant(
+    name="hra",
+    config=HRAConfig,
+    paper="Yuan, Liu and Xu 2024, arXiv 2405.17484",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    inputs=inputs,
+    weight=weight,
+    scale=scale,
+)

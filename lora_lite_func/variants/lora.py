@@ -1,0 +1,97 @@
+"""LoRA: a trainable low-rank update beside the frozen weight.
+
+    y' = y + s (x A^T) B^T        A (r, d_in), B (d_out, r), s = alpha / r   (rsLoRA: alpha / sqrt(r))
+
+Papers: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+Identity at the start: B = 0 (orthogonal init: B A = 0 with both factors non-zero). Needs only x and y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability, record
+from ..errors import ConfigError
+from ..rng import kaiming, normal
+from ..spec import Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+        init_A: "kaiming" (uniform in +-1/sqrt(d_in)), "gaussian" (std 1/r), or "orthogonal" (even r; both factors start
+            non-zero with B A = 0).
+    """
+
+    rslora: bool = False
+    dropout: float = 0.0
+    init_A: Literal["kaiming", "gaussian", "orthogonal"] = record("kaiming")
+
+    def validate(self) -> None:
+        probability(self.dropout, "LoRAConfig.dropout")
+        ranks = [self.r, *(r for _, r in self.rank_pattern)]
+        if self.init_A == "orthogonal" and any(r % 2 for r in ranks):
+            raise ConfigError(f"LoRAConfig.init_A: 'orthogonal' splits the directions in two halves, expected an even r, found {ranks}")
+
+
+def param_specs(cfg: LoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_A (r, d_in), lora_B (d_out, r)."""
+    start = normal(1.0 / site.r) if cfg.init_A == "gaussian" else kaiming
+    return {"lora_A": ParamSpec((site.r, site.d_in), start), "lora_B": ParamSpec((site.d_out, site.r))}
+
+
+def init(
+    cfg: LoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """The orthogonal start; the others are in the specs."""
+    if cfg.init_A != "orthogonal":
+        return {}
+    draw = generator("lora_A")
+    Q = torch.linalg.qr(torch.randn(site.r, site.r, generator=draw, dtype=torch.float64))[0]  # (r, r), orthogonal rows
+    left = torch.randn(site.d_out, site.r // 2, generator=generator("lora_B"), dtype=torch.float64)
+    right = torch.randn(site.r // 2, site.d_in, generator=draw, dtype=torch.float64)
+    return {"lora_A": Q[::2].mT @ right / 10.0, "lora_B": left @ Q[1::2] / 10.0}  # B A = left (Q_odd Q_even^T) right = 0
+
+
+def outputs(cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (x A^T) B^T."""
+    return _lowrank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
+
+
+def weight(cfg: LoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s B A."""
+    return _lowrank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
+
+
+def scale(cfg: LoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """B times c."""
+    return {**p, "lora_B": p["lora_B"] * c}
+
+
+def factor(cfg: LoRAConfig, site: Site) -> float:
+    """alpha / r, or alpha / sqrt(r)."""
+    return site.alpha / (math.sqrt(site.r) if cfg.rslora else site.r)
+
+
+VARIANT = Variant(
+    name="lora",
+    config=LoRAConfig,
+    paper="Hu et al. 2021, arXiv 2106.09685",
+    param_specs=param_specs,
+    init=init,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    factor=factor,
+)

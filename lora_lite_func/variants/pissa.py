@@ -1,0 +1,99 @@
+"""PiSSA: train the principal singular directions of the weight, whose start is subtracted rather than taken out of W.
+
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
+    W = U S V^T:   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r^T
+
+Paper: Meng, Wang and Zhang 2024, arXiv 2404.02948 (there s = 1 and W is rewritten; here W is left as it is).
+Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W once, for the decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability, record
+from ..errors import ConfigError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+        svd_niter: None for the full SVD; a number for the randomised one with that many power iterations (4 to 16).
+    """
+
+    dropout: float = 0.0
+    svd_niter: int | None = record(None)
+
+    def validate(self) -> None:
+        probability(self.dropout, "PiSSAConfig.dropout")
+        if self.svd_niter is not None and self.svd_niter < 0:
+            raise ConfigError(f"PiSSAConfig.svd_niter: expected None or at least 0, found {self.svd_niter}")
+        if self.alpha <= 0 or any(a <= 0 for _, a in self.alpha_pattern):
+            raise ConfigError("PiSSAConfig.alpha: the start divides by it, expected a positive number")
+
+
+def param_specs(cfg: PiSSAConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_A, lora_B and their frozen starts."""
+    _lowrank.check_rank(site, "PiSSA")
+    a, b = (site.r, site.d_in), (site.d_out, site.r)
+    return {
+        "lora_A": ParamSpec(a),
+        "lora_B": ParamSpec(b),
+        "lora_A0": ParamSpec(a, trainable=False),
+        "lora_B0": ParamSpec(b, trainable=False),
+    }
+
+
+def init(
+    cfg: PiSSAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """The top r singular triplets, split evenly between the factors."""
+    U, S, Vh = _lowrank.top_svd(weight, site.r, cfg.svd_niter, generator("lora_A0"))
+    root = (S / site.factor).sqrt()  # (r,)
+    A, B = root[:, None] * Vh, U * root  # (r, d_in), (d_out, r)
+    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+
+
+def prepare(cfg: PiSSAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The update as one factor pair of rank 2r."""
+    return _lowrank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"])  # (2r, d_in), (d_out, 2r)
+
+
+def outputs(cfg: PiSSAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (B A - B0 A0) x."""
+    return _lowrank.add(y, x, *d, site.scale)
+
+
+def weight(cfg: PiSSAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s (B A - B0 A0)."""
+    A, B = _lowrank.difference(*(p[n].to(W.dtype) for n in ("lora_A", "lora_B", "lora_A0", "lora_B0")))
+    return _lowrank.add_dense(W, A, B, site.scale), b
+
+
+def scale(cfg: PiSSAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """Both terms times c."""
+    return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}
+
+
+VARIANT = Variant(
+    name="pissa",
+    config=PiSSAConfig,
+    paper="Meng, Wang and Zhang 2024, arXiv 2404.02948",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    needs=frozenset({"weight"}),
+)
