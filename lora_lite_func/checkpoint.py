@@ -72,7 +72,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Adapte
             layout = _layout(_metadata(file.metadata(), where), where)
             keys = list(file.keys())
             _check_keys(layout, keys, where)
-            data = {path: {name: file.get_tensor(_join(path, name)) for name in names} for path, names in layout.names.items()}
+            # clones: aligned, so that products are bit-equal to those before the save, and independent of the file from here on
+            data = {path: {name: file.get_tensor(_join(path, name)).clone() for name in names} for path, names in layout.names.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
     _check_tensors(layout, data, where)

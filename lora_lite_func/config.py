@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 import types
@@ -72,7 +71,7 @@ class AdapterConfig:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(self.__class__).items():
+        for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}"))
         if self.r < 1:
             raise ConfigError(f"{type(self).__name__}.r: expected at least 1, found {self.r}")
@@ -127,8 +126,16 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return cls(**values)
 
 
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type[AdapterConfig]) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = _resolved(cls)
+    return _HINTS[cls]
+
+
+_HINTS: dict[type[AdapterConfig], dict[str, Any]] = {}
+
+
+def _resolved(cls: type[AdapterConfig]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 

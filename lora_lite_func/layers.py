@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 
-__all__ = ["compute_dtype", "dense_weight", "device_of", "is_linear_like", "refusal"]
+__all__ = ["compute_dtype", "dense_weight", "device_of", "is_dense", "is_linear_like", "refusal"]
 
 
 def is_linear_like(module: Any) -> bool:
@@ -21,6 +21,12 @@ def is_linear_like(module: Any) -> bool:
         and isinstance(getattr(module, "weight", None), Tensor)
         and callable(module)
     )
+
+
+def is_dense(module: Any) -> bool:
+    """Its weight is a plain floating (d_out, d_in) matrix, not packed."""
+    weight = module.weight
+    return bool(weight.is_floating_point() and weight.itemsize > 1 and tuple(weight.shape) == (module.out_features, module.in_features))
 
 
 def compute_dtype(module: Any) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import UnsupportedError
-from .layers import compute_dtype
+from .layers import compute_dtype, is_dense
 from .spec import Params, Site, Variant
 
 __all__ = ["Leaves", "Op", "hold", "leaves_at", "merge_site", "site_class"]
@@ -117,6 +117,17 @@ class _Layer:
             return bias
         zero = torch.zeros(1, self.ops[0].site.d_in, device=next(iter(self.p.values())).device)
         return self._call(zero)[0]
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        if self.count or not is_dense(self.module) or weight.is_meta:
+            raise UnsupportedError(
+                f"{self.ops[0].site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
+                f"this layer ({type(self.module).__name__}) has {'other adapters inside' if self.count else 'none at hand'}; "
+                "merge those first, or use a method that needs only the layer's call"
+            )
+        return weight
 
     def linear(self, x: Tensor) -> Tensor:
         weight = self.module.weight

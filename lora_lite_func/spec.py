@@ -82,6 +82,10 @@ class Layer(Protocol):
     def bias(self) -> Tensor | None:
         """Its bias (d_out,), if it has one."""
 
+    @property
+    def weight(self) -> Tensor:
+        """Its dense weight (d_out, d_in). Raises UnsupportedError where there is none (packed, offloaded, adapted already)."""
+
     def linear(self, x: Tensor) -> Tensor:
         """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""
 

@@ -1,0 +1,58 @@
+"""One row per method: the whole cost of its general tests. What a method can't have is data here, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lora_lite_func as ll
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and what the laws may expect of it.
+
+    Attributes:
+        name: how the test is called.
+        config: keywords -> config; r is even and at most 8, every width is divisible by 4.
+        exact: identity at the start is bit-exact in every dtype; else within `identity` (float32 units) of the base.
+        identity: tolerance of the identity where it isn't exact, in units of the dtype's epsilon.
+        dead: trainable tensors whose gradient is zero at the start, and comes after one step.
+        differentiable: the gradient is that of the function (False where the method detaches a part by design).
+    """
+
+    name: str
+    config: Callable[..., ll.AdapterConfig]
+    exact: bool = True
+    identity: float = 0.0
+    dead: frozenset[str] = frozenset()
+    differentiable: bool = True
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _fixed(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
+    return lambda **kw: cls(**{**fixed, **kw})
+
+
+A = frozenset({"lora_A"})
+
+CASES = (
+    Case("lora", _fixed(ll.LoRAConfig), dead=A),
+    Case("rslora", _fixed(ll.LoRAConfig, rslora=True, init_A="gaussian"), dead=A),
+    Case("lora_orthogonal", _fixed(ll.LoRAConfig, init_A="orthogonal"), exact=False, identity=64.0),
+    Case("pissa", _fixed(ll.PiSSAConfig)),
+    Case("pissa_randomised", _fixed(ll.PiSSAConfig, svd_niter=2)),
+    Case("delora", _fixed(ll.DeLoRAConfig)),
+    Case("delora_zero_B", _fixed(ll.DeLoRAConfig, init="zero_B"), dead=frozenset({"lora_A", "lora_lambda"})),
+    Case("ia3", _fixed(ll.IA3Config)),
+    Case("ia3_ff", _fixed(ll.IA3FFConfig)),
+    Case("dora", _fixed(ll.DoRAConfig), dead=A, differentiable=False),
+    Case("dora_attached", _fixed(ll.DoRAConfig, detach_norm=False), dead=A),
+    Case("hra", _fixed(ll.HRAConfig), exact=False, identity=16.0),
+    Case("road_1", _fixed(ll.ROADConfig, group_size=4)),
+    Case("road_2", _fixed(ll.ROADConfig, mode="road_2", group_size=8)),
+    Case("road_4", _fixed(ll.ROADConfig, mode="road_4", group_size=4)),
+)

@@ -1,0 +1,365 @@
+"""Every method x every law. A row in cases.py is all a method needs to be held to them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import optree
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from cases import CASES, Case
+from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from hypothesis import given
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.func import functional_call, grad, jvp, vmap
+
+import lora_lite_func as ll
+
+every = pytest.mark.parametrize("case", CASES, ids=repr)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+
+
+@st.composite
+def situations(draw: Any, dtypes: Any = st.just(torch.float64)) -> dict[str, Any]:
+    """A model's sizes and a config's keywords."""
+    return {
+        "model": {
+            "width": draw(st.sampled_from([8, 16, 24])),
+            "inner": draw(st.sampled_from([8, 16, 40])),
+            "depth": draw(st.integers(1, 3)),
+            "bias": draw(st.booleans()),
+            "dtype": draw(dtypes),
+            "seed": draw(st.integers(0, 99)),
+        },
+        "config": {
+            "r": draw(st.sampled_from([2, 4, 8])),
+            "alpha": draw(st.sampled_from([1.0, 8.0, 12.5])),
+            "target_names": draw(st.sampled_from([(), ("up",), ("down$",), (r"layers\.0\.",)])),
+        },
+        "seed": draw(st.integers(0, 2**31)),
+        "batch": draw(st.sampled_from([(3,), (2, 5), (1,), (2, 1, 3)])),
+    }
+
+
+def build(case: Case, s: dict[str, Any], train: bool = True) -> tuple[Net, ll.Adapter, Tensor]:
+    """Model, adapter (as if trained, unless told otherwise) and input of a situation."""
+    model = net(**s["model"])
+    params = ll.init(model, case.config(**s["config"]), seed=s["seed"])
+    gen = torch.Generator().manual_seed(s["seed"] % 1000)
+    x = torch.randn(*s["batch"], s["model"]["width"], generator=gen, dtype=torch.float64).to(s["model"]["dtype"])
+    return model, moved(params) if train else params, x
+
+
+def simple(case: Case, **config: Any) -> tuple[Net, ll.Adapter, Tensor]:
+    """One fixed situation, for the laws that are slow or don't depend on sizes."""
+    model = net(width=16, inner=24, depth=2)
+    params = ll.init(model, case.config(r=4, **config), seed=3)
+    return model, moved(params), torch.randn(6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def loss(model: nn.Module, params: Any, x: Tensor) -> Tensor:
+    return ll.apply(model, params, x).square().sum()
+
+
+# ---------------------------------------------------------------------------------------------------------- the start
+@every
+@given(s=situations(DTYPES))
+def test_identity_at_init(case: Case, s: dict[str, Any]) -> None:
+    model, params, x = build(case, s, train=False)
+    y, base = ll.apply(model, params, x), model(x)
+    if case.exact:
+        assert torch.equal(y, base)
+    else:
+        close(y, base, case.identity * torch.finfo(x.dtype).eps)
+
+
+@every
+@given(s=situations(DTYPES))
+def test_dtype_in_is_dtype_out_and_leaves_have_theirs(case: Case, s: dict[str, Any]) -> None:
+    model, params, x = build(case, s)
+    assert ll.apply(model, params, x).dtype == x.dtype == model(x).dtype
+    for path, tensors in params.items():
+        for name, t in tensors.items():
+            assert name.startswith("lora_")
+            assert t.is_contiguous()
+            assert not t.is_floating_point() or t.dtype in (x.dtype, torch.promote_types(torch.float32, x.dtype)), path
+
+
+@every
+@given(s=situations(), data=st.data())
+def test_draws_depend_on_seed_path_and_name_alone(case: Case, s: dict[str, Any], data: st.DataObject) -> None:
+    model, _, _ = build(case, s)
+    everything = ll.init(model, case.config(**{**s["config"], "target_names": ()}), seed=s["seed"])
+    some = data.draw(st.lists(st.sampled_from(sorted(everything)), min_size=1, unique=True))
+    state = torch.random.get_rng_state()
+    part = ll.init(model, case.config(**{**s["config"], "target_names": tuple(f"^{p}$".replace(".", r"\.") for p in some)}), seed=s["seed"])
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert sorted(part) == sorted(some)
+    for path in some:
+        for name, t in part[path].items():
+            assert torch.equal(t, everything[path][name])
+
+
+# ------------------------------------------------------------------------------------------------- one function, many forms
+@every
+@given(s=situations())
+def test_merge_equals_apply(case: Case, s: dict[str, Any]) -> None:
+    model, params, x = build(case, s)
+    y = ll.apply(model, params, x)
+    new = ll.merge(model, params)
+    assert set(new) <= {f"{p}.{w}" for p in params for w in ("weight", "bias")}
+    close(ll.merged(model, params)(x), y, 1e-10)
+    names = dict(model.named_parameters())
+    if all(n in names for n in new):
+        close(ll.functional_call(model, {}, x, base=new), y, 1e-10)
+        close(functional_call(model, new, (x,)), y, 1e-10)
+
+
+@every
+@given(s=situations())
+def test_bound_equals_apply(case: Case, s: dict[str, Any]) -> None:
+    model, params, x = build(case, s)
+    bound = ll.bind(model, params)
+    assert torch.equal(bound(x), ll.apply(model, params, x))
+    assert isinstance(bound, Net)
+    back = ll.unbind(bound)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(back), leaves(params), strict=True))
+
+
+@every
+@given(s=situations(), batch=st.sampled_from([(), (1,), (0,), (4,), (2, 3), (2, 0, 3), (1, 2, 1, 2)]))
+def test_any_batch_shape(case: Case, s: dict[str, Any], batch: tuple[int, ...]) -> None:
+    model, params, _ = build(case, s)
+    x = torch.randn(*batch, s["model"]["width"], dtype=torch.float64)
+    y = ll.apply(model, params, x)
+    assert y.shape == model(x).shape
+    close(y.reshape(-1, y.shape[-1]), ll.apply(model, params, x.reshape(-1, x.shape[-1])), 1e-12)
+
+
+@every
+@given(s=situations())
+def test_strength(case: Case, s: dict[str, Any]) -> None:
+    model, params, x = build(case, s)
+    close(ll.apply(model, ll.scale(params, 0.0), x), model(x), 1e-12)
+    close(ll.apply(model, ll.scale(params, 1.0), x), ll.apply(model, params, x), 1e-10)
+    strengths = torch.tensor([0.0, 0.5, -1.0], dtype=torch.float64)
+    swept = vmap(lambda c: ll.apply(model, ll.scale(params, c), x))(strengths)
+    close(swept[1], ll.apply(model, ll.scale(params, 0.5), x), 1e-12)
+    assert ll.scale(params, 2.0).layout == params.layout
+
+
+@every
+def test_attention_output_projection_goes_by_weight(case: Case) -> None:
+    model = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
+    params = moved(ll.init(model, case.config(r=4)))
+    assert list(params) == ["out_proj"]
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    for need_weights in (True, False):
+        y, base = (f(x, x, x, need_weights=need_weights)[0] for f in (lambda *a, **k: ll.apply(model, params, *a, **k), model))
+        assert (y - base).abs().max() > 1e-3
+        close(y, ll.merged(model, params)(x, x, x, need_weights=need_weights)[0], 1e-10)
+        close(y, ll.bind(model, params)(x, x, x, need_weights=need_weights)[0], 1e-12)
+        with torch.no_grad():  # torch's fused kernel reads the weight without a call
+            close(y, ll.apply(model, params, x, x, x, need_weights=need_weights)[0], 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+@every
+def test_gradient_reaches_every_trainable_leaf_and_nothing_else(case: Case) -> None:
+    model, _, x = simple(case)
+    params = ll.init(model, case.config(r=4), seed=3)
+    trainable, frozen = ll.partition(params)
+    tensors = pytree.tree_map(lambda t: t.clone().requires_grad_(), trainable)
+    optimizer = torch.optim.SGD(leaves(tensors), lr=1e-2)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss(model, ll.combine(tensors, frozen), x).backward()
+        for path, names in tensors.items():
+            for name, t in names.items():
+                if isinstance(t, Tensor) and (step or name not in case.dead):
+                    assert t.grad is not None
+                    assert t.grad.abs().max() > 0, f"{path} {name} has no gradient at step {step}"
+        optimizer.step()
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    everything = grad(lambda p: loss(model, p, x))(params)
+    flags = params.layout.trainable
+    for path, names in everything.items():
+        for name, g in names.items():
+            assert flags[path][name] or not g.any(), f"frozen {path} {name} got a gradient"
+
+
+@every
+def test_grads_of_bound_module_and_functional_agree(case: Case) -> None:
+    model, params, x = simple(case)
+    bound = ll.bind(model, params)
+    bound(x).square().sum().backward()
+    expected = grad(lambda p: loss(model, p, x))(params)
+    for path in params:
+        held = dict(bound.get_submodule(path).named_parameters())
+        for name, g in expected[path].items():
+            if params.layout.trainable[path][name]:
+                close(held[f"adapter.0.{name}"].grad, g, 1e-10)
+    assert {n for n, p in bound.named_parameters() if p.requires_grad} == {
+        f"{path}.adapter.0.{name}" for path in params for name in params[path] if params.layout.trainable[path][name]
+    }
+    assert all(p.grad is None for p in model.parameters())
+
+
+@every
+def test_gradient_equals_that_of_merged_weights(case: Case) -> None:
+    model, params, x = simple(case)
+    direct = grad(lambda p: loss(model, p, x))(params)
+    through = grad(lambda p: _dense(model, p, x).square().sum())(params)
+    for path in params:
+        for name, g in direct[path].items():
+            if params.layout.trainable[path][name]:
+                close(g, through[path][name], 1e-9)
+    close(grad(lambda x: loss(model, params, x))(x), grad(lambda x: _dense(model, params, x).square().sum())(x), 1e-9)
+
+
+def _dense(model: nn.Module, params: Any, x: Tensor) -> Tensor:
+    """The model on merged weights; a bias the layer hasn't is impossible here, the model has them all."""
+    return functional_call(model, {k: v for k, v in ll.merge(model, params).items()}, (x,))
+
+
+@every
+def test_jvp_is_a_finite_difference(case: Case) -> None:
+    if not case.differentiable:
+        pytest.skip("a part of it is a constant for derivatives, by the method's design")
+    model, params, x = simple(case)
+    trainable, frozen = ll.partition(params)
+    tangent = pytree.tree_map(torch.randn_like, trainable)
+
+    def f(t: Any) -> Tensor:
+        return ll.apply(model, ll.combine(t, frozen), x)
+
+    _, slope = jvp(f, (trainable,), (tangent,))
+    h = 1e-5
+    ahead, behind = (f(pytree.tree_map(lambda t, v, s=s: t + s * v, trainable, tangent)) for s in (h, -h))
+    close(slope, (ahead - behind) / (2 * h), 1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+@every
+def test_vmap_over_a_stack_is_a_loop(case: Case) -> None:
+    model, params, x = simple(case)
+    several = [moved(params, seed) for seed in (1, 2, 3)]
+    stacked = ll.stack(several)
+    loop = torch.stack([ll.apply(model, p, x) for p in several])
+    close(vmap(lambda p: ll.apply(model, p, x))(stacked), loop, 1e-12)
+    xs = torch.randn(3, 6, 16, dtype=torch.float64)
+    close(vmap(lambda p, x: ll.apply(model, p, x))(stacked, xs), torch.stack([ll.apply(model, p, u) for p, u in zip(several, xs)]), 1e-12)
+    for a, b in zip(ll.unstack(stacked), several, strict=True):
+        assert all(torch.equal(u, v) for u, v in zip(leaves(a), leaves(b), strict=True))
+
+
+@every
+def test_grad_and_vmap_commute(case: Case) -> None:
+    model, params, x = simple(case)
+    several = [moved(params, seed) for seed in (1, 2)]
+    stacked = ll.stack(several)
+    per_member = vmap(grad(lambda p: loss(model, p, x)))(stacked)
+    at_once = grad(lambda s: vmap(lambda p: loss(model, p, x))(s).sum())(stacked)
+    close(per_member, at_once, 1e-10)
+    close(per_member, ll.stack([grad(lambda p: loss(model, p, x))(p) for p in several]), 1e-10)
+
+
+@every
+def test_per_sample_gradients_are_a_loop(case: Case) -> None:
+    model, params, x = simple(case)
+    per_sample = vmap(grad(lambda p, x: loss(model, p, x)), in_dims=(None, 0))(params, x)
+    close(per_sample, ll.stack([grad(lambda p, u=u: loss(model, p, u))(params) for u in x]), 1e-10)
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+@every
+def test_one_full_graph_serves_many_adapters(case: Case) -> None:
+    torch._dynamo.reset()
+    model, _, x = simple(case)
+    counter = CompileCounter()
+    compiled = torch.compile(lambda p, x: ll.apply(model, p, x), backend=counter, fullgraph=True)
+    for alpha in (16.0, 8.0, 3.0):
+        params = moved(ll.init(model, case.config(r=4, alpha=alpha), seed=int(alpha)), seed=int(alpha))
+        close(compiled(params, x), ll.apply(model, params, x), 1e-10)
+    assert counter.frame_count == 1
+    step = torch.compile(lambda p, x: grad(lambda p: loss(model, p, x))(p), backend="eager", fullgraph=True)
+    close(step(params, x), grad(lambda p: loss(model, p, x))(params), 1e-10)
+    sweep = torch.compile(lambda s, x: vmap(lambda p: ll.apply(model, p, x))(s), backend="eager", fullgraph=True)
+    stacked = ll.stack([params, moved(params)])
+    close(sweep(stacked, x), vmap(lambda p: ll.apply(model, p, x))(stacked), 1e-10)
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------------- values
+@every
+@given(s=situations(DTYPES))
+def test_save_then_load_is_bit_equal(case: Case, s: dict[str, Any], tmp_path_factory: Any) -> None:
+    model, params, x = build(case, s)
+    file = Path(tmp_path_factory.mktemp("files")) / "a.safetensors"
+    ll.save(params, file)
+    again = ll.load(file, model)
+    assert again.config == params.config
+    assert hash(again.config) == hash(params.config)
+    assert again.layout == params.layout
+    assert same_state(tuple((t,) for t in leaves(again)), tuple((t,) for t in leaves(params)))
+    assert torch.equal(ll.apply(model, again, x), ll.apply(model, params, x))
+
+
+@every
+def test_copies_pickles_and_trees(case: Case) -> None:
+    model, params, x = simple(case)
+    y = ll.apply(model, params, x)
+    for again in (copy.deepcopy(params), copy.copy(params), pickle.loads(pickle.dumps(params)), optree.tree_map(torch.clone, params)):
+        assert isinstance(again, ll.Adapter)
+        assert again.layout == params.layout
+        assert torch.equal(ll.apply(model, again, x), y)
+    bound = ll.bind(model, params)
+    for twin in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+        assert torch.equal(twin(x), y)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+    assert torch.equal(bound(x), y)
+
+
+# ------------------------------------------------------------------------------------------------- nothing is written
+@every
+@given(s=situations(DTYPES))
+def test_the_model_is_never_written(case: Case, s: dict[str, Any]) -> None:
+    model, params, x = build(case, s)
+    before = snapshot(model)
+    ll.init(model, case.config(**s["config"]))
+    ll.apply(model, params, x)
+    ll.bind(model, params).train().to(torch.float32)
+    ll.merge(model, params)
+    ll.merged(model, params)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size|dimension|expected"):
+        ll.apply(model, params, x[..., :3])
+    assert same_state(before, snapshot(model))
+
+
+@every
+def test_many_threads_at_once(case: Case) -> None:
+    model, params, x = simple(case)
+    before = snapshot(model)
+    several = [moved(params, seed) for seed in range(4)]
+    expected = [ll.apply(model, p, x) for p in several]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(20) if not torch.equal(ll.apply(model, several[i], x), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert same_state(before, snapshot(model))
