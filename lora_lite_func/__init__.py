@@ -13,13 +13,34 @@ from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError,
 from .initialization import init, targets
 from .spec import ParamSpec, Site, Variant, register
 from .transforms import cast, combine, num_params, partition, scale, stack, summary, unstack
-from .variants import DeLoRAConfig, DoRAConfig, HRAConfig, IA3Config, IA3FFConfig, LoRAConfig, PiSSAConfig, ROADConfig, variants
+from .variants import (
+    AdaLoRAConfig,
+    BitFitConfig,
+    BOFTConfig,
+    DeLoRAConfig,
+    DoRAConfig,
+    HRAConfig,
+    IA3Config,
+    IA3FFConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoRAConfig,
+    OFTConfig,
+    OLoRAConfig,
+    PiSSAConfig,
+    ROADConfig,
+    VeRAConfig,
+    variants,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRAConfig",
     "Adapter",
     "AdapterConfig",
+    "BOFTConfig",
+    "BitFitConfig",
     "CheckpointError",
     "ConfigError",
     "DeLoRAConfig",
@@ -27,8 +48,12 @@ __all__ = [
     "HRAConfig",
     "IA3Config",
     "IA3FFConfig",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoRAConfig",
     "LoraLiteError",
+    "OFTConfig",
+    "OLoRAConfig",
     "ParamSpec",
     "PiSSAConfig",
     "ROADConfig",
@@ -37,6 +62,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "Variant",
+    "VeRAConfig",
     "apply",
     "bind",
     "cast",

@@ -37,7 +37,12 @@ def _fixed(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
     return lambda **kw: cls(**{**fixed, **kw})
 
 
+def _set(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
+    return lambda **kw: cls(**{**kw, **fixed})
+
+
 A = frozenset({"lora_A"})
+W2 = frozenset({"lora_w2", "lora_w2_a", "lora_w2_b"})
 
 CASES = (
     Case("lora", _fixed(ll.LoRAConfig), dead=A),
@@ -55,4 +60,18 @@ CASES = (
     Case("road_1", _fixed(ll.ROADConfig, group_size=4)),
     Case("road_2", _fixed(ll.ROADConfig, mode="road_2", group_size=8)),
     Case("road_4", _fixed(ll.ROADConfig, mode="road_4", group_size=4)),
+    Case("olora", _fixed(ll.OLoRAConfig)),
+    Case("loha", _fixed(ll.LoHaConfig), dead=frozenset({"lora_w1_a", "lora_w1_b", "lora_w2_a"})),
+    Case("lokr", _fixed(ll.LoKrConfig), dead=W2),
+    Case("lokr_both", _set(ll.LoKrConfig, factor=8, decompose_both=True, r=2), dead=W2 | {"lora_w1_b"}),
+    Case("vera", _fixed(ll.VeRAConfig), dead=frozenset({"lora_vera_d"})),
+    Case("oft_2", _fixed(ll.OFTConfig, block_size=2)),
+    Case("oft_4", _fixed(ll.OFTConfig, block_size=4)),
+    Case("oft_8", _fixed(ll.OFTConfig, block_size=8)),
+    Case("oft_neumann", _fixed(ll.OFTConfig, block_size=4, cayley="neumann")),
+    Case("oft_share", _fixed(ll.OFTConfig, block_size=4, block_share=True)),
+    Case("boft", _fixed(ll.BOFTConfig, block_size=4)),
+    Case("boft_2", _fixed(ll.BOFTConfig, block_size=2, m=3)),
+    Case("adalora", _fixed(ll.AdaLoRAConfig), dead=A | {"lora_B"}),
+    Case("bitfit", _fixed(ll.BitFitConfig)),
 )

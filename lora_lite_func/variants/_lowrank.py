@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..spec import Site
 
-__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "top_svd"]
+__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "top_svd"]
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,3 +92,13 @@ def top_svd(W: Tensor, r: int, niter: int | None, gen: torch.Generator) -> tuple
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)  # (k, k), (k,), (k, d_in)
     return (Q @ U)[:, :r], S[:r], Vh[:r]
+
+
+def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
+    """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's dtype."""
+    h = cast(h, B.dtype)
+    if not isinstance(s, float):
+        h, s = h * s, 1.0
+    if h.dtype == y.dtype == B.dtype:
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=s).view(y.shape)
+    return (y + F.linear(h if s == 1.0 else h * s, B)).to(y.dtype)

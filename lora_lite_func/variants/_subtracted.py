@@ -1,0 +1,45 @@
+"""Methods that start at non-zero factors and subtract their frozen start: y' = y + s (B A - B0 A0) x. They differ in the start alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..spec import Layer, Params, ParamSpec, Site
+from . import _lowrank
+
+__all__ = ["outputs", "param_specs", "prepare", "scale", "weight"]
+
+
+def param_specs(site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_A (r, d_in), lora_B (d_out, r), and their frozen starts."""
+    a, b = (site.r, site.d_in), (site.d_out, site.r)
+    return {
+        "lora_A": ParamSpec(a),
+        "lora_B": ParamSpec(b),
+        "lora_A0": ParamSpec(a, trainable=False),
+        "lora_B0": ParamSpec(b, trainable=False),
+    }
+
+
+def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The update as one factor pair of rank 2r."""
+    return _lowrank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"])  # (2r, d_in), (d_out, 2r)
+
+
+def outputs(cfg: AdapterConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (B A - B0 A0) x."""
+    return _lowrank.add(y, x, *d, site.scale)
+
+
+def weight(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s (B A - B0 A0)."""
+    A, B = _lowrank.difference(*(p[n].to(W.dtype) for n in ("lora_A", "lora_B", "lora_A0", "lora_B0")))
+    return _lowrank.add_dense(W, A, B, site.scale), b
+
+
+def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """Both terms times c."""
+    return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}

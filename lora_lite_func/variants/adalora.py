@@ -1,0 +1,76 @@
+"""AdaLoRA: a low-rank update in the form of a singular value decomposition, whose values can be pruned during training.
+
+    y' = y + s ((x Q^T) * lam) P^T      Q lora_A (r, d_in), lam lora_E (r,), P lora_B (d_out, r), s = alpha / r
+
+Paper: Zhang et al. 2023, arXiv 2303.10512. P and Q are kept near orthonormal by a penalty in the loss, not by their form.
+Identity at the start: lam = 0. Needs only x and y. (PEFT divides by r + 1e-5.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..rng import normal
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+_STD = 0.02  # of the start of P and Q, as in the released code
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r is the rank before any pruning), and:
+
+    Args:
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "AdaLoRAConfig.dropout")
+
+
+def param_specs(cfg: AdaLoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_A (r, d_in), lora_E (r,), lora_B (d_out, r)."""
+    return {
+        "lora_A": ParamSpec((site.r, site.d_in), normal(_STD)),
+        "lora_E": ParamSpec((site.r,)),
+        "lora_B": ParamSpec((site.d_out, site.r), normal(_STD)),
+    }
+
+
+def prepare(cfg: AdaLoRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
+    """diag(lam) Q, (r, d_in)."""
+    return p["lora_E"][:, None] * p["lora_A"]
+
+
+def outputs(cfg: AdaLoRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (x (diag(lam) Q)^T) P^T."""
+    return _lowrank.add(y, x, d, p["lora_B"], site.scale)
+
+
+def weight(cfg: AdaLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s P diag(lam) Q."""
+    return _lowrank.add_dense(W, p["lora_E"].to(W.dtype)[:, None] * p["lora_A"].to(W.dtype), p["lora_B"], site.scale), b
+
+
+def scale(cfg: AdaLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """lam times c."""
+    return {**p, "lora_E": p["lora_E"] * c}
+
+
+VARIANT = Variant(
+    name="adalora",
+    config=AdaLoRAConfig,
+    paper="Zhang et al. 2023, arXiv 2303.10512",
+    param_specs=param_specs,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+)

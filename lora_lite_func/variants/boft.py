@@ -1,0 +1,128 @@
+"""BOFT: the input goes through a product of sparse rotations, each mixing blocks further apart, and each output has a scale.
+
+    y' = s * (W (x R)) + b,  W' = diag(s) W R^T,  R = M_{m-1} ... M_0,  M_i = P_i diag(R_i1 ... R_in) P_i^T
+    P_i: in each run of b 2^i features, the even half-blocks first, then the odd ones (P_0 is the identity)
+
+Paper: Liu et al. 2023, arXiv 2311.06243. The permutations are reshapes here; the released code multiplies by dense ones.
+R_ij = (I + Q)(I - Q)^-1 as in OFT (the released code and PEFT have the inverse: negate q).
+Identity at the start: Q = 0 and s = 1, exactly. Needs only x and y. r and alpha have no part in this method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..errors import ConfigError, UnsupportedError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _blocks, _cayley, _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFTConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r and alpha have no part in this method), and:
+
+    Args:
+        block_size: features per block, even unless m is 1; must divide d_in.
+        m: number of butterfly factors; d_in must be divisible by block_size * 2^(m - 1).
+    """
+
+    block_size: int = 4
+    m: int = 2
+
+    def validate(self) -> None:
+        if self.block_size < 2 or (self.m > 1 and self.block_size % 2):
+            raise ConfigError(f"BOFTConfig.block_size: expected at least 2, and even for half-blocks to swap, found {self.block_size}")
+        if self.m < 1:
+            raise ConfigError(f"BOFTConfig.m: expected at least one factor, found {self.m}")
+
+
+class Prepared(NamedTuple):
+    """E = R - I of every block (m, n, b, b); gain s (d_out,); shift = (1 - s) b or None (d_out,)."""
+
+    E: Tensor
+    gain: Tensor
+    shift: Tensor | None
+
+
+def param_specs(cfg: BOFTConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_boft_q (m, n, b (b - 1) / 2), lora_boft_s (d_out,).
+
+    Raises:
+        UnsupportedError: d_in has no such butterfly.
+    """
+    _blocks.check_divides("BOFT", "block_size", cfg.block_size, site.d_in, "d_in", even=cfg.m > 1)
+    span = cfg.block_size * 2 ** (cfg.m - 1)
+    if site.d_in % span:
+        most = next(m for m in range(cfg.m, 0, -1) if site.d_in % (cfg.block_size * 2 ** (m - 1)) == 0)
+        raise UnsupportedError(
+            f"BOFT with block_size={cfg.block_size} and m={cfg.m} mixes runs of {span} features, expected d_in divisible by it, "
+            f"found d_in={site.d_in}; m={most} fits"
+        )
+    return {
+        "lora_boft_q": ParamSpec((cfg.m, site.d_in // cfg.block_size, _cayley.pairs(cfg.block_size)), dtype=torch.float32),
+        "lora_boft_s": ParamSpec((site.d_out,), "ones", dtype=torch.float32),
+    }
+
+
+def prepare(cfg: BOFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
+    """All blocks' E at once, and the scale with what it must not do to the bias."""
+    s = p["lora_boft_s"]
+    shift = None if layer.bias is None else (1.0 - s) * layer.bias
+    return Prepared(_cayley.minus_identity(p["lora_boft_q"], cfg.block_size), s, shift)
+
+
+def _factor(x: Tensor, E: Tensor, i: int) -> Tensor:
+    """x M_i = x + P_i [(P_i^T x) E], for row vectors x (..., d_in)."""
+    if i == 0:
+        return x + _blocks.product(x, E)
+    half = E.shape[-1] // 2
+    apart = x.unflatten(-1, (-1, 2, 2**i, half)).transpose(-3, -2)  # the run's two halves interleaved
+    turned = _blocks.product(apart.flatten(-4), E)
+    return x + turned.unflatten(-1, (-1, 2**i, 2, half)).transpose(-3, -2).flatten(-4)
+
+
+def _turn(x: Tensor, E: Tensor, transposed: bool = False) -> Tensor:
+    """x R, or x R^T."""
+    order = range(E.shape[0]) if transposed else reversed(range(E.shape[0]))
+    for i in order:
+        x = _factor(x, E[i].mT if transposed else E[i], i)
+    return x
+
+
+def inputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, site: Site) -> Tensor:
+    """x R."""
+    return _turn(x, d.E)
+
+
+def outputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """s * (y - b) + b."""
+    return (y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)).to(y.dtype)
+
+
+def weight(cfg: BOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """diag(s) W R^T, b."""
+    E = _cayley.minus_identity(p["lora_boft_q"].to(_lowrank.core_dtype(W.dtype)), cfg.block_size)
+    return p["lora_boft_s"].to(W.dtype)[:, None] * _turn(W, E, transposed=True), b
+
+
+def scale(cfg: BOFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """Q times c, the scale moved along its line from 1."""
+    return {"lora_boft_q": p["lora_boft_q"] * c, "lora_boft_s": 1.0 + c * (p["lora_boft_s"] - 1.0)}
+
+
+VARIANT = Variant(
+    name="boft",
+    config=BOFTConfig,
+    paper="Liu et al. 2023, arXiv 2311.06243",
+    param_specs=param_specs,
+    prepare=prepare,
+    inputs=inputs,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+)

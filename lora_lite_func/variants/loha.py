@@ -1,0 +1,91 @@
+"""LoHa: the update is the elementwise product of two low-rank matrices, so its rank goes up to r^2.
+
+    W' = W + s (B1 A1) * (B2 A2)      B1, B2 (d_out, r); A1, A2 (r, d_in); s = alpha / r
+    Khatri-Rao:  (B1 A1) * (B2 A2) = Bk Ak,   Bk[o, ij] = B1[o, i] B2[o, j] (d_out, r^2),   Ak[ij] = A1[i] * A2[j] (r^2, d_in)
+
+Papers: FedPara, Hyeon-Woo, Ye-Bin and Oh 2021, arXiv 2108.06098; LyCORIS, Yeh et al. 2023, arXiv 2309.14859.
+The branch is a LoRA of rank r^2; where that costs more than the layer itself, the update is built instead (a choice by sizes alone).
+Identity at the start: A2 = 0. Needs only x and y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..rng import kaiming
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; the update has rank r^2), and:
+
+    Args:
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "LoHaConfig.dropout")
+
+
+def param_specs(cfg: LoHaConfig, site: Site) -> dict[str, ParamSpec]:
+    """B1 lora_w1_a, A1 lora_w1_b, B2 lora_w2_a, A2 lora_w2_b."""
+    a, b = (site.r, site.d_in), (site.d_out, site.r)
+    return {
+        "lora_w1_a": ParamSpec(b, kaiming),
+        "lora_w1_b": ParamSpec(a, kaiming),
+        "lora_w2_a": ParamSpec(b, kaiming),
+        "lora_w2_b": ParamSpec(a),
+    }
+
+
+def _dense(p: Params) -> Tensor:
+    """(B1 A1) * (B2 A2), (d_out, d_in)."""
+    return (p["lora_w1_a"] @ p["lora_w1_b"]) * (p["lora_w2_a"] @ p["lora_w2_b"])
+
+
+def prepare(cfg: LoHaConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """(Ak, Bk) of rank r^2, or (the dense update, None) where that is cheaper."""
+    if site.r**2 * (site.d_in + site.d_out) > site.d_in * site.d_out:
+        return _dense(p), None
+    B = (p["lora_w1_a"].unsqueeze(2) * p["lora_w2_a"].unsqueeze(1)).flatten(1)  # (d_out, r^2)
+    A = (p["lora_w1_b"].unsqueeze(1) * p["lora_w2_b"].unsqueeze(0)).flatten(0, 1)  # (r^2, d_in)
+    return A, B
+
+
+def outputs(cfg: LoHaConfig, p: Params, d: tuple[Tensor, Tensor | None], x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (x Ak^T) Bk^T."""
+    A, B = d
+    if B is None:
+        return (y + F.linear(_lowrank.cast(x, A.dtype), A * site.scale)).to(y.dtype)
+    return _lowrank.add(y, x, A, B, site.scale)
+
+
+def weight(cfg: LoHaConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s (B1 A1) * (B2 A2)."""
+    return W + _dense({name: t.to(W.dtype) for name, t in p.items()}) * site.scale, b
+
+
+def scale(cfg: LoHaConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """One factor times c."""
+    return {**p, "lora_w2_b": p["lora_w2_b"] * c}
+
+
+VARIANT = Variant(
+    name="loha",
+    config=LoHaConfig,
+    paper="Hyeon-Woo, Ye-Bin and Oh 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859",
+    param_specs=param_specs,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+)

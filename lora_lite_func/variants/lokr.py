@@ -1,0 +1,134 @@
+"""LoKr: the update is a Kronecker product of a small matrix and a larger one, the larger of low rank if that is smaller.
+
+    W' = W + s W1 (x) W2      W1 (l, m), W2 (k, n), d_out = l k, d_in = m n;  W2 = W2a W2b of rank r if r < max(k, n) / 2
+    vec trick:  X = x.view(m, n),   y' = y + s (W1 X W2^T).view(d_out)          s = alpha / r, or 1 if neither factor is low-rank
+
+Papers: LyCORIS, Yeh et al. 2023, arXiv 2309.14859; the Kronecker adapter is KronA, Edalati et al. 2022, arXiv 2212.10650.
+As in LyCORIS the smaller factor of a dimension is W1's, and two full matrices have no rank to divide by (PEFT divides, and doesn't swap).
+Identity at the start: W1 = 0. Needs only x and y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..errors import ConfigError
+from ..rng import kaiming
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        factor: how a dimension is split in two: -1 for the most square split; else the largest divisor of at most that.
+        decompose_both: W1 of low rank too, where that is smaller.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    factor: int = -1
+    decompose_both: bool = False
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "LoKrConfig.dropout")
+        if self.factor < 1 and self.factor != -1:
+            raise ConfigError(f"LoKrConfig.factor: expected -1 (most square) or at least 1, found {self.factor}")
+
+
+def split(width: int, factor: int) -> tuple[int, int]:
+    """(small, large) with small * large = width: `factor` and its cofactor if it divides, else the largest divisor below."""
+    if factor > 0 and width % factor == 0:
+        return min(factor, width // factor), max(factor, width // factor)
+    most = min(width if factor == -1 else factor, int(width**0.5))
+    small = next(m for m in range(most, 0, -1) if width % m == 0)
+    return small, width // small
+
+
+class _Shape(NamedTuple):
+    """W1 (l, m), W2 (k, n), and which of them is a full matrix."""
+
+    l: int  # noqa: E741
+    m: int
+    k: int
+    n: int
+    full1: bool
+    full2: bool
+
+
+def _shape(cfg: LoKrConfig, site: Site) -> _Shape:
+    (l, k), (m, n) = split(site.d_out, cfg.factor), split(site.d_in, cfg.factor)  # noqa: E741
+    full1 = not cfg.decompose_both or site.r >= max(l, m) / 2
+    return _Shape(l, m, k, n, full1, site.r >= max(k, n) / 2)
+
+
+def param_specs(cfg: LoKrConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_w1 (l, m) or its factors lora_w1_a (l, r), lora_w1_b (r, m); lora_w2 (k, n) or lora_w2_a (k, r), lora_w2_b (r, n)."""
+    s = _shape(cfg, site)
+    if s.full1:
+        specs = {"lora_w1": ParamSpec((s.l, s.m))}
+    else:
+        specs = {"lora_w1_a": ParamSpec((s.l, site.r)), "lora_w1_b": ParamSpec((site.r, s.m), kaiming)}
+    if s.full2:
+        return specs | {"lora_w2": ParamSpec((s.k, s.n), kaiming)}
+    return specs | {"lora_w2_a": ParamSpec((s.k, site.r), kaiming), "lora_w2_b": ParamSpec((site.r, s.n), kaiming)}
+
+
+def _factor(p: Params, name: str) -> Tensor:
+    return p[name] if name in p else p[name + "_a"] @ p[name + "_b"]
+
+
+def prepare(cfg: LoKrConfig, p: Params, site: Site, layer: Layer) -> Tensor:
+    """s W1, (l, m)."""
+    return _factor(p, "lora_w1") * site.scale
+
+
+def outputs(cfg: LoKrConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + (s W1 X W2^T).view(d_out)."""
+    h = _lowrank.cast(x, d.dtype).unflatten(-1, (d.shape[1], -1))  # (..., m, n)
+    low = "lora_w2" not in p
+    h = torch.einsum("lm,...mn->...ln", d, F.linear(h, p["lora_w2_b" if low else "lora_w2"]))  # (..., l, r or k)
+    if low:
+        h = F.linear(h, p["lora_w2_a"])  # (..., l, k)
+    return (y + h.flatten(-2)).to(y.dtype)
+
+
+def weight(cfg: LoKrConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s W1 (x) W2."""
+    q = {name: t.to(W.dtype) for name, t in p.items()}
+    W1, W2 = _factor(q, "lora_w1") * site.scale, _factor(q, "lora_w2")
+    blocks = W1[:, None, :, None] * W2[None, :, None, :]  # (l, k, m, n)
+    return W + blocks.flatten(2, 3).flatten(0, 1), b
+
+
+def scale(cfg: LoKrConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """W1 times c."""
+    name = "lora_w1" if "lora_w1" in p else "lora_w1_a"
+    return {**p, name: p[name] * c}
+
+
+def factor(cfg: LoKrConfig, site: Site) -> float:
+    """alpha / r, or 1 where both factors are full."""
+    s = _shape(cfg, site)
+    return 1.0 if s.full1 and s.full2 else site.alpha / site.r
+
+
+VARIANT = Variant(
+    name="lokr",
+    config=LoKrConfig,
+    paper="Yeh et al. 2023, arXiv 2309.14859",
+    param_specs=param_specs,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    factor=factor,
+)

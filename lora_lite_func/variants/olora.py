@@ -1,0 +1,64 @@
+"""OLoRA: start from the orthonormal basis of the weight's first columns, subtracted rather than taken out of W.
+
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
+    W = Q R (Householder, unpivoted):   B0 = Q[:, :r],   A0 = R[:r]
+
+Paper: Büyükakyüz 2024, arXiv 2406.01775 (there W is rewritten; here it is left as it is).
+Q_r R_r is the first r columns of W and a part of the others: the start depends on the order of the input channels.
+Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W once, for the decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..spec import ParamSpec, Site, Variant
+from . import _lowrank, _subtracted
+
+
+@dataclass(frozen=True, kw_only=True)
+class OLoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "OLoRAConfig.dropout")
+
+
+def param_specs(cfg: OLoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_A, lora_B and their frozen starts."""
+    _lowrank.check_rank(site, "OLoRA")
+    return _subtracted.param_specs(site)
+
+
+def init(
+    cfg: OLoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """The first r columns of Q and rows of R."""
+    Q, R = torch.linalg.qr(weight)  # (d_out, k), (k, d_in)
+    A, B = R[: site.r], Q[:, : site.r]
+    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+
+
+VARIANT = Variant(
+    name="olora",
+    config=OLoRAConfig,
+    paper="Büyükakyüz 2024, arXiv 2406.01775",
+    param_specs=param_specs,
+    init=init,
+    prepare=_subtracted.prepare,
+    outputs=_subtracted.outputs,
+    weight=_subtracted.weight,
+    scale=_subtracted.scale,
+    needs=frozenset({"weight"}),
+)
