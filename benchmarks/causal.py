@@ -50,7 +50,7 @@ class CausalTask:
     seed: int = 0
     device: str = "cpu"
     max_new_tokens: int = 300
-    title: str = "responses to prompts"
+    title: str = ""
     metric: str = "exact match"
     baseline: str = "base"
     reference: str = "the bare base's forward on the same batch, no graph and no update"
@@ -142,7 +142,8 @@ def load(
     test = pairs(held_out)[:limit] if held_out else rows[cut:]
     if not rows[:cut] or not test:
         raise SystemExit(f"{file}: {cut} pairs to learn and {len(test)} held out are too few")
-    return CausalTask(_model(source, device), tokenizer, source, rows[:cut], test, batch, seed, device, max_new_tokens)
+    title = f"Responses to prompts: {cut:,} pairs to learn, {len(test):,} held out"
+    return CausalTask(_model(source, device), tokenizer, source, rows[:cut], test, batch, seed, device, max_new_tokens, title)
 
 
 def _model(source: Path, device: str) -> Any:

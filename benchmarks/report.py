@@ -116,13 +116,13 @@ def plot(file: Path, task: Task, runs: Sequence[Run]) -> None:
     epochs = len(runs[0].scores)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for i, run in enumerate(runs):
-        style = {"color": "0.45", "linestyle": "--"} if not run.params else {"color": f"C{i - 1}"}
+        style = {"color": "0.45", "linestyle": "--"} if not run.params else {"color": f"C{i - 1}", "linestyle": "-" if i <= 10 else "-."}
         if run.losses:
             left.plot(*_smoothed(run.losses, epochs), **style, linewidth=1.6)
         right.plot(range(1, epochs + 1), run.scores, **style, marker="o", markersize=4, linewidth=1.6)
-    left.set(xlabel="epoch", ylabel=f"training loss (mean of {_window(runs[-1].losses, epochs)} steps)", title="Training loss")
-    right.set(xlabel="epoch", ylabel=f"{task.metric} on held-out data", title=f"Held-out {task.metric}")
-    right.set_xticks(range(1, epochs + 1))
+    left.set(xlabel="epoch", ylabel=f"training loss (mean of {_window(runs[-1].losses, epochs)} steps)", xlim=(0, epochs))
+    right.set(xlabel="epoch", ylabel=f"{task.metric} on held-out data", xticks=range(1, epochs + 1))
+    left.set_xticks(range(epochs + 1))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)

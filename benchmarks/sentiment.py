@@ -21,6 +21,7 @@ __all__ = ["TARGETS", "SentimentTask", "load", "minilm", "words"]
 TARGETS = r"attention\.self\.(query|value)$"
 HELD_OUT = 0.2
 EVAL_BATCH = 256
+WINDOW = 4  # batches that are sorted together
 
 
 @dataclass
@@ -35,7 +36,7 @@ class SentimentTask:
     batch: int = 32
     seed: int = 0
     device: str = "cpu"
-    title: str = "sentiment of words"
+    title: str = ""
     metric: str = "Pearson r"
     baseline: str = "head-only"
     reference: str = "the head-only step: the same encoder forward, no graph, and an update of the head"
@@ -49,7 +50,11 @@ class SentimentTask:
         """The training words, shuffled by (seed, epoch), encoded."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch)).tolist()
         rows = [self.train[i] for i in order]
-        return [self._encoded(rows[i : i + self.batch]) for i in range(0, len(rows), self.batch)]
+        window = WINDOW * self.batch  # within it, words of like length share a batch: a third less padding
+        rows = [row for i in range(0, len(rows), window) for row in sorted(rows[i : i + window], key=_length)]
+        starts = range(0, len(rows), self.batch)
+        mixed = torch.randperm(len(starts), generator=torch.Generator().manual_seed(epoch)).tolist()
+        return [self._encoded(rows[starts[i] : starts[i] + self.batch]) for i in mixed]
 
     def _encoded(self, rows: list[tuple[str, float]]) -> Batch:
         tokens = self.tokenizer([word for word, _ in rows], padding=True, return_tensors="pt")
@@ -96,9 +101,14 @@ def load(source: Path | None, *, batch: int, seed: int, device: str, limit: int 
     rows = list(words().items())
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:limit]
     cut = round((1.0 - HELD_OUT) * len(order))
-    train, held_out = ([rows[i] for i in part] for part in (order[:cut], order[cut:]))
+    train, held_out = [rows[i] for i in order[:cut]], sorted((rows[i] for i in order[cut:]), key=_length)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return SentimentTask(_encoder(source, device), tokenizer, source, train, held_out, batch, seed, device)
+    title = f"Sentiment ratings (-4 to 4): {len(train):,} words to learn, {len(held_out):,} held out"
+    return SentimentTask(_encoder(source, device), tokenizer, source, train, held_out, batch, seed, device, title)
+
+
+def _length(row: tuple[str, float]) -> int:
+    return len(row[0])
 
 
 def _encoder(source: Path, device: str) -> Any:

