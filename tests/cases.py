@@ -41,6 +41,11 @@ def _set(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
     return lambda **kw: cls(**{**kw, **fixed})
 
 
+def _randlora(**kw: Any) -> ll.AdapterConfig:
+    """Its random maps have entries of size 1, so that noise on lambda and gamma makes an update far larger than the weights."""
+    return ll.RandLoRAConfig(**{**kw, "alpha": kw.get("alpha", 16.0) / 64})
+
+
 A = frozenset({"lora_A"})
 W2 = frozenset({"lora_w2", "lora_w2_a", "lora_w2_b"})
 
@@ -74,4 +79,23 @@ CASES = (
     Case("boft_2", _fixed(ll.BOFTConfig, block_size=2, m=3)),
     Case("adalora", _fixed(ll.AdaLoRAConfig), dead=A | {"lora_B"}),
     Case("bitfit", _fixed(ll.BitFitConfig)),
+    Case("c3a", _fixed(ll.C3AConfig, block_size=4)),
+    Case("c3a_1", _fixed(ll.C3AConfig, block_size=1)),
+    Case("fourierft", _fixed(ll.FourierFTConfig, n_frequency=24)),
+    Case("miss", _fixed(ll.MiSSConfig)),
+    Case("miss_padded", _set(ll.MiSSConfig, r=7)),
+    Case("miss_mini", _fixed(ll.MiSSConfig, mode="mini", mini_r=4)),
+    Case("miss_bat", _fixed(ll.MiSSConfig, mode="bat")),
+    Case("ssvd", _fixed(ll.SSVDConfig)),
+    Case("ssvd_cayley", _fixed(ll.SSVDConfig, mode="cayley")),
+    Case("antipasto", _set(ll.AntiPaSTOConfig, r=8)),
+    Case("antipasto_U", _fixed(ll.AntiPaSTOConfig, block_size=2, basis="U", max_angle=0.5)),
+    Case("antipasto_none", _fixed(ll.AntiPaSTOConfig, basis="none")),
+    Case("randlora", _randlora, dead=frozenset({"lora_gamma"})),
+    Case("gralora", _fixed(ll.GraLoRAConfig), dead=A),
+    Case("gralora_hybrid", _fixed(ll.GraLoRAConfig, hybrid_r=3), dead=A | {"lora_A_whole"}),
+    Case("shira_rand", _set(ll.SHiRAConfig, r=2)),
+    Case("shira_struct", _set(ll.SHiRAConfig, r=2, mask="struct")),
+    Case("shira_magnitude", _set(ll.SHiRAConfig, r=2, mask="magnitude")),
+    Case("hira", _fixed(ll.HiRAConfig), dead=A),
 )

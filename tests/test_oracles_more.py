@@ -146,6 +146,136 @@ def _bitfit(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return W, p["lora_b"] if b is None else b + p["lora_b"]
 
 
+@oracle(ll.C3AConfig(block_size=4))
+@oracle(ll.C3AConfig(block_size=5), d_in=15, d_out=10)
+@oracle(ll.C3AConfig(block_size=8))
+def _c3a(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    rows = []
+    for kernels in p["lora_w"]:
+        circulants = [torch.stack([w.roll(shift) for shift in range(len(w))]) for w in kernels]  # the first row is w
+        rows.append(torch.cat(circulants, dim=1))
+    return W + torch.cat(rows) / W.shape[1], b
+
+
+@oracle(ll.FourierFTConfig(n_frequency=40))
+@oracle(ll.FourierFTConfig(n_frequency=15), d_in=7, d_out=9, what="odd")
+@oracle(ll.FourierFTConfig(n_frequency=30), d_in=6, d_out=5, what="all")
+def _fourierft(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    F = torch.zeros_like(W)
+    rows, columns = p["lora_idx"].long()
+    assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) == cfg.n_frequency
+    for j, k, c in zip(rows, columns, p["lora_c"], strict=True):
+        F[j, k] = c
+    return W + 150.0 * torch.fft.ifft2(F).real, b
+
+
+@oracle(ll.MiSSConfig(r=4))
+@oracle(ll.MiSSConfig(r=5), what="padded")
+@oracle(ll.MiSSConfig(r=4, mode="mini", mini_r=6), what="mini")
+def _miss(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    D, update = p["lora_D"], torch.zeros_like(W)
+    for o in range(W.shape[0]):
+        for i in range(W.shape[1]):
+            update[o, i] = D[i % cfg.r, o % D.shape[1]]
+    return W + update, b
+
+
+@oracle(ll.MiSSConfig(r=4, mode="bat"))
+@oracle(ll.MiSSConfig(r=8, mode="bat"))
+def _miss_bat(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    new, r = W.clone(), cfg.r
+    for o, D in enumerate(p["lora_D"]):
+        for i in range(W.shape[1] // r):
+            at = slice(o * r, (o + 1) * r), slice(i * r, (i + 1) * r)
+            new[at] = W[at] @ (torch.eye(r, dtype=W.dtype) + D) + D
+    return new, b
+
+
+@oracle(ll.SSVDConfig(r=4))
+@oracle(ll.SSVDConfig(r=4, mode="cayley"))
+@oracle(ll.SSVDConfig(r=16, mode="cayley"), d_in=24, d_out=16)
+def _ssvd(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    rest = U[:, cfg.r :] @ torch.diag(S[cfg.r :]) @ Vh[cfg.r :]
+    K, eye = skew(p["lora_rot_K"], cfg.r), torch.eye(cfg.r, dtype=W.dtype)
+    G = eye - 2 * K if cfg.mode == "first_order" else (eye - K) @ torch.linalg.inv(eye + K)
+    U, S, Vh = p["lora_U"], p["lora_S"], p["lora_Vh"]  # the same ones, in their stored signs
+    return U @ torch.diag(S + p["lora_delta_s"]) @ G @ Vh + rest, b
+
+
+@oracle(ll.AntiPaSTOConfig(r=8, block_size=4))
+@oracle(ll.AntiPaSTOConfig(r=8, block_size=4, basis="U"))
+@oracle(ll.AntiPaSTOConfig(r=6, block_size=2, max_angle=0.3), what="bounded")
+@oracle(ll.AntiPaSTOConfig(r=7, basis="none"))
+@oracle(ll.AntiPaSTOConfig(r=15, block_size=5), d_in=24, d_out=16)
+def _antipasto(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    rest = U[:, cfg.r :] @ torch.diag(S[cfg.r :]) @ Vh[cfg.r :]
+    U, S, Vh, n = p["lora_U"], p["lora_S"], p["lora_Vh"], cfg.block_size
+    R = torch.eye(cfg.r, dtype=W.dtype)
+    if cfg.basis != "none":
+        A = p["lora_rot"]
+        if cfg.max_angle:
+            a = 2 * torch.tan(torch.tensor(cfg.max_angle / 2, dtype=W.dtype))
+            A = a * torch.tanh(A / a)
+        eye = torch.eye(n, dtype=W.dtype)
+        R = blockdiag([torch.linalg.inv(eye - X) @ (eye + X) for X in (skew(q, n) / 2 for q in A)])
+        if cfg.max_angle:
+            assert torch.arccos(R.diagonal()).max() <= cfg.max_angle
+    middle = torch.diag(S + p["lora_delta_s"])
+    return U @ (R.mT @ middle if cfg.basis == "U" else middle @ R) @ Vh + rest, b
+
+
+@oracle(ll.RandLoRAConfig(r=3, alpha=6.0))
+@oracle(ll.RandLoRAConfig(r=4, alpha=8.0), d_in=24, d_out=16)
+@oracle(ll.RandLoRAConfig(r=5, alpha=10.0), d_in=16, d_out=16)
+def _randlora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    A, B, lam, gam = (p[n] for n in ("lora_rand_A", "lora_rand_B", "lora_lambda", "lora_gamma"))
+    parts = [B[:, j] @ torch.diag(lam[:, j]) @ A @ torch.diag(gam[j]) for j in range(gam.shape[0])]
+    assert len(parts) == -(-min(W.shape) // cfg.r)
+    close(B.std(), torch.ones((), dtype=W.dtype), 1e-6)
+    update = sum(parts)
+    return W + 2.0 * (update if W.shape[0] >= W.shape[1] else update.mT), b
+
+
+@oracle(ll.GraLoRAConfig(r=4, alpha=6.0))
+@oracle(ll.GraLoRAConfig(r=8, alpha=12.0, k=4, hybrid_r=0), what="k4")
+@oracle(ll.GraLoRAConfig(r=4, alpha=9.0, hybrid_r=2), what="hybrid")
+def _gralora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    A, B, k = p["lora_A"], p["lora_B"], cfg.k
+    group = [slice(g * cfg.r // k, (g + 1) * cfg.r // k) for g in range(k)]
+    rows = [torch.cat([B[j][:, group[n]] @ A[n][group[j]] for n in range(k)], dim=1) for j in range(k)]
+    update = torch.cat(rows)
+    if cfg.hybrid_r:
+        update = update + p["lora_B_whole"] @ p["lora_A_whole"]
+    return W + 1.5 * update, b
+
+
+@oracle(ll.SHiRAConfig(r=2))
+@oracle(ll.SHiRAConfig(r=2, mask="struct"))
+@oracle(ll.SHiRAConfig(r=3, mask="struct"), d_in=24, d_out=16)
+@oracle(ll.SHiRAConfig(r=2, mask="magnitude"))
+def _shira(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    places = p["lora_idx"].long().T.tolist()
+    assert len({tuple(place) for place in places}) == len(p["lora_v"])
+    new = W.clone()
+    for (o, i), v in zip(places, p["lora_v"], strict=True):
+        new[o, i] += v
+    if cfg.mask == "magnitude":
+        kept = torch.stack([W[o, i].abs() for o, i in places]).min()
+        assert (W.abs() > kept).sum() < len(places)
+    if cfg.mask == "struct":
+        touched = torch.zeros_like(W).index_put(tuple(p["lora_idx"].long()), torch.ones(len(places), dtype=W.dtype))
+        assert touched.diagonal().all()
+        assert touched.all(dim=0).sum() == touched.all(dim=1).sum() == cfg.r
+    return new, b
+
+
+@oracle(ll.HiRAConfig(r=4, alpha=6.0))
+def _hira(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    return W * (1.0 + 1.5 * p["lora_B"] @ p["lora_A"]), b
+
+
 # -------------------------------------------------------------------------------------------------------------- tests
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("formula", "cfg", "d_in", "d_out"), ORACLES)
@@ -195,9 +325,77 @@ def test_coft_projection_bounds_every_block_and_leaves_short_ones() -> None:
         (ll.BOFTConfig(block_size=4, m=3), 24, r"runs of 16 features.*d_in=24; m=2 fits"),
         (ll.BOFTConfig(block_size=4, m=2), 18, r"block_size=2 or 6"),
         (ll.OLoRAConfig(r=16), 12, r"rank of at most 12, found r=16"),
+        (ll.C3AConfig(block_size=8), 12, r"divisible by block_size=8, found d_in=12; block_size=4 or 6 or 12 fits"),
+        (ll.C3AConfig(block_size=5), 15, r"found d_out=24"),
+        (ll.MiSSConfig(r=5, mode="bat"), 15, r"mode 'bat'.*r=5, found d_out=24"),
+        (ll.MiSSConfig(mode="mini", mini_r=5), 15, r"mini_r=5, found d_out=24"),
+        (ll.FourierFTConfig(n_frequency=200), 8, r"at most d_out \* d_in = 192, found 200"),
+        (ll.GraLoRAConfig(r=6, k=4), 8, r"r into equal blocks, expected it divisible by k=4, found r=6"),
+        (ll.SHiRAConfig(r=8), 8, r"found only 24 x 8 with r=8"),
+        (ll.SSVDConfig(r=16), 12, r"rank of at most 12"),
     ],
-    ids=repr,
 )
 def test_what_does_not_divide_is_refused_with_what_fits(cfg: ll.AdapterConfig, d_in: int, match: str) -> None:
     with pytest.raises(ll.UnsupportedError, match=match):
         ll.init(nn.Linear(d_in, 24), cfg)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ll.OFTConfig(block_size=1), r"block_size: .*at least 2, found 1"),
+        (lambda: ll.OFTConfig(coft_eps=0.0), r"coft_eps: expected a positive bound"),
+        (lambda: ll.BOFTConfig(block_size=3), r"even for half-blocks"),
+        (lambda: ll.BOFTConfig(m=0), r"m: expected at least one factor"),
+        (lambda: ll.LoKrConfig(factor=0), r"factor: expected -1"),
+        (lambda: ll.C3AConfig(block_size=0), r"block_size: expected at least 1"),
+        (lambda: ll.FourierFTConfig(n_frequency=0), r"n_frequency: expected at least 1"),
+        (lambda: ll.MiSSConfig(mini_r=0), r"mini_r: expected at least 1"),
+        (lambda: ll.AntiPaSTOConfig(block_size=1), r"block_size: .*at least 2"),
+        (lambda: ll.AntiPaSTOConfig(r=6), r"multiple of block_size=4, found 6"),
+        (lambda: ll.AntiPaSTOConfig(max_angle=4.0), r"max_angle: .*between 0 and pi"),
+        (lambda: ll.GraLoRAConfig(k=0), r"k of at least 1"),
+        (lambda: ll.LoHaConfig(dropout=1.0), r"probability"),
+    ],
+)
+def test_what_a_config_cannot_mean_is_refused(make: Any, match: str) -> None:
+    with pytest.raises(ll.ConfigError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    "cfg", [ll.FourierFTConfig(n_frequency=9), ll.SHiRAConfig(r=1), ll.RandLoRAConfig(r=2)], ids=lambda c: type(c).__name__
+)
+def test_equal_shapes_have_equal_random_parts(cfg: ll.AdapterConfig) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12))
+    params = ll.init(model, cfg, seed=5)
+    frozen = ll.partition(params)[1]
+    for name, t in frozen["0"].items():
+        if isinstance(t, Tensor):
+            assert torch.equal(t, frozen["2"][name])
+            assert t.shape != frozen["1"][name].shape or not torch.equal(t, frozen["1"][name])
+
+
+def test_positions_rounded_by_a_cast_are_refused() -> None:
+    model = layer(8, 12, True)
+    params = ll.init(model, ll.SHiRAConfig(r=1))
+    assert ll.cast(params, torch.bfloat16)[""]["lora_idx"].dtype == torch.float32
+    bound = ll.bind(model, params).to(torch.bfloat16)
+    with pytest.raises(ll.UnsupportedError, match=r"found torch\.bfloat16.*ll\.cast before ll\.bind"):
+        bound(torch.zeros(2, 8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("basis", ["V", "U"])
+def test_antipasto_steers_both_ways(basis: Any) -> None:
+    model = layer(16, 24, False)
+    params = moved(ll.init(model, ll.AntiPaSTOConfig(r=8, basis=basis)), size=0.3)
+    turns = []
+    for c in (1.0, -1.0):
+        p = dict(ll.scale(params, c)[""])
+        U, S, Vh = p["lora_U"], p["lora_S"], p["lora_Vh"]
+        rest = model.weight - U @ torch.diag(S) @ Vh
+        middle = U.mT @ (ll.merged(model, ll.scale(params, c)).weight - rest) @ Vh.mT  # (S + c d) R(c), or R(c)^T (S + c d)
+        value = S + p["lora_delta_s"]
+        turns.append(middle / (value[:, None] if basis == "V" else value))
+        close(value, S + c * params[""]["lora_delta_s"], 1e-12)
+    close(turns[0] @ turns[1], torch.eye(8, dtype=torch.float64), 1e-10)

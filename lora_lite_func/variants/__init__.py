@@ -3,40 +3,83 @@
 from __future__ import annotations
 
 from ..spec import register, variants
-from . import adalora, bitfit, boft, delora, dora, hra, ia3, loha, lokr, lora, oft, olora, pissa, road, vera
+from . import (
+    adalora,
+    antipasto,
+    bitfit,
+    boft,
+    c3a,
+    delora,
+    dora,
+    fourierft,
+    gralora,
+    hira,
+    hra,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    miss,
+    oft,
+    olora,
+    pissa,
+    randlora,
+    road,
+    shira,
+    ssvd,
+    vera,
+)
 from .adalora import AdaLoRAConfig
+from .antipasto import AntiPaSTOConfig
 from .bitfit import BitFitConfig
 from .boft import BOFTConfig
+from .c3a import C3AConfig
 from .delora import DeLoRAConfig
 from .dora import DoRAConfig
+from .fourierft import FourierFTConfig
+from .gralora import GraLoRAConfig
+from .hira import HiRAConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config, IA3FFConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoRAConfig
+from .miss import MiSSConfig
 from .oft import OFTConfig
 from .olora import OLoRAConfig
 from .pissa import PiSSAConfig
+from .randlora import RandLoRAConfig
 from .road import ROADConfig
+from .shira import SHiRAConfig
+from .ssvd import SSVDConfig
 from .vera import VeRAConfig
 
 __all__ = [
     "TABLE",
     "AdaLoRAConfig",
+    "AntiPaSTOConfig",
     "BOFTConfig",
     "BitFitConfig",
+    "C3AConfig",
     "DeLoRAConfig",
     "DoRAConfig",
+    "FourierFTConfig",
+    "GraLoRAConfig",
     "HRAConfig",
+    "HiRAConfig",
     "IA3Config",
     "IA3FFConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
+    "MiSSConfig",
     "OFTConfig",
     "OLoRAConfig",
     "PiSSAConfig",
     "ROADConfig",
+    "RandLoRAConfig",
+    "SHiRAConfig",
+    "SSVDConfig",
     "VeRAConfig",
     "variants",
 ]
@@ -58,6 +101,15 @@ TABLE = (
     boft.VARIANT,
     adalora.VARIANT,
     bitfit.VARIANT,
+    c3a.VARIANT,
+    fourierft.VARIANT,
+    miss.VARIANT,
+    ssvd.VARIANT,
+    antipasto.VARIANT,
+    randlora.VARIANT,
+    gralora.VARIANT,
+    shira.VARIANT,
+    hira.VARIANT,
 )
 
 for _variant in TABLE:

@@ -1,0 +1,140 @@
+"""AntiPaSTO: the top singular values are shifted and their vectors rotated in small blocks; made for steering both ways.
+
+    W' = W + U [ (S + d) R - S ] V^T        U (d_out, r), S (r,), V^T lora_Vh (r, d_in) frozen;  d (r,), R of blocks (b, b)
+    R_i = (I - X)^-1 (I + X),  X = A / 2,  A skew;      basis "U":  U [ R^T (S + d) - S ] V^T;      "none":  R = I
+    y' = y + [ M (x V) ] U^T,   M = (S + d)(R - I) + d,  or  (R - I)^T (S + d) + d
+
+Paper: Clark 2026, arXiv 2601.07473. The runtime coefficient c of `ll.scale` goes in as S + c d and c A, so R(-c) is the inverse of R(c).
+`max_angle` bounds A entry by entry: A <- a tanh(A / a), a = 2 tan(max_angle / 2). It is the largest angle for blocks of two; larger
+blocks turn further (twice as far for four). c is applied before the bound, which it can't exceed.
+Identity at the start: d = 0 and A = 0, exactly. Needs W once, for the decomposition. alpha has no part in this method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..errors import ConfigError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _blocks, _cayley, _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntiPaSTOConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; alpha has no part in this method), and:
+
+    Args:
+        r: how many singular directions, a multiple of block_size.
+        block_size: singular directions that are rotated among each other.
+        basis: which singular vectors are rotated: those of the input ("V"), of the output ("U"), or "none".
+        max_angle: bound on the angle, in radians below pi; None for no bound.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    r: int = 256
+    block_size: int = 4
+    basis: Literal["V", "U", "none"] = "V"
+    max_angle: float | None = None
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "AntiPaSTOConfig.dropout")
+        if self.block_size < 2:
+            raise ConfigError(f"AntiPaSTOConfig.block_size: a rotation needs two directions, expected at least 2, found {self.block_size}")
+        for r in (self.r, *(r for _, r in self.rank_pattern)):
+            if r % self.block_size and self.basis != "none":
+                raise ConfigError(f"AntiPaSTOConfig.r: expected a multiple of block_size={self.block_size}, found {r}")
+        if self.max_angle is not None and not 0.0 < self.max_angle < math.pi:
+            raise ConfigError(f"AntiPaSTOConfig.max_angle: expected None or an angle between 0 and pi, found {self.max_angle}")
+
+
+def param_specs(cfg: AntiPaSTOConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_delta_s (r,), lora_rot (r / b, b (b - 1) / 2) unless basis is "none"; frozen lora_U, lora_S, lora_Vh."""
+    _lowrank.check_rank(site, "AntiPaSTO")
+    specs = {
+        "lora_delta_s": ParamSpec((site.r,), dtype=torch.float32),
+        "lora_U": ParamSpec((site.d_out, site.r), trainable=False),
+        "lora_S": ParamSpec((site.r,), trainable=False, dtype=torch.float32),
+        "lora_Vh": ParamSpec((site.r, site.d_in), trainable=False),
+    }
+    if cfg.basis != "none":
+        specs["lora_rot"] = ParamSpec((site.r // cfg.block_size, _cayley.pairs(cfg.block_size)), dtype=torch.float32)
+    return specs
+
+
+def init(
+    cfg: AntiPaSTOConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
+) -> dict[str, Tensor]:
+    """The top r singular triplets."""
+    U, S, Vh = _lowrank.top_svd(weight, site.r, None, generator("lora_U"))
+    return {"lora_U": U, "lora_S": S, "lora_Vh": Vh}
+
+
+def _core(cfg: AntiPaSTOConfig, p: Params, dtype: torch.dtype) -> Tensor:
+    """M (r / b, b, b), or its diagonal (r,) where nothing is rotated."""
+    S, shift = p["lora_S"].to(dtype), p["lora_delta_s"].to(dtype)
+    if cfg.basis == "none":
+        return shift
+    A, b = p["lora_rot"].to(dtype), cfg.block_size
+    if cfg.max_angle is not None:
+        a = 2.0 * math.tan(cfg.max_angle / 2.0)
+        A = a * torch.tanh(A / a)
+    E = _cayley.minus_identity(A / 2.0, b)
+    value = (S + shift).unflatten(0, (-1, b))  # (r / b, b)
+    turned = value.unsqueeze(-1) * E if cfg.basis == "V" else E.mT * value.unsqueeze(-2)
+    return turned + torch.diag_embed(shift.unflatten(0, (-1, b)))
+
+
+def _through(h: Tensor, core: Tensor) -> Tensor:
+    """M h for every row of h (..., r)."""
+    return h * core if core.ndim == 1 else _blocks.product(h, core.mT)
+
+
+def prepare(cfg: AntiPaSTOConfig, p: Params, site: Site, layer: Layer) -> Tensor:
+    """M, the map between V and U."""
+    return _core(cfg, p, p["lora_S"].dtype)
+
+
+def outputs(cfg: AntiPaSTOConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + [ M (x V) ] U^T."""
+    Vh = p["lora_Vh"]
+    h = F.linear(_lowrank.cast(x, Vh.dtype), Vh)  # (..., r)
+    return _lowrank.expand(y, _through(h.to(d.dtype), d), p["lora_U"])
+
+
+def weight(cfg: AntiPaSTOConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + U M V^T."""
+    core = _core(cfg, p, W.dtype)
+    return _lowrank.add_dense(W, _through(p["lora_Vh"].to(W.dtype).mT, core).mT, p["lora_U"]), b
+
+
+def scale(cfg: AntiPaSTOConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """d and A times c."""
+    return {name: t * c if name in ("lora_delta_s", "lora_rot") else t for name, t in p.items()}
+
+
+VARIANT = Variant(
+    name="antipasto",
+    config=AntiPaSTOConfig,
+    paper="Clark 2026, arXiv 2601.07473",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    needs=frozenset({"weight"}),
+)

@@ -1,0 +1,88 @@
+"""C3A: the update is a grid of circulant matrices, so it is applied by short Fourier transforms.
+
+    y_i' = y_i + (1 / d_in) sum_j C(w_ij) x_j,   C(w)[p, q] = w[(q - p) mod b]       w (d_out / b, d_in / b, b)
+    C(w) x = irfft( rfft(x) conj(rfft(w)) )
+
+Paper: Chen et al. 2024, arXiv 2407.19342; the factor 1 / d_in is that of PEFT. (The backward that the paper and PEFT write by hand gives
+a wrong gradient for x: it takes C(w)^T for C(w). Here autograd differentiates the transforms.)
+Identity at the start: w = 0 (PEFT draws it). Needs only x and y. r and alpha have no part in this method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..errors import ConfigError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3AConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r and alpha have no part in this method), and:
+
+    Args:
+        block_size: of the circulant blocks; must divide d_in and d_out. Larger blocks have fewer parameters.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    block_size: int = 256
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "C3AConfig.dropout")
+        if self.block_size < 1:
+            raise ConfigError(f"C3AConfig.block_size: expected at least 1, found {self.block_size}")
+
+
+def param_specs(cfg: C3AConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_w (d_out / b, d_in / b, b)."""
+    b = cfg.block_size
+    _blocks.check_divides("C3A", "block_size", b, site.d_in, "d_in")
+    _blocks.check_divides("C3A", "block_size", b, site.d_out, "d_out")
+    return {"lora_w": ParamSpec((site.d_out // b, site.d_in // b, b), dtype=torch.float32)}
+
+
+def prepare(cfg: C3AConfig, p: Params, site: Site, layer: Layer) -> Tensor:
+    """The kernels' conjugate spectra over d_in, (d_out / b, d_in / b, b // 2 + 1)."""
+    return torch.fft.rfft(p["lora_w"] / site.d_in).conj()
+
+
+def outputs(cfg: C3AConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + the grid of circular correlations."""
+    if not x.numel():
+        return y  # MKL's transforms refuse an empty batch
+    blocks = x.unflatten(-1, (-1, cfg.block_size)).to(p["lora_w"].dtype)  # (..., n, b)
+    spectrum = torch.einsum("...nf,mnf->...mf", torch.fft.rfft(blocks), d)  # (..., m, b // 2 + 1)
+    return (y + torch.fft.irfft(spectrum, n=cfg.block_size).flatten(-2)).to(y.dtype)
+
+
+def weight(cfg: C3AConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + the grid of circulant matrices over d_in."""
+    w = p["lora_w"].to(W.dtype) / site.d_in
+    i = torch.arange(cfg.block_size, device=W.device)
+    place = (i - i[:, None]) % cfg.block_size  # (b, b): row p, column q holds (q - p) mod b
+    grid = w.index_select(-1, place.flatten()).unflatten(-1, place.shape)  # (m, n, b, b)
+    return W + grid.transpose(1, 2).flatten(2, 3).flatten(0, 1), b
+
+
+def scale(cfg: C3AConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """w times c."""
+    return {"lora_w": p["lora_w"] * c}
+
+
+VARIANT = Variant(
+    name="c3a",
+    config=C3AConfig,
+    paper="Chen et al. 2024, arXiv 2407.19342",
+    param_specs=param_specs,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+)

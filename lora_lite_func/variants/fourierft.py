@@ -1,0 +1,129 @@
+"""FourierFT: the update is the inverse 2-D Fourier transform of a few learned coefficients at fixed random frequencies.
+
+    W' = W + alpha Re ifft2(F),   F zero but for F[j_k, l_k] = c_k        c (n,), frequencies (2, n)
+    y' = y + alpha Re ifft_{d_out}( sum_k c_k e_{j_k} ifft_{d_in}(x)[l_k] )
+
+Paper: Gao et al. 2024, arXiv 2405.03003. x is real and so is the result, hence half spectra do: a frequency above the middle is the
+conjugate of its mirror image, in both dimensions. W' itself is never built.
+Identity at the start: c = 0 (the paper and PEFT draw it). Needs only x and y. r has no part in this method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability, record
+from ..errors import ConfigError, UnsupportedError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank, _positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFTConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r has no part in this method), and:
+
+    Args:
+        alpha: what the transform is multiplied by (paper: 100 to 300); it is not divided by anything.
+        n_frequency: how many coefficients.
+        projection_seed: of the frequencies, which are the same for every layer of a shape.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    alpha: float = 150.0
+    n_frequency: int = 1000
+    projection_seed: int = record(777)
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "FourierFTConfig.dropout")
+        if self.n_frequency < 1:
+            raise ConfigError(f"FourierFTConfig.n_frequency: expected at least 1, found {self.n_frequency}")
+
+
+class Prepared(NamedTuple):
+    """Per coefficient: where it reads (l) and adds (j) in the half spectra, and its factors of the real and imaginary parts."""
+
+    l: Tensor  # noqa: E741
+    j: Tensor
+    real: Tensor
+    imaginary: Tensor
+
+
+def param_specs(cfg: FourierFTConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_c (n,), frozen lora_idx (2, n).
+
+    Raises:
+        UnsupportedError: more coefficients than the weight has entries.
+    """
+    if cfg.n_frequency > site.d_in * site.d_out:
+        raise UnsupportedError(
+            f"FourierFT has a coefficient per frequency, expected n_frequency of at most d_out * d_in = {site.d_in * site.d_out}, "
+            f"found {cfg.n_frequency}; lower n_frequency"
+        )
+    return {"lora_c": ParamSpec((cfg.n_frequency,)), "lora_idx": _positions.spec(cfg.n_frequency)}
+
+
+def init(
+    cfg: FourierFTConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """The frequencies, which the site's path has no part in."""
+    return {"lora_idx": _positions.random(cfg.projection_seed, cfg.n_frequency, site.d_out, site.d_in)}
+
+
+def prepare(cfg: FourierFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
+    """Frequencies folded into half spectra."""
+    j, l = _positions.unpack(p["lora_idx"])  # noqa: E741
+    mirrored_j, mirrored_l = 2 * j > site.d_out, 2 * l > site.d_in
+    j, l = torch.where(mirrored_j, site.d_out - j, j), torch.where(mirrored_l, site.d_in - l, l)  # noqa: E741
+    alone = (j == 0) | (2 * j == site.d_out)  # its own mirror image: the result has only its real part
+    c = p["lora_c"].to(_lowrank.core_dtype(p["lora_c"].dtype)) * (site.scale / site.d_in)
+    real = torch.where(alone, c, 0.5 * c)
+    # ifft(x)[l] is conj(rfft(x)[l]) / d_in; each mirror conjugates once more
+    imaginary = torch.where(alone, 0.0, torch.where(mirrored_j == mirrored_l, -0.5 * c, 0.5 * c))
+    return Prepared(l, j, real, imaginary)
+
+
+def outputs(cfg: FourierFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + alpha Re ifft(scattered c * ifft(x))."""
+    if not x.numel():
+        return y  # MKL's transforms refuse an empty batch
+    spectrum = torch.fft.rfft(x.to(d.real.dtype)).index_select(-1, d.l)  # (..., n)
+    zeros = torch.zeros((*x.shape[:-1], site.d_out // 2 + 1), dtype=d.real.dtype, device=x.device)
+    real = zeros.index_add(-1, d.j, spectrum.real * d.real)  # (..., d_out // 2 + 1)
+    imaginary = zeros.index_add(-1, d.j, spectrum.imag * d.imaginary)
+    return (y + torch.fft.irfft(torch.complex(real, imaginary), n=site.d_out)).to(y.dtype)
+
+
+def weight(cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + alpha Re ifft2(F)."""
+    F = _positions.dense(p["lora_idx"], p["lora_c"].to(W.dtype), site.d_out, site.d_in)
+    return W + torch.fft.ifft2(F).real * site.scale, b
+
+
+def scale(cfg: FourierFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """The coefficients times c."""
+    return {**p, "lora_c": p["lora_c"] * c}
+
+
+def factor(cfg: FourierFTConfig, site: Site) -> float:
+    """alpha."""
+    return site.alpha
+
+
+VARIANT = Variant(
+    name="fourierft",
+    config=FourierFTConfig,
+    paper="Gao et al. 2024, arXiv 2405.03003",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    factor=factor,
+)

@@ -1,0 +1,94 @@
+"""GraLoRA: the weight is cut into a k x k grid, each part with a LoRA of rank r / k; as many parameters as one LoRA of rank r.
+
+    W'_jn = W_jn + s B_j[:, n] A_n[j]        A (k, r, d_in / k), B (k, d_out / k, r), [n] the n-th of k groups of the r directions
+    with hybrid_r > 0 also  + s B~ A~,  A~ (hybrid_r, d_in), B~ (d_out, hybrid_r);       s = alpha / (r + hybrid_r)
+
+Paper: Jung et al. 2025, arXiv 2505.20355.
+Identity at the start: B = 0 (and B~ = 0). Needs only x and y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..errors import ConfigError
+from ..rng import kaiming
+from ..spec import Params, ParamSpec, Site, Variant
+from . import _blocks, _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraLoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        k: parts per side (paper: 2 up to rank 32, 4 from rank 64); must divide r, d_in and d_out.
+        hybrid_r: rank of a LoRA over the whole weight beside the grid.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    k: int = 2
+    hybrid_r: int = 0
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "GraLoRAConfig.dropout")
+        if self.k < 1 or self.hybrid_r < 0:
+            raise ConfigError(f"GraLoRAConfig: expected k of at least 1 and hybrid_r of at least 0, found {self.k} and {self.hybrid_r}")
+
+
+def param_specs(cfg: GraLoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_A (k, r, d_in / k), lora_B (k, d_out / k, r); with hybrid_r also lora_A_whole, lora_B_whole."""
+    k, r = cfg.k, site.r
+    for width, what in ((r, "r"), (site.d_in, "d_in"), (site.d_out, "d_out")):
+        _blocks.check_divides("GraLoRA", "k", k, width, what)
+    specs = {"lora_A": ParamSpec((k, r, site.d_in // k), kaiming), "lora_B": ParamSpec((k, site.d_out // k, r))}
+    if cfg.hybrid_r:
+        specs["lora_A_whole"] = ParamSpec((cfg.hybrid_r, site.d_in), kaiming)
+        specs["lora_B_whole"] = ParamSpec((site.d_out, cfg.hybrid_r))
+    return specs
+
+
+def outputs(cfg: GraLoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (grid x) (+ s B~ A~ x)."""
+    A, B, k = p["lora_A"], p["lora_B"], cfg.k
+    parts = _lowrank.cast(x, A.dtype).unflatten(-1, (k, -1))  # (..., n, d_in / k)
+    h = torch.einsum("...ni,nri->...nr", parts, A).unflatten(-1, (k, -1))  # (..., n, j, r / k)
+    h = h.transpose(-3, -2).flatten(-2)  # (..., j, r): each part of the output hears a group of every part of the input
+    y = (y + torch.einsum("...jr,jor->...jo", h, B).flatten(-2) * site.scale).to(y.dtype)
+    return _lowrank.add(y, x, p["lora_A_whole"], p["lora_B_whole"], site.scale) if cfg.hybrid_r else y
+
+
+def weight(cfg: GraLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s grid (+ s B~ A~)."""
+    A, B = (p[n].to(W.dtype) for n in ("lora_A", "lora_B"))
+    A, B = A.unflatten(1, (cfg.k, -1)), B.unflatten(2, (cfg.k, -1))  # (n, j, q, d_in / k), (j, d_out / k, n, q)
+    W = W + torch.einsum("jonq,njqi->joni", B, A).flatten(2, 3).flatten(0, 1) * site.scale
+    return _lowrank.add_dense(W, p["lora_A_whole"], p["lora_B_whole"], site.scale) if cfg.hybrid_r else W, b
+
+
+def scale(cfg: GraLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """B (and B~) times c."""
+    return {name: t * c if name.startswith("lora_B") else t for name, t in p.items()}
+
+
+def factor(cfg: GraLoRAConfig, site: Site) -> float:
+    """alpha / (r + hybrid_r)."""
+    return site.alpha / (site.r + cfg.hybrid_r)
+
+
+VARIANT = Variant(
+    name="gralora",
+    config=GraLoRAConfig,
+    paper="Jung et al. 2025, arXiv 2505.20355",
+    param_specs=param_specs,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    factor=factor,
+)

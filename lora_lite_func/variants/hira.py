@@ -1,0 +1,78 @@
+"""HiRA: the weight is multiplied, entry by entry, by one plus a low-rank matrix, so the update's rank isn't bounded by r.
+
+    W' = W + s W * (B A)      A (r, d_in), B (d_out, r), s = alpha / r
+
+Paper: Huang et al. 2025, HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models, ICLR 2025 (there s = 1).
+Identity at the start: B = 0. Multiplies the dense weight in every call: not for quantised layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AdapterConfig, probability
+from ..rng import kaiming
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "HiRAConfig.dropout")
+
+
+def param_specs(cfg: HiRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_A (r, d_in), lora_B (d_out, r)."""
+    return {"lora_A": ParamSpec((site.r, site.d_in), kaiming), "lora_B": ParamSpec((site.d_out, site.r))}
+
+
+def _update(p: Params, W: Tensor, s: float | Tensor) -> Tensor:
+    """s W * (B A), (d_out, d_in)."""
+    return W * (p["lora_B"].to(W.dtype) @ (p["lora_A"] * s).to(W.dtype))
+
+
+def prepare(cfg: HiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
+    """The dense update."""
+    W = layer.weight
+    return _update(p, W.to(torch.promote_types(W.dtype, p["lora_A"].dtype)), site.scale)
+
+
+def outputs(cfg: HiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + x (s W * (B A))^T."""
+    return (y + F.linear(_lowrank.cast(x, d.dtype), d)).to(y.dtype)
+
+
+def weight(cfg: HiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s W * (B A)."""
+    return W + _update(p, W, site.scale), b
+
+
+def scale(cfg: HiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """B times c."""
+    return {**p, "lora_B": p["lora_B"] * c}
+
+
+VARIANT = Variant(
+    name="hira",
+    config=HiRAConfig,
+    paper="Huang et al. 2025, ICLR 2025 (HiRA)",
+    param_specs=param_specs,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+)

@@ -1,0 +1,113 @@
+"""RandLoRA: a sum of many frozen random low-rank maps, of full rank together; only their diagonal scalings are learned.
+
+    W' = W + s sum_j B_j diag(lam_j) A diag(gam_j)      j = 1 ... N = ceil(m / r), m = min(d_in, d_out), M = max(d_in, d_out)
+    A (r, m), B (M, N, r) frozen; lam lora_lambda (r, N), gam lora_gamma (N, m); transposed where d_out < d_in; s = alpha / r
+
+Paper: Albert et al. 2025, arXiv 2502.00987. Equal shapes have equal random maps, drawn from `projection_seed` and the shape alone.
+The sum is one product of inner size N r; with square layers that is twice the layer's own cost.
+(PEFT pairs the columns of B with the rows of A in another order: the same method with its random columns permuted.)
+Identity at the start: lam = 0. Needs only x and y.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..config import AdapterConfig, probability, record
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        r: rank of each random map; a smaller one means more maps and more parameters.
+        alpha: strength; large, since the update's parts are random and small.
+        projection_seed: of the frozen maps.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    r: int = 32
+    alpha: float = 640.0
+    projection_seed: int = record(0)
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "RandLoRAConfig.dropout")
+
+
+def param_specs(cfg: RandLoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_lambda (r, N), lora_gamma (N, m); frozen lora_rand_A (r, m), lora_rand_B (M, N, r)."""
+    _lowrank.check_rank(site, "RandLoRA")
+    small, large = sorted((site.d_in, site.d_out))
+    n = -(-small // site.r)
+    return {
+        "lora_lambda": ParamSpec((site.r, n)),
+        "lora_gamma": ParamSpec((n, small), lambda shape, gen: torch.full(tuple(shape), 1.0 / max(shape))),
+        "lora_rand_A": ParamSpec((site.r, small), trainable=False),
+        "lora_rand_B": ParamSpec((large, n, site.r), trainable=False),
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def _random(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Uniform, of standard deviation 1. One tensor per (seed, name, shape)."""
+    drawn = rng.uniform(1.0)(shape, rng.generator(seed, f"{shape}", name))
+    return drawn / drawn.std()
+
+
+def init(
+    cfg: RandLoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """The frozen maps, which the site's path has no part in."""
+    return {name: _random(cfg.projection_seed, name, specs[name].shape) for name in ("lora_rand_A", "lora_rand_B")}
+
+
+def _factors(p: Params, site: Site) -> tuple[Tensor, Tensor]:
+    """The sum as one pair (N r, d_in), (d_out, N r)."""
+    scaled = p["lora_lambda"].mT.unsqueeze(2) * p["lora_rand_A"] * p["lora_gamma"].unsqueeze(1)  # (N, r, m)
+    A, B = scaled.flatten(0, 1), p["lora_rand_B"].flatten(1)  # (N r, m), (M, N r)
+    return (A, B) if site.d_in <= site.d_out else (B.mT, A.mT)
+
+
+def prepare(cfg: RandLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The sum as one factor pair."""
+    return _factors(p, site)
+
+
+def outputs(cfg: RandLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (sum) x."""
+    return _lowrank.add(y, x, *d, site.scale)
+
+
+def weight(cfg: RandLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + s sum."""
+    A, B = _factors({name: t.to(W.dtype) for name, t in p.items()}, site)
+    return _lowrank.add_dense(W, A, B, site.scale), b
+
+
+def scale(cfg: RandLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """lam times c."""
+    return {**p, "lora_lambda": p["lora_lambda"] * c}
+
+
+VARIANT = Variant(
+    name="randlora",
+    config=RandLoRAConfig,
+    paper="Albert et al. 2025, arXiv 2502.00987",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+)

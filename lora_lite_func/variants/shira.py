@@ -1,0 +1,121 @@
+"""SHiRA: a few entries of the weight are trained, at fixed places.
+
+    W' = W + D,   D zero but for D[o_k, i_k] = v_k        v (n,), places lora_idx (2, n);  n = r (d_in + d_out), as many as a LoRA's
+
+Masks: "rand" (the same for every layer of a shape), "struct" (r rows and r columns, evenly spaced, and the diagonal), "magnitude" (the
+largest entries of W). Paper: Bhardwaj et al. 2024, arXiv 2406.13175.
+D is built for the call: gathering (tokens, n) entries costs more than one dense product unless n is tiny.
+Identity at the start: v = 0. Needs x and y; the weight once. alpha has no part in this method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import AdapterConfig, probability, record
+from ..errors import UnsupportedError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _lowrank, _positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHiRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r sets the number of entries; alpha has no part in this method), and:
+
+    Args:
+        mask: which entries: "rand", "struct" or "magnitude".
+        projection_seed: of the random mask.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    mask: Literal["rand", "struct", "magnitude"] = "rand"
+    projection_seed: int = record(0)
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "SHiRAConfig.dropout")
+
+
+def _struct(site: Site) -> Tensor:
+    """Entry numbers of r rows, r columns and the diagonal."""
+    rows, columns = (torch.zeros(d, dtype=torch.bool) for d in (site.d_out, site.d_in))
+    rows[torch.arange(site.r) * site.d_out // site.r] = True
+    columns[torch.arange(site.r) * site.d_in // site.r] = True
+    mask = rows[:, None] | columns | torch.eye(site.d_out, site.d_in, dtype=torch.bool)
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _count(cfg: SHiRAConfig, site: Site) -> int:
+    if cfg.mask != "struct":
+        return site.r * (site.d_in + site.d_out)
+    rows = {i * site.d_out // site.r for i in range(site.r)}
+    columns = {i * site.d_in // site.r for i in range(site.r)}
+    diagonal = sum(i not in rows and i not in columns for i in range(min(site.d_in, site.d_out)))
+    return site.r * (site.d_in + site.d_out - site.r) + diagonal
+
+
+def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """lora_v (n,), frozen lora_idx (2, n).
+
+    Raises:
+        UnsupportedError: the weight has fewer entries.
+    """
+    _lowrank.check_rank(site, "SHiRA")
+    n = _count(cfg, site)
+    if n > site.d_in * site.d_out:
+        raise UnsupportedError(
+            f"SHiRA trains r (d_in + d_out) = {n} entries, found only {site.d_out} x {site.d_in} with r={site.r}; "
+            "lower r, or set it there with rank_pattern"
+        )
+    return {"lora_v": ParamSpec((n,)), "lora_idx": _positions.spec(n)}
+
+
+def init(
+    cfg: SHiRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+) -> dict[str, Tensor]:
+    """The places."""
+    n = specs["lora_v"].shape[0]
+    if cfg.mask == "rand":
+        return {"lora_idx": _positions.random(cfg.projection_seed, n, site.d_out, site.d_in)}
+    flat = _struct(site) if cfg.mask == "struct" else weight.abs().flatten().topk(n).indices.sort().values
+    return {"lora_idx": _positions.pack(flat, site.d_in)}
+
+
+def prepare(cfg: SHiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
+    """D, (d_out, d_in)."""
+    return _positions.dense(p["lora_idx"], p["lora_v"], site.d_out, site.d_in)
+
+
+def outputs(cfg: SHiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + x D^T."""
+    return (y + F.linear(_lowrank.cast(x, d.dtype), d)).to(y.dtype)
+
+
+def weight(cfg: SHiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + D."""
+    return W + _positions.dense(p["lora_idx"], p["lora_v"].to(W.dtype), site.d_out, site.d_in), b
+
+
+def scale(cfg: SHiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """v times c."""
+    return {**p, "lora_v": p["lora_v"] * c}
+
+
+VARIANT = Variant(
+    name="shira",
+    config=SHiRAConfig,
+    paper="Bhardwaj et al. 2024, arXiv 2406.13175",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    needs=frozenset({"weight"}),
+)
