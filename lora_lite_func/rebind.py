@@ -9,21 +9,36 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["BINDABLE", "REFERENCES", "rebound"]
+__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers"]
 
 REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, list, tuple, dict)
 """What an attribute may refer to a module through."""
+
+PLAIN = frozenset({str, int, float, bool, type(None)})
+"""Types that are common among attributes and never refer to a module."""
 
 BINDABLE = (types.MethodType, functools.partial, types.FunctionType)
 _MANY = 256  # a longer list is data, not a list of modules
 _DEEP = 8
 
 
+def refers(value: Any, depth: int = 0) -> bool:
+    """Whether `value` may lead to a module: cheap, may say yes for nothing, never no for something."""
+    if not isinstance(value, (list, tuple, dict)):
+        return issubclass(type(value), REFERENCES)  # by type: isinstance would ask `__class__` of config objects, slowly
+    if depth > _DEEP or len(value) > _MANY:
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    if PLAIN.issuperset(map(type, items)):
+        return False
+    return any(refers(v, depth + 1) for v in items)
+
+
 def rebound(value: Any, copies: Mapping[int, nn.Module], depth: int) -> Any:
     """`value` with every reference to an original module replaced by its copy; `value` itself if there is none."""
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
-    if depth > _DEEP or not isinstance(value, REFERENCES):
+    if depth > _DEEP or not issubclass(type(value), REFERENCES):
         return value
     if isinstance(value, types.MethodType):
         owner = rebound(value.__self__, copies, depth + 1)

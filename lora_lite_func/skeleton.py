@@ -6,6 +6,7 @@ user's model, never written. Nothing is cached between calls, so flags, dtypes, 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -14,16 +15,14 @@ from torch import Tensor, nn
 
 from .errors import StructureError, UnsupportedError, nearest
 from .layers import refusal
-from .rebind import BINDABLE, REFERENCES, rebound
+from .rebind import BINDABLE, PLAIN, REFERENCES, rebound, refers
 from .site import Op, site_class
 from .spec import Site
 
 __all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "own_buffers"]
 
-_OWN = (
-    "_parameters",
-    "_buffers",
-    "_modules",
+_TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
+_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
@@ -96,16 +95,15 @@ class _Copier:
     def _note_references(self, copy: nn.Module, path: str) -> None:
         attributes = copy.__dict__
         own = islice(attributes.items(), _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0, None)
-        names = [name for name, value in own if isinstance(value, REFERENCES)]
-        if not names:
-            return
-        for name in ("forward", "_ll_frozen"):
-            if name in attributes and not isinstance(attributes[name], BINDABLE):
-                raise UnsupportedError(
-                    f"{path!r}: its own `forward` is a {type(attributes[name]).__name__} that holds on to the original module; "
-                    "give the model as it was before that was put in"
-                )
-        self.referring.append((copy, names))
+        names = [name for name, value in own if type(value) not in PLAIN and issubclass(type(value), REFERENCES) and refers(value)]
+        if names:
+            self.referring.append((copy, names))
+        forward = attributes.get("_ll_frozen") or attributes.get("forward")
+        if forward is not None and not isinstance(forward, BINDABLE):
+            raise UnsupportedError(
+                f"{path!r}: its own `forward` is a {type(forward).__name__}, which may hold on to the original module; "
+                "give the model as it was before that was put in"
+            )
 
     def rebind(self) -> None:
         """Attributes that refer to modules of the original tree (bound forwards, lists of modules) refer to the copies."""
@@ -120,8 +118,10 @@ def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     copy = object.__new__(cls)
     attributes = copy.__dict__
     attributes.update(module.__dict__)
-    for name in _OWN:
+    for name in _TENSORS_AND_CHILDREN:
         attributes[name] = attributes[name].copy()
+    for name in _HOOKS:  # own dicts: some models install hooks while they run
+        attributes[name] = attributes[name].copy() if attributes[name] else OrderedDict()
     if "_compiled_call_impl" in attributes:  # `module.compile()` bound it to the original
         del attributes["_compiled_call_impl"]
     return copy
