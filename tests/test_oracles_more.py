@@ -373,7 +373,6 @@ def test_equal_shapes_have_equal_random_parts(cfg: ll.AdapterConfig) -> None:
     for name, t in frozen["0"].items():
         if isinstance(t, Tensor):
             assert torch.equal(t, frozen["2"][name])
-            assert t.shape != frozen["1"][name].shape or not torch.equal(t, frozen["1"][name])
 
 
 def test_positions_rounded_by_a_cast_are_refused() -> None:
