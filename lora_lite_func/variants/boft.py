@@ -76,22 +76,21 @@ def prepare(cfg: BOFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     return Prepared(_cayley.minus_identity(p["lora_boft_q"], cfg.block_size), s, shift)
 
 
-def _factor(x: Tensor, E: Tensor, i: int) -> Tensor:
-    """x M_i = x + P_i [(P_i^T x) E], for row vectors x (..., d_in)."""
-    if i == 0:
-        return x + _blocks.product(x, E)
-    half = E.shape[-1] // 2
-    apart = x.unflatten(-1, (-1, 2, 2**i, half)).transpose(-3, -2)  # the run's two halves interleaved
-    turned = _blocks.product(apart.flatten(-4), E)
-    return x + turned.unflatten(-1, (-1, 2**i, 2, half)).transpose(-3, -2).flatten(-4)
+def _factor(X: Tensor, E: Tensor, i: int) -> Tensor:
+    """M_i^T X = X + P_i [E^T (P_i^T X)], for columns X (d_in, T)."""
+    n, b, _ = E.shape
+    apart = X.unflatten(0, (-1, 2, 2**i, b // 2)).transpose(1, 2)  # each run's two halves interleaved, half-block by half-block
+    turned = E.mT @ apart.reshape(n, b, X.shape[1])  # (n, b, T)
+    return X + turned.unflatten(1, (2, -1)).unflatten(0, (-1, 2**i)).transpose(1, 2).reshape(X.shape)
 
 
 def _turn(x: Tensor, E: Tensor, transposed: bool = False) -> Tensor:
-    """x R, or x R^T."""
-    order = range(E.shape[0]) if transposed else reversed(range(E.shape[0]))
-    for i in order:
-        x = _factor(x, E[i].mT if transposed else E[i], i)
-    return x
+    """x R, or x R^T, for row vectors x (..., d_in). Features go first meanwhile: then swapping half-blocks moves whole rows."""
+    E = E.to(x.dtype)
+    X = start = x.reshape(-1, x.shape[-1]).mT.contiguous()  # (d_in, T)
+    for i in range(E.shape[0]) if transposed else reversed(range(E.shape[0])):
+        X = _factor(X, E[i].mT if transposed else E[i], i)
+    return x + (X - start).mT.reshape(x.shape)  # x as it came at the identity, its memory layout too: the same product follows, bit by bit
 
 
 def inputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, site: Site) -> Tensor:

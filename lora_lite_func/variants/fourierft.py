@@ -89,14 +89,15 @@ def prepare(cfg: FourierFTConfig, p: Params, site: Site, layer: Layer) -> Prepar
 
 
 def outputs(cfg: FourierFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + alpha Re ifft(scattered c * ifft(x))."""
+    """y + alpha Re ifft(scattered c * ifft(x)). Frequencies go first meanwhile, so that picking and adding them moves whole rows."""
     if not x.numel():
         return y  # MKL's transforms refuse an empty batch
-    spectrum = torch.fft.rfft(x.to(d.real.dtype)).index_select(-1, d.l)  # (..., n)
-    zeros = torch.zeros((*x.shape[:-1], site.d_out // 2 + 1), dtype=d.real.dtype, device=x.device)
-    real = zeros.index_add(-1, d.j, spectrum.real * d.real)  # (..., d_out // 2 + 1)
-    imaginary = zeros.index_add(-1, d.j, spectrum.imag * d.imaginary)
-    return (y + torch.fft.irfft(torch.complex(real, imaginary), n=site.d_out)).to(y.dtype)
+    spectrum = torch.fft.rfft(x.reshape(-1, site.d_in).to(d.real.dtype)).mT  # (d_in // 2 + 1, T)
+    zeros = torch.zeros(site.d_out // 2 + 1, spectrum.shape[1], dtype=d.real.dtype, device=x.device)
+    real = zeros.index_add(0, d.j, spectrum.real.contiguous().index_select(0, d.l) * d.real[:, None])  # (d_out // 2 + 1, T)
+    imaginary = zeros.index_add(0, d.j, spectrum.imag.contiguous().index_select(0, d.l) * d.imaginary[:, None])
+    update = torch.fft.irfft(torch.complex(real, imaginary).mT, n=site.d_out)  # (T, d_out)
+    return (y + update.view(y.shape)).to(y.dtype)
 
 
 def weight(cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
