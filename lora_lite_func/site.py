@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import UnsupportedError
-from .layers import compute_dtype, is_dense
+from .layers import at_trace_time, compute_dtype, is_dense
 from .spec import Params, Site, Variant
 
 __all__ = ["Leaves", "Op", "hold", "leaves_at", "merge_site", "site_class"]
@@ -163,7 +163,7 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
 
 
 # --------------------------------------------------------------------------------------------------------- site classes
-@torch.compiler.assume_constant_result
+@at_trace_time
 def site_class(cls: type[nn.Module], by_weight: bool) -> type[nn.Module]:
     """The subclass that a site's copy is an instance of; made once per class."""
     key = (cls, by_weight)
