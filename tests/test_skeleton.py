@@ -328,7 +328,7 @@ def test_bind_shares_storage_with_the_adapter_and_the_base() -> None:
     assert torch.equal(bound(x), ll.apply(model, params, x))
     mine = {p.data_ptr() for p in model.parameters()}
     assert mine <= {p.data_ptr() for p in bound.parameters()}
-    with pytest.raises(ll.StructureError, match="expected a module made by ll.bind, found Net"):
+    with pytest.raises(ll.StructureError, match=r"expected a module made by ll\.bind, found Net"):
         ll.unbind(model)
 
 
