@@ -21,7 +21,7 @@ __all__ = ["TARGETS", "SentimentTask", "load", "minilm", "words"]
 TARGETS = r"attention\.self\.(query|value)$"
 HELD_OUT = 0.2
 EVAL_BATCH = 256
-WINDOW = 4  # batches that are sorted together
+WINDOW = 8  # so many batches are sorted together: words of like length share one, which leaves little padding to compute
 
 
 @dataclass
@@ -50,8 +50,8 @@ class SentimentTask:
         """The training words, shuffled by (seed, epoch), encoded."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch)).tolist()
         rows = [self.train[i] for i in order]
-        window = WINDOW * self.batch  # within it, words of like length share a batch: a third less padding
-        rows = [row for i in range(0, len(rows), window) for row in sorted(rows[i : i + window], key=_length)]
+        window = WINDOW * self.batch
+        rows = [row for i in range(0, len(rows), window) for row in by_length(self.tokenizer, rows[i : i + window])]
         starts = range(0, len(rows), self.batch)
         mixed = torch.randperm(len(starts), generator=torch.Generator().manual_seed(epoch)).tolist()
         return [self._encoded(rows[starts[i] : starts[i] + self.batch]) for i in mixed]
@@ -101,14 +101,16 @@ def load(source: Path | None, *, batch: int, seed: int, device: str, limit: int 
     rows = list(words().items())
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:limit]
     cut = round((1.0 - HELD_OUT) * len(order))
-    train, held_out = [rows[i] for i in order[:cut]], sorted((rows[i] for i in order[cut:]), key=_length)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    train, held_out = [rows[i] for i in order[:cut]], by_length(tokenizer, [rows[i] for i in order[cut:]])
     title = f"Sentiment ratings (-4 to 4): {len(train):,} words to learn, {len(held_out):,} held out"
     return SentimentTask(_encoder(source, device), tokenizer, source, train, held_out, batch, seed, device, title)
 
 
-def _length(row: tuple[str, float]) -> int:
-    return len(row[0])
+def by_length(tokenizer: Any, rows: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The rows in order of their words' number of tokens."""
+    tokens = tokenizer([word for word, _ in rows])["input_ids"]
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
 
 
 def _encoder(source: Path, device: str) -> Any:
