@@ -38,8 +38,9 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> 
     if not isinstance(s, float):
         h, s = h * s, 1.0
     if h.dtype == y.dtype:
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT.to(h.dtype), alpha=s)
-        return flat.view(y.shape)
+        if B.dtype != h.dtype:
+            B = B.to(h.dtype)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=s).view_as(y)
     return (y + F.linear(h if s == 1.0 else h * s, B)).to(y.dtype)  # (..., d_out), summed in the wider dtype
 
 

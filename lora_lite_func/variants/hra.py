@@ -74,7 +74,7 @@ def inputs(cfg: HRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, site:
 def _subtract(x: Tensor, z: Tensor, U: Tensor) -> Tensor:
     """x - z U, summed in the wider dtype, returned in x's."""
     if x.dtype == z.dtype:
-        return torch.addmm(x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1]), U.to(z.dtype), alpha=-1.0).view(x.shape)
+        return torch.addmm(x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1]), U.to(z.dtype), alpha=-1.0).view_as(x)
     return (x - z @ U.to(z.dtype)).to(x.dtype)
 
 
