@@ -5,6 +5,7 @@ params = ll.init(model, ll.LoRAConfig(r=8, alpha=16))
 y = ll.apply(model, params, x)
 """
 
+from . import adalora
 from .adapter import Adapter
 from .api import apply, bind, functional_call, merge, merged, unbind
 from .checkpoint import load, save
@@ -81,6 +82,7 @@ __all__ = [
     "UnsupportedError",
     "Variant",
     "VeRAConfig",
+    "adalora",
     "apply",
     "bind",
     "cast",
