@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from test_new_method import MixConfig
+
 import lora_lite_func as ll
 
 
@@ -98,4 +100,5 @@ CASES = (
     Case("shira_struct", _set(ll.SHiRAConfig, r=2, mask="struct")),
     Case("shira_magnitude", _set(ll.SHiRAConfig, r=2, mask="magnitude")),
     Case("hira", _fixed(ll.HiRAConfig), dead=A),
+    Case("from_outside", _fixed(MixConfig), dead=frozenset({"lora_v"})),
 )
