@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn, overload
 
 import optree
 import torch.utils._pytree as torch_pytree
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import StructureError, nearest
-from .spec import Site, Variant
+from .layout import Layout, describe, described
+from .spec import Site
 from .summary import render
 
 __all__ = ["ABSENT", "Adapter", "Layout"]
@@ -32,38 +33,10 @@ class _Absent:
 ABSENT = _Absent()
 
 
-class Layout:
-    """An adapter's static data: its method, config, sites and the names of their tensors. Equal layouts stack."""
-
-    __slots__ = ("config", "expected", "least", "names", "sites", "trainable", "variant")
-
-    def __init__(self, variant: Variant, config: AdapterConfig, sites: Iterable[Site]) -> None:
-        self.variant = variant
-        self.config = config
-        self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
-        specs = {path: dict(sorted(variant.param_specs(config, site).items())) for path, site in self.sites.items()}
-        self.names = {path: tuple(specs[path]) for path in specs}
-        self.expected = {path: {name: tuple(s.shape) for name, s in specs[path].items()} for path in specs}
-        self.least = {path: {name: s.dtype for name, s in specs[path].items()} for path in specs}
-        self.trainable = {path: {name: s.trainable for name, s in specs[path].items()} for path in specs}
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, Layout) and self.config == other.config and self.sites == other.sites and self.names == other.names
-
-    def __hash__(self) -> int:
-        return hash((self.config, tuple(self.sites.values())))
-
-    def __repr__(self) -> str:
-        return f"Layout({self.variant.name}, {len(self.sites)} sites, {self.config})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, (self.variant, self.config, tuple(self.sites.values()))
-
-
 class Adapter(Mapping[str, Mapping[str, Tensor]]):
     """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static data.
+
+    `params["layers.0.up"]["lora_A"]` is a tensor, and so is `params["layers.0.up", "lora_A"]`, by its key in the pytree.
 
     Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`, `ll.scale` ...). Two
     adapters with equal sites and equal method settings have equal tree structure, whatever patterns chose the sites.
@@ -86,8 +59,11 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
         for path, names in layout.names.items():
             if set(data[path]) != set(names):
                 raise StructureError(f"{path!r}: expected tensors {', '.join(names)}, found {', '.join(sorted(data[path])) or 'none'}")
-        self.layout = layout
-        self._data = {path: {name: data[path][name] for name in names} for path, names in layout.names.items()}
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "_data", {path: {name: data[path][name] for name in names} for path, names in layout.names.items()})
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"an Adapter is immutable, {name!r} can't be set; make another one by tree algebra")
 
     @property
     def config(self) -> AdapterConfig:
@@ -99,7 +75,14 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
         """{path: Site}."""
         return MappingProxyType(self.layout.sites)
 
-    def __getitem__(self, path: str) -> Mapping[str, Tensor]:
+    @overload
+    def __getitem__(self, path: str) -> Mapping[str, Tensor]: ...
+    @overload
+    def __getitem__(self, path: tuple[str, str]) -> Tensor: ...
+    def __getitem__(self, path: str | tuple[str, str]) -> Mapping[str, Tensor] | Tensor:
+        if isinstance(path, tuple):
+            site, name = path
+            return self[site][name]
         try:
             return MappingProxyType(self._data[path])
         except KeyError:
@@ -137,8 +120,8 @@ def _rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
     """Without validation: transforms put ints, shapes and None where tensors were."""
     new = Adapter.__new__(Adapter)
     it = iter(children)
-    new.layout = layout
-    new._data = {path: {name: next(it) for name in names} for path, names in layout.names.items()}
+    object.__setattr__(new, "layout", layout)
+    object.__setattr__(new, "_data", {path: {name: next(it) for name in names} for path, names in layout.names.items()})
     return new
 
 
@@ -182,17 +165,17 @@ def _unflatten(children: Iterable[Any], layout: Layout) -> Adapter:
     return _rebuild(layout, children)
 
 
-def _keys(params: Adapter) -> list[tuple[str, str]]:
+def keys(params: Adapter) -> list[tuple[str, str]]:
+    """(path, lora_name) of every leaf, in order."""
     return [(path, name) for path, names in params.layout.names.items() for name in names]
 
 
 def _flatten_with_keys(params: Adapter) -> tuple[list[tuple[Any, Any]], Layout]:
-    keys: list[Any] = [torch_pytree.MappingKey(f"{path}.{name}" if path else name) for path, name in _keys(params)]
-    return list(zip(keys, leaves(params), strict=True)), params.layout
+    return list(zip(map(torch_pytree.MappingKey, keys(params)), leaves(params), strict=True)), params.layout
 
 
 def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str, str]]]:
-    return list(leaves(params)), params.layout, _keys(params)
+    return list(leaves(params)), params.layout, keys(params)
 
 
 @functools.cache
@@ -203,6 +186,8 @@ def _register() -> None:
         _flatten,
         _unflatten,
         serialized_type_name="lora_lite_func.Adapter",
+        to_dumpable_context=describe,
+        from_dumpable_context=described,
         flatten_with_keys_fn=_flatten_with_keys,
     )
     torch_pytree.register_pytree_node(

@@ -7,13 +7,15 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, shown
 
 __all__ = ["DEFAULT_EXCLUDE", "AdapterConfig", "Role", "field", "from_dict", "probability", "record", "to_dict"]
 
@@ -61,13 +63,13 @@ class AdapterConfig:
     rank_pattern: tuple[tuple[str, int], ...] = record(())
     alpha_pattern: tuple[tuple[str, float], ...] = record(())
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
+    def __new__(cls, /, *args: Any, **kwargs: Any) -> AdapterConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         if args:
             raise ConfigError(f"{cls.__name__} takes keywords only, found {len(args)} positional; fields: {', '.join(known)}")
         for name in kwargs:
             if name not in known:
-                raise ConfigError(f"{cls.__name__} has no field {name!r}; {nearest(name, known, first=len(known))}")
+                raise ConfigError(f"{cls.__name__} has no field {shown(name)}; {nearest(name, known, first=len(known))}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -75,8 +77,6 @@ class AdapterConfig:
             object.__setattr__(self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}"))
         if self.r < 1:
             raise ConfigError(f"{type(self).__name__}.r: expected at least 1, found {self.r}")
-        if not math.isfinite(self.alpha):
-            raise ConfigError(f"{type(self).__name__}.alpha: expected a finite number, found {self.alpha}")
         for what in ("target_names", "exclude_names"):
             for pattern in getattr(self, what):
                 _compiles(pattern, f"{type(self).__name__}.{what}")
@@ -84,7 +84,7 @@ class AdapterConfig:
             for pattern, value in getattr(self, what):
                 _compiles(pattern, f"{type(self).__name__}.{what}")
                 if what == "rank_pattern" and value < 1:
-                    raise ConfigError(f"{type(self).__name__}.rank_pattern[{pattern!r}]: expected at least 1, found {value}")
+                    raise ConfigError(f"{type(self).__name__}.rank_pattern[{shown(pattern)}]: expected at least 1, found {value}")
         self.validate()
 
     def validate(self) -> None:
@@ -116,13 +116,16 @@ def to_dict(cfg: AdapterConfig) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config back from JSON types.
+    """The config back from JSON types, every field spelt out: a default isn't what was written.
 
     Raises:
-        ConfigError: not a mapping of names, or what the class itself refuses.
+        ConfigError: not a mapping of names, a field missing, or what the class itself refuses.
     """
     if not isinstance(values, Mapping) or not all(isinstance(k, str) for k in values):
         raise ConfigError(f"{cls.__name__}: expected a mapping of field names, found {type(values).__name__}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
+    if missing:
+        raise ConfigError(f"{cls.__name__}: expected every field, missing: {', '.join(missing)}")
     return cls(**values)
 
 
@@ -141,10 +144,14 @@ def _resolved(cls: type[AdapterConfig]) -> dict[str, Any]:
 
 
 def _compiles(pattern: str, where: str) -> None:
+    quiet = warnings.catch_warnings() if "[" in pattern else nullcontext()  # only a set can make Python warn
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+        with quiet:
+            if "[" in pattern:
+                warnings.simplefilter("ignore", FutureWarning)
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{where}: {shown(pattern)} is not a regular expression: {error}") from None
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
@@ -155,35 +162,50 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         return _coerce(value, next(a for a in args if a is not type(None)), where)
     if origin is Literal:
-        if value in args and isinstance(value, str):
+        if isinstance(value, str) and value in args:
             return value
-        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, found {value!r}")
+        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, found {shown(value)}")
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        if isinstance(value, str) and args[0] is str:
-            value = (value,)
-        if isinstance(value, Mapping):
-            value = tuple(value.items())
-        if not isinstance(value, (Sequence, range, set, frozenset)) or isinstance(value, (str, bytes)):
-            raise ConfigError(f"{where}: expected a sequence, found {value!r}")
-        items = sorted(value) if isinstance(value, (set, frozenset)) else value
-        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items))
+        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(_items(value, args[0], where)))
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) != len(args):
-            raise ConfigError(f"{where}: expected {len(args)} values, found {value!r}")
+            raise ConfigError(f"{where}: expected {len(args)} values, found {shown(value)}")
         return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
     if hint is torch.dtype:
         return _dtype(value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if hint in (int, float, str, bool):
-        if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-            return value
-        raise ConfigError(f"{where}: expected {hint.__name__}, found {value!r}")
+        kinds = (int, float) if hint is float else hint
+        if not isinstance(value, kinds) or (hint is not bool and isinstance(value, bool)):
+            raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
+        return _finite(value, where) if hint is float else value
     return value
 
 
+def _items(value: Any, kind: Any, where: str) -> Iterable[Any]:
+    """The items of what stands for a sequence: one string for itself, a mapping for its pairs, a set in a fixed order."""
+    if isinstance(value, str) and (kind is str or typing.get_origin(kind) is Literal):
+        return (value,)
+    if isinstance(value, Mapping):
+        return tuple(value.items())
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=lambda v: (type(v).__name__, v if isinstance(v, (int, str)) else repr(v)))
+    if not isinstance(value, (Sequence, range)) or isinstance(value, (str, bytes)):
+        raise ConfigError(f"{where}: expected a sequence, found {shown(value)}")
+    return value
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{where}: expected a finite number, found {shown(value)}")
+    return number
+
+
 def _dtype(value: Any, where: str) -> torch.dtype:
-    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"{where}: expected a floating torch.dtype, found {value!r}")
+    found = vars(torch).get(value.removeprefix("torch.")) if isinstance(value, str) else value  # vars: nothing of torch's is run
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
+        raise ConfigError(f"{where}: expected a floating torch.dtype, found {shown(value)}; 16 bits at least")
     return found

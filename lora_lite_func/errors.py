@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["CheckpointError", "ConfigError", "LoraLiteError", "StructureError", "TargetError", "UnsupportedError", "nearest"]
+__all__ = ["CheckpointError", "ConfigError", "LoraLiteError", "StructureError", "TargetError", "UnsupportedError", "nearest", "shown"]
 
 
 class LoraLiteError(Exception):
@@ -39,10 +40,26 @@ def nearest(word: str, known: Iterable[str], *, first: int = 3) -> str:
     "did you mean 'q_proj'?"
     """
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:_LONGEST], known[:10_000], n=1, cutoff=0.6)  # bounded: a file may ask
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {shown(close[0])}?"
     if not known:
         return "there are none."
     more = f" (and {len(known) - first} more)" if len(known) > first else ""
-    return f"there are: {', '.join(map(repr, known[:first]))}{more}."
+    return f"there are: {', '.join(map(shown, known[:first]))}{more}."
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr, cut where it is long.
+
+    >>> shown("q_proj")
+    "'q_proj'"
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+_LONGEST = 200  # characters of a value that a message repeats

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from . import rng
 from .adapter import Adapter, Layout
 from .config import AdapterConfig
-from .errors import ConfigError, LoraLiteError, StructureError
+from .errors import ConfigError, LoraLiteError, StructureError, shown
 from .layers import compute_dtype, dense_weight, device_of
 from .spec import ParamSpec, Site, Variant, leaf_dtype, lookup
 from .targets import find
@@ -35,18 +36,21 @@ def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_dat
     Raises:
         TargetError: a pattern, role or layer index selects nothing.
         UnsupportedError: the method can't adapt a chosen layer; with path, reason and way out.
-        ConfigError: calibration data for a method that takes none.
+        ConfigError: calibration data for a method that takes none, or a seed that is no int.
     """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed: expected int, found {shown(seed)}")
     variant = lookup(type(cfg))
     if calibration_data is not None or loss_fn is not None:
         raise ConfigError(f"{variant.name} takes no calibration data: its start depends on the weights and the seed alone")
     found = find(model, variant, cfg)
     data: dict[str, dict[str, Tensor]] = {}
-    for site, module in found:
-        try:
-            data[site.path] = _start(variant, cfg, site, module, seed)
-        except LoraLiteError as error:
-            raise type(error)(f"site {site.path!r}: {error}") from None
+    with _unsurrounded({device_of(module).type for _, module in found}):
+        for site, module in found:
+            try:
+                data[site.path] = _start(variant, cfg, site, module, seed)
+            except LoraLiteError as error:
+                raise type(error)(f"site {site.path!r}: {error}") from None
     return Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
 
 
@@ -60,25 +64,55 @@ def targets(model: nn.Module, cfg: AdapterConfig) -> tuple[Site, ...]:
     return tuple(site for site, _ in find(model, lookup(type(cfg)), cfg))
 
 
+@contextmanager
+def _unsurrounded(kinds: set[str]) -> Iterator[None]:
+    """Starts are the same under a caller's autocast or `with torch.device(...)`."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
+        for kind in sorted(kinds | {"cpu"}):
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def _start(variant: Variant, cfg: AdapterConfig, site: Site, module: Any, seed: int) -> dict[str, Tensor]:
     """The first tensors of a site, on the device of its weight."""
-    specs = variant.param_specs(cfg, site)
+    specs = _specs(variant, cfg, site)
     dtype = cfg.dtype or compute_dtype(module)
     device = device_of(module)
     given: Mapping[str, Tensor] = {}
     if variant.init is not None:
         weight = dense_weight(module, variant.name) if "weight" in variant.needs else None
         given = variant.init(cfg, site, specs, weight, None, lambda name: rng.generator(seed, site.path, name))
+        _check_given(variant, specs, given)
     start = {}
     for name, spec in specs.items():
-        if not name.startswith("lora_") or "." in name:
-            raise ConfigError(f"{variant.name} names a tensor {name!r}; expected a name that begins with 'lora_', without dots")
         value = given[name] if name in given else _drawn(spec, seed, site.path, name, device, leaf_dtype(spec, dtype))
         if tuple(value.shape) != tuple(spec.shape):
             raise StructureError(f"{variant.name}.init gave {name} the shape {tuple(value.shape)}, expected {tuple(spec.shape)}")
         # a clone of its own: frozen starts and trainable tensors must not share storage
         start[name] = value.detach().to(device, leaf_dtype(spec, dtype), copy=name in given, memory_format=torch.contiguous_format)
     return start
+
+
+def _specs(variant: Variant, cfg: AdapterConfig, site: Site) -> Mapping[str, ParamSpec]:
+    specs = variant.param_specs(cfg, site)
+    if not isinstance(specs, Mapping) or not all(isinstance(s, ParamSpec) for s in specs.values()):
+        raise ConfigError(f"{variant.name}.param_specs: expected a mapping of names to ParamSpecs, found {shown(specs)}")
+    for name, spec in specs.items():
+        if not isinstance(name, str) or not name.startswith("lora_") or "." in name:
+            raise ConfigError(f"{variant.name} names a tensor {name!r}; expected a name that begins with 'lora_', without dots")
+        if spec.init not in ("zeros", "ones") and not callable(spec.init):
+            raise ConfigError(f"{variant.name}: {name} starts as {spec.init!r}; expected 'zeros', 'ones' or a draw")
+    return specs
+
+
+def _check_given(variant: Variant, specs: Mapping[str, ParamSpec], given: Any) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given.values()):
+        raise ConfigError(f"{variant.name}.init: expected a mapping of names to tensors, found {shown(given)}")
+    odd = [name for name in given if name not in specs]
+    if odd:
+        raise ConfigError(f"{variant.name}.init gave {shown(odd[0])}, its param_specs have {', '.join(specs)}")
 
 
 def _drawn(spec: ParamSpec, seed: int, path: str, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:

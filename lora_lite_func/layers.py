@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import UnsupportedError
 
-__all__ = ["at_trace_time", "compute_dtype", "dense_weight", "device_of", "is_dense", "is_linear_like", "refusal"]
+__all__ = ["at_trace_time", "compute_dtype", "dense_weight", "device_of", "is_dense", "is_linear_like", "refusal", "stored"]
 
 
 def is_linear_like(module: Any) -> bool:
@@ -19,9 +21,17 @@ def is_linear_like(module: Any) -> bool:
     return (
         isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
-        and isinstance(getattr(module, "weight", None), Tensor)
+        and isinstance(stored(module, "weight"), Tensor)
         and callable(module)
     )
+
+
+def stored(module: Any, name: str) -> Any:
+    """A layer's tensor as it is stored: of a parametrized one what it is computed from, as computing it may write on the model."""
+    if parametrize.is_parametrized(module, name):
+        held = module.parametrizations[name]
+        return held.original if hasattr(held, "original") else held.original0
+    return getattr(module, name, None)
 
 
 def is_dense(module: Any) -> bool:
@@ -32,7 +42,7 @@ def is_dense(module: Any) -> bool:
 
 def compute_dtype(module: Any) -> torch.dtype:
     """The floating dtype a layer computes in: its weight's, a quantised layer's own choice, or float32."""
-    weight = module.weight
+    weight = stored(module, "weight")
     if weight.is_floating_point() and weight.itemsize > 1:
         return weight.dtype
     declared = getattr(module, "compute_dtype", None)
@@ -41,7 +51,7 @@ def compute_dtype(module: Any) -> torch.dtype:
 
 def device_of(module: Any) -> torch.device:
     """Where a layer computes: its weight's device, or where accelerate's hook brings an offloaded one."""
-    device = module.weight.device
+    device: torch.device = stored(module, "weight").device
     if device.type == "meta":
         target = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         return device if target is None else torch.device(target)
@@ -49,23 +59,33 @@ def device_of(module: Any) -> torch.device:
 
 
 def dense_weight(module: Any, method: str) -> Tensor:
-    """The layer's weight as a dense (d_out, d_in) matrix, float32 at least.
+    """The layer's weight as a dense (d_out, d_in) matrix, float32 at least, the caller's own.
 
     Raises:
-        UnsupportedError: it is packed (quantised), or on the meta device without a map to load it from.
+        UnsupportedError: it is packed (quantised), has entries that aren't finite, or is on the meta device without a map to load it from.
     """
-    weight = module.weight.detach()
+    weight = _computed(module).detach()
     if weight.is_meta:
         weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights_map is None:
             raise UnsupportedError(f"{method} reads the weight, which is on the meta device; load the model's weights first")
         weight = weights_map["weight"].detach()
-    if not weight.is_floating_point() or tuple(weight.shape) != (module.out_features, module.in_features):
+    if not weight.is_floating_point() or weight.itemsize == 1 or tuple(weight.shape) != (module.out_features, module.in_features):
         raise UnsupportedError(
             f"{method} needs the dense weight, found {type(module).__name__} with a {weight.dtype} one of shape {tuple(weight.shape)}; "
             "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"
         )
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if not weight.isfinite().all():
+        raise UnsupportedError(f"{method} reads the weight, which has entries that aren't finite; repair it, or leave the layer out")
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+
+def _computed(module: Any) -> Tensor:
+    """The weight; a parametrized one as evaluation mode has it, computed on a copy."""
+    if parametrize.is_parametrized(module, "weight"):
+        with torch.no_grad():
+            return copy.deepcopy(module.parametrizations["weight"]).eval()()
+    return module.weight
 
 
 def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ Draw = Callable[[Sequence[int], torch.Generator], Tensor]
 def generator(seed: int, path: str, name: str) -> torch.Generator:
     """A fresh CPU generator for one tensor, seeded by a stable hash of (seed, path, name)."""
     digest = hashlib.blake2b(f"{seed}\0{path}\0{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def kaiming(shape: Sequence[int], gen: torch.Generator) -> Tensor:
@@ -28,9 +28,13 @@ def kaiming(shape: Sequence[int], gen: torch.Generator) -> Tensor:
 
 def uniform(bound: float) -> Draw:
     """Uniform in [-bound, bound)."""
-    return lambda shape, gen: torch.empty(tuple(shape)).uniform_(-bound, bound, generator=gen)
+    return lambda shape, gen: _empty(shape).uniform_(-bound, bound, generator=gen)
 
 
 def normal(std: float) -> Draw:
     """Gaussian with mean 0 and standard deviation `std`."""
-    return lambda shape, gen: torch.empty(tuple(shape)).normal_(0.0, std, generator=gen)
+    return lambda shape, gen: _empty(shape).normal_(0.0, std, generator=gen)
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")  # spelt out: the caller's defaults are no part of a draw

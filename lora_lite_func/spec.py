@@ -135,18 +135,26 @@ class Variant:
 
 
 _REGISTRY: dict[type[AdapterConfig], Variant] = {}
+_NEEDS = frozenset({"weight", "inputs", "gradients"})
 
 
 def register(variant: Variant) -> Variant:
     """Make a method known by its config class and its name (files find it so); returns it.
 
     Raises:
-        ConfigError: another method has that name or that config class.
+        ConfigError: another method has that name or that config class, or a field says something that can't be meant.
     """
+    name, config = variant.name, variant.config
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"variant {name!r}: expected a name")
+    if not isinstance(config, type) or not issubclass(config, AdapterConfig):
+        raise ConfigError(f"variant {name!r}: expected a subclass of AdapterConfig for its config, found {config!r}")
+    if not variant.needs <= _NEEDS:
+        raise ConfigError(f"variant {name!r} needs {', '.join(sorted(variant.needs - _NEEDS))}; known are {', '.join(sorted(_NEEDS))}")
     for known in _REGISTRY.values():
-        if known is not variant and (known.name == variant.name or known.config is variant.config):
-            raise ConfigError(f"variant {variant.name!r} ({variant.config.__name__}): {known.name!r} has that name or config already")
-    _REGISTRY[variant.config] = variant
+        if known is not variant and (known.name == name or known.config is config):
+            raise ConfigError(f"variant {name!r} ({config.__name__}): {known.name!r} has that name or config already")
+    _REGISTRY[config] = variant
     return variant
 
 
@@ -163,7 +171,8 @@ def lookup(config: type[AdapterConfig]) -> Variant:
     """
     if config not in _REGISTRY:
         name = getattr(config, "__name__", repr(config))
-        raise ConfigError(f"no variant is registered for {name}; {nearest(name, [c.__name__ for c in _REGISTRY], first=50)}")
+        hint = "" if config is AdapterConfig else name  # the base of all configs is near to each
+        raise ConfigError(f"no variant is registered for {name}; {nearest(hint, [c.__name__ for c in _REGISTRY], first=50)}")
     return _REGISTRY[config]
 
 
@@ -174,12 +183,31 @@ def leaf_dtype(spec: ParamSpec, adapter_dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(spec.dtype, adapter_dtype) if spec.dtype.is_floating_point else spec.dtype
 
 
+def fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
+    """Whether a tensor of dtype `found` can stand where a spec of that dtype is: `leaf_dtype` leaves it as it is."""
+    if spec_dtype is not None and not spec_dtype.is_floating_point:
+        return found == spec_dtype
+    if not found.is_floating_point or found.itemsize == 1:
+        return False
+    return spec_dtype is None or torch.promote_types(spec_dtype, found) == found
+
+
 def site_for(
-    variant: Variant, cfg: AdapterConfig, path: str, d_in: int, d_out: int, *, bias: bool, kind: str, twins: dict[float, Tensor]
+    variant: Variant,
+    cfg: AdapterConfig,
+    path: str,
+    d_in: int,
+    d_out: int,
+    *,
+    r: int,
+    alpha: float,
+    bias: bool,
+    kind: str,
+    twins: dict[float, Tensor],
 ) -> Site:
     """The Site of a layer under a config, its scale and the scale's tensor twin (shared through `twins`) worked out."""
-    site = Site(path, d_in, d_out, bias, kind, r=cfg.rank_at(path), alpha=cfg.alpha_at(path))
+    site = Site(path, d_in, d_out, bias, kind, r=r, alpha=alpha)
     factor = float(variant.factor(cfg, site))
     if factor not in twins:
-        twins[factor] = torch.tensor(factor, dtype=torch.float64)
+        twins[factor] = torch.tensor(factor, dtype=torch.float64, device="cpu")
     return dataclasses.replace(site, factor=factor, twin=twins[factor])

@@ -12,12 +12,14 @@ from .spec import Site
 
 __all__ = ["render"]
 
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")  # a whole name that int() and str() take there and back
+
 
 def render(
     variant: str, sites: Mapping[str, Site], data: Mapping[str, Mapping[str, Any]], trainable: Mapping[str, Mapping[str, bool]]
 ) -> str:
     """The table as text: path, in -> out, tensors with shape and dtype; frozen ones marked with a star."""
-    groups: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[tuple[str, ...], str, str], list[tuple[int, ...]]] = {}
     total = learned = 0
     for path, site in sites.items():
         cells = []
@@ -26,10 +28,9 @@ def render(
             count = leaf.numel() if isinstance(leaf, Tensor) else 0
             total += count
             learned += count if trainable[path][name] else 0
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "{}", path)
-        numbers = tuple(int(n) for n in re.findall(r"(?<![^.])\d+(?![^.])", path))
-        groups.setdefault((pattern, f"{site.d_in} -> {site.d_out}", "  ".join(cells)), []).append(numbers)
-    rows = [(_fold(pattern, numbers) or '""', dims, cells) for (pattern, dims, cells), numbers in groups.items()]
+        numbers = tuple(int(n) for n in _NUMBER.findall(path))
+        groups.setdefault((tuple(_NUMBER.split(path)), f"{site.d_in} -> {site.d_out}", "  ".join(cells)), []).append(numbers)
+    rows = [(_fold(texts, numbers) or '""', dims, cells) for (texts, dims, cells), numbers in groups.items()]
     head = f"Adapter({variant}: {len(sites)} sites, {learned:,} trainable parameters"
     head += f", {total - learned:,} frozen*)" if total != learned else ")"
     wide = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
@@ -42,10 +43,11 @@ def _leaf(leaf: Any) -> str:
     return f"({', '.join(map(str, leaf.shape))}) {str(leaf.dtype).removeprefix('torch.')}"
 
 
-def _fold(pattern: str, numbers: list[tuple[int, ...]]) -> str:
-    """`layers.{}.q` with [(0,), (1,), (2,)] -> `layers.{0-2}.q`; with several numbers in a path, each its own range."""
+def _fold(texts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
+    """("layers.", ".q") with [(0,), (1,), (2,)] -> "layers.{0-2}.q"; with several numbers in a path, each its own range."""
     columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
-    return pattern.format(*("{" + _ranges(c) + "}" if len(c) > 1 else str(c[0]) for c in columns))
+    ranges = ["{" + _ranges(c) + "}" if len(c) > 1 else str(c[0]) for c in columns]
+    return "".join(text + number for text, number in zip(texts, [*ranges, ""], strict=True))
 
 
 def _ranges(values: list[int]) -> str:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from .config import DEFAULT_EXCLUDE, AdapterConfig
 from .errors import TargetError, UnsupportedError, nearest
-from .layers import is_linear_like, refuse_uncopyable
+from .layers import is_linear_like, refuse_uncopyable, stored
 from .spec import Site, Variant, site_for
 
 __all__ = ["find", "layer_index", "role_of"]
 
-_WRITERS = ("o_proj", "out_proj", "attn.proj", "down_proj", "wo", "output.dense")
+_WRITERS = (".o_proj", ".out_proj", ".attn.proj", ".down_proj", ".wo", ".output.dense")  # whole names, at a path's end
 
 
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:
@@ -23,8 +23,10 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing, or nothing is left.
-        UnsupportedError: the method can't adapt a chosen layer, or the model is a wrapper that hides its modules.
+        UnsupportedError: the method can't adapt a chosen layer, or the model is no module, or a wrapper that hides its modules.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"expected an nn.Module, found {type(model).__name__}")
     refuse_uncopyable(model)
     candidates = [(path, module) for path, module in model.named_modules() if is_linear_like(module)]
     if not candidates:
@@ -53,20 +55,26 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
 def _site(variant: Variant, cfg: AdapterConfig, path: str, module: Any, twins: dict[float, Tensor]) -> Site:
     if "linear" not in variant.sites:
         raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(sorted(variant.sites))}, this is a linear layer")
-    bias = isinstance(getattr(module, "bias", None), Tensor)
-    return site_for(variant, cfg, path, module.in_features, module.out_features, bias=bias, kind="linear", twins=twins)
+    d_in, d_out = module.in_features, module.out_features
+    if d_in < 1 or d_out < 1:
+        raise UnsupportedError(
+            f"{path!r}: this {type(module).__name__} is {d_in} -> {d_out}; call a lazy model once so that it has its sizes, "
+            "or leave the layer out with exclude_names"
+        )
+    r, alpha, bias = cfg.rank_at(path), cfg.alpha_at(path), isinstance(stored(module, "bias"), Tensor)
+    return site_for(variant, cfg, path, d_in, d_out, r=r, alpha=alpha, bias=bias, kind="linear", twins=twins)
 
 
 def layer_index(path: str) -> int | None:
     """The first number in a path: 3 for "model.layers.3.mlp.up_proj"; None where there is none."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
 def role_of(path: str, module: Any, width: int) -> str:
     """By shape against the residual width, and by name where both sides have it: reader, writer or inner."""
     reads, writes = module.in_features == width, module.out_features == width
     if reads and writes:
-        return "writer" if path.endswith(_WRITERS) else "reader"
+        return "writer" if f".{path}".endswith(_WRITERS) else "reader"
     return "reader" if reads else "writer" if writes else "inner"
 
 
@@ -108,5 +116,5 @@ def _layers(cfg: AdapterConfig, paths: list[str]) -> set[int] | None:
 
 def _nothing_left(cfg: AdapterConfig, paths: list[str]) -> str:
     asked = {what: getattr(cfg, what) for what in ("target_names", "target_roles", "layers", "exclude_names")}
-    text = ", ".join(f"{k}={v!r}" for k, v in asked.items() if v not in ((), None))
+    text = ", ".join(f"{k}={v!r}" for k, v in asked.items() if (v is not None if k == "layers" else v))
     return f"none of {len(paths)} linear-like layers is left under {text}; first ones: {', '.join(map(repr, paths[:3]))}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import ABSENT, Adapter, leaves, replace
+from .adapter import ABSENT, Adapter, keys, leaves, replace
 from .errors import StructureError, UnsupportedError
 
 __all__ = ["cast", "combine", "num_params", "partition", "scale", "stack", "summary", "unstack"]
@@ -21,22 +22,31 @@ def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -
 
     Args:
         params: what to split.
-        keep: (path, lora_name) -> whether the leaf goes first; by default what the method calls trainable.
+        keep: (path, lora_name) -> whether the leaf goes first, asked once per leaf; by default what the method calls trainable.
+
+    Raises:
+        StructureError: not an Adapter.
     """
+    _check_adapter(params, "partition")
     rule = keep or (lambda path, name: params.layout.trainable[path][name])
-    first = {path: {n: t if rule(path, n) else ABSENT for n, t in ts.items()} for path, ts in params._data.items()}
-    second = {path: {n: ABSENT if rule(path, n) else t for n, t in ts.items()} for path, ts in params._data.items()}
-    return replace(params, first), replace(params, second)
+    first = [bool(rule(path, name)) for path, name in keys(params)]
+    flat = list(leaves(params))
+    return (
+        _refill(params, [t if here else ABSENT for t, here in zip(flat, first, strict=True)]),
+        _refill(params, [ABSENT if here else t for t, here in zip(flat, first, strict=True)]),
+    )
 
 
 def combine(*parts: Adapter) -> Adapter:
     """The parts of a partition put together again: each leaf from the one part that has it.
 
     Raises:
-        StructureError: the parts are of different adapters, or a leaf is in several or in none.
+        StructureError: no parts, parts of different adapters, or a leaf in several or in none.
     """
+    if not parts:
+        raise StructureError("combine: expected the parts of an adapter, found none")
     first = parts[0]
-    for other in parts[1:]:
+    for other in parts:
         _same_layout(first, other, "combine")
     data: dict[str, dict[str, Any]] = {}
     for path, names in first.layout.names.items():
@@ -49,18 +59,28 @@ def combine(*parts: Adapter) -> Adapter:
     return replace(first, data)
 
 
-def stack(adapters: Sequence[Adapter]) -> Adapter:
+def stack(adapters: Iterable[Adapter]) -> Adapter:
     """K adapters with equal sites and settings as one, every leaf with a leading axis of K; for torch.func.vmap.
 
     Raises:
-        StructureError: nothing to stack, or the first difference between two of them.
+        StructureError: nothing to stack, or the first difference between two of them: in sites, settings, leaves that are absent,
+            shapes, dtypes or devices.
     """
+    if isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
+        raise StructureError(f"stack: expected a sequence of adapters, found {type(adapters).__name__}")
     adapters = list(adapters)
     if not adapters:
         raise StructureError("stack: expected at least one adapter, found none")
-    for i, other in enumerate(adapters[1:], 1):
+    for i, other in enumerate(adapters):
         _same_layout(adapters[0], other, f"stack: number {i}")
-    columns = zip(*(leaves(a) for a in adapters), strict=True)
+    columns = list(zip(*(leaves(a) for a in adapters), strict=True))
+    for (path, name), column in zip(keys(adapters[0]), columns, strict=True):
+        kinds = [_kind(t) for t in column]
+        for i, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise StructureError(
+                    f"stack: number {i} differs at {path!r} {name}: {', '.join(map(str, kind))}, the first {', '.join(map(str, kinds[0]))}"
+                )
     return _refill(adapters[0], [c[0] if c[0] is ABSENT else torch.stack(c) for c in columns])
 
 
@@ -70,19 +90,8 @@ def unstack(stacked: Adapter) -> list[Adapter]:
     Raises:
         StructureError: not a stack.
     """
-    counts = set()
-    for path, expected in stacked.layout.expected.items():
-        for name, leaf in stacked._data[path].items():
-            if leaf is ABSENT:
-                continue
-            if leaf.ndim != len(expected[name]) + 1 or tuple(leaf.shape[1:]) != expected[name]:
-                shape = ", ".join(map(str, expected[name]))
-                raise StructureError(f"unstack: {path!r} {name}: expected (K, {shape}), found {tuple(leaf.shape)}")
-            counts.add(leaf.shape[0])
-    if len(counts) != 1:
-        raise StructureError(f"unstack: expected one leading size, found {sorted(counts) or 'no tensors'}")
-    flat = list(leaves(stacked))
-    return [_refill(stacked, [t if t is ABSENT else t[i] for t in flat]) for i in range(counts.pop())]
+    count, flat = _members(stacked, "unstack"), list(leaves(stacked))
+    return [_refill(stacked, [t if t is ABSENT else t[i] for t in flat]) for i in range(count)]
 
 
 def scale(params: Adapter, strength: float | Tensor) -> Adapter:
@@ -96,28 +105,41 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
 
     Raises:
         UnsupportedError: the method has no such path.
+        StructureError: a part of a partition, or a vector of strengths for something that isn't a stack of as many adapters.
     """
+    _check_adapter(params, "scale")
     layout = params.layout
     change = layout.variant.scale
     if change is None:
         raise UnsupportedError(f"{layout.variant.name} has no `scale` function in its Variant, so its strength can't be set")
-    if isinstance(strength, Tensor) and strength.ndim == 1:
+    if any(leaf is ABSENT for leaf in leaves(params)):
+        raise StructureError("scale: this is one part of a partition; scale the whole, ll.combine(trainable, frozen)")
+    if isinstance(strength, Tensor) and strength.ndim:
+        count = _members(params, "scale by a strength per member of a stack")
+        if tuple(strength.shape) != (count,):
+            raise StructureError(f"scale: expected one strength or {count}, one per member of the stack, found {tuple(strength.shape)}")
         return torch.func.vmap(scale)(params, strength)
-    return replace(params, {path: change(layout.config, tensors, strength) for path, tensors in params._data.items()})
+
+    def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        changed = change(layout.config, tensors, strength)
+        return {name: changed[name].to(t.dtype) for name, t in tensors.items()}  # a wide strength widens a 0-dim tensor
+
+    return replace(params, {path: scaled(tensors) for path, tensors in params._data.items()})
 
 
 def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
     """The floating leaves in another dtype; those that a method keeps in float32 at least stay so.
 
     Raises:
-        StructureError: not a floating dtype.
+        StructureError: not an Adapter, or not a floating dtype of 16 bits or more.
     """
-    if not dtype.is_floating_point:
-        raise StructureError(f"cast: expected a floating dtype, found {dtype}")
+    _check_adapter(params, "cast")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise StructureError(f"cast: expected a floating dtype, found {dtype!r}")
     least = params.layout.least
 
-    def leaf(path: str, name: str, t: Tensor) -> Tensor:
-        if not t.is_floating_point():
+    def leaf(path: str, name: str, t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
             return t
         at_least = least[path][name]
         return t.to(dtype if at_least is None else torch.promote_types(dtype, at_least))
@@ -126,7 +148,12 @@ def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
-    """How many numbers the adapter holds (a stack counts all its members)."""
+    """How many numbers the adapter holds (a stack counts all its members).
+
+    Raises:
+        StructureError: not an Adapter.
+    """
+    _check_adapter(params, "num_params")
     layout = params.layout
     return sum(
         t.numel()
@@ -141,6 +168,34 @@ def summary(params: Adapter) -> str:
     return repr(params)
 
 
+def _check_adapter(params: Any, what: str) -> None:
+    if not isinstance(params, Adapter):
+        raise StructureError(f"{what}: expected an Adapter, found {type(params).__name__}")
+
+
+def _members(stacked: Adapter, what: str) -> int:
+    """How many adapters a stack has; refuses what is none."""
+    _check_adapter(stacked, what)
+    counts = set()
+    for path, expected in stacked.layout.expected.items():
+        for name, leaf in stacked._data[path].items():
+            if leaf is ABSENT:
+                continue
+            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            if not isinstance(leaf, Tensor) or leaf.ndim != len(expected[name]) + 1 or found[1:] != expected[name]:
+                shape = ", ".join(map(str, expected[name]))
+                raise StructureError(f"{what}: {path!r} {name}: expected (K, {shape}), found {found}")
+            counts.add(leaf.shape[0])
+    if len(counts) != 1:
+        raise StructureError(f"{what}: expected one leading size, found {sorted(counts) or 'no tensors'}")
+    return counts.pop()
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    """What stacked leaves must agree in."""
+    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (leaf,)
+
+
 def _refill(params: Adapter, flat: list[Any]) -> Adapter:
     it = iter(flat)
     return replace(params, {path: {name: next(it) for name in names} for path, names in params.layout.names.items()})
@@ -148,15 +203,22 @@ def _refill(params: Adapter, flat: list[Any]) -> Adapter:
 
 def _same_layout(a: Adapter, b: Adapter, what: str) -> None:
     """Refuse two adapters whose static data differ, naming the first difference."""
-    if not isinstance(b, Adapter) or not isinstance(a, Adapter):
-        raise StructureError(f"{what}: expected an Adapter, found {type(b if isinstance(a, Adapter) else a).__name__}")
+    _check_adapter(a, what)
+    _check_adapter(b, what)
     if a.layout == b.layout:
         return
     if a.layout.variant.name != b.layout.variant.name:
         raise StructureError(f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one method at a time")
-    for path in a.sites.keys() ^ b.sites.keys():
+    for path in sorted(a.sites.keys() ^ b.sites.keys()):
         raise StructureError(f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone")
     for path, site in a.sites.items():
-        if site != b.sites[path]:
-            raise StructureError(f"{what} differs at {path!r}: {b.sites[path]}, the first {site}")
-    raise StructureError(f"{what} has other settings: {b.config}, the first {a.config}")
+        other = b.sites[path]
+        if site != other:
+            raise StructureError(f"{what} differs at {path!r}: {_differing(other, site)}, the first {_differing(site, other)}")
+    raise StructureError(f"{what} has other settings: {_differing(b.config, a.config)}, the first {_differing(a.config, b.config)}")
+
+
+def _differing(one: Any, other: Any) -> str:
+    """The fields that take part in equality and differ, with the values of `one`."""
+    fields = [f.name for f in dataclasses.fields(one) if f.compare and getattr(one, f.name) != getattr(other, f.name)]
+    return ", ".join(f"{name}={getattr(one, name)!r}" for name in fields)

@@ -67,7 +67,6 @@ def test_nothing_can_be_put_in() -> None:
         params.anything = 1
 
 
-@pytest.mark.xfail(strict=True, reason="the static data can be assigned: `params.layout = other` passes")
 def test_the_layout_can_not_be_replaced() -> None:
     params = lora()
     with pytest.raises(AttributeError, match="layout"):
@@ -104,7 +103,7 @@ def test_torch_and_optree_flatten_alike(case: Case) -> None:
     for flat in (pytree.tree_leaves(params), optree.tree_leaves(params)):
         assert all(a is b for a, b in zip(flat, ours, strict=True))
     names = [f"{path}.{name}" for path, tensors in params.items() for name in tensors]
-    assert [keys[0].key for keys, _ in pytree.tree_flatten_with_path(params)[0]] == names
+    assert [".".join(keys[0].key) for keys, _ in pytree.tree_flatten_with_path(params)[0]] == names
     assert [".".join(p[-1]) for p in optree.tree_paths(params)] == names
     for again in (pytree.tree_unflatten(ours, pytree.tree_flatten(params)[1]), optree.tree_unflatten(optree.tree_structure(params), ours)):
         assert isinstance(again, ll.Adapter)
@@ -112,15 +111,11 @@ def test_torch_and_optree_flatten_alike(case: Case) -> None:
         assert all(a is b for a, b in zip(leaves(again), ours, strict=True))
 
 
-def test_key_paths_read_like_the_files_keys() -> None:
-    assert [pytree.keystr(k) for k, _ in pytree.tree_flatten_with_path(lora())[0]] == [f"['{name}']" for name in ORDER]
-    itself = ll.init(nn.Linear(2, 2), ll.LoRAConfig(r=1))
-    assert [pytree.keystr(k) for k, _ in pytree.tree_flatten_with_path(itself)[0]] == ["['lora_A']", "['lora_B']"]
-
-
-@pytest.mark.xfail(strict=True, reason="the key is '<path>.<name>', which isn't a key of the mapping: KeyError", raises=KeyError)
 def test_key_paths_lead_to_their_leaves() -> None:
     params = lora()
+    assert params["layers.0.up", "lora_A"] is params["layers.0.up"]["lora_A"]
+    with pytest.raises(KeyError, match=r"no site 'layers.0.upp'"):
+        params["layers.0.upp", "lora_A"]
     for keys, leaf in pytree.tree_flatten_with_path(params)[0]:
         assert pytree.key_get(params, keys) is leaf
     for accessor, leaf in zip(optree.tree_accessors(params), optree.tree_leaves(params), strict=True):
@@ -164,11 +159,11 @@ def test_an_adapter_of_axes() -> None:
     several = [moved(params, i) for i in (1, 2, 3)]
     x = torch.randn(2, 16, dtype=torch.float64)
     stacked = ll.stack(several)
-    mixed = pytree.tree_map_with_path(lambda k, t: t if k[0].key.endswith("lora_B") else t[0], stacked)
-    axes = pytree.tree_map_with_path(lambda k, t: 0 if k[0].key.endswith("lora_B") else None, params)
+    mixed = pytree.tree_map_with_path(lambda k, t: t if k[0].key[1] == "lora_B" else t[0], stacked)
+    axes = pytree.tree_map_with_path(lambda k, t: 0 if k[0].key[1] == "lora_B" else None, params)
     y = vmap(lambda p: ll.apply(model, p, x), in_dims=(axes,))(mixed)
     for i in range(3):
-        one = pytree.tree_map_with_path(lambda k, t, i=i: t[i] if k[0].key.endswith("lora_B") else t, mixed)
+        one = pytree.tree_map_with_path(lambda k, t, i=i: t[i] if k[0].key[1] == "lora_B" else t, mixed)
         assert torch.allclose(y[i], ll.apply(model, one, x), atol=1e-12)
     moved_axis = vmap(lambda p: p, out_dims=pytree.tree_map(lambda _: 1, params))(stacked)
     assert torch.equal(moved_axis["layers.0.up"]["lora_A"][:, 2], several[2]["layers.0.up"]["lora_A"])
@@ -203,7 +198,6 @@ def test_the_table() -> None:
     assert "lora_A0* absent" in repr(ll.partition(pissa())[0])
 
 
-@pytest.mark.xfail(strict=True, reason="the path is used as a format string: KeyError, or attributes of ints looked up for a hostile file")
 @pytest.mark.parametrize("name", ["{a}", "a{", "{0}"])
 def test_a_site_with_braces_prints(name: str) -> None:
     assert name in repr(ll.init(nn.ModuleDict({name: nn.Linear(2, 2)}), ll.LoRAConfig(r=1)))
@@ -243,7 +237,6 @@ def test_export_takes_an_adapter_as_input(name: str) -> None:
         assert torch.allclose(exported(p, x), module(p, x), atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="no JSON form of the static data is registered: torch.export.save raises", raises=TypeError)
 def test_an_exported_program_can_be_saved() -> None:
     module, x = Applied(), torch.randn(3, 16, dtype=torch.float64)
     program = torch.export.export(module, (ll.init(module.base, ll.LoRAConfig(r=2)), x))

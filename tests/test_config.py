@@ -83,7 +83,6 @@ def test_unknown_field_names_the_nearest() -> None:
         ll.LoRAConfig(self=1)
 
 
-@pytest.mark.xfail(strict=True, reason="AdapterConfig.__new__ takes `cls` by name: TypeError instead of ConfigError")
 def test_a_field_called_cls_is_unknown_like_any_other() -> None:
     with pytest.raises(ll.ConfigError, match="LoRAConfig has no field 'cls'"):
         ll.LoRAConfig(cls=1)
@@ -113,7 +112,7 @@ def test_keywords_only(cls: Any) -> None:
         ({"rslora": 1}, "LoRAConfig.rslora: expected bool, found 1"),
         ({"rslora": None}, "LoRAConfig.rslora: expected bool, found None"),
         ({"dropout": 1.0}, r"LoRAConfig.dropout: expected a probability in \[0, 1\), found 1.0"),
-        ({"dropout": float("nan")}, "LoRAConfig.dropout: expected a probability"),
+        ({"dropout": float("nan")}, "LoRAConfig.dropout: expected a finite number"),
         ({"init_A": "Kaiming"}, "LoRAConfig.init_A: expected one of 'kaiming', 'gaussian', 'orthogonal', found 'Kaiming'"),
         ({"init_A": ["kaiming"]}, "LoRAConfig.init_A: expected one of"),
         ({"init_A": "orthogonal", "r": 3}, "expected an even r"),
@@ -183,13 +182,11 @@ def test_methods_refuse_their_own(make: Callable[[], Any], message: str) -> None
         pytest.param(ll.DeLoRAConfig, {"lambda0": float("inf")}, id="lambda0 inf: accepted"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="not refused as a ConfigError")
 def test_hostile_values_are_config_errors(cls: Any, fields: dict[str, Any]) -> None:
     with pytest.raises(ll.ConfigError, match=next(iter(fields))):
         cls(**fields)
 
 
-@pytest.mark.xfail(strict=True, reason="re.compile's FutureWarning about a nested set reaches the caller, an error under -W error")
 def test_a_pattern_that_python_warns_about_warns_nobody() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -18,7 +18,6 @@ from torch import Tensor
 import lora_lite_func as ll
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
-bug = pytest.mark.xfail
 
 
 def made(case: Case, seed: int = 1, **fields: Any) -> ll.Adapter:
@@ -77,14 +76,12 @@ def test_combine_refuses_what_is_no_partition() -> None:
         ll.combine(3, params)  # type: ignore[arg-type]
 
 
-@bug(strict=True, reason="it is asked twice, so a predicate with a state (a coin, a counter) duplicates or loses leaves")
 def test_a_predicate_is_asked_once_per_leaf() -> None:
     asked: list[tuple[str, str]] = []
     ll.partition(lora(), lambda *key: bool(asked.append(key)))
     assert len(asked) == len(set(asked))
 
 
-@bug(strict=True, reason="combine() is an IndexError, combine(3) an AttributeError")
 @pytest.mark.parametrize("parts", [(), (3,)])
 def test_combine_of_nothing(parts: Any) -> None:
     with pytest.raises(ll.StructureError, match="combine: expected"):
@@ -149,7 +146,6 @@ def test_stack_and_unstack_refuse_what_is_none() -> None:
         ll.unstack(ll.partition(lora(), lambda *_: False)[0])
 
 
-@bug(strict=True, reason="not refused as a StructureError")
 @pytest.mark.parametrize(
     "act",
     [
@@ -166,20 +162,13 @@ def test_stack_of_what_does_not_stack(act: Callable[..., Any]) -> None:
         act(whole, ll.partition(whole, lambda path, name: name == "lora_A")[0])
 
 
-@bug(strict=True, reason="a bfloat16 member comes back as float32: torch.stack promotes")
 def test_stack_does_not_promote_in_silence() -> None:
     with pytest.raises(ll.StructureError, match="bfloat16"):
         ll.stack([lora(), ll.cast(lora(), torch.bfloat16)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- scale
-def but(methods: tuple[str, ...], why: str) -> Any:
-    """Every case, those of some methods marked as known to fail."""
-    marked = [pytest.param(c, id=c.name, marks=[bug(strict=True, reason=why)] if c.name.startswith(methods) else []) for c in CASES]
-    return pytest.mark.parametrize("case", marked)
-
-
-@but(("hra",), "its scale pairs rows on axis 0, the members' axis of a stack: wrong values for an even K, an error for an odd one")
+@every
 @pytest.mark.parametrize("strength", [0.5, torch.tensor(-1.0, dtype=torch.float64)], ids=["float", "tensor"])
 def test_scaling_a_stack_is_scaling_its_members(case: Case, strength: Any) -> None:
     several = [made(case, seed) for seed in (1, 2)]
@@ -207,14 +196,13 @@ def test_scaling_is_pure_and_keeps_what_it_is(case: Case) -> None:
     assert same(before, params)
 
 
-@but(("delora",), "a 0-dim tensor of a wider dtype promotes a 0-dim leaf, its strength")
+@every
 def test_scaling_by_a_wider_tensor_keeps_dtypes(case: Case) -> None:
     params = ll.cast(made(case), torch.float32)
     scaled = ll.scale(params, torch.tensor(0.5, dtype=torch.float64))
     assert [t.dtype for t in leaves(scaled)] == [t.dtype for t in leaves(params)]
 
 
-@bug(strict=True, reason="IA3's gate of 4 entries is taken for a stack of 4: every feature gets a strength of its own")
 def test_a_vector_of_strengths_needs_a_stack() -> None:
     params = ll.init(torch.nn.Linear(4, 4), ll.IA3Config())
     with pytest.raises(ll.StructureError, match="stack"):
@@ -253,19 +241,16 @@ def test_cast_refuses_what_is_no_floating_dtype() -> None:
             ll.cast(lora(), dtype)
 
 
-@bug(strict=True, reason="absent leaves have no dtype: AttributeError", raises=AttributeError)
 def test_a_part_can_be_cast() -> None:
     trainable, frozen = ll.partition(lora(), lambda path, name: name == "lora_A")
     assert same(ll.combine(ll.cast(trainable, torch.float32), ll.cast(frozen, torch.float32)), ll.cast(lora(), torch.float32))
 
 
-@bug(strict=True, reason="absent leaves can't be multiplied: TypeError", raises=TypeError)
 def test_a_part_is_scaled_or_refused_with_words() -> None:
     with pytest.raises(ll.StructureError, match=r"partition.*combine"):
         ll.scale(ll.partition(ll.init(net(), ll.PiSSAConfig(r=4)))[0], 0.5)
 
 
-@bug(strict=True, reason="AttributeError: a str has no is_floating_point", raises=AttributeError)
 def test_cast_to_a_name_is_refused_with_words() -> None:
     with pytest.raises(ll.StructureError, match="cast: expected a floating dtype, found 'bfloat16'"):
         ll.cast(lora(), "bfloat16")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..rng import normal
 from ..spec import Site
 
 __all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "top_svd"]
@@ -88,7 +89,7 @@ def top_svd(W: Tensor, r: int, niter: int | None, gen: torch.Generator) -> tuple
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[:, :r], S[:r], Vh[:r]
     k = min(r + 8, *W.shape)
-    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], k, generator=gen).to(W))[0]  # (d_out, k)
+    Q = torch.linalg.qr(W @ normal(1.0)((W.shape[1], k), gen).to(W))[0]  # (d_out, k)
     for _ in range(niter):
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)  # (k, k), (k,), (k, d_in)

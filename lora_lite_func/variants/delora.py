@@ -66,10 +66,11 @@ def init(
     cfg: DeLoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
     """Column norms of W, the starting strength, equal live and frozen factors."""
-    start = {"lora_lambda": torch.tensor(cfg.lambda0), "lora_wnorm": weight.norm(dim=0)}
+    strength = torch.tensor(cfg.lambda0, dtype=torch.float64)
+    start = {"lora_lambda": strength, "lora_wnorm": weight.norm(dim=0)}
     if cfg.init == "subtract":
         A, B = (kaiming(specs[n].shape, generator(n)) for n in ("lora_A", "lora_B"))
-        start |= {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B, "lora_lambda0": torch.tensor(cfg.lambda0)}
+        start |= {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B, "lora_lambda0": strength}
     return start
 
 

@@ -87,13 +87,13 @@ def weight(cfg: HRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -
 def scale(cfg: HRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """Each pair of reflections is a rotation by twice the angle between its rows: turn the second row to c times that angle."""
     U = p["lora_U"]
-    first, second = F.normalize(U.to(_lowrank.core_dtype(U.dtype)).unflatten(0, (-1, 2)), dim=-1).unbind(1)  # (r/2, d_in) each
+    first, second = F.normalize(U.to(_lowrank.core_dtype(U.dtype)).unflatten(-2, (-1, 2)), dim=-1).unbind(-2)  # (..., r/2, d_in) each
     cosine = (first * second).sum(-1, keepdim=True)
     across = second - cosine * first  # the part of the second row off the first
     sine = across.norm(dim=-1, keepdim=True)
     angle = torch.atan2(sine, cosine) * c
     turned = angle.cos() * first + angle.sin() * across / sine.clamp_min(torch.finfo(sine.dtype).tiny)
-    return {"lora_U": torch.stack([first, turned], dim=1).flatten(0, 1).to(U.dtype)}
+    return {"lora_U": torch.stack([first, turned], dim=-2).flatten(-3, -2).to(U.dtype)}
 
 
 VARIANT = Variant(

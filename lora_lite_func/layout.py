@@ -1,0 +1,120 @@
+"""Layout: an adapter's static data, and its description as JSON types, which files and exported programs carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .config import AdapterConfig, from_dict, to_dict
+from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, shown
+from .spec import Site, Variant, site_for, variants
+
+__all__ = ["Layout", "describe", "described"]
+
+_FORMAT = 1
+_FIELDS = ("format", "variant", "config", "sites")
+_LARGEST = 2**31  # a dimension or rank above it is a mistake
+
+
+class Layout:
+    """An adapter's static data: its method, config, sites and the names of their tensors. Equal layouts stack."""
+
+    __slots__ = ("config", "expected", "least", "names", "sites", "trainable", "variant")
+
+    def __init__(self, variant: Variant, config: AdapterConfig, sites: Iterable[Site]) -> None:
+        self.variant = variant
+        self.config = config
+        self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
+        specs = {path: dict(sorted(variant.param_specs(config, site).items())) for path, site in self.sites.items()}
+        self.names = {path: tuple(specs[path]) for path in specs}
+        self.expected = {path: {name: tuple(s.shape) for name, s in specs[path].items()} for path in specs}
+        self.least = {path: {name: s.dtype for name, s in specs[path].items()} for path in specs}
+        self.trainable = {path: {name: s.trainable for name, s in specs[path].items()} for path in specs}
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Layout) and self.config == other.config and self.sites == other.sites and self.names == other.names
+
+    def __hash__(self) -> int:
+        return hash((self.config, tuple(self.sites.values())))
+
+    def __repr__(self) -> str:
+        return f"Layout({self.variant.name}, {len(self.sites)} sites, {self.config})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.variant, self.config, tuple(self.sites.values()))
+
+
+def describe(layout: Layout) -> dict[str, Any]:
+    """The layout as JSON types: format version, method, config with every field, a row per site."""
+    sites = [[s.path, s.kind, s.d_in, s.d_out, s.bias, s.r, s.alpha] for s in layout.sites.values()]
+    return {"format": _FORMAT, "variant": layout.variant.name, "config": to_dict(layout.config), "sites": sites}
+
+
+def described(says: Any, *, most: int = _LARGEST) -> Layout:
+    """The layout back from its description, which is hostile until shown otherwise: no pattern in it is run.
+
+    Args:
+        says: what `describe` gave.
+        most: how many sites there can be at most: as many as there are tensors.
+
+    Raises:
+        CheckpointError: another format version, an unknown method, a config or site with missing, unknown or wrongly typed fields.
+    """
+    if not isinstance(says, dict):
+        raise CheckpointError(f"its metadata: expected an object, found {type(says).__name__}")
+    version = says.get("format")
+    if type(version) is not int or version != _FORMAT:
+        raise CheckpointError(f"expected format version {_FORMAT}, found {shown(version)}; a newer release may read it")
+    odd = says.keys() ^ set(_FIELDS)
+    if odd:
+        raise CheckpointError(f"its metadata should have {', '.join(_FIELDS)}; odd: {shown(', '.join(sorted(odd)))[1:-1]}")
+    known, name = variants(), says["variant"]
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(f"unknown variant {shown(name)}; {nearest(str(name), known, first=50)} ll.register adds one")
+    try:
+        cfg = from_dict(known[name].config, says["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"config: {error}") from None
+    try:
+        return Layout(known[name], cfg, _sites(known[name], cfg, says["sites"], most))
+    except CheckpointError:
+        raise
+    except (LoraLiteError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"sites: {error}") from None
+
+
+def _sites(variant: Variant, cfg: AdapterConfig, rows: Any, most: int) -> list[Site]:
+    twins: dict[float, Tensor] = {}
+    sites: dict[str, Site] = {}
+    ranks = {cfg.r, *(r for _, r in cfg.rank_pattern)}
+    alphas = {cfg.alpha, *(a for _, a in cfg.alpha_pattern)}
+    if not isinstance(rows, list) or not rows:
+        raise CheckpointError(f"expected a list of sites, found {shown(rows)}")
+    if len(rows) > most:
+        raise CheckpointError(f"it lists {len(rows)} sites, but holds {most} tensors; every site has at least one")
+    for row in rows:
+        if not _is_site(row):
+            raise CheckpointError(f"a site should be [path, kind, d_in, d_out, bias, r, alpha], found {shown(row)}")
+        path, kind, d_in, d_out, bias, r, alpha = row
+        if path in sites:
+            raise CheckpointError(f"site {shown(path)} is listed twice")
+        if kind not in variant.sites:
+            raise CheckpointError(f"site {shown(path)}: {variant.name} can't adapt a {shown(kind)}")
+        if r not in ranks or alpha not in alphas:
+            raise CheckpointError(f"site {shown(path)}: r={r}, alpha={alpha} isn't what its config can give")
+        sites[path] = site_for(variant, cfg, path, d_in, d_out, r=r, alpha=alpha, bias=bias, kind=kind, twins=twins)
+    return list(sites.values())
+
+
+def _is_site(row: Any) -> bool:
+    return (
+        isinstance(row, list)
+        and [type(v) for v in row] == [str, str, int, int, bool, int, float]
+        and all(0 < size < _LARGEST for size in (row[2], row[3], row[5]))
+        and math.isfinite(row[6])
+    )
