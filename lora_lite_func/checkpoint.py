@@ -165,14 +165,14 @@ def _check_keys(layout: Layout, tensors: Mapping[str, Tensor]) -> None:
 def _check_tensor(layout: Layout, path: str, name: str, leaf: Any) -> None:
     shape, least = layout.expected[path][name], layout.least[path][name]
     if leaf is ABSENT:
-        raise CheckpointError(f"{path!r} {name} is absent: this is one part of a partition; ll.combine the parts first")
+        raise CheckpointError(f"{shown(path)} {name} is absent: this is one part of a partition; ll.combine the parts first")
     if not isinstance(leaf, Tensor) or tuple(leaf.shape) != shape:
         found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-        raise CheckpointError(f"{path!r} {name}: expected a tensor of shape {shape}, found {found}")
+        raise CheckpointError(f"{shown(path)} {name}: expected a tensor of shape {shape}, found {found}")
     if not fits(least, leaf.dtype):
         kind = f"{'floating' if least is None else least} tensor, found {leaf.dtype}"
         wide = "" if least is not None and not least.is_floating_point else f"; {'16 bits' if least is None else least} at least"
-        raise CheckpointError(f"{path!r} {name}: expected a {kind}{wide}")
+        raise CheckpointError(f"{shown(path)} {name}: expected a {kind}{wide}")
 
 
 def _check_model(layout: Layout, model: nn.Module) -> None:
@@ -185,4 +185,4 @@ def _check_model(layout: Layout, model: nn.Module) -> None:
             raise CheckpointError(f"{type(model).__name__} has no linear-like module {shown(path)}; {nearest(path, modules)}")
         if (module.in_features, module.out_features) != (site.d_in, site.d_out):
             found = f"{module.in_features} -> {module.out_features}"
-            raise CheckpointError(f"site {path!r}: expected {site.d_in} -> {site.d_out}, the model has {found}")
+            raise CheckpointError(f"site {shown(path)}: expected {site.d_in} -> {site.d_out}, the model has {found}")

@@ -68,9 +68,10 @@ def targets(model: nn.Module, cfg: AdapterConfig) -> tuple[Site, ...]:
 def _unsurrounded(kinds: set[str]) -> Iterator[None]:
     """Starts are the same under a caller's autocast or `with torch.device(...)`."""
     with ExitStack() as stack:
-        stack.enter_context(torch.device("cpu"))
+        if torch.empty(0).device.type != "cpu":  # only then: it slows every call of torch
+            stack.enter_context(torch.device("cpu"))
         for kind in sorted(kinds | {"cpu"}):
-            if torch.amp.is_autocast_available(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

@@ -72,7 +72,7 @@ def described(says: Any, *, most: int = _LARGEST) -> Layout:
         raise CheckpointError(f"expected format version {_FORMAT}, found {shown(version)}; a newer release may read it")
     odd = says.keys() ^ set(_FIELDS)
     if odd:
-        raise CheckpointError(f"its metadata should have {', '.join(_FIELDS)}; odd: {shown(', '.join(sorted(odd)))[1:-1]}")
+        raise CheckpointError(f"its metadata should have {', '.join(_FIELDS)}; odd: {', '.join(map(shown, sorted(odd)[:3]))}")
     known, name = variants(), says["variant"]
     if not isinstance(name, str) or name not in known:
         raise CheckpointError(f"unknown variant {shown(name)}; {nearest(str(name), known, first=50)} ll.register adds one")

@@ -203,6 +203,12 @@ def test_a_site_with_braces_prints(name: str) -> None:
     assert name in repr(ll.init(nn.ModuleDict({name: nn.Linear(2, 2)}), ll.LoRAConfig(r=1)))
 
 
+@pytest.mark.parametrize("names", [("{}", "3"), ("007", "7"), ("1" * 5000, "2")], ids=["braces", "zeros", "digits"])
+def test_odd_numbers_print_as_they_are(names: tuple[str, ...]) -> None:
+    text = repr(ll.init(nn.ModuleDict({name: nn.Linear(2, 2) for name in names}), ll.LoRAConfig(r=1)))
+    assert all(f"  {name} " in text for name in names)
+
+
 # -------------------------------------------------------------------------------------------------------- files, exports
 def test_torch_save_and_load() -> None:
     model, params = net(), moved(pissa())
@@ -241,3 +247,12 @@ def test_an_exported_program_can_be_saved() -> None:
     module, x = Applied(), torch.randn(3, 16, dtype=torch.float64)
     program = torch.export.export(module, (ll.init(module.base, ll.LoRAConfig(r=2)), x))
     torch.export.save(program, io.BytesIO())
+
+
+@every
+def test_the_static_data_has_a_json_form(case: Case) -> None:
+    params = ll.init(net(), case.config(r=4, rank_pattern={"up": 6} if case.name == "lora" else {}))
+    flat, spec = pytree.tree_flatten({"one": params, "parts": ll.partition(params)})
+    again = pytree.tree_unflatten(flat, pytree.treespec_loads(pytree.treespec_dumps(spec)))
+    assert again["one"].layout == params.layout
+    assert all(a is b for a, b in zip(leaves(ll.combine(*again["parts"])), leaves(params), strict=True))

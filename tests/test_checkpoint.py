@@ -207,6 +207,22 @@ def test_a_link_stays_a_link(file: Path) -> None:
     assert Path("link").is_symlink()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need rights there")
+def test_what_a_link_points_to_is_written(file: Path) -> None:
+    Path("folder").mkdir()
+    os.rename(file, "folder/real")
+    Path("link").symlink_to("folder/real")
+    ll.save(lora(alpha=1), "link")
+    assert ll.load("folder/real").config.alpha == 1
+    assert sorted(os.listdir()) == ["folder", "link"]
+    assert os.listdir("folder") == ["real"]
+
+
+def test_saving_leaves_the_process_mask_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.umask", _raising(AssertionError("other threads see it")))
+    ll.save(lora(), file)
+
+
 # ---------------------------------------------------------------------------------------------------- what can't be saved
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -316,9 +332,9 @@ SITES = "expected a list of sites, found"
         (_set("format", "1"), "expected format version 1, found '1'"),
         (_set("format", None), "expected format version 1, found None"),
         (_set("format", [[]]), "expected format version 1"),
-        (_set("variant", del_), "should have format, variant, config, sites; odd: variant"),
-        (_set("sites", del_), "odd: sites"),
-        (_set("more", 1), "odd: more"),
+        (_set("variant", del_), "should have format, variant, config, sites; odd: 'variant'"),
+        (_set("sites", del_), "odd: 'sites'"),
+        (_set("more", 1), "odd: 'more'"),
         (_set("variant", "lor"), "unknown variant 'lor'; did you mean 'lora'. ll.register adds one"),
         (_set("variant", ["lora"]), r"unknown variant \['lora'\]"),
         (_set("variant", None), "unknown variant None"),
@@ -400,6 +416,19 @@ def test_a_hostile_description(change: Callable[[dict[str, Any]], None], file: P
     refused(rewritten(file, says))
 
 
+def test_no_pattern_of_a_file_is_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ll.save(lora(rank_pattern={"up": 4}, alpha_pattern={"up": 3}, target_names="up|down"), file)
+    monkeypatch.setattr("re.search", _raising(AssertionError("a hostile one never ends")))
+    site = ll.load(file).sites["layers.0.up"]
+    assert (site.r, site.alpha, site.factor) == (4, 3.0, 0.75)
+
+
+def test_a_tensor_narrower_than_its_method_allows_is_not_saved() -> None:
+    params = optree.tree_map(lambda t: t.bfloat16(), ll.init(net(), ll.IA3Config()))
+    with pytest.raises(ll.CheckpointError, match=r"save: 'layers.0.down' lora_g: expected a torch.float32 tensor, found torch.bfloat16"):
+        ll.save(params, "a")
+
+
 def test_a_required_field_that_is_missing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec, "_REGISTRY", dict(spec._REGISTRY))
     config = dataclasses.make_dataclass("TheirConfig", [("size", "int")], bases=(ll.AdapterConfig,), frozen=True, kw_only=True)
@@ -461,6 +490,10 @@ def test_another_model(file: Path) -> None:
     model = net(depth=1)
     model.layers[0].down = nn.Identity()
     refused(file, r"Net has no linear-like module 'layers.0.down'; did you mean 'layers.0.down'|Net has no", model=model)
+
+
+def test_a_model_that_is_none(file: Path) -> None:
+    refused(file, "expected an nn.Module to check it against, found int", model=3)
 
 
 # ------------------------------------------------------------------------------------------------------------------- fuzz

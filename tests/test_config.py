@@ -193,6 +193,32 @@ def test_a_pattern_that_python_warns_about_warns_nobody() -> None:
         assert ll.LoRAConfig(target_names=("[[q]",)).target_names == ("[[q]",)
 
 
+def test_a_role_may_stand_alone_like_a_name() -> None:
+    assert ll.LoRAConfig(target_roles="reader").target_roles == ("reader",)
+    with pytest.raises(ll.ConfigError, match=r"target_roles\[0\]: expected one of 'reader'"):
+        ll.LoRAConfig(target_roles="raeder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, "float8_e5m2"])
+def test_a_dtype_that_nothing_computes_in_is_refused(dtype: Any) -> None:
+    with pytest.raises(ll.ConfigError, match=r"expected a floating torch.dtype, found .*float8.*; 16 bits at least"):
+        ll.LoRAConfig(dtype=dtype)
+
+
+def test_a_config_read_back_spells_out_every_field() -> None:
+    written = to_dict(ll.LoRAConfig())
+    del written["alpha"], written["rslora"]
+    with pytest.raises(ll.ConfigError, match="LoRAConfig: expected every field, missing: alpha, rslora"):
+        from_dict(ll.LoRAConfig, written)
+
+
+def test_a_message_repeats_no_long_value() -> None:
+    for fields in ({"r": "9" * 10**6}, {"target_names": "(" + "a" * 10**6}, {"x" * 10**6: 1}, {"alpha": 10**5000}):
+        with pytest.raises(ll.ConfigError, match="LoRAConfig") as caught:
+            ll.LoRAConfig(**fields)
+        assert len(str(caught.value)) < 1000
+
+
 def test_an_error_is_also_the_builtin() -> None:
     with pytest.raises(ValueError, match="did you mean"):
         ll.LoRAConfig(aplha=1)

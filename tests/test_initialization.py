@@ -92,6 +92,12 @@ def test_autocast_does_not_reach_the_start() -> None:
     assert _changed_by(start) == []
 
 
+@pytest.mark.parametrize("seed", ["0", 0.0, None, True, torch.tensor(0)], ids=repr)
+def test_a_seed_is_an_int(seed: Any) -> None:
+    with pytest.raises(ll.ConfigError, match="seed: expected int, found"):
+        ll.init(net(), ll.LoRAConfig(r=2), seed=seed)
+
+
 # ----------------------------------------------------------------------------------------------------- dtypes and devices
 @every
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -255,6 +261,15 @@ def test_a_start_never_shares_the_models_storage(monkeypatch: pytest.MonkeyPatch
         params = ll.init(model, cfg)
     pointers = {t.data_ptr() for t in [*leaves(params), model.weight]}
     assert len(pointers) == 3
+
+
+def test_a_start_may_write_on_the_weight_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 3)
+    before = model.weight.detach().clone()
+    start = lambda cfg, site, specs, weight, *_: {"lora_w": weight.zero_()}  # noqa: E731
+    with method(monkeypatch, {"lora_w": ll.ParamSpec((3, 2))}, start, needs=frozenset({"weight"})) as cfg:
+        ll.init(model, cfg)
+    assert torch.equal(model.weight, before)
 
 
 @every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import CASES
-from helpers import net, same_state, snapshot
+from helpers import close, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -227,6 +228,21 @@ def test_a_spectral_norm_keeps_its_vectors() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize("cfg", [LoRA(r=2), ll.PiSSAConfig(r=2), ll.DoRAConfig(r=2)], ids=["lora", "pissa", "dora"])
+def test_a_parametrized_layer_is_read_and_left_alone(wrap: Any, cfg: ll.AdapterConfig, tmp_path: Path) -> None:
+    model = nn.Sequential(wrap(nn.Linear(6, 5).double())).eval()
+    plain, weight = nn.Sequential(nn.Linear(6, 5).double()), model[0].weight.detach()
+    plain[0].weight = nn.Parameter(weight)
+    expected = ll.init(plain, cfg)
+    before = snapshot(model.train())
+    params = ll.init(model, cfg)
+    ll.save(params, tmp_path / "a")
+    ll.load(tmp_path / "a", model)
+    assert same_state(before, snapshot(model))
+    close(params, expected, 1e-12)
+
+
 def test_a_superscript_is_no_layer_number() -> None:
     model = named(**{"x²": nn.Linear(2, 2), "²": nn.Linear(2, 2), "3": nn.Linear(2, 2)})
     assert paths(model, LoRA(layers=(3,))) == ["3"]
@@ -236,6 +252,19 @@ def test_a_superscript_is_no_layer_number() -> None:
 def test_a_layer_that_has_no_weight_yet_is_refused() -> None:
     with pytest.raises(ll.LoraLiteError, match=r"'0'.*LazyLinear"):
         ll.init(nn.Sequential(nn.LazyLinear(4)), LoRA(r=2))
+
+
+def test_a_layer_without_features_is_refused() -> None:
+    model = named(q=nn.Linear(2, 2), none=nn.Linear(3, 2))
+    model.none.in_features = 0
+    with pytest.raises(ll.UnsupportedError, match=r"'none': this Linear is 0 -> 2; .*exclude_names"):
+        ll.targets(model, LoRA())
+    assert paths(model, LoRA(exclude_names="none")) == ["q"]
+
+
+def test_writers_are_whole_names() -> None:
+    model = named(**{name: nn.Linear(4, 4) for name in ("wo", "two", "o_proj", "foo_proj")})
+    assert paths(model, LoRA(target_roles="writer")) == ["wo", "o_proj"]
 
 
 def test_something_that_is_no_module() -> None:

@@ -167,6 +167,20 @@ def test_stack_does_not_promote_in_silence() -> None:
         ll.stack([lora(), ll.cast(lora(), torch.bfloat16)])
 
 
+def test_stack_names_the_leaf_that_differs() -> None:
+    whole = lora()
+    part, _ = ll.partition(whole, lambda path, name: name == "lora_A")
+    with pytest.raises(ll.StructureError, match=r"stack: number 1 differs at 'layers.0.down' lora_B: absent, the first \(16, 4\), torch"):
+        ll.stack([whole, part])
+    with pytest.raises(ll.StructureError, match=r"stack: number 1 differs at 'layers.0.down' lora_A: \(2, 4, 24\)"):
+        ll.stack([whole, ll.stack([whole, whole])])
+
+
+def test_a_refusal_names_only_what_differs() -> None:
+    with pytest.raises(ll.StructureError, match=r"settings: dropout=0.5, the first dropout=0.0$"):
+        ll.stack([lora(), lora(dropout=0.5)])
+
+
 # ----------------------------------------------------------------------------------------------------------------- scale
 @every
 @pytest.mark.parametrize("strength", [0.5, torch.tensor(-1.0, dtype=torch.float64)], ids=["float", "tensor"])
@@ -207,6 +221,22 @@ def test_a_vector_of_strengths_needs_a_stack() -> None:
     params = ll.init(torch.nn.Linear(4, 4), ll.IA3Config())
     with pytest.raises(ll.StructureError, match="stack"):
         ll.scale(params, torch.zeros(4))
+
+
+def test_strengths_are_one_per_member() -> None:
+    several = ll.stack([lora(), lora()])
+    for strengths in (torch.zeros(3), torch.zeros(2, 2)):
+        with pytest.raises(ll.StructureError, match=r"scale: expected one strength or 2, one per member of the stack, found \("):
+            ll.scale(several, strengths)
+    with pytest.raises(ll.StructureError, match=r"stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)"):
+        ll.scale(lora(), torch.zeros(4))
+
+
+@pytest.mark.parametrize("verb", [ll.partition, ll.cast, ll.scale, ll.num_params, ll.unstack, ll.combine])
+def test_what_is_no_adapter(verb: Any) -> None:
+    args = {ll.cast: (torch.float32,), ll.scale: (0.5,)}.get(verb, ())
+    with pytest.raises(ll.StructureError, match=f"{verb.__name__}: expected an Adapter, found dict"):
+        verb({}, *args)
 
 
 def test_a_method_without_a_path_has_no_strength(monkeypatch: pytest.MonkeyPatch) -> None:
