@@ -13,6 +13,7 @@ Paper: Zhang et al. 2023, arXiv 2303.10512 (equations 7 to 12; the released code
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,13 @@ def prune(params: Adapter) -> Adapter:
             data[path] = {"lora_A": ts["lora_A"][kept], "lora_E": ts["lora_E"][kept], "lora_B": ts["lora_B"][:, kept].contiguous()}
     if not sites:
         raise StructureError("adalora.prune: every singular value is zero, so nothing would be left; train it first")
-    return Adapter(Layout(params.layout.variant, params.config, sites), data)
+    exact = {site.path: f"^{re.escape(site.path)}$" for site in sites}
+    config = dataclasses.replace(
+        params.config,
+        rank_pattern=tuple((exact[site.path], site.r) for site in sites),
+        alpha_pattern=tuple((exact[site.path], site.alpha) for site in sites),
+    )
+    return Adapter(Layout(params.layout.variant, config, sites), data)
 
 
 def _is_adalora(params: Any) -> None:

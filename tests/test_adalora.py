@@ -69,7 +69,7 @@ def test_the_choice_is_that_of_the_equations() -> None:
         assert ((ts["lora_E"] != 0) == state.keep[path]).all()
 
 
-def test_two_hundred_steps_end_at_the_target_and_prune_to_the_same_function() -> None:
+def test_two_hundred_steps_end_at_the_target_and_prune_to_the_same_function(tmp_path: Any) -> None:
     model, x = net(), torch.randn(64, 16, dtype=torch.float64)
     target = ll.apply(model, moved(ll.init(model, ll.LoRAConfig(r=2)), size=0.3), x)
     params = ll.init(model, ll.AdaLoRAConfig(r=6, alpha=12.0))
@@ -97,6 +97,8 @@ def test_two_hundred_steps_end_at_the_target_and_prune_to_the_same_function() ->
     assert sum(site.r for site in small.sites.values()) == 8
     assert ll.num_params(small) < ll.num_params(pruned)
     close(ll.apply(model, small, x), ll.apply(model, pruned, x), 1e-12)
+    ll.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(ll.apply(model, ll.load(tmp_path / "small.safetensors", model), x), ll.apply(model, small, x))
 
 
 def test_what_is_refused() -> None:
