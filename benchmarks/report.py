@@ -114,18 +114,19 @@ def plot(file: Path, task: Task, runs: Sequence[Run]) -> None:
     from matplotlib import pyplot as plt
 
     epochs = len(runs[0].scores)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(4.4, 0.26 * len(runs))), layout="constrained")
     for i, run in enumerate(runs):
         style = {"color": "0.45", "linestyle": "--"} if not run.params else {"color": f"C{i - 1}", "linestyle": "-" if i <= 10 else "-."}
         if run.losses:
             left.plot(*_smoothed(run.losses, epochs), **style, linewidth=1.6)
-        right.plot(range(1, epochs + 1), run.scores, **style, marker="o", markersize=4, linewidth=1.6)
+        right.plot(range(1, epochs + 1), run.scores, **style, marker="o", markersize=4, linewidth=1.6, clip_on=False)
     left.set(xlabel="epoch", ylabel=f"training loss (mean of {_window(runs[-1].losses, epochs)} steps)", xlim=(0, epochs))
     right.set(xlabel="epoch", ylabel=f"{task.metric} on held-out data", xticks=range(1, epochs + 1))
     left.set_xticks(range(epochs + 1))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)
+    right.set_xlim(1.0 - 0.05 * epochs, epochs)
     _label(right, [(run.method, run.scores[-1], right.lines[i].get_color()) for i, run in enumerate(runs)], epochs)
     figure.suptitle(task.title)
     figure.savefig(file, dpi=150)
@@ -147,7 +148,7 @@ def _label(axis: Any, ends: Sequence[tuple[str, float, Any]], x: float) -> None:
     """Each line's name and last value to the right of its end, moved apart where they would overlap."""
     low, high = axis.get_ylim()
     shown = [(name, y, color) for name, y, color in ends if math.isfinite(y)]
-    places = spread([(y - low) / (high - low) for _, y, _ in shown], gap=0.055)
+    places = spread([(y - low) / (high - low) for _, y, _ in shown], gap=min(0.055, 1.0 / len(ends)))
     for (name, y, color), place in zip(shown, places, strict=True):
         axis.annotate(
             f"{name}  {y:.3f}",
@@ -157,7 +158,7 @@ def _label(axis: Any, ends: Sequence[tuple[str, float, Any]], x: float) -> None:
             va="center",
             color=color,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4},
         )
 
 
