@@ -8,20 +8,25 @@ y = ll.apply(model, params, x)
 from . import adalora
 from .adapter import Adapter
 from .api import apply, bind, functional_call, merge, merged, unbind
+from .calibration import calibrate
 from .checkpoint import load, save
 from .config import AdapterConfig
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .initialization import init, targets
 from .spec import ParamSpec, Site, Variant, register
+from .statistics import Statistics
 from .transforms import cast, combine, num_params, partition, scale, stack, summary, unstack
 from .variants import (
     AdaLoRAConfig,
     AntiPaSTOConfig,
+    ASVDConfig,
     BitFitConfig,
     BOFTConfig,
     C3AConfig,
+    CorDAConfig,
     DeLoRAConfig,
     DoRAConfig,
+    EVAConfig,
     FourierFTConfig,
     GraLoRAConfig,
     HiRAConfig,
@@ -31,6 +36,7 @@ from .variants import (
     LoHaConfig,
     LoKrConfig,
     LoRAConfig,
+    LoRAGAConfig,
     MiSSConfig,
     OFTConfig,
     OLoRAConfig,
@@ -46,6 +52,7 @@ from .variants import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASVDConfig",
     "AdaLoRAConfig",
     "Adapter",
     "AdapterConfig",
@@ -55,8 +62,10 @@ __all__ = [
     "C3AConfig",
     "CheckpointError",
     "ConfigError",
+    "CorDAConfig",
     "DeLoRAConfig",
     "DoRAConfig",
+    "EVAConfig",
     "FourierFTConfig",
     "GraLoRAConfig",
     "HRAConfig",
@@ -66,6 +75,7 @@ __all__ = [
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
+    "LoRAGAConfig",
     "LoraLiteError",
     "MiSSConfig",
     "OFTConfig",
@@ -77,6 +87,7 @@ __all__ = [
     "SHiRAConfig",
     "SSVDConfig",
     "Site",
+    "Statistics",
     "StructureError",
     "TargetError",
     "UnsupportedError",
@@ -85,6 +96,7 @@ __all__ = [
     "adalora",
     "apply",
     "bind",
+    "calibrate",
     "cast",
     "combine",
     "functional_call",

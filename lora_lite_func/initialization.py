@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from . import rng
 from .adapter import Adapter, Layout
+from .calibration import gather
 from .config import AdapterConfig
 from .errors import ConfigError, LoraLiteError, StructureError, shown
 from .layers import compute_dtype, dense_weight, device_of
 from .spec import ParamSpec, Site, Variant, leaf_dtype, lookup
+from .statistics import SiteStatistics
 from .targets import find
 
 __all__ = ["init", "targets"]
@@ -30,25 +32,24 @@ def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_dat
         model: the frozen base.
         cfg: method, rank, targets.
         seed: of the random starts.
-        calibration_data: batches, for methods whose start depends on data.
-        loss_fn: (output, batch) -> loss, for methods whose start depends on gradients.
+        calibration_data: batches as `ll.calibrate` takes them, or what it returned, for methods whose start depends on data.
+        loss_fn: (output, batch) -> scalar loss, for methods whose start depends on gradients.
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing.
         UnsupportedError: the method can't adapt a chosen layer; with path, reason and way out.
-        ConfigError: calibration data for a method that takes none, or a seed that is no int.
+        ConfigError: calibration data missing, not enough, or for a method that takes none, or a seed that is no int.
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed: expected int, found {shown(seed)}")
     variant = lookup(type(cfg))
-    if calibration_data is not None or loss_fn is not None:
-        raise ConfigError(f"{variant.name} takes no calibration data: its start depends on the weights and the seed alone")
     found = find(model, variant, cfg)
+    seen = gather(model, cfg, calibration_data, loss_fn)
     data: dict[str, dict[str, Tensor]] = {}
     with _unsurrounded({device_of(module).type for _, module in found}):
         for site, module in found:
             try:
-                data[site.path] = _start(variant, cfg, site, module, seed)
+                data[site.path] = _start(variant, cfg, site, module, seed, seen.get(site.path))
             except LoraLiteError as error:
                 raise type(error)(f"site {site.path!r}: {error}") from None
     return Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
@@ -76,7 +77,7 @@ def _unsurrounded(kinds: set[str]) -> Iterator[None]:
         yield
 
 
-def _start(variant: Variant, cfg: AdapterConfig, site: Site, module: Any, seed: int) -> dict[str, Tensor]:
+def _start(variant: Variant, cfg: AdapterConfig, site: Site, module: Any, seed: int, seen: SiteStatistics | None) -> dict[str, Tensor]:
     """The first tensors of a site, on the device of its weight."""
     specs = _specs(variant, cfg, site)
     dtype = cfg.dtype or compute_dtype(module)
@@ -84,7 +85,7 @@ def _start(variant: Variant, cfg: AdapterConfig, site: Site, module: Any, seed: 
     given: Mapping[str, Tensor] = {}
     if variant.init is not None:
         weight = dense_weight(module, variant.name) if "weight" in variant.needs else None
-        given = variant.init(cfg, site, specs, weight, None, lambda name: rng.generator(seed, site.path, name))
+        given = variant.init(cfg, site, specs, weight, seen, lambda name: rng.generator(seed, site.path, name))
         _check_given(variant, specs, given)
     start = {}
     for name, spec in specs.items():

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from test_new_method import MixConfig
+from torch import nn
 
 import lora_lite_func as ll
 
@@ -22,6 +24,7 @@ class Case:
         identity: tolerance of the identity where it isn't exact, in units of the dtype's epsilon.
         dead: trainable tensors whose gradient is zero at the start, and comes after one step.
         differentiable: the gradient is that of the function (False where the method detaches a part by design).
+        calibration: model -> keywords of `ll.init`, where the start depends on data.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Case:
     identity: float = 0.0
     dead: frozenset[str] = frozenset()
     differentiable: bool = True
+    calibration: Callable[[nn.Module], dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -46,6 +50,25 @@ def _set(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
 def _randlora(**kw: Any) -> ll.AdapterConfig:
     """Its random maps have entries of size 1, so that noise on lambda and gamma makes an update far larger than the weights."""
     return ll.RandLoRAConfig(**{**kw, "alpha": kw.get("alpha", 16.0) / 64})
+
+
+def _data(model: nn.Module) -> dict[str, Any]:
+    """Two batches of what a model of tests/helpers.py (or one attention) takes."""
+    attention = isinstance(model, nn.MultiheadAttention)
+    width = model.embed_dim if attention else model.get_submodule("layers.0.up").in_features
+    gen = torch.Generator().manual_seed(11)
+    like = next(model.parameters())
+    xs = [torch.randn(2, 20, width, generator=gen, dtype=torch.float64).to(like) for _ in range(2)]
+    return {"calibration_data": [{"query": x, "key": x, "value": x} if attention else x for x in xs]}
+
+
+def _data_and_loss(model: nn.Module) -> dict[str, Any]:
+    return {**_data(model), "loss_fn": lambda y, batch: (y[0] if isinstance(y, tuple) else y).square().mean()}
+
+
+def start(case: Case, model: nn.Module, cfg: ll.AdapterConfig, seed: int = 0) -> ll.Adapter:
+    """`ll.init` with what the method's start depends on."""
+    return ll.init(model, cfg, seed=seed, **(case.calibration(model) if case.calibration else {}))
 
 
 A = frozenset({"lora_A"})
@@ -102,3 +125,15 @@ CASES = (
     Case("hira", _fixed(ll.HiRAConfig), dead=A),
     Case("from_outside", _fixed(MixConfig), dead=frozenset({"lora_v"})),
 )
+
+CALIBRATED = (
+    Case("eva", _fixed(ll.EVAConfig), dead=A, calibration=_data),
+    Case("eva_whitened", _fixed(ll.EVAConfig, center=True, whiten=True, rslora=True), dead=A, calibration=_data),
+    Case("corda", _fixed(ll.CorDAConfig), calibration=_data),
+    Case("corda_kpm", _fixed(ll.CorDAConfig, mode="kpm"), calibration=_data),
+    Case("asvd", _fixed(ll.ASVDConfig), calibration=_data),
+    Case("asvd_root", _fixed(ll.ASVDConfig, weighting="root"), calibration=_data),
+    Case("lora_ga", _set(ll.LoRAGAConfig, r=2), calibration=_data_and_loss),
+    Case("lora_ga_random", _set(ll.LoRAGAConfig, r=2, direction="random", scale="gd"), calibration=_data_and_loss),
+)
+"""Methods whose start depends on data."""

@@ -13,7 +13,7 @@ import optree
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from cases import CASES, Case
+from cases import CALIBRATED, CASES, Case, start
 from helpers import Net, close, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import lora_lite_func as ll
 
-every = pytest.mark.parametrize("case", CASES, ids=repr)
+every = pytest.mark.parametrize("case", CASES + CALIBRATED, ids=repr)
 FP64 = st.just(torch.float64)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 
@@ -52,7 +52,7 @@ def situations(draw: Any, dtypes: Any = FP64) -> dict[str, Any]:
 def build(case: Case, s: dict[str, Any], train: bool = True) -> tuple[Net, ll.Adapter, Tensor]:
     """Model, adapter (as if trained, unless told otherwise) and input of a situation."""
     model = net(**s["model"])
-    params = ll.init(model, case.config(**s["config"]), seed=s["seed"])
+    params = start(case, model, case.config(**s["config"]), seed=s["seed"])
     gen = torch.Generator().manual_seed(s["seed"] % 1000)
     x = torch.randn(*s["batch"], s["model"]["width"], generator=gen, dtype=torch.float64).to(s["model"]["dtype"])
     return model, moved(params) if train else params, x
@@ -61,7 +61,7 @@ def build(case: Case, s: dict[str, Any], train: bool = True) -> tuple[Net, ll.Ad
 def simple(case: Case, **config: Any) -> tuple[Net, ll.Adapter, Tensor]:
     """One fixed situation, for the laws that are slow or don't depend on sizes."""
     model = net(width=16, inner=24, depth=2)
-    params = ll.init(model, case.config(r=4, **config), seed=3)
+    params = start(case, model, case.config(r=4, **config), seed=3)
     return model, moved(params), torch.randn(6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
@@ -97,10 +97,11 @@ def test_dtype_in_is_dtype_out_and_leaves_have_theirs(case: Case, s: dict[str, A
 @given(s=situations(), data=st.data())
 def test_draws_depend_on_seed_path_and_name_alone(case: Case, s: dict[str, Any], data: st.DataObject) -> None:
     model, _, _ = build(case, s)
-    everything = ll.init(model, case.config(**{**s["config"], "target_names": ()}), seed=s["seed"])
+    everything = start(case, model, case.config(**{**s["config"], "target_names": ()}), seed=s["seed"])
     some = data.draw(st.lists(st.sampled_from(sorted(everything)), min_size=1, unique=True))
     state = torch.random.get_rng_state()
-    part = ll.init(model, case.config(**{**s["config"], "target_names": tuple(f"^{p}$".replace(".", r"\.") for p in some)}), seed=s["seed"])
+    names = tuple(f"^{p}$".replace(".", r"\.") for p in some)
+    part = start(case, model, case.config(**{**s["config"], "target_names": names}), seed=s["seed"])
     assert torch.equal(state, torch.random.get_rng_state())
     assert sorted(part) == sorted(some)
     for path in some:
@@ -159,7 +160,11 @@ def test_strength(case: Case, s: dict[str, Any]) -> None:
 @every
 def test_attention_output_projection_goes_by_weight(case: Case) -> None:
     model = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
-    params = moved(ll.init(model, case.config(r=4)))
+    if case.calibration:
+        with pytest.raises(ll.UnsupportedError, match="site 'out_proj': its weight is used without calling the layer"):
+            start(case, model, case.config(r=4))
+        return
+    params = moved(start(case, model, case.config(r=4)))
     assert list(params) == ["out_proj"]
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     for need_weights in (True, False):
@@ -175,7 +180,7 @@ def test_attention_output_projection_goes_by_weight(case: Case) -> None:
 @every
 def test_gradient_reaches_every_trainable_leaf_and_nothing_else(case: Case) -> None:
     model, _, x = simple(case)
-    params = ll.init(model, case.config(r=4), seed=3)
+    params = start(case, model, case.config(r=4), seed=3)
     trainable, frozen = ll.partition(params)
     tensors = pytree.tree_map(lambda t: t.clone().requires_grad_(), trainable)
     optimizer = torch.optim.SGD(leaves(tensors), lr=1e-2)
@@ -288,7 +293,7 @@ def test_one_full_graph_serves_many_adapters(case: Case) -> None:
     counter = CompileCounter()
     compiled = torch.compile(lambda p, x: ll.apply(model, p, x), backend=counter, fullgraph=True)
     for alpha in (16.0, 8.0, 3.0):
-        params = moved(ll.init(model, case.config(r=4, alpha=alpha), seed=int(alpha)), seed=int(alpha))
+        params = moved(start(case, model, case.config(r=4, alpha=alpha), seed=int(alpha)), seed=int(alpha))
         close(compiled(params, x), ll.apply(model, params, x), 1e-10)
     assert counter.frame_count == 1
     step = torch.compile(lambda p, x: grad(lambda p: loss(model, p, x))(p), backend="eager", fullgraph=True)
@@ -337,7 +342,7 @@ def test_copies_pickles_and_trees(case: Case) -> None:
 def test_the_model_is_never_written(case: Case, s: dict[str, Any]) -> None:
     model, params, x = build(case, s)
     before = snapshot(model)
-    ll.init(model, case.config(**s["config"]))
+    start(case, model, case.config(**s["config"]))
     ll.apply(model, params, x)
     ll.bind(model, params).train().to(torch.float32)
     ll.merge(model, params)

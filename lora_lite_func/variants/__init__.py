@@ -6,11 +6,14 @@ from ..spec import register, variants
 from . import (
     adalora,
     antipasto,
+    asvd,
     bitfit,
     boft,
     c3a,
+    corda,
     delora,
     dora,
+    eva,
     fourierft,
     gralora,
     hira,
@@ -19,6 +22,7 @@ from . import (
     loha,
     lokr,
     lora,
+    lora_ga,
     miss,
     oft,
     olora,
@@ -31,11 +35,14 @@ from . import (
 )
 from .adalora import AdaLoRAConfig
 from .antipasto import AntiPaSTOConfig
+from .asvd import ASVDConfig
 from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .c3a import C3AConfig
+from .corda import CorDAConfig
 from .delora import DeLoRAConfig
 from .dora import DoRAConfig
+from .eva import EVAConfig
 from .fourierft import FourierFTConfig
 from .gralora import GraLoRAConfig
 from .hira import HiRAConfig
@@ -44,6 +51,7 @@ from .ia3 import IA3Config, IA3FFConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoRAConfig
+from .lora_ga import LoRAGAConfig
 from .miss import MiSSConfig
 from .oft import OFTConfig
 from .olora import OLoRAConfig
@@ -56,13 +64,16 @@ from .vera import VeRAConfig
 
 __all__ = [
     "TABLE",
+    "ASVDConfig",
     "AdaLoRAConfig",
     "AntiPaSTOConfig",
     "BOFTConfig",
     "BitFitConfig",
     "C3AConfig",
+    "CorDAConfig",
     "DeLoRAConfig",
     "DoRAConfig",
+    "EVAConfig",
     "FourierFTConfig",
     "GraLoRAConfig",
     "HRAConfig",
@@ -72,6 +83,7 @@ __all__ = [
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
+    "LoRAGAConfig",
     "MiSSConfig",
     "OFTConfig",
     "OLoRAConfig",
@@ -110,6 +122,10 @@ TABLE = (
     gralora.VARIANT,
     shira.VARIANT,
     hira.VARIANT,
+    eva.VARIANT,
+    corda.VARIANT,
+    asvd.VARIANT,
+    lora_ga.VARIANT,
 )
 
 for _variant in TABLE:

@@ -1,0 +1,252 @@
+"""calibrate: what a model's layers see on some batches, summed as it streams by. The recorder is an adapter that changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .errors import ConfigError, UnsupportedError, nearest
+from .layers import compute_dtype, device_of
+from .site import Op
+from .skeleton import constant, copy_tree, own_buffers
+from .spec import Params, Site, Variant, lookup
+from .statistics import Moments, SiteStatistics, Statistics
+from .targets import find
+
+__all__ = ["calibrate", "gather"]
+
+_DATA = frozenset({"inputs", "gradients"})
+
+
+# ------------------------------------------------------------------------------------------------------------- the verb
+def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, loss_fn: Any = None) -> Statistics:
+    """What the sites of a config see while the model runs over some batches; `ll.init(.., calibration_data=statistics)` takes it.
+
+    The model runs in eval mode, on a copy: nothing is written on it. Only sums are kept, float32 at least. In a batch with an
+    "attention_mask", inputs of masked tokens don't count; in gradients the loss says what counts.
+
+    Args:
+        model: the frozen base.
+        cfg: method and targets; the method says whether inputs or gradients are recorded.
+        batches: any iterable of tensors (`model(batch)`), mappings (`model(**batch)`, without "labels" if forward hasn't it), or
+            tuples and lists (`model(*batch)`; with a loss_fn the first member is the model's input). A generator works once.
+        loss_fn: (output, batch) -> scalar loss, for methods that need gradients; they are averaged over batches.
+
+    Raises:
+        ConfigError: the method needs no data, or a loss_fn that isn't there; no batches; batches that forward can't take.
+        UnsupportedError: a site's weight is used without calling the layer, so there is nothing to record.
+        TargetError: a pattern, role or layer index selects nothing.
+    """
+    variant = lookup(type(cfg))
+    needs = _checked_needs(variant, batches, loss_fn)
+    found = find(model, variant, cfg)
+    recorder = _Recorder(found, needs)
+    record = Variant(name="calibration", config=AdapterConfig, param_specs=lambda cfg, site: {}, outputs=recorder.outputs, weight=_refuse)
+    count = 0
+    with torch.inference_mode(False), torch.set_grad_enabled("gradients" in needs):
+        copy = copy_tree(model, {site.path: [Op(record, cfg, site, {}, 0.0)] for site, _ in found}, _quiet)
+        for batch in batches:
+            count += 1
+            recorder.step(copy, batch, loss_fn)
+    if count == 0:
+        raise ConfigError("calibration data: expected at least one batch, found none (a generator gives its batches once)")
+    return recorder.statistics(count)
+
+
+def gather(model: nn.Module, cfg: AdapterConfig, data: Any, loss_fn: Any) -> Mapping[str, SiteStatistics]:
+    """What `init` gives a method's start: {path: SiteStatistics}, every site with what it needs; empty if it needs no data.
+
+    Raises:
+        ConfigError: data is missing, or given to a method that takes none; a site that no batch or no gradient reached.
+    """
+    variant = lookup(type(cfg))
+    needs = variant.needs & _DATA
+    if not needs and data is None and loss_fn is None:
+        return {}
+    found = data if needs and isinstance(data, Statistics) else calibrate(model, cfg, data, loss_fn=loss_fn)
+    for site, _ in find(model, variant, cfg):
+        if site.path not in found:
+            raise ConfigError(f"site {site.path!r}: the statistics haven't it; {nearest(site.path, found)}")
+        _check_complete(site, found[site.path], needs)
+    return found
+
+
+def _checked_needs(variant: Variant, batches: Any, loss_fn: Any) -> frozenset[str]:
+    needs = variant.needs & _DATA
+    if not needs:
+        raise ConfigError(f"{variant.name} takes no calibration data: its start depends on the weights and the seed alone")
+    if batches is None:
+        what = "gradients: give calibration_data and loss_fn" if "gradients" in needs else "the layers' inputs: give calibration_data"
+        raise ConfigError(f"{variant.name} starts from {what} (batches of what the model takes)")
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise ConfigError(f"calibration data: expected an iterable of batches, found {type(batches).__name__}; one batch goes in a list")
+    if "gradients" in needs and loss_fn is None:
+        raise ConfigError(f"{variant.name} starts from gradients: give loss_fn, (output, batch) -> scalar")
+    return needs
+
+
+def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> None:
+    where = f"site {site.path!r}"
+    if seen.calls == 0:
+        raise ConfigError(f"{where}: no batch of the calibration data reached it; give more batches, or leave it out")
+    if "inputs" in needs:
+        if seen.count == 0:
+            raise ConfigError(f"{where}: every token of the calibration data was masked or none came; check attention_mask")
+        if len(seen.mean) != site.d_in:
+            raise ConfigError(f"{where}: expected statistics of {site.d_in} inputs, found {len(seen.mean)}; calibrate on this model")
+        if not bool(seen.second.isfinite().all()):
+            raise ConfigError(f"{where}: its inputs on the calibration data aren't all finite")
+    if "gradients" in needs:
+        if seen.slope is None or not bool(seen.slope.any()):
+            raise ConfigError(f"{where}: no gradient of the loss reached it; let the loss depend on it, or leave it out")
+        if tuple(seen.slope.shape) != (site.d_out, site.d_in):
+            raise ConfigError(f"{where}: expected a gradient of {site.d_out} x {site.d_in}, found {tuple(seen.slope.shape)}")
+        if not bool(seen.slope.isfinite().all()):
+            raise ConfigError(f"{where}: its gradient on the calibration data isn't finite")
+
+
+# --------------------------------------------------------------------------------------------------------- the recorder
+class _Recorder:
+    """The sums as they grow; its `outputs` is a phase like any method's and returns y as it came."""
+
+    def __init__(self, found: list[tuple[Site, nn.Module]], needs: frozenset[str]) -> None:
+        self.calls = {site.path: 0 for site, _ in found}
+        self.moments: dict[str, Moments] = {}
+        self.slopes: dict[str, Tensor] = {}
+        self.gradients = "gradients" in needs
+        self.mask: Tensor | None = None
+        self.last: tuple[Tensor, int, dict[int, tuple[Moments, Moments]]] | None = None
+        self.probe = torch.zeros((), device="cpu", requires_grad=True)  # what backward runs to, so that no .grad is written anywhere
+        if "inputs" in needs:
+            start: dict[tuple[int, torch.dtype, torch.device], Moments] = {}
+            for site, module in found:
+                key = (site.d_in, torch.promote_types(compute_dtype(module), torch.float32), device_of(module))
+                if key not in start:
+                    start[key] = Moments.none(*key)
+                self.moments[site.path] = start[key]
+
+    def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
+        """One batch through the model, and back if gradients are wanted."""
+        args, kwargs = _arguments(copy, batch, loss_fn is not None)
+        mask = kwargs.get("attention_mask")
+        self.mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim <= 2 else None
+        try:
+            output = copy(*args, **kwargs)
+            if self.gradients:
+                loss = loss_fn(output, batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    raise ConfigError(f"loss_fn: expected a scalar tensor, found {_described(loss)}")
+                if not loss.requires_grad:
+                    raise ConfigError("loss_fn: its result depends on none of the chosen layers (is it detached?)")
+                torch.autograd.grad(loss.reshape(()), self.probe, allow_unused=True)
+        finally:
+            self.last = None
+
+    def outputs(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """y, seen."""
+        self.calls[site.path] += 1
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if self.moments:
+                self._see(site.path, x)
+        if not self.gradients:
+            return y
+        y = y + self.probe
+        if y.requires_grad:  # not under a no_grad of the model's own
+            y.register_hook(self._listener(site, x.detach()))
+        return y
+
+    def _see(self, path: str, x: Tensor) -> None:
+        old = self.moments[path]
+        version = -1 if x.is_inference() else x._version
+        if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
+            self.last = (x, version, {})
+        known = self.last[2]  # what this very input made of which sums: layers with one input and one past have one sum
+        if id(old) not in known:
+            known[id(old)] = (old, old.seeing(self._unmasked(x.detach())))
+        self.moments[path] = known[id(old)][1]
+
+    def _unmasked(self, x: Tensor) -> Tensor:
+        """The rows of x (..., d_in) that count."""
+        rows = x.reshape(-1, x.shape[-1])
+        mask = self.mask
+        if mask is None or (x.shape[:-1] != mask.shape and (x.ndim != 2 or len(x) != mask.numel())):
+            return rows
+        return rows[mask.reshape(-1).to(rows.device)]
+
+    def _listener(self, site: Site, x: Tensor) -> Any:
+        version = x._version
+
+        def listen(g: Tensor) -> None:
+            if x._version != version:
+                raise UnsupportedError(f"site {site.path!r}: the model changes its input in place afterwards, so its gradient is lost")
+            dtype = torch.promote_types(g.dtype, torch.float32)
+            with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+                rows = x.reshape(-1, site.d_in).to(g.device, dtype)
+                slope = g.reshape(-1, site.d_out).to(dtype).mT @ rows  # (d_out, d_in)
+                before = self.slopes.get(site.path)
+                self.slopes[site.path] = slope if before is None else before + slope
+
+        return listen
+
+    def statistics(self, batches: int) -> Statistics:
+        """The sums as a value."""
+        return Statistics(
+            {path: SiteStatistics(calls, batches, self.moments.get(path), self.slopes.get(path)) for path, calls in self.calls.items()}
+        )
+
+
+def _refuse(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    raise UnsupportedError(
+        f"site {site.path!r}: its weight is used without calling the layer, so calibration can't see what comes to it; "
+        "leave it out (exclude_names), or use a method that needs no data"
+    )
+
+
+def _quiet(copy: nn.Module, path: str) -> None:
+    """A copy in eval mode, its parameters constants, its buffers its own."""
+    copy.__dict__["training"] = False
+    own_buffers(copy)
+    for name, p in copy._parameters.items():
+        if p is not None and p.requires_grad:
+            copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
+
+
+def _arguments(model: nn.Module, batch: Any, has_loss: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the model's arguments."""
+    if isinstance(batch, (tuple, list)) and has_loss:
+        if not batch:
+            raise ConfigError("calibration data: an empty tuple is no batch")
+        return _arguments(model, batch[0], False)
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        signature = None
+    args: tuple[Any, ...] = tuple(batch) if isinstance(batch, (tuple, list)) else ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+        if signature is not None and "labels" not in signature.parameters:
+            kwargs.pop("labels", None)
+    elif not isinstance(batch, (tuple, list)):
+        args = (batch,)
+    if signature is not None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            hint = "; with a loss_fn, a batch is (input, target)" if len(args) > 1 else ""
+            what = f"{type(model).__name__}.forward can't take a batch of {_described(batch)}"
+            raise ConfigError(f"calibration data: {what}: {error}{hint}") from None
+    return args, kwargs
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a mapping with {', '.join(map(str, value))}"
+    return f"{len(value)} in a {type(value).__name__}" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"

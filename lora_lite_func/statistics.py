@@ -1,0 +1,138 @@
+"""What calibration hands on: sums per site, as values that add up over shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, StructureError, nearest
+
+__all__ = ["Moments", "SiteStatistics", "Statistics"]
+
+
+class Moments(NamedTuple):
+    """Sums over the tokens that came to a layer, float32 at least. Never changed in place, so layers with one input share them."""
+
+    tokens: int
+    total: Tensor  # (d_in,) sum of x
+    absolute: Tensor  # (d_in,) sum of |x|
+    squares: Tensor  # (d_in, d_in) sum of x^T x
+
+    @classmethod
+    def none(cls, width: int, dtype: torch.dtype, device: torch.device) -> Moments:
+        """The sums over no token."""
+        vector = torch.zeros(width, dtype=dtype, device=device)
+        return cls(0, vector, vector, torch.zeros(width, width, dtype=dtype, device=device))
+
+    def seeing(self, x: Tensor) -> Moments:
+        """The sums with the rows of x (N, d_in) in."""
+        x = x.to(self.squares)
+        squares = torch.addmm(self.squares, x.mT, x)
+        return Moments(self.tokens + len(x), self.total + x.sum(0), self.absolute + x.abs().sum(0), squares)
+
+    def plus(self, other: Moments) -> Moments:
+        """The sums over both."""
+        squares = self.squares + other.squares
+        return Moments(self.tokens + other.tokens, self.total + other.total, self.absolute + other.absolute, squares)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStatistics:
+    """What one site saw.
+
+    Attributes:
+        calls: how often the layer was called.
+        batches: how many batches the run had.
+        moments: sums over its input's tokens, if the method needs inputs.
+        slope: the sum over batches of d loss / d W (d_out, d_in), if the method needs gradients and any came.
+    """
+
+    calls: int
+    batches: int
+    moments: Moments | None = None
+    slope: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """N, the tokens seen (padding left out)."""
+        return self._seen.tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """(d_in,) mean of x."""
+        return self._seen.total / self.count
+
+    @property
+    def magnitude(self) -> Tensor:
+        """(d_in,) mean of |x|."""
+        return self._seen.absolute / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """(d_in, d_in) mean of x^T x."""
+        return self._seen.squares / self.count
+
+    @property
+    def gradient(self) -> Tensor:
+        """(d_out, d_in) mean over batches of the gradient of the loss in the weight."""
+        if self.slope is None:
+            raise ConfigError("these statistics have no gradient; calibrate with a method that needs it, and a loss_fn")
+        return self.slope / self.batches
+
+    @property
+    def _seen(self) -> Moments:
+        if self.moments is None:
+            raise ConfigError("these statistics are of gradients alone; calibrate with a method that needs inputs")
+        return self.moments
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Mapping[str, SiteStatistics]):
+    """{site path: what it saw}. Those of two shards add up to those of the whole: `calibrate(.., a) + calibrate(.., b)`.
+
+    Attributes:
+        sites: {path: SiteStatistics}.
+    """
+
+    sites: Mapping[str, SiteStatistics]
+
+    def __getitem__(self, path: str) -> SiteStatistics:
+        try:
+            return self.sites[path]
+        except KeyError:
+            raise KeyError(f"no site {path!r}; {nearest(str(path), self.sites)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        for path in self.sites.keys() ^ other.sites.keys():
+            raise StructureError(f"statistics: site {path!r} is in {'the first' if path in self.sites else 'the second'} alone")
+        shared: dict[tuple[int, int], Moments] = {}
+        return Statistics({path: _plus(path, a, other.sites[path], shared) for path, a in self.sites.items()})
+
+    def __repr__(self) -> str:
+        return f"Statistics({len(self.sites)} sites, {max((s.batches for s in self.sites.values()), default=0)} batches)"
+
+
+def _plus(path: str, a: SiteStatistics, b: SiteStatistics, shared: dict[tuple[int, int], Moments]) -> SiteStatistics:
+    if (a.moments is None) != (b.moments is None):
+        raise StructureError(f"statistics: site {path!r} has inputs in one of the two alone; calibrate both for the same method")
+    moments = None
+    if a.moments is not None and b.moments is not None:
+        key = (id(a.moments), id(b.moments))
+        if key not in shared:
+            shared[key] = a.moments.plus(b.moments)
+        moments = shared[key]
+    slopes = [s.slope for s in (a, b) if s.slope is not None]
+    slope = None if not slopes else slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1]
+    return SiteStatistics(a.calls + b.calls, a.batches + b.batches, moments, slope)

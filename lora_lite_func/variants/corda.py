@@ -1,0 +1,81 @@
+"""CorDA: start from the singular directions of the weight as the inputs' covariance weighs it, subtracted rather than taken out of W.
+
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
+    C = mean x^T x + damp mean(diag) I;   W C = U S V^T:   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r^T C^-1
+
+Paper: Yang et al. 2024, arXiv 2406.05223 (there W is rewritten; here it is left as it is).
+"ipm" trains the top r (adapts to what the data is about), "kpm" the bottom r (keeps what the data is about as it is).
+Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W and the second moment of the inputs, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, probability, record
+from ..errors import ConfigError
+from ..spec import ParamSpec, Site, Variant
+from . import _calibrated, _lowrank, _subtracted
+
+_DAMP = 0.01  # the official code's; it doubles it while C's inverse is bad, which float64 never needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorDAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        mode: "ipm" (instruction-previewed: the top directions) or "kpm" (knowledge-preserved: the bottom ones).
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+    """
+
+    mode: Literal["ipm", "kpm"] = record("ipm")
+    dropout: float = 0.0
+
+    def validate(self) -> None:
+        probability(self.dropout, "CorDAConfig.dropout")
+        if self.alpha <= 0 or any(a <= 0 for _, a in self.alpha_pattern):
+            raise ConfigError("CorDAConfig.alpha: the start divides by it, expected a positive number")
+
+
+def param_specs(cfg: CorDAConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_A, lora_B and their frozen starts."""
+    _lowrank.check_rank(site, "CorDA")
+    return _subtracted.param_specs(site)
+
+
+def init(
+    cfg: CorDAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: _calibrated.Seen,
+    generator: Callable[[str], torch.Generator],
+) -> dict[str, Tensor]:
+    """The top or bottom r singular triplets of W C."""
+    _calibrated.check_tokens(stats, site.r, "CorDA")
+    W, C = _calibrated.wide(weight), _calibrated.wide(stats.second)
+    C = C + _DAMP * C.diagonal().mean() * torch.eye(site.d_in, dtype=C.dtype, device=C.device)
+    U, S, _ = torch.linalg.svd(W @ C, full_matrices=False)  # (d_out, k), (k,)
+    chosen = slice(0, site.r) if cfg.mode == "ipm" else slice(len(S) - site.r, None)
+    A, B = _calibrated.projected(W, U[:, chosen], S[chosen], site)
+    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+
+
+VARIANT = Variant(
+    name="corda",
+    config=CorDAConfig,
+    paper="Yang et al. 2024, arXiv 2406.05223",
+    param_specs=param_specs,
+    init=init,
+    prepare=_subtracted.prepare,
+    outputs=_subtracted.outputs,
+    weight=_subtracted.weight,
+    scale=_subtracted.scale,
+    needs=frozenset({"weight", "inputs"}),
+)
