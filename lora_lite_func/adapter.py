@@ -65,6 +65,9 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"an Adapter is immutable, {name!r} can't be set; make another one by tree algebra")
 
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"an Adapter is immutable, {name!r} can't be deleted")
+
     @property
     def config(self) -> AdapterConfig:
         """The method's config."""

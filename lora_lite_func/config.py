@@ -17,13 +17,16 @@ import torch
 
 from .errors import ConfigError, nearest, shown
 
-__all__ = ["DEFAULT_EXCLUDE", "AdapterConfig", "Role", "field", "from_dict", "probability", "record", "to_dict"]
+__all__ = ["DEFAULT_EXCLUDE", "LARGEST", "AdapterConfig", "Role", "field", "from_dict", "probability", "record", "to_dict"]
 
 Role = Literal["reader", "writer", "inner"]
 Config = TypeVar("Config", bound="AdapterConfig")
 
 DEFAULT_EXCLUDE = (r"(^|\.)(lm_head|output_head|head|proj_out|score|classifier|cls|qa_outputs)(\.|$)", r"embed")
 """Output heads and embeddings, by the names that model families give them."""
+
+LARGEST = 2**31 - 1
+"""A rank or a layer's dimension above it is a mistake, or a hostile file's."""
 
 field = dataclasses.field
 
@@ -75,16 +78,15 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}"))
-        if self.r < 1:
-            raise ConfigError(f"{type(self).__name__}.r: expected at least 1, found {self.r}")
+        _check_rank(self.r, f"{type(self).__name__}.r")
         for what in ("target_names", "exclude_names"):
             for pattern in getattr(self, what):
                 _compiles(pattern, f"{type(self).__name__}.{what}")
         for what in ("rank_pattern", "alpha_pattern"):
             for pattern, value in getattr(self, what):
                 _compiles(pattern, f"{type(self).__name__}.{what}")
-                if what == "rank_pattern" and value < 1:
-                    raise ConfigError(f"{type(self).__name__}.rank_pattern[{shown(pattern)}]: expected at least 1, found {value}")
+                if what == "rank_pattern":
+                    _check_rank(value, f"{type(self).__name__}.rank_pattern[{shown(pattern)}]")
         self.validate()
 
     def validate(self) -> None:
@@ -141,6 +143,13 @@ _HINTS: dict[type[AdapterConfig], dict[str, Any]] = {}
 def _resolved(cls: type[AdapterConfig]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _check_rank(r: int, where: str) -> None:
+    if r < 1:
+        raise ConfigError(f"{where}: expected at least 1, found {shown(r)}")
+    if r > LARGEST:
+        raise ConfigError(f"{where}: expected at most {LARGEST}, found {shown(r)}")
 
 
 def _compiles(pattern: str, where: str) -> None:

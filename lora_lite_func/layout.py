@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import AdapterConfig, from_dict, to_dict
+from .config import LARGEST, AdapterConfig, from_dict, to_dict
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, shown
 from .spec import Site, Variant, site_for, variants
 
@@ -16,7 +16,6 @@ __all__ = ["Layout", "describe", "described"]
 
 _FORMAT = 1
 _FIELDS = ("format", "variant", "config", "sites")
-_LARGEST = 2**31  # a dimension or rank above it is a mistake
 
 
 class Layout:
@@ -55,7 +54,7 @@ def describe(layout: Layout) -> dict[str, Any]:
     return {"format": _FORMAT, "variant": layout.variant.name, "config": to_dict(layout.config), "sites": sites}
 
 
-def described(says: Any, *, most: int = _LARGEST) -> Layout:
+def described(says: Any, *, most: int = LARGEST) -> Layout:
     """The layout back from its description, which is hostile until shown otherwise: no pattern in it is run.
 
     Args:
@@ -115,6 +114,6 @@ def _is_site(row: Any) -> bool:
     return (
         isinstance(row, list)
         and [type(v) for v in row] == [str, str, int, int, bool, int, float]
-        and all(0 < size < _LARGEST for size in (row[2], row[3], row[5]))
+        and all(0 < size <= LARGEST for size in (row[2], row[3], row[5]))
         and math.isfinite(row[6])
     )

@@ -149,8 +149,9 @@ def register(variant: Variant) -> Variant:
         raise ConfigError(f"variant {name!r}: expected a name")
     if not isinstance(config, type) or not issubclass(config, AdapterConfig):
         raise ConfigError(f"variant {name!r}: expected a subclass of AdapterConfig for its config, found {config!r}")
-    if not variant.needs <= _NEEDS:
-        raise ConfigError(f"variant {name!r} needs {', '.join(sorted(variant.needs - _NEEDS))}; known are {', '.join(sorted(_NEEDS))}")
+    odd = set(variant.needs) - _NEEDS
+    if odd:
+        raise ConfigError(f"variant {name!r} needs {', '.join(sorted(map(str, odd)))}; known are {', '.join(sorted(_NEEDS))}")
     for known in _REGISTRY.values():
         if known is not variant and (known.name == name or known.config is config):
             raise ConfigError(f"variant {name!r} ({config.__name__}): {known.name!r} has that name or config already")

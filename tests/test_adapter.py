@@ -71,6 +71,8 @@ def test_the_layout_can_not_be_replaced() -> None:
     params = lora()
     with pytest.raises(AttributeError, match="layout"):
         params.layout = lora(alpha=1).layout
+    with pytest.raises(AttributeError, match="layout"):
+        del params.layout
 
 
 def test_equality_is_identity() -> None:

@@ -242,7 +242,7 @@ def test_names_and_configs_are_registered_once(monkeypatch: pytest.MonkeyPatch) 
     assert ll.register(lora) is lora
 
 
-@pytest.mark.parametrize("fields", [{"config": int}, {"name": 3}])
+@pytest.mark.parametrize("fields", [{"config": int}, {"name": 3}, {"name": ""}, {"needs": "weight"}])
 def test_register_checks_what_it_gets(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
     monkeypatch.setattr(spec, "_REGISTRY", dict(spec._REGISTRY))
     config = dataclasses.make_dataclass("OtherConfig", [], bases=(ll.AdapterConfig,), frozen=True, kw_only=True)
