@@ -209,7 +209,9 @@ def _refuse(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | No
 
 def _quiet(copy: nn.Module, path: str) -> None:
     """A copy in eval mode, its parameters constants, its buffers its own."""
-    copy.__dict__["training"] = False
+    weight = copy._parameters.get("weight")
+    if weight is None or weight.is_floating_point():  # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
+        copy.__dict__["training"] = False
     own_buffers(copy)
     for name, p in copy._parameters.items():
         if p is not None and p.requires_grad:

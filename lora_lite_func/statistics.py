@@ -115,7 +115,7 @@ class Statistics(Mapping[str, SiteStatistics]):
     def __add__(self, other: Statistics) -> Statistics:
         if not isinstance(other, Statistics):
             return NotImplemented
-        for path in self.sites.keys() ^ other.sites.keys():
+        for path in sorted(self.sites.keys() ^ other.sites.keys()):
             raise StructureError(f"statistics: site {path!r} is in {'the first' if path in self.sites else 'the second'} alone")
         shared: dict[tuple[int, int], Moments] = {}
         return Statistics({path: _plus(path, a, other.sites[path], shared) for path, a in self.sites.items()})

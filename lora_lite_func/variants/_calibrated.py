@@ -54,17 +54,21 @@ def check_tokens(seen: Seen, least: int, method: str) -> None:
         raise ConfigError(f"{method}: every input of the calibration data is zero here")
 
 
-def projected(W: Tensor, U: Tensor, S: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r) with s B A = U U^T W, sized by the singular values.
+def projected(W: Tensor, U: Tensor, S: Tensor, chosen: slice, site: Site) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r) with s B A = U_r U_r^T W, sized by the singular values.
 
     For W M = U S V^T with any invertible M it is S V^T M^-1 = U^T W: the factors U sqrt(S / s) and sqrt(S / s) V^T M^-1 come without M's
-    inverse.
+    inverse. A direction whose singular value is rounding alone gets A = 0.
 
     Args:
         W: (d_out, d_in).
-        U: (d_out, r), orthonormal columns.
-        S: (r,), at least 0.
+        U: (d_out, k), orthonormal columns.
+        S: (k,), at least 0, descending.
+        chosen: which r of them.
         site: for s, its factor.
     """
-    root = (S / site.factor).clamp_min(torch.finfo(S.dtype).tiny).sqrt()  # (r,)
-    return (U.mT @ W) / (root[:, None] * site.factor), U * root
+    least = S[0] * max(W.shape) * torch.finfo(S.dtype).eps
+    U, S = U[:, chosen], S[chosen]
+    root = (S / site.factor).sqrt()  # (r,)
+    inverse = torch.where(least < S, 1.0 / (root * site.factor), 0.0)
+    return inverse[:, None] * (U.mT @ W), U * root

@@ -69,7 +69,7 @@ def init(
         values, Q = torch.linalg.eigh(_calibrated.wide(stats.second))
         WM = (W @ Q) * values.clamp_min(0.0).sqrt()  # a root up to a rotation, which U and S don't see
     U, S, _ = torch.linalg.svd(WM, full_matrices=False)
-    A, B = _calibrated.projected(W, U[:, : site.r], S[: site.r], site)
+    A, B = _calibrated.projected(W, U, S, slice(site.r), site)
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
 

@@ -63,7 +63,7 @@ def init(
     C = C + _DAMP * C.diagonal().mean() * torch.eye(site.d_in, dtype=C.dtype, device=C.device)
     U, S, _ = torch.linalg.svd(W @ C, full_matrices=False)  # (d_out, k), (k,)
     chosen = slice(0, site.r) if cfg.mode == "ipm" else slice(len(S) - site.r, None)
-    A, B = _calibrated.projected(W, U[:, chosen], S[chosen], site)
+    A, B = _calibrated.projected(W, U, S, chosen, site)
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
 
