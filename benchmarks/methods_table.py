@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import lora_lite_func as ll
+from lora_lite_func.variants import TABLE
 
 BEGIN, END = "<!-- methods: rendered by benchmarks/methods_table.py -->", "<!-- end of methods -->"
 
@@ -13,12 +13,12 @@ BEGIN, END = "<!-- methods: rendered by benchmarks/methods_table.py -->", "<!-- 
 def render() -> str:
     """The table: config, name in files, what it does, on which side of the layer it acts, what it reads, paper."""
     rows = ["| config | name | what | acts on | reads | paper |", "|---|---|---|---|---|---|"]
-    for name, variant in ll.variants().items():
+    for variant in sorted(TABLE, key=lambda v: v.name):
         doc = (sys.modules[variant.param_specs.__module__].__doc__ or "").splitlines()[0].rstrip(".")
         what = doc.split(": ", 1)[-1]
         side = " and ".join(s for s, f in (("input", variant.inputs), ("output", variant.outputs)) if f is not None)
         reads = ", ".join(sorted(variant.needs)) or "nothing"
-        rows.append(f"| `ll.{variant.config.__name__}` | `{name}` | {what} | {side} | {reads} | {variant.paper} |")
+        rows.append(f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {side} | {reads} | {variant.paper} |")
     return "\n".join(rows)
 
 

@@ -42,6 +42,9 @@ class SHiRAConfig(AdapterConfig):
         probability(self.dropout, "SHiRAConfig.dropout")
 
 
+_MOST_ROWS = 2**16
+
+
 def _struct(site: Site) -> Tensor:
     """Entry numbers of r rows, r columns and the diagonal."""
     rows, columns = (torch.zeros(d, dtype=torch.bool) for d in (site.d_out, site.d_in))
@@ -54,17 +57,18 @@ def _struct(site: Site) -> Tensor:
 def _count(cfg: SHiRAConfig, site: Site) -> int:
     if cfg.mask != "struct":
         return site.r * (site.d_in + site.d_out)
-    rows = {i * site.d_out // site.r for i in range(site.r)}
-    columns = {i * site.d_in // site.r for i in range(site.r)}
-    diagonal = sum(i not in rows and i not in columns for i in range(min(site.d_in, site.d_out)))
-    return site.r * (site.d_in + site.d_out - site.r) + diagonal
+    if site.r > _MOST_ROWS:
+        raise UnsupportedError(f"SHiRA's mask 'struct' counts its rows one by one, expected r of at most {_MOST_ROWS}, found {site.r}")
+    short = min(site.d_in, site.d_out)
+    covered = {i * d // site.r for d in (site.d_out, site.d_in) for i in range(site.r)}  # diagonal entries in a chosen row or column
+    return site.r * (site.d_in + site.d_out - site.r) + short - sum(i < short for i in covered)
 
 
 def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_v (n,), frozen lora_idx (2, n).
 
     Raises:
-        UnsupportedError: the weight has fewer entries.
+        UnsupportedError: the weight has fewer entries, or the rank is beyond what can be counted.
     """
     _lowrank.check_rank(site, "SHiRA")
     n = _count(cfg, site)
