@@ -258,6 +258,25 @@ def test_the_model_is_never_written_and_runs_in_eval_mode(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(leaves(params), leaves(again), strict=True))
 
 
+def test_buffers_that_a_forward_writes_are_the_copys_own() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("running", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.running.add_(x.mean(0))
+            return self.inner(x)
+
+    model = Counts().eval()
+    before = snapshot(model)
+    ll.calibrate(model, ll.EVAConfig(r=2), data(2, dtype=torch.float32, shape=(5, 8)))
+    assert same_state(before, snapshot(model))
+
+
 @pytest.mark.parametrize("case", CALIBRATED, ids=repr)
 @pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_the_callers_grad_mode_does_not_matter(case: Case, around: Callable[[], Any]) -> None:
