@@ -27,18 +27,34 @@ __all__ = ["LEARNING_RATES", "main"]
 
 LEARNING_RATES = {
     "head": 3e-3,
-    "lora": 4e-3,
-    "pissa": 3e-3,
+    "adalora": 1e-2,
+    "antipasto": 5e-2,
+    "bitfit": 1e-2,
+    "boft": 1e-2,
     "delora": 1e-2,
+    "dora": 4e-3,
+    "fourierft": 5e-2,
+    "gralora": 1e-2,
+    "hira": 5e-2,
+    "hra": 5e-3,
     "ia3": 5e-2,
     "ia3_ff": 5e-2,
-    "dora": 4e-3,
-    "hra": 5e-3,
-    "road": 2e-2,
+    "loha": 1e-2,
+    "lokr": 1e-2,
+    "lora": 4e-3,
+    "miss": 1e-3,
+    "oft": 3e-3,
+    "olora": 1e-3,
+    "pissa": 3e-3,
+    "randlora": 1e-3,
+    "road": 5e-2,
+    "shira": 2e-2,
+    "ssvd": 2e-2,
+    "vera": 5e-2,
 }
 """Peak learning rate per method on the sentiment task, and of its head."""
 
-FALLBACK = 1e-3  # for a method that the table doesn't have
+FALLBACK = 3e-3  # for a method that the table doesn't have
 CAUSAL_FACTOR = 0.1  # language models of billions take smaller steps: 1e-4 is usual for LoRA where this task takes 1e-3
 VARIANTS = "lora,delora,hra"
 BATCH = {"sentiment": 32, "causal": 4}
