@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora_lite_func as ll
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -46,4 +48,7 @@ def test_the_table_of_methods_is_what_the_records_say() -> None:
 
 
 def test_the_example_of_an_error_is_what_is_said() -> None:
-    assert "FINETUNE_TABLE" not in README
+    model = torch.nn.ModuleDict({f"{i}": torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("q_proj", "v_proj")}) for i in range(7)})
+    with pytest.raises(ll.TargetError, match="'q_porj' matched none of 14") as caught:
+        ll.init(model, ll.LoRAConfig(r=2, target_names=("q_porj",)))
+    assert f"TargetError: {caught.value}" in README
