@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Layout, check_shapes
-from .errors import StructureError, nearest
+from .errors import StructureError, UnsupportedError, nearest
 from .site import Leaves, Op, hold, leaves_at, merge_site
 from .skeleton import check_mergeable, check_site, constant, copy_tree, own_buffers
 
@@ -229,6 +229,11 @@ def merge(model: nn.Module, params: Adapters) -> dict[str, Tensor]:
         prefix = path + "." if path else ""
         merged_tensors[prefix + "weight"] = W
         if b is not None and b is not bias:
+            if "bias" not in module._parameters:
+                raise UnsupportedError(
+                    f"{path!r} ({type(module).__name__}): {ops[-1].variant.name} merges into a bias, and this layer has no "
+                    "parameter for one; leave it out with exclude_names, or keep the adapter unmerged"
+                )
             merged_tensors[prefix + "bias"] = b
     return merged_tensors
 

@@ -112,7 +112,7 @@ class _Layer:
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.module.bias
+        bias = getattr(self.module, "bias", None)  # a linear-like layer needn't have the attribute
         if self.count == 0 and (bias is None or not bias.is_meta):
             return bias
         zero = torch.zeros(1, self.ops[0].site.d_in, device=next(iter(self.p.values())).device)

@@ -407,6 +407,36 @@ def test_wrappers_that_hide_their_modules_are_refused() -> None:
         ll.init(nn.DataParallel(model), ll.LoRAConfig())
 
 
+class Bare(nn.Module):
+    """Linear-like by structure alone, without so much as a bias attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 16
+        self.weight = nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return x @ self.weight.mT * gain
+
+
+@pytest.mark.parametrize(
+    "cfg", [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.HRAConfig(r=4), ll.ROADConfig(group_size=4)], ids=lambda c: type(c).__name__
+)
+def test_linear_like_by_structure_alone(cfg: ll.AdapterConfig) -> None:
+    model, x = nn.Sequential(Bare(), nn.Tanh(), Bare()), x16()
+    params = moved(ll.init(model, cfg))
+    close(ll.apply(model, params, x), ll.merged(model, params)(x), 1e-10)
+    close(ll.bind(model, params)(x), ll.apply(model, params, x), 1e-12)
+
+
+def test_a_bias_that_has_nowhere_to_go_is_refused_at_merge() -> None:
+    model = nn.Sequential(Bare())
+    params = moved(ll.init(model, ll.BitFitConfig()))
+    assert (ll.apply(model, params, x16()) - model(x16())).abs().max() > 1e-3
+    with pytest.raises(ll.UnsupportedError, match=r"'0' \(Bare\): bitfit merges into a bias, and this layer has no parameter for one"):
+        ll.merge(model, params)
+
+
 def test_what_is_not_an_adapter_is_refused() -> None:
     model = net()
     with pytest.raises(ll.StructureError, match="expected an Adapter, or a tuple, list or dict of them, found Tensor"):
