@@ -15,7 +15,7 @@ from .spec import Site, Variant, site_for
 
 __all__ = ["find", "layer_index", "role_of"]
 
-_WRITERS = (".o_proj", ".out_proj", ".attn.proj", ".down_proj", ".wo", ".output.dense")  # whole names, at a path's end
+_WRITERS = (".o", ".o_proj", ".out_proj", ".attn.proj", ".down_proj", ".wo", ".output.dense")  # whole names, at a path's end
 
 
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:

@@ -263,8 +263,8 @@ def test_a_layer_without_features_is_refused() -> None:
 
 
 def test_writers_are_whole_names() -> None:
-    model = named(**{name: nn.Linear(4, 4) for name in ("wo", "two", "o_proj", "foo_proj")})
-    assert paths(model, LoRA(target_roles="writer")) == ["wo", "o_proj"]
+    model = named(**{name: nn.Linear(4, 4) for name in ("wo", "two", "o_proj", "foo_proj", "o", "go")})
+    assert paths(model, LoRA(target_roles="writer")) == ["wo", "o_proj", "o"]
 
 
 def test_something_that_is_no_module() -> None:
