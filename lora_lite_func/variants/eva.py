@@ -42,7 +42,11 @@ class EVAConfig(AdapterConfig):
 
 
 def param_specs(cfg: EVAConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_A (r, d_in), lora_B (d_out, r)."""
+    """lora_A (r, d_in), lora_B (d_out, r).
+
+    Raises:
+        UnsupportedError: more directions than input features.
+    """
     if site.r > site.d_in:
         raise UnsupportedError(f"EVA finds directions in {site.d_in} input features, expected a rank of at most that, found r={site.r}")
     return {"lora_A": ParamSpec((site.r, site.d_in)), "lora_B": ParamSpec((site.d_out, site.r))}

@@ -50,7 +50,11 @@ class LoRAGAConfig(AdapterConfig):
 
 
 def param_specs(cfg: LoRAGAConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_A, lora_B and their frozen starts."""
+    """Trainable lora_A, lora_B and their frozen starts.
+
+    Raises:
+        UnsupportedError: 2r is above what the gradient's rank can be.
+    """
     limit = min(site.d_in, site.d_out) // 2
     if site.r > limit:
         raise UnsupportedError(
@@ -68,7 +72,11 @@ def init(
     stats: _calibrated.Seen,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The gradient's top 2r singular vectors, half of them on each side."""
+    """The gradient's top 2r singular vectors, half of them on each side.
+
+    Raises:
+        ConfigError: the gradient can't serve.
+    """
     G = _calibrated.wide(stats.gradient)  # (d_out, d_in)
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     least = S[0] * max(G.shape) * torch.finfo(stats.gradient.dtype).eps
