@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, probability, record
 from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..spec import ParamSpec, Site, Variant
+from . import _lowrank, _subtracted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,7 @@ class PiSSAConfig(AdapterConfig):
 def param_specs(cfg: PiSSAConfig, site: Site) -> dict[str, ParamSpec]:
     """Trainable lora_A, lora_B and their frozen starts."""
     _lowrank.check_rank(site, "PiSSA")
-    a, b = (site.r, site.d_in), (site.d_out, site.r)
-    return {
-        "lora_A": ParamSpec(a),
-        "lora_B": ParamSpec(b),
-        "lora_A0": ParamSpec(a, trainable=False),
-        "lora_B0": ParamSpec(b, trainable=False),
-    }
+    return _subtracted.param_specs(site)
 
 
 def init(
@@ -64,36 +57,15 @@ def init(
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
 
-def prepare(cfg: PiSSAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair of rank 2r."""
-    return _lowrank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"])  # (2r, d_in), (d_out, 2r)
-
-
-def outputs(cfg: PiSSAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + s (B A - B0 A0) x."""
-    return _lowrank.add(y, x, *d, site.scale)
-
-
-def weight(cfg: PiSSAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """W + s (B A - B0 A0)."""
-    A, B = _lowrank.difference(*(p[n].to(W.dtype) for n in ("lora_A", "lora_B", "lora_A0", "lora_B0")))
-    return _lowrank.add_dense(W, A, B, site.scale), b
-
-
-def scale(cfg: PiSSAConfig, p: Params, c: Any) -> dict[str, Tensor]:
-    """Both terms times c."""
-    return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}
-
-
 VARIANT = Variant(
     name="pissa",
     config=PiSSAConfig,
     paper="Meng, Wang and Zhang 2024, arXiv 2404.02948",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
-    scale=scale,
+    prepare=_subtracted.prepare,
+    outputs=_subtracted.outputs,
+    weight=_subtracted.weight,
+    scale=_subtracted.scale,
     needs=frozenset({"weight"}),
 )
