@@ -110,7 +110,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
         return render(self.layout.variant.name, self.sites, self._data, self.layout.trainable)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.layout, list(leaves(self)))
+        return rebuild, (self.layout, list(leaves(self)))
 
 
 def leaves(params: Adapter) -> Iterator[Any]:
@@ -119,7 +119,7 @@ def leaves(params: Adapter) -> Iterator[Any]:
         yield from tensors.values()
 
 
-def _rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
+def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
     """Without validation: transforms put ints, shapes and None where tensors were."""
     new = Adapter.__new__(Adapter)
     it = iter(children)
@@ -130,7 +130,7 @@ def _rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
 
 def replace(params: Adapter, data: Mapping[str, Mapping[str, Any]]) -> Adapter:
     """The same layout around other leaves, unchecked."""
-    return _rebuild(params.layout, (data[path][name] for path, names in params.layout.names.items() for name in names))
+    return rebuild(params.layout, (data[path][name] for path, names in params.layout.names.items() for name in names))
 
 
 def check_shapes(params: Adapter) -> None:
@@ -165,7 +165,7 @@ def _flatten(params: Adapter) -> tuple[list[Any], Layout]:
 
 
 def _unflatten(children: Iterable[Any], layout: Layout) -> Adapter:
-    return _rebuild(layout, children)
+    return rebuild(layout, children)
 
 
 def keys(params: Adapter) -> list[tuple[str, str]]:
@@ -201,7 +201,7 @@ def _register() -> None:
         flatten_with_keys_fn=lambda _: ([], None),
     )
     register: Any = optree.register_pytree_node  # its stubs know collections of strings only
-    register(Adapter, _optree_flatten, _rebuild, namespace=everywhere)
+    register(Adapter, _optree_flatten, rebuild, namespace=everywhere)
     register(_Absent, lambda _: ((), None, ()), lambda _meta, _kids: ABSENT, namespace=everywhere)
 
 

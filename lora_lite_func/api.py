@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, Layout, check_shapes
 from .errors import StructureError, UnsupportedError, nearest
 from .site import Leaves, Op, hold, leaves_at, merge_site
-from .skeleton import check_mergeable, check_site, constant, copy_tree, own_buffers
+from .skeleton import check_mergeable, check_site, constant, copy_tree, no_module, own_buffers
 
 __all__ = ["Adapters", "apply", "bind", "functional_call", "merge", "merged", "unbind"]
 
@@ -221,7 +221,7 @@ def merge(model: nn.Module, params: Adapters) -> dict[str, Tensor]:
     for path, ops in ops_of(params).items():
         module: Any = modules.get(path)
         if module is None:
-            raise StructureError(f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, modules)}")
+            raise no_module(model, path)
         check_site(module, path, ops[-1].site)
         check_mergeable(module, path)
         bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None

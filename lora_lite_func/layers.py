@@ -34,9 +34,8 @@ def stored(module: Any, name: str) -> Any:
     return getattr(module, name, None)
 
 
-def is_dense(module: Any) -> bool:
-    """Its weight is a plain floating (d_out, d_in) matrix, not packed."""
-    weight = module.weight
+def is_dense(module: Any, weight: Tensor) -> bool:
+    """The layer's weight is a plain floating (d_out, d_in) matrix, not packed."""
     return bool(weight.is_floating_point() and weight.itemsize > 1 and tuple(weight.shape) == (module.out_features, module.in_features))
 
 
@@ -70,7 +69,7 @@ def dense_weight(module: Any, method: str) -> Tensor:
         if weights_map is None:
             raise UnsupportedError(f"{method} reads the weight, which is on the meta device; load the model's weights first")
         weight = weights_map["weight"].detach()
-    if not weight.is_floating_point() or weight.itemsize == 1 or tuple(weight.shape) != (module.out_features, module.in_features):
+    if not is_dense(module, weight):
         raise UnsupportedError(
             f"{method} needs the dense weight, found {type(module).__name__} with a {weight.dtype} one of shape {tuple(weight.shape)}; "
             "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"

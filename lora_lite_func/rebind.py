@@ -24,8 +24,9 @@ _DEEP = 8
 
 def refers(value: Any, depth: int = 0) -> bool:
     """Whether `value` may lead to a module: cheap, may say yes for nothing, never no for something."""
-    if not isinstance(value, (list, tuple, dict)):
-        return issubclass(type(value), REFERENCES)  # by type: isinstance would ask `__class__` of config objects, slowly
+    kind = type(value)  # isinstance would ask `__class__` of config objects, slowly
+    if not issubclass(kind, (list, tuple, dict)):
+        return issubclass(kind, REFERENCES)
     if depth > _DEEP or len(value) > _MANY:
         return False
     items = value.values() if isinstance(value, dict) else value

@@ -121,7 +121,7 @@ class _Layer:
     @property
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
-        if self.count or not is_dense(self.module) or weight.is_meta:
+        if self.count or not is_dense(self.module, weight) or weight.is_meta:
             raise UnsupportedError(
                 f"{self.ops[0].site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
                 f"this layer ({type(self.module).__name__}) has {'other adapters inside' if self.count else 'none at hand'}; "

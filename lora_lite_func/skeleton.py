@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import StructureError, UnsupportedError, nearest
-from .layers import refusal
-from .rebind import BINDABLE, PLAIN, REFERENCES, rebound, refers
+from .layers import is_dense, refusal
+from .rebind import BINDABLE, PLAIN, rebound, refers
 from .site import Op, site_class
 from .spec import Site
 
-__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "own_buffers"]
+__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_buffers"]
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 _HOOKS = (
@@ -44,11 +44,15 @@ def copy_tree(model: nn.Module, sites: Mapping[str, Sequence[Op]], own: Own | No
     copier = _Copier(sites, own)
     root = copier.visit(model, "", False)
     if copier.left:
-        path = next(iter(copier.left))
-        known = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        raise StructureError(f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, known)}")
+        raise no_module(model, next(iter(copier.left)))
     copier.rebind()
     return root
+
+
+def no_module(model: nn.Module, path: str) -> StructureError:
+    """The error for a site that the model hasn't."""
+    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return StructureError(f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, known)}")
 
 
 class _Copier:
@@ -95,7 +99,7 @@ class _Copier:
     def _note_references(self, copy: nn.Module, path: str) -> None:
         attributes = copy.__dict__
         own = islice(attributes.items(), _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0, None)
-        names = [name for name, value in own if type(value) not in PLAIN and issubclass(type(value), REFERENCES) and refers(value)]
+        names = [name for name, value in own if type(value) not in PLAIN and refers(value)]
         if names:
             self.referring.append((copy, names))
         forward = attributes.get("_ll_frozen") or attributes.get("forward")
@@ -163,7 +167,7 @@ def check_mergeable(module: Any, path: str) -> None:
             f"{path!r} ({type(module).__name__}): its weight is computed, not a parameter, so merged values have nowhere to go; "
             "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    if not weight.is_floating_point() or tuple(weight.shape) != (module.out_features, module.in_features):
+    if not is_dense(module, weight):
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its weight is packed ({weight.dtype}, shape {tuple(weight.shape)}); "
             "merging would dequantise and round it again. Merge into the unquantised model instead"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import ABSENT, Adapter, keys, leaves, replace
+from .adapter import ABSENT, Adapter, keys, leaves, rebuild, replace
 from .errors import StructureError, UnsupportedError
 
 __all__ = ["cast", "combine", "num_params", "partition", "scale", "stack", "summary", "unstack"]
@@ -32,8 +32,8 @@ def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -
     first = [bool(rule(path, name)) for path, name in keys(params)]
     flat = list(leaves(params))
     return (
-        _refill(params, [t if here else ABSENT for t, here in zip(flat, first, strict=True)]),
-        _refill(params, [ABSENT if here else t for t, here in zip(flat, first, strict=True)]),
+        rebuild(params.layout, [t if here else ABSENT for t, here in zip(flat, first, strict=True)]),
+        rebuild(params.layout, [ABSENT if here else t for t, here in zip(flat, first, strict=True)]),
     )
 
 
@@ -81,7 +81,7 @@ def stack(adapters: Iterable[Adapter]) -> Adapter:
                 raise StructureError(
                     f"stack: number {i} differs at {path!r} {name}: {', '.join(map(str, kind))}, the first {', '.join(map(str, kinds[0]))}"
                 )
-    return _refill(adapters[0], [c[0] if c[0] is ABSENT else torch.stack(c) for c in columns])
+    return rebuild(adapters[0].layout, [c[0] if c[0] is ABSENT else torch.stack(c) for c in columns])
 
 
 def unstack(stacked: Adapter) -> list[Adapter]:
@@ -91,7 +91,7 @@ def unstack(stacked: Adapter) -> list[Adapter]:
         StructureError: not a stack.
     """
     count, flat = _members(stacked, "unstack"), list(leaves(stacked))
-    return [_refill(stacked, [t if t is ABSENT else t[i] for t in flat]) for i in range(count)]
+    return [rebuild(stacked.layout, [t if t is ABSENT else t[i] for t in flat]) for i in range(count)]
 
 
 def scale(params: Adapter, strength: float | Tensor) -> Adapter:
@@ -194,11 +194,6 @@ def _members(stacked: Adapter, what: str) -> int:
 def _kind(leaf: Any) -> tuple[Any, ...]:
     """What stacked leaves must agree in."""
     return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (leaf,)
-
-
-def _refill(params: Adapter, flat: list[Any]) -> Adapter:
-    it = iter(flat)
-    return replace(params, {path: {name: next(it) for name in names} for path, names in params.layout.names.items()})
 
 
 def _same_layout(a: Adapter, b: Adapter, what: str) -> None:

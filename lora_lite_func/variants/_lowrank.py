@@ -35,12 +35,17 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> 
         B: (d_out, r).
         s: a float, or a 0-dim tensor.
     """
-    h = F.linear(cast(x, A.dtype), A)  # (..., r)
+    return expand(y, F.linear(cast(x, A.dtype), A), B, s)
+
+
+def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
+    """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's dtype."""
+    h = cast(h, B.dtype)
     if not isinstance(s, float):
         h, s = h * s, 1.0
     if h.dtype == y.dtype:
         if B.dtype != h.dtype:
-            B = B.to(h.dtype)
+            B = B.to(h.dtype)  # under autocast
         return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=s).view_as(y)
     return (y + F.linear(h if s == 1.0 else h * s, B)).to(y.dtype)  # (..., d_out), summed in the wider dtype
 
@@ -94,13 +99,3 @@ def top_svd(W: Tensor, r: int, niter: int | None, gen: torch.Generator) -> tuple
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)  # (k, k), (k,), (k, d_in)
     return (Q @ U)[:, :r], S[:r], Vh[:r]
-
-
-def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
-    """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's dtype."""
-    h = cast(h, B.dtype)
-    if not isinstance(s, float):
-        h, s = h * s, 1.0
-    if h.dtype == y.dtype == B.dtype:
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=s).view(y.shape)
-    return (y + F.linear(h if s == 1.0 else h * s, B)).to(y.dtype)

@@ -7,10 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from ..config import AdapterConfig
+from ..errors import ConfigError
 from ..spec import Layer, Params, ParamSpec, Site
 from . import _lowrank
 
-__all__ = ["outputs", "param_specs", "prepare", "scale", "weight"]
+__all__ = ["check_alpha", "outputs", "param_specs", "prepare", "scale", "weight"]
+
+
+def check_alpha(cfg: AdapterConfig) -> None:
+    """Refuse a strength that a start of singular values can't be divided by.
+
+    Raises:
+        ConfigError: alpha isn't positive somewhere.
+    """
+    if cfg.alpha <= 0 or any(a <= 0 for _, a in cfg.alpha_pattern):
+        raise ConfigError(f"{type(cfg).__name__}.alpha: the start divides by it, expected a positive number")
 
 
 def param_specs(site: Site) -> dict[str, ParamSpec]:

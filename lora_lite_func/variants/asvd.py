@@ -42,8 +42,7 @@ class ASVDConfig(AdapterConfig):
         probability(self.dropout, "ASVDConfig.dropout")
         if self.power < 0:
             raise ConfigError(f"ASVDConfig.power: expected at least 0, found {self.power}")
-        if self.alpha <= 0 or any(a <= 0 for _, a in self.alpha_pattern):
-            raise ConfigError("ASVDConfig.alpha: the start divides by it, expected a positive number")
+        _subtracted.check_alpha(self)
 
 
 def param_specs(cfg: ASVDConfig, site: Site) -> dict[str, ParamSpec]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError
 from ..spec import ParamSpec, Site, Variant
 from . import _calibrated, _lowrank, _subtracted
 
@@ -39,8 +38,7 @@ class CorDAConfig(AdapterConfig):
 
     def validate(self) -> None:
         probability(self.dropout, "CorDAConfig.dropout")
-        if self.alpha <= 0 or any(a <= 0 for _, a in self.alpha_pattern):
-            raise ConfigError("CorDAConfig.alpha: the start divides by it, expected a positive number")
+        _subtracted.check_alpha(self)
 
 
 def param_specs(cfg: CorDAConfig, site: Site) -> dict[str, ParamSpec]:

@@ -68,14 +68,7 @@ def inputs(cfg: HRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, site:
     U, T = d
     h = F.linear(_lowrank.cast(x, p["lora_U"].dtype), p["lora_U"])  # (..., r)
     z = F.linear(h.to(T.dtype), T)  # (..., r)
-    return _subtract(x, z, U)
-
-
-def _subtract(x: Tensor, z: Tensor, U: Tensor) -> Tensor:
-    """x - z U, summed in the wider dtype, returned in x's."""
-    if x.dtype == z.dtype:
-        return torch.addmm(x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1]), U.to(z.dtype), alpha=-1.0).view_as(x)
-    return (x - z @ U.to(z.dtype)).to(x.dtype)
+    return _lowrank.expand(x, z, U.mT, -1.0)
 
 
 def weight(cfg: HRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

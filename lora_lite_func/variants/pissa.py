@@ -37,8 +37,7 @@ class PiSSAConfig(AdapterConfig):
         probability(self.dropout, "PiSSAConfig.dropout")
         if self.svd_niter is not None and self.svd_niter < 0:
             raise ConfigError(f"PiSSAConfig.svd_niter: expected None or at least 0, found {self.svd_niter}")
-        if self.alpha <= 0 or any(a <= 0 for _, a in self.alpha_pattern):
-            raise ConfigError("PiSSAConfig.alpha: the start divides by it, expected a positive number")
+        _subtracted.check_alpha(self)
 
 
 def param_specs(cfg: PiSSAConfig, site: Site) -> dict[str, ParamSpec]:
