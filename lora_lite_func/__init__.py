@@ -9,10 +9,12 @@ from . import adalora
 from .adapter import Adapter
 from .api import apply, bind, functional_call, merge, merged, unbind
 from .calibration import calibrate
+from .checking import check
 from .checkpoint import load, save
 from .config import AdapterConfig
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .initialization import init, targets
+from .report import Report
 from .spec import ParamSpec, Site, Variant, register
 from .statistics import Statistics
 from .transforms import cast, combine, num_params, partition, scale, stack, summary, unstack
@@ -84,6 +86,7 @@ __all__ = [
     "PiSSAConfig",
     "ROADConfig",
     "RandLoRAConfig",
+    "Report",
     "SHiRAConfig",
     "SSVDConfig",
     "Site",
@@ -98,6 +101,7 @@ __all__ = [
     "bind",
     "calibrate",
     "cast",
+    "check",
     "combine",
     "functional_call",
     "init",

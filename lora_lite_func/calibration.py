@@ -18,7 +18,7 @@ from .spec import Params, Site, Variant, lookup
 from .statistics import Moments, SiteStatistics, Statistics
 from .targets import find
 
-__all__ = ["calibrate", "gather"]
+__all__ = ["calibrate", "gather", "quiet"]
 
 _DATA = frozenset({"inputs", "gradients"})
 
@@ -49,7 +49,7 @@ def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, l
     record = Variant(name="calibration", config=AdapterConfig, param_specs=lambda cfg, site: {}, outputs=recorder.outputs, weight=_refuse)
     count = 0
     with torch.inference_mode(False), torch.set_grad_enabled("gradients" in needs):
-        copy = copy_tree(model, {site.path: [Op(record, cfg, site, {}, 0.0)] for site, _ in found}, _quiet)
+        copy = copy_tree(model, {site.path: [Op(record, cfg, site, {}, 0.0)] for site, _ in found}, quiet)
         for batch in batches:
             count += 1
             recorder.step(copy, batch, loss_fn)
@@ -207,7 +207,7 @@ def _refuse(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | No
     )
 
 
-def _quiet(copy: nn.Module, path: str) -> None:
+def quiet(copy: nn.Module, path: str) -> None:
     """A copy in eval mode, its parameters constants, its buffers its own."""
     weight = copy._parameters.get("weight")
     if weight is None or weight.is_floating_point():  # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode

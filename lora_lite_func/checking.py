@@ -1,0 +1,187 @@
+"""check: a dry run on an example that tells what an adapter would miss there. The recorder is an adapter that changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from .api import Adapters, merged, ops_of
+from .calibration import quiet
+from .comparison import allowed, apart, run
+from .config import AdapterConfig
+from .errors import LoraLiteError
+from .report import Report
+from .site import Op
+from .skeleton import constant, copy_tree
+from .spec import Params, Site, Variant, lookup
+from .targets import find
+
+__all__ = ["check"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the verb
+def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **kwargs: Any) -> Report:
+    """What an adapter reaches and misses on an example: `print(ll.check(model, params, x))`.
+
+    Runs copies of the model on the example, in eval mode: nothing is written on it. Tells which sites are never called, or several
+    times, whose weight is read without calling the layer (there the adapter is missed) or is tied to another's, and whether
+    `apply` agrees with `merged`, and from which site on it doesn't. A config, before `init`, is checked for its sites alone.
+
+    Args:
+        model: the frozen base.
+        params: what `apply` takes, or a config.
+        *args: the model's own positional arguments.
+        **kwargs: the model's own keyword arguments.
+
+    Raises:
+        TargetError: a config's pattern, role or layer index selects nothing.
+        StructureError: a site isn't in the model, or a tensor has the wrong shape.
+        UnsupportedError: the model can't be copied, or the method can't adapt a chosen layer.
+    """
+    example = (args, kwargs)
+    if isinstance(params, AdapterConfig):
+        recorder = _Recorder({site.path: site for site, _ in find(model, lookup(type(params)), params)})
+        recorder.run(model, {}, example)
+        return recorder.report(model, unmerged="a config has no weights yet; check the adapter that init makes of it")
+    ops = ops_of(params)
+    recorder = _Recorder({path: here[-1].site for path, here in ops.items()})
+    y = recorder.run(model, ops, example)
+    effect, size, _ = apart(y, run(copy_tree(model, {}, quiet), example))
+    if size < 0:
+        return recorder.report(model, unmerged="the output holds no floating tensor")
+    try:
+        dense = merged(model, params)
+    except LoraLiteError as error:
+        return recorder.report(model, effect=effect, unmerged=str(error))
+    difference, size, eps = apart(y, run(copy_tree(dense, {}, quiet), example))
+    tolerance = allowed(max(eps, recorder.eps), size)
+    where = None if difference <= tolerance else _first_apart(model, dense, ops, recorder, example)
+    return recorder.report(model, effect=effect, difference=difference, tolerance=tolerance, parts_at=where)
+
+
+def _first_apart(model: nn.Module, dense: nn.Module, ops: Mapping[str, list[Op]], recorder: _Recorder, example: Any) -> str | None:
+    """The first site, in the order of the calls, whose output is another in the dense model."""
+    mine, theirs = _Recorder(recorder.sites, keep=True), _Recorder(recorder.sites, keep=True)
+    mine.run(model, ops, example)
+    theirs.run(dense, {}, example)
+    for (path, y), (other, z) in zip(mine.kept, theirs.kept, strict=False):
+        difference, size, eps = apart(y, z)
+        if path != other or difference > allowed(max(eps, recorder.eps), size):
+            return path
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- the recorder
+class _Recorder(TorchFunctionMode):
+    """Counts the calls of sites, and sees who takes a site's weight from outside its call."""
+
+    def __init__(self, sites: Mapping[str, Site], keep: bool = False) -> None:
+        super().__init__()
+        self.sites = sites
+        self.calls = dict.fromkeys(sites, 0)
+        self.inside = dict.fromkeys(sites, 0)
+        self.reads: dict[str, dict[str, None]] = {}
+        self.by_weight: set[str] = set()
+        self.watched: dict[int, tuple[str, Tensor]] = {}
+        self.eps = 0.0
+        self.keep = keep
+        self.kept: list[tuple[str, Any]] = []
+
+    def run(self, model: nn.Module, ops: Mapping[str, list[Op]], example: Any) -> Any:
+        """The output of the model with the ops in, watched."""
+        record = Variant(name="check", config=AdapterConfig, param_specs=lambda cfg, site: {}, inputs=self._enter, outputs=self._leave)
+        record = dataclasses.replace(record, weight=self._weight)
+        cfg = AdapterConfig()
+        tree = copy_tree(
+            model, {path: [*ops.get(path, ()), Op(record, cfg, site, {}, 0.0)] for path, site in self.sites.items()}, self._own
+        )
+        with self:
+            return run(tree, example)
+
+    def _enter(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, site: Site) -> Tensor:
+        """A call of the site begins."""
+        self.inside[site.path] += 1
+        return x
+
+    def _leave(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """It ends."""
+        self.inside[site.path] -= 1
+        self.calls[site.path] += 1
+        if self.keep:
+            self.kept.append((site.path, y.detach().clone()))
+        return y
+
+    def _weight(self, cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The site's adapted weight is taken: how often says nothing of how often it is used."""
+        self.calls[site.path] = 1
+        self.by_weight.add(site.path)
+        return W, b
+
+    def _own(self, module: nn.Module, path: str) -> None:
+        """Watch the tensors of a site: objects of their own, so that a use of what is tied to one isn't taken for a use of it."""
+        quiet(module, path)
+        for name, p in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            site = path if path in self.sites else full
+            if p is None or site not in self.sites:
+                continue
+            if type(p) in (Tensor, nn.Parameter):
+                p = module._parameters[name] = constant(p, module)  # type: ignore[assignment]
+            if p.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(p.dtype).eps)
+            self.watched[id(p)] = (site, p)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):  # what asks for a shape or a dtype uses no weight
+            for value in (*args, *(kwargs or {}).values()):
+                path, _ = self.watched.get(id(value), (None, None))
+                if path is not None and not self.inside[path]:
+                    self.reads.setdefault(path, {})[_name(func)] = None
+        return out
+
+    def report(self, model: nn.Module, **found: Any) -> Report:
+        """What was seen, with what is tied."""
+        reads = {path: tuple(names) for path, names in self.reads.items() if path not in self.by_weight}
+        tied, shared = _tied(model, self.sites)
+        return Report(calls=self.calls, reads=reads, tied=tied, shared=shared, **found)
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__name__", repr(func))
+
+
+# ------------------------------------------------------------------------------------------------- what is tied to a site
+def _tied(model: nn.Module, sites: Mapping[str, Site]) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """({site: names of other modules' parameters that are its own}, {site: other paths of its module})."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        paths.setdefault(id(module), []).append(path)
+    names: dict[Any, list[tuple[int, str]]] = {}
+    owned: dict[str, list[Any]] = {path: [] for path in sites}
+    for path, module in modules.items():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            full = f"{path}.{name}" if path else name
+            names.setdefault(_identity(p), []).append((id(module), full))
+            for site in {path, full} & owned.keys():
+                owned[site].append((_identity(p), id(module)))
+    tied = {site: tuple(n for key, home in keys for other, n in names[key] if other != home) for site, keys in owned.items()}
+    shared = {site: tuple(p for p in paths.get(id(modules.get(site)), ()) if p != site) for site in sites}
+    return {site: found for site, found in tied.items() if found}, {site: found for site, found in shared.items() if found}
+
+
+def _identity(p: Tensor) -> Any:
+    """What two names of one tensor have in common: its storage, or for tensors without one the object."""
+    try:
+        where = p.data_ptr()
+    except RuntimeError:
+        where = 0
+    return (where, p.shape, p.dtype) if where else id(p)

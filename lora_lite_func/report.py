@@ -1,0 +1,101 @@
+"""What a dry run found, as a value that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Report"]
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report:
+    """What `ll.check` found; `print` it.
+
+    Attributes:
+        calls: {site: how often the example reached it}, by a call of the layer or through its adapted weight.
+        reads: {site: the torch functions that took its bare weight without calling the layer}; there the adapter is missed.
+        tied: {site: other names of its tensors}; an adapter is its layer's own, it doesn't reach what is tied to it.
+        shared: {site: other paths of the same module}; the adapter is in at each.
+        effect: the largest |apply - base| over the outputs, or None for a config.
+        difference: the largest |apply - merged| over the outputs, or None where they weren't compared.
+        tolerance: what `difference` may be: half the digits of the narrowest dtype, of the largest output (1 at least).
+        parts_at: the first site whose output differs, where `difference` is too large and a site's does.
+        unmerged: why apply and merged weren't compared; "" where they were.
+    """
+
+    calls: Mapping[str, int]
+    reads: Mapping[str, tuple[str, ...]]
+    tied: Mapping[str, tuple[str, ...]]
+    shared: Mapping[str, tuple[str, ...]]
+    effect: float | None = None
+    difference: float | None = None
+    tolerance: float | None = None
+    parts_at: str | None = None
+    unmerged: str = ""
+
+    @property
+    def uncalled(self) -> tuple[str, ...]:
+        """The sites that the example didn't reach."""
+        return tuple(path for path, count in self.calls.items() if count == 0)
+
+    @property
+    def repeated(self) -> dict[str, int]:
+        """{site: times} of those reached more than once."""
+        return {path: count for path, count in self.calls.items() if count > 1}
+
+    @property
+    def agrees(self) -> bool:
+        """apply and merged agree, as far as they were compared."""
+        return self.difference is None or self.tolerance is None or self.difference <= self.tolerance
+
+    @property
+    def tells(self) -> bool:
+        """The comparison would have seen a missed adapter: what the adapter does is larger than what rounding may do."""
+        return self.effect is not None and self.tolerance is not None and self.effect > self.tolerance
+
+    @property
+    def ok(self) -> bool:
+        """Every site was reached, no bare weight was read, and apply and merged agree."""
+        return not self.uncalled and not self.reads and self.agrees
+
+    def __repr__(self) -> str:
+        return "\n".join(["Report: " + ("ok" if self.ok else "not ok"), *("  " + line for line in self._lines())])
+
+    def _lines(self) -> list[str]:
+        count, missed = len(self.calls), self.uncalled
+        lines = [f"{count - len(missed)} of {count} sites reached"]
+        if missed:
+            lines.append(f"never reached by this example: {_some(missed)}; leave them out with exclude_names, or give an example that does")
+        for path, functions in list(self.reads.items())[:_SHOWN]:
+            lines.append(
+                f"{path!r}: {', '.join(functions)} took its weight without calling it, so without the adapter; call the layer there, "
+                "or leave it out with exclude_names"
+            )
+        if self.repeated:
+            lines.append("reached more than once: " + _some([f"{path} ({n} times)" for path, n in self.repeated.items()]))
+        for path, names in list(self.tied.items())[:_SHOWN]:
+            lines.append(f"{path!r} is tied to {_some(names)}, which this site's adapter doesn't reach")
+        for path, names in list(self.shared.items())[:_SHOWN]:
+            lines.append(f"{path!r} is the same module as {_some(names)}, adapted there too")
+        return lines + self._compared()
+
+    def _compared(self) -> list[str]:
+        lines = []
+        if self.effect is not None:
+            lines.append(f"it moves the output by at most {self.effect:.2e}")
+        if self.unmerged:
+            return [*lines, f"not compared with merged weights: {self.unmerged}"]
+        where = f"; first at {self.parts_at!r}" if self.parts_at is not None else ""
+        allowed = "allowed" if self.agrees else "too much, allowed"
+        lines.append(f"apply and merged differ by at most {self.difference:.2e} ({allowed} {self.tolerance:.2e}){where}")
+        if not self.tells:
+            lines.append("that says little: the adapter itself does no more here; check a trained one, or in a wider dtype")
+        return lines
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
