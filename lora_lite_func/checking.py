@@ -23,6 +23,9 @@ from .targets import find
 
 __all__ = ["check"]
 
+_COMPUTED = ("weight_g", "weight_v", "weight_orig")
+"""What torch's older norms compute the weight from, before the layer's own call begins."""
+
 
 # ------------------------------------------------------------------------------------------------------------- the verb
 def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **kwargs: Any) -> Report:
@@ -86,7 +89,7 @@ class _Recorder(TorchFunctionMode):
         self.calls = dict.fromkeys(sites, 0)
         self.inside = dict.fromkeys(sites, 0)
         self.reads: dict[str, dict[str, None]] = {}
-        self.by_weight: set[str] = set()
+        self.by_weight: dict[str, None] = {}
         self.watched: dict[int, tuple[str, Tensor]] = {}
         self.eps = 0.0
         self.keep = keep
@@ -118,8 +121,7 @@ class _Recorder(TorchFunctionMode):
 
     def _weight(self, cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The site's adapted weight is taken: how often says nothing of how often it is used."""
-        self.calls[site.path] = 1
-        self.by_weight.add(site.path)
+        self.by_weight[site.path] = None
         return W, b
 
     def _own(self, module: nn.Module, path: str) -> None:
@@ -127,8 +129,9 @@ class _Recorder(TorchFunctionMode):
         quiet(module, path)
         for name, p in module._parameters.items():
             full = f"{path}.{name}" if path else name
-            site = path if path in self.sites else full
-            if p is None or site not in self.sites:
+            site = path.partition(".parametrizations.")[0]
+            site = full if full in self.sites else site
+            if p is None or site not in self.sites or name in _COMPUTED:
                 continue
             if type(p) in (Tensor, nn.Parameter):
                 p = module._parameters[name] = constant(p, module)  # type: ignore[assignment]
@@ -149,7 +152,7 @@ class _Recorder(TorchFunctionMode):
         """What was seen, with what is tied."""
         reads = {path: tuple(names) for path, names in self.reads.items() if path not in self.by_weight}
         tied, shared = _tied(model, self.sites)
-        return Report(calls=self.calls, reads=reads, tied=tied, shared=shared, **found)
+        return Report(calls=self.calls, weights=tuple(self.by_weight), reads=reads, tied=tied, shared=shared, **found)
 
 
 def _name(func: Any) -> str:

@@ -27,6 +27,7 @@ class Report:
     """
 
     calls: Mapping[str, int]
+    weights: tuple[str, ...]
     reads: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, tuple[str, ...]]
     shared: Mapping[str, tuple[str, ...]]
@@ -39,11 +40,11 @@ class Report:
     @property
     def uncalled(self) -> tuple[str, ...]:
         """The sites that the example didn't reach."""
-        return tuple(path for path, count in self.calls.items() if count == 0)
+        return tuple(path for path, count in self.calls.items() if count == 0 and path not in self.weights)
 
     @property
     def repeated(self) -> dict[str, int]:
-        """{site: times} of those reached more than once."""
+        """{site: times} of those called more than once."""
         return {path: count for path, count in self.calls.items() if count > 1}
 
     @property
@@ -69,13 +70,15 @@ class Report:
         lines = [f"{count - len(missed)} of {count} sites reached"]
         if missed:
             lines.append(f"never reached by this example: {_some(missed)}; leave them out with exclude_names, or give an example that does")
+        if self.weights:
+            lines.append(f"reached through the adapted weight: {_some(self.weights)}")
         for path, functions in list(self.reads.items())[:_SHOWN]:
             lines.append(
                 f"{path!r}: {', '.join(functions)} took its weight without calling it, so without the adapter; call the layer there, "
                 "or leave it out with exclude_names"
             )
         if self.repeated:
-            lines.append("reached more than once: " + _some([f"{path} ({n} times)" for path, n in self.repeated.items()]))
+            lines.append("called more than once: " + _some([f"{path} ({n} times)" for path, n in self.repeated.items()]))
         for path, names in list(self.tied.items())[:_SHOWN]:
             lines.append(f"{path!r} is tied to {_some(names)}, which this site's adapter doesn't reach")
         for path, names in list(self.shared.items())[:_SHOWN]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .errors import UnsupportedError
 from .layers import at_trace_time, compute_dtype, is_dense
+from .reading import Adapted, enter, inside, leave
 from .spec import Params, Site, Variant
 
 __all__ = ["Leaves", "Op", "hold", "leaves_at", "merge_site", "site_class"]
@@ -74,6 +75,14 @@ def _tensors(op: Op, module: Any) -> Params:
 # ------------------------------------------------------------------------------------------------ the activation route
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The frozen layer with the adapters' phases around it."""
+    enter(self)
+    try:
+        return _call(self, args, kwargs)
+    finally:
+        leave(self)
+
+
+def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ops = self._ll_ops
     if len(args) == 1 and not kwargs:
         return _phases(ops, len(ops), self._ll_frozen, self, args[0])
@@ -146,6 +155,49 @@ def _adapted(self: Any) -> tuple[Tensor, Tensor | None]:
     return merge_site(self, self._ll_ops, self._parameters["weight"], self._parameters.get("bias"))
 
 
+def _read(name: str) -> property:
+    """What `site.weight` or `.bias` is: the layer's own inside its own call, else the adapted one, made when it is used."""
+
+    def get(self: Any) -> Any:
+        found = _own(self, name)
+        if found is _NONE:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if inside(self):
+            return found
+        weight = _own(self, "weight")
+        if not isinstance(weight, Tensor) or not is_dense(self, weight):
+            return found  # packed: nothing that an adapter could go into
+        if found is None or torch.compiler.is_compiling():
+            return _merged(self, weight, name)
+        return Adapted(f"{self._ll_ops[-1].site.path}.{name}", found, lambda: _merged(self, weight, name))
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+_NONE = object()
+
+
+def _own(self: Any, name: str) -> Any:
+    """A layer's tensor as the layer sees it: stored, set on it by a hook, or computed by its class's own property."""
+    attributes = self.__dict__
+    if name in attributes["_parameters"]:
+        return attributes["_parameters"][name]
+    if name in attributes:
+        return attributes[name]
+    if name in attributes["_buffers"]:
+        return attributes["_buffers"][name]
+    inherited = getattr(self._ll_base, name, None)
+    return inherited.__get__(self) if isinstance(inherited, property) else _NONE
+
+
+def _merged(self: Any, weight: Tensor, name: str) -> Any:
+    bias = _own(self, "bias")
+    return merge_site(self, self._ll_ops, weight, None if bias is _NONE else bias)[name == "bias"]
+
+
 def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The dense weight and bias with the adapters in, summed in float32 at least, returned in the weight's dtype.
 
@@ -176,6 +228,7 @@ def site_class(cls: type[nn.Module], by_weight: bool) -> type[nn.Module]:
         else:
             body["forward"] = _forward
             body["_ll_frozen"] = cls.forward
+            body |= {name: _read(name) for name in ("weight", "bias") if isinstance(getattr(cls, name, None), (property, type(None)))}
         _CLASSES[key] = type(cls.__name__, (cls,), body)
     return _CLASSES[key]
 

@@ -39,6 +39,8 @@ class Program(nn.Module):
                 x = x - layer.forward(x)
             elif how == "read":
                 x = torch.tanh(F.linear(x, layer.weight, layer.bias))
+            elif how == "bare":
+                x = torch.tanh(F.linear(x, layer._parameters["weight"]))
             elif how == "matmul":
                 x = x @ layer.weight.T
             else:
@@ -53,15 +55,14 @@ def test_it_tells_what_the_model_does(steps: list[tuple[str, int]], training: bo
     before = snapshot(model)
     found = ll.check(model, params, x)
     assert same_state(before, snapshot(model))
-    calls = {f"layers.{i}": sum(j == i and how in ("call", "forward") for how, j in steps) for i in range(4)}
-    read = {f"layers.{i}" for how, i in steps if how in ("read", "matmul")}
-    assert dict(found.calls) == calls
-    assert set(found.reads) == read
-    assert found.uncalled == tuple(path for path, n in calls.items() if not n)
-    assert found.repeated == {path: n for path, n in calls.items() if n > 1}
-    assert found.agrees == (not read)
-    assert found.ok == (not read and all(calls.values()))
-    assert all(path in repr(found) for path in [*found.uncalled, *found.reads, *found.repeated])
+    assert dict(found.calls) == {f"layers.{i}": sum(j == i and how in ("call", "forward") for how, j in steps) for i in range(4)}
+    assert set(found.weights) == {f"layers.{i}" for how, i in steps if how in ("read", "matmul")}
+    assert not found.reads  # what is read without a call is the adapted weight
+    assert found.uncalled == tuple(path for path, n in found.calls.items() if not n and path not in found.weights)
+    assert found.repeated == {path: n for path, n in found.calls.items() if n > 1}
+    assert found.agrees
+    assert found.ok == (not found.uncalled)
+    assert all(path in repr(found) for path in [*found.uncalled, *found.repeated, *found.weights])
     config = ll.check(model, LORA, x)
     assert (config.calls, config.reads, config.difference, config.effect) == (found.calls, found.reads, None, None)
 
@@ -128,7 +129,17 @@ def test_an_adapted_weight_counts_as_reached() -> None:
     model, x = nn.MultiheadAttention(16, 4, dtype=torch.float64), x16(1)
     found = ll.check(model, moved(ll.init(model, LORA)), x, x, x)
     assert found.ok
-    assert found.calls == {"out_proj": 1}
+    assert (found.calls, found.weights) == ({"out_proj": 0}, ("out_proj",))
+
+
+def test_a_bare_weight_that_is_read_is_named() -> None:
+    model = Program([("call", 0), ("bare", 1)], count=2)
+    found = ll.check(model, moved(ll.init(model, LORA)), x16())
+    assert not found.ok
+    assert found.uncalled == ("layers.1",)
+    assert set(found.reads) == {"layers.1"}
+    assert "'layers.1': torch.nn.functional.linear took" in repr(found)
+    assert not found.agrees
 
 
 def test_what_cannot_be_merged_is_told() -> None:

