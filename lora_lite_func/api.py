@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Layout, check_shapes
-from .errors import StructureError, UnsupportedError, nearest
-from .site import Leaves, Op, hold, leaves_at, merge_site
+from .errors import StructureError, nearest
+from .kinds import place
+from .ops import Leaves, Op, check_bias, held_by, hold, leaves_at, merge_site
 from .skeleton import check_mergeable, check_site, constant, copy_tree, no_module, own_buffers
+from .spec import Site
 
 __all__ = ["Adapters", "apply", "bind", "functional_call", "merge", "merged", "unbind"]
 
@@ -147,19 +149,21 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     """
     adapters = flatten(params)
     sites: dict[str, list[Op]] = {}
+    counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
     for adapter in adapters:
         check_shapes(adapter)
         layout, indices = adapter.layout, {}
         for path, site in layout.sites.items():
-            ops = sites.setdefault(path, [])
-            indices[path] = len(ops) + _bound_before(model, path)
+            ops, home = sites.setdefault(path, []), home_of(site)
+            indices[path] = counts.setdefault(home, _bound_before(model, home))
+            counts[home] += 1
             ops.append(Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), indices[path]))
         homes.append((layout, indices))
     bound = copy_tree(model, sites, _Frozen())
     for adapter in adapters:
         for path, tensors in adapter._data.items():
-            hold(bound.get_submodule(path), Leaves(tensors, adapter.layout.trainable[path]))
+            hold(bound.get_submodule(home_of(adapter.layout.sites[path])), Leaves(tensors, adapter.layout.trainable[path]))
     bound.__dict__["_ll_bound"] = homes
     return bound
 
@@ -175,16 +179,22 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
         raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
     found = []
     for layout, indices in homes:
-        held = {path: leaves_at(bound.get_submodule(path), i).tensors() for path, i in indices.items()}
+        held = {path: leaves_at(bound.get_submodule(home_of(layout.sites[path])), i).tensors() for path, i in indices.items()}
         found.append(Adapter(layout, {path: {name: t.detach() for name, t in tensors.items()} for path, tensors in held.items()}))
     return found[0] if len(found) == 1 else tuple(found)
 
 
+def home_of(site: Site) -> str:
+    """The path of the module that holds a site's tensors in a bound model."""
+    return place(site)[0]
+
+
 def _bound_before(model: nn.Module, path: str) -> int:
     try:
-        return len(model.get_submodule(path).__dict__.get("_ll_ops", ()))
+        module: Any = model.get_submodule(path)
     except AttributeError:
         return 0  # copy_tree says what is wrong with the path
+    return held_by(module)
 
 
 class _Frozen:
@@ -218,22 +228,20 @@ def merge(model: nn.Module, params: Adapters) -> dict[str, Tensor]:
     """
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for path, ops in ops_of(params).items():
-        module: Any = modules.get(path)
+    for ops in ops_of(params).values():
+        home, name = place(ops[-1].site)
+        module: Any = modules.get(home)
         if module is None:
-            raise no_module(model, path)
-        check_site(module, path, ops[-1].site)
-        check_mergeable(module, path)
+            raise no_module(model, home)
+        for op in ops:
+            check_site(module, op.site)
+        check_mergeable(module, ops[-1].site)
         bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None
-        W, b = merge_site(module, ops, module.weight.detach(), bias)
-        prefix = path + "." if path else ""
-        merged_tensors[prefix + "weight"] = W
+        W, b = merge_site(module, ops, module._parameters[name].detach(), bias)
+        prefix = home + "." if home else ""
+        merged_tensors[prefix + name] = W
         if b is not None and b is not bias:
-            if "bias" not in module._parameters:
-                raise UnsupportedError(
-                    f"{path!r} ({type(module).__name__}): {ops[-1].variant.name} merges into a bias, and this layer has no "
-                    "parameter for one; leave it out with exclude_names, or keep the adapter unmerged"
-                )
+            check_bias(module, ops[-1], b)
             merged_tensors[prefix + "bias"] = b
     return merged_tensors
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .adapter import ABSENT, Adapter
 from .errors import CheckpointError, nearest, shown
-from .layers import is_linear_like
+from .kinds import KINDS, misfit, place
 from .layout import Layout, describe, described
 from .spec import fits
 
@@ -180,9 +180,10 @@ def _check_model(layout: Layout, model: nn.Module) -> None:
         raise CheckpointError(f"expected an nn.Module to check it against, found {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, site in layout.sites.items():
-        module: Any = modules.get(path)
-        if module is None or not is_linear_like(module):
-            raise CheckpointError(f"{type(model).__name__} has no linear-like module {shown(path)}; {nearest(path, modules)}")
-        if (module.in_features, module.out_features) != (site.d_in, site.d_out):
-            found = f"{module.in_features} -> {module.out_features}"
-            raise CheckpointError(f"site {shown(path)}: expected {site.d_in} -> {site.d_out}, the model has {found}")
+        module: Any = modules.get(place(site)[0])
+        kind = KINDS[site.kind]
+        if module is None or not (kind.bare or kind.holds(module)):
+            raise CheckpointError(f"{type(model).__name__} has no {kind.one} {shown(path)}; {nearest(path, modules)}")
+        wrong = misfit(site, module)
+        if wrong is not None:
+            raise CheckpointError(f"site {shown(path)}: expected {wrong[0]}, the model has {wrong[1]}")

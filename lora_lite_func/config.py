@@ -45,8 +45,13 @@ class AdapterConfig:
         alpha: strength, where the method has one; a low-rank method scales its update by alpha / r.
         dtype: of the adapter's tensors; None takes the base weight's (float32 where that isn't a floating type).
             Gates, angles and magnitudes are float32 at least: in bfloat16 an optimizer's step doesn't move them.
-        target_names: regexes searched in the full module path; () takes every linear-like module.
-        exclude_names: regexes of paths to leave out; by default output heads and embeddings.
+        target_names: regexes searched in the full module path; () takes every module of the kinds asked for.
+        target_kinds: which kinds of module: "linear", "conv", "embedding", "norm", "module"; () takes the method's first (nearly always
+            "linear"), or none where `target_parameters` alone says what is adapted.
+        target_parameters: regexes searched in full parameter names ("layers.0.experts.gate_up_proj", "attn.in_proj_weight"); each match
+            is adapted as a bare tensor: (d_out, d_in), or a stack of those (E, d_out, d_in).
+        transposed_parameters: regexes of those stored (d_in, d_out) or (E, d_in, d_out), where their module doesn't say so itself.
+        exclude_names: regexes of paths to leave out; by default output heads and embeddings among the linear layers.
         target_roles: "reader" (reads the residual stream), "writer" (writes it), "inner"; () means any.
         layers: layer indices (the first number in a path); negative ones count from the end; None means all.
         rank_pattern: {regex: r}, the rank of the sites whose path matches; the first match wins.
@@ -60,6 +65,9 @@ class AdapterConfig:
     alpha: float = 16.0
     dtype: torch.dtype | None = record(None)
     target_names: tuple[str, ...] = record(())
+    target_kinds: tuple[str, ...] = record(())
+    target_parameters: tuple[str, ...] = record(())
+    transposed_parameters: tuple[str, ...] = record(())
     exclude_names: tuple[str, ...] = record(DEFAULT_EXCLUDE)
     target_roles: tuple[Role, ...] = record(())
     layers: tuple[int, ...] | None = record(None)
@@ -79,7 +87,7 @@ class AdapterConfig:
         for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}"))
         _check_rank(self.r, f"{type(self).__name__}.r")
-        for what in ("target_names", "exclude_names"):
+        for what in ("target_names", "target_parameters", "transposed_parameters", "exclude_names"):
             for pattern in getattr(self, what):
                 _compiles(pattern, f"{type(self).__name__}.{what}")
         for what in ("rank_pattern", "alpha_pattern"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ from .adapter import Adapter, Layout
 from .calibration import gather
 from .config import AdapterConfig
 from .errors import ConfigError, LoraLiteError, StructureError, shown
+from .kinds import KINDS, matrix, place
 from .layers import compute_dtype, dense_weight, device_of
 from .spec import ParamSpec, Site, Variant, leaf_dtype, lookup
 from .statistics import SiteStatistics
@@ -46,7 +48,7 @@ def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_dat
     found = find(model, variant, cfg)
     seen = gather(model, cfg, calibration_data, loss_fn)
     data: dict[str, dict[str, Tensor]] = {}
-    with _unsurrounded({device_of(module).type for _, module in found}):
+    with _unsurrounded({_home(site, module)[0].type for site, module in found}):
         for site, module in found:
             try:
                 data[site.path] = _start(variant, cfg, site, module, seed, seen.get(site.path))
@@ -78,18 +80,52 @@ def _unsurrounded(kinds: set[str]) -> Iterator[None]:
 
 
 def _start(variant: Variant, cfg: AdapterConfig, site: Site, module: Any, seed: int, seen: SiteStatistics | None) -> dict[str, Tensor]:
-    """The first tensors of a site, on the device of its weight."""
+    """The first tensors of a site, on the device of its weight; of a stack, one start per weight, with draws of its own."""
     specs = _specs(variant, cfg, site)
-    dtype = cfg.dtype or compute_dtype(module)
-    device = device_of(module)
+    device, dtype = _home(site, module)
+    dtype = cfg.dtype or dtype
+    W = None
+    if variant.init is not None and "weight" in variant.needs:
+        W = matrix(dense_weight(module, variant.name, max(site.stack, 1) * site.d_in * site.d_out, place(site)[1]), site)
+    starts = []
+    for i in range(max(site.stack, 1)):
+        draw = functools.partial(_generator, seed, site, i)
+        weight = W[i].contiguous() if W is not None and site.stack else W
+        starts.append(_one_start(variant, cfg, site, specs, weight, seen, draw, device, dtype))
+    return {name: torch.stack([s[name] for s in starts]) for name in specs} if site.stack else starts[0]
+
+
+def _generator(seed: int, site: Site, i: int, name: str) -> torch.Generator:
+    return rng.generator(seed, site.path, f"{name}.{i}" if site.stack else name)
+
+
+def _home(site: Site, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a site computes and in which dtype; a whole module as its first floating parameter says."""
+    if not KINDS[site.kind].listed:
+        name = place(site)[1]
+        return device_of(module, name), compute_dtype(module, name)
+    first = next((p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1), torch.empty(0, device="cpu"))
+    return first.device, first.dtype
+
+
+def _one_start(
+    variant: Variant,
+    cfg: AdapterConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor | None,
+    seen: SiteStatistics | None,
+    draw: Callable[[str], torch.Generator],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
     given: Mapping[str, Tensor] = {}
     if variant.init is not None:
-        weight = dense_weight(module, variant.name) if "weight" in variant.needs else None
-        given = variant.init(cfg, site, specs, weight, seen, lambda name: rng.generator(seed, site.path, name))
+        given = variant.init(cfg, site, specs, weight, seen, draw)
         _check_given(variant, specs, given)
     start = {}
     for name, spec in specs.items():
-        value = given[name] if name in given else _drawn(spec, seed, site.path, name, device, leaf_dtype(spec, dtype))
+        value = given[name] if name in given else _drawn(spec, draw, name, device, leaf_dtype(spec, dtype))
         if tuple(value.shape) != tuple(spec.shape):
             raise StructureError(f"{variant.name}.init gave {name} the shape {tuple(value.shape)}, expected {tuple(spec.shape)}")
         # a clone of its own: frozen starts and trainable tensors must not share storage
@@ -117,9 +153,9 @@ def _check_given(variant: Variant, specs: Mapping[str, ParamSpec], given: Any) -
         raise ConfigError(f"{variant.name}.init gave {shown(odd[0])}, its param_specs have {', '.join(specs)}")
 
 
-def _drawn(spec: ParamSpec, seed: int, path: str, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _drawn(spec: ParamSpec, draw: Callable[[str], torch.Generator], name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     if spec.init == "zeros":
         return torch.zeros(spec.shape, dtype=dtype, device=device)
     if spec.init == "ones":
         return torch.ones(spec.shape, dtype=dtype, device=device)
-    return spec.init(spec.shape, rng.generator(seed, path, name))
+    return spec.init(spec.shape, draw(name))

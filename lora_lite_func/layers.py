@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UnsupportedError
 
-__all__ = ["at_trace_time", "compute_dtype", "dense_weight", "device_of", "is_dense", "is_linear_like", "refusal", "stored"]
+__all__ = ["at_trace_time", "compute_dtype", "dense_weight", "device_of", "is_dense", "is_linear_like", "is_packed", "refusal", "stored"]
 
 
 def is_linear_like(module: Any) -> bool:
@@ -34,42 +35,53 @@ def stored(module: Any, name: str) -> Any:
     return getattr(module, name, None)
 
 
-def is_dense(module: Any, weight: Tensor) -> bool:
-    """The layer's weight is a plain floating (d_out, d_in) matrix, not packed."""
-    return bool(weight.is_floating_point() and weight.itemsize > 1 and tuple(weight.shape) == (module.out_features, module.in_features))
+def is_packed(weight: Tensor) -> bool:
+    """Quantised: not a floating tensor of 16 bits at least, or a subclass that keeps its values in other tensors."""
+    return not weight.is_floating_point() or weight.itemsize == 1 or is_traceable_wrapper_subclass(weight)
 
 
-def compute_dtype(module: Any) -> torch.dtype:
+def is_dense(weight: Tensor, size: int) -> bool:
+    """A plain floating tensor of so many entries, not packed."""
+    return weight.numel() == size and not is_packed(weight)
+
+
+def compute_dtype(module: Any, name: str = "weight") -> torch.dtype:
     """The floating dtype a layer computes in: its weight's, a quantised layer's own choice, or float32."""
-    weight = stored(module, "weight")
+    weight = stored(module, name)
     if weight.is_floating_point() and weight.itemsize > 1:
         return weight.dtype
     declared = getattr(module, "compute_dtype", None)
     return declared if isinstance(declared, torch.dtype) else torch.float32
 
 
-def device_of(module: Any) -> torch.device:
+def device_of(module: Any, name: str = "weight") -> torch.device:
     """Where a layer computes: its weight's device, or where accelerate's hook brings an offloaded one."""
-    device: torch.device = stored(module, "weight").device
+    device: torch.device = stored(module, name).device
     if device.type == "meta":
         target = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         return device if target is None else torch.device(target)
     return device
 
 
-def dense_weight(module: Any, method: str) -> Tensor:
-    """The layer's weight as a dense (d_out, d_in) matrix, float32 at least, the caller's own.
+def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> Tensor:
+    """A layer's weight as a dense tensor of its stored shape, float32 at least, the caller's own.
+
+    Args:
+        module: the layer.
+        method: who asks, for the message.
+        size: how many entries it should have.
+        name: the tensor's name there.
 
     Raises:
         UnsupportedError: it is packed (quantised), has entries that aren't finite, or is on the meta device without a map to load it from.
     """
-    weight = _computed(module).detach()
+    weight = _computed(module, name).detach()
     if weight.is_meta:
         weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights_map is None:
             raise UnsupportedError(f"{method} reads the weight, which is on the meta device; load the model's weights first")
-        weight = weights_map["weight"].detach()
-    if not is_dense(module, weight):
+        weight = weights_map[name].detach()
+    if not is_dense(weight, size):
         raise UnsupportedError(
             f"{method} needs the dense weight, found {type(module).__name__} with a {weight.dtype} one of shape {tuple(weight.shape)}; "
             "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"
@@ -79,12 +91,13 @@ def dense_weight(module: Any, method: str) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def _computed(module: Any) -> Tensor:
+def _computed(module: Any, name: str) -> Tensor:
     """The weight; a parametrized one as evaluation mode has it, computed on a copy."""
-    if parametrize.is_parametrized(module, "weight"):
+    if parametrize.is_parametrized(module, name):
         with torch.no_grad():
-            return copy.deepcopy(module.parametrizations["weight"]).eval()()
-    return module.weight
+            return copy.deepcopy(module.parametrizations[name]).eval()()
+    weight: Tensor = getattr(module, name)
+    return weight
 
 
 def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:

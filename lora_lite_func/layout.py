@@ -10,12 +10,15 @@ from torch import Tensor
 
 from .config import LARGEST, AdapterConfig, from_dict, to_dict
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, shown
+from .kinds import KINDS
 from .spec import Site, Variant, site_for, variants
 
 __all__ = ["Layout", "describe", "described"]
 
 _FORMAT = 1
 _FIELDS = ("format", "variant", "config", "sites")
+_COLUMNS = ("path", "kind", "d_in", "d_out", "bias", "r", "alpha", "stack", "transposed", "plus_one")
+_TYPES = [str, str, int, int, bool, int, float, int, bool, bool]
 
 
 class Layout:
@@ -29,7 +32,7 @@ class Layout:
         self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
         specs = {path: dict(sorted(variant.param_specs(config, site).items())) for path, site in self.sites.items()}
         self.names = {path: tuple(specs[path]) for path in specs}
-        self.expected = {path: {name: tuple(s.shape) for name, s in specs[path].items()} for path in specs}
+        self.expected = {path: {name: stacked(self.sites[path], s.shape) for name, s in specs[path].items()} for path in specs}
         self.least = {path: {name: s.dtype for name, s in specs[path].items()} for path in specs}
         self.trainable = {path: {name: s.trainable for name, s in specs[path].items()} for path in specs}
 
@@ -48,9 +51,14 @@ class Layout:
         return Layout, (self.variant, self.config, tuple(self.sites.values()))
 
 
+def stacked(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor of a spec has at a site: one per stacked weight."""
+    return (site.stack, *shape) if site.stack else tuple(shape)
+
+
 def describe(layout: Layout) -> dict[str, Any]:
     """The layout as JSON types: format version, method, config with every field, a row per site."""
-    sites = [[s.path, s.kind, s.d_in, s.d_out, s.bias, s.r, s.alpha] for s in layout.sites.values()]
+    sites = [[getattr(site, column) for column in _COLUMNS] for site in layout.sites.values()]
     return {"format": _FORMAT, "variant": layout.variant.name, "config": to_dict(layout.config), "sites": sites}
 
 
@@ -98,22 +106,26 @@ def _sites(variant: Variant, cfg: AdapterConfig, rows: Any, most: int) -> list[S
         raise CheckpointError(f"it lists {len(rows)} sites, but holds {most} tensors; every site has at least one")
     for row in rows:
         if not _is_site(row):
-            raise CheckpointError(f"a site should be [path, kind, d_in, d_out, bias, r, alpha], found {shown(row)}")
-        path, kind, d_in, d_out, bias, r, alpha = row
+            raise CheckpointError(f"a site should be [{', '.join(_COLUMNS)}], found {shown(row)}")
+        site = Site(**dict(zip(_COLUMNS, row, strict=True)))
+        path, kind, r, alpha = site.path, site.kind, site.r, site.alpha
         if path in sites:
             raise CheckpointError(f"site {shown(path)} is listed twice")
         if kind not in variant.sites:
             raise CheckpointError(f"site {shown(path)}: {variant.name} can't adapt a {shown(kind)}")
+        if site.stack and kind != "parameter":
+            raise CheckpointError(f"site {shown(path)}: a {KINDS[kind].one} is no stack, found one of {site.stack}")
         if r not in ranks or alpha not in alphas:
             raise CheckpointError(f"site {shown(path)}: r={r}, alpha={alpha} isn't what its config can give")
-        sites[path] = site_for(variant, cfg, path, d_in, d_out, r=r, alpha=alpha, bias=bias, kind=kind, twins=twins)
+        sites[path] = site_for(variant, cfg, site, twins)
     return list(sites.values())
 
 
 def _is_site(row: Any) -> bool:
     return (
         isinstance(row, list)
-        and [type(v) for v in row] == [str, str, int, int, bool, int, float]
+        and [type(v) for v in row] == _TYPES
         and all(0 < size <= LARGEST for size in (row[2], row[3], row[5]))
+        and 0 <= row[7] <= LARGEST
         and math.isfinite(row[6])
     )

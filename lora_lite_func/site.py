@@ -1,75 +1,26 @@
-"""What a site's copy does: the activation route wraps the layer's forward, the weight route answers `.weight` and `.bias`.
+"""What a site's copy does: the activation route wraps the layer's forward, the weight route calls it on adapted tensors.
 
 A site's copy is an instance of a subclass of the layer's own class, so it keeps isinstance, hooks, flags and attributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import AdapterConfig
 from .errors import UnsupportedError
-from .layers import at_trace_time, compute_dtype, is_dense
+from .kinds import KINDS, matrix
+from .layers import at_trace_time, compute_dtype, is_dense, is_packed
+from .ops import Op, check_bias, merge_site, tensors_at
 from .reading import Adapted, enter, inside, leave
-from .spec import Params, Site, Variant
+from .rebind import BINDABLE, rebound
+from .spec import Params
 
-__all__ = ["Leaves", "Op", "hold", "leaves_at", "merge_site", "site_class"]
-
-_CHILD = "adapter"  # the name under which a bound site holds its adapters' tensors
-
-
-class Op(NamedTuple):
-    """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child."""
-
-    variant: Variant
-    cfg: AdapterConfig
-    site: Site
-    p: Params | None
-    dropout: float
-    slot: int = 0
-
-
-class Leaves(nn.Module):
-    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], trainable: Mapping[str, bool]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            if trainable[name]:
-                self.register_parameter(name, nn.Parameter(tensor.detach()))
-            else:
-                self.register_buffer(name, tensor.detach())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """{lora_name: tensor}."""
-        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
-
-
-def leaves_at(site: Any, index: int) -> Leaves:
-    """The tensors that a bound site holds for its `index`-th adapter."""
-    return site._modules[_CHILD]._modules[str(index)]
-
-
-def hold(site: Any, leaves: Leaves) -> None:
-    """Put one more adapter's tensors into a bound site.
-
-    Raises:
-        UnsupportedError: the layer has something of its own under the name needed.
-    """
-    if _CHILD not in site._modules:
-        if hasattr(site, _CHILD):
-            raise UnsupportedError(f"{type(site).__name__} has an attribute {_CHILD!r}, the name that a bound site needs for itself")
-        site._modules[_CHILD] = nn.ModuleList()
-    site._modules[_CHILD].append(leaves)
-
-
-def _tensors(op: Op, module: Any) -> Params:
-    return leaves_at(module, op.slot).tensors() if op.p is None else op.p
+__all__ = ["Op", "flatten_again", "merge_site", "site_class"]
 
 
 # ------------------------------------------------------------------------------------------------ the activation route
@@ -101,7 +52,7 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
         return frozen(x)
     op = ops[count - 1]
     variant, cfg, site = op.variant, op.cfg, op.site
-    p = _tensors(op, module)
+    p = tensors_at(op, module)
     d = None if variant.prepare is None else variant.prepare(cfg, p, site, _Layer(ops, count - 1, module, p))
     y = _phases(ops, count - 1, frozen, module, x if variant.inputs is None else variant.inputs(cfg, p, d, x, site))
     if variant.outputs is None:
@@ -130,18 +81,19 @@ class _Layer:
     @property
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
-        if self.count or not is_dense(self.module, weight) or weight.is_meta:
+        site = self.ops[0].site
+        if self.count or not is_dense(weight, site.d_in * site.d_out) or weight.is_meta:
             raise UnsupportedError(
-                f"{self.ops[0].site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
+                f"{site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
                 f"this layer ({type(self.module).__name__}) has {'other adapters inside' if self.count else 'none at hand'}; "
                 "merge those first, or use a method that needs only the layer's call"
             )
-        return weight
+        return matrix(weight, site)
 
     def linear(self, x: Tensor) -> Tensor:
         weight = self.module.weight
         if self.count == 0 and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:
-            return F.linear(x.to(weight.dtype), weight)
+            return F.linear(x.to(weight.dtype), matrix(weight, self.ops[0].site))
         y, bias = self._call(x), self.bias  # a quantised or offloaded layer, or one with other adapters inside: probe its call
         return y if bias is None else y - bias.to(y.dtype)
 
@@ -150,9 +102,50 @@ class _Layer:
 
 
 # ---------------------------------------------------------------------------------------------------- the weight route
-def _adapted(self: Any) -> tuple[Tensor, Tensor | None]:
-    """(W', b') of a site whose weight is used without calling it."""
-    return merge_site(self, self._ll_ops, self._parameters["weight"], self._parameters.get("bias"))
+def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The module's own call on its adapted tensors."""
+    return _concrete(self).forward(*args, **kwargs)
+
+
+def _concrete(site: Any) -> Any:
+    """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
+    made = object.__new__(site._ll_base)
+    attributes = made.__dict__
+    attributes.update(site.__dict__)
+    attributes["_parameters"] = {**site._parameters, **_adapted(site)}
+    inner = attributes["_ll_inner"]
+    if inner:
+        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name]) for name in inner}}
+    own = attributes.pop("_ll_own", None)
+    if own is not None:  # what an instance carried as its forward, and whatever else is bound to it, works on this one
+        attributes["forward"] = own
+        for name, value in attributes.items():
+            if isinstance(value, BINDABLE):
+                attributes[name] = rebound(value, {id(site): made}, 0)
+    flatten_again(made)
+    return made
+
+
+def flatten_again(module: Any) -> None:
+    """A recurrent layer's flat list of its tensors, as they are now."""
+    attributes = module.__dict__
+    if "_flat_weights" in attributes:
+        parameters = attributes["_parameters"]
+        attributes["_flat_weights"] = [parameters.get(name) for name in attributes["_flat_weights_names"]]
+
+
+def _adapted(module: Any) -> dict[str, Tensor]:
+    """{name: tensor} of a module with its adapters in."""
+    made: dict[str, Tensor] = {}
+    for name, ops in module._ll_subs.items():
+        pair = not KINDS[ops[0].site.kind].bare
+        bias = module._parameters.get("bias") if pair else None
+        W, b = merge_site(module, ops, module._parameters[name], bias)
+        made[name] = W
+        if b is not None:
+            check_bias(module, ops[-1], b)
+            made["bias"] = b
+    return made
 
 
 def _read(name: str) -> property:
@@ -165,16 +158,30 @@ def _read(name: str) -> property:
         if inside(self):
             return found
         weight = _own(self, "weight")
-        if not isinstance(weight, Tensor) or not is_dense(self, weight):
+        if not isinstance(weight, Tensor) or is_packed(weight):
             return found  # packed: nothing that an adapter could go into
-        if found is None or torch.compiler.is_compiling():
-            return _merged(self, weight, name)
-        return Adapted(f"{self._ll_ops[-1].site.path}.{name}", found, lambda: _merged(self, weight, name))
+        return _lazily(self._ll_path, name, found, lambda: _merged(self, weight, name))
 
     def put(self: Any, value: Any) -> None:
         self.__dict__[name] = value
 
     return property(get, put)
+
+
+def _read_substituted(name: str) -> property:
+    """What a substituted tensor is to who reads it without calling the module."""
+
+    def get(self: Any) -> Any:
+        found = self._parameters.get(name)
+        return _lazily(self._ll_path, name, found, lambda: _adapted(self).get(name, found))
+
+    return property(get)
+
+
+def _lazily(path: str, name: str, found: Tensor | None, make: Callable[[], Any]) -> Any:
+    if found is None or torch.compiler.is_compiling():
+        return make()
+    return Adapted(f"{path}.{name}" if path else name, found, make)
 
 
 _NONE = object()
@@ -198,48 +205,37 @@ def _merged(self: Any, weight: Tensor, name: str) -> Any:
     return merge_site(self, self._ll_ops, weight, None if bias is _NONE else bias)[name == "bias"]
 
 
-def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The dense weight and bias with the adapters in, summed in float32 at least, returned in the weight's dtype.
-
-    Raises:
-        UnsupportedError: a method has no dense equivalent.
-    """
-    dtype = W.dtype
-    core = torch.promote_types(dtype, torch.float32)
-    W, b = W.to(core), None if b is None else b.to(core)
-    for op in ops:
-        if op.variant.weight is None:
-            raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
-        W, b = op.variant.weight(op.cfg, _tensors(op, module), op.site, W, b)
-    return W.to(dtype), None if b is None else b.to(dtype)
-
-
 # --------------------------------------------------------------------------------------------------------- site classes
 @at_trace_time
-def site_class(cls: type[nn.Module], by_weight: bool) -> type[nn.Module]:
-    """The subclass that a site's copy is an instance of; made once per class."""
-    key = (cls, by_weight)
+def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> type[nn.Module]:
+    """The subclass that a site's copy is an instance of; made once per class.
+
+    Args:
+        cls: the layer's own.
+        active: phases go around its call.
+        names: the tensors that are substituted; None if the call isn't touched for that.
+    """
+    key = (cls, active, names)
     if key not in _CLASSES:
         body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        body |= {"__reduce_ex__": _reduce_site, "_ll_base": cls}
-        if by_weight:
-            body["weight"] = property(lambda self: _adapted(self)[0])
-            body["bias"] = property(lambda self: _adapted(self)[1])
-        else:
-            body["forward"] = _forward
-            body["_ll_frozen"] = cls.forward
-            body |= {name: _read(name) for name in ("weight", "bias") if isinstance(getattr(cls, name, None), (property, type(None)))}
+        body |= {"__reduce_ex__": _reduce_site, "_ll_base": cls, "_ll_key": key}
+        body |= {name: _read_substituted(name) for name in names or ()}
+        if active:
+            own = (name for name in ("weight", "bias") if name not in body)
+            body |= {name: _read(name) for name in own if isinstance(getattr(cls, name, None), (property, type(None)))}
+        frozen = cls.forward if names is None else _substituted
+        body |= {"forward": _forward, "_ll_frozen": frozen} if active else {"forward": frozen}
         _CLASSES[key] = type(cls.__name__, (cls,), body)
     return _CLASSES[key]
 
 
-_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], bool, tuple[str, ...] | None], type[nn.Module]] = {}
 
 
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _new_site, (self._ll_base, "forward" not in type(self).__dict__), self.__dict__
+    return _new_site, self._ll_key, self.__dict__
 
 
-def _new_site(cls: type[nn.Module], by_weight: bool) -> nn.Module:
-    made = site_class(cls, by_weight)
+def _new_site(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> nn.Module:
+    made = site_class(cls, active, names)
     return made.__new__(made)

@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import StructureError, UnsupportedError, nearest
-from .layers import is_dense, refusal
+from .kinds import KINDS, misfit, place
+from .layers import is_packed, refusal
+from .ops import Op
 from .rebind import BINDABLE, PLAIN, rebound, refers
-from .site import Op, site_class
+from .site import flatten_again, site_class
 from .spec import Site
 
 __all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_buffers"]
@@ -59,8 +61,11 @@ class _Copier:
     """One walk over the module tree."""
 
     def __init__(self, sites: Mapping[str, Sequence[Op]], own: Own | None) -> None:
-        self.sites = sites
-        self.left = dict.fromkeys(sites)
+        self.sites: dict[str, dict[str, Sequence[Op]]] = {}  # by module: "" for the module's own, else by tensor
+        for path, ops in sites.items():
+            home, name = place(ops[-1].site) if KINDS[ops[-1].site.kind].bare else (path, "")
+            self.sites.setdefault(home, {})[name] = ops
+        self.left = dict.fromkeys(self.sites)
         self.own = own
         self.copies: dict[int, nn.Module] = {}
         self.referring: list[tuple[nn.Module, list[str]]] = []
@@ -75,24 +80,25 @@ class _Copier:
         reason = refusal(type(module))
         if reason is not None:
             raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")
-        if ops is None:
+        prefix = path + "." if path else ""
+        inner = ("out_proj",) if isinstance(module, nn.MultiheadAttention) and prefix + "out_proj" in self.sites else ()
+        if ops is None and not inner:
             copy = _shallow(module, type(module))
         else:
-            self.left.pop(path)
-            copy = _as_site(module, path, ops, by_weight)
+            self.left.pop(path, None)
+            copy = _as_site(module, path, ops or {}, by_weight, inner)
         self.copies[id(module)] = copy
         if self.own is not None:
             self.own(copy, path)
+        flatten_again(copy)
         self._note_references(copy, path)
         children = copy._modules
         if children:
             before = len(self.left)
-            prefix = path + "." if path else ""
-            attention = isinstance(module, nn.MultiheadAttention)
             for name, child in children.items():
                 if child is not None:
-                    children[name] = self.visit(child, prefix + name, attention and name == "out_proj")
-            if len(self.left) < before:
+                    children[name] = self.visit(child, prefix + name, name in inner)
+            if len(self.left) < before or ops is not None:
                 _leave_fast_path(copy)
         return copy
 
@@ -102,7 +108,7 @@ class _Copier:
         names = [name for name, value in own if type(value) not in PLAIN and refers(value)]
         if names:
             self.referring.append((copy, names))
-        forward = attributes.get("_ll_frozen") or attributes.get("forward")
+        forward = attributes.get("_ll_frozen") or attributes.get("_ll_own") or attributes.get("forward")
         if forward is not None and not isinstance(forward, BINDABLE):
             raise UnsupportedError(
                 f"{path!r}: its own `forward` is a {type(forward).__name__}, which may hold on to the original module; "
@@ -131,45 +137,91 @@ def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return copy
 
 
-def _as_site(module: nn.Module, path: str, ops: Sequence[Op], by_weight: bool) -> nn.Module:
+def _as_site(module: nn.Module, path: str, new: Mapping[str, Sequence[Op]], by_weight: bool, inner: tuple[str, ...]) -> nn.Module:
     """The copy of a site, its ops behind those it has already (a bound model may be adapted again)."""
-    check_site(module, path, ops[-1].site)
-    inside: Sequence[Op] = module.__dict__.get("_ll_ops", ())
-    copy = _shallow(module, type(module) if inside else site_class(type(module), by_weight))
+    for ops in new.values():
+        check_site(module, ops[-1].site)
+    had = module.__dict__
+    base: type[nn.Module] = getattr(type(module), "_ll_base", type(module))
+    ops, subs = _routes(module, path, new, by_weight)
+    inner = inner or had.get("_ll_inner", ())
+    names = None
+    if subs or inner:
+        names = tuple(dict.fromkeys(n for name, chain in subs.items() for n in ((name,) if _bare(chain) else (name, "bias"))))
+    copy = _shallow(module, site_class(base, bool(ops), names))
     attributes = copy.__dict__
-    attributes["_ll_ops"] = (*inside, *ops)
-    if not by_weight and "forward" in attributes:  # an instance-level forward would shadow the class's: it is the frozen call
-        attributes["_ll_frozen"] = attributes.pop("forward")
+    attributes.update(_ll_path=path, _ll_ops=ops, _ll_subs=subs, _ll_inner=inner)
+    own = attributes.pop("forward", None) or attributes.pop("_ll_frozen", None) or attributes.pop("_ll_own", None)
+    if own is not None:  # an instance-level forward would shadow the class's: it is the frozen call
+        attributes["_ll_frozen" if names is None else "_ll_own"] = own
     return copy
 
 
-def check_site(module: Any, path: str, site: Site) -> None:
+def _bare(ops: Sequence[Op]) -> bool:
+    return KINDS[ops[0].site.kind].bare
+
+
+def _routes(module: Any, path: str, new: Mapping[str, Sequence[Op]], by_weight: bool) -> tuple[tuple[Op, ...], dict[str, tuple[Op, ...]]]:
+    """(ops whose phases go around the call, {tensor: ops that go by weight}), old ones first."""
+    subs: dict[str, tuple[Op, ...]] = dict(module.__dict__.get("_ll_subs", {}))
+    own = subs.get("weight", ())
+    own = () if own and _bare(own) else own
+    ops = (*module.__dict__.get("_ll_ops", ()), *own, *new.get("", ()))
+    if ops and (own or by_weight or KINDS[ops[0].site.kind].by_weight(module) or any(not op.variant.has_phases for op in ops)):
+        subs["weight"], ops = ops, ()
+    for name, chain in new.items():
+        if name:
+            if name in ("weight", "bias") and (ops or (subs.get("weight") and not _bare(subs["weight"]))):
+                raise UnsupportedError(
+                    f"{path + '.' + name!r} is adapted as a bare parameter and with its layer {path!r}; choose one of the two"
+                )
+            subs[name] = (*subs.get(name, ()), *chain)
+    for name in subs:
+        _check_substitutable(module, path, name)
+    return ops, subs
+
+
+def _check_substitutable(module: Any, path: str, name: str) -> None:
+    tensor = module._parameters.get(name)
+    what = f"{path!r} ({type(module).__name__}): its {name}"
+    if tensor is None:
+        raise UnsupportedError(
+            f"{what} is computed, not a parameter, so nothing can stand in its place; "
+            "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    if is_packed(tensor):
+        raise UnsupportedError(f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; use the unquantised model")
+    if tensor.is_meta and "_hf_hook" in module.__dict__:
+        raise UnsupportedError(f"{what} is offloaded, and here it would have to be adapted itself; keep the module on a device")
+
+
+def check_site(module: Any, site: Site) -> None:
     """Refuse a module that isn't what the adapter was made for.
 
     Raises:
         StructureError: with what was expected and found.
     """
-    found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    if found != (site.d_in, site.d_out):
-        what = f"{found[0]} -> {found[1]}" if None not in found else "no linear layer"
-        raise StructureError(f"site {path!r}: expected {site.d_in} -> {site.d_out}, found {type(module).__name__} ({what})")
+    wrong = misfit(site, module)
+    if wrong is not None:
+        raise StructureError(f"site {site.path!r}: expected {wrong[0]}, found {type(module).__name__} ({wrong[1]})")
 
 
-def check_mergeable(module: Any, path: str) -> None:
+def check_mergeable(module: Any, site: Site) -> None:
     """Refuse a layer whose weight isn't a plain floating parameter.
 
     Raises:
         UnsupportedError: it is packed, or computed by a parametrization.
     """
-    weight = module._parameters.get("weight")
+    path, name = place(site)
+    weight = module._parameters.get(name)
     if weight is None:
         raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its weight is computed, not a parameter, so merged values have nowhere to go; "
+            f"{path!r} ({type(module).__name__}): its {name} is computed, not a parameter, so merged values have nowhere to go; "
             "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    if not is_dense(module, weight):
+    if is_packed(weight):
         raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its weight is packed ({weight.dtype}, shape {tuple(weight.shape)}); "
+            f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape {tuple(weight.shape)}); "
             "merging would dequantise and round it again. Merge into the unquantised model instead"
         )
 

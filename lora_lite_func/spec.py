@@ -14,7 +14,10 @@ from .config import AdapterConfig
 from .errors import ConfigError, nearest
 from .rng import Draw
 
-__all__ = ["Layer", "ParamSpec", "Params", "Site", "Variant", "lookup", "register", "variants"]
+__all__ = ["MATRICES", "Layer", "ParamSpec", "Params", "Site", "Variant", "lookup", "register", "variants"]
+
+MATRICES = ("linear", "conv", "parameter")
+"""The kinds that a dense equivalent is all it takes for."""
 
 Params = Mapping[str, Tensor]
 """The tensors of one site: {lora_name: tensor}."""
@@ -25,14 +28,17 @@ class Site:
     """A place that is adapted: static data, known without the model.
 
     Attributes:
-        path: full module path; "" is the model itself.
-        d_in: input features.
-        d_out: output features.
+        path: full module path; "" is the model itself. A bare parameter's full name.
+        d_in: columns of the weight as methods see it (input features; all a kernel sums over; 1 for a norm).
+        d_out: its rows (output features).
         bias: whether the frozen layer has a bias.
-        kind: what sort of layer; "linear" is anything with in_features, out_features, weight and a call.
+        kind: what sort of place, a row of the table in kinds.py: "linear", "conv", "embedding", "norm", "parameter", "vector", "module".
         r: the rank here.
         alpha: the strength here.
         factor: the scale that follows from r and alpha (alpha / r unless the method says otherwise).
+        stack: how many such weights are stacked in one tensor (experts), each with tensors of its own; 0 where there is just the one.
+        transposed: the tensor is stored (d_in, d_out).
+        plus_one: the layer uses 1 + the stored weight.
     """
 
     path: str
@@ -43,6 +49,9 @@ class Site:
     r: int = 8
     alpha: float = 16.0
     factor: float = 2.0
+    stack: int = 0
+    transposed: bool = False
+    plus_one: bool = False
     twin: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -113,7 +122,8 @@ class Variant:
         scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing.
         factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
         needs: what init needs: subset of {"weight", "inputs", "gradients"}.
-        sites: kinds of site it can adapt.
+        sites: kinds of site it can adapt, the one that it takes when the config names none first. By default `MATRICES` for a method
+            with `weight` whose start needs no data, else linear layers.
     """
 
     name: str
@@ -128,7 +138,18 @@ class Variant:
     scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
     factor: Callable[[Any, Site], float] = _default_factor
     needs: frozenset[str] = frozenset()
-    sites: frozenset[str] = frozenset({"linear"})
+    sites: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            object.__setattr__(self, "sites", MATRICES if self.weight is not None and self.needs <= {"weight"} else MATRICES[:1])
+        if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
+            object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda kind: (kind != "linear", kind))))
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether it can act around a layer's call; a method that can't goes by the weight."""
+        return self.inputs is not None or self.outputs is not None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return lookup, (self.config,)  # a record of functions travels as the class of its config
@@ -193,21 +214,8 @@ def fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
     return spec_dtype is None or torch.promote_types(spec_dtype, found) == found
 
 
-def site_for(
-    variant: Variant,
-    cfg: AdapterConfig,
-    path: str,
-    d_in: int,
-    d_out: int,
-    *,
-    r: int,
-    alpha: float,
-    bias: bool,
-    kind: str,
-    twins: dict[float, Tensor],
-) -> Site:
-    """The Site of a layer under a config, its scale and the scale's tensor twin (shared through `twins`) worked out."""
-    site = Site(path, d_in, d_out, bias, kind, r=r, alpha=alpha)
+def site_for(variant: Variant, cfg: AdapterConfig, site: Site, twins: dict[float, Tensor]) -> Site:
+    """The Site under a config: its scale and the scale's tensor twin (shared through `twins`) worked out."""
     factor = float(variant.factor(cfg, site))
     if factor not in twins:
         twins[factor] = torch.tensor(factor, dtype=torch.float64, device="cpu")

@@ -1,16 +1,18 @@
-"""model + config -> sites: which layers a config adapts. Structural (a linear-like layer needn't be an nn.Linear)."""
+"""model + config -> sites: which modules and parameters a config adapts. Structural: a linear-like layer needn't be an nn.Linear."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .config import DEFAULT_EXCLUDE, AdapterConfig
 from .errors import TargetError, UnsupportedError, nearest
-from .layers import is_linear_like, refuse_uncopyable, stored
+from .kinds import KINDS, Facts, Kind, facts, kind_of
+from .layers import refuse_uncopyable, stored
 from .spec import Site, Variant, site_for
 
 __all__ = ["find", "layer_index", "role_of"]
@@ -18,51 +20,135 @@ __all__ = ["find", "layer_index", "role_of"]
 _WRITERS = (".o", ".o_proj", ".out_proj", ".attn.proj", ".down_proj", ".wo", ".output.dense")  # whole names, at a path's end
 
 
+class Place(NamedTuple):
+    """A candidate: its path, the module that holds it, the tensor's name there."""
+
+    path: str
+    kind: Kind
+    module: Any
+    name: str = "weight"
+
+
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:
-    """The sites of a config, with their modules, in the order of `model.named_modules()`.
+    """The sites of a config, with the modules that hold them: modules in the order of `model.named_modules()`, then parameters.
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing, or nothing is left.
-        UnsupportedError: the method can't adapt a chosen layer, or the model is no module, or a wrapper that hides its modules.
+        UnsupportedError: the method can't adapt a chosen place, or the model is no module, or a wrapper that hides its modules.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module, found {type(model).__name__}")
     refuse_uncopyable(model)
-    candidates = [(path, module) for path, module in model.named_modules() if is_linear_like(module)]
+    kinds = _wanted(variant, cfg)
+    chosen = _chosen_modules(model, cfg, kinds) if kinds else []
+    parameters = _chosen_parameters(model, cfg)
+    _check_once(chosen, parameters)
+    chosen += parameters
+    words = _words({place.kind.name: place.kind for place in chosen}.values())
+    for what in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(what, [p for p, _ in getattr(cfg, what)], [place.path for place in chosen], words)
+    twins: dict[float, Tensor] = {}
+    width = residual_width(model)
+    return [(_site(variant, cfg, place, width, twins), place.module) for place in chosen]
+
+
+def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
+    """The kinds of module that are candidates."""
+    for name in cfg.target_kinds:
+        known = [kind for kind, row in KINDS.items() if not row.bare]
+        if name not in known:
+            bare = " (name parameters in target_parameters)" if name in KINDS else ""
+            raise TargetError(f"target_kinds: unknown kind {name!r}{bare}; {nearest(name, known, first=len(known))}")
+        if name not in variant.sites:
+            raise UnsupportedError(f"target_kinds: {variant.name} adapts {', '.join(variant.sites)}, this asks for {name!r}")
+    if cfg.target_kinds:
+        return [KINDS[name] for name in dict.fromkeys(cfg.target_kinds)]
+    if cfg.target_parameters and not cfg.target_names:
+        return []
+    default = next((name for name in variant.sites if not KINDS[name].bare), None)
+    if default is None:
+        raise TargetError(f"{variant.name} adapts bare parameters alone; name them in target_parameters")
+    return [KINDS[default]]
+
+
+def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Place]:
+    found = [(path, module, next((kind for kind in kinds if kind.holds(module)), None)) for path, module in model.named_modules()]
+    listed = {id(member) for _, module, _ in found if isinstance(module, nn.ModuleList) for member in module}
+    candidates = [
+        Place(path, kind, module)
+        for path, module, kind in found
+        if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
+    ]
+    words = _words(kinds)
     if not candidates:
-        raise TargetError(f"{type(model).__name__} has no linear-like module (in_features, out_features, weight, a call)")
-    paths = [path for path, _ in candidates]
-    _check_patterns("target_names", cfg.target_names, paths)
-    _check_patterns("exclude_names", [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE], paths)
-    layers = _layers(cfg, paths)
-    width = _residual_width(model, [m for _, m in candidates])
+        what = "linear-like module (in_features, out_features, weight, a call)" if kinds == [KINDS["linear"]] else f"{words}"
+        raise TargetError(f"{type(model).__name__} has no {what}{_elsewhere(model, cfg.target_names, kinds)}")
+    paths = [place.path for place in candidates]
+    _check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
+    _check_patterns("exclude_names", [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE], paths, words)
+    layers = _layers(cfg, paths, words)
+    width = residual_width(model)
     chosen = [
-        (path, module)
-        for path, module in candidates
-        if (not cfg.target_names or any(re.search(p, path) for p in cfg.target_names))
-        and not any(re.search(p, path) for p in cfg.exclude_names)
-        and (layers is None or layer_index(path) in layers)
-        and (not cfg.target_roles or role_of(path, module, width) in cfg.target_roles)
+        place
+        for place in candidates
+        if (not cfg.target_names or any(re.search(p, place.path) for p in cfg.target_names))
+        and not _excluded(place, cfg)
+        and (layers is None or layer_index(place.path) in layers)
+        and (not cfg.target_roles or role_of(place.path, place.kind.size(place.module), width) in cfg.target_roles)
     ]
     if not chosen:
-        raise TargetError(_nothing_left(cfg, paths))
-    for what in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(what, [p for p, _ in getattr(cfg, what)], [path for path, _ in chosen])
-    twins: dict[float, Tensor] = {}
-    return [(_site(variant, cfg, path, module, twins), module) for path, module in chosen]
+        raise TargetError(_nothing_left(cfg, paths, words))
+    return chosen
 
 
-def _site(variant: Variant, cfg: AdapterConfig, path: str, module: Any, twins: dict[float, Tensor]) -> Site:
-    if "linear" not in variant.sites:
-        raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(sorted(variant.sites))}, this is a linear layer")
-    d_in, d_out = module.in_features, module.out_features
-    if d_in < 1 or d_out < 1:
+def _excluded(place: Place, cfg: AdapterConfig) -> bool:
+    """By what the user wrote, or by the defaults as far as they are meant for such a place."""
+    patterns = (p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE or p in place.kind.hides)
+    return any(re.search(p, place.path) for p in patterns)
+
+
+def _chosen_parameters(model: nn.Module, cfg: AdapterConfig) -> list[Place]:
+    if not cfg.target_parameters:
+        return []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for what in ("target_parameters", "transposed_parameters"):
+        _check_patterns(what, getattr(cfg, what), names, "parameters")
+    user = [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE]
+    chosen: dict[int, Place] = {}
+    for path in names:
+        if any(re.search(p, path) for p in cfg.target_parameters) and not any(re.search(p, path) for p in user):
+            home, _, name = path.rpartition(".")
+            tensor: Any = modules[home]._parameters[name]
+            chosen.setdefault(id(tensor), Place(path, KINDS["vector" if tensor.ndim < 2 else "parameter"], modules[home], name))
+    if not chosen:
+        raise TargetError(f"exclude_names leaves none of the parameters that target_parameters={cfg.target_parameters!r} selects")
+    return list(chosen.values())
+
+
+def _check_once(modules: list[Place], parameters: list[Place]) -> None:
+    weights = {(id(place.module), name): place.path for place in modules for name in ("weight", "bias") if not place.kind.listed}
+    for place in parameters:
+        twice = weights.get((id(place.module), place.name))
+        if twice is not None:
+            raise TargetError(f"{place.path!r} is named by target_parameters, and belongs to the site {twice!r}; choose one of the two")
+
+
+def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins: dict[float, Tensor]) -> Site:
+    path, kind, module, name = place
+    if kind.name not in variant.sites:
+        this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
+        raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}")
+    transposed = any(re.search(p, path) for p in cfg.transposed_parameters)
+    found = Facts(width, width) if kind.listed else facts(kind, module, name, transposed)
+    if found.d_in < 1 or found.d_out < 1:
         raise UnsupportedError(
-            f"{path!r}: this {type(module).__name__} is {d_in} -> {d_out}; call a lazy model once so that it has its sizes, "
+            f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a lazy model once so that it has its sizes, "
             "or leave the layer out with exclude_names"
         )
-    r, alpha, bias = cfg.rank_at(path), cfg.alpha_at(path), isinstance(stored(module, "bias"), Tensor)
-    return site_for(variant, cfg, path, d_in, d_out, r=r, alpha=alpha, bias=bias, kind="linear", twins=twins)
+    bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
+    site = Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path))
+    return site_for(variant, cfg, dataclasses.replace(site, stack=found.stack, transposed=found.transposed, plus_one=found.plus_one), twins)
 
 
 def layer_index(path: str) -> int | None:
@@ -70,42 +156,70 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
-def role_of(path: str, module: Any, width: int) -> str:
-    """By shape against the residual width, and by name where both sides have it: reader, writer or inner."""
-    reads, writes = module.in_features == width, module.out_features == width
+def role_of(path: str, size: tuple[int, int] | None, width: int) -> str:
+    """By shape (d_in, d_out) against the residual width, and by name where both sides have it: reader, writer or inner."""
+    reads, writes = (n == width for n in size or (0, 0))
     if reads and writes:
         return "writer" if f".{path}".endswith(_WRITERS) else "reader"
     return "reader" if reads else "writer" if writes else "inner"
 
 
-def _residual_width(model: nn.Module, linears: list[Any]) -> int:
-    """The width of the residual stream: the model config's hidden size, else the commonest feature count."""
+def residual_width(model: nn.Module) -> int:
+    """The width of the residual stream: the model config's hidden size, else the commonest feature count of its linear layers."""
     config = getattr(model, "config", None)
     for holder in (config, getattr(config, "text_config", None)):
         for name in ("hidden_size", "d_model", "n_embd", "dim"):
             width = getattr(holder, name, None)
             if isinstance(width, int):
                 return width
-    sizes = [n for m in linears for n in (m.in_features, m.out_features)]
-    return max(sizes, key=lambda n: (sizes.count(n), n))
+    linear = KINDS["linear"]
+    sizes = [n for m in model.modules() if linear.holds(m) for n in linear.size(m) or ()]
+    return max(sizes, key=lambda n: (sizes.count(n), n), default=0)
 
 
-def _check_patterns(what: str, patterns: Iterable[str], paths: list[str]) -> None:
+# ------------------------------------------------------------------------------------------------------- what is said
+def _words(kinds: Iterable[Kind]) -> str:
+    return " or ".join(kind.words for kind in kinds) or "sites"
+
+
+def _check_patterns(
+    what: str, patterns: Iterable[str], paths: list[str], words: str, model: nn.Module | None = None, kinds: Iterable[Kind] = ()
+) -> None:
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
-            names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-            hint = nearest(pattern, names)
-            if not hint.startswith("did you mean"):
-                hint = f"first ones: {', '.join(map(repr, paths[:3]))}"
-            raise TargetError(f"{what}: {pattern!r} matched none of {len(paths)} linear-like layers; {hint}")
+            hint = "" if model is None else _elsewhere(model, [pattern], kinds)
+            if not hint:
+                names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+                hint = f"; {nearest(pattern, names)}"
+                if not hint.startswith("; did you mean"):
+                    hint = f"; first ones: {', '.join(map(repr, paths[:3]))}"
+            raise TargetError(f"{what}: {pattern!r} matched none of {len(paths)} {words}{hint}")
 
 
-def _layers(cfg: AdapterConfig, paths: list[str]) -> set[int] | None:
+def _elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind]) -> str:
+    """What the patterns (any path, if there are none) match among the other kinds, as advice."""
+    taken = {kind.name for kind in kinds}
+    patterns = list(patterns) or [""]
+    counts: dict[str, int] = {}
+    for path, module in model.named_modules():
+        kind = kind_of(module) if any(re.search(p, path) for p in patterns) else None
+        if kind is not None and kind.name not in taken:
+            counts[kind.name] = counts.get(kind.name, 0) + 1
+    if counts:
+        found = " and ".join(f"{n} of kind {name!r}" for name, n in counts.items())
+        verb = "it has" if patterns == [""] else "it matches"
+        return f"; {verb} {found}: add target_kinds=({', '.join(map(repr, counts))},)"
+    names = [name for name, _ in model.named_parameters() if patterns != [""] and any(re.search(p, name) for p in patterns)]
+    return f"; it matches the parameter {names[0]!r}: name it in target_parameters" if names else ""
+
+
+def _layers(cfg: AdapterConfig, paths: list[str], words: str) -> set[int] | None:
     if cfg.layers is None:
         return None
     known = sorted({i for i in map(layer_index, paths) if i is not None})
     if not known:
-        raise TargetError(f"layers: no linear-like layer has a number in its path; first ones: {', '.join(map(repr, paths[:3]))}")
+        none = "no linear-like layer" if words == KINDS["linear"].words else f"none of the {words}"
+        raise TargetError(f"layers: {none} has a number in its path; first ones: {', '.join(map(repr, paths[:3]))}")
     count = known[-1] + 1
     wanted = {i + count if i < 0 else i for i in cfg.layers}
     for i in cfg.layers:
@@ -114,7 +228,7 @@ def _layers(cfg: AdapterConfig, paths: list[str]) -> set[int] | None:
     return wanted
 
 
-def _nothing_left(cfg: AdapterConfig, paths: list[str]) -> str:
+def _nothing_left(cfg: AdapterConfig, paths: list[str], words: str) -> str:
     asked = {what: getattr(cfg, what) for what in ("target_names", "target_roles", "layers", "exclude_names")}
     text = ", ".join(f"{k}={v!r}" for k, v in asked.items() if (v is not None if k == "layers" else v))
-    return f"none of {len(paths)} linear-like layers is left under {text}; first ones: {', '.join(map(repr, paths[:3]))}"
+    return f"none of {len(paths)} {words} is left under {text}; first ones: {', '.join(map(repr, paths[:3]))}"

@@ -321,7 +321,7 @@ def _set(*keys: Any) -> Callable[[dict[str, Any]], None]:
 
 
 del_ = object()
-SITE = "a site should be .path, kind, d_in, d_out, bias, r, alpha., found"
+SITE = "a site should be .path, kind, d_in, d_out, bias, r, alpha, stack, transposed, plus_one., found"
 SITES = "expected a list of sites, found"
 
 
@@ -370,7 +370,8 @@ SITES = "expected a list of sites, found"
         (_set("sites", 0, 0, ""), "missing 2 tensors, first: 'lora_A'"),
         (_set("sites", 0, 0, "\ud800"), "missing 2 tensors"),
         (_set("sites", 0, 0, "layers.0.up"), "site 'layers.0.up' is listed twice"),
-        (_set("sites", 0, 1, "conv"), "site 'layers.0.down': lora can't adapt a 'conv'"),
+        (_set("sites", 0, 1, "module"), "site 'layers.0.down': lora can't adapt a 'module'"),
+        (_set("sites", 0, 1, "cnov"), "site 'layers.0.down': lora can't adapt a 'cnov'"),
         (_set("sites", 0, 1, ["linear"]), SITE),
         (_set("sites", 0, 2, -24), SITE),
         (_set("sites", 0, 2, 0), SITE),
@@ -387,9 +388,15 @@ SITES = "expected a list of sites, found"
         (_set("sites", 0, 6, 16), SITE),
         (_set("sites", 0, 6, float("nan")), SITE),
         (_set("sites", 0, 6, -16.0), "site 'layers.0.down': r=2, alpha=-16.0 isn't what its config can give"),
+        (_set("sites", 0, 7, -1), SITE),
+        (_set("sites", 0, 7, 2**40), SITE),
+        (_set("sites", 0, 7, False), SITE),
+        (_set("sites", 0, 8, 1), SITE),
+        (_set("sites", 0, 9, None), SITE),
+        (_set("sites", 0, 7, 2**30), r"'layers.0.down': a linear-like module is no stack"),
         (_set("sites", 0, 2, 25), r"'layers.0.down' lora_A: expected a tensor of shape \(2, 25\), found \(2, 24\)"),
     ],
-    ids=range(60),
+    ids=range(67),
 )
 def test_a_wrong_description(change: Callable[[dict[str, Any]], None], message: str, file: Path) -> None:
     says = described(file)

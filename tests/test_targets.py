@@ -187,7 +187,9 @@ def test_a_kind_of_layer_the_method_has_not(monkeypatch: pytest.MonkeyPatch) -> 
     config = type("ConvOnlyConfig", (ll.AdapterConfig,), {})
     variant = ll.Variant(name="conv_only", config=config, param_specs=lambda cfg, site: {}, sites=frozenset({"conv"}))
     monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
-    with pytest.raises(ll.UnsupportedError, match=r"'layers.0.up': conv_only adapts conv, this is a linear layer"):
+    with pytest.raises(ll.UnsupportedError, match=r"target_kinds: conv_only adapts conv, this asks for 'linear'"):
+        ll.init(net(), config(target_kinds="linear"))
+    with pytest.raises(ll.TargetError, match=r"Net has no convolutions; it has 2 of kind 'norm' and 5 of kind 'linear': add target_kinds"):
         ll.init(net(), config())
 
 

@@ -51,4 +51,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=("linear", "conv", "norm"),
 )

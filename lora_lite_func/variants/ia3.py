@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig
-from ..spec import Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Params, ParamSpec, Site, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,16 @@ def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
 
 _PAPER = "Liu et al. 2022, arXiv 2205.05638"
 
-VARIANT = Variant(name="ia3", config=IA3Config, paper=_PAPER, param_specs=output_specs, outputs=outputs, weight=output_weight, scale=scale)
+VARIANT = Variant(
+    name="ia3",
+    config=IA3Config,
+    paper=_PAPER,
+    param_specs=output_specs,
+    outputs=outputs,
+    weight=output_weight,
+    scale=scale,
+    sites=(*MATRICES, "norm", "vector"),
+)
 VARIANT_FF = Variant(
     name="ia3_ff", config=IA3FFConfig, paper=_PAPER, param_specs=input_specs, inputs=inputs, weight=input_weight, scale=scale
 )

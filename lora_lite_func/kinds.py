@@ -1,0 +1,222 @@
+"""The kinds of site, as a table: how a place is recognised, its dimensions, and its weight as the matrix that methods see.
+
+Methods see (d_out, d_in), or (E, d_out, d_in) for a stack of E weights, however the tensor is stored:
+
+    linear      nn.Linear and whatever has in_features, out_features, weight; transformers' Conv1D, stored (d_in, d_out)
+    conv        W.flatten(1): (out channels, in channels / groups * kernel entries)
+    embedding   the linear map from one-hot ids: the table's transpose, (features, number of ids)
+    norm        the gain as a column, (features, 1); of Gemma's kind 1 + the stored one
+    parameter   a bare tensor of two or more dimensions; one of three is a stack, unless it is a kernel
+    vector      a bare tensor of one dimension or none, as a column
+    module      any module whose output is a hidden state: no weight, d_in = d_out = its width
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .config import DEFAULT_EXCLUDE
+from .layers import is_linear_like, stored
+from .norms import normalises, uses_one_plus
+from .spec import Site
+
+__all__ = ["KINDS", "Facts", "Kind", "facts", "kind_of", "matrix", "misfit", "place", "restored"]
+
+
+class Facts(NamedTuple):
+    """What a Site says of the place itself."""
+
+    d_in: int
+    d_out: int
+    stack: int = 0
+    transposed: bool = False
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table.
+
+    Attributes:
+        name: as configs and files have it.
+        one: what messages call it.
+        words: what they call several of them.
+        holds: whether a module is one.
+        size: module -> (d_in, d_out); None where it can't be read.
+        by_weight: whether a module's weight must be substituted, as methods' phases wouldn't fit around its call.
+        transposed: whether a module stores the transpose.
+        hides: which of the default exclusions keep to it.
+        bare: it is a tensor, not a module.
+        listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are candidates.
+    """
+
+    name: str
+    one: str
+    words: str
+    holds: Callable[[Any], bool]
+    size: Callable[[Any], tuple[int, int] | None]
+    by_weight: Callable[[Any], bool] = lambda module: True
+    transposed: Callable[[Any], bool] = lambda module: False
+    hides: tuple[str, ...] = ()
+    bare: bool = False
+    listed: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------- recognising
+def _is_transposed_linear(module: Any) -> bool:
+    """transformers' Conv1D: (nx, nf) and no in_features."""
+    weight = stored(module, "weight")
+    nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
+    return isinstance(nf, int) and isinstance(nx, int) and isinstance(weight, Tensor) and tuple(weight.shape) == (nx, nf)
+
+
+def _is_linear(module: Any) -> bool:
+    return is_linear_like(module) or _is_transposed_linear(module)
+
+
+def _linear_size(module: Any) -> tuple[int, int] | None:
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if d_in is None or d_out is None:
+        d_in, d_out = getattr(module, "nx", None), getattr(module, "nf", None)
+    return None if d_in is None or d_out is None else (d_in, d_out)
+
+
+def _is_conv(module: Any) -> bool:
+    """Kernels stored (out, in / groups, ...): not the transposed convolutions, whose first dimension is the input's."""
+    channels = getattr(module, "out_channels", None)
+    weight = stored(module, "weight")
+    if not isinstance(channels, int) or not hasattr(module, "kernel_size") or not isinstance(weight, Tensor):
+        return False
+    return not getattr(module, "transposed", False) and not isinstance(weight, nn.UninitializedParameter) and weight.shape[0] == channels
+
+
+def _conv_size(module: Any) -> tuple[int, int] | None:
+    weight = stored(module, "weight")
+    return (weight.numel() // len(weight), len(weight)) if _is_conv(module) else None
+
+
+def _is_embedding(module: Any) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(stored(module, "weight"), Tensor)
+
+
+def _embedding_size(module: Any) -> tuple[int, int] | None:
+    return (module.num_embeddings, module.embedding_dim) if _is_embedding(module) else None
+
+
+def _has_own_forward(module: Any) -> bool:
+    return type(module).forward is not nn.Embedding.forward
+
+
+def _norm_size(module: Any) -> tuple[int, int] | None:
+    weight = stored(module, "weight")
+    return (1, weight.numel()) if isinstance(weight, Tensor) else None
+
+
+def _is_norm(module: Any) -> bool:
+    return isinstance(module, nn.Module) and normalises(module)
+
+
+def _is_module(module: Any) -> bool:
+    return isinstance(module, nn.Module)
+
+
+def _never(module: Any) -> bool:
+    return False
+
+
+def _unknown(module: Any) -> None:
+    return None
+
+
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "linear", "linear-like module", "linear-like layers", _is_linear, _linear_size, _never, _is_transposed_linear, DEFAULT_EXCLUDE
+        ),
+        Kind("conv", "convolution", "convolutions", _is_conv, _conv_size, hides=DEFAULT_EXCLUDE[:1]),
+        Kind("embedding", "embedding", "embeddings", _is_embedding, _embedding_size, _has_own_forward, _is_embedding),
+        Kind("norm", "norm", "norms", _is_norm, _norm_size),
+        Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
+        Kind("vector", "parameter", "parameters of one dimension", _never, _unknown, bare=True),
+        Kind("module", "module", "modules", _is_module, _unknown, _never, listed=True),
+    )
+}
+
+
+def kind_of(module: Any) -> Kind | None:
+    """The kind of a module with a weight; None for any other."""
+    return next((kind for kind in KINDS.values() if kind.name != "module" and kind.holds(module)), None)
+
+
+# ------------------------------------------------------------------------------------------------------- the place itself
+def place(site: Site) -> tuple[str, str]:
+    """(path of the module, name of the tensor in it) of a site."""
+    if KINDS[site.kind].bare:
+        path, _, name = site.path.rpartition(".")
+        return path, name
+    return site.path, "weight"
+
+
+def facts(kind: Kind, module: Any, name: str = "weight", transposed: bool = False) -> Facts:
+    """Dimensions and storage of a module's weight, or of its bare tensor `name`."""
+    if not kind.bare:
+        d_in, d_out = kind.size(module) or (0, 0)
+        return Facts(d_in, d_out, 0, kind.transposed(module), kind.name == "norm" and uses_one_plus(module))
+    home = kind_of(module) if name == "weight" else None
+    if home is not None:  # a layer's weight under its full name is seen as the layer's
+        return facts(home, module)
+    shape = tuple(module._parameters[name].shape)
+    if len(shape) not in (2, 3):
+        rows = shape[0] if shape else 1
+        return Facts(math.prod(shape) // max(rows, 1), rows)
+    transposed = transposed or bool(getattr(module, "is_transposed", False))
+    d_out, d_in = reversed(shape[-2:]) if transposed else shape[-2:]
+    return Facts(d_in, d_out, shape[0] if len(shape) == 3 else 0, transposed)
+
+
+def misfit(site: Site, module: Any) -> tuple[str, str] | None:
+    """(what was expected, what the module has) where a site doesn't fit; None where it does."""
+    kind = KINDS[site.kind]
+    if kind.bare:
+        return _misfit_tensor(site, module)
+    found = kind.size(module)
+    expected = f"{site.d_in} -> {site.d_out}"
+    if found == (site.d_in, site.d_out) or (found is None and kind.listed):
+        if site.transposed and not kind.transposed(module):
+            return f"{expected}, stored transposed", "it as it is"
+        return None
+    return expected, f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
+
+
+def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
+    name = place(site)[1]
+    tensor = module._parameters.get(name)
+    if tensor is not None and tensor.numel() == max(site.stack, 1) * site.d_in * site.d_out:
+        shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
+        if not site.stack or tuple(tensor.shape) == (site.stack, *shape):
+            return None
+    expected = f"{site.stack} x {site.d_in} -> {site.d_out}" if site.stack else f"{site.d_in} -> {site.d_out}"
+    return expected, f"no parameter {name!r}" if tensor is None else f"{name} of shape {tuple(tensor.shape)}"
+
+
+# ------------------------------------------------------------------------------------------------------- the matrix view
+def matrix(W: Tensor, site: Site) -> Tensor:
+    """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in): a view wherever it can be one."""
+    if site.transposed:
+        W = W.mT
+    elif not site.stack and W.ndim != 2:
+        W = W.reshape(site.d_out, site.d_in)
+    return W + 1.0 if site.plus_one else W
+
+
+def restored(M: Tensor, W: Tensor, site: Site) -> Tensor:
+    """A matrix in the form of the stored tensor W that it came from; exactly W where it is unchanged."""
+    if site.plus_one:
+        return W + (M - matrix(W, site)).reshape(W.shape)
+    return (M.mT if site.transposed else M).reshape(W.shape)

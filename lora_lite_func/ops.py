@@ -1,0 +1,119 @@
+"""One adapter at one site: where its tensors are, and the dense weight that it makes of the layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .errors import UnsupportedError
+from .kinds import KINDS, matrix, restored
+from .spec import Params, Site, Variant
+
+__all__ = ["Leaves", "Op", "check_bias", "held_by", "hold", "leaves_at", "merge_site", "tensors_at"]
+
+_CHILD = "adapter"  # the name under which a bound site holds its adapters' tensors
+
+
+class Op(NamedTuple):
+    """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child."""
+
+    variant: Variant
+    cfg: AdapterConfig
+    site: Site
+    p: Params | None
+    dropout: float
+    slot: int = 0
+
+
+class Leaves(nn.Module):
+    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], trainable: Mapping[str, bool]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if trainable[name]:
+                self.register_parameter(name, nn.Parameter(tensor.detach()))
+            else:
+                self.register_buffer(name, tensor.detach())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{lora_name: tensor}."""
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+
+def leaves_at(site: Any, index: int) -> Leaves:
+    """The tensors that a bound site holds for its `index`-th adapter."""
+    return site._modules[_CHILD]._modules[str(index)]
+
+
+def held_by(module: Any) -> int:
+    """How many adapters' tensors a bound site holds; 0 for any other module."""
+    return len(module._modules.get(_CHILD, ())) if hasattr(type(module), "_ll_base") else 0
+
+
+def hold(site: Any, leaves: Leaves) -> None:
+    """Put one more adapter's tensors into a bound site.
+
+    Raises:
+        UnsupportedError: the layer has something of its own under the name needed.
+    """
+    if _CHILD not in site._modules:
+        if hasattr(site, _CHILD):
+            raise UnsupportedError(f"{type(site).__name__} has an attribute {_CHILD!r}, the name that a bound site needs for itself")
+        site._modules[_CHILD] = nn.ModuleList()
+    site._modules[_CHILD].append(leaves)
+
+
+def tensors_at(op: Op, module: Any) -> Params:
+    """The tensors of an adapter at a site."""
+    return leaves_at(module, op.slot).tensors() if op.p is None else op.p
+
+
+# ------------------------------------------------------------------------------------------------ the dense equivalent
+def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
+    """Refuse a merged bias that has no place.
+
+    Raises:
+        UnsupportedError: the layer has no parameter for it.
+    """
+    if b is not None and "bias" not in module._parameters:
+        raise UnsupportedError(
+            f"{op.site.path!r} ({type(module).__name__}): {op.variant.name} merges into a bias, and this layer has no "
+            "parameter for one; leave it out with exclude_names, or keep the adapter unmerged"
+        )
+
+
+def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The weight (as it is stored) and bias with the adapters in, summed in float32 at least, returned in the weight's dtype.
+
+    Raises:
+        UnsupportedError: a method has no dense equivalent, or the weight isn't at hand (packed, offloaded).
+    """
+    dtype = W.dtype
+    core = torch.promote_types(dtype, torch.float32)
+    start = None if b is None else b.to(core).reshape(-1)  # a norm's may have several dimensions
+    new, bias = W.to(core), start
+    for op in ops:
+        if op.variant.weight is None:
+            raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
+        M, bias = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
+        new = restored(M, new, op.site)
+    if bias is start or bias is None:
+        return new.to(dtype), b
+    shape = b.shape if b is not None else W.shape if op.site.d_in == 1 else bias.shape
+    return new.to(dtype), bias.reshape(shape).to(dtype)
+
+
+def _dense(op: Op, p: Params, M: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The variant's dense equivalent on (d_out, d_in), or on each matrix of a stack."""
+    weight: Any = op.variant.weight
+    if not op.site.stack:
+        M, moved = weight(op.cfg, p, op.site, M, b)
+        if moved is not None and KINDS[op.site.kind].bare:
+            raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} moves a bias, which a bare parameter hasn't")
+        return M, moved
+    return torch.func.vmap(lambda p, M: weight(op.cfg, p, op.site, M, None)[0])(dict(p), M), b
