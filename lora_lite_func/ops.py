@@ -93,6 +93,9 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
     Raises:
         UnsupportedError: a method has no dense equivalent, or the weight isn't at hand (packed, offloaded).
     """
+    if torch.is_autocast_enabled(W.device.type):  # merging isn't the layer's call
+        with torch.autocast(W.device.type, enabled=False):
+            return merge_site(module, ops, W, b)
     dtype = W.dtype
     core = torch.promote_types(dtype, torch.float32)
     start = None if b is None else b.to(core).reshape(-1)  # a norm's may have several dimensions

@@ -53,13 +53,22 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
     op = ops[count - 1]
     variant, cfg, site = op.variant, op.cfg, op.site
     p = tensors_at(op, module)
-    d = None if variant.prepare is None else variant.prepare(cfg, p, site, _Layer(ops, count - 1, module, p))
+    d = None if variant.prepare is None else _prepared(op, p, _Layer(ops, count - 1, module, p), x.device.type)
     y = _phases(ops, count - 1, frozen, module, x if variant.inputs is None else variant.inputs(cfg, p, d, x, site))
     if variant.outputs is None:
         return y
     if op.dropout and module.training:
         x = F.dropout(x, op.dropout)
     return variant.outputs(cfg, p, d, x, y, site)
+
+
+def _prepared(op: Op, p: Params, layer: _Layer, device: str) -> Any:
+    """What depends on the parameters alone, in their own dtype: small systems can't be solved in the one that autocast would choose."""
+    assert op.variant.prepare is not None
+    if not torch.is_autocast_enabled(device):
+        return op.variant.prepare(op.cfg, p, op.site, layer)
+    with torch.autocast(device, enabled=False):
+        return op.variant.prepare(op.cfg, p, op.site, layer)
 
 
 class _Layer:

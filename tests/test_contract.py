@@ -370,3 +370,22 @@ def test_many_threads_at_once(case: Case) -> None:
         t.join()
     assert not wrong
     assert same_state(before, snapshot(model))
+
+
+# --------------------------------------------------------------------------------------------------------------- autocast
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(case: Case, dtype: torch.dtype) -> None:
+    model = net(dtype=torch.float32)
+    params = moved(start(case, model, case.config(r=4)), size=0.05)
+    trainable, frozen = ll.partition(params)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
+    expected, weights = ll.apply(model, params, x), ll.merge(model, params)
+    with torch.autocast("cpu", dtype=dtype):
+        y, base = ll.apply(model, params, x), model(x)
+        inside = ll.merge(model, params)
+        grads = grad(lambda t: loss(model, ll.combine(t, frozen), x).float())(trainable)
+    assert y.dtype == base.dtype == dtype
+    close(y.float(), expected, 0.05)
+    assert all(torch.equal(inside[name], weights[name]) for name in weights)  # merging isn't the layer's call
+    close(grads, grad(lambda t: loss(model, ll.combine(t, frozen), x))(trainable), 0.1)
