@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import DEFAULT_EXCLUDE
 from .layers import is_linear_like, stored
+from .lookup import defers
 from .norms import normalises, uses_one_plus
 from .spec import Site
 
@@ -52,6 +53,7 @@ class Kind:
         transposed: whether a module stores the transpose.
         hides: which of the default exclusions keep to it.
         bare: it is a tensor, not a module.
+        one_hot: what comes to its call are ids, whose one-hot vectors the matrix multiplies.
         listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are candidates.
     """
 
@@ -65,6 +67,7 @@ class Kind:
     hides: tuple[str, ...] = ()
     bare: bool = False
     listed: bool = False
+    one_hot: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- recognising
@@ -108,8 +111,8 @@ def _embedding_size(module: Any) -> tuple[int, int] | None:
     return (module.num_embeddings, module.embedding_dim) if _is_embedding(module) else None
 
 
-def _has_own_forward(module: Any) -> bool:
-    return type(module).forward is not nn.Embedding.forward
+def _looks_up_itself(module: Any) -> bool:
+    return not defers(getattr(type(module), "_ll_base", type(module)))
 
 
 def _norm_size(module: Any) -> tuple[int, int] | None:
@@ -140,7 +143,7 @@ KINDS: Mapping[str, Kind] = {
             "linear", "linear-like module", "linear-like layers", _is_linear, _linear_size, _never, _is_transposed_linear, DEFAULT_EXCLUDE
         ),
         Kind("conv", "convolution", "convolutions", _is_conv, _conv_size, hides=DEFAULT_EXCLUDE[:1]),
-        Kind("embedding", "embedding", "embeddings", _is_embedding, _embedding_size, _has_own_forward, _is_embedding),
+        Kind("embedding", "embedding", "embeddings", _is_embedding, _embedding_size, _looks_up_itself, _is_embedding, one_hot=True),
         Kind("norm", "norm", "norms", _is_norm, _norm_size),
         Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
         Kind("vector", "parameter", "parameters of one dimension", _never, _unknown, bare=True),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .errors import UnsupportedError
 from .kinds import KINDS, matrix, restored
+from .lookup import keeping_padding
 from .spec import Params, Site, Variant
 
 __all__ = ["Leaves", "Op", "check_bias", "held_by", "hold", "leaves_at", "merge_site", "tensors_at"]
@@ -105,6 +106,10 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
             raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
         M, bias = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
         new = restored(M, new, op.site)
+    if KINDS[op.site.kind].one_hot:
+        if bias is not None:  # every row has it: a one-hot vector's entries sum to one
+            new, bias = restored(matrix(new, op.site) + bias[:, None], new, op.site), None
+        new = keeping_padding(module, W, new)
     if bias is start or bias is None:
         return new.to(dtype), b
     shape = b.shape if b is not None else W.shape if op.site.d_in == 1 else bias.shape

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 from .kinds import KINDS, matrix
 from .layers import at_trace_time, compute_dtype, is_dense, is_packed
+from .lookup import bounded, padded, rows
 from .ops import Op, check_bias, merge_site, tensors_at
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound
@@ -44,6 +45,26 @@ def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._ll_frozen(x, *rest, **kwargs) if name is None else self._ll_frozen(**{**kwargs, name: x})
 
     return _phases(ops, len(ops), frozen, self, args[0] if name is None else kwargs[name])
+
+
+class _Lookup(nn.Embedding):
+    """What a site's copy inherits between an embedding's own class and nn.Embedding."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """The frozen look-up with the adapters' phases around it; x is the ids."""
+        seen: list[Tensor] = []
+
+        def frozen(ids: Tensor) -> Tensor:
+            seen.append(rows(self, ids) if self.max_norm is not None else self._ll_frozen(ids))
+            return seen[-1]
+
+        enter(self)
+        try:
+            y = _phases(self._ll_ops, len(self._ll_ops), frozen, self, input)
+        finally:
+            leave(self)
+        y = padded(self, input, y, seen[-1])
+        return y if self.max_norm is None else bounded(y, self)
 
 
 def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], module: Any, x: Tensor) -> Any:
@@ -84,6 +105,8 @@ class _Layer:
         bias = getattr(self.module, "bias", None)  # a linear-like layer needn't have the attribute
         if self.count == 0 and (bias is None or not bias.is_meta):
             return bias
+        if KINDS[self.ops[0].site.kind].one_hot:
+            return None
         zero = torch.zeros(1, self.ops[0].site.d_in, device=next(iter(self.p.values())).device)
         return self._call(zero)[0]
 
@@ -103,6 +126,8 @@ class _Layer:
         weight = self.module.weight
         if self.count == 0 and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:
             return F.linear(x.to(weight.dtype), matrix(weight, self.ops[0].site))
+        if KINDS[self.ops[0].site.kind].one_hot:
+            return F.linear(x, matrix(merge_site(self.module, self.ops[: self.count], weight, None)[0], self.ops[0].site).to(x.dtype))
         y, bias = self._call(x), self.bias  # a quantised or offloaded layer, or one with other adapters inside: probe its call
         return y if bias is None else y - bias.to(y.dtype)
 
@@ -122,6 +147,8 @@ def _concrete(site: Any) -> Any:
     attributes = made.__dict__
     attributes.update(site.__dict__)
     attributes["_parameters"] = {**site._parameters, **_adapted(site)}
+    if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
+        attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
     inner = attributes["_ll_inner"]
     if inner:
         attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name]) for name in inner}}
@@ -229,12 +256,18 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
         body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
         body |= {"__reduce_ex__": _reduce_site, "_ll_base": cls, "_ll_key": key}
         body |= {name: _read_substituted(name) for name in names or ()}
+        bases: tuple[type, ...] = (cls,)
+        if active and issubclass(cls, nn.Embedding):
+            bases = (_Lookup,) if cls is nn.Embedding else (cls, _Lookup)
+            body["_ll_frozen"] = nn.Embedding.forward
+        elif active:
+            body |= {"forward": _forward, "_ll_frozen": cls.forward if names is None else _substituted}
+        else:
+            body["forward"] = cls.forward if names is None else _substituted
         if active:
-            own = (name for name in ("weight", "bias") if name not in body)
+            own = (name for name in (("weight",) if _Lookup in bases else ("weight", "bias")) if name not in body)
             body |= {name: _read(name) for name in own if isinstance(getattr(cls, name, None), (property, type(None)))}
-        frozen = cls.forward if names is None else _substituted
-        body |= {"forward": _forward, "_ll_frozen": frozen} if active else {"forward": frozen}
-        _CLASSES[key] = type(cls.__name__, (cls,), body)
+        _CLASSES[key] = type(cls.__name__, bases, body)
     return _CLASSES[key]
 
 

@@ -82,7 +82,8 @@ class _Copier:
             raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")
         prefix = path + "." if path else ""
         inner = ("out_proj",) if isinstance(module, nn.MultiheadAttention) and prefix + "out_proj" in self.sites else ()
-        if ops is None and not inner:
+        bounds = module.__dict__.get("max_norm") is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if ops is None and not inner and not bounds:
             copy = _shallow(module, type(module))
         else:
             self.left.pop(path, None)
@@ -148,9 +149,15 @@ def _as_site(module: nn.Module, path: str, new: Mapping[str, Sequence[Op]], by_w
     names = None
     if subs or inner:
         names = tuple(dict.fromkeys(n for name, chain in subs.items() for n in ((name,) if _bare(chain) else (name, "bias"))))
-    copy = _shallow(module, site_class(base, bool(ops), names))
+    bounds = module.__dict__.get("max_norm") is not None  # torch's own call would write on the table
+    lookup = isinstance(module, nn.Embedding) and not subs
+    if bounds and not lookup:
+        names = names or ()
+    copy = _shallow(module, site_class(base, bool(ops) or (bounds and lookup), names))
     attributes = copy.__dict__
     attributes.update(_ll_path=path, _ll_ops=ops, _ll_subs=subs, _ll_inner=inner)
+    if lookup and base is not nn.Embedding:  # its phases are further down, around nn.Embedding's own forward
+        return copy
     own = attributes.pop("forward", None) or attributes.pop("_ll_frozen", None) or attributes.pop("_ll_own", None)
     if own is not None:  # an instance-level forward would shadow the class's: it is the frozen call
         attributes["_ll_frozen" if names is None else "_ll_own"] = own

@@ -29,12 +29,16 @@ def render(
             total += count
             learned += count if trainable[path][name] else 0
         numbers = tuple(int(n) for n in _NUMBER.findall(path))
-        groups.setdefault((tuple(_NUMBER.split(path)), f"{site.d_in} -> {site.d_out}", "  ".join(cells)), []).append(numbers)
+        groups.setdefault((tuple(_NUMBER.split(path)), _dims(site), "  ".join(cells)), []).append(numbers)
     rows = [(_fold(texts, numbers) or '""', dims, cells) for (texts, dims, cells), numbers in groups.items()]
     head = f"Adapter({variant}: {len(sites)} sites, {learned:,} trainable parameters"
     head += f", {total - learned:,} frozen*)" if total != learned else ")"
     wide = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     return "\n".join([head, *(f"  {p:<{wide[0]}}  {d:<{wide[1]}}  {c}" for p, d, c in rows)])
+
+
+def _dims(site: Site) -> str:
+    return f"{site.stack} x {site.d_in} -> {site.d_out}" if site.stack else f"{site.d_in} -> {site.d_out}"
 
 
 def _leaf(leaf: Any) -> str:

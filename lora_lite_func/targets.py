@@ -146,6 +146,11 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
             f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a lazy model once so that it has its sizes, "
             "or leave the layer out with exclude_names"
         )
+    by_call = kind.listed or not (kind.bare or kind.one_hot or kind.by_weight(module))
+    if getattr(cfg, "dropout", 0.0) and not by_call:
+        raise UnsupportedError(
+            f"{path!r}: dropout acts on features that come to a layer's call, and this {kind.one} is adapted without; set dropout=0"
+        )
     bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
     site = Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path))
     return site_for(variant, cfg, dataclasses.replace(site, stack=found.stack, transposed=found.transposed, plus_one=found.plus_one), twins)

@@ -120,11 +120,14 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
             raise StructureError(f"scale: expected one strength or {count}, one per member of the stack, found {tuple(strength.shape)}")
         return torch.func.vmap(scale)(params, strength)
 
-    def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        changed = change(layout.config, tensors, strength)
+    def one(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return change(layout.config, tensors, strength)
+
+    def scaled(tensors: Mapping[str, Tensor], stack: int) -> dict[str, Tensor]:
+        changed = one(dict(tensors)) if not stack else torch.func.vmap(one)(dict(tensors))
         return {name: changed[name].to(t.dtype) for name, t in tensors.items()}  # a wide strength widens a 0-dim tensor
 
-    return replace(params, {path: scaled(tensors) for path, tensors in params._data.items()})
+    return replace(params, {path: scaled(tensors, layout.sites[path].stack) for path, tensors in params._data.items()})
 
 
 def cast(params: Adapter, dtype: torch.dtype) -> Adapter:

@@ -10,7 +10,7 @@ from ..errors import UnsupportedError
 from ..rng import normal
 from ..spec import Site
 
-__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "top_svd"]
+__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "project", "top_svd"]
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,12 +30,19 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> 
 
     Args:
         y: (..., d_out) what the branch is added to; the result has its dtype.
-        x: (..., d_in).
+        x: (..., d_in), or ids (...) of an embedding.
         A: (r, d_in).
         B: (d_out, r).
         s: a float, or a 0-dim tensor.
     """
-    return expand(y, F.linear(cast(x, A.dtype), A), B, s)
+    return expand(y, project(x, A), B, s)
+
+
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T, (..., r): for x of ids, whose one-hot vectors A multiplies, the rows of A^T looked up."""
+    if not x.is_floating_point():
+        return F.embedding(x, A.mT)
+    return F.linear(cast(x, A.dtype), A)
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:

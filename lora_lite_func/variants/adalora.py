@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..rng import normal
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 _STD = 0.02  # of the start of P and Q, as in the released code
@@ -73,4 +73,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=(*MATRICES, "embedding"),
 )

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _blocks, _cayley, _lowrank
 
 
@@ -111,7 +110,7 @@ def prepare(cfg: AntiPaSTOConfig, p: Params, site: Site, layer: Layer) -> Tensor
 def outputs(cfg: AntiPaSTOConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + [ M (x V) ] U^T."""
     Vh = p["lora_Vh"]
-    h = F.linear(_lowrank.cast(x, Vh.dtype), Vh)  # (..., r)
+    h = _lowrank.project(x, Vh)  # (..., r)
     return _lowrank.expand(y, _through(h.to(d.dtype), d), p["lora_U"])
 
 
@@ -137,4 +136,5 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

@@ -51,5 +51,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
-    sites=("linear", "conv", "norm"),
+    sites=("linear", "conv", "embedding", "norm"),
 )

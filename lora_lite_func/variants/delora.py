@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import AdapterConfig, probability
 from ..errors import ConfigError
 from ..rng import kaiming
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 _FLOOR = 1e-4  # norms below it count as it: a zero column of B must not divide by zero (the released code's clamp)
@@ -121,4 +121,5 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..rng import kaiming
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -115,4 +115,5 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

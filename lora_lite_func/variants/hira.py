@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..rng import kaiming
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -53,7 +52,7 @@ def prepare(cfg: HiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def outputs(cfg: HiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + x (s W * (B A))^T."""
-    return (y + F.linear(_lowrank.cast(x, d.dtype), d)).to(y.dtype)
+    return (y + _lowrank.project(x, d)).to(y.dtype)
 
 
 def weight(cfg: HiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -75,4 +74,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=(*MATRICES, "embedding"),
 )

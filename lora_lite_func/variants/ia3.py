@@ -79,7 +79,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=output_weight,
     scale=scale,
-    sites=(*MATRICES, "norm", "vector"),
+    sites=(*MATRICES, "embedding", "norm", "vector"),
 )
 VARIANT_FF = Variant(
     name="ia3_ff", config=IA3FFConfig, paper=_PAPER, param_specs=input_specs, inputs=inputs, weight=input_weight, scale=scale

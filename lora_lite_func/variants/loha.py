@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..rng import kaiming
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -65,7 +64,7 @@ def outputs(cfg: LoHaConfig, p: Params, d: tuple[Tensor, Tensor | None], x: Tens
     """y + s (x Ak^T) Bk^T."""
     A, B = d
     if B is None:
-        return (y + F.linear(_lowrank.cast(x, A.dtype), A * site.scale)).to(y.dtype)
+        return (y + _lowrank.project(x, A * site.scale)).to(y.dtype)
     return _lowrank.add(y, x, A, B, site.scale)
 
 
@@ -88,4 +87,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=(*MATRICES, "embedding"),
 )

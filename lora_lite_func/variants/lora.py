@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import AdapterConfig, probability, record
 from ..errors import ConfigError
 from ..rng import kaiming, normal
-from ..spec import Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -46,7 +46,9 @@ class LoRAConfig(AdapterConfig):
 
 
 def param_specs(cfg: LoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_A (r, d_in), lora_B (d_out, r)."""
+    """lora_A (r, d_in), lora_B (d_out, r). On an embedding A starts at zero and B at random: rows of ids never seen stay the base's."""
+    if site.kind == "embedding" and cfg.init_A != "orthogonal":
+        return {"lora_A": ParamSpec((site.r, site.d_in)), "lora_B": ParamSpec((site.d_out, site.r), normal(1.0))}
     start = normal(1.0 / site.r) if cfg.init_A == "gaussian" else kaiming
     return {"lora_A": ParamSpec((site.r, site.d_in), start), "lora_B": ParamSpec((site.d_out, site.r))}
 
@@ -94,4 +96,5 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     factor=factor,
+    sites=(*MATRICES, "embedding"),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
-from ..spec import ParamSpec, Site, Variant
+from ..spec import MATRICES, ParamSpec, Site, Variant
 from . import _lowrank, _subtracted
 
 
@@ -61,4 +61,5 @@ VARIANT = Variant(
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, probability, record
 from ..errors import ConfigError
-from ..spec import ParamSpec, Site, Variant
+from ..spec import MATRICES, ParamSpec, Site, Variant
 from . import _lowrank, _subtracted
 
 
@@ -67,4 +67,5 @@ VARIANT = Variant(
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

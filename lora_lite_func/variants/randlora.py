@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import rng
 from ..config import AdapterConfig, probability, record
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -110,4 +110,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=(*MATRICES, "embedding"),
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, UnsupportedError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -109,4 +109,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=(*MATRICES, "embedding"),
 )

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AdapterConfig, probability, record
 from ..errors import UnsupportedError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _lowrank, _positions
 
 
@@ -98,7 +97,7 @@ def prepare(cfg: SHiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def outputs(cfg: SHiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + x D^T."""
-    return (y + F.linear(_lowrank.cast(x, d.dtype), d)).to(y.dtype)
+    return (y + _lowrank.project(x, d)).to(y.dtype)
 
 
 def weight(cfg: SHiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -122,4 +121,5 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
 from . import _cayley, _lowrank
 
 
@@ -77,7 +77,7 @@ def prepare(cfg: SSVDConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 def outputs(cfg: SSVDConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + (x V) core^T U^T."""
     Vh = p["lora_Vh"]
-    h = F.linear(_lowrank.cast(x, Vh.dtype), Vh)  # (..., k)
+    h = _lowrank.project(x, Vh)  # (..., k)
     return _lowrank.expand(y, F.linear(h, d.to(h.dtype)), p["lora_U"])
 
 
@@ -103,4 +103,5 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
 )

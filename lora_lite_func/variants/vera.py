@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import rng
 from ..config import AdapterConfig, probability, record
-from ..spec import Params, ParamSpec, Site, Variant
+from ..spec import MATRICES, Params, ParamSpec, Site, Variant
 from . import _lowrank
 
 
@@ -72,7 +72,7 @@ def init(
 def outputs(cfg: VeRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + b * (((x A^T) * d) B^T). Scaling h and the result, not A and B, spares the backward two weight-sized products."""
     A, B = p["lora_vera_A"], p["lora_vera_B"]
-    h = F.linear(_lowrank.cast(x, A.dtype), A)  # (..., r)
+    h = _lowrank.project(x, A)  # (..., r)
     h = F.linear((h * p["lora_vera_d"]).to(h.dtype), B)  # (..., d_out)
     return torch.addcmul(y, h, p["lora_vera_b"]).to(y.dtype)
 
@@ -97,4 +97,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    sites=(*MATRICES, "embedding"),
 )

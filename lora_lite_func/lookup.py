@@ -1,0 +1,50 @@
+"""Embeddings as sites: ids come in where features would, a padding row stays what it is, and a bound on norms holds for adapted rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["bounded", "defers", "keeping_padding", "padded", "rows"]
+
+
+def defers(cls: type) -> bool:
+    """Whether a class's forward leaves the look-up to nn.Embedding's: it may change the ids before and the rows after."""
+    for base in cls.__mro__:
+        if base is nn.Embedding:
+            return True
+        forward = base.__dict__.get("forward")
+        if forward is not None:
+            code = getattr(forward, "__code__", None)
+            if code is None or "__class__" not in code.co_freevars or "forward" not in code.co_names or "weight" in code.co_names:
+                return False
+    return False
+
+
+def rows(module: Any, ids: Tensor) -> Tensor:
+    """The table's rows as they are stored, (..., d_out): without the bound that torch puts on them in place."""
+    return F.embedding(ids, module.weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse)
+
+
+def bounded(y: Tensor, module: Any) -> Tensor:
+    """Rows (..., d_out) with norms of at most the layer's max_norm, as torch.embedding_renorm_ has it."""
+    norm = torch.linalg.vector_norm(y.detach(), module.norm_type, dim=-1, keepdim=True)
+    return torch.where(norm > module.max_norm, y * (module.max_norm / (norm + 1e-7)), y)
+
+
+def padded(module: Any, ids: Tensor, y: Tensor, frozen: Tensor) -> Tensor:
+    """Adapted rows, but the padding's as it was: it takes no part in training."""
+    if module.padding_idx is None:
+        return y
+    return torch.where((ids == module.padding_idx)[..., None], frozen, y)
+
+
+def keeping_padding(module: Any, stored: Tensor, new: Tensor) -> Tensor:
+    """An adapted table (ids, d_out) with its padding row as it is stored."""
+    if module.padding_idx is None:
+        return new
+    here = torch.arange(len(stored), device=stored.device)[:, None] == module.padding_idx
+    return torch.where(here, stored.to(new.dtype), new)
