@@ -91,9 +91,10 @@ def _linear_size(module: Any) -> tuple[int, int] | None:
 
 def _is_conv(module: Any) -> bool:
     """Kernels stored (out, in / groups, ...): not the transposed convolutions, whose first dimension is the input's."""
-    channels = getattr(module, "out_channels", None)
-    weight = stored(module, "weight")
-    if not isinstance(channels, int) or not hasattr(module, "kernel_size") or not isinstance(weight, Tensor):
+    if not hasattr(module, "kernel_size"):  # asked first: a whole model may warn when it is asked for channels
+        return False
+    channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
+    if not isinstance(channels, int) or not isinstance(weight, Tensor):
         return False
     return not getattr(module, "transposed", False) and not isinstance(weight, nn.UninitializedParameter) and weight.shape[0] == channels
 

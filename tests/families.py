@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ class Family:
         build: makes it (weights from the global random state).
         inputs: keyword arguments of its call.
         output: what to look at.
-        sites: how many linear layers a default config adapts.
+        sites: how many places the config adapts.
         generate: what `generate` is given, for those that generate.
         checkpoints: it has gradient checkpointing.
+        config: what the config says beside, where not every linear layer and nothing else is meant.
         unread: sites that `output` doesn't depend on.
     """
 
@@ -47,6 +48,7 @@ class Family:
     generate: dict[str, Any] | None = None
     checkpoints: bool = True
     unread: frozenset[str] = frozenset()
+    config: dict[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -90,11 +92,54 @@ def _minilm() -> nn.Module:
     return transformers.AutoModel.from_pretrained(minilm())
 
 
+def _unet() -> nn.Module:
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
+class _Residual(nn.Module):
+    """A block as ResNets and ConvNeXts have them: strided, grouped and depthwise convolutions, batch norm, squeeze and excitation."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False, padding_mode="reflect")
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.depthwise = nn.Conv2d(c_out, c_out, 3, 1, 2, dilation=2, groups=c_out)
+        self.grouped = nn.Conv2d(c_out, c_out, (1, 3), 1, "same", groups=2)
+        self.downsample = nn.Conv2d(c_in, c_out, 1, stride)
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c_out, 4, 1), nn.ReLU(), nn.Conv2d(4, c_out, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.grouped(torch.nn.functional.gelu(self.depthwise(y)))
+        return self.downsample(x) + y * self.squeeze(y)
+
+
+def _convnet() -> nn.Module:
+    stages = [_Residual(8, 16, 2), _Residual(16, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 24), nn.ReLU()]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), *stages, nn.Linear(24, 5))
+
+
 def _decoder(name: str, **more: Any) -> Callable[[], nn.Module]:
     return _hub(f"{name}ForCausalLM", f"{name}Config", **{**_DECODER, **_TOKENS, **more})
 
 
 PROMPT = {"input_ids": IDS[:, :4]}
+
+NOISE = torch.randn(2, 4, 8, 8, generator=_GEN)
+CONDITION = torch.randn(2, 5, 16, generator=_GEN)
+EXPERTS = {"target_names": ("self_attn",), "target_parameters": ("experts",)}
+CONVOLUTIONS = {"target_kinds": ("linear", "conv")}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_decoder("Llama"), TEXT, _logits, 14, PROMPT),
@@ -104,9 +149,14 @@ FAMILIES: dict[str, Family] = {
         _hub("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, **_TOKENS, head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT
     ),
     "mistral": Family(_decoder("Mistral", sliding_window=4), TEXT, _logits, 14, PROMPT),
-    "mixtral": Family(_decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), TEXT, _logits, 8, PROMPT),
+    "mixtral": Family(_decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), TEXT, _logits, 12, PROMPT, config=EXPERTS),
     "qwen3_moe": Family(
-        _decoder("Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2), TEXT, _logits, 8, PROMPT
+        _decoder("Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+        TEXT,
+        _logits,
+        12,
+        PROMPT,
+        config=EXPERTS,
     ),
     "gpt2": Family(
         _hub("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, **_TOKENS),
@@ -179,4 +229,8 @@ FAMILIES: dict[str, Family] = {
         8,
         PROMPT,
     ),
+    "unet": Family(
+        _unet, {"sample": NOISE, "timestep": 3, "encoder_hidden_states": CONDITION}, lambda out: out.sample, 77, config=CONVOLUTIONS
+    ),
+    "convnet": Family(_convnet, {"input": PIXELS}, lambda out: out, 15, checkpoints=False, config=CONVOLUTIONS),
 }
