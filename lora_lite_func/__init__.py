@@ -14,6 +14,7 @@ from .checkpoint import load, save
 from .config import AdapterConfig
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .initialization import init, targets
+from .peft import from_peft, to_peft
 from .report import Report
 from .spec import ParamSpec, Site, Variant, register
 from .statistics import Statistics
@@ -103,6 +104,7 @@ __all__ = [
     "cast",
     "check",
     "combine",
+    "from_peft",
     "functional_call",
     "init",
     "load",
@@ -116,6 +118,7 @@ __all__ = [
     "stack",
     "summary",
     "targets",
+    "to_peft",
     "unbind",
     "unstack",
     "variants",

@@ -1,0 +1,6 @@
+"""PEFT's files, read and written without PEFT."""
+
+from .read import from_peft
+from .write import to_peft
+
+__all__ = ["from_peft", "to_peft"]

@@ -1,0 +1,86 @@
+"""An adapter's folder as PEFT lays it out: adapter_config.json beside adapter_model.safetensors (or .bin); keys to modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError, shown
+from ..files import read_json, read_pickle, read_safetensors
+from .says import Says
+
+__all__ = ["CONFIG", "TENSORS", "split", "unpack"]
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX, _SHARED = "base_model.model.", "base_model."
+
+
+def unpack(source: Any, config: Any) -> tuple[Says, dict[str, Tensor]]:
+    """(config, tensors) of a folder, of the file in one, or of a state dict with its config.
+
+    Raises:
+        CheckpointError: something is missing, unreadable, or not what it should be.
+    """
+    if isinstance(source, Mapping):
+        if config is None:
+            raise CheckpointError("a state dict doesn't say its method; give its config too: from_peft(tensors, model, config=...)")
+        if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in source.items()):
+            raise CheckpointError("expected a state dict, a mapping of names to tensors")
+        return _config(config, "the config"), {k: t.detach() for k, t in source.items()}
+    try:
+        path = Path(os.fsdecode(source))
+        folder = path if path.is_dir() else path.parent
+        files = [path] if folder is not path else [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{shown(source)}: not a path: {error}") from None
+    if not files:
+        raise CheckpointError(f"{path}: expected {TENSORS} or {PICKLE} in this folder, found neither")
+    says = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
+    return says, read_pickle(files[0]) if files[0].suffix in (".bin", ".pt", ".pth") else read_safetensors(files[0])[0]
+
+
+def _config(config: Any, where: str) -> Says:
+    if isinstance(config, (str, os.PathLike)):
+        return Says(read_json(config), where)
+    if not isinstance(config, Mapping):  # one of PEFT's own objects
+        to_dict = getattr(config, "to_dict", None)
+        config = to_dict() if callable(to_dict) else config
+    if isinstance(config, Mapping):
+        config = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in config.items()}
+        for name in ("peft_type", "task_type"):
+            config[name] = getattr(config.get(name), "value", config.get(name))
+    return Says(config, where)
+
+
+def split(
+    tensors: Mapping[str, Tensor], suffixes: Iterable[str], shared: Iterable[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
+
+    The longest suffix at a key's end counts, so a module may be called anything. An adapter's name (`.default`) may still be in the keys
+    of a state dict that was never saved.
+
+    Raises:
+        CheckpointError: two keys mean the same tensor.
+    """
+    endings = sorted(suffixes, key=len, reverse=True)
+    sites: dict[str, dict[str, Tensor]] = {}
+    common: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    names = set(shared)
+    for key, t in tensors.items():
+        bare = key.removesuffix(".default").replace(".default.", ".")
+        stripped = bare.removeprefix(_PREFIX)
+        if bare.removeprefix(_SHARED) in names:
+            common[bare.removeprefix(_SHARED)] = t
+            continue
+        ending = next((e for e in endings if stripped.endswith("." + e)), None)
+        home, name = (rest, stripped) if ending is None else (sites.setdefault(stripped[: -len(ending) - 1], {}), ending)
+        if name in home:
+            raise CheckpointError(f"two tensors for {shown(stripped)}")
+        home[name] = t
+    return sites, common, rest

@@ -1,0 +1,184 @@
+"""PEFT's gates, rotations and reflections: IA3, RoAd, HRA, OFT, BOFT, and BEFT's biases. The keys and their meaning are at each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..errors import CheckpointError, UnsupportedError, shown
+from ..variants import BitFitConfig, BOFTConfig, HRAConfig, IA3Config, IA3FFConfig, OFTConfig, ROADConfig
+from .method import Method, Part, Place, Written, of_config, same
+from .says import Says
+
+
+# ----------------------------------------------------------------------------------------------------------------- IA3
+def _read_ia3(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """ia3_l: (d_out, 1) on the output, (1, d_in) on the input of feed-forward modules; convolutions have (1, channels, 1 ...)."""
+    site, gate = place.known("IA3 has gates of one side of the layer alone"), held["ia3_l"]
+    plain = gate.ndim == 2 and gate.shape[0] != gate.shape[1]
+    forward = gate.shape[0] == 1 if plain else _feed_forward(says, place.path)
+    if not forward:
+        return [Part(IA3Config, {"lora_g": gate.flatten()})]
+    gate = gate.flatten()
+    if gate.numel() and site.d_in % gate.numel() == 0:
+        gate = gate.repeat_interleave(site.d_in // gate.numel())  # a channel's gate for each entry of its kernel
+    return [Part(IA3FFConfig, {"lora_g": gate})]
+
+
+def _feed_forward(says: Says, path: str) -> bool:
+    names = says.get("feedforward_modules")
+    if isinstance(names, str):
+        return says.matches("feedforward_modules", rf"(?:{names})\Z", names, path)
+    return any(path.endswith(name) for name in says.names("feedforward_modules"))
+
+
+def _write_ia3(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    made = Written({"feedforward_modules": []}, {})
+    for a in adapters:
+        forward = isinstance(a.config, IA3FFConfig)
+        for path, held in a.items():
+            gate, site = held["lora_g"], a.sites[path]
+            if site.kind == "conv" and not forward:
+                made.tensors[path] = {"ia3_l": gate.view(1, -1, *(1 for _ in modules[path].weight.shape[2:]))}
+            elif site.kind == "linear":
+                made.tensors[path] = {"ia3_l": gate[None] if forward else gate[:, None]}
+            else:
+                raise UnsupportedError(f"to_peft: {path!r}: PEFT's IA3 has no such gate on a {site.kind}")
+            if forward:
+                made.fields["feedforward_modules"].append(path)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------- RoAd
+def _read_road(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """road_theta, road_alpha: laid out as ours."""
+    place.known("RoAd turns outputs alone")
+    fields = {"mode": says.get("variant", "road_1"), "group_size": says.whole("group_size", 64, 2)}
+    return [Part(ROADConfig, {f"lora_{name}": held[name] for name in ("road_theta", "road_alpha")}, fields)]
+
+
+def _write_road(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    said = of_config(adapters, "mode", "group_size", method="RoAd")
+    tensors = same(adapters, lora_road_theta="road_theta", lora_road_alpha="road_alpha")
+    return Written({"variant": said["mode"], "group_size": said["group_size"]}, tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------------- HRA
+def _read_hra(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """hra_u (d_in, r), a reflection per column."""
+    place.known("HRA acts on inputs alone")
+    U = held["hra_u"].mT
+    return [Part(HRAConfig, {"lora_U": U}, r=U.shape[0])]
+
+
+def _write_hra(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    tensors = {path: {"hra_u": held["lora_U"].mT} for a in adapters for path, held in a.items()}
+    many = {held["hra_u"].shape[1] for held in tensors.values()}
+    if len(many) != 1:
+        raise UnsupportedError(f"to_peft: one HRA file has one r, these sites have {sorted(many)}; write a folder for each")
+    return Written({"r": many.pop()}, tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------------- OFT
+def _read_oft(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """oft_R.weight (n, b (b - 1) / 2); PEFT's exact branch turns the other way, its series as ours."""
+    site = place.known("OFT acts on inputs alone")
+    q = held["oft_R.weight"]
+    block = int((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
+    share, series = says.flag("block_share"), says.flag("use_cayley_neumann", True)
+    if block * (block - 1) // 2 != q.shape[-1] or site.d_in % block:
+        raise CheckpointError(f"{shown(place.path)}: {q.shape[-1]} numbers aren't the upper triangle of a block that divides {site.d_in}")
+    if series and says.whole("num_cayley_neumann_terms", 5) != 5:
+        raise says.refuse("num_cayley_neumann_terms", "5, the one length of the series here")
+    fields = {"block_size": block, "cayley": "neumann" if series else "exact", "block_share": share}
+    return [Part(OFTConfig, {"lora_oft_q": q if series else -q}, fields)]
+
+
+def _write_oft(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    said = of_config(adapters, "cayley", "block_share", method="OFT")
+    sign = 1.0 if said["cayley"] == "neumann" else -1.0
+    blocks = {path: (a.sites[path].d_in, a.config.block_size) for a in adapters for path in a}  # type: ignore[attr-defined]
+    tensors = {path: {"oft_R.weight": sign * held["lora_oft_q"]} for a in adapters for path, held in a.items()}
+    fields = {"use_cayley_neumann": sign > 0, "block_share": said["block_share"], "r": 0, "oft_block_size": 0, "coft": False}
+    sizes, counts = {b for _, b in blocks.values()}, {d // b for d, b in blocks.values()}
+    for size in sorted(sizes, reverse=True):
+        if all(_adjusted(d, size) == b for d, b in blocks.values()):
+            return Written(fields | {"oft_block_size": size}, tensors)
+    if len(counts) == 1:
+        return Written(fields | {"r": counts.pop()}, tensors)
+    raise UnsupportedError(
+        f"to_peft: one OFT file has one block size or one count, these sites have {sorted(sizes)}; write a folder for each"
+    )
+
+
+def _adjusted(width: int, size: int) -> int:
+    """The block size that PEFT takes where `size` doesn't divide: the nearest that does, the smaller of two."""
+    if size >= width:
+        return width
+    above = next(b for b in range(size, width + 1) if width % b == 0)
+    below = next(b for b in range(size, 0, -1) if width % b == 0)
+    return below if size - below <= above - size else above
+
+
+# ---------------------------------------------------------------------------------------------------------------- BOFT
+def _read_boft(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """boft_R (m, n, b, b), of which the skew part counts, turning the other way; boft_s (d_out, 1)."""
+    place.known("BOFT acts on inputs")
+    R = held["boft_R"]
+    if R.ndim != 4 or R.shape[-1] != R.shape[-2]:
+        raise CheckpointError(f"{shown(place.path)}: boft_R: expected (m, n, b, b), found {tuple(R.shape)}")
+    i, j = torch.triu_indices(R.shape[-1], R.shape[-1], 1)
+    skew = 0.5 * (R - R.mT)
+    fields = {"block_size": R.shape[-1], "m": R.shape[0]}
+    return [Part(BOFTConfig, {"lora_boft_q": -skew[..., i, j], "lora_boft_s": held["boft_s"].flatten()}, fields)]
+
+
+def _write_boft(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    said = of_config(adapters, "block_size", "m", method="BOFT")
+    b, tensors = said["block_size"], {}
+    for a in adapters:
+        for path, held in a.items():
+            q = held["lora_boft_q"]
+            R = torch.zeros(*q.shape[:-1], b, b, dtype=q.dtype, device=q.device)
+            i, j = torch.triu_indices(b, b, 1)
+            R[..., i, j] = -q
+            tensors[path] = {"boft_R": R - R.mT, "boft_s": held["lora_boft_s"][:, None]}
+    return Written({"boft_block_size": b, "boft_block_num": 0, "boft_n_butterfly_factor": said["m"]}, tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------- BEFT
+def _read_beft(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """beft_bias (1, d_out), added to the output."""
+    place.known("BEFT shifts outputs alone")
+    return [Part(BitFitConfig, {"lora_b": held["beft_bias"].flatten()})]
+
+
+def _write_beft(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    return Written({}, {path: {"beft_bias": held["lora_b"][None]} for a in adapters for path, held in a.items()})
+
+
+IA3 = Method("IA3", (IA3Config, IA3FFConfig), ("ia3_l",), "feedforward_modules init_ia3_weights", _read_ia3, _write_ia3)
+ROAD = Method("ROAD", (ROADConfig,), ("road_theta", "road_alpha"), "variant group_size", _read_road, _write_road)
+HRA = Method("HRA", (HRAConfig,), ("hra_u",), "r", _read_hra, _write_hra)
+OFT = Method(
+    "OFT",
+    (OFTConfig,),
+    ("oft_R.weight",),
+    "r oft_block_size block_share use_cayley_neumann num_cayley_neumann_terms",
+    _read_oft,
+    _write_oft,
+    ignored="eps",
+)
+BOFT = Method(
+    "BOFT",
+    (BOFTConfig,),
+    ("boft_R", "boft_s"),
+    "boft_block_size boft_block_num boft_n_butterfly_factor",
+    _read_boft,
+    _write_boft,
+)
+BEFT = Method("BEFT", (BitFitConfig,), ("beft_bias",), "", _read_beft, _write_beft)

@@ -1,0 +1,226 @@
+"""PEFT's LoRA, with what its config can ask of it, and the methods that leave a rank-2r LoRA behind (PiSSA, OLoRA ...).
+
+lora_A.weight (r, d_in), lora_B.weight (d_out, r); s = lora_alpha / r, or / sqrt(r) with use_rslora
+lora_magnitude_vector (d_out,) with use_dora, lora_B.bias (d_out,) with lora_bias: y + s (B A x + bias)
+embeddings: lora_embedding_A (r, num), lora_embedding_B (dim, r); convolutions: A (r, c, *k), B (d_out, r, 1, ...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..adapter import Adapter
+from ..errors import CheckpointError, UnsupportedError, shown
+from ..spec import site_for, variants
+from ..variants import (
+    ASVDConfig,
+    BitFitConfig,
+    CorDAConfig,
+    DeLoRAConfig,
+    DoRAConfig,
+    EVAConfig,
+    LoRAConfig,
+    LoRAGAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
+    VeRAConfig,
+)
+from .method import Method, Part, Place, Written, of_config
+from .says import Says
+
+_SUBTRACTED = (PiSSAConfig, OLoRAConfig, CorDAConfig, ASVDConfig, LoRAGAConfig)
+_LOW_RANK = (*_SUBTRACTED, DeLoRAConfig)  # `prepare` gives their update as one pair of factors
+_HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+def read(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """The low-rank pair, its magnitudes, its bias.
+
+    Raises:
+        CheckpointError: half a pair, a rank that isn't the config's, or a start that the file doesn't hold.
+    """
+    A, B = factors(place, held)
+    r = A.shape[-2]
+    if r != says.at("rank_pattern", place.path, says.whole("r", 8)):
+        raise CheckpointError(f"{says.where}: {shown(place.path)} has rank {r}, its config says another (r, rank_pattern)")
+    alpha = says.at("alpha_pattern", place.path, says.number("lora_alpha", 8))
+    rslora, dropout = says.flag("use_rslora"), says.number("lora_dropout", 0.0)
+    fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
+    leaves = {"lora_A": A, "lora_B": B}
+    scale = alpha / (math.sqrt(r) if rslora else r)
+    started = _start(says, place, leaves, fields, r, scale)
+    part = started or Part(LoRAConfig, leaves, fields | {"rslora": rslora}, r, alpha)
+    gain: Tensor | float = 1.0
+    if "lora_magnitude_vector" in held or says.flag("use_dora"):
+        part, gain = _dora(place, held, leaves, fields, r, scale)
+    if "lora_B.bias" not in held:
+        return [part]
+    return [part, Part(BitFitConfig, {"lora_b": held["lora_B.bias"] * scale * gain}, order=1)]
+
+
+def factors(place: Place, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A (r, d_in), B (d_out, r), as matrices whatever the layer.
+
+    Raises:
+        CheckpointError: half a pair, or one that makes no matrix.
+    """
+    for a, b in _PAIRS:
+        if a in held and b in held:
+            A, B = held[a], held[b]
+            break
+    else:
+        raise CheckpointError(f"{shown(place.path)}: expected a pair lora_A and lora_B, found {', '.join(sorted(held))}")
+    if A.ndim > 2 or B.ndim > 2:
+        groups = getattr(place.module, "groups", 1)
+        if groups != 1 or any(n != 1 for n in B.shape[2:]):
+            raise CheckpointError(f"{shown(place.path)}: lora_B of a convolution in {groups} groups has no dense counterpart")
+        A, B = A.flatten(1), B.flatten(1)
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise CheckpointError(f"{shown(place.path)}: expected (r, d_in) and (d_out, r), found {tuple(A.shape)} and {tuple(B.shape)}")
+    return A, B
+
+
+def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str, Any], r: int, scale: float) -> Part | None:
+    """The part of a start that PEFT takes out of the base weight; None for those that leave it alone."""
+    start = says.get("init_lora_weights", True)
+    if start in _HARMLESS_STARTS or (isinstance(start, str) and start.lower() in ("gaussian", "true", "false")):
+        return None
+    config = {"pissa": PiSSAConfig, "olora": OLoRAConfig}.get(start if isinstance(start, str) else "")
+    if config is None:
+        raise CheckpointError(
+            f"{says.where}: init_lora_weights={shown(start)} changes the base weights by something the file doesn't hold; save it in "
+            "PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    if says.flag("use_dora"):
+        raise CheckpointError(
+            f"{says.where}: use_dora with init_lora_weights={shown(start)} isn't read; convert it to a plain LoRA in PEFT"
+        )
+    site, weight = place.known(f"{start} starts from the base weight"), place.weight(str(start))
+    variant, cfg = variants()[str(start)], config(r=r, alpha=scale * r)
+    here = site_for(variant, cfg, place.path, site.d_in, site.d_out, r=r, alpha=scale * r, bias=site.bias, kind=site.kind, twins={})
+    assert variant.init is not None
+    first = variant.init(cfg, here, variant.param_specs(cfg, here), weight, None, lambda name: rng.generator(0, place.path, name))
+    dtype = leaves["lora_A"].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    frozen = {name: first[name].to(wide) for name in ("lora_A0", "lora_B0")}
+    return Part(config, {name: t.to(wide) for name, t in leaves.items()} | frozen, fields, r, scale * r)
+
+
+def _dora(
+    place: Place, held: Mapping[str, Tensor], leaves: dict[str, Tensor], fields: dict[str, Any], r: int, scale: float
+) -> tuple[Part, Tensor]:
+    if "lora_magnitude_vector" not in held:
+        raise CheckpointError(f"{shown(place.path)}: use_dora is set, but there is no lora_magnitude_vector")
+    m, W = held["lora_magnitude_vector"].flatten(), place.weight("DoRA")  # conv stores (1, d_out, 1 ...)
+    embedding = place.kind == "embedding"
+    if embedding:
+        raise CheckpointError(f"{shown(place.path)}: use_dora on an embedding isn't read")
+    dora = {**leaves, "lora_m": m, "lora_wnorm2": W.square().sum(1)}
+    norm = torch.addmm(W, leaves["lora_B"].to(W), leaves["lora_A"].to(W), alpha=scale).norm(dim=1)
+    return Part(DoRAConfig, dora, fields, r, scale * r), m / norm
+
+
+def sizes(held: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(d_in, d_out) of the pair."""
+    A, B = factors(Place("", {}), held)
+    return A.shape[1], B.shape[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """LoRA and DoRA as they are, subtracted starts as one pair of twice the rank; a BitFit on the same sites as lora_bias.
+
+    Raises:
+        UnsupportedError: PEFT has no form for this mixture.
+    """
+    low = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
+    shifts = {path: held["lora_b"] for a in adapters if isinstance(a.config, BitFitConfig) for path, held in a.items()}
+    if not low:
+        raise UnsupportedError("to_peft: a learned bias alone isn't a LoRA")
+    dora, rslora = (_all([f(a) for a in low], name) for f, name in ((_is_dora, "use_dora"), (_is_rslora, "use_rslora")))
+    made = Written({"use_dora": dora, "use_rslora": rslora, "lora_bias": bool(shifts)}, {})
+    made.fields["lora_dropout"] = of_config(low, "dropout", method="LoRA")["dropout"]
+    for adapter in low:
+        for path, site in adapter.sites.items():
+            A, B, scale = pair(adapter, path)
+            r = A.shape[-2]
+            made.ranks[path], made.alphas[path] = r, scale * (math.sqrt(r) if rslora else r)
+            made.tensors[path] = held = _named(site.kind, A, B, modules.get(path))
+            if dora:
+                held["lora_magnitude_vector"] = adapter[path]["lora_m"]
+            if shifts:
+                shift = shifts.pop(path, None)
+                if dora:
+                    raise UnsupportedError(f"to_peft: {path!r}: PEFT scales lora_bias by DoRA's magnitudes, here they are apart; merge one")
+                held["lora_B.bias"] = torch.zeros(site.d_out, dtype=B.dtype) if shift is None else shift / scale
+    if shifts:
+        raise UnsupportedError(f"to_peft: {next(iter(shifts))!r} has a learned bias but no LoRA, and lora_bias goes with a LoRA")
+    return made
+
+
+def _all(values: list[bool], name: str) -> bool:
+    if len(set(values)) != 1:
+        raise UnsupportedError(f"to_peft: one LoRA file has one {name}, some of these adapters have it and some don't")
+    return values[0]
+
+
+def _is_dora(adapter: Adapter) -> bool:
+    return isinstance(adapter.config, DoRAConfig)
+
+
+def _is_rslora(adapter: Adapter) -> bool:
+    return bool(getattr(adapter.config, "rslora", False))
+
+
+def pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
+    """The update of a site as s B A: A (r, d_in), B (d_out, r), s."""
+    held, site, cfg = adapter[path], adapter.sites[path], adapter.config
+    if isinstance(cfg, _LOW_RANK):
+        prepare = adapter.layout.variant.prepare
+        assert prepare is not None
+        A, B = prepare(cfg, held, site, None)  # type: ignore[arg-type]  # these look at no layer
+        return A, B, 1.0 if isinstance(cfg, DeLoRAConfig) else site.factor
+    if isinstance(cfg, VeRAConfig):
+        return held["lora_vera_d"][:, None] * held["lora_vera_A"], held["lora_vera_b"][:, None] * held["lora_vera_B"], 1.0
+    return held["lora_A"], held["lora_B"], site.factor
+
+
+def _named(kind: str, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
+    if kind == "embedding":
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    if kind == "conv":
+        shape = module.weight.shape
+        if module.groups != 1:
+            raise UnsupportedError(f"to_peft: PEFT's LoRA of a convolution in {module.groups} groups isn't a LoRA of its weight; merge it")
+        A, B = A.unflatten(1, tuple(shape[1:])), B.view(*B.shape, *(1 for _ in shape[2:]))
+    elif kind != "linear":
+        raise UnsupportedError(f"to_peft: a LoRA on a {kind} isn't written")
+    return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+LORA = Method(
+    peft_type="LORA",
+    configs=(LoRAConfig, DoRAConfig, EVAConfig, *_LOW_RANK, BitFitConfig),
+    suffixes=(
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_B.bias",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_magnitude_vector.weight",
+    ),
+    understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern alpha_pattern init_lora_weights",
+    ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size",
+    read=read,
+    write=write,
+    sizes=sizes,
+)

@@ -1,0 +1,164 @@
+"""What it takes to read and write one of PEFT's methods: a record of pure functions over one module's tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..config import AdapterConfig
+from ..errors import CheckpointError, UnsupportedError, shown
+from ..layers import dense_weight
+from ..spec import Site
+from .says import Says
+
+__all__ = ["Method", "Part", "Place", "Written", "of_config", "ranks", "same"]
+
+
+@dataclass
+class Place:
+    """A module that a file has tensors for.
+
+    Attributes:
+        path: its path in the base model.
+        shared: tensors that all modules of the file share.
+        site: its dimensions, if a model was given.
+        module: itself, likewise.
+    """
+
+    path: str
+    shared: Mapping[str, Tensor]
+    site: Site | None = None
+    module: Any = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of layer; linear where no model says otherwise."""
+        return "linear" if self.site is None else self.site.kind
+
+    def known(self, why: str) -> Site:
+        """Its dimensions.
+
+        Raises:
+            CheckpointError: no model was given.
+        """
+        if self.site is None:
+            raise CheckpointError(f"{shown(self.path)}: {why}, which the file doesn't say; give the base model too")
+        return self.site
+
+    def weight(self, method: str) -> Tensor:
+        """The dense base weight (d_out, d_in), float32 at least.
+
+        Raises:
+            CheckpointError: no model was given.
+            UnsupportedError: it is packed.
+        """
+        self.known(f"{method} depends on the base weight")
+        return dense_weight(self.module, method)
+
+
+@dataclass
+class Part:
+    """What one module's tensors say, as ours.
+
+    Attributes:
+        config: class of our config.
+        fields: its settings; modules with equal ones become one adapter.
+        leaves: {lora_name: tensor}; those left out start as the method starts them.
+        r, alpha: of this site.
+        order: parts of a lower order are applied first.
+    """
+
+    config: type[AdapterConfig]
+    leaves: dict[str, Tensor]
+    fields: dict[str, Any] = field(default_factory=dict)
+    r: int = 8
+    alpha: float = 16.0
+    order: int = 0
+
+
+@dataclass
+class Written:
+    """An adapter as PEFT's files have it.
+
+    Attributes:
+        fields: of adapter_config.json.
+        tensors: {path: {suffix: tensor}}.
+        shared: {name: tensor}, of the whole model.
+        ranks: {path: r}, alphas: {path: alpha}, where the method has them.
+    """
+
+    fields: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of PEFT's methods.
+
+    Attributes:
+        peft_type: how a config names it.
+        configs: our methods that it can hold.
+        suffixes: what a module's keys end with.
+        understood: fields of its config that `read` honours.
+        read: (says, place, {suffix: tensor}) -> parts.
+        write: (adapters, paths' modules) -> Written; the adapters' configs are among `configs`, their sites differ.
+        sizes: {suffix: tensor} -> (d_in, d_out), where the tensors alone tell; None where they don't.
+        shared: names of tensors that stand beside the modules.
+        rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern` override.
+        ignored: fields without a part in a loaded adapter.
+    """
+
+    peft_type: str
+    configs: tuple[type[AdapterConfig], ...]
+    suffixes: tuple[str, ...]
+    understood: str
+    read: Callable[[Says, Place, Mapping[str, Tensor]], Sequence[Part]]
+    write: Callable[[Sequence[Adapter], Mapping[str, Any]], Written]
+    sizes: Callable[[Mapping[str, Tensor]], tuple[int, int]] | None = None
+    shared: tuple[str, ...] = ()
+    rank: str = "r"
+    alpha: str = "lora_alpha"
+    ignored: str = ""
+
+
+def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
+    """Settings that all adapters must share, since one file has one config.
+
+    Raises:
+        UnsupportedError: they differ.
+    """
+    found = {}
+    for name in names:
+        values = [getattr(a.config, name) for a in adapters]
+        if any(v != values[0] for v in values):
+            raise UnsupportedError(f"to_peft: one {method} file has one {name}, these adapters have {values}; write a folder for each")
+        found[name] = values[0]
+    return found
+
+
+def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]]:
+    """({path: r}, {path: alpha}) of all sites."""
+    sites = [s for a in adapters for s in a.sites.values()]
+    return {s.path: s.r for s in sites}, {s.path: s.alpha for s in sites}
+
+
+def same(adapters: Sequence[Adapter], **renamed: str) -> dict[str, dict[str, Tensor]]:
+    """{path: {PEFT's suffix: tensor}} by a change of names alone, given as ours=theirs with __ for a dot; absent ones are left out."""
+    return {
+        path: {theirs.replace("__", "."): held[ours] for ours, theirs in renamed.items() if ours in held}
+        for a in adapters
+        for path, held in a.items()
+    }
+
+
+def replaced(part: Part, **changes: Any) -> Part:
+    """The part with other attributes."""
+    return dataclasses.replace(part, **changes)

@@ -1,0 +1,201 @@
+"""What an adapter_config.json says, read with suspicion: typed access, PEFT's own rules of matching, nothing understood by half."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..config import LARGEST
+from ..errors import CheckpointError, nearest, shown
+
+__all__ = ["Says", "literal"]
+
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, 0.0, "", "none", [], {})
+_ABOUT = (  # of the file's origin, or of a start that is over: nothing a loaded adapter computes with
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "runtime_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias", "modules_to_save"),
+    *("init_weights", "megatron_core", "ensure_weight_tying", "progressbar"),
+)
+_QUANTIFIED = 4  # unbounded quantifiers in a pattern; more can take hours on a long path
+_LONGEST = 5_000  # characters of a pattern
+
+
+class Says(Mapping[str, Any]):
+    """The fields of a config.
+
+    Attributes:
+        where: the file, for messages.
+    """
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, Mapping) or not all(isinstance(k, str) for k in values):
+            raise CheckpointError(f"{where}: expected an object of fields, found {type(values).__name__}")
+        self.values_, self.where = dict(values), where
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values_[name]
+
+    def __iter__(self) -> Any:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def refuse(self, name: str, expected: str) -> CheckpointError:
+        """The error for a field that doesn't say what it should."""
+        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown(self.get(name))}")
+
+    def check(self, understood: Iterable[str], ignore: Iterable[str]) -> None:
+        """Refuse a field that says something and isn't understood: it would be dropped in silence.
+
+        Raises:
+            CheckpointError: with the field's name and how to read the file all the same.
+        """
+        known = {*_ABOUT, *understood, *ignore}
+        for name, value in self.items():
+            if name not in known and not any(type(value) is type(n) and value == n for n in _NEUTRAL):
+                raise CheckpointError(
+                    f"{self.where}: {shown(name)} is {shown(value)}, which has no counterpart here; if the adapter's outputs don't depend "
+                    f"on it (a setting of training), read it with ignore=({shown(name)},)"
+                )
+
+    def text(self, name: str) -> str:
+        """A field that must be a string."""
+        if not isinstance(self.get(name), str):
+            raise self.refuse(name, "a string")
+        return str(self[name])
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """A true or false."""
+        value = self.get(name, default)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refuse(name, "true or false")
+        return value
+
+    def whole(self, name: str, default: int, least: int = 1) -> int:
+        """A whole number."""
+        value = self.get(name, default)
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise self.refuse(name, f"a whole number from {least} to {LARGEST}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number."""
+        return self._number(name, self.get(name, default))
+
+    def _number(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+            raise self.refuse(name, "a finite number")
+        return float(value)
+
+    def names(self, name: str) -> list[str]:
+        """A list of names (a string is one)."""
+        value = self.get(name) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self.refuse(name, "a list of names")
+        return value
+
+    def at(self, pattern: str, path: str, default: float, *, dotted: bool = False) -> float:
+        """A number that may differ from module to module: the first key of `pattern` that PEFT matches to the path, else the default.
+
+        Args:
+            pattern: the field with {key: number}.
+            path: of the module.
+            default: elsewhere.
+            dotted: the key must stand behind a dot, as in C3A's and FourierFT's patterns.
+        """
+        table = self.get(pattern) or {}
+        if not isinstance(table, Mapping):
+            raise self.refuse(pattern, "an object of module names and numbers")
+        for key, value in table.items():
+            front = r".*\." if dotted else r"(.*\.)?"
+            if self.matches(pattern, rf"{front}(?:{key})$", key, path):
+                return self._number(pattern, value)
+        return default
+
+    def matches(self, name: str, whole: str, written: str, path: str) -> bool:
+        """Whether a pattern of the file matches a path; patterns that could run for hours are refused.
+
+        Raises:
+            CheckpointError: it isn't a pattern, or one that could take too long.
+        """
+        if not _bounded(written):
+            raise CheckpointError(f"{self.where}: {name}: {shown(written)} could take too long to match; write the modules' names out")
+        try:
+            return re.match(whole, path) is not None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{self.where}: {name}: {shown(written)} isn't a regular expression: {error}") from None
+
+    # ------------------------------------------------------------------------------------------------------ targets
+    def targeted(self, path: str) -> bool | None:
+        """Whether PEFT would adapt the module at a path; None where that depends on the model ("all-linear", defaults by model type)."""
+        targets = self.get("target_modules")
+        if self._listed("exclude_modules", path):
+            return False
+        if targets is None or (isinstance(targets, str) and targets == "all-linear"):
+            return None
+        if isinstance(targets, str) and not _bounded(targets):
+            return None
+        if not self._listed("target_modules", path):
+            return False
+        if not all(literal(name) for name in self.names("layers_pattern")):
+            return None
+        return isinstance(targets, str) or self._in_layers(path)
+
+    def _listed(self, name: str, path: str) -> bool:
+        value = self.get(name)
+        if isinstance(value, str):
+            return self.matches(name, rf"(?:{value})\Z", value, path)
+        return any(path == entry or path.endswith("." + entry) for entry in self.names(name))
+
+    def _in_layers(self, path: str) -> bool:
+        wanted = self.get("layers_to_transform")
+        if wanted is None or wanted == []:
+            return True
+        numbers = wanted if isinstance(wanted, list) else [wanted]
+        if not all(type(n) is int for n in numbers):
+            raise self.refuse("layers_to_transform", "layer numbers")
+        parts = path.split(".")
+        names = self.names("layers_pattern")
+        for i in range(1, len(parts) - 1):  # name.<number>.rest; without a pattern a name in front of it must itself stand behind a dot
+            above = "." + ".".join(parts[:i])
+            if parts[i].isdecimal() and (any(above.endswith("." + name) for name in names) if names else i >= 2):
+                return int(parts[i]) in numbers
+        return False
+
+    def unmatched(self, paths: Iterable[str]) -> str | None:
+        """The first entry of a list of targets that no path has."""
+        paths = list(paths)
+        if isinstance(self.get("target_modules"), str):
+            return None
+        for entry in self.names("target_modules"):
+            if not any(path == entry or path.endswith("." + entry) for path in paths):
+                return f"{shown(entry)}; {nearest(entry, sorted({path.rpartition('.')[2] for path in paths}))}"
+        return None
+
+
+def literal(key: str) -> bool:
+    """A key without any of a pattern's special characters, dots aside."""
+    return re.fullmatch(r"[\w.]+", key) is not None
+
+
+def _bounded(pattern: str) -> bool:
+    """Whether matching takes time polynomial in the path, of a low degree: few unbounded quantifiers, none of them inside another's."""
+    if len(pattern) > _LONGEST:
+        return False
+    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)  # escapes and sets are one character each
+    if len(re.findall(r"[*+]|\{", text)) > _QUANTIFIED or re.search(r"\(\?[P(<]|\(\?=|\(\?!", text):
+        return False
+    while True:  # a group with a quantifier inside, itself repeated
+        inner = re.search(r"\(([^()]*)\)([*+{]?)", text)
+        if inner is None:
+            return True
+        if inner[2] and re.search(r"[*+{]|Q", inner[1]):
+            return False
+        mark = "Q" if inner[2] or re.search(r"[*+{Q]", inner[1]) else "a"
+        text = text[: inner.start()] + mark + text[inner.end() :]

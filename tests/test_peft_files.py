@@ -1,0 +1,148 @@
+"""PEFT's files beside PEFT itself: what it saved gives its outputs here; what is written here loads into it, whole, and gives ours."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import close, net
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+import lora_lite_func as ll
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many; those about keys are looked for
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+BOTH = ["up", "down"]
+
+
+def base(bias: bool = True) -> nn.Module:
+    """Two blocks of 16 -> 24 -> 16, float32."""
+    return net(dtype=torch.float32, bias=bias)
+
+
+def saved(config: Any, model: nn.Module, folder: Path, seed: int = 3, **how: Any) -> Tensor:
+    """PEFT's outputs with noise in all that it trains, and its folder."""
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if p.requires_grad and "ranknum" not in name:
+                p += 0.1 * torch.randn(p.shape, generator=gen).to(p)
+        y: Tensor = made(X)
+    made.save_pretrained(folder, **how)
+    return y
+
+
+def loaded(model: nn.Module, folder: Path) -> Tensor:
+    """The outputs of PEFT on a fresh base with a folder of ours, which it must take without a word about keys."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+    words = [str(w.message) for w in said if "key" in str(w.message).lower()]
+    assert not words, words
+    found = made.load_adapter(folder, "again")
+    assert not found.unexpected_keys, found.unexpected_keys
+    assert not [k for k in found.missing_keys if "again" in k]
+    with torch.no_grad():
+        y: Tensor = made(X)
+    return y
+
+
+def both_ways(config: Any, model: nn.Module, folder: Path, tol: float = 1e-5, **how: Any) -> Any:
+    """PEFT -> ours -> PEFT, the same outputs each time."""
+    theirs = saved(config, model, folder / "theirs", **how)
+    assert (theirs - model(X)).abs().max() > 1e-3
+    params = ll.from_peft(folder / "theirs", model)
+    close(ll.apply(model, params, X), theirs, tol)
+    ll.to_peft(params, model, folder / "ours")
+    close(loaded(model, folder / "ours"), theirs, tol)
+    return params
+
+
+CONFIGS = {
+    "lora": lambda **k: peft.LoraConfig(r=4, lora_alpha=6, **k),
+    "rslora": lambda **k: peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, **k),
+    "dora": lambda **k: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, **k),
+    "lora_bias": lambda **k: peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, **k),
+    "adalora": lambda **k: peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=10, **k),
+    "loha": lambda **k: peft.LoHaConfig(r=3, alpha=5, **k),
+    "lokr": lambda **k: peft.LoKrConfig(r=2, alpha=5, **k),
+    "lokr_full": lambda **k: peft.LoKrConfig(r=8, alpha=5, **k),
+    "lokr_both": lambda **k: peft.LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=4, **k),
+    "hira": lambda **k: peft.HiraConfig(r=3, **k),
+    "gralora": lambda **k: peft.GraloraConfig(r=4, alpha=6, **k),
+    "gralora_hybrid": lambda **k: peft.GraloraConfig(r=4, alpha=6, hybrid_r=3, **k),
+    "delora": lambda **k: peft.DeloraConfig(r=3, delora_lambda=4, **k),
+    "miss": lambda **k: peft.MissConfig(r=5, **k),
+    "miss_bat": lambda **k: peft.MissConfig(r=4, init_weights="bat", **k),
+    "miss_mini": lambda **k: peft.MissConfig(r=4, mini_r=4, init_weights="mini", **k),
+    "c3a": lambda **k: peft.C3AConfig(block_size=4, **k),
+    "c3a_pattern": lambda **k: peft.C3AConfig(block_size=8, block_size_pattern={"up": 4}, **k),
+    "ia3": lambda **k: peft.IA3Config(feedforward_modules=["down"], **k),
+    "road": lambda **k: peft.RoadConfig(variant="road_2", group_size=8, **k),
+    "hra": lambda **k: peft.HRAConfig(r=4, **k),
+    "oft": lambda **k: peft.OFTConfig(oft_block_size=4, **k),
+    "oft_exact": lambda **k: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, block_share=True, **k),
+    "oft_adjusted": lambda **k: peft.OFTConfig(oft_block_size=16, **k),
+    "oft_count": lambda **k: peft.OFTConfig(oft_block_size=0, r=4, **k),
+    "boft": lambda **k: peft.BOFTConfig(boft_block_size=4, **k),
+    "vera": lambda **k: peft.VeraConfig(r=5, **k),
+    "randlora": lambda **k: peft.RandLoraConfig(r=5, randlora_alpha=1, **k),
+    "fourierft": lambda **k: peft.FourierFTConfig(n_frequency=20, scaling=20.0, n_frequency_pattern={"up": 7}, **k),
+    "shira": lambda **k: peft.ShiraConfig(r=2, random_seed=1, **k),
+    "beft": lambda **k: peft.BeftConfig(**k),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_ways(name: str, tmp_path: Path) -> None:
+    both_ways(CONFIGS[name](target_modules=BOTH), base(), tmp_path)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_lora_with_all_that_its_config_can_say(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    draw = data.draw
+    paths = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    pattern = st.sampled_from(["up", "layers.1.up", "^layers.0.down", r"layers\.\d+\.up", "0.up", "down"])
+    config: dict[str, Any] = {
+        "r": draw(st.integers(1, 5)),
+        "lora_alpha": draw(st.integers(1, 20)),
+        "use_rslora": draw(st.booleans()),
+        "rank_pattern": draw(st.dictionaries(pattern, st.integers(1, 6), max_size=2)),
+        "alpha_pattern": draw(st.dictionaries(pattern, st.integers(1, 30), max_size=2)),
+        "init_lora_weights": draw(st.sampled_from([True, False, "gaussian"])),
+        "bias": draw(st.sampled_from(["none", "lora_only"])),
+        "lora_dropout": draw(st.sampled_from([0.0, 0.1])),
+        "fan_in_fan_out": draw(st.booleans()),
+    }
+    config["target_modules"] = draw(
+        st.sampled_from([["up"], BOTH, paths[1:], r".*\.(up|down)", r"layers\.[01]\.up", ["layers.0.up", "down"]])
+    )
+    if isinstance(config["target_modules"], list) and draw(st.booleans()):
+        config["layers_to_transform"] = draw(st.sampled_from([0, [1], [0, 1]]))
+        config["layers_pattern"] = "layers"
+        config["target_modules"] = BOTH
+    if draw(st.booleans()):
+        config["exclude_modules"] = draw(st.sampled_from([["layers.0.down"], r".*0\.down"]))
+    kind = draw(st.sampled_from(["lora", "dora", "lora_bias"]))
+    config |= {"lora": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}[kind]
+    model, folder = base(), tmp_path_factory.mktemp("peft")
+    safe = draw(st.booleans())
+    theirs = saved(peft.LoraConfig(**config), model, folder / "theirs", safe_serialization=safe)
+    assert (folder / "theirs" / ("adapter_model.safetensors" if safe else "adapter_model.bin")).exists()
+    params = ll.from_peft(folder / "theirs", model)
+    close(ll.apply(model, params, X), theirs, 1e-5)
+    close(ll.merged(model, params)(X), theirs, 1e-5)
+    if config["bias"] == "none":
+        ll.to_peft(params, model, folder / "ours")
+        close(loaded(model, folder / "ours"), theirs, 1e-5)
