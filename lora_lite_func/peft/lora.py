@@ -7,6 +7,7 @@ embeddings: lora_embedding_A (r, num), lora_embedding_B (dim, r); convolutions: 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def read(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
     r = A.shape[-2]
     if r != says.at("rank_pattern", place.path, says.whole("r", 8)):
         raise CheckpointError(f"{says.where}: {shown(place.path)} has rank {r}, its config says another (r, rank_pattern)")
-    alpha = says.at("alpha_pattern", place.path, says.number("lora_alpha", 8))
+    alpha = says.at("alpha_pattern", place.path, says.number("lora_alpha", 8)) * place.times
     rslora, dropout = says.flag("use_rslora"), says.number("lora_dropout", 0.0)
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
     leaves = {"lora_A": A, "lora_B": B}
@@ -72,6 +73,9 @@ def factors(place: Place, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     Raises:
         CheckpointError: half a pair, or one that makes no matrix.
     """
+    stack = 0 if place.site is None else place.site.stack
+    if stack:
+        return _experts(place, held, stack)
     for a, b in _PAIRS:
         if a in held and b in held:
             A, B = held[a], held[b]
@@ -86,6 +90,14 @@ def factors(place: Place, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise CheckpointError(f"{shown(place.path)}: expected (r, d_in) and (d_out, r), found {tuple(A.shape)} and {tuple(B.shape)}")
     return A, B
+
+
+def _experts(place: Place, held: Mapping[str, Tensor], stack: int) -> tuple[Tensor, Tensor]:
+    """Of a stack of E weights: stored (E r, d_in), expert by expert, and (d_out, r E), direction by direction."""
+    A, B = held["lora_A.weight"], held["lora_B.weight"]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % stack:
+        raise CheckpointError(f"{shown(place.path)}: expected the factors of {stack} experts, found {tuple(A.shape)} and {tuple(B.shape)}")
+    return A.unflatten(0, (stack, -1)), B.unflatten(1, (-1, stack)).permute(2, 0, 1)  # (E, r, d_in), (E, d_out, r)
 
 
 def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str, Any], r: int, scale: float) -> Part | None:
@@ -105,7 +117,7 @@ def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str
         )
     site, weight = place.known(f"{start} starts from the base weight"), place.weight(str(start))
     variant, cfg = variants()[str(start)], config(r=r, alpha=scale * r)
-    here = site_for(variant, cfg, place.path, site.d_in, site.d_out, r=r, alpha=scale * r, bias=site.bias, kind=site.kind, twins={})
+    here = site_for(variant, cfg, dataclasses.replace(site, r=r, alpha=scale * r), {})
     assert variant.init is not None
     first = variant.init(cfg, here, variant.param_specs(cfg, here), weight, None, lambda name: rng.generator(0, place.path, name))
     dtype = leaves["lora_A"].dtype
@@ -196,12 +208,14 @@ def pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
 def _named(kind: str, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
     if kind == "embedding":
         return {"lora_embedding_A": A, "lora_embedding_B": B}
+    if A.ndim == 3:
+        return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
     if kind == "conv":
         shape = module.weight.shape
         if module.groups != 1:
             raise UnsupportedError(f"to_peft: PEFT's LoRA of a convolution in {module.groups} groups isn't a LoRA of its weight; merge it")
         A, B = A.unflatten(1, tuple(shape[1:])), B.view(*B.shape, *(1 for _ in shape[2:]))
-    elif kind != "linear":
+    elif kind not in ("linear", "parameter"):
         raise UnsupportedError(f"to_peft: a LoRA on a {kind} isn't written")
     return {"lora_A.weight": A, "lora_B.weight": B}
 
@@ -218,7 +232,7 @@ LORA = Method(
         "lora_magnitude_vector",
         "lora_magnitude_vector.weight",
     ),
-    understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern alpha_pattern init_lora_weights",
+    understood="r trainable_token_indices lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern alpha_pattern init_lora_weights target_parameters",
     ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size",
     read=read,
     write=write,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..errors import CheckpointError, UnsupportedError, shown
+from ..kinds import matrix, place
 from ..layers import dense_weight
 from ..spec import Site
 from .says import Says
@@ -28,12 +29,14 @@ class Place:
         shared: tensors that all modules of the file share.
         site: its dimensions, if a model was given.
         module: itself, likewise.
+        times: what PEFT multiplies the update by here, beyond what its config says.
     """
 
     path: str
     shared: Mapping[str, Tensor]
     site: Site | None = None
     module: Any = None
+    times: float = 1.0
 
     @property
     def kind(self) -> str:
@@ -57,8 +60,9 @@ class Place:
             CheckpointError: no model was given.
             UnsupportedError: it is packed.
         """
-        self.known(f"{method} depends on the base weight")
-        return dense_weight(self.module, method)
+        site = self.known(f"{method} depends on the base weight")
+        size = max(site.stack, 1) * site.d_in * site.d_out
+        return matrix(dense_weight(self.module, method, size, place(site)[1]), site)
 
 
 @dataclass

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import CheckpointError, ConfigError, UnsupportedError, nearest, shown
+from ..kinds import KINDS
 from ..layout import Layout
-from ..spec import Site, fits, leaf_dtype, lookup, site_for
-from ..targets import find
-from ..variants import BitFitConfig, LoRAConfig
+from ..spec import ParamSpec, fits, leaf_dtype, lookup, site_for
 from .folder import split, unpack
-from .method import Method, Part, Place
-from .says import Says
+from .method import Part, Place
+from .places import beside, places_of
 from .table import METHODS
 
 __all__ = ["assemble", "from_peft"]
@@ -51,110 +51,33 @@ def from_peft(
     says.check([*method.understood.split(), *method.ignored.split()], ignore)
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     try:
-        places = _places(model, says, method, sites, shared)
-        parts = {p: [*method.read(says, place, _complete(says, p, sites[p]))] for p, place in places.items()}
-        extra = {place.path: (place, part) for place, part in _biases(says, method, rest, model)}
-        return assemble(parts, places, extra)
+        if not sites and not rest:
+            raise CheckpointError(f"{says.where}: no tensor of a {kind} adapter beside it")
+        places = places_of(model, says, method, sites, shared)
+        parts = [(place, part) for p, place in places.items() for part in method.read(says, place, _checked(p, sites[p]))]
+        return assemble([*parts, *beside(says, rest, model)])
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{says.where}: a module of this {kind} adapter lacks the tensor {shown(error.args[0])}") from None
     except ConfigError as error:
         raise CheckpointError(f"{says.where}: {error}") from None
 
 
-def _complete(says: Says, path: str, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _checked(path: str, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for name, t in held.items():
         if not t.is_floating_point() and not name.endswith("indices"):
             raise CheckpointError(f"{shown(path)} {name}: expected a floating tensor, found {t.dtype}")
     return {name.removesuffix(".weight") if name == "lora_magnitude_vector.weight" else name: t for name, t in held.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- modules
-def _places(model: Any, says: Says, method: Method, sites: Mapping[str, Any], shared: Mapping[str, Tensor]) -> dict[str, Place]:
-    if not sites:
-        raise CheckpointError(f"{says.where}: no tensor of a {method.peft_type} adapter beside it")
-    for path in sites:
-        if says.targeted(path) is False:
-            raise CheckpointError(f"{says.where}: tensors for {shown(path)}, which its target_modules don't name")
-    if model is None:
-        if method.sizes is None:
-            return {path: Place(path, shared) for path in sites}
-        return {path: Place(path, shared, _site(path, *method.sizes(held))) for path, held in sites.items()}
-    known = adaptable(model, sites)
-    missing = [p for p in _targeted(model, says) if p not in sites]
-    if missing and method.peft_type != "ADALORA":  # which leaves out what it pruned
-        raise CheckpointError(f"{says.where}: target_modules name {shown(missing[0])}, for which there is no tensor")
-    return {path: Place(path, shared, *known[path]) for path in sites}
-
-
-def _site(path: str, d_in: int, d_out: int) -> Site:
-    return Site(path, d_in, d_out)
-
-
-def _targeted(model: nn.Module, says: Says) -> list[str]:
-    kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-    saved = says.names("modules_to_save")
-    found = [path for path, module in model.named_modules() if isinstance(module, kinds) and says.targeted(path)]
-    return [p for p in found if not any(f".{p}.".find(f".{s}.") >= 0 for s in saved)]
-
-
-def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, nn.Module]]:
-    """{path: (Site, module)} of these paths in a model.
-
-    Raises:
-        CheckpointError: a path that the model hasn't.
-        UnsupportedError: a layer that can't be adapted.
-    """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
-    paths, modules = list(paths), dict(model.named_modules(remove_duplicate=False))
-    for path in paths:
-        if path not in modules:
-            raise CheckpointError(f"{type(model).__name__} has no module {shown(path)}; {nearest(path, modules)}")
-    exact = rf"^(?:{'|'.join(map(re.escape, paths))})$"
-    found = find(model, lookup(LoRAConfig), LoRAConfig(target_names=(exact,), exclude_names=()))
-    known = {site.path: (site, module) for site, module in found}
-    for path in paths:
-        if path not in known:
-            raise UnsupportedError(f"{shown(path)}: this {type(modules[path]).__name__} can't be adapted here")
-    return known
-
-
-# -------------------------------------------------------------------------------------------------------------- biases
-def _biases(says: Says, method: Method, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Place, Part]]:
-    """Learned biases of the base (bias="all" or "lora_only"): kept as the difference from the base's."""
-    learned = says.get("bias", "none") not in ("none", None)
-    found: dict[str, Tensor] = {}
-    for key, t in rest.items():
-        path = key.removesuffix(".bias").removesuffix(".base_layer")
-        if not key.endswith(".bias") or not learned:
-            raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
-        found[path] = t
-    if not found:
-        return []
-    if model is None:
-        raise CheckpointError(f"{says.where}: bias={shown(says['bias'])} replaces biases of the base; give the base model too")
-    parts = []
-    for path, (site, module) in adaptable(model, found).items():
-        base: Any = module.bias
-        if base is None or base.shape != found[path].shape:
-            raise CheckpointError(f"{says.where}: {shown(path)} has no bias of shape {tuple(found[path].shape)}")
-        shift = found[path] - base.detach().to(found[path].dtype)
-        parts.append((Place(path, {}, site, module), Part(BitFitConfig, {"lora_b": shift}, order=2)))
-    return parts
-
-
 # ------------------------------------------------------------------------------------------------------------ adapters
-def assemble(
-    parts: Mapping[str, Sequence[Part]], places: Mapping[str, Place], extra: Mapping[str, tuple[Place, Part]] | None = None
-) -> Adapter | tuple[Adapter, ...]:
+def assemble(parts: Iterable[tuple[Place, Part]]) -> Adapter | tuple[Adapter, ...]:
     """Adapters of parts with equal settings, in order; one alone as itself.
 
     Raises:
         CheckpointError: there are none, or a tensor doesn't fit.
     """
     groups: dict[Any, list[tuple[Place, Part]]] = {}
-    listed = [(places[path], part) for path, some in parts.items() for part in some]
-    for place, part in [*listed, *(extra or {}).values()]:
+    for place, part in parts:
         groups.setdefault((part.order, part.config, tuple(sorted(part.fields.items()))), []).append((place, part))
     made = [_adapter(list(group)) for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
     if not made:
@@ -169,11 +92,16 @@ def _adapter(group: list[tuple[Place, Part]]) -> Adapter:
     alpha, alpha_pattern = _patterns({p: part.alpha for p, part in rows.items()})
     names = tuple(f"^{re.escape(p)}$" for p in rows)
     where: dict[str, Any] = {"target_names": names, "exclude_names": (), "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    bare = tuple(n for n, (place, _) in zip(names, group, strict=True) if KINDS[place.kind].bare)
+    where |= {"target_parameters": bare, "target_names": tuple(n for n in names if n not in bare)}
+    where["target_kinds"] = tuple(sorted({place.kind for place, _ in group if not KINDS[place.kind].bare}))
     cfg = config(r=r, alpha=alpha, **where, **group[0][1].fields)
     variant, twins, sites, data = lookup(config), {}, [], {}  # type: ignore[var-annotated]
     for place, part in group:
         s = place.known(f"{variant.name} needs both sizes of a layer")
-        sites.append(site_for(variant, cfg, s.path, s.d_in, s.d_out, r=part.r, alpha=part.alpha, bias=s.bias, kind=s.kind, twins=twins))
+        if s.kind not in variant.sites:
+            raise UnsupportedError(f"{s.path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is of kind {s.kind!r}")
+        sites.append(site_for(variant, cfg, dataclasses.replace(s, r=part.r, alpha=part.alpha), twins))
         data[s.path] = part.leaves
     layout = Layout(variant, cfg, sites)
     return Adapter(layout, {path: _fitted(layout, path, data[path]) for path in data})
@@ -190,15 +118,8 @@ def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str
             raise CheckpointError(f"{shown(path)} {name}: expected shape {expected[name]}, found {tuple(t.shape)}")
         if not fits(None, t.dtype):
             raise CheckpointError(f"{shown(path)} {name}: expected a floating tensor of 16 bits or more, found {t.dtype}")
-        fitted[name] = t.detach().to(leaf_dtype(_Least(layout.least[path][name]), t.dtype)).contiguous()  # type: ignore[arg-type]
+        fitted[name] = t.detach().to(leaf_dtype(ParamSpec((), dtype=layout.least[path][name]), t.dtype)).contiguous()
     return fitted
-
-
-class _Least:
-    """What `leaf_dtype` reads of a spec."""
-
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
 
 
 def _patterns(values: Mapping[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:

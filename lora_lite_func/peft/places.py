@@ -1,0 +1,164 @@
+"""From the paths in PEFT's keys to the places of a model: modules, parameters under their wrappers, learned biases, replaced tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, UnsupportedError, nearest, shown
+from ..kinds import KINDS, facts, kind_of
+from ..layers import refuse_uncopyable, stored
+from ..spec import Site
+from ..variants import BitFitConfig, LoRAConfig
+from .method import Method, Part, Place
+from .says import Says
+
+__all__ = ["adaptable", "beside", "places_of"]
+
+_WRAPPED = ".base_layer"
+
+
+def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], shared: Mapping[str, Tensor]) -> dict[str, Place]:
+    """{path in the file: Place}.
+
+    Raises:
+        CheckpointError: nothing there, modules that the config doesn't name, or that the model hasn't; a named one without tensors.
+    """
+    if model is None:
+        _check_targeted(says, {path: path for path in sites})
+        if method.sizes is None:
+            return {path: Place(path, shared) for path in sites}
+        return {path: Place(path, shared, Site(path, *method.sizes(held))) for path, held in sites.items()}
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
+    where = {path: _resolved(model, says, path) for path in sites}
+    bare = {path for path, found in where.items() if found not in dict(model.named_modules(remove_duplicate=False))}
+    _check_targeted(says, {path: found for path, found in where.items() if path not in bare})
+    known = adaptable(model, where.values())
+    missing = next((p for p in _targeted(model, says) if p not in sites and p not in where.values()), None)
+    if missing is not None and method.peft_type != "ADALORA":  # which leaves out what it pruned
+        raise CheckpointError(f"{says.where}: target_modules name {shown(missing)}, for which there is no tensor")
+    return {path: Place(found, shared, *known[found], times=_times(model, path)) for path, found in where.items()}
+
+
+def _times(model: nn.Module, path: str) -> float:
+    """PEFT (0.21 at least) adds the update of an attention's out_proj twice in each call, so its adapters were trained that way."""
+    home, wrapped, _ = path.rpartition(_WRAPPED + ".out_proj")
+    return 2.0 if wrapped and isinstance(model.get_submodule(home), nn.MultiheadAttention) else 1.0
+
+
+def _check_targeted(says: Says, where: Mapping[str, str]) -> None:
+    for path, found in where.items():
+        if says.targeted(path) is False and says.targeted(path.partition(_WRAPPED)[0]) is False:
+            raise CheckpointError(f"{says.where}: tensors for {shown(found)}, which its target_modules don't name")
+
+
+def _resolved(model: nn.Module, says: Says, path: str) -> str:
+    """Our path of what a key's path means: a module, or a parameter of it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    home = path
+    while home.endswith(_WRAPPED):
+        home = home.removesuffix(_WRAPPED)
+    names = says.names("target_parameters")
+    if home in modules and names:
+        full = [f"{home}.{name}" for name in modules[home]._parameters]
+        wanted = [p for p in full if any(p == n or p.endswith("." + n) for n in names)]
+        depth = (len(path) - len(home)) // len(_WRAPPED)
+        if depth < len(wanted):
+            return wanted[len(wanted) - 1 - depth]  # the first one registered is wrapped first, so it is innermost
+    if path in modules:
+        return f"{path}.in_proj_weight" if isinstance(modules[path], nn.MultiheadAttention) else path
+    return path.replace(_WRAPPED, "")  # an attention's out_proj inside its wrapper
+
+
+def _targeted(model: nn.Module, says: Says) -> list[str]:
+    """The modules that PEFT would surely adapt."""
+    saved = says.names("modules_to_save")
+    kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    found = [path for path, module in model.named_modules() if isinstance(module, kinds) and says.targeted(path)]
+    return [p for p in found if not any(f".{s}." in f".{p}." for s in saved)]
+
+
+def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, Any]]:
+    """{path: (Site, module)} of these modules and parameters of a model.
+
+    Raises:
+        CheckpointError: a path that the model hasn't.
+        UnsupportedError: a layer that can't be adapted.
+    """
+    refuse_uncopyable(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[Site, Any]] = {}
+    for path in paths:
+        module, kind, name = modules.get(path), None, "weight"
+        if module is None:
+            home, _, name = path.rpartition(".")
+            module, kind = modules.get(home), KINDS["parameter"]
+            if module is None or module._parameters.get(name) is None:
+                raise CheckpointError(f"{type(model).__name__} has no module {shown(path)}; {nearest(path, modules)}")
+        else:
+            kind = kind_of(module)
+        if kind is None:
+            raise UnsupportedError(f"{shown(path)}: this {type(module).__name__} can't be adapted here")
+        f = facts(kind, module, name)
+        bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
+        found[path] = Site(path, f.d_in, f.d_out, bias, kind.name, stack=f.stack, transposed=f.transposed, plus_one=f.plus_one), module
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- beside the method's own
+def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Place, Part]]:
+    """What a file holds beside its method's tensors: learned biases (bias="all", "lora_only"), replaced token embeddings.
+
+    Raises:
+        CheckpointError: a tensor that is neither, or one that needs the model and there is none.
+    """
+    learned = says.get("bias", "none") not in ("none", None)
+    biases: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    for key, t in rest.items():
+        path, _, name = key.rpartition(".")
+        if name == "bias" and learned:
+            biases[path.removesuffix(_WRAPPED)] = t
+        elif name == "trainable_tokens_delta":
+            tokens[path.removesuffix(".token_adapter")] = t
+        else:
+            raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
+    if (biases or tokens) and not isinstance(model, nn.Module):
+        raise CheckpointError(f"{says.where}: {shown(next(iter(rest)))} replaces a tensor of the base; give the base model too")
+    found = [_bias(says, path, t, *adaptable(model, [path])[path]) for path, t in biases.items()]
+    return found + [part for path, t in tokens.items() for part in _tokens(says, path, t, model)]
+
+
+def _bias(says: Says, path: str, learned: Tensor, site: Site, module: Any) -> tuple[Place, Part]:
+    """Kept as the difference from the base's, which a BitFit adds."""
+    base = stored(module, "bias")
+    if not isinstance(base, Tensor) or base.shape != learned.shape:
+        raise CheckpointError(f"{says.where}: {shown(path)} has no bias of shape {tuple(learned.shape)}")
+    return Place(path, {}, site, module), Part(BitFitConfig, {"lora_b": learned - base.detach().to(learned)}, order=2)
+
+
+def _tokens(says: Says, path: str, rows: Tensor, model: nn.Module) -> list[tuple[Place, Part]]:
+    """New rows of an embedding (and of a head tied to it) as a LoRA that picks those rows."""
+    listed: Any = says.get("trainable_token_indices") or says.get("token_indices")
+    if isinstance(listed, Mapping):
+        listed = next((ids for name, ids in listed.items() if path == name or path.endswith("." + name)), None)
+    site, module = adaptable(model, [path])[path]
+    if not isinstance(listed, list) or len(listed) != len(rows) or not all(type(i) is int and 0 <= i < site.d_in for i in listed):
+        raise says.refuse("trainable_token_indices", f"{len(rows)} token ids below {site.d_in} for {path!r}")
+    table = stored(module, "weight")
+    if site.kind != "embedding" or rows.shape != (len(listed), table.shape[1]):
+        raise CheckpointError(f"{says.where}: {shown(path)}: rows of shape {tuple(rows.shape)} don't fit this {type(module).__name__}")
+    n, ids = len(listed), torch.tensor(listed)
+    change = rows - table.detach()[ids].to(rows)  # (n, dim)
+    picks = torch.zeros(n, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
+    fields = {"dropout": 0.0, "rslora": False}
+    found = [(Place(path, {}, site, module), Part(LoRAConfig, {"lora_A": picks, "lora_B": change.mT}, fields, n, float(n), order=3))]
+    for other, tied in model.named_modules():
+        if tied is not module and stored(tied, "weight") is table:
+            head = adaptable(model, [other])[other]
+            found.append((Place(other, {}, *head), Part(LoRAConfig, {"lora_A": change, "lora_B": picks.mT}, fields, n, float(n), order=3)))
+    return found
