@@ -13,6 +13,7 @@ from .checking import check
 from .checkpoint import load, save
 from .config import AdapterConfig
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
+from .hidden import prompted
 from .initialization import init, targets
 from .peft import from_peft, to_peft
 from .report import Report
@@ -28,6 +29,7 @@ from .variants import (
     C3AConfig,
     CorDAConfig,
     DeLoRAConfig,
+    DiReFTConfig,
     DoRAConfig,
     EVAConfig,
     FourierFTConfig,
@@ -40,6 +42,7 @@ from .variants import (
     LoKrConfig,
     LoRAConfig,
     LoRAGAConfig,
+    LoReFTConfig,
     MiSSConfig,
     OFTConfig,
     OLoRAConfig,
@@ -67,6 +70,7 @@ __all__ = [
     "ConfigError",
     "CorDAConfig",
     "DeLoRAConfig",
+    "DiReFTConfig",
     "DoRAConfig",
     "EVAConfig",
     "FourierFTConfig",
@@ -79,6 +83,7 @@ __all__ = [
     "LoKrConfig",
     "LoRAConfig",
     "LoRAGAConfig",
+    "LoReFTConfig",
     "LoraLiteError",
     "MiSSConfig",
     "OFTConfig",
@@ -112,6 +117,7 @@ __all__ = [
     "merged",
     "num_params",
     "partition",
+    "prompted",
     "register",
     "save",
     "scale",

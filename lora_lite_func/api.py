@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Layout, check_shapes
 from .errors import StructureError, nearest
-from .kinds import place
-from .ops import Leaves, Op, check_bias, held_by, hold, leaves_at, merge_site
+from .hidden import Prompt, Prompted, known, tell
+from .kinds import place, reads_prompt
+from .ops import Leaves, Op, check_bias, check_dense, held_by, hold, leaves_at, merge_site
 from .skeleton import check_mergeable, check_site, constant, copy_tree, no_module, own_buffers
 from .spec import Site
 
@@ -22,7 +23,7 @@ Adapters = Adapter | Sequence["Adapters"] | Mapping[str, "Adapters"]
 
 
 # --------------------------------------------------------------------------------------------------------------- apply
-def apply(model: nn.Module, params: Adapters, /, *args: Any, **kwargs: Any) -> Any:
+def apply(model: nn.Module, params: Adapters | Prompted, /, *args: Any, **kwargs: Any) -> Any:
     """The model's output with the adapter in: `y = ll.apply(model, params, x)`.
 
     The base is a constant, whatever its requires_grad says: gradients reach `params` and the arguments alone. Works under every
@@ -44,7 +45,7 @@ def apply(model: nn.Module, params: Adapters, /, *args: Any, **kwargs: Any) -> A
 
 def functional_call(
     model: nn.Module,
-    params: Adapters,
+    params: Adapters | Prompted,
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -62,9 +63,10 @@ def functional_call(
     Raises:
         StructureError: as `apply`; or `base` names what the model hasn't.
     """
-    skeleton = copy_tree(model, ops_of(params), _Constant(model, base))
-    args = args if isinstance(args, tuple) else (args,)
-    return skeleton(*args, **(kwargs or {}))
+    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    adapters, prompt = known(params, model, args, kwargs)
+    skeleton = copy_tree(model, ops_of(adapters, prompt), _Constant(model, base))
+    return skeleton(*args, **kwargs)
 
 
 def flatten(params: Adapters) -> list[Adapter]:
@@ -81,7 +83,7 @@ def flatten(params: Adapters) -> list[Adapter]:
     raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}")
 
 
-def ops_of(params: Adapters) -> dict[str, list[Op]]:
+def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt) -> dict[str, list[Op]]:
     """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient."""
     sites: dict[str, list[Op]] = {}
     constant = torch.is_grad_enabled()
@@ -90,11 +92,12 @@ def ops_of(params: Adapters) -> dict[str, list[Op]]:
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         dropout = getattr(cfg, "dropout", 0.0)
+        asked = prompt() if reads_prompt(variant) else None
         for path, tensors in adapter._data.items():
             if constant:
                 trainable = layout.trainable[path]
                 tensors = {name: t if trainable[name] else t.detach() for name, t in tensors.items()}
-            sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout))
+            sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout, 0, asked))
     return sites
 
 
@@ -165,6 +168,8 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
         for path, tensors in adapter._data.items():
             hold(bound.get_submodule(home_of(adapter.layout.sites[path])), Leaves(tensors, adapter.layout.trainable[path]))
     bound.__dict__["_ll_bound"] = homes
+    if any(reads_prompt(layout.variant) for layout, _ in homes):
+        tell(bound)
     return bound
 
 
@@ -235,6 +240,7 @@ def merge(model: nn.Module, params: Adapters) -> dict[str, Tensor]:
             raise no_module(model, home)
         for op in ops:
             check_site(module, op.site)
+            check_dense(op)
         check_mergeable(module, ops[-1].site)
         bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None
         W, b = merge_site(module, ops, module._parameters[name].detach(), bias)

@@ -24,9 +24,9 @@ from .config import DEFAULT_EXCLUDE
 from .layers import is_linear_like, stored
 from .lookup import defers
 from .norms import normalises, uses_one_plus
-from .spec import Site
+from .spec import Site, Variant
 
-__all__ = ["KINDS", "Facts", "Kind", "facts", "kind_of", "matrix", "misfit", "place", "restored"]
+__all__ = ["KINDS", "Facts", "Kind", "facts", "kind_of", "matrix", "misfit", "place", "reads_prompt", "restored"]
 
 
 class Facts(NamedTuple):
@@ -151,6 +151,11 @@ KINDS: Mapping[str, Kind] = {
         Kind("module", "module", "modules", _is_module, _unknown, _never, listed=True),
     )
 }
+
+
+def reads_prompt(variant: Variant) -> bool:
+    """Whether a method edits tokens of the prompt in whole modules' hidden states."""
+    return KINDS[variant.sites[0]].listed
 
 
 def kind_of(module: Any) -> Kind | None:

@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import UnsupportedError
+from .hidden import Prompt
 from .kinds import KINDS, matrix, restored
 from .lookup import keeping_padding
 from .spec import Params, Site, Variant
 
-__all__ = ["Leaves", "Op", "check_bias", "held_by", "hold", "leaves_at", "merge_site", "tensors_at"]
+__all__ = ["Leaves", "Op", "check_bias", "check_dense", "held_by", "hold", "leaves_at", "merge_site", "tensors_at"]
 
 _CHILD = "adapter"  # the name under which a bound site holds its adapters' tensors
 
 
 class Op(NamedTuple):
-    """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child."""
+    """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child.
+
+    `prompt` is what the call knows of its prompt, where the site is a whole module; None in a bound model, whose calls tell it.
+    """
 
     variant: Variant
     cfg: AdapterConfig
@@ -28,6 +32,7 @@ class Op(NamedTuple):
     p: Params | None
     dropout: float
     slot: int = 0
+    prompt: Prompt | None = None
 
 
 class Leaves(nn.Module):
@@ -88,6 +93,16 @@ def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
         )
 
 
+def check_dense(op: Op) -> None:
+    """Refuse a method that no weight can stand for.
+
+    Raises:
+        UnsupportedError: it has no dense equivalent.
+    """
+    if op.variant.weight is None:
+        raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
+
+
 def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The weight (as it is stored) and bias with the adapters in, summed in float32 at least, returned in the weight's dtype.
 
@@ -102,8 +117,7 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
     start = None if b is None else b.to(core).reshape(-1)  # a norm's may have several dimensions
     new, bias = W.to(core), start
     for op in ops:
-        if op.variant.weight is None:
-            raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
+        check_dense(op)
         M, bias = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
         new = restored(M, new, op.site)
     if KINDS[op.site.kind].one_hot:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
+from .hidden import hidden_state, tokens_of
 from .kinds import KINDS, matrix
 from .layers import at_trace_time, compute_dtype, is_dense, is_packed
 from .lookup import bounded, padded, rows
@@ -78,6 +79,9 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
     y = _phases(ops, count - 1, frozen, module, x if variant.inputs is None else variant.inputs(cfg, p, d, x, site))
     if variant.outputs is None:
         return y
+    if KINDS[site.kind].listed:  # a whole module: what comes to the phase is where its hidden state has the prompt
+        h, put = hidden_state(y, site.path, site.d_out)
+        return put(variant.outputs(cfg, p, d, tokens_of(h, op.prompt, site.path), h, site))
     if op.dropout and module.training:
         x = F.dropout(x, op.dropout)
     return variant.outputs(cfg, p, d, x, y, site)

@@ -140,7 +140,11 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
         this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
         raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}")
     transposed = any(re.search(p, path) for p in cfg.transposed_parameters)
-    found = Facts(width, width) if kind.listed else facts(kind, module, name, transposed)
+    if kind.listed:  # the hidden state's width: a linear layer says its own
+        wide = (KINDS["linear"].size(module) or (0, width))[1]
+        found = Facts(wide, wide)
+    else:
+        found = facts(kind, module, name, transposed)
     if found.d_in < 1 or found.d_out < 1:
         raise UnsupportedError(
             f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a lazy model once so that it has its sizes, "

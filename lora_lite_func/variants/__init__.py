@@ -28,6 +28,7 @@ from . import (
     olora,
     pissa,
     randlora,
+    reft,
     road,
     shira,
     ssvd,
@@ -57,6 +58,7 @@ from .oft import OFTConfig
 from .olora import OLoRAConfig
 from .pissa import PiSSAConfig
 from .randlora import RandLoRAConfig
+from .reft import DiReFTConfig, LoReFTConfig
 from .road import ROADConfig
 from .shira import SHiRAConfig
 from .ssvd import SSVDConfig
@@ -72,6 +74,7 @@ __all__ = [
     "C3AConfig",
     "CorDAConfig",
     "DeLoRAConfig",
+    "DiReFTConfig",
     "DoRAConfig",
     "EVAConfig",
     "FourierFTConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "LoKrConfig",
     "LoRAConfig",
     "LoRAGAConfig",
+    "LoReFTConfig",
     "MiSSConfig",
     "OFTConfig",
     "OLoRAConfig",
@@ -126,6 +130,8 @@ TABLE = (
     corda.VARIANT,
     asvd.VARIANT,
     lora_ga.VARIANT,
+    reft.VARIANT,
+    reft.VARIANT_DIRECT,
 )
 
 for _variant in TABLE:

@@ -1,0 +1,146 @@
+"""Whole modules as sites: the hidden state in what they return, and which of its tokens belong to the prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import StructureError, UnsupportedError
+
+__all__ = ["Prompt", "Prompted", "hidden_state", "known", "prompted", "tell", "tokens_of"]
+
+
+def hidden_state(output: Any, path: str, width: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The hidden state (..., width) in a module's output, and how to put another in its place.
+
+    A tensor is one itself; of a tuple, a list or a mapping (a transformers ModelOutput too) it is the first member.
+
+    Raises:
+        UnsupportedError: there is none; with the path.
+    """
+    if isinstance(output, Tensor):
+        return _checked(output, path, width), lambda h: h
+    if isinstance(output, Mapping) and output:
+        name = next(iter(output))
+        return _checked(output[name], path, width), lambda h: _with_item(output, name, h)
+    if isinstance(output, (tuple, list)) and output:
+        kind = type(output)
+        first = _checked(output[0], path, width)
+        if hasattr(output, "_fields"):
+            return first, lambda h: kind(h, *output[1:])
+        return first, lambda h: kind([h, *output[1:]])
+    raise UnsupportedError(f"{path!r}: expected a hidden state from the module, found {type(output).__name__}; name a block instead")
+
+
+def _with_item(output: Any, name: Any, h: Tensor) -> Any:
+    """A mapping of the same kind with another item: a ModelOutput is rebuilt from its fields."""
+    items = {**dict(output.items()), name: h}
+    return items if type(output) is dict else type(output)(**items)
+
+
+def _checked(h: Any, path: str, width: int) -> Tensor:
+    if not isinstance(h, Tensor) or not h.is_floating_point() or h.ndim < 1 or h.shape[-1] != width:
+        found = f"a {h.dtype} tensor of shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+        raise UnsupportedError(f"{path!r}: expected a hidden state (..., {width}) first in the module's output, found {found}")
+    return h
+
+
+# ----------------------------------------------------------------------------------------------------------- the prompt
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """Adapters, and which tokens of the batch are the prompt's: what `ll.prompted` makes and `ll.apply` takes."""
+
+    params: Any
+    mask: Tensor
+
+
+def prompted(params: Any, mask: Tensor) -> Prompted:
+    """Adapters with the tokens that belong to the prompt, for methods that edit some of those (LoReFT, DiReFT).
+
+    `ll.apply(model, ll.prompted(params, mask), input_ids)`. Without it the prompt is what the model's own `attention_mask` leaves, or
+    every token; in training on prompts and responses together, give the prompt's. `generate` on a bound model needs none.
+
+    Args:
+        params: an Adapter, or several, as `ll.apply` takes them.
+        mask: (N, T), nonzero where a token belongs to the prompt, shaped like the hidden states' tokens.
+
+    Raises:
+        StructureError: the mask isn't a tensor.
+    """
+    if not isinstance(mask, Tensor):
+        raise StructureError(f"prompted: expected a mask (N, T), found {type(mask).__name__}")
+    return Prompted(params, mask)
+
+
+class Prompt(NamedTuple):
+    """What is known of a call's prompt: a mask (N, T), and whether it was given for this very batch."""
+
+    mask: Tensor | None = None
+    given: bool = False
+
+
+def known(params: Any, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Callable[[], Prompt]]:
+    """The adapters, and how to learn what is known of the prompt in a call of the model with these arguments."""
+    if type(params) is Prompted:
+        return params.params, lambda: Prompt(params.mask, True)
+    return params, lambda: _of(model, args, kwargs)
+
+
+def _of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt:
+    """By the attention mask (N, T) among a model's arguments: padding is no part of a prompt."""
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1:
+        names = list(inspect.signature(model.forward).parameters)[: len(args)]
+        mask = dict(zip(names, args, strict=False)).get("attention_mask")
+    return Prompt(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+
+def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
+    """Which tokens of h (..., T, d) belong to the prompt: (..., T) bool.
+
+    Without a mask all do. An attention mask of other length belongs to a call that goes on from a cache: then none do.
+
+    Args:
+        h: the hidden state.
+        prompt: what is known of it; None in a bound model, whose running call says it.
+        path: of the site, for messages.
+
+    Raises:
+        UnsupportedError: a mask that was given doesn't fit the hidden state.
+    """
+    mask, given = prompt or _TOLD.get() or Prompt()
+    shape = h.shape[:-1] if h.ndim > 1 else torch.Size([1])
+    if mask is None:
+        return h.new_ones(shape, dtype=torch.bool)
+    if mask.shape == shape:
+        return mask.to(h.device) != 0
+    if given:
+        raise UnsupportedError(
+            f"{path!r}: the prompt's mask is {tuple(mask.shape)}, the hidden state here has tokens {tuple(shape)}; "
+            "this module's tokens aren't the prompt's, name another"
+        )
+    return h.new_zeros(shape, dtype=torch.bool) if len(shape) == 2 else h.new_ones(shape, dtype=torch.bool)
+
+
+_TOLD: ContextVar[Prompt | None] = ContextVar("lora_lite_func_prompt", default=None)
+
+
+def tell(bound: nn.Module) -> None:
+    """Let a bound model's calls tell its sites what is known of the prompt, call by call and thread by thread."""
+    if _start not in bound._forward_pre_hooks.values():
+        bound.register_forward_pre_hook(_start, with_kwargs=True)
+        bound.register_forward_hook(_end, always_call=True)
+
+
+def _start(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    _TOLD.set(_of(module, args, kwargs))
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    _TOLD.set(None)

@@ -1,0 +1,220 @@
+"""LoReFT and DiReFT: the formula token by token, positions, prompts, whole modules as sites, generation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import close, leaves, moved, net, same_state, snapshot
+from hypothesis import given
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+from torch.utils import _pytree as pytree
+
+import lora_lite_func as ll
+
+CONFIGS = (ll.LoReFTConfig, ll.DiReFTConfig)
+every = pytest.mark.parametrize("config", CONFIGS)
+
+
+def edited(params: ll.Adapter, path: str, h: Tensor, prompt: list[bool]) -> Tensor:
+    """The paper's edit of h (T, d), one token at a time."""
+    cfg: Any = params.config
+    p = params[path]
+    where = [t for t, on in enumerate(prompt) if on]
+    n = len(where)
+    first, last = (cfg.first, cfg.last) if n >= cfg.first + cfg.last else (min(cfg.first, n // 2), min(cfg.last, n - n // 2))
+    out = h.clone()
+    for place, token in enumerate(where):
+        both = [i for i, here in ((0, place < first), (-1, place >= n - last)) if here]
+        assert len(both) < 2
+        for i in both:
+            if "lora_A" in p:
+                out[token] += p["lora_B"][i] @ (p["lora_A"][i] @ h[token] + p["lora_b"][i])
+            else:
+                M, M0 = p["lora_R"][i], p["lora_R0"][i]
+                R, R0 = (torch.linalg.inv(torch.linalg.cholesky(m @ m.mT)) @ m for m in (M, M0))
+                W = p["lora_W"][i] + R0
+                out[token] += R.mT @ (W @ h[token] + p["lora_b"][i] - R @ h[token])
+    return out
+
+
+class Blocks(nn.Module):
+    """Two blocks in a list; what they return is chosen by `wrap`."""
+
+    def __init__(self, width: int, wrap: Any = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Wrapped(width, wrap) for _ in range(2))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            y = layer(x, keep=True)
+            x = y if isinstance(y, Tensor) else next(iter(y.values())) if isinstance(y, dict) else y[0]
+        return x
+
+
+class Pair(NamedTuple):
+    state: Tensor
+    rest: str
+
+
+class Wrapped(nn.Module):
+    def __init__(self, width: int, wrap: Any) -> None:
+        super().__init__()
+        self.up, self.wrap = nn.Linear(width, width), wrap
+
+    def forward(self, x: Tensor, keep: bool = False) -> Any:
+        y = x + torch.tanh(self.up(x))
+        return self.wrap(y) if self.wrap else y
+
+
+WRAPS = (None, lambda y: (y, "cache"), lambda y: [y, None], lambda y: {"last_hidden_state": y, "more": 1}, lambda y: Pair(y, "rest"))
+
+
+def blocks(wrap: Any = None, width: int = 8) -> Blocks:
+    torch.manual_seed(0)
+    return Blocks(width, wrap).double().eval()
+
+
+@every
+@given(first=st.integers(0, 3), last=st.integers(0, 3), tied=st.booleans(), tokens=st.integers(1, 7), r=st.integers(1, 4), data=st.data())
+def test_the_formula_token_by_token(config: Any, first: int, last: int, tied: bool, tokens: int, r: int, data: st.DataObject) -> None:
+    if first + last == 0:
+        with pytest.raises(ll.ConfigError, match="one of them more, found first=0, last=0"):
+            config(first=0, last=0)
+        return
+    model = blocks()
+    params = moved(ll.init(model, config(r=r, first=first, last=last, tied=tied)), size=0.3)
+    assert list(params) == ["layers.0", "layers.1"]
+    x = torch.randn(2, tokens, 8, dtype=torch.float64)
+    mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(2)])
+    expected = []
+    for h, prompt in zip(x, mask.tolist(), strict=True):
+        for path, layer in zip(params, model.layers, strict=True):
+            h = edited(params, path, layer(h), prompt)
+        expected.append(h)
+    y = torch.stack(expected).detach()
+    close(ll.apply(model, ll.prompted(params, mask), x), y, 1e-9)
+    close(ll.apply(model, params, x, attention_mask=mask.long()), y, 1e-9)
+    close(ll.apply(model, params, x, mask.long()), y, 1e-9)
+    close(ll.bind(model, params)(x, attention_mask=mask.long()), y, 1e-9)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_identity_at_init_in_every_dtype(config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = blocks().to(dtype)
+    x = torch.randn(3, 5, 8, dtype=torch.float64).to(dtype)
+    params = ll.init(model, config(r=3, tied=False))
+    assert torch.equal(ll.apply(model, params, x), model(x))
+    assert torch.equal(ll.apply(model, ll.cast(params, torch.bfloat16), x), model(x))
+    ll.save(params, tmp_path / "a.safetensors")
+    again = ll.load(tmp_path / "a.safetensors", model)
+    assert again.layout == params.layout
+    assert torch.equal(ll.apply(model, again, x), model(x))
+
+
+@every
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_blocks_return(config: Any, wrap: Any) -> None:
+    params, x = moved(ll.init(blocks(), config(r=2))), torch.randn(2, 5, 8, dtype=torch.float64)
+    close(ll.apply(blocks(wrap), params, x), ll.apply(blocks(), params, x), 1e-12)
+    layer = blocks(wrap).layers[0]
+    one = moved(ll.init(layer, config(r=2, target_names=("^$",), exclude_names=())))
+    assert type(ll.apply(layer, one, x)) is type(layer(x))
+
+
+@every
+def test_transforms_and_threads_of_the_contract(config: Any) -> None:
+    model, x = blocks(), torch.randn(4, 6, 8, dtype=torch.float64)
+    start = ll.init(model, config(r=2))
+    before = snapshot(model)
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        return ll.apply(model, p, x).square().sum()
+
+    dead = {"lora_A", "lora_b", "lora_R0"} if config is ll.DiReFTConfig else {"lora_R0"}
+    g = grad(loss)(start, x)
+    assert all((t.abs().max() > 0) == (name not in dead) for names in g.values() for name, t in names.items())
+    several = [moved(start, seed) for seed in (1, 2)]
+    stacked = ll.stack(several)
+    close(vmap(lambda p: ll.apply(model, p, x))(stacked), torch.stack([ll.apply(model, p, x) for p in several]), 1e-12)
+    close(vmap(grad(loss), in_dims=(0, None))(stacked, x), ll.stack([grad(loss)(p, x) for p in several]), 1e-10)
+    params = several[0]
+    per_row = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    close(per_row, ll.stack([grad(loss)(params, u) for u in x]), 1e-10)
+    trainable, frozen = ll.partition(params)
+    tangent = pytree.tree_map(torch.randn_like, trainable)
+
+    def f(t: Any) -> Tensor:
+        return ll.apply(model, ll.combine(t, frozen), x)
+
+    slope = jvp(f, (trainable,), (tangent,))[1]
+    ahead, behind = (f(pytree.tree_map(lambda t, v, h=h: t + h * v, trainable, tangent)) for h in (1e-5, -1e-5))
+    close(slope, (ahead - behind) / 2e-5, 1e-6)
+    for c in (0.0, 1.0):
+        close(ll.apply(model, ll.scale(params, c), x), model(x) if c == 0 else ll.apply(model, params, x), 1e-12)
+    bound = ll.bind(ll.bind(model, params), start)
+    for twin in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+        assert torch.equal(twin(x), ll.apply(model, params, x))
+    assert all(torch.equal(a, b) for a, b in zip(leaves(ll.unbind(bound)), leaves((params, start)), strict=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p, x: ll.apply(model, p, x), fullgraph=True, backend="eager")
+    close(compiled(params, x), ll.apply(model, params, x), 1e-12)
+    assert same_state(before, snapshot(model))
+    for shape in ((8,), (3, 8), (2, 3, 4, 8), (2, 0, 8)):
+        assert ll.apply(model, params, torch.randn(*shape, dtype=torch.float64)).shape == shape
+
+
+def test_with_another_method_at_the_same_layer() -> None:
+    model, x = net(), torch.randn(2, 5, 16, dtype=torch.float64)
+    lora = moved(ll.init(model, ll.LoRAConfig(r=2)))
+    reft = moved(ll.init(model, ll.LoReFTConfig(r=2, target_names=("up$",), first=1, last=0)))
+    assert {(path, site.d_out) for path, site in reft.sites.items()} == {("layers.0.up", 24), ("layers.1.up", 24)}
+    both = ll.apply(model, (lora, reft), x)
+    close(both, ll.apply(ll.merged(model, lora), reft, x), 1e-12)
+    assert (both - ll.apply(model, lora, x)).abs().max() > 1e-3
+    close(both, ll.bind(model, (lora, reft))(x), 1e-12)
+
+
+def test_what_is_refused() -> None:
+    model, x = blocks(), torch.randn(2, 5, 8, dtype=torch.float64)
+    params = ll.init(model, ll.LoReFTConfig(r=2))
+    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0': the prompt's mask is \(2, 4\), the hidden state here has tokens \(2, 5\)"):
+        ll.apply(model, ll.prompted(params, torch.ones(2, 4)), x)
+    with pytest.raises(ll.StructureError, match="expected a mask"):
+        ll.prompted(params, [1, 1])  # type: ignore[arg-type]
+    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0'.*loreft"):
+        ll.merge(model, params)
+    with pytest.raises(ll.UnsupportedError, match="rank"):
+        ll.init(model, ll.LoReFTConfig(r=9))
+    wide = blocks(lambda y: (y.sum(), y))
+    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0': expected a hidden state \(\.\.\., 8\) first"):
+        ll.apply(wide, params, x)
+
+
+@every
+def test_generation_edits_the_prompt_alone(config: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)).eval()
+    params = moved(ll.init(model, config(r=4, first=2, last=1, tied=False)), size=0.3)
+    ids, mask = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :3] = 0  # padded on the left
+    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = ll.bind(model, params).generate(ids, **how)
+    sequence = ids
+    with torch.no_grad():  # without a cache, the prompt told
+        for done in range(6):
+            attention = torch.cat([mask, mask.new_ones(3, done)], 1)
+            told = ll.prompted(params, torch.cat([mask, mask.new_zeros(3, done)], 1))
+            logits = ll.apply(model, told, input_ids=sequence, attention_mask=attention).logits[:, -1]
+            sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generated, sequence)
+    assert not torch.equal(generated, model.generate(ids, **how))
