@@ -1,4 +1,8 @@
-"""Files: one safetensors file per adapter, flat keys `<path>.<lora_name>`, its layout as JSON metadata.
+"""Files: one safetensors file for an adapter, several, or a stack; flat keys `<path>.<lora_name>`, the layouts as JSON metadata.
+
+    one adapter   {"format", "variant", "config", "sites"}, and "stack": K where every tensor has a leading K
+    several       {"format", "parts": [as above, ...], "as": "tuple" | "list" | "dict", "names": [...]}, keys `<name>/<path>.<lora_name>`
+    both          "same": {key: key}: frozen tensors that share memory are stored once
 
 A file is hostile until shown otherwise: everything it says is checked before anything is built, no code is run, and a fault is a
 CheckpointError that names what and where.
@@ -8,104 +12,103 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from .adapter import ABSENT, Adapter
+from .adapter import ABSENT, Adapter, rebuild
+from .contents import Piece, contents, describe_all, described_all, joined
 from .errors import CheckpointError, nearest, shown
+from .files import parse_json, write_safetensors
 from .kinds import KINDS, misfit, place
-from .layout import Layout, describe, described
+from .layout import Layout
 from .spec import fits
 
 __all__ = ["load", "save"]
 
 _KEY = "lora_lite_func"
 
+Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 
-def save(params: Adapter, path: str | os.PathLike[str]) -> None:
-    """Write an adapter to one safetensors file: atomic (written beside, then renamed), exact for every dtype.
+
+def save(params: Saved, path: str | os.PathLike[str]) -> None:
+    """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file: atomic, exact for every dtype.
+
+    Frozen tensors that several sites share are stored once.
 
     Raises:
-        CheckpointError: not an Adapter, a part of a partition, a stack, tensors without storage (sparse, or of a transform), or the
-            file can't be written.
+        CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or of a transform), or the file can't be
+            written.
     """
-    if not isinstance(params, Adapter):
-        raise CheckpointError(f"save: expected one Adapter, found {type(params).__name__}; several go to a file each")
-    where = os.fsdecode(path)
-    tensors = _flat(params)
-    metadata = {_KEY: json.dumps(describe(params.layout), separators=(",", ":"))}
-    try:
-        target = Path(os.path.realpath(where))  # a link stays one: what it points to is replaced
-        beside = target.parent / f".{secrets.token_hex(8)}.tmp"
-        rights = _created(beside)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"save: can't write in {os.path.dirname(where) or '.'}: {error}") from error
-    try:
-        safetensors.torch.save_file(tensors, beside, metadata)
-        os.chmod(beside, rights)
-        os.replace(beside, target)
-    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"save: can't write {where}: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    pieces = contents(params)
+    same: dict[str, str] = {}
+    tensors = _flat(pieces, same)
+    says = describe_all(params, pieces)
+    if same:
+        says["same"] = same
+    write_safetensors(tensors, path, {_KEY: json.dumps(says, separators=(",", ":"))}, "save")
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Adapter:
-    """Read an adapter; needs no model, and checks sites and shapes against one if given.
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    member: int | str | None = None,
+) -> Any:
+    """Read what `save` wrote; needs no model, and checks sites and shapes against one if given.
 
     Args:
         path: the file.
         model: the base that it should fit.
+        device: where the tensors go; the CPU by default.
+        member: of a stack, its number: that one alone is read from the disk. Of a tuple, list or dict of adapters, its index or name.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, no metadata, unknown variant or format version, a config or site with
             missing, unknown or wrongly typed fields, missing, unexpected, mis-shaped or mis-typed tensors, or a site that `model` hasn't.
     """
     where = os.fsdecode(path)
-    says, tensors = _read(where)
     try:
-        layout = _layout(says, len(tensors))
-        _check_keys(layout, tensors)
-        data = {path: {name: tensors[_join(path, name)] for name in names} for path, names in layout.names.items()}
-        for path, held in data.items():
-            for name, tensor in held.items():
-                _check_tensor(layout, path, name, tensor)
-        if model is not None:
-            _check_model(layout, model)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    return Adapter(layout, data)
+        with safetensors.safe_open(where, framework="pt") as file:
+            says = (file.metadata() or {}).get(_KEY)
+            try:
+                if says is None:
+                    raise CheckpointError(f"no {_KEY!r} entry in its metadata, so it isn't an adapter that ll.save wrote")
+                return _read(file, parse_json(says, f"its {_KEY!r} metadata"), model, member, device)
+            except CheckpointError as error:
+                raise CheckpointError(f"{where}: {error}") from None
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def _flat(params: Adapter) -> dict[str, Tensor]:
+def _flat(pieces: list[Piece], same: dict[str, str]) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for path, held in params._data.items():
-        for name, leaf in held.items():
-            try:
-                _check_tensor(params.layout, path, name, leaf)
-                flat[_join(path, name)] = _stored(leaf.detach().contiguous(), storages)
-            except CheckpointError as error:
-                raise CheckpointError(f"save: {error}") from None
-            except RuntimeError as error:
-                raise CheckpointError(f"save: {path!r} {name} has no storage (sparse, or inside a transform): {error}") from error
+    frozen: dict[Any, str] = {}
+    for piece in pieces:
+        for path, held in piece.data.items():
+            for name, leaf in held.items():
+                key = joined(piece.prefix, path, name)
+                try:
+                    _check_tensor(piece, path, name, leaf)
+                    if not piece.layout.trainable[path][name]:
+                        memory = (leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.device)
+                        if leaf.numel() and frozen.setdefault(memory, key) != key:
+                            same[key] = frozen[memory]
+                            continue
+                    flat[key] = _stored(leaf.detach().contiguous(), storages)
+                except CheckpointError as error:
+                    raise CheckpointError(f"save: {error}") from None
+                except RuntimeError as error:
+                    raise CheckpointError(f"save: {path!r} {name} has no storage (sparse, or inside a transform): {error}") from error
     return flat
-
-
-def _created(path: Path) -> int:
-    """The rights a new file gets here, by making one; safetensors gives its own fewer."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return os.fstat(handle).st_mode & 0o777
-    finally:
-        os.close(handle)
 
 
 def _stored(leaf: Tensor, storages: set[int]) -> Tensor:
@@ -117,53 +120,67 @@ def _stored(leaf: Tensor, storages: set[int]) -> Tensor:
     return leaf
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
-def _read(where: str) -> tuple[str | None, dict[str, Tensor]]:
-    """(what the file says of itself, its tensors); no tensors where it says nothing."""
-    try:
-        with safetensors.safe_open(where, framework="pt") as file:
-            says = (file.metadata() or {}).get(_KEY)
+def _read(file: Any, says: Any, model: nn.Module | None, member: int | str | None, device: Any) -> Any:
+    stored = list(file.keys())
+    same, shape = described_all(says, stored)
+    pieces = shape.pieces
+    keys = {joined(piece.prefix, path, name) for piece in pieces for path, names in piece.layout.names.items() for name in names}
+    _check_keys(keys, {*stored, *same}, sum(len(names) for piece in pieces for names in piece.layout.names.values()))
+    wanted, index = shape.chosen(member)
+    cache: dict[Any, Tensor] = {}
+
+    def tensor(key: str, row: int | None) -> Tensor:
+        key = same.get(key, key)
+        if (key, row) not in cache:
             # clones: aligned, so that products are bit-equal to those before the save, and independent of the file from here on
-            tensors = {} if says is None else {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
-    return says, tensors
+            read = file.get_tensor(key) if row is None else file.get_slice(key)[row]
+            cache[key, row] = read.clone() if device is None else read.to(device, copy=True)
+        return cache[key, row]
+
+    made = []
+    for piece in wanted:
+        _check_shapes(file, piece, same)
+        made.append(_adapter(piece, index, tensor, same))
+        if model is not None:
+            _check_model(piece.layout, model)
+    return shape.put_together(made)
 
 
-def _layout(says: str | None, count: int) -> Layout:
-    if says is None:
-        raise CheckpointError(f"no {_KEY!r} entry in its metadata, so it isn't an adapter that ll.save wrote")
-    try:
-        parsed = json.loads(says, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its {_KEY!r} metadata isn't JSON: {error}") from None
-    return described(parsed, most=count)
+def _adapter(piece: Piece, row: int | None, tensor: Callable[[str, int | None], Tensor], same: Mapping[str, str]) -> Adapter:
+    layout = piece.layout
+    data = {path: {name: tensor(joined(piece.prefix, path, name), row) for name in names} for path, names in layout.names.items()}
+    one = Piece(piece.prefix, layout, data, 0 if row is not None else piece.count)
+    for path, held in data.items():
+        for name, leaf in held.items():
+            _check_tensor(one, path, name, leaf)
+            if layout.trainable[path][name] and joined(piece.prefix, path, name) in same:
+                raise CheckpointError(f"{shown(path)} {name} shares another tensor, and it is a trainable one")
+    return rebuild(layout, (data[path][name] for path, names in layout.names.items() for name in names))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"a key twice among {shown([key for key, _ in pairs])}")
-    return found
-
-
-def _check_keys(layout: Layout, tensors: Mapping[str, Tensor]) -> None:
-    expected = {_join(path, name) for path, names in layout.names.items() for name in names}
-    if len(expected) != sum(map(len, layout.names.values())):
+def _check_keys(expected: set[str], found: set[str], count: int) -> None:
+    if len(expected) != count:
         raise CheckpointError("two sites give tensors the same key")
-    missing, odd = expected - tensors.keys(), tensors.keys() - expected
+    missing, odd = expected - found, found - expected
     if missing:
         raise CheckpointError(f"missing {len(missing)} tensors, first: {shown(min(missing))}")
     if odd:
         raise CheckpointError(f"{len(odd)} unexpected tensors, first: {shown(min(odd))}; {nearest(min(odd), sorted(expected))}")
 
 
-def _check_tensor(layout: Layout, path: str, name: str, leaf: Any) -> None:
-    shape, least = layout.expected[path][name], layout.least[path][name]
+def _check_shapes(file: Any, piece: Piece, same: Mapping[str, str]) -> None:
+    """From the file's header alone, before anything is read."""
+    for path, names in piece.layout.names.items():
+        for name in names:
+            key = joined(piece.prefix, path, name)
+            found, expected = tuple(file.get_slice(same.get(key, key)).get_shape()), piece.shape(path, name)
+            if found != expected:
+                raise CheckpointError(f"{shown(path)} {name}: expected a tensor of shape {expected}, found {found}")
+
+
+def _check_tensor(piece: Piece, path: str, name: str, leaf: Any) -> None:
+    shape, least = piece.shape(path, name), piece.layout.least[path][name]
     if leaf is ABSENT:
         raise CheckpointError(f"{shown(path)} {name} is absent: this is one part of a partition; ll.combine the parts first")
     if not isinstance(leaf, Tensor) or tuple(leaf.shape) != shape:

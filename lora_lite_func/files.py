@@ -139,7 +139,7 @@ def parse_json(raw: str | bytes, what: str) -> Any:
     try:
         return json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} isn't JSON: {shown(str(error))}") from None
+        raise CheckpointError(f"{what} isn't JSON: {str(error)[:300]}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

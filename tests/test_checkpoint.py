@@ -227,11 +227,13 @@ def test_saving_leaves_the_process_mask_alone(file: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: (p, p), "save: expected one Adapter, found tuple; several go to a file each"),
-        (lambda p: {"a": p}, "save: expected one Adapter, found dict"),
-        (lambda p: None, "save: expected one Adapter, found NoneType"),
-        (lambda p: net(), "save: expected one Adapter, found Net"),
-        (lambda p: ll.stack([p]), r"save: 'layers.0.down' lora_A: expected a tensor of shape \(2, 24\), found \(1, 2, 24\)"),
+        (lambda p: (p, (p, p)), "save: expected Adapters under names, found tuple under '1'"),
+        (lambda p: {3: p}, "save: expected Adapters under names, found Adapter under 3"),
+        (lambda p: {"a/b": p}, "save: expected names without '/', found 'a/b'"),
+        (lambda p: (), "save: expected at least one Adapter"),
+        (lambda p: None, "save: expected one Adapter, or a tuple, list or dict of them, found NoneType"),
+        (lambda p: net(), "save: expected one Adapter, .*, found Net"),
+        (lambda p: ll.stack([ll.stack([p])]), r"'layers.0.down' lora_A: expected .*, found \(1, 1, 2, 24\)"),
         (lambda p: ll.partition(p, lambda _, name: name == "lora_A")[0], "'layers.0.down' lora_B is absent: .*combine the parts"),
         (lambda p: optree.tree_map(lambda t: 3, p), "save: 'layers.0.down' lora_A: expected a tensor of shape .*, found int"),
         (lambda p: optree.tree_map(lambda t: None, p), "save: 'layers.0.down' lora_A: expected a tensor of shape .*, found NoneType"),
@@ -563,3 +565,91 @@ def test_mutated_files_load_or_are_refused(mutate: Callable[[bytes], bytes], tmp
 
 
 _ORIGINALS: list[bytes] = []
+
+
+# --------------------------------------------------------------------------------------------------- several, and stacks
+def equal(a: Any, b: Any) -> bool:
+    """Bit-equal, in the same structure."""
+    return type(a) is type(b) and all(torch.equal(u, v) for u, v in zip(leaves(a), leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("container", [tuple, list, dict])
+def test_several_in_one_file(container: Any, tmp_path: Path) -> None:
+    model = net(depth=1)
+    parts = [lora(), moved(ll.init(model, ll.IA3Config())), ll.stack([lora(), lora()])]
+    several = dict(zip(("a", "b", "c"), parts, strict=True)) if container is dict else container(parts)
+    ll.save(several, tmp_path / "a")
+    again = ll.load(tmp_path / "a", model)
+    assert type(again) is container
+    assert list(again) == list(several) if container is dict else True
+    pairs = zip(again.values(), parts, strict=True) if container is dict else zip(again, parts, strict=True)
+    assert all(equal(a, b) and a.layout == b.layout for a, b in pairs)
+    assert equal(ll.load(tmp_path / "a", member="b" if container is dict else 1), parts[1])
+    assert equal(ll.load(tmp_path / "a", member=-1), parts[2])
+    with pytest.raises(ll.CheckpointError, match="holds no 'nobody'"):
+        ll.load(tmp_path / "a", member="nobody")
+
+
+def test_a_member_of_a_stack_is_read_alone(tmp_path: Path) -> None:
+    members = [moved(lora(), seed=i) for i in range(5)]
+    ll.save(ll.stack(members), tmp_path / "a")
+    assert equal(ll.load(tmp_path / "a"), ll.stack(members))
+    for i in (0, 3, -1):
+        assert equal(ll.load(tmp_path / "a", net(depth=1), member=i), members[i])
+    for bad in (5, -6, "x", True):
+        with pytest.raises(ll.CheckpointError, match="a stack of 5, found"):
+            ll.load(tmp_path / "a", member=bad)
+    ll.save(lora(), tmp_path / "b")
+    with pytest.raises(ll.CheckpointError, match="holds one adapter, found 0"):
+        ll.load(tmp_path / "b", member=0)
+
+
+def test_a_device_of_choice(file: Path) -> None:
+    assert {t.device.type for t in leaves(ll.load(file, device="meta"))} == {"meta"}
+
+
+def test_frozen_tensors_that_share_memory_are_stored_once(tmp_path: Path) -> None:
+    model = net(depth=3)
+    params = ll.init(model, ll.VeRAConfig(r=64, target_names=("up",)))
+    first = params["layers.0.up"]
+    shared = {path: {n: first[n] if n in ("lora_vera_A", "lora_vera_B") else t for n, t in held.items()} for path, held in params.items()}
+    params = ll.Adapter(params.layout, shared)
+    ll.save(params, tmp_path / "a")
+    assert (tmp_path / "a").stat().st_size < 1.5 * sum(t.nbytes for t in first.values())
+    again = ll.load(tmp_path / "a")
+    assert equal(again, params)
+    assert again["layers.0.up", "lora_vera_A"].data_ptr() == again["layers.2.up", "lora_vera_A"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stack": 0}, "stack: expected how many"),
+        ({"stack": 2}, r"expected a tensor of shape \(2, 2, 24\)"),
+        ({"stack": 2**40}, "stack: expected how many"),
+        ({"same": {"x": "layers.0.up.lora_A"}}, "unexpected tensors, first: 'x'"),
+        ({"same": {"layers.0.up.lora_A": "layers.0.down.lora_A"}}, "same: expected pairs"),
+        ({"same": [1]}, "same: expected pairs"),
+        ({"parts": []}, "several parts: expected format, parts"),
+    ],
+)
+def test_what_a_file_says_of_stacks_and_shared_tensors_is_checked(change: dict[str, Any], message: str, file: Path) -> None:
+    refused(rewritten(file, described(file) | change), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ["0", "0"]}, "names: expected different names"),
+        ({"names": ["0", "2"]}, "names: expected different names"),
+        ({"names": ["0"]}, "as many names as parts"),
+        ({"as": "set"}, "several parts: expected format"),
+        ({"as": ["dict"]}, "several parts: expected format"),
+        ({"parts": {}}, "as many names as parts"),
+        ({"parts": [1, 2]}, "its metadata: expected an object, found int"),
+        ({"format": 2}, "expected format version 1, found 2"),
+    ],
+)
+def test_what_a_file_says_of_several_is_checked(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    ll.save((lora(), lora()), tmp_path / "good")
+    refused(rewritten(tmp_path / "good", described(tmp_path / "good") | change), message)

@@ -193,6 +193,8 @@ class Experts(nn.Module):
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
 
 KINDS = {
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "tokens": {"target_modules": ["back"], "trainable_token_indices": {"embed_tokens": [2, 10]}},
     "conv": {"target_modules": ["conv"]},
     "conv_rslora": {"target_modules": ["conv", "back"], "use_rslora": True},
     "conv_dora": {"target_modules": ["conv"], "use_dora": True},

@@ -232,7 +232,8 @@ LORA = Method(
         "lora_magnitude_vector",
         "lora_magnitude_vector.weight",
     ),
-    understood="r trainable_token_indices lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern alpha_pattern init_lora_weights target_parameters",
+    understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern alpha_pattern init_lora_weights "
+    "target_parameters trainable_token_indices",
     ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size",
     read=read,
     write=write,

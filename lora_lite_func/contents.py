@@ -1,0 +1,177 @@
+"""What a file holds, as JSON types and back: one adapter, a stack of K, or several of either under names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .adapter import ABSENT, Adapter
+from .config import LARGEST
+from .errors import CheckpointError, nearest, shown
+from .layout import Layout, describe, described
+
+__all__ = ["Contents", "Piece", "contents", "describe_all", "described_all", "joined"]
+
+_FORMAT = 1
+_CONTAINERS: Mapping[str, Any] = {"tuple": tuple, "list": list, "dict": dict}
+
+
+@dataclass
+class Piece:
+    """One adapter or stack in a file.
+
+    Attributes:
+        prefix: in front of its keys; "" where it is alone.
+        layout: its static data (of one member, if it is a stack).
+        data: {path: {lora_name: tensor}}; empty where nothing is read yet.
+        count: members of the stack; 0 for a plain adapter.
+    """
+
+    prefix: str
+    layout: Layout
+    data: Mapping[str, Mapping[str, Any]]
+    count: int = 0
+
+    def shape(self, path: str, name: str) -> tuple[int, ...]:
+        """Of a tensor as it is stored."""
+        shape = self.layout.expected[path][name]
+        return (self.count, *shape) if self.count else shape
+
+
+def joined(prefix: str, path: str, name: str) -> str:
+    """The key of a tensor."""
+    return prefix + (f"{path}.{name}" if path else name)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+def contents(params: Any) -> list[Piece]:
+    """The adapters to write, with their prefixes.
+
+    Raises:
+        CheckpointError: something that isn't an adapter, or a tuple, list or dict of them.
+    """
+    if isinstance(params, Adapter):
+        return [_piece("", params)]
+    if isinstance(params, Mapping):
+        named = list(params.items())
+    elif isinstance(params, (tuple, list)):
+        named = [(str(i), part) for i, part in enumerate(params)]
+    else:
+        raise CheckpointError(f"save: expected one Adapter, or a tuple, list or dict of them, found {type(params).__name__}")
+    for name, part in named:
+        if not isinstance(name, str) or not isinstance(part, Adapter):
+            raise CheckpointError(f"save: expected Adapters under names, found {type(part).__name__} under {shown(name)}")
+        if "/" in name:
+            raise CheckpointError(f"save: expected names without '/', found {shown(name)}")
+    if not named:
+        raise CheckpointError("save: expected at least one Adapter, found none")
+    return [_piece(f"{name}/", part) for name, part in named]
+
+
+def _piece(prefix: str, params: Adapter) -> Piece:
+    first = next(((p, n, t) for p, held in params._data.items() for n, t in held.items() if t is not ABSENT), None)
+    count = 0
+    if first is not None and isinstance(first[2], Tensor):
+        path, name, leaf = first
+        expected = params.layout.expected[path][name]
+        if leaf.ndim == len(expected) + 1 and tuple(leaf.shape[1:]) == expected:
+            count = leaf.shape[0]
+    return Piece(prefix, params.layout, params._data, count)
+
+
+def describe_all(params: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """What the file says of itself."""
+    parts = [describe(piece.layout) | ({"stack": piece.count} if piece.count else {}) for piece in pieces]
+    if isinstance(params, Adapter):
+        return parts[0]
+    container = "dict" if isinstance(params, Mapping) else "list" if isinstance(params, list) else "tuple"
+    return {"format": _FORMAT, "parts": parts, "as": container, "names": [piece.prefix[:-1] for piece in pieces]}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+@dataclass
+class Contents:
+    """What a file says it holds.
+
+    Attributes:
+        pieces: its adapters and stacks.
+        container: "tuple", "list", "dict"; None for one alone.
+    """
+
+    pieces: list[Piece]
+    container: str | None
+
+    def chosen(self, member: int | str | None) -> tuple[list[Piece], int | None]:
+        """(the pieces to read, the row of their stack to read).
+
+        Raises:
+            CheckpointError: no such member.
+        """
+        if member is None:
+            return self.pieces, None
+        if self.container is None:
+            count = self.pieces[0].count
+            if type(member) is not int or not -count <= member < count:
+                what = f"a stack of {count}" if count else "one adapter"
+                raise CheckpointError(f"member: the file holds {what}, found {shown(member)}")
+            return self.pieces, member % count
+        names = [piece.prefix[:-1] for piece in self.pieces]
+        name = str(member % len(names)) if type(member) is int and -len(names) <= member < len(names) else member
+        if name not in names:
+            raise CheckpointError(f"member: the file holds no {shown(member)}; {nearest(str(member), names)}")
+        self.container = None
+        return [self.pieces[names.index(str(name))]], None
+
+    def put_together(self, made: list[Adapter]) -> Any:
+        """What was saved."""
+        if self.container is None:
+            return made[0]
+        if self.container == "dict":
+            return {piece.prefix[:-1]: adapter for piece, adapter in zip(self.pieces, made, strict=True)}
+        return _CONTAINERS[self.container](made)
+
+
+def described_all(says: Any, stored: Iterable[str]) -> tuple[dict[str, str], Contents]:
+    """({key: the key that it shares a tensor with}, contents); hostile until shown otherwise.
+
+    Raises:
+        CheckpointError: anything that `describe_all` doesn't write.
+    """
+    stored = set(stored)
+    if not isinstance(says, dict):
+        raise CheckpointError(f"its metadata: expected an object, found {type(says).__name__}")
+    says = dict(says)
+    same = says.pop("same", {})
+    if not isinstance(same, dict) or not all(isinstance(v, str) and v in stored and k not in stored for k, v in same.items()):
+        raise CheckpointError(f"same: expected pairs of keys, the second one a stored tensor's, found {shown(same)}")
+    most = len(stored) + len(same)
+    if "parts" not in says:
+        return same, Contents([_described("", says, most)], None)
+    version, parts, container, names = (says.get(k) for k in ("format", "parts", "as", "names"))
+    if type(version) is not int or version != _FORMAT:
+        raise CheckpointError(f"expected format version {_FORMAT}, found {shown(version)}; a newer release may read it")
+    if says.keys() != {"format", "parts", "as", "names"} or not isinstance(container, str) or container not in _CONTAINERS:
+        raise CheckpointError(f"several parts: expected format, parts, as (tuple, list or dict) and names, found {shown(says)}")
+    if not isinstance(parts, list) or not isinstance(names, list) or len(parts) != len(names) or not 0 < len(parts) <= most:
+        raise CheckpointError(f"several parts: expected as many names as parts, and tensors for each, found {shown(names)}")
+    numbers = [str(i) for i in range(len(parts))]
+    if (
+        not all(isinstance(n, str) and "/" not in n for n in names)
+        or len(set(names)) != len(names)
+        or (container != "dict" and names != numbers)
+    ):
+        raise CheckpointError(f"names: expected different names (numbers from 0, unless it is a dict), found {shown(names)}")
+    return same, Contents([_described(f"{name}/", part, most) for name, part in zip(names, parts, strict=True)], container)
+
+
+def _described(prefix: str, says: Any, most: int) -> Piece:
+    count = 0
+    if isinstance(says, dict) and "stack" in says:
+        says = dict(says)
+        count = says.pop("stack")
+        if type(count) is not int or not 0 < count <= LARGEST:
+            raise CheckpointError(f"stack: expected how many members, found {shown(count)}")
+    return Piece(prefix, described(says, most=most), {}, count)
