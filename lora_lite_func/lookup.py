@@ -30,8 +30,8 @@ def rows(module: Any, ids: Tensor) -> Tensor:
 
 
 def bounded(y: Tensor, module: Any) -> Tensor:
-    """Rows (..., d_out) with norms of at most the layer's max_norm, as torch.embedding_renorm_ has it."""
-    norm = torch.linalg.vector_norm(y.detach(), module.norm_type, dim=-1, keepdim=True)
+    """Rows (..., d_out) with norms of at most the layer's max_norm, as torch.embedding_renorm_ has it; the bound is differentiated."""
+    norm = torch.linalg.vector_norm(y, module.norm_type, dim=-1, keepdim=True)
     return torch.where(norm > module.max_norm, y * (module.max_norm / (norm + 1e-7)), y)
 
 
