@@ -5,6 +5,7 @@ A site's copy is an instance of a subclass of the layer's own class, so it keeps
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,8 +171,9 @@ def flatten_again(module: Any) -> None:
     """A recurrent layer's flat list of its tensors, as they are now."""
     attributes = module.__dict__
     if "_flat_weights" in attributes:
-        parameters = attributes["_parameters"]
-        attributes["_flat_weights"] = [parameters.get(name) for name in attributes["_flat_weights_names"]]
+        flat = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
+        attributes["_flat_weights"] = flat
+        attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
 
 
 def _adapted(module: Any) -> dict[str, Tensor]:
@@ -268,6 +270,8 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
             body |= {"forward": _forward, "_ll_frozen": cls.forward if names is None else _substituted}
         else:
             body["forward"] = cls.forward if names is None else _substituted
+        if issubclass(cls, nn.RNNBase):  # after a .to(): nothing here is to be flattened, the call's own copy is
+            body |= {"_init_flat_weights": flatten_again, "flatten_parameters": lambda self: None}
         if active:
             own = (name for name in (("weight",) if _Lookup in bases else ("weight", "bias")) if name not in body)
             body |= {name: _read(name) for name in own if isinstance(getattr(cls, name, None), (property, type(None)))}
@@ -279,7 +283,8 @@ _CLASSES: dict[tuple[type[nn.Module], bool, tuple[str, ...] | None], type[nn.Mod
 
 
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return _new_site, self._ll_key, self.__dict__
+    state = {name: value for name, value in self.__dict__.items() if name != "_flat_weight_refs"}  # made again by a recurrent layer
+    return _new_site, self._ll_key, state
 
 
 def _new_site(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> nn.Module:
