@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import AdapterConfig
@@ -15,7 +16,19 @@ from .kinds import KINDS, matrix, restored
 from .lookup import keeping_padding
 from .spec import Params, Site, Variant
 
-__all__ = ["Leaves", "Op", "check_bias", "check_dense", "held_by", "hold", "leaves_at", "merge_site", "tensors_at"]
+__all__ = [
+    "Leaves",
+    "Op",
+    "as_one_product",
+    "check_bias",
+    "check_dense",
+    "held_by",
+    "hold",
+    "leaves_at",
+    "merge_site",
+    "one_product",
+    "tensors_at",
+]
 
 _CHILD = "adapter"  # the name under which a bound site holds its adapters' tensors
 
@@ -139,3 +152,31 @@ def _dense(op: Op, p: Params, M: Tensor, b: Tensor | None) -> tuple[Tensor, Tens
             raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} moves a bias, which a bare parameter hasn't")
         return M, moved
     return torch.func.vmap(lambda p, M: weight(op.cfg, p, op.site, M, None)[0])(dict(p), M), b
+
+
+# ------------------------------------------------------------------------------------------- one product instead of several
+def as_one_product(module: Any, op: Op, x: Any) -> bool:
+    """Whether x W'^T stands for the frozen layer and the phases: it is cheaper, and nothing but W and its adapter has a part in it."""
+    W, site, dense = module._parameters.get("weight"), op.site, op.variant.dense
+    return (
+        dense is not None
+        and module._ll_plain
+        and "_ll_frozen" not in module.__dict__
+        and type(W) in (Tensor, nn.Parameter)
+        and site.kind == "linear"
+        and isinstance(x, Tensor)
+        and x.shape[-1:] == (site.d_in,)
+        and x.numel() > 0
+        and not (op.dropout and module.training)
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == x.dtype for t in (W, *tensors_at(op, module).values()))  # else W' would round what the phases keep
+        and dense(op.cfg, site, x.numel() // site.d_in)
+    )
+
+
+def one_product(module: Any, op: Op, x: Tensor) -> Tensor:
+    """x W'^T + b' of a plain dense layer."""
+    assert op.variant.weight is not None  # `dense` promises it
+    own = module._parameters
+    return F.linear(x, *op.variant.weight(op.cfg, tensors_at(op, module), op.site, own["weight"], own.get("bias")))

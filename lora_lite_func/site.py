@@ -18,7 +18,7 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS, matrix
 from .layers import at_trace_time, compute_dtype, is_dense, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, check_bias, merge_site, tensors_at
+from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound
 from .spec import Params
@@ -39,6 +39,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ops = self._ll_ops
     if len(args) == 1 and not kwargs:
+        if len(ops) == 1 and ops[0].variant.dense is not None and as_one_product(self, ops[0], args[0]):
+            return one_product(self, ops[0], args[0])
         return _phases(ops, len(ops), self._ll_frozen, self, args[0])
     name = None if args else next(iter(kwargs))
     rest = args[1:]
@@ -261,6 +263,7 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
     if key not in _CLASSES:
         body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
         body |= {"__reduce_ex__": _reduce_site, "_ll_base": cls, "_ll_key": key}
+        body["_ll_plain"] = names is None and cls.forward is nn.Linear.forward
         body |= {name: _read_substituted(name) for name in names or ()}
         bases: tuple[type, ...] = (cls,)
         if active and issubclass(cls, nn.Embedding):

@@ -119,6 +119,9 @@ class Variant:
         inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in).
         outputs: (cfg, p, d, x, y, site) -> y', after it; x is what came to this adapter, y what the layer gave.
         weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and (d_out,) or None.
+        dense: (cfg, site, tokens) -> bool: whether, for that many rows of input, one product with `weight`'s W' costs less than the
+            frozen layer and the phases; by sizes (and grad mode, as training pays for a gradient of W') alone. The runtime then takes
+            it at plain dense layers where nothing would be rounded away; by default it never does.
         scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing.
         factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
         needs: what init needs: subset of {"weight", "inputs", "gradients"}.
@@ -135,6 +138,7 @@ class Variant:
     inputs: Callable[[Any, Params, Any, Tensor, Site], Tensor] | None = None
     outputs: Callable[[Any, Params, Any, Tensor, Tensor, Site], Tensor] | None = None
     weight: Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
+    dense: Callable[[Any, Site, int], bool] | None = None
     scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
     factor: Callable[[Any, Site], float] = _default_factor
     needs: frozenset[str] = frozenset()
@@ -170,6 +174,8 @@ def register(variant: Variant) -> Variant:
         raise ConfigError(f"variant {name!r}: expected a name")
     if not isinstance(config, type) or not issubclass(config, AdapterConfig):
         raise ConfigError(f"variant {name!r}: expected a subclass of AdapterConfig for its config, found {config!r}")
+    if variant.dense is not None and variant.weight is None:
+        raise ConfigError(f"variant {name!r} has `dense`, which asks for a product with `weight`'s W', but no `weight`")
     odd = set(variant.needs) - _NEEDS
     if odd:
         raise ConfigError(f"variant {name!r} needs {', '.join(sorted(map(str, odd)))}; known are {', '.join(sorted(_NEEDS))}")

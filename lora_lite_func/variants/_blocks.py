@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 
-__all__ = ["check_divides", "product"]
+__all__ = ["check_divides", "plus_product", "product"]
 
 
 def check_divides(method: str, knob: str, size: int, width: int, what: str, *, even: bool = False) -> None:
@@ -40,3 +40,12 @@ def product(x: Tensor, M: Tensor) -> Tensor:
     if n == 1:
         return (blocks @ M[0]).flatten(-2)
     return torch.einsum("...nk,nkc->...nc", blocks, M).flatten(-2)
+
+
+def plus_product(x: Tensor, M: Tensor) -> Tensor:
+    """x + x blockdiag(M), as `product`; exactly x where M is zero, its memory layout too."""
+    n, b, _ = M.shape
+    if n == 1 or not x.is_contiguous():
+        return x + product(x, M)
+    blocks = x.reshape(-1, n, b).transpose(0, 1)  # (n, T, b)
+    return torch.baddbmm(blocks, blocks, M.to(x.dtype)).transpose(0, 1).reshape(x.shape)

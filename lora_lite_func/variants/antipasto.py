@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import AdapterConfig, probability
 from ..errors import ConfigError
 from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cayley, _lowrank
+from . import _blocks, _cayley, _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,12 @@ def weight(cfg: AntiPaSTOConfig, p: Params, site: Site, W: Tensor, b: Tensor | N
     return _lowrank.add_dense(W, _through(p["lora_Vh"].to(W.dtype).mT, core).mT, p["lora_U"]), b
 
 
+def dense(cfg: AntiPaSTOConfig, site: Site, tokens: int) -> bool:
+    """Where the update is built for less than the branch costs."""
+    size = site.d_in * site.d_out
+    return _cost.dense_pays(site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + _cost.PASS) * size)
+
+
 def scale(cfg: AntiPaSTOConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """d and A times c."""
     return {name: t * c if name in ("lora_delta_s", "lora_rot") else t for name, t in p.items()}
@@ -134,6 +140,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

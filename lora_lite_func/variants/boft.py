@@ -19,7 +19,9 @@ from torch import Tensor
 from ..config import AdapterConfig
 from ..errors import ConfigError, UnsupportedError
 from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cayley, _lowrank
+from . import _blocks, _cayley, _cost, _lowrank
+
+_LONG = 128  # runs up to so many features are rotated by one product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +44,16 @@ class BOFTConfig(AdapterConfig):
 
 
 class Prepared(NamedTuple):
-    """E = R - I of every block (m, n, b, b); gain s (d_out,); shift = (1 - s) b or None (d_out,)."""
+    """E = R - I of every block (m, n, b, b), or of their product (d_in / span, span, span); gain s (d_out,); shift = (1 - s) b or None."""
 
     E: Tensor
     gain: Tensor
     shift: Tensor | None
+
+
+def _span(cfg: BOFTConfig) -> int:
+    """b 2^(m - 1), the length of the runs of features within which R mixes."""
+    return cfg.block_size * 2 ** (cfg.m - 1)
 
 
 def param_specs(cfg: BOFTConfig, site: Site) -> dict[str, ParamSpec]:
@@ -56,7 +63,7 @@ def param_specs(cfg: BOFTConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: d_in has no such butterfly.
     """
     _blocks.check_divides("BOFT", "block_size", cfg.block_size, site.d_in, "d_in", even=cfg.m > 1)
-    span = cfg.block_size * 2 ** (cfg.m - 1)
+    span = _span(cfg)
     if site.d_in % span:
         most = next(m for m in range(cfg.m, 0, -1) if site.d_in % (cfg.block_size * 2 ** (m - 1)) == 0)
         raise UnsupportedError(
@@ -73,7 +80,7 @@ def prepare(cfg: BOFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     """All blocks' E at once, and the scale with what it must not do to the bias."""
     s = p["lora_boft_s"]
     shift = None if layer.bias is None else (1.0 - s) * layer.bias
-    return Prepared(_cayley.minus_identity(p["lora_boft_q"], cfg.block_size), s, shift)
+    return Prepared(_rotation(cfg, p["lora_boft_q"]), s, shift)
 
 
 def _factor(X: Tensor, E: Tensor, i: int) -> Tensor:
@@ -93,9 +100,22 @@ def _turn(x: Tensor, E: Tensor, transposed: bool = False) -> Tensor:
     return x + (X - start).mT.reshape(x.shape)  # x as it came at the identity, its memory layout too: the same product follows, bit by bit
 
 
+def _rotation(cfg: BOFTConfig, q: Tensor) -> Tensor:
+    """The factors' E, multiplied together where that makes blocks short enough: one product then does for m of them."""
+    E = _cayley.minus_identity(q, cfg.block_size)  # (m, n, b, b)
+    span = _span(cfg)
+    if cfg.m == 1:
+        return E[0]
+    if span > _LONG:
+        return E
+    eye = torch.eye(span, dtype=E.dtype, device=E.device)
+    runs = _turn(eye.repeat(1, E.shape[1] * cfg.block_size // span), E).unflatten(1, (-1, span))  # (span, d_in / span, span)
+    return runs.transpose(0, 1) - eye
+
+
 def inputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, site: Site) -> Tensor:
     """x R."""
-    return _turn(x, d.E)
+    return _turn(x, d.E) if d.E.ndim == 4 else _blocks.plus_product(x, d.E)
 
 
 def outputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
@@ -105,8 +125,15 @@ def outputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site:
 
 def weight(cfg: BOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """diag(s) W R^T, b."""
-    E = _cayley.minus_identity(p["lora_boft_q"].to(_lowrank.core_dtype(W.dtype)), cfg.block_size)
-    return p["lora_boft_s"].to(W.dtype)[:, None] * _turn(W, E, transposed=True), b
+    E = _rotation(cfg, p["lora_boft_q"].to(_lowrank.core_dtype(W.dtype)))
+    turned = _turn(W, E, transposed=True) if E.ndim == 4 else _blocks.plus_product(W, E.mT)
+    return p["lora_boft_s"].to(W.dtype)[:, None] * turned, b
+
+
+def dense(cfg: BOFTConfig, site: Site, tokens: int) -> bool:
+    """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
+    branch = (_span(cfg) + 4 * _cost.PASS) * site.d_in
+    return _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
 
 
 def scale(cfg: BOFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -123,5 +150,6 @@ VARIANT = Variant(
     inputs=inputs,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
 )

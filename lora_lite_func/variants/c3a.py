@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import AdapterConfig, probability
 from ..errors import ConfigError
 from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks
+from . import _blocks, _cost
 
 _FEW = 16  # up to so many blocks in a row, a sum over them beats a batch of tiny complex products (measured on a CPU)
 
@@ -81,7 +81,14 @@ def weight(cfg: C3AConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -
     i = torch.arange(cfg.block_size, device=W.device)
     place = (i - i[:, None]) % cfg.block_size  # (b, b): row p, column q holds (q - p) mod b
     grid = w.index_select(-1, place.flatten()).unflatten(-1, place.shape)  # (m, n, b, b)
-    return W + grid.transpose(1, 2).flatten(2, 3).flatten(0, 1), b
+    blocks = W.unflatten(1, (-1, cfg.block_size)).unflatten(0, (-1, cfg.block_size))  # (m, b, n, b)
+    return (blocks + grid.transpose(1, 2)).flatten(2).flatten(0, 1), b
+
+
+def dense(cfg: C3AConfig, site: Site, tokens: int) -> bool:
+    """Where the circulant blocks are written out for less than the rows of x are transformed, multiplied and transformed back."""
+    wide, size = site.d_in + site.d_out, site.d_in * site.d_out
+    return _cost.dense_pays(site, tokens, branch=_cost.PASS * (6 * wide + 2 * size / cfg.block_size), build=4 * _cost.PASS * size)
 
 
 def scale(cfg: C3AConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -97,5 +104,6 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
 )

@@ -39,9 +39,14 @@ def param_specs(cfg: HiRAConfig, site: Site) -> dict[str, ParamSpec]:
     return {"lora_A": ParamSpec((site.r, site.d_in), kaiming), "lora_B": ParamSpec((site.d_out, site.r))}
 
 
+def _product(p: Params, dtype: torch.dtype, s: float | Tensor) -> Tensor:
+    """s B A, (d_out, d_in)."""
+    return p["lora_B"].to(dtype) @ (p["lora_A"] * s).to(dtype)
+
+
 def _update(p: Params, W: Tensor, s: float | Tensor) -> Tensor:
     """s W * (B A), (d_out, d_in)."""
-    return W * (p["lora_B"].to(W.dtype) @ (p["lora_A"] * s).to(W.dtype))
+    return W * _product(p, W.dtype, s)
 
 
 def prepare(cfg: HiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
@@ -57,7 +62,12 @@ def outputs(cfg: HiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: S
 
 def weight(cfg: HiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + s W * (B A)."""
-    return W + _update(p, W, site.scale), b
+    return torch.addcmul(W, W, _product(p, W.dtype, site.scale)), b
+
+
+def dense(cfg: HiRAConfig, site: Site, tokens: int) -> bool:
+    """Always: the phases take a dense product of their own."""
+    return True
 
 
 def scale(cfg: HiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -73,6 +83,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     sites=(*MATRICES, "embedding"),
 )

@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..rng import kaiming
 from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from . import _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,14 @@ def outputs(cfg: LoHaConfig, p: Params, d: tuple[Tensor, Tensor | None], x: Tens
 
 def weight(cfg: LoHaConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + s (B1 A1) * (B2 A2)."""
-    return W + _dense({name: t.to(W.dtype) for name, t in p.items()}) * site.scale, b
+    B1, A1, B2, A2 = (p[f"lora_{name}"].to(W.dtype) for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    return torch.addcmul(W, B1 @ (A1 * site.scale), B2 @ A2), b
+
+
+def dense(cfg: LoHaConfig, site: Site, tokens: int) -> bool:
+    """Where the update is built for less than the branch of rank r^2 costs."""
+    size, rank = site.d_in * site.d_out, site.r**2
+    return _cost.dense_pays(site, tokens, branch=rank * (site.d_in + site.d_out), build=(2 * site.r + 3 * _cost.PASS) * size)
 
 
 def scale(cfg: LoHaConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -86,6 +94,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     sites=(*MATRICES, "embedding"),
 )

@@ -21,7 +21,7 @@ from ..config import AdapterConfig, probability
 from ..errors import ConfigError
 from ..rng import kaiming
 from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from . import _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,11 @@ def weight(cfg: LoKrConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
     return W + blocks.flatten(2, 3).flatten(0, 1), b
 
 
+def dense(cfg: LoKrConfig, site: Site, tokens: int) -> bool:
+    """Where the Kronecker product is built for less than the three passes over the features cost."""
+    return _cost.dense_pays(site, tokens, branch=3 * _cost.PASS * (site.d_in + site.d_out), build=2 * _cost.PASS * site.d_in * site.d_out)
+
+
 def scale(cfg: LoKrConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """W1 times c."""
     name = "lora_w1" if "lora_w1" in p else "lora_w1_a"
@@ -129,6 +134,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     factor=factor,
 )

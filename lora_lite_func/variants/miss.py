@@ -92,6 +92,11 @@ def weight(cfg: MiSSConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
     return W + D.mT.repeat(site.d_out // D.shape[1], -(-site.d_in // site.r))[:, : site.d_in], b
 
 
+def dense(cfg: MiSSConfig, site: Site, tokens: int) -> bool:
+    """In mode "bat", whose phases take a dense product of their own."""
+    return cfg.mode == "bat"
+
+
 def scale(cfg: MiSSConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """D times c."""
     return {"lora_D": p["lora_D"] * c}
@@ -105,5 +110,6 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import AdapterConfig, record
 from ..errors import ConfigError
 from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cayley, _lowrank
+from . import _blocks, _cayley, _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,19 @@ def prepare(cfg: OFTConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def inputs(cfg: OFTConfig, p: Params, d: Tensor, x: Tensor, site: Site) -> Tensor:
     """x + x E."""
-    return x + _blocks.product(x, d)
+    return _blocks.plus_product(x, d)
 
 
 def weight(cfg: OFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W R^T."""
     E = _cayley.minus_identity(p["lora_oft_q"].to(_lowrank.core_dtype(W.dtype)), cfg.block_size, cfg.cayley)
-    return W + _blocks.product(W, E.mT), b
+    return _blocks.plus_product(W, E.mT), b
+
+
+def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool:
+    """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
+    branch = (cfg.block_size + 3 * _cost.PASS) * site.d_in
+    return _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
 
 
 def scale(cfg: OFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -91,5 +97,6 @@ VARIANT = Variant(
     prepare=prepare,
     inputs=inputs,
     weight=weight,
+    dense=dense,
     scale=scale,
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import rng
 from ..config import AdapterConfig, probability, record
 from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from . import _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,12 @@ def weight(cfg: RandLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | No
     return _lowrank.add_dense(W, A, B, site.scale), b
 
 
+def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> bool:
+    """Where W + the sum is built for less than the branch costs."""
+    rank = -(-min(site.d_in, site.d_out) // site.r) * site.r
+    return _cost.dense_pays(site, tokens, branch=rank * (site.d_in + site.d_out), build=rank * site.d_in * site.d_out)
+
+
 def scale(cfg: RandLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """lam times c."""
     return {**p, "lora_lambda": p["lora_lambda"] * c}
@@ -109,6 +115,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     sites=(*MATRICES, "embedding"),
 )

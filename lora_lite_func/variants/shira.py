@@ -105,6 +105,11 @@ def weight(cfg: SHiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None)
     return W + _positions.dense(p["lora_idx"], p["lora_v"].to(W.dtype), site.d_out, site.d_in), b
 
 
+def dense(cfg: SHiRAConfig, site: Site, tokens: int) -> bool:
+    """Always: the phases take a dense product of their own."""
+    return True
+
+
 def scale(cfg: SHiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """v times c."""
     return {**p, "lora_v": p["lora_v"] * c}
@@ -119,6 +124,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

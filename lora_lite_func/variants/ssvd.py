@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, probability
 from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _cayley, _lowrank
+from . import _cayley, _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,12 @@ def weight(cfg: SSVDConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
     return _lowrank.add_dense(W, core @ p["lora_Vh"].to(W.dtype), p["lora_U"]), b
 
 
+def dense(cfg: SSVDConfig, site: Site, tokens: int) -> bool:
+    """Where the update is built for less than the branch costs."""
+    size = site.d_in * site.d_out
+    return _cost.dense_pays(site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + _cost.PASS) * size)
+
+
 def scale(cfg: SSVDConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """dS and K times c."""
     return {**p, "lora_delta_s": p["lora_delta_s"] * c, "lora_rot_K": p["lora_rot_K"] * c}
@@ -101,6 +107,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

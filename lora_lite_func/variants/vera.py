@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import rng
 from ..config import AdapterConfig, probability, record
 from ..spec import MATRICES, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from . import _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,12 @@ def weight(cfg: VeRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
     return _lowrank.add_dense(W, d[:, None] * A, gate[:, None] * B), b
 
 
+def dense(cfg: VeRAConfig, site: Site, tokens: int) -> bool:
+    """Where the update is built for less than the branch costs."""
+    size = site.d_in * site.d_out
+    return _cost.dense_pays(site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + _cost.PASS) * size)
+
+
 def scale(cfg: VeRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """b times c."""
     return {**p, "lora_vera_b": p["lora_vera_b"] * c}
@@ -96,6 +102,7 @@ VARIANT = Variant(
     init=init,
     outputs=outputs,
     weight=weight,
+    dense=dense,
     scale=scale,
     sites=(*MATRICES, "embedding"),
 )

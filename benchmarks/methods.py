@@ -1,0 +1,125 @@
+"""What each method costs a forward: `ll.apply` and PEFT over the bare base at 512 tokens, and what is kept for the backward pass.
+
+python -m benchmarks.methods [name ...]
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+import lora_lite_func as ll
+
+from .harness import Result, compare, llama, machine
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
+
+OURS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 16}, "gralora": {"k": 2}, "ssvd": {"r": 64}, "antipasto": {"r": 64}}
+"""Sizes other than a config's own: a circulant block has to divide 1376 and 512."""
+
+PEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "adalora": ("AdaLoraConfig", {"init_r": 8, "total_step": 100}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}),
+    "c3a": ("C3AConfig", {"block_size": 16}),
+    "delora": ("DeloraConfig", {"r": 8}),
+    "dora": ("LoraConfig", {"r": 8, "use_dora": True}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 1000}),
+    "gralora": ("GraloraConfig", {"r": 8, "gralora_k": 2}),
+    "hira": ("HiraConfig", {"r": 8}),
+    "hra": ("HRAConfig", {"r": 8}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+    "loha": ("LoHaConfig", {"r": 8}),
+    "lokr": ("LoKrConfig", {"r": 8}),
+    "lora": ("LoraConfig", {"r": 8}),
+    "miss": ("MissConfig", {"r": 64}),
+    "oft": ("OFTConfig", {"r": 0, "oft_block_size": 32, "use_cayley_neumann": False}),
+    "randlora": ("RandLoraConfig", {"r": 32}),
+    "road": ("RoadConfig", {}),
+    "shira": ("ShiraConfig", {"r": 8}),
+    "vera": ("VeraConfig", {"r": 256}),
+}
+"""PEFT's config of the same method at the same size, where it has one."""
+
+
+def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
+    """A method's adapter as if trained: its start with noise, so that nothing is zero."""
+    config = ll.variants()[name].config
+    given: dict[str, Any] = {"calibration_data": [ids]} if ll.variants()[name].needs & {"inputs", "gradients"} else {}
+    if "gradients" in ll.variants()[name].needs:
+        given["loss_fn"] = lambda out, batch: out.logits.square().mean()
+    trainable, frozen = ll.partition(ll.init(base, config(**OURS.get(name, {})), **given))
+    gen = torch.Generator().manual_seed(1)
+    noisy = optree.tree_map(lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable)
+    return ll.combine(noisy, frozen)
+
+
+def theirs(base: Any, name: str) -> Any:
+    """The same base under PEFT's layers."""
+    import peft
+
+    cls, kw = PEFT[name]
+    return peft.get_peft_model(copy.deepcopy(base), getattr(peft, cls)(target_modules=PROJECTIONS, **kw)).eval()
+
+
+def saved(call: Callable[[], Tensor], held: Sequence[Tensor]) -> int:
+    """Bytes that a forward keeps for the backward pass, in distinct storages other than those of `held`."""
+    known = {t.untyped_storage().data_ptr() for t in held}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t  # keeps the storage alive, so no address comes twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = call()
+    del kept
+    return sum(found.values())
+
+
+def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) -> tuple[Result, int]:
+    """(ratios over the base, bytes saved for backward); a run that the guard voids is done again, up to `repeats` times."""
+    params = start(base, name, ids)
+    calls = {"base": lambda: base(ids), "ours": lambda: ll.apply(base, params, ids)}
+    if name in PEFT:
+        other = theirs(base, name)
+        calls["peft"] = lambda: other(ids)
+    with torch.no_grad():
+        for _ in range(repeats):
+            result = compare(calls, rounds=rounds)
+            if not result.void:
+                break
+    live = optree.tree_map(lambda t: t.clone().requires_grad_(), ll.partition(params)[0])
+    whole = ll.combine(live, ll.partition(params)[1])
+    held = [*base.parameters(), *base.buffers(), *optree.tree_leaves(whole)]
+    return result, saved(lambda: ll.apply(base, whole, ids).logits, held)
+
+
+def main(names: Sequence[str] = (), rounds: int = 15) -> dict[str, Any]:
+    """Print and return, per method: forward over the base, PEFT's over the base, bytes saved over LoRA's."""
+    torch.set_num_threads(2)
+    base = llama(LAYERS, HIDDEN)
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    out: dict[str, Any] = {"machine": machine(), "methods": {}}
+    reference = None
+    print(f"{'method':12} {'ours':>7} {'peft':>7} {'peft/ours':>9} {'saved/LoRA':>10} {'guard':>6}")
+    for name in dict.fromkeys(("lora", *(names or ll.variants()))):
+        result, kept = measure(base, name, ids, rounds)
+        reference = reference or kept
+        ours, peft = result.ratios["ours"], result.ratios.get("peft")
+        out["methods"][name] = {"ours": ours, "peft": peft, "saved": kept / reference, "guard": result.guard, "void": result.void}
+        of_peft = f"{peft:7.2f} {peft / ours:9.2f}" if peft else f"{'-':>7} {'-':>9}"
+        print(f"{name:12} {ours:7.3f} {of_peft} {kept / reference:10.2f} {result.guard:6.3f}{' void' if result.void else ''}", flush=True)
+    return out
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
