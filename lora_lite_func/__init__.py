@@ -17,9 +17,11 @@ from .hidden import prompted
 from .initialization import init, targets
 from .peft import from_peft, to_peft
 from .report import Report
+from .rows import Rows, rows
 from .spec import ParamSpec, Site, Variant, register
+from .stacks import concatenate, names, num_members, stack, unstack, update
 from .statistics import Statistics
-from .transforms import cast, combine, num_params, partition, scale, stack, summary, unstack
+from .transforms import cast, combine, num_params, partition, scale, summary
 from .variants import (
     AdaLoRAConfig,
     AntiPaSTOConfig,
@@ -93,6 +95,7 @@ __all__ = [
     "ROADConfig",
     "RandLoRAConfig",
     "Report",
+    "Rows",
     "SHiRAConfig",
     "SSVDConfig",
     "Site",
@@ -109,16 +112,20 @@ __all__ = [
     "cast",
     "check",
     "combine",
+    "concatenate",
     "from_peft",
     "functional_call",
     "init",
     "load",
     "merge",
     "merged",
+    "names",
+    "num_members",
     "num_params",
     "partition",
     "prompted",
     "register",
+    "rows",
     "save",
     "scale",
     "stack",
@@ -127,5 +134,6 @@ __all__ = [
     "to_peft",
     "unbind",
     "unstack",
+    "update",
     "variants",
 ]

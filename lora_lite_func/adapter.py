@@ -37,6 +37,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
     """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static data.
 
     `params["layers.0.up"]["lora_A"]` is a tensor, and so is `params["layers.0.up", "lora_A"]`, by its key in the pytree.
+    Of a stack, `params[2]` is the third member.
 
     Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`, `ll.scale` ...). Two
     adapters with equal sites and equal method settings have equal tree structure, whatever patterns chose the sites.
@@ -82,10 +83,14 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
     def __getitem__(self, path: str) -> Mapping[str, Tensor]: ...
     @overload
     def __getitem__(self, path: tuple[str, str]) -> Tensor: ...
-    def __getitem__(self, path: str | tuple[str, str]) -> Mapping[str, Tensor] | Tensor:
+    @overload
+    def __getitem__(self, path: int) -> Adapter: ...
+    def __getitem__(self, path: str | tuple[str, str] | int) -> Mapping[str, Tensor] | Tensor | Adapter:
         if isinstance(path, tuple):
             site, name = path
             return self[site][name]
+        if isinstance(path, int):
+            return member(self, path)
         try:
             return MappingProxyType(self._data[path])
         except KeyError:
@@ -133,6 +138,52 @@ def replace(params: Adapter, data: Mapping[str, Mapping[str, Any]]) -> Adapter:
     return rebuild(params.layout, (data[path][name] for path, names in params.layout.names.items() for name in names))
 
 
+def members_of(stacked: Any, what: str) -> int:
+    """How many adapters a stack has.
+
+    Raises:
+        StructureError: it is none, with the first leaf that says so.
+    """
+    if not isinstance(stacked, Adapter):
+        raise StructureError(f"{what}: expected an Adapter, found {type(stacked).__name__}")
+    counts = set()
+    for path, expected in stacked.layout.expected.items():
+        for name, leaf in stacked._data[path].items():
+            if leaf is ABSENT:
+                continue
+            if not isinstance(leaf, Tensor) or leaf.ndim != len(expected[name]) + 1 or leaf.shape[1:] != expected[name]:
+                found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                shape = ", ".join(map(str, expected[name]))
+                raise StructureError(f"{what}: {path!r} {name}: expected (K, {shape}), found {found}")
+            counts.add(leaf.shape[0])
+    if len(counts) != 1:
+        raise StructureError(f"{what}: expected one leading size, found {sorted(counts) or 'no tensors'}")
+    return counts.pop()
+
+
+def member(stacked: Adapter, index: int) -> Adapter:
+    """One adapter of a stack, as views, with its own layout.
+
+    Raises:
+        StructureError: not a stack.
+        IndexError: it has no such member.
+    """
+    count = members_of(stacked, "a member of a stack")
+    if not -count <= index < count:
+        raise IndexError(f"expected a member 0 to {count - 1} of the stack, found {index}")
+    layout = stacked.layout.member(index % count)
+    found = []
+    for path, names in layout.names.items():
+        for name in names:
+            t = stacked._data[path][name]
+            if t is not ABSENT:
+                t = t[index]
+                for axis, size in enumerate(layout.expected[path][name]):
+                    t = t if t.shape[axis] == size else t.narrow(axis, 0, size)
+            found.append(t)
+    return rebuild(layout, found)
+
+
 def check_shapes(params: Adapter) -> None:
     """Every leaf is a tensor of the shape that its site asks for.
 
@@ -154,7 +205,8 @@ def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
     if tuple(found.shape[1:]) == tuple(expected):
         return where + (
             f"found {tuple(found.shape)}: a stack of {found.shape[0]} adapters; "
-            "torch.func.vmap(lambda p: ll.apply(model, p, x))(stack) runs them all, ll.unstack(stack)[i] is one of them"
+            "ll.rows(stack, ids) gives each row of a batch its own, torch.func.vmap(lambda p: ll.apply(model, p, x))(stack) runs them all "
+            "on the same batch, stack[i] is one of them"
         )
     return where + f"found {tuple(found.shape)}"
 

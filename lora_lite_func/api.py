@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Layout, check_shapes
+from .adapter import Adapter, Layout, check_shapes, members_of
 from .errors import StructureError, nearest
 from .hidden import Prompt, Prompted, known, tell
 from .kinds import place, reads_prompt
 from .ops import Leaves, Op, check_bias, check_dense, held_by, hold, leaves_at, merge_site
+from .plan import Plan
+from .rows import Rows
 from .skeleton import check_mergeable, check_site, constant, copy_tree, no_module, own_buffers
 from .spec import Site
 
 __all__ = ["Adapters", "apply", "bind", "functional_call", "merge", "merged", "unbind"]
 
-Adapters = Adapter | Sequence["Adapters"] | Mapping[str, "Adapters"]
-"""One Adapter, or a tuple, list or dict of them, applied in order."""
+Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
+"""One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
 
 
 # --------------------------------------------------------------------------------------------------------------- apply
@@ -69,14 +71,19 @@ def functional_call(
     return skeleton(*args, **kwargs)
 
 
-def flatten(params: Adapters) -> list[Adapter]:
-    """The adapters in order.
+def flatten(params: Adapters) -> list[tuple[Adapter, Plan | None]]:
+    """The adapters in order, checked; with a plan a stack, of which each row has its own.
 
     Raises:
-        StructureError: something that isn't an adapter.
+        StructureError: something that isn't an adapter, or a tensor of the wrong shape.
     """
     if isinstance(params, Adapter):
-        return [params]
+        check_shapes(params)
+        return [(params, None)]
+    if isinstance(params, Rows):
+        if members_of(params.stack, "rows") != params.plan.members:
+            raise StructureError(f"rows: made for {params.plan.members} members, found {members_of(params.stack, 'rows')}")
+        return [(params.stack, params.plan)]
     if isinstance(params, (tuple, list, Mapping)):
         parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
         return [adapter for part in parts for adapter in flatten(part)]
@@ -87,8 +94,7 @@ def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt) -> dict[str,
     """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient."""
     sites: dict[str, list[Op]] = {}
     constant = torch.is_grad_enabled()
-    for adapter in flatten(params):
-        check_shapes(adapter)
+    for adapter, plan in flatten(params):
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         dropout = getattr(cfg, "dropout", 0.0)
@@ -97,7 +103,7 @@ def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt) -> dict[str,
             if constant:
                 trainable = layout.trainable[path]
                 tensors = {name: t if trainable[name] else t.detach() for name, t in tensors.items()}
-            sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout, 0, asked))
+            sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout, 0, asked, plan))
     return sites
 
 
@@ -154,17 +160,16 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     sites: dict[str, list[Op]] = {}
     counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
-    for adapter in adapters:
-        check_shapes(adapter)
+    for adapter, plan in adapters:
         layout, indices = adapter.layout, {}
         for path, site in layout.sites.items():
             ops, home = sites.setdefault(path, []), home_of(site)
             indices[path] = counts.setdefault(home, _bound_before(model, home))
             counts[home] += 1
-            ops.append(Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), indices[path]))
+            ops.append(Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), indices[path], None, plan))
         homes.append((layout, indices))
     bound = copy_tree(model, sites, _Frozen())
-    for adapter in adapters:
+    for adapter, _ in adapters:
         for path, tensors in adapter._data.items():
             hold(bound.get_submodule(home_of(adapter.layout.sites[path])), Leaves(tensors, adapter.layout.trainable[path]))
     bound.__dict__["_ll_bound"] = homes

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .config import LARGEST, AdapterConfig, from_dict, to_dict
@@ -13,10 +14,13 @@ from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, shown
 from .kinds import KINDS
 from .spec import Site, Variant, site_for, variants
 
-__all__ = ["Layout", "describe", "described"]
+__all__ = ["FACTOR", "Layout", "Stacked", "describe", "described"]
 
 _FORMAT = 1
 _FIELDS = ("format", "variant", "config", "sites")
+
+FACTOR = "lora_factor"
+"""The frozen leaf () of a site whose scale differs among the members of a stack."""
 _COLUMNS = ("path", "kind", "d_in", "d_out", "bias", "r", "alpha", "stack", "transposed", "plus_one")
 _TYPES = [str, str, int, int, bool, int, float, int, bool, bool]
 
@@ -44,6 +48,10 @@ class Layout:
     def __hash__(self) -> int:
         return hash((self.config, tuple(self.sites.values())))
 
+    def member(self, index: int) -> Layout:
+        """The layout of a stack's member."""
+        return self
+
     def __repr__(self) -> str:
         return f"Layout({self.variant.name}, {len(self.sites)} sites, {self.config})"
 
@@ -54,6 +62,51 @@ class Layout:
 def stacked(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that a tensor of a spec has at a site: one per stacked weight."""
     return (site.stack, *shape) if site.stack else tuple(shape)
+
+
+class Stacked(Layout):
+    """The static data of a stack whose members differ in rank, strength, name or where they came from.
+
+    Leaves are as wide as the widest member's, the others' padded with zeros; where scales differ each site has a leaf `FACTOR`.
+
+    Attributes:
+        members: each member's own layout.
+        labels: the members' names, if they have any.
+    """
+
+    __slots__ = ("labels", "members")
+
+    def __init__(self, members: Sequence[Layout], labels: Sequence[str] | None = None) -> None:
+        first = members[0]
+        ways = {path: [m.sites[path] for m in members] for path in first.sites}
+        super().__init__(first.variant, first.config, [max(sites, key=lambda s: s.r) for sites in ways.values()])
+        self.members = tuple(members)
+        self.labels = None if labels is None else tuple(labels)
+        for path, sites in ways.items():
+            if len({s.factor for s in sites}) > 1:
+                self.names[path] = tuple(sorted((*self.names[path], FACTOR)))
+                self.expected[path][FACTOR] = ()
+                self.least[path][FACTOR] = torch.float32
+                self.trainable[path][FACTOR] = False
+
+    def member(self, index: int) -> Layout:
+        """The layout of a member."""
+        return self.members[index]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if isinstance(other, Stacked):
+            return self.members == other.members
+        return isinstance(other, Layout) and all(member == other for member in self.members)
+
+    __hash__ = Layout.__hash__
+
+    def __repr__(self) -> str:
+        return f"Stacked({len(self.members)} of {self.variant.name}, {len(self.sites)} sites)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stacked, (self.members, self.labels)
 
 
 def describe(layout: Layout) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from .config import AdapterConfig
 from .errors import UnsupportedError
 from .hidden import Prompt
 from .kinds import KINDS, matrix, restored
+from .layout import FACTOR
 from .lookup import keeping_padding
+from .plan import Plan
 from .spec import Params, Site, Variant
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "merge_site",
     "one_product",
     "tensors_at",
+    "unfolded",
 ]
 
 _CHILD = "adapter"  # the name under which a bound site holds its adapters' tensors
@@ -37,6 +40,7 @@ class Op(NamedTuple):
     """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child.
 
     `prompt` is what the call knows of its prompt, where the site is a whole module; None in a bound model, whose calls tell it.
+    With a `plan` the tensors are a stack's, and each row of the batch has its own member.
     """
 
     variant: Variant
@@ -46,6 +50,7 @@ class Op(NamedTuple):
     dropout: float
     slot: int = 0
     prompt: Prompt | None = None
+    plan: Plan | None = None
 
 
 class Leaves(nn.Module):
@@ -92,6 +97,13 @@ def tensors_at(op: Op, module: Any) -> Params:
     return leaves_at(module, op.slot).tensors() if op.p is None else op.p
 
 
+def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
+    """A method's own tensors, and the site with the scale that is among them, if one is: a member of a mixed stack."""
+    if FACTOR not in p:
+        return p, site
+    return {name: t for name, t in p.items() if name != FACTOR}, site.scaled(p[FACTOR])
+
+
 # ------------------------------------------------------------------------------------------------ the dense equivalent
 def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
     """Refuse a merged bias that has no place.
@@ -107,13 +119,18 @@ def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
 
 
 def check_dense(op: Op) -> None:
-    """Refuse a method that no weight can stand for.
+    """Refuse a method that no weight can stand for, and rows, which one weight can't serve.
 
     Raises:
-        UnsupportedError: it has no dense equivalent.
+        UnsupportedError: it has no dense equivalent, or another adapter for each row.
     """
     if op.variant.weight is None:
         raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
+    if op.plan is not None:
+        raise UnsupportedError(
+            f"{op.site.path!r}: the weight itself is used here, one for the whole batch, so its rows can't have adapters of their own; "
+            "leave it out with exclude_names, or call the model once per adapter"
+        )
 
 
 def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -146,12 +163,13 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
 def _dense(op: Op, p: Params, M: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The variant's dense equivalent on (d_out, d_in), or on each matrix of a stack."""
     weight: Any = op.variant.weight
-    if not op.site.stack:
-        M, moved = weight(op.cfg, p, op.site, M, b)
+    p, site = unfolded(p, op.site)
+    if not site.stack:
+        M, moved = weight(op.cfg, p, site, M, b)
         if moved is not None and KINDS[op.site.kind].bare:
             raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} moves a bias, which a bare parameter hasn't")
         return M, moved
-    return torch.func.vmap(lambda p, M: weight(op.cfg, p, op.site, M, None)[0])(dict(p), M), b
+    return torch.func.vmap(lambda p, M: weight(op.cfg, p, site, M, None)[0])(dict(p), M), b
 
 
 # ------------------------------------------------------------------------------------------- one product instead of several
@@ -160,6 +178,7 @@ def as_one_product(module: Any, op: Op, x: Any) -> bool:
     W, site, dense = module._parameters.get("weight"), op.site, op.variant.dense
     return (
         dense is not None
+        and op.plan is None
         and module._ll_plain
         and "_ll_frozen" not in module.__dict__
         and type(W) in (Tensor, nn.Parameter)
@@ -179,4 +198,5 @@ def one_product(module: Any, op: Op, x: Tensor) -> Tensor:
     """x W'^T + b' of a plain dense layer."""
     assert op.variant.weight is not None  # `dense` promises it
     own = module._parameters
-    return F.linear(x, *op.variant.weight(op.cfg, tensors_at(op, module), op.site, own["weight"], own.get("bias")))
+    p, site = unfolded(tensors_at(op, module), op.site)
+    return F.linear(x, *op.variant.weight(op.cfg, p, site, own["weight"], own.get("bias")))

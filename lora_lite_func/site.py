@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
+from .batching import by_rows, undisturbed
 from .hidden import hidden_state, tokens_of
-from .kinds import KINDS, matrix
-from .layers import at_trace_time, compute_dtype, is_dense, is_packed
+from .kinds import KINDS
+from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at
+from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at, unfolded
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound
-from .spec import Params
+from .underneath import Underneath
 
 __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
 
@@ -77,69 +77,36 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
         return frozen(x)
     op = ops[count - 1]
     variant, cfg, site = op.variant, op.cfg, op.site
-    p = tensors_at(op, module)
-    d = None if variant.prepare is None else _prepared(op, p, _Layer(ops, count - 1, module, p), x.device.type)
+    if op.plan is not None:
+        return _rows(ops, count, frozen, module, x)
+    p, site = unfolded(tensors_at(op, module), site)
+    layer = Underneath(ops, count - 1, module, p, _phases)
+    d = None if variant.prepare is None else undisturbed(x.device.type, variant.prepare, cfg, p, site, layer)
     y = _phases(ops, count - 1, frozen, module, x if variant.inputs is None else variant.inputs(cfg, p, d, x, site))
     if variant.outputs is None:
         return y
     if KINDS[site.kind].listed:  # a whole module: what comes to the phase is where its hidden state has the prompt
-        h, put = hidden_state(y, site.path, site.d_out)
-        return put(variant.outputs(cfg, p, d, tokens_of(h, op.prompt, site.path), h, site))
+        h, put, x = _hidden(op, y, x)
+        return put(variant.outputs(cfg, p, d, x, h, site))
     if op.dropout and module.training:
         x = F.dropout(x, op.dropout)
     return variant.outputs(cfg, p, d, x, y, site)
 
 
-def _prepared(op: Op, p: Params, layer: _Layer, device: str) -> Any:
-    """What depends on the parameters alone, in their own dtype: small systems can't be solved in the one that autocast would choose."""
-    assert op.variant.prepare is not None
-    if not torch.is_autocast_enabled(device):
-        return op.variant.prepare(op.cfg, p, op.site, layer)
-    with torch.autocast(device, enabled=False):
-        return op.variant.prepare(op.cfg, p, op.site, layer)
+def _rows(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], module: Any, x: Tensor) -> Any:
+    """`_phases` where the outermost adapter is another one for each row."""
+    op = ops[count - 1]
+    p = tensors_at(op, module)
+    layer = Underneath(ops, count - 1, module, p, _phases)
+    return by_rows(op, p, layer, module.training, lambda x: _phases(ops, count - 1, frozen, module, x), _hidden, x)
 
 
-class _Layer:
-    """What `prepare` may see of the layer underneath an adapter: its bias, and its product without the bias."""
-
-    __slots__ = ("count", "module", "ops", "p")
-
-    def __init__(self, ops: Sequence[Op], count: int, module: Any, p: Params) -> None:
-        self.ops, self.count, self.module, self.p = ops, count, module, p
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)  # a linear-like layer needn't have the attribute
-        if self.count == 0 and (bias is None or not bias.is_meta):
-            return bias
-        if KINDS[self.ops[0].site.kind].one_hot:
-            return None
-        zero = torch.zeros(1, self.ops[0].site.d_in, device=next(iter(self.p.values())).device)
-        return self._call(zero)[0]
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        site = self.ops[0].site
-        if self.count or not is_dense(weight, site.d_in * site.d_out) or weight.is_meta:
-            raise UnsupportedError(
-                f"{site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
-                f"this layer ({type(self.module).__name__}) has {'other adapters inside' if self.count else 'none at hand'}; "
-                "merge those first, or use a method that needs only the layer's call"
-            )
-        return matrix(weight, site)
-
-    def linear(self, x: Tensor) -> Tensor:
-        weight = self.module.weight
-        if self.count == 0 and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:
-            return F.linear(x.to(weight.dtype), matrix(weight, self.ops[0].site))
-        if KINDS[self.ops[0].site.kind].one_hot:
-            return F.linear(x, matrix(merge_site(self.module, self.ops[: self.count], weight, None)[0], self.ops[0].site).to(x.dtype))
-        y, bias = self._call(x), self.bias  # a quantised or offloaded layer, or one with other adapters inside: probe its call
-        return y if bias is None else y - bias.to(y.dtype)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return _phases(self.ops, self.count, self.module._ll_frozen, self.module, x.to(compute_dtype(self.module)))
+def _hidden(op: Op, y: Any, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Any], Tensor]:
+    """(what the phase changes, how to put it back, what it gets for x) of a layer's output: of a whole module's its hidden state."""
+    if not KINDS[op.site.kind].listed:
+        return y, lambda h: h, x
+    h, put = hidden_state(y, op.site.path, op.site.d_out)
+    return h, put, tokens_of(h, op.prompt, op.site.path)
 
 
 # ---------------------------------------------------------------------------------------------------- the weight route

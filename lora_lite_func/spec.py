@@ -65,6 +65,11 @@ class Site:
             return self.twin
         return self.factor
 
+    def scaled(self, factor: Tensor) -> Site:
+        """The site with a scale that is data."""
+        value: Any = factor
+        return dataclasses.replace(self, factor=value, twin=None)
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -76,12 +81,15 @@ class ParamSpec:
         trainable: False for a tensor that is part of the adapter but never learned.
         dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates, angles, magnitudes);
             an integer dtype is taken as it is.
+        rank_axis: the axis that counts directions, where one more direction of zeros changes nothing: such tensors of
+            different ranks stack.
     """
 
     shape: tuple[int, ...]
     init: Literal["zeros", "ones"] | Draw = "zeros"
     trainable: bool = True
     dtype: torch.dtype | None = None
+    rank_axis: int | None = None
 
 
 class Layer(Protocol):
@@ -127,6 +135,8 @@ class Variant:
         needs: what init needs: subset of {"weight", "inputs", "gradients"}.
         sites: kinds of site it can adapt, the one that it takes when the config names none first. By default `MATRICES` for a method
             with `weight` whose start needs no data, else linear layers.
+        leading: its phases take several members at once as they are, leaves (m, ...) and x (m, n, ..., d_in), and `site.scale`
+            may be (m,); otherwise they are mapped over the members.
     """
 
     name: str
@@ -143,6 +153,7 @@ class Variant:
     factor: Callable[[Any, Site], float] = _default_factor
     needs: frozenset[str] = frozenset()
     sites: tuple[str, ...] = ()
+    leading: bool = False
 
     def __post_init__(self) -> None:
         if not self.sites:

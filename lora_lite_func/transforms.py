@@ -1,18 +1,19 @@
-"""Tree algebra: partition and combine, stack and unstack, scale, cast, counts."""
+"""Tree algebra: partition and combine, scale, cast, counts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import ABSENT, Adapter, keys, leaves, rebuild, replace
+from .adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
 from .errors import StructureError, UnsupportedError
+from .layout import FACTOR
 
-__all__ = ["cast", "combine", "num_params", "partition", "scale", "stack", "summary", "unstack"]
+__all__ = ["cast", "combine", "num_params", "partition", "scale", "summary"]
 
 
 def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -> tuple[Adapter, Adapter]:
@@ -27,7 +28,7 @@ def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -
     Raises:
         StructureError: not an Adapter.
     """
-    _check_adapter(params, "partition")
+    check_adapter(params, "partition")
     rule = keep or (lambda path, name: params.layout.trainable[path][name])
     first = [bool(rule(path, name)) for path, name in keys(params)]
     flat = list(leaves(params))
@@ -59,41 +60,6 @@ def combine(*parts: Adapter) -> Adapter:
     return replace(first, data)
 
 
-def stack(adapters: Iterable[Adapter]) -> Adapter:
-    """K adapters with equal sites and settings as one, every leaf with a leading axis of K; for torch.func.vmap.
-
-    Raises:
-        StructureError: nothing to stack, or the first difference between two of them: in sites, settings, leaves that are absent,
-            shapes, dtypes or devices.
-    """
-    if isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
-        raise StructureError(f"stack: expected a sequence of adapters, found {type(adapters).__name__}")
-    adapters = list(adapters)
-    if not adapters:
-        raise StructureError("stack: expected at least one adapter, found none")
-    for i, other in enumerate(adapters):
-        _same_layout(adapters[0], other, f"stack: number {i}")
-    columns = list(zip(*(leaves(a) for a in adapters), strict=True))
-    for (path, name), column in zip(keys(adapters[0]), columns, strict=True):
-        kinds = [_kind(t) for t in column]
-        for i, kind in enumerate(kinds):
-            if kind != kinds[0]:
-                raise StructureError(
-                    f"stack: number {i} differs at {path!r} {name}: {', '.join(map(str, kind))}, the first {', '.join(map(str, kinds[0]))}"
-                )
-    return rebuild(adapters[0].layout, [c[0] if c[0] is ABSENT else torch.stack(c) for c in columns])
-
-
-def unstack(stacked: Adapter) -> list[Adapter]:
-    """The K adapters of a stack, as views.
-
-    Raises:
-        StructureError: not a stack.
-    """
-    count, flat = _members(stacked, "unstack"), list(leaves(stacked))
-    return [rebuild(stacked.layout, [t if t is ABSENT else t[i] for t in flat]) for i in range(count)]
-
-
 def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     """The adapter at `strength` times its strength: 0 is the base, 1 changes nothing, -1 turns it round. Pure, same structure.
 
@@ -107,7 +73,7 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
         UnsupportedError: the method has no such path.
         StructureError: a part of a partition, or a vector of strengths for something that isn't a stack of as many adapters.
     """
-    _check_adapter(params, "scale")
+    check_adapter(params, "scale")
     layout = params.layout
     change = layout.variant.scale
     if change is None:
@@ -115,7 +81,7 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     if any(leaf is ABSENT for leaf in leaves(params)):
         raise StructureError("scale: this is one part of a partition; scale the whole, ll.combine(trainable, frozen)")
     if isinstance(strength, Tensor) and strength.ndim:
-        count = _members(params, "scale by a strength per member of a stack")
+        count = members_of(params, "scale by a strength per member of a stack")
         if tuple(strength.shape) != (count,):
             raise StructureError(f"scale: expected one strength or {count}, one per member of the stack, found {tuple(strength.shape)}")
         return torch.func.vmap(scale)(params, strength)
@@ -124,7 +90,8 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
         return change(layout.config, tensors, strength)
 
     def scaled(tensors: Mapping[str, Tensor], stack: int) -> dict[str, Tensor]:
-        changed = one(dict(tensors)) if not stack else torch.func.vmap(one)(dict(tensors))
+        own = {name: t for name, t in tensors.items() if name != FACTOR}  # a member's own scale is no part of the method's tensors
+        changed = {**tensors, **(one(own) if not stack else torch.func.vmap(one)(own))}
         return {name: changed[name].to(t.dtype) for name, t in tensors.items()}  # a wide strength widens a 0-dim tensor
 
     return replace(params, {path: scaled(tensors, layout.sites[path].stack) for path, tensors in params._data.items()})
@@ -136,7 +103,7 @@ def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
     Raises:
         StructureError: not an Adapter, or not a floating dtype of 16 bits or more.
     """
-    _check_adapter(params, "cast")
+    check_adapter(params, "cast")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         raise StructureError(f"cast: expected a floating dtype, found {dtype!r}")
     least = params.layout.least
@@ -156,7 +123,7 @@ def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
     Raises:
         StructureError: not an Adapter.
     """
-    _check_adapter(params, "num_params")
+    check_adapter(params, "num_params")
     layout = params.layout
     return sum(
         t.numel()
@@ -171,38 +138,20 @@ def summary(params: Adapter) -> str:
     return repr(params)
 
 
-def _check_adapter(params: Any, what: str) -> None:
+def check_adapter(params: Any, what: str) -> None:
+    """Refuse what is no Adapter.
+
+    Raises:
+        StructureError: with what it is.
+    """
     if not isinstance(params, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(params).__name__}")
 
 
-def _members(stacked: Adapter, what: str) -> int:
-    """How many adapters a stack has; refuses what is none."""
-    _check_adapter(stacked, what)
-    counts = set()
-    for path, expected in stacked.layout.expected.items():
-        for name, leaf in stacked._data[path].items():
-            if leaf is ABSENT:
-                continue
-            found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            if not isinstance(leaf, Tensor) or leaf.ndim != len(expected[name]) + 1 or found[1:] != expected[name]:
-                shape = ", ".join(map(str, expected[name]))
-                raise StructureError(f"{what}: {path!r} {name}: expected (K, {shape}), found {found}")
-            counts.add(leaf.shape[0])
-    if len(counts) != 1:
-        raise StructureError(f"{what}: expected one leading size, found {sorted(counts) or 'no tensors'}")
-    return counts.pop()
-
-
-def _kind(leaf: Any) -> tuple[Any, ...]:
-    """What stacked leaves must agree in."""
-    return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (leaf,)
-
-
 def _same_layout(a: Adapter, b: Adapter, what: str) -> None:
     """Refuse two adapters whose static data differ, naming the first difference."""
-    _check_adapter(a, what)
-    _check_adapter(b, what)
+    check_adapter(a, what)
+    check_adapter(b, what)
     if a.layout == b.layout:
         return
     if a.layout.variant.name != b.layout.variant.name:
@@ -212,11 +161,11 @@ def _same_layout(a: Adapter, b: Adapter, what: str) -> None:
     for path, site in a.sites.items():
         other = b.sites[path]
         if site != other:
-            raise StructureError(f"{what} differs at {path!r}: {_differing(other, site)}, the first {_differing(site, other)}")
-    raise StructureError(f"{what} has other settings: {_differing(b.config, a.config)}, the first {_differing(a.config, b.config)}")
+            raise StructureError(f"{what} differs at {path!r}: {differing(other, site)}, the first {differing(site, other)}")
+    raise StructureError(f"{what} has other settings: {differing(b.config, a.config)}, the first {differing(a.config, b.config)}")
 
 
-def _differing(one: Any, other: Any) -> str:
+def differing(one: Any, other: Any) -> str:
     """The fields that take part in equality and differ, with the values of `one`."""
     fields = [f.name for f in dataclasses.fields(one) if f.compare and getattr(one, f.name) != getattr(other, f.name)]
     return ", ".join(f"{name}={getattr(one, name)!r}" for name in fields)

@@ -443,7 +443,7 @@ def test_what_is_not_an_adapter_is_refused() -> None:
     with pytest.raises(ll.StructureError, match="expected an Adapter, or a tuple, list or dict of them, found Tensor"):
         ll.apply(model, torch.zeros(3), x16())  # type: ignore[arg-type]
     params = adapter(model)
-    with pytest.raises(ll.StructureError, match=r"a stack of 2 adapters; torch\.func\.vmap"):
+    with pytest.raises(ll.StructureError, match=r"a stack of 2 adapters; ll\.rows.*torch\.func\.vmap"):
         ll.apply(model, ll.stack([params, params]), x16())
     with pytest.raises(ll.StructureError, match=r"ll\.combine\(trainable, frozen\)"):
         ll.apply(model, ll.partition(moved(ll.init(model, ll.PiSSAConfig(r=4))))[0], x16())

@@ -45,7 +45,10 @@ def to_peft(params: Adapters, model: nn.Module, folder: str | os.PathLike[str], 
         UnsupportedError: the method, a setting or a mixture that PEFT has no form for.
         CheckpointError: a part of a partition, a stack, or the folder can't be written.
     """
-    adapters = flatten(params)
+    parts = flatten(params)
+    adapters = [adapter for adapter, _ in parts]
+    if any(plan is not None for _, plan in parts):
+        raise CheckpointError("to_peft: these are rows of a stack; write its members (ll.unstack) one by one")
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"to_peft: expected the base, an nn.Module, found {type(model).__name__}")
     _check(adapters)

@@ -28,6 +28,8 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     """y + s (x A^T) B^T, the low-rank branch fused onto y: one pass over y where the dtypes agree.
 
+    Several members at once: A (m, r, d_in), B (m, d_out, r), x (m, ..., d_in), y (m, ..., d_out), s a float or (m,).
+
     Args:
         y: (..., d_out) what the branch is added to; the result has its dtype.
         x: (..., d_in), or ids (...) of an embedding.
@@ -42,19 +44,31 @@ def project(x: Tensor, A: Tensor) -> Tensor:
     """x A^T, (..., r): for x of ids, whose one-hot vectors A multiplies, the rows of A^T looked up."""
     if not x.is_floating_point():
         return F.embedding(x, A.mT)
+    if A.ndim == 3:
+        return torch.bmm(_flat(cast(x, A.dtype)), A.mT).unflatten(1, x.shape[1:-1])
     return F.linear(cast(x, A.dtype), A)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(m, ..., d) as (m, n, d)."""
+    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's dtype."""
     h = cast(h, B.dtype)
     if not isinstance(s, float):
-        h, s = h * s, 1.0
+        s = s.view(-1, *[1] * (h.ndim - 1)) if s.ndim else s
+        h, s = (h * s).to(h.dtype), 1.0
     if h.dtype == y.dtype:
         if B.dtype != h.dtype:
             B = B.to(h.dtype)  # under autocast
+        if B.ndim == 3:
+            return torch.baddbmm(_flat(y), _flat(h), B.mT, alpha=s).view_as(y)
         return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=s).view_as(y)
-    return (y + F.linear(h if s == 1.0 else h * s, B)).to(y.dtype)  # (..., d_out), summed in the wider dtype
+    h = h if s == 1.0 else h * s
+    wide = torch.bmm(_flat(h), B.mT).view_as(y) if B.ndim == 3 else F.linear(h, B)
+    return (y + wide).to(y.dtype)  # (..., d_out), summed in the wider dtype
 
 
 def add_dense(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
@@ -70,7 +84,7 @@ def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Te
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0), so [A; A - A0] (2r, d_in) and [B - B0, B0] (d_out, 2r).
     """
-    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+    return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
 
 
 def check_rank(site: Site, method: str) -> None:

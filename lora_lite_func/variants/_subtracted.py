@@ -28,10 +28,10 @@ def param_specs(site: Site) -> dict[str, ParamSpec]:
     """Trainable lora_A (r, d_in), lora_B (d_out, r), and their frozen starts."""
     a, b = (site.r, site.d_in), (site.d_out, site.r)
     return {
-        "lora_A": ParamSpec(a),
-        "lora_B": ParamSpec(b),
-        "lora_A0": ParamSpec(a, trainable=False),
-        "lora_B0": ParamSpec(b, trainable=False),
+        "lora_A": ParamSpec(a, rank_axis=0),
+        "lora_B": ParamSpec(b, rank_axis=1),
+        "lora_A0": ParamSpec(a, trainable=False, rank_axis=0),
+        "lora_B0": ParamSpec(b, trainable=False, rank_axis=1),
     }
 
 

@@ -38,15 +38,15 @@ class AdaLoRAConfig(AdapterConfig):
 def param_specs(cfg: AdaLoRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A (r, d_in), lora_E (r,), lora_B (d_out, r)."""
     return {
-        "lora_A": ParamSpec((site.r, site.d_in), normal(_STD)),
-        "lora_E": ParamSpec((site.r,)),
-        "lora_B": ParamSpec((site.d_out, site.r), normal(_STD)),
+        "lora_A": ParamSpec((site.r, site.d_in), normal(_STD), rank_axis=0),
+        "lora_E": ParamSpec((site.r,), rank_axis=0),
+        "lora_B": ParamSpec((site.d_out, site.r), normal(_STD), rank_axis=1),
     }
 
 
 def prepare(cfg: AdaLoRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """diag(lam) Q, (r, d_in)."""
-    return p["lora_E"][:, None] * p["lora_A"]
+    return p["lora_E"].unsqueeze(-1) * p["lora_A"]
 
 
 def outputs(cfg: AdaLoRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
@@ -73,5 +73,6 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    leading=True,
     sites=(*MATRICES, "embedding"),
 )

@@ -51,8 +51,8 @@ class Prepared(NamedTuple):
 def param_specs(cfg: DoRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A, lora_B, magnitudes lora_m (d_out,), frozen squared row norms lora_wnorm2 (d_out,)."""
     return {
-        "lora_A": ParamSpec((site.r, site.d_in), kaiming),
-        "lora_B": ParamSpec((site.d_out, site.r)),
+        "lora_A": ParamSpec((site.r, site.d_in), kaiming, rank_axis=0),
+        "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
         "lora_m": ParamSpec((site.d_out,), dtype=torch.float32),
         "lora_wnorm2": ParamSpec((site.d_out,), trainable=False, dtype=torch.float32),
     }

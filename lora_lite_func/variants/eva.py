@@ -49,7 +49,7 @@ def param_specs(cfg: EVAConfig, site: Site) -> dict[str, ParamSpec]:
     """
     if site.r > site.d_in:
         raise UnsupportedError(f"EVA finds directions in {site.d_in} input features, expected a rank of at most that, found r={site.r}")
-    return {"lora_A": ParamSpec((site.r, site.d_in)), "lora_B": ParamSpec((site.d_out, site.r))}
+    return {"lora_A": ParamSpec((site.r, site.d_in), rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1)}
 
 
 def init(
@@ -105,5 +105,6 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     factor=factor,
+    leading=True,
     needs=frozenset({"inputs"}),
 )

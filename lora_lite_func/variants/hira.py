@@ -36,7 +36,7 @@ class HiRAConfig(AdapterConfig):
 
 def param_specs(cfg: HiRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A (r, d_in), lora_B (d_out, r)."""
-    return {"lora_A": ParamSpec((site.r, site.d_in), kaiming), "lora_B": ParamSpec((site.d_out, site.r))}
+    return {"lora_A": ParamSpec((site.r, site.d_in), kaiming, rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1)}
 
 
 def _product(p: Params, dtype: torch.dtype, s: float | Tensor) -> Tensor:

@@ -40,10 +40,10 @@ def param_specs(cfg: LoHaConfig, site: Site) -> dict[str, ParamSpec]:
     """B1 lora_w1_a, A1 lora_w1_b, B2 lora_w2_a, A2 lora_w2_b."""
     a, b = (site.r, site.d_in), (site.d_out, site.r)
     return {
-        "lora_w1_a": ParamSpec(b, kaiming),
-        "lora_w1_b": ParamSpec(a, kaiming),
-        "lora_w2_a": ParamSpec(b, kaiming),
-        "lora_w2_b": ParamSpec(a),
+        "lora_w1_a": ParamSpec(b, kaiming, rank_axis=1),
+        "lora_w1_b": ParamSpec(a, kaiming, rank_axis=0),
+        "lora_w2_a": ParamSpec(b, kaiming, rank_axis=1),
+        "lora_w2_b": ParamSpec(a, rank_axis=0),
     }
 
 

@@ -48,9 +48,9 @@ class LoRAConfig(AdapterConfig):
 def param_specs(cfg: LoRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A (r, d_in), lora_B (d_out, r). On an embedding A starts at zero and B at random: rows of ids never seen stay the base's."""
     if site.kind == "embedding" and cfg.init_A != "orthogonal":
-        return {"lora_A": ParamSpec((site.r, site.d_in)), "lora_B": ParamSpec((site.d_out, site.r), normal(1.0))}
+        return {"lora_A": ParamSpec((site.r, site.d_in), rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), normal(1.0), rank_axis=1)}
     start = normal(1.0 / site.r) if cfg.init_A == "gaussian" else kaiming
-    return {"lora_A": ParamSpec((site.r, site.d_in), start), "lora_B": ParamSpec((site.d_out, site.r))}
+    return {"lora_A": ParamSpec((site.r, site.d_in), start, rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1)}
 
 
 def init(
@@ -96,5 +96,6 @@ VARIANT = Variant(
     weight=weight,
     scale=scale,
     factor=factor,
+    leading=True,
     sites=(*MATRICES, "embedding"),
 )

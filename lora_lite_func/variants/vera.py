@@ -48,10 +48,10 @@ class VeRAConfig(AdapterConfig):
 def param_specs(cfg: VeRAConfig, site: Site) -> dict[str, ParamSpec]:
     """Trainable lora_vera_d, lora_vera_b; frozen lora_vera_A, lora_vera_B."""
     return {
-        "lora_vera_d": ParamSpec((site.r,), lambda shape, gen: torch.full(tuple(shape), cfg.d_initial), dtype=torch.float32),
+        "lora_vera_d": ParamSpec((site.r,), lambda shape, gen: torch.full(tuple(shape), cfg.d_initial), dtype=torch.float32, rank_axis=0),
         "lora_vera_b": ParamSpec((site.d_out,), dtype=torch.float32),
-        "lora_vera_A": ParamSpec((site.r, site.d_in), trainable=False),
-        "lora_vera_B": ParamSpec((site.d_out, site.r), trainable=False),
+        "lora_vera_A": ParamSpec((site.r, site.d_in), trainable=False, rank_axis=0),
+        "lora_vera_B": ParamSpec((site.d_out, site.r), trainable=False, rank_axis=1),
     }
 
 

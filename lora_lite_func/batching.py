@@ -1,0 +1,179 @@
+"""A method's phases on a batch whose rows belong to different adapters: run by run over the members, the frozen layer once on all."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from .errors import UnsupportedError
+from .ops import Op, unfolded
+from .plan import Run, Table, not_rows
+from .spec import Params
+
+__all__ = ["by_rows", "undisturbed"]
+
+
+def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
+    """What depends on the parameters alone, in their own dtype: small systems can't be solved in the one that autocast would choose."""
+    if not torch.is_autocast_enabled(device):
+        return prepare(*args)
+    with torch.autocast(device, enabled=False):
+        return prepare(*args)
+
+
+class _Rows:
+    """One stack at one site, for one call: its members' leaves and what `prepare` makes of them, run by run."""
+
+    def __init__(self, op: Op, p: Params, layer: Any, table: Table) -> None:
+        self.op, self.layer = op, layer
+        if table.members is not None:
+            p = {name: t.index_select(0, table.members) for name, t in p.items()}
+        self.parts = [self._cut(p, run) for run in table.runs]
+        self.prepared = [self._prepare(q, run) for q, run in zip(self.parts, table.runs, strict=True)]
+
+    def _cut(self, p: Params, run: Run) -> Params:
+        """The run's own members: views."""
+        if run.high - run.low == 1:
+            return {name: t[run.low] for name, t in p.items()}
+        return {name: t[run.low : run.high] for name, t in p.items()}
+
+    def _prepare(self, p: Params, run: Run) -> Any:
+        """What `prepare` gives for the run's members, once for each."""
+        variant, cfg, site = self.op.variant, self.op.cfg, self.op.site
+        prepare = variant.prepare
+        if prepare is None:
+            return None
+
+        def one(p: Params) -> Any:
+            q, at = unfolded(p, site)
+            return undisturbed(next(iter(q.values())).device.type, prepare, cfg, q, at, self.layer)
+
+        if run.high - run.low == 1 or variant.leading:
+            return one(p)
+        if self.layer.is_plain:
+            return _mapped(one, p)
+        return _piled(
+            [one({name: t[i] for name, t in p.items()}) for i in range(run.high - run.low)]
+        )  # a packed layer has no rule for vmap
+
+    def call(self, phase: Callable[..., Tensor], table: Table, *batches: Tensor) -> list[Tensor]:
+        """The phase on every run's rows of the sorted batches."""
+        variant, cfg, site = self.op.variant, self.op.cfg, self.op.site
+
+        def one(p: Params, d: Any, *rows: Tensor) -> Tensor:
+            q, at = unfolded(p, site)
+            return phase(cfg, q, d, *rows, at)
+
+        made = []
+        for p, d, run in zip(self.parts, self.prepared, table.runs, strict=True):
+            count, width, start = run.high - run.low, run.width, run.start
+            rows = [b if b.shape[0] == count * width else b.narrow(0, start, count * width) for b in batches]
+            if count == 1:
+                made.append(one(p, d, *rows))
+                continue
+            rows = [b.unflatten(0, (count, width)) for b in rows]
+            together = variant.leading and rows[0].is_floating_point()
+            made.append((one(p, d, *rows) if together else _mapped(one, p, d, *rows)).flatten(0, 1))
+        return made
+
+
+def by_rows(op: Op, p: Params, layer: Any, training: bool, inner: Callable[[Tensor], Any], hidden: Callable[..., Any], x: Tensor) -> Any:
+    """The site's output: what is underneath runs once on the whole batch, the method's phases on each adapter's own rows.
+
+    Args:
+        op: the method at the site, with the plan of the rows.
+        p: its tensors, each with a leading axis of members.
+        layer: what `prepare` may see; its `is_plain` says whether under vmap.
+        training: whether to drop out.
+        inner: the layer with the adapters before this one.
+        hidden: (op, its output, x) -> (what `outputs` changes, how to put that back, what it gets for x).
+        x: (N, ..., d_in).
+
+    Raises:
+        StructureError: the leading dimension isn't the rows.
+        UnsupportedError: the layer's output isn't one tensor.
+    """
+    variant, path, plan = op.variant, op.site.path, op.plan
+    assert plan is not None
+    table = plan.table(x, path)
+    if not table.runs:
+        return inner(x)
+    rows = _Rows(op, p, layer, table)
+    X = _shared(x, table)
+    y = inner(x if variant.inputs is None else _joined(rows.call(variant.inputs, table, X), table, X, x))
+    if variant.outputs is None:
+        return y
+    h, put, seen = hidden(op, y, x)
+    if not isinstance(h, Tensor):
+        raise UnsupportedError(f"site {path!r}: its output is a {type(h).__name__}, whose rows can't be told apart; leave it out")
+    if h.shape[:1] != x.shape[:1]:
+        raise not_rows(path, h, plan.rows)
+    H = h if table.take is None else h.index_select(0, table.take)
+    if seen is not x:
+        X = seen if table.take is None else seen.index_select(0, table.take)
+    if op.dropout and training:
+        X = F.dropout(X, op.dropout)
+    return put(_joined(rows.call(variant.outputs, table, X, H), table, H, h))
+
+
+def _joined(made: list[Tensor], table: Table, sorted_batch: Tensor, batch: Tensor) -> Tensor:
+    """The runs' results and the bare rows, each row where it was."""
+    start, stop = table.bare
+    if stop > start:
+        made.insert(0 if start == 0 else len(made), sorted_batch.narrow(0, start, stop - start))
+    out = made[0] if len(made) == 1 else torch.cat(made)
+    out = out if table.back is None else out.index_select(0, table.back)
+    if table.without is None:
+        return out
+    return torch.where(table.without.view(-1, *[1] * (out.ndim - 1)), batch, out)
+
+
+# ---------------------------------------------------------------------------------------------------- one sort for many
+_SORTED: dict[int, tuple[Any, int, Tensor, bool, Tensor]] = {}
+"""By a tensor's id: what layers that get the very same input (query, key and value) share. Gone with the input."""
+
+
+def _shared(x: Tensor, table: Table) -> Tensor:
+    """The sorted batch, made once for the layers that share an input."""
+    take = table.take
+    if take is None:
+        return x
+    if torch.compiler.is_compiling() or x.is_inference():
+        return x.index_select(0, take)
+    key, grad = id(x), torch.is_grad_enabled()
+    found = _SORTED.get(key)
+    if found is not None and found[0]() is x and found[1] == x._version and found[2] is take and found[3] == grad:
+        return found[4]
+    made = x.index_select(0, take)
+    _SORTED[key] = (weakref.ref(x, lambda _: _SORTED.pop(key, None)), x._version, take, grad, made)
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------- vmap on trees
+def _mapped(f: Callable[..., Any], *trees: Any) -> Any:
+    """f over the leading axis of every tensor in the trees; what isn't a tensor passes through, in and out."""
+    flat, spec = pytree.tree_flatten(trees)
+    tensors = [t for t in flat if isinstance(t, Tensor)]
+    out: list[Any] = []
+
+    def on_tensors(*members: Tensor) -> tuple[Tensor, ...]:
+        it = iter(members)
+        result, form = pytree.tree_flatten(f(*pytree.tree_unflatten([next(it) if isinstance(t, Tensor) else t for t in flat], spec)))
+        out[:] = [form, result]
+        return tuple(t for t in result if isinstance(t, Tensor))
+
+    results = iter(torch.func.vmap(on_tensors, randomness="different")(*tensors))
+    return pytree.tree_unflatten([next(results) if isinstance(t, Tensor) else t for t in out[1]], out[0])
+
+
+def _piled(trees: list[Any]) -> Any:
+    """Trees of like form as one, tensors stacked."""
+    flat, forms = zip(*map(pytree.tree_flatten, trees), strict=True)
+    columns = zip(*flat, strict=True)
+    return pytree.tree_unflatten([torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns], forms[0])

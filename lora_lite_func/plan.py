@@ -1,0 +1,192 @@
+"""How the rows of a batch are laid out by adapter: sorted once, cut into runs of like members. Ints and index tensors alone.
+
+A run is a range of members with as many rows each: its leaves are a view of the stack, its rows a view of the sorted batch, so no
+adapter is ever copied for a row. A member with fewer rows than its run repeats its own; what comes of the repeats is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import StructureError
+
+__all__ = ["Plan", "Run", "Table", "not_rows"]
+
+_CALL, _MEMBER = 20, 3
+"""What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
+
+
+class Run(NamedTuple):
+    """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch."""
+
+    low: int
+    high: int
+    width: int
+    start: int
+
+
+class Table(NamedTuple):
+    """The layout of a batch.
+
+    Attributes:
+        runs: in the order of the sorted batch.
+        bare: (start, stop) of the rows without an adapter in the sorted batch.
+        take: (n,) which row goes where in the sorted batch; None where it is the batch itself.
+        back: (N,) where each row is in the sorted batch; None likewise.
+        members: (C,) whose leaves each of the one run's rows take, where they are gathered; None where runs are views.
+        without: (N,) which rows have no adapter, beside `members`.
+    """
+
+    runs: tuple[Run, ...]
+    bare: tuple[int, int]
+    take: Tensor | None = None
+    back: Tensor | None = None
+    members: Tensor | None = None
+    without: Tensor | None = None
+
+
+class Plan:
+    """Which adapter each row of a batch has.
+
+    Attributes:
+        ids: (N,) int64, -1 for the bare base.
+        members: how many adapters there are.
+    """
+
+    __slots__ = ("_ids", "_tables", "ids", "members", "rows")
+
+    def __init__(self, ids: Tensor, members: int, known: Sequence[int] | None) -> None:
+        self.ids, self.members, self.rows = ids, members, ids.shape[0]
+        self._ids = None if known is None else tuple(known)  # None where values aren't to be had: traced, or under vmap
+        self._tables: dict[tuple[int, bool, torch.device], Table] = {}
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Plan) and self._ids is not None and (self._ids, self.members) == (other._ids, other.members)
+
+    def __hash__(self) -> int:
+        return hash((self._ids, self.members))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Plan, (self.ids, self.members, self._ids)
+
+    def table(self, x: Tensor, path: str) -> Table:
+        """The layout for a site's input.
+
+        Raises:
+            StructureError: the leading dimension isn't the rows.
+        """
+        if x.ndim == 0 or x.shape[0] != self.rows:
+            raise not_rows(path, x, self.rows)
+        if self._ids is None or torch.compiler.is_compiling():
+            return _traced(self.ids.to(x.device), self.members)
+        size = x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel()
+        tokens = 1 << (2 * ((size.bit_length()) // 2))  # one table serves sizes of a kind
+        key = (tokens, torch.is_grad_enabled(), x.device)
+        if key not in self._tables:
+            self._tables[key] = _laid_out(self._ids, tokens, not key[1], x.device)
+        return self._tables[key]
+
+
+def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
+    """The error for a tensor whose first dimension isn't the rows."""
+    found = x.shape[0] if x.ndim else 0
+    hint = ""
+    if found and rows and found % rows == 0:
+        hint = (
+            f", {found // rows} for each of them; where each row was repeated in place (beams, several sequences per prompt), "
+            f"repeat its id: ids.repeat_interleave({found // rows})"
+        )
+    return StructureError(
+        f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the batch, found shape {tuple(x.shape)}{hint}. "
+        "A layer that mixes rows (routed experts, flattened tokens, time first) can't tell them apart: leave it out with exclude_names, "
+        "or call the model once per adapter"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- known ids
+def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device) -> Table:
+    """Runs of views for ids that are known.
+
+    Args:
+        ids: (N,).
+        tokens: per row.
+        idle: whether a run may span members without rows (not where gradients are taken: theirs must be exactly zero).
+        device: of the index tensors.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, member in enumerate(ids):
+        groups.setdefault(member, []).append(row)
+    bare = groups.pop(-1, [])
+    used = sorted(groups)
+    chosen = _runs(used, [len(groups[k]) for k in used], tokens, idle)
+    first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
+    order: list[int] = list(bare) if first else []
+    back = [0] * len(ids)
+    runs = []
+    for low, high, width in chosen:
+        runs.append(Run(low, high, width, len(order)))
+        for member in range(low, high):
+            own = groups.get(member, ())
+            for row in own:
+                back[row] = len(order)
+                order.append(row)
+            order.extend([own[0] if own else 0] * (width - len(own)))
+    start = 0 if first else len(order)
+    if not first:
+        order.extend(bare)
+    for i, row in enumerate(bare):
+        back[row] = start + i
+    span = (start, start + len(bare))
+    if order == list(range(len(ids))):
+        return Table(tuple(runs), span)
+    take, place = (torch.tensor(t, dtype=torch.int64, device=device) for t in (order, back))
+    return Table(tuple(runs), span, take, None if back == list(range(len(order))) else place)
+
+
+def _runs(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool) -> list[tuple[int, int, int]]:
+    """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
+    runs: list[tuple[int, int, int]] = []
+    for member, count in zip(used, counts, strict=True):
+        if runs:
+            low, high, width = runs[-1]
+            wide = max(width, count)
+            together = _cost(member + 1 - low, wide, tokens)
+            if (idle or member == high) and together <= _cost(high - low, width, tokens) + _cost(1, count, tokens):
+                runs[-1] = (low, member + 1, wide)
+                continue
+        runs.append((member, member + 1, count))
+    return runs
+
+
+def _cost(members: int, width: int, tokens: int) -> int:
+    return _CALL + members * (_MEMBER + width * tokens)
+
+
+# ------------------------------------------------------------------------------------------------------- unknown ids
+def _traced(ids: Tensor, members: int) -> Table:
+    """One run for ids whose values aren't to be had: shapes depend on the numbers of rows and members alone, so one graph serves
+    every mix. Each `width` rows of a member are one of the run's, and leaves are gathered for those."""
+    rows = ids.shape[0]
+    safe = ids.clamp(min=0)
+    width = max(1, rows // members)
+    if width == 1:
+        return Table((Run(0, rows, 1, 0),), (0, 0), members=safe, without=ids < 0)
+    parts = rows // width + min(members, rows)  # as many as there can be
+    order = torch.argsort(safe, stable=True)
+    counts = torch.zeros(members, dtype=torch.int64, device=ids.device).scatter_add(0, safe, torch.ones_like(safe))
+    each = (counts + width - 1) // width
+    whole = each.cumsum(0)
+    first, before = counts.cumsum(0) - counts, whole - each
+    inside = safe[order]
+    place = before[inside] * width + torch.arange(rows, device=ids.device) - first[inside]  # (N,) in the sorted batch
+    owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(max=members - 1)
+    own = order[first[owner].clamp(max=rows - 1)]  # a row of the same member to repeat
+    take = own.repeat_interleave(width, output_size=parts * width).scatter(0, place, order)
+    back = torch.zeros_like(order).scatter(0, order, place)
+    return Table((Run(0, parts, width, 0),), (0, 0), take, back, owner, ids < 0)
