@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .errors import UnsupportedError
+from .layers import autocasts
 from .ops import Op, unfolded
 from .plan import Run, Table, not_rows
 from .spec import Params
@@ -21,7 +22,7 @@ __all__ = ["by_rows", "undisturbed"]
 
 def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
     """What depends on the parameters alone, in their own dtype: small systems can't be solved in the one that autocast would choose."""
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return prepare(*args)
     with torch.autocast(device, enabled=False):
         return prepare(*args)

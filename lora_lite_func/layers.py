@@ -14,7 +14,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UnsupportedError
 
-__all__ = ["at_trace_time", "compute_dtype", "dense_weight", "device_of", "is_dense", "is_linear_like", "is_packed", "refusal", "stored"]
+__all__ = [
+    "at_trace_time",
+    "autocasts",
+    "compute_dtype",
+    "dense_weight",
+    "device_of",
+    "is_dense",
+    "is_linear_like",
+    "is_packed",
+    "refusal",
+    "stored",
+]
 
 
 def is_linear_like(module: Any) -> bool:
@@ -98,6 +109,11 @@ def _computed(module: Any, name: str) -> Tensor:
             return copy.deepcopy(module.parametrizations[name]).eval()()
     weight: Tensor = getattr(module, name)
     return weight
+
+
+def autocasts(device: str) -> bool:
+    """Whether the caller's autocast reaches a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from .config import AdapterConfig
 from .errors import UnsupportedError
 from .hidden import Prompt
 from .kinds import KINDS, matrix, restored
+from .layers import autocasts
 from .layout import FACTOR
 from .lookup import keeping_padding
 from .plan import Plan
@@ -64,9 +65,13 @@ class Leaves(nn.Module):
             else:
                 self.register_buffer(name, tensor.detach())
 
-    def tensors(self) -> dict[str, Tensor]:
+    def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}."""
         return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """{lora_name: tensor}, brought from where accelerate put them away, if it did."""
+        return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
 
 
 def leaves_at(site: Any, index: int) -> Leaves:
@@ -139,7 +144,7 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
     Raises:
         UnsupportedError: a method has no dense equivalent, or the weight isn't at hand (packed, offloaded).
     """
-    if torch.is_autocast_enabled(W.device.type):  # merging isn't the layer's call
+    if autocasts(W.device.type):  # merging isn't the layer's call
         with torch.autocast(W.device.type, enabled=False):
             return merge_site(module, ops, W, b)
     dtype = W.dtype
@@ -187,7 +192,7 @@ def as_one_product(module: Any, op: Op, x: Any) -> bool:
         and x.shape[-1:] == (site.d_in,)
         and x.numel() > 0
         and not (op.dropout and module.training)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
         and x.dtype in (torch.float32, torch.float64)
         and all(t.dtype == x.dtype for t in (W, *tensors_at(op, module).values()))  # else W' would round what the phases keep
         and dense(op.cfg, site, x.numel() // site.d_in)

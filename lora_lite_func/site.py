@@ -169,8 +169,8 @@ def _read(name: str) -> property:
         if inside(self):
             return found
         weight = _own(self, "weight")
-        if not isinstance(weight, Tensor) or is_packed(weight):
-            return found  # packed: nothing that an adapter could go into
+        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
+            return found  # packed or put away: nothing that an adapter could go into
         return _lazily(self._ll_path, name, found, lambda: _merged(self, weight, name))
 
     def put(self: Any, value: Any) -> None:

@@ -217,7 +217,7 @@ def check_mergeable(module: Any, site: Site) -> None:
     """Refuse a layer whose weight isn't a plain floating parameter.
 
     Raises:
-        UnsupportedError: it is packed, or computed by a parametrization.
+        UnsupportedError: it is packed, computed by a parametrization, or offloaded.
     """
     path, name = place(site)
     weight = module._parameters.get(name)
@@ -230,6 +230,11 @@ def check_mergeable(module: Any, site: Site) -> None:
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape {tuple(weight.shape)}); "
             "merging would dequantise and round it again. Merge into the unquantised model instead"
+        )
+    if weight.is_meta and "_hf_hook" in module.__dict__:
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its {name} is offloaded, so there are no values at hand to merge into; "
+            "merge into the model before it is dispatched"
         )
 
 

@@ -47,7 +47,7 @@ class Underneath:
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         site = self.ops[0].site
-        if self.count or not is_dense(weight, site.d_in * site.d_out) or weight.is_meta:
+        if self.count or not is_dense(weight, site.d_in * site.d_out) or (weight.is_meta and not next(iter(self.p.values())).is_meta):
             raise UnsupportedError(
                 f"{site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
                 f"this layer ({type(self.module).__name__}) has {'other adapters inside' if self.count else 'none at hand'}; "

@@ -15,7 +15,7 @@ __all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference",
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the adapter's dtype; under autocast, which casts by its own rules, x as it is."""
-    if x.dtype == dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return x
     return x.to(dtype)
 
