@@ -89,6 +89,8 @@ class _Recorder(TorchFunctionMode):
         self.calls = dict.fromkeys(sites, 0)
         self.inside = dict.fromkeys(sites, 0)
         self.reads: dict[str, dict[str, None]] = {}
+        self.originals: dict[int, str] = {}
+        self.escaped: dict[str, None] = {}
         self.by_weight: dict[str, None] = {}
         self.watched: dict[int, tuple[str, Tensor]] = {}
         self.eps = 0.0
@@ -126,15 +128,18 @@ class _Recorder(TorchFunctionMode):
 
     def _own(self, module: nn.Module, path: str) -> None:
         """Watch the tensors of a site: objects of their own, so that a use of what is tied to one isn't taken for a use of it."""
+        originals = dict(module._parameters)
         quiet(module, path)
         for name, p in module._parameters.items():
             full = f"{path}.{name}" if path else name
             site = path.partition(".parametrizations.")[0]
             site = full if full in self.sites else site
+            if type(p) in (Tensor, nn.Parameter):
+                p = module._parameters[name] = constant(p, module)  # type: ignore[assignment, arg-type]
             if p is None or site not in self.sites or name in _COMPUTED:
                 continue
-            if type(p) in (Tensor, nn.Parameter):
-                p = module._parameters[name] = constant(p, module)  # type: ignore[assignment]
+            if originals[name] is not p:
+                self.originals[id(originals[name])] = site
             if p.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(p.dtype).eps)
             self.watched[id(p)] = (site, p)
@@ -143,6 +148,8 @@ class _Recorder(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):  # what asks for a shape or a dtype uses no weight
             for value in (*args, *(kwargs or {}).values()):
+                if id(value) in self.originals:
+                    self.escaped[self.originals[id(value)]] = None
                 path, _ = self.watched.get(id(value), (None, None))
                 if path is not None and not self.inside[path]:
                     self.reads.setdefault(path, {})[_name(func)] = None
@@ -152,7 +159,9 @@ class _Recorder(TorchFunctionMode):
         """What was seen, with what is tied."""
         reads = {path: tuple(names) for path, names in self.reads.items() if path not in self.by_weight}
         tied, shared = _tied(model, self.sites)
-        return Report(calls=self.calls, weights=tuple(self.by_weight), reads=reads, tied=tied, shared=shared, **found)
+        return Report(
+            calls=self.calls, weights=tuple(self.by_weight), escaped=tuple(self.escaped), reads=reads, tied=tied, shared=shared, **found
+        )
 
 
 def _name(func: Any) -> str:

@@ -34,8 +34,15 @@ def is_linear_like(module: Any) -> bool:
         isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
         and isinstance(stored(module, "weight"), Tensor)
+        and _is_its_own(module, "weight")
         and callable(module)
     )
+
+
+def _is_its_own(module: Any, name: str) -> bool:
+    """The tensor isn't one that `__getattr__` fetches from a wrapped layer."""
+    held = (getattr(module, "_parameters", {}), getattr(module, "_buffers", {}), vars(module))
+    return any(name in tensors for tensors in held) or hasattr(type(module), name)
 
 
 def stored(module: Any, name: str) -> Any:
@@ -136,6 +143,8 @@ def _refusal(cls: type) -> str | None:
     homes = [base.__module__ for base in cls.__mro__]
     if issubclass(cls, torch.jit.ScriptModule):
         return "is a TorchScript module, whose calls can't be changed; give the nn.Module it was made from"
+    if issubclass(cls, nn.modules.lazy.LazyModuleMixin) and cls.cls_to_become is not None:
+        return "is lazy and hasn't its sizes yet; call the model once on an example, then use it"
     if any(home == "torch._dynamo.eval_frame" for home in homes):
         return (
             "is the result of torch.compile, which holds on to the original; give that one (`compiled._orig_mod`) and compile the call: "

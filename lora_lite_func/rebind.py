@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import functools
+import sys
 import types
-from collections.abc import Mapping
+import weakref
 from typing import Any
 
 from torch import nn
 
-__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers"]
+from .layers import at_trace_time
 
-REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, list, tuple, dict)
-"""What an attribute may refer to a module through."""
+__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers", "slots"]
+
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, weakref.ReferenceType, *_CONTAINERS)
+"""What an attribute may refer to a module through, besides small objects of the user's own classes."""
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
 """Types that are common among attributes and never refer to a module."""
 
 BINDABLE = (types.MethodType, functools.partial, types.FunctionType)
-_MANY = 256  # a longer list is data, not a list of modules
+_MANY = 256  # a longer list is data, unless it begins with a module; an object of more attributes than _FEW is no holder of modules
+_FEW = 16
 _DEEP = 8
 
 
 def refers(value: Any, depth: int = 0) -> bool:
-    """Whether `value` may lead to a module: cheap, may say yes for nothing, never no for something."""
+    """Whether `value` may lead to a module: cheap, may say yes for nothing, no only for what lies too deep."""
     kind = type(value)  # isinstance would ask `__class__` of config objects, slowly
-    if not issubclass(kind, (list, tuple, dict)):
-        return issubclass(kind, REFERENCES)
-    if depth > _DEEP or len(value) > _MANY:
-        return False
+    if not issubclass(kind, _CONTAINERS):
+        return issubclass(kind, REFERENCES) or (depth < 3 and _holds(kind) and _any_refers(vars(value), _FEW, depth))
+    return depth <= _DEEP and _any_refers(value, _MANY, depth)
+
+
+def _any_refers(value: Any, most: int, depth: int) -> bool:
     items = value.values() if isinstance(value, dict) else value
+    if len(value) > most and not isinstance(next(iter(items)), nn.Module):
+        return False
     if PLAIN.issuperset(map(type, items)):
         return False
     return any(refers(v, depth + 1) for v in items)
 
 
-def rebound(value: Any, copies: Mapping[int, nn.Module], depth: int) -> Any:
+@at_trace_time
+def _holds(kind: type) -> bool:
+    """Objects of a class may hold modules: of a user's own class, with attributes. Libraries' configs don't."""
+    found = _HOLDS.get(kind)
+    if found is None:
+        found = _HOLDS[kind] = _is_users(kind)
+    return found
+
+
+_HOLDS: dict[type, bool] = {}
+
+
+def _is_users(kind: type) -> bool:
+    if kind is types.SimpleNamespace:
+        return True
+    home = kind.__module__.partition(".")[0]
+    return home not in sys.stdlib_module_names and home not in _LIBRARIES and kind.__dictoffset__ != 0 and not issubclass(kind, type)
+
+
+_LIBRARIES = frozenset({"torch", "transformers", "diffusers", "accelerate", "numpy", "lora_lite_func"})
+
+
+@at_trace_time
+def slots(cls: type) -> tuple[str, ...]:
+    """The attributes that a class keeps in slots."""
+    if cls.__basicsize__ == _SIZE:
+        return ()
+    found = [getattr(base, "__slots__", ()) for base in cls.__mro__ if base.__module__ != "builtins"]
+    names = [name for names in found for name in ((names,) if isinstance(names, str) else names)]
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+_SIZE = nn.Module.__basicsize__
+
+
+def rebound(value: Any, copies: dict[int, Any], depth: int) -> Any:
     """`value` with every reference to an original module replaced by its copy; `value` itself if there is none."""
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
-    if depth > _DEEP or not issubclass(type(value), REFERENCES):
+    if depth > _DEEP:
         return value
+    if not issubclass(type(value), REFERENCES):
+        return _rebound_object(value, copies, depth) if _holds(type(value)) and len(vars(value)) <= _FEW else value
+    if isinstance(value, weakref.ReferenceType):
+        target = value()
+        owner = rebound(target, copies, depth + 1) if isinstance(target, nn.Module) else target
+        return value if owner is target else weakref.ref(owner)
     if isinstance(value, types.MethodType):
         owner = rebound(value.__self__, copies, depth + 1)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -57,19 +109,42 @@ def rebound(value: Any, copies: Mapping[int, nn.Module], depth: int) -> Any:
     return _rebound_items(value, copies, depth)
 
 
-def _rebound_items(value: Any, copies: Mapping[int, nn.Module], depth: int) -> Any:
-    if len(value) > _MANY:
+def _rebound_items(value: Any, copies: dict[int, Any], depth: int) -> Any:
+    if not _any_refers(value, _MANY, 0):
         return value
     if isinstance(value, dict):
         new = {k: rebound(v, copies, depth + 1) for k, v in value.items()}
-        return value if all(new[k] is v for k, v in value.items()) else type(value)(new)
+        if all(new[k] is v for k, v in value.items()):
+            return value
+        if type(value) is dict:
+            return new
+        made = copy.copy(value)  # a subclass may need more than its items
+        made.update(new)
+        return made
     items = [rebound(v, copies, depth + 1) for v in value]
     if all(a is b for a, b in zip(items, value, strict=True)):
         return value
+    if isinstance(value, collections.deque):
+        return collections.deque(items, value.maxlen)
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def _rebound_function(value: types.FunctionType, copies: Mapping[int, nn.Module], depth: int) -> Any:
+def _rebound_object(value: Any, copies: dict[int, Any], depth: int) -> Any:
+    """An object of a user's class whose attributes refer to modules, as a copy around theirs; the same copy wherever it is held."""
+    if id(value) in copies:
+        return copies[id(value)]
+    copies[id(value)] = value  # it may refer to itself
+    attributes = vars(value)
+    new = {name: rebound(v, copies, depth + 1) for name, v in attributes.items()}
+    if all(new[name] is v for name, v in attributes.items()):
+        return value
+    made = object.__new__(type(value))
+    made.__dict__.update(new)
+    copies[id(value)] = made
+    return made
+
+
+def _rebound_function(value: types.FunctionType, copies: dict[int, Any], depth: int) -> Any:
     """A function whose closure or defaults refer to modules, around the copies."""
     cells = value.__closure__ or ()
     contents = []

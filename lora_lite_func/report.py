@@ -17,6 +17,7 @@ class Report:
     Attributes:
         calls: {site: how often the example reached it}, by a call of the layer or through its adapted weight.
         reads: {site: the torch functions that took its bare weight without calling the layer}; there the adapter is missed.
+        escaped: the sites whose module, or tensors, the model uses through a reference that can't be followed to the adapted copy.
         tied: {site: other names of its tensors}; an adapter is its layer's own, it doesn't reach what is tied to it.
         shared: {site: other paths of the same module}; the adapter is in at each.
         effect: the largest |apply - base| over the outputs, or None for a config.
@@ -28,6 +29,7 @@ class Report:
 
     calls: Mapping[str, int]
     weights: tuple[str, ...]
+    escaped: tuple[str, ...]
     reads: Mapping[str, tuple[str, ...]]
     tied: Mapping[str, tuple[str, ...]]
     shared: Mapping[str, tuple[str, ...]]
@@ -59,8 +61,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Every site was reached, no bare weight was read, and apply and merged agree."""
-        return not self.uncalled and not self.reads and self.agrees
+        """Every site was reached, none in a way that misses its adapter, and apply and merged agree."""
+        return not self.uncalled and not self.reads and not self.escaped and self.agrees
 
     def __repr__(self) -> str:
         return "\n".join(["Report: " + ("ok" if self.ok else "not ok"), *("  " + line for line in self._lines())])
@@ -76,6 +78,11 @@ class Report:
             lines.append(
                 f"{path!r}: {', '.join(functions)} took its weight without calling it, so without the adapter; call the layer there, "
                 "or leave it out with exclude_names"
+            )
+        if self.escaped:
+            lines.append(
+                f"used as they were, without the adapter: {_some(self.escaped)}; something that can't be followed refers to them "
+                "(a large object, a global, a C++ one); let the model reach them through its own attributes"
             )
         if self.repeated:
             lines.append("called more than once: " + _some([f"{path} ({n} times)" for path, n in self.repeated.items()]))

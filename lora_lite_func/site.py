@@ -20,7 +20,7 @@ from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
 from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at, unfolded
 from .reading import Adapted, enter, inside, leave
-from .rebind import BINDABLE, rebound
+from .rebind import BINDABLE, rebound, slots
 from .underneath import Underneath
 
 __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
@@ -120,6 +120,9 @@ def _concrete(site: Any) -> Any:
     made = object.__new__(site._ll_base)
     attributes = made.__dict__
     attributes.update(site.__dict__)
+    for name in slots(site._ll_base):
+        if hasattr(site, name):
+            object.__setattr__(made, name, getattr(site, name))
     attributes["_parameters"] = {**site._parameters, **_adapted(site)}
     if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()

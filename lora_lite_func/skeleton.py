@@ -17,7 +17,7 @@ from .errors import StructureError, UnsupportedError, nearest
 from .kinds import KINDS, misfit, place
 from .layers import is_packed, refusal
 from .ops import Op
-from .rebind import BINDABLE, PLAIN, rebound, refers
+from .rebind import BINDABLE, PLAIN, rebound, refers, slots
 from .site import flatten_again, site_class
 from .spec import Site
 
@@ -67,7 +67,7 @@ class _Copier:
             self.sites.setdefault(home, {})[name] = ops
         self.left = dict.fromkeys(self.sites)
         self.own = own
-        self.copies: dict[int, nn.Module] = {}
+        self.copies: dict[int, Any] = {}
         self.referring: list[tuple[nn.Module, list[str]]] = []
 
     def visit(self, module: nn.Module, path: str, by_weight: bool) -> nn.Module:
@@ -107,6 +107,8 @@ class _Copier:
         attributes = copy.__dict__
         own = islice(attributes.items(), _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0, None)
         names = [name for name, value in own if type(value) not in PLAIN and refers(value)]
+        if "_ll_slots" in attributes:
+            names += [name for name in attributes["_ll_slots"] if hasattr(copy, name) and refers(getattr(copy, name))]
         if names:
             self.referring.append((copy, names))
         forward = attributes.get("_ll_frozen") or attributes.get("_ll_own") or attributes.get("forward")
@@ -121,7 +123,10 @@ class _Copier:
         for copy, names in self.referring:
             attributes = copy.__dict__
             for name in names:
-                attributes[name] = rebound(attributes[name], self.copies, 0)
+                if name in attributes:
+                    attributes[name] = rebound(attributes[name], self.copies, 0)
+                else:
+                    object.__setattr__(copy, name, rebound(getattr(copy, name), self.copies, 0))
 
 
 def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -129,6 +134,12 @@ def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     copy = object.__new__(cls)
     attributes = copy.__dict__
     attributes.update(module.__dict__)
+    kept = slots(cls)
+    for name in kept:
+        if hasattr(module, name):
+            object.__setattr__(copy, name, getattr(module, name))
+    if kept:
+        attributes["_ll_slots"] = kept
     for name in _TENSORS_AND_CHILDREN:
         attributes[name] = attributes[name].copy()
     for name in _HOOKS:  # own dicts: some models install hooks while they run

@@ -150,6 +150,9 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
             f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a lazy model once so that it has its sizes, "
             "or leave the layer out with exclude_names"
         )
+    tensor = None if kind.listed else module._parameters.get(name)
+    if tensor is not None and tensor.is_complex():
+        raise UnsupportedError(f"{path!r}: its {name} is complex, and adapters are real; leave it out with exclude_names")
     by_call = kind.listed or not (kind.bare or kind.one_hot or kind.by_weight(module))
     if getattr(cfg, "dropout", 0.0) and not by_call:
         raise UnsupportedError(
