@@ -119,7 +119,7 @@ class Contents:
                 raise CheckpointError(f"member: the file holds {what}, found {shown(member)}")
             return self.pieces, member % count
         names = [piece.prefix[:-1] for piece in self.pieces]
-        name = str(member % len(names)) if type(member) is int and -len(names) <= member < len(names) else member
+        name = names[member] if type(member) is int and -len(names) <= member < len(names) else member
         if name not in names:
             raise CheckpointError(f"member: the file holds no {shown(member)}; {nearest(str(member), names)}")
         self.container = None
