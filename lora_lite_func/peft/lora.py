@@ -211,6 +211,8 @@ def _named(kind: str, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
     if A.ndim == 3:
         return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
     if kind == "conv":
+        if module is None:
+            raise CheckpointError("to_peft: a convolution's factors have its kernel's shape; give the base model")
         shape = module.weight.shape
         if module.groups != 1:
             raise UnsupportedError(f"to_peft: PEFT's LoRA of a convolution in {module.groups} groups isn't a LoRA of its weight; merge it")

@@ -29,7 +29,7 @@ __all__ = ["to_peft"]
 _VERSION = "0.17.0"  # the release whose loader the layout is written for; newer ones read it
 
 
-def to_peft(params: Adapters, model: nn.Module, folder: str | os.PathLike[str], *, as_lora: bool = False) -> None:
+def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike[str], *, as_lora: bool = False) -> None:
     """Write an adapter (or several of one method on different layers) as a PEFT folder: adapter_config.json, adapter_model.safetensors.
 
     Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start become the plain LoRA of twice the
@@ -37,7 +37,7 @@ def to_peft(params: Adapters, model: nn.Module, folder: str | os.PathLike[str], 
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
-        model: the base it was made for.
+        model: the base it was made for; None leaves unchecked that the names mean its modules and no others.
         folder: made if it isn't there; the two files in it are replaced.
         as_lora: write VeRA as the LoRA that it amounts to (PEFT's own form has the same projections for every layer).
 
@@ -49,14 +49,14 @@ def to_peft(params: Adapters, model: nn.Module, folder: str | os.PathLike[str], 
     adapters = [adapter for adapter, _ in parts]
     if any(plan is not None for _, plan in parts):
         raise CheckpointError("to_peft: these are rows of a stack; write its members (ll.unstack) one by one")
-    if not isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, nn.Module):
         raise CheckpointError(f"to_peft: expected the base, an nn.Module, found {type(model).__name__}")
     _check(adapters)
     method = _method(adapters, as_lora)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
     paths = [path for a in adapters for path in a if not isinstance(a.config, BitFitConfig) or method is BEFT]
     for path in paths:
-        if path not in modules:
+        if model is not None and path not in modules:
             raise CheckpointError(f"to_peft: {type(model).__name__} has no module {shown(path)}")
     if len(set(paths)) != len(paths):
         twice = next(p for p, n in Counter(paths).items() if n > 1)
@@ -66,7 +66,7 @@ def to_peft(params: Adapters, model: nn.Module, folder: str | os.PathLike[str], 
     made = method.write(adapters, modules)
     fields = _about(model) | {"peft_type": method.peft_type} | made.fields | _numbers(method, made, modules)
     forward = fields.get("feedforward_modules")
-    fields["target_modules"] = _targets(list(made.tensors), modules, forward)
+    fields["target_modules"] = _targets(list(made.tensors), modules or made.tensors, forward)
     if forward:
         fields["feedforward_modules"] = _forward(forward, fields["target_modules"])
     target = Path(os.fsdecode(folder))
@@ -103,7 +103,7 @@ def _method(adapters: list[Adapter], as_lora: bool) -> Method:
     raise UnsupportedError(f"to_peft: PEFT has no one form for {names}; merge it (ll.merge), or write a folder for each")
 
 
-def _about(model: nn.Module) -> dict[str, Any]:
+def _about(model: nn.Module | None) -> dict[str, Any]:
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     origin = None if name else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     fixed = {"auto_mapping": origin, "revision": None, "task_type": None, "inference_mode": True, "peft_version": _VERSION}

@@ -1,0 +1,151 @@
+"""merge_folder: a model's folder with an adapter merged in, shard by shard, without building the model."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from .api import ops_of
+from .errors import CheckpointError, UnsupportedError, nearest, shown
+from .kinds import place
+from .opening import open_adapter
+from .ops import Op, merge_site
+from .shards import Shards, skeleton
+
+__all__ = ["merge_folder"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+def merge_folder(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Callable[[Iterator[str], int], Iterator[str]] | None = None,
+) -> list[str]:
+    """Write a model's folder with the adapter merged into its weights; returns the merged tensors' names.
+
+    One shard is in memory at a time. Everything is written in a folder of its own inside `out` first and moved when all of it is there.
+    Other files of the base (config, tokenizer) are copied.
+
+    Args:
+        base: a folder with safetensors shards.
+        adapter: a file of `ll.save`, or a PEFT folder.
+        out: made if it isn't there.
+        force: write into a folder that isn't empty; files of the same names are replaced.
+        progress: wraps the loop over shards.
+
+    Raises:
+        CheckpointError: a folder or file that can't be read, a site that the model hasn't, an `out` that isn't empty or is the base.
+        UnsupportedError: a method without a dense equivalent, a packed weight, a bias with nowhere to go.
+    """
+    shards = Shards(base)
+    target = Path(os.fsdecode(out))
+    _check_out(shards.folder, target, force)
+    jobs = _jobs(shards, open_adapter(adapter, lambda **how: skeleton(shards, **how)))
+    files: Iterator[str] = iter(shards.files)
+    with _beside(target) as work:
+        for file in files if progress is None else progress(files, len(shards.files)):
+            _write(shards, file, jobs, work)
+        for entry in sorted(shards.folder.iterdir()):
+            if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not entry.name.startswith("adapter_"):
+                shutil.copyfile(entry, work / entry.name)
+        for entry in sorted(work.iterdir()):
+            os.replace(entry, target / entry.name)
+    return sorted(jobs)
+
+
+def _check_out(base: Path, target: Path, force: bool) -> None:
+    try:
+        if target.exists() and target.samefile(base):
+            raise CheckpointError(f"{target}: is the base itself; merge into another folder")
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"{target}: expected a folder")
+        if target.is_dir() and any(target.iterdir()) and not force:
+            raise CheckpointError(f"{target}: isn't empty; choose another folder, or --force to replace files of the same names")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{target}: {error}") from None
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A working folder inside the target, gone afterwards; so is a target that was made for nothing."""
+    new = not target.exists()
+    try:
+        work = target / f".merging-{secrets.token_hex(6)}"
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{target}: can't be written: {error}") from None
+    done = False
+    try:
+        yield work
+        done = True
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{target}: can't be written: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if new and not done and not any(target.iterdir()):
+            target.rmdir()
+
+
+Job = tuple[list[Op], str, str | None]
+"""(the adapters there, the weight's name, the bias's name)."""
+
+
+def _jobs(shards: Shards, params: Any) -> dict[str, Job]:
+    """{tensor name: what makes it}."""
+    jobs: dict[str, Job] = {}
+    for path, ops in ops_of(params).items():
+        home, leaf = place(ops[-1].site)
+        prefix = home + "." if home else ""
+        weight, bias = prefix + leaf, prefix + "bias"
+        if weight not in shards:
+            raise CheckpointError(f"{shards.folder}: no tensor {shown(weight)} for the site {shown(path)}; {nearest(weight, shards)}")
+        jobs[weight] = (ops, weight, bias if ops[-1].site.bias and bias in shards else None)
+        if bias in shards and ops[-1].site.bias:
+            jobs[bias] = jobs[weight]
+    return jobs
+
+
+def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    with shards.open(file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            tensors[name] = _merged(shards, name, jobs[name]) if name in jobs else opened.get_tensor(name)
+        safetensors.torch.save_file(tensors, work / file, shards.metadata[file] or {"format": "pt"})
+
+
+def _merged(shards: Shards, name: str, job: Job) -> Tensor:
+    ops, weight, bias = job
+    W, b = shards.read(weight), None if bias is None else shards.read(bias)
+    if not W.is_floating_point() or W.element_size() == 1:
+        raise UnsupportedError(f"{shown(weight)} is packed ({W.dtype}); merge into the unquantised model instead")
+    new, moved = merge_site(None, ops, W, b)
+    if bias is None and moved is not None:
+        raise UnsupportedError(
+            f"{shown(ops[-1].site.path)}: {ops[-1].variant.name} merges into a bias, and this layer has none in the folder; "
+            "leave the layer out, or keep the adapter unmerged"
+        )
+    result = new if name == weight else moved
+    return (b if result is None else result).contiguous()  # type: ignore[union-attr]
+
+
+def bar(files: Iterator[str], count: int) -> Iterator[str]:
+    """The shards with a progress bar, where tqdm is installed and somebody watches."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return files
+    return iter(tqdm(files, total=count, unit="shard", disable=not sys.stderr.isatty()))

@@ -1,0 +1,72 @@
+"""Opening whatever holds an adapter: a file of ll.save, a PEFT folder, other tools' files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .checkpoint import load
+from .errors import CheckpointError
+from .peft import from_peft
+from .peft.folder import CONFIG, unpack
+
+__all__ = ["form_of", "open_adapter"]
+
+Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
+
+
+def form_of(path: str | os.PathLike[str]) -> str:
+    """Which form a file or folder has: "peft" where an adapter_config.json is, else "ll".
+
+    Raises:
+        CheckpointError: not a path.
+    """
+    here = Path(os.fsdecode(path))
+    try:
+        folder = here if here.is_dir() else here.parent
+        return "peft" if (folder / CONFIG).is_file() and (here.is_dir() or here.name.startswith("adapter_model")) else "ll"
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{here}: {error}") from None
+
+
+def open_adapter(path: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module] | None = None) -> Saved:
+    """The adapter in a file or folder.
+
+    Args:
+        path: of it.
+        model: the base, or what makes a skeleton of it, given what the adapter's form says: `transposed`, `embeddings`.
+
+    Raises:
+        CheckpointError: it can't be read, or doesn't fit.
+    """
+    if form_of(path) == "peft":
+        if callable(model) and not isinstance(model, nn.Module):
+            says, tensors = unpack(path, None)
+            tables = _tables(tensors)
+            model = model(transposed=True if says.get("fan_in_fan_out") is True else None, embeddings=tables)
+        return from_peft(path, model)
+    if callable(model) and not isinstance(model, nn.Module):
+        saved: Any = load(path)
+        parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, Mapping) else saved)
+        sites = [site for part in parts for site in part.sites.values()]
+        load(path, model(transposed=_transposed(sites), embeddings=[s.path for s in sites if s.kind == "embedding"]))
+        found: Saved = saved
+        return found
+    found: Saved = load(path, model)
+    return found
+
+
+def _tables(tensors: Mapping[str, Tensor]) -> list[str]:
+    ends = (".lora_embedding_A", ".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+    bare = [key.removeprefix("base_model.model.") for key in tensors]
+    return [key.removesuffix(end) for key in bare for end in ends if key.endswith(end)]
+
+
+def _transposed(sites: list[Any]) -> bool | None:
+    linear = [s.transposed for s in sites if s.kind == "linear"]
+    return linear[0] if linear else None

@@ -1,0 +1,210 @@
+"""The command line: what it prints and writes, what it refuses, and how much memory merging takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import close, leaves, moved, net
+from torch import nn
+
+import lora_lite_func as ll
+from lora_lite_func.commands import main
+
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return net(dtype=torch.float32)
+
+
+@pytest.fixture
+def base(model: nn.Module, tmp_path: Path) -> Path:
+    """The model's folder: two shards with an index, a config, a tokenizer."""
+    return written(model, tmp_path / "base")
+
+
+def written(model: nn.Module, folder: Path, shards: int = 2) -> Path:
+    """A model as a folder of shards."""
+    folder.mkdir()
+    names = list(model.state_dict())
+    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    for file in sorted(set(files.values())):
+        held = {n: model.state_dict()[n].contiguous() for n in names if files[n] == file}
+        safetensors.torch.save_file(held, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "config.json").write_text('{"model_type": "net"}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def saved(model: nn.Module, file: Path, config: ll.AdapterConfig | None = None) -> ll.Adapter:
+    """An adapter that does something, in a file."""
+    params = moved(ll.init(model, config or ll.LoRAConfig(r=4)))
+    ll.save(params, file)
+    return params
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
+    """The JSON that a command prints."""
+    assert main([*arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model's folder."""
+    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in safetensors.torch.load_file(file).items()}
+
+
+def test_inspect(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = saved(model, tmp_path / "a", ll.LoRAConfig(r=4, alpha=6, rank_pattern={"up": 2}))
+    data = said(capsys, "inspect", str(tmp_path / "a"))
+    assert (data["method"], data["config"]["alpha"], len(data["sites"])) == ("lora", 6.0, 4)
+    assert data["trainable"] == ll.num_params(params)
+    for row in data["sites"]:
+        p = params[row["site"]]
+        expected = (params.sites[row["site"]].factor * p["lora_B"] @ p["lora_A"]).norm().item()
+        assert row["norm"] == pytest.approx(expected, rel=1e-5)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "lora: 4 sites" in text
+    assert "layers.1.down" in text
+
+
+def test_diff(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = saved(model, tmp_path / "a")
+    saved(model, tmp_path / "b")
+    assert said(capsys, "diff", str(tmp_path / "a"), str(tmp_path / "b")) == {}
+    ll.save(ll.scale(params, 2.0), tmp_path / "b")
+    found = said(capsys, "diff", str(tmp_path / "a"), str(tmp_path / "b"), code=1)
+    assert list(found[""]) == ["tensors"]
+    assert found[""]["tensors"]["layers.0.up.lora_B"]["relative"] == pytest.approx(1.0)
+    saved(model, tmp_path / "b", ll.IA3Config(target_names=("up",)))
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    text = capsys.readouterr().out
+    assert "method: 'lora' / 'ia3'" in text
+    assert "site layers.0.down: in the first alone" in text
+
+
+@pytest.mark.parametrize("method", [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.OFTConfig(block_size=4)], ids=str)
+def test_convert_there_and_back(method: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path) -> None:
+    y = ll.apply(model, saved(model, tmp_path / "a", method), X)
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "peft"), "--to", "peft", "--model", str(base)]) == 0
+    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "b"), "--to", "ll", "--model", str(base)]) == 0
+    close(ll.apply(model, ll.load(tmp_path / "b", model), X), y, 1e-5)
+
+
+METHODS = [
+    ll.LoRAConfig(r=4),
+    ll.IA3Config(),
+    ll.DoRAConfig(r=4),
+    ll.HRAConfig(r=4),
+    ll.ROADConfig(group_size=8),
+    ll.BitFitConfig(),
+    ll.PiSSAConfig(r=4),
+]
+
+
+@pytest.mark.parametrize("config", METHODS, ids=lambda c: type(c).__name__)
+def test_merge_is_merge(config: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path) -> None:
+    params = saved(model, tmp_path / "a", config)
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 0
+    expected = ll.merged(model, params).state_dict()
+    found = state(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, t in found.items():
+        close(t, expected[name], 1e-6)
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(f.name for f in base.iterdir())
+    assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
+
+
+def test_merge_of_a_peft_folder(model: nn.Module, base: Path, tmp_path: Path) -> None:
+    for config in (ll.LoRAConfig(r=4), ll.DoRAConfig(r=2), ll.IA3Config()):
+        params = moved(ll.init(model, config))
+        ll.to_peft(params, model, tmp_path / "peft")
+        assert main(["merge", str(base), str(tmp_path / "peft"), str(tmp_path / "out"), "--force"]) == 0
+        expected = ll.merged(model, params).state_dict()
+        for name, t in state(tmp_path / "out").items():
+            close(t, expected[name], 1e-5)
+
+
+def test_merge_refuses(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = saved(model, tmp_path / "a")
+
+    def refused(out: Path, message: str, *more: str, adapter: str = "a") -> None:
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["merge", str(base), str(tmp_path / adapter), str(out), *more]) == 1
+        assert message in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refused(base, "is the base itself")
+    refused(base, "is the base itself", "--force")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("irreplaceable")
+    refused(tmp_path / "full", "isn't empty")
+    refused(tmp_path / "nowhere" / "out", "not a readable safetensors file", adapter="none")
+    other = net(dtype=torch.float32, width=8)
+    saved(other, tmp_path / "b")
+    refused(tmp_path / "out", "the model has", adapter="b")
+    ll.save(moved(ll.init(net(dtype=torch.float32, depth=3), ll.LoRAConfig(r=2))), tmp_path / "c")
+    refused(tmp_path / "out", "layers.2", adapter="c")
+    for bad in ("../../evil.safetensors", "/tmp/evil.safetensors", "sub/dir.safetensors", "..", 7, "gone.safetensors"):
+        index = base / "model.safetensors.index.json"
+        kept = index.read_text()
+        index.write_text(json.dumps({"weight_map": {"layers.0.up.weight": bad}}))
+        refused(tmp_path / "out", "isn't a safetensors file in this folder")
+        index.write_text(kept)
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "irreplaceable"
+    assert params
+
+
+def test_an_interrupted_merge_leaves_nothing(model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(model, tmp_path / "a")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_check(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(model, tmp_path / "a")
+    assert said(capsys, "check", str(base), str(tmp_path / "a"))["fits"]
+    saved(net(dtype=torch.float32, inner=20), tmp_path / "b")
+    assert main(["check", str(base), str(tmp_path / "b")]) == 1
+    assert "the model has 24 -> 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["explode"], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"]])
+def test_a_wrong_usage_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: python -m lora_lite_func" in capsys.readouterr().err
+
+
+PEAK = """
+import resource, sys
+from lora_lite_func.commands import main
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(["merge", *sys.argv[1:]]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_merging_takes_the_memory_of_a_shard(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(32)))  # 128 MiB in 16 shards of 8
+    base = written(model, tmp_path / "base", shards=16)
+    saved(model, tmp_path / "a", ll.LoRAConfig(r=2))
+    command = [sys.executable, "-c", PEAK, str(base), str(tmp_path / "a"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(ll.__file__).parent.parent)
+    assert int(done.stdout.split()[-1]) < 50 * 1024, done.stdout  # KiB: a few shards, not the model
+    assert leaves(ll.load(tmp_path / "a"))
