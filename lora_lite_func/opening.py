@@ -50,15 +50,18 @@ def open_adapter(path: str | os.PathLike[str], model: nn.Module | Callable[..., 
             tables = _tables(tensors)
             model = model(transposed=True if says.get("fan_in_fan_out") is True else None, embeddings=tables)
         return from_peft(path, model)
-    if callable(model) and not isinstance(model, nn.Module):
-        saved: Any = load(path)
-        parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, Mapping) else saved)
-        sites = [site for part in parts for site in part.sites.values()]
-        load(path, model(transposed=_transposed(sites), embeddings=[s.path for s in sites if s.kind == "embedding"]))
-        found: Saved = saved
-        return found
-    found: Saved = load(path, model)
-    return found
+    if not callable(model) or isinstance(model, nn.Module):
+        return _typed(load(path, model))
+    saved = _typed(load(path))
+    parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, Mapping) else saved)
+    sites = [site for part in parts for site in part.sites.values()]
+    load(path, model(transposed=_transposed(sites), embeddings=[s.path for s in sites if s.kind == "embedding"]))  # refuses a misfit
+    return saved
+
+
+def _typed(found: Any) -> Saved:
+    saved: Saved = found
+    return saved
 
 
 def _tables(tensors: Mapping[str, Tensor]) -> list[str]:
