@@ -53,7 +53,7 @@ def open_adapter(path: str | os.PathLike[str], model: nn.Module | Callable[..., 
     if not callable(model) or isinstance(model, nn.Module):
         return _typed(load(path, model))
     saved = _typed(load(path))
-    parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, Mapping) else saved)
+    parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, dict) else saved)
     sites = [site for part in parts for site in part.sites.values()]
     load(path, model(transposed=_transposed(sites), embeddings=[s.path for s in sites if s.kind == "embedding"]))  # refuses a misfit
     return saved
