@@ -16,7 +16,7 @@ def render() -> str:
     for variant in sorted(TABLE, key=lambda v: v.name):
         doc = (sys.modules[variant.param_specs.__module__].__doc__ or "").splitlines()[0].rstrip(".")
         what = doc.split(": ", 1)[-1]
-        side = " and ".join(s for s, f in (("input", variant.inputs), ("output", variant.outputs)) if f is not None)
+        side = " and ".join(s for s, f in (("input", variant.inputs), ("output", variant.outputs)) if f is not None) or "weight"
         reads = ", ".join(sorted(variant.needs)) or "nothing"
         rows.append(f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {side} | {reads} | {variant.paper} |")
     return "\n".join(rows)

@@ -43,7 +43,7 @@ def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, l
         TargetError: a pattern, role or layer index selects nothing.
     """
     variant = lookup(type(cfg))
-    needs = _checked_needs(variant, batches, loss_fn)
+    needs = _checked_needs(variant, cfg, batches, loss_fn)
     found = find(model, variant, cfg)
     recorder = _Recorder(found, needs)
     record = Variant(name="calibration", config=AdapterConfig, param_specs=lambda cfg, site: {}, outputs=recorder.outputs, weight=_refuse)
@@ -65,7 +65,7 @@ def gather(model: nn.Module, cfg: AdapterConfig, data: Any, loss_fn: Any) -> Map
         ConfigError: data is missing, or given to a method that takes none; a site that no batch or no gradient reached.
     """
     variant = lookup(type(cfg))
-    needs = variant.needs & _DATA
+    needs = variant.needs_of(cfg) & _DATA
     if not needs and data is None and loss_fn is None:
         return {}
     found = data if needs and isinstance(data, Statistics) else calibrate(model, cfg, data, loss_fn=loss_fn)
@@ -76,8 +76,8 @@ def gather(model: nn.Module, cfg: AdapterConfig, data: Any, loss_fn: Any) -> Map
     return found
 
 
-def _checked_needs(variant: Variant, batches: Any, loss_fn: Any) -> frozenset[str]:
-    needs = variant.needs & _DATA
+def _checked_needs(variant: Variant, cfg: AdapterConfig, batches: Any, loss_fn: Any) -> frozenset[str]:
+    needs = variant.needs_of(cfg) & _DATA
     if not needs:
         raise ConfigError(f"{variant.name} takes no calibration data: its start depends on the weights and the seed alone")
     if batches is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,15 @@ def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_dat
     variant = lookup(type(cfg))
     found = find(model, variant, cfg)
     seen = gather(model, cfg, calibration_data, loss_fn)
+    if variant.plan is not None:
+        cfg = variant.plan(cfg, [site for site, _ in found], seen)
+        found = find(model, variant, cfg)
     data: dict[str, dict[str, Tensor]] = {}
+    copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}
     with _unsurrounded({_home(site, module)[0].type for site, module in found}):
         for site, module in found:
             try:
-                data[site.path] = _start(variant, cfg, site, module, seed, seen.get(site.path))
+                data[site.path] = _start(variant, cfg, site, _Home(*_home(site, module), copies), module, seed, seen.get(site.path))
             except LoraLiteError as error:
                 raise type(error)(f"site {site.path!r}: {error}") from None
     return Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
@@ -79,19 +84,37 @@ def _unsurrounded(kinds: set[str]) -> Iterator[None]:
         yield
 
 
-def _start(variant: Variant, cfg: AdapterConfig, site: Site, module: Any, seed: int, seen: SiteStatistics | None) -> dict[str, Tensor]:
+class _Home(NamedTuple):
+    """Where a site's tensors go, and the copies made so far of frozen starts, {what was copied to where: (it, its copy)}."""
+
+    device: torch.device
+    dtype: torch.dtype
+    copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]]
+
+    def copy(self, value: Tensor, dtype: torch.dtype, frozen: bool) -> Tensor:
+        """A clone of its own, as trainable tensors must not share storage; sites with one frozen start have one clone."""
+        key = (id(value), self.device, dtype)
+        if frozen and key in self.copies and self.copies[key][0]() is value:
+            return self.copies[key][1]
+        made = value.detach().to(self.device, dtype, copy=True, memory_format=torch.contiguous_format)
+        if frozen:
+            self.copies[key] = weakref.ref(value), made
+        return made
+
+
+def _start(
+    variant: Variant, cfg: AdapterConfig, site: Site, home: _Home, module: Any, seed: int, seen: SiteStatistics | None
+) -> dict[str, Tensor]:
     """The first tensors of a site, on the device of its weight; of a stack, one start per weight, with draws of its own."""
     specs = _specs(variant, cfg, site)
-    device, dtype = _home(site, module)
-    dtype = cfg.dtype or dtype
     W = None
-    if variant.init is not None and "weight" in variant.needs:
+    if variant.init is not None and "weight" in variant.needs_of(cfg):
         W = matrix(dense_weight(module, variant.name, max(site.stack, 1) * site.d_in * site.d_out, place(site)[1]), site)
     starts = []
     for i in range(max(site.stack, 1)):
         draw = functools.partial(_generator, seed, site, i)
         weight = W[i].contiguous() if W is not None and site.stack else W
-        starts.append(_one_start(variant, cfg, site, specs, weight, seen, draw, device, dtype))
+        starts.append(_one_start(variant, cfg, site, specs, weight, seen, draw, home))
     return {name: torch.stack([s[name] for s in starts]) for name in specs} if site.stack else starts[0]
 
 
@@ -116,8 +139,7 @@ def _one_start(
     weight: Tensor | None,
     seen: SiteStatistics | None,
     draw: Callable[[str], torch.Generator],
-    device: torch.device,
-    dtype: torch.dtype,
+    home: _Home,
 ) -> dict[str, Tensor]:
     given: Mapping[str, Tensor] = {}
     if variant.init is not None:
@@ -125,11 +147,14 @@ def _one_start(
         _check_given(variant, specs, given)
     start = {}
     for name, spec in specs.items():
-        value = given[name] if name in given else _drawn(spec, draw, name, device, leaf_dtype(spec, dtype))
+        dtype = leaf_dtype(spec, cfg.dtype or home.dtype)
+        value = given[name] if name in given else _drawn(spec, draw, name, home.device, dtype)
         if tuple(value.shape) != tuple(spec.shape):
             raise StructureError(f"{variant.name}.init gave {name} the shape {tuple(value.shape)}, expected {tuple(spec.shape)}")
-        # a clone of its own: frozen starts and trainable tensors must not share storage
-        start[name] = value.detach().to(device, leaf_dtype(spec, dtype), copy=name in given, memory_format=torch.contiguous_format)
+        if name in given:
+            start[name] = home.copy(value, dtype, not spec.trainable)
+        else:
+            start[name] = value.detach().to(home.device, dtype, memory_format=torch.contiguous_format)
     return start
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -132,7 +132,9 @@ class Variant:
             it at plain dense layers where nothing would be rounded away; by default it never does.
         scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing.
         factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
-        needs: what init needs: subset of {"weight", "inputs", "gradients"}.
+        needs: what init may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
+        needs_by: cfg -> which of these it needs under a config; None for all.
+        plan: (cfg, sites, seen) -> cfg', from what all sites saw; for ranks that are shared out among them.
         sites: kinds of site it can adapt, the one that it takes when the config names none first. By default `MATRICES` for a method
             with `weight` whose start needs no data, else linear layers.
         leading: its phases take several members at once as they are, leaves (m, ...) and x (m, n, ..., d_in), and `site.scale`
@@ -152,6 +154,8 @@ class Variant:
     scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
     factor: Callable[[Any, Site], float] = _default_factor
     needs: frozenset[str] = frozenset()
+    needs_by: Callable[[Any], frozenset[str]] | None = None
+    plan: Callable[[Any, Sequence[Site], Mapping[str, Any]], AdapterConfig] | None = None
     sites: tuple[str, ...] = ()
     leading: bool = False
 
@@ -160,6 +164,10 @@ class Variant:
             object.__setattr__(self, "sites", MATRICES if self.weight is not None and self.needs <= {"weight"} else MATRICES[:1])
         if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
             object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda kind: (kind != "linear", kind))))
+
+    def needs_of(self, cfg: AdapterConfig) -> frozenset[str]:
+        """What init needs under a config."""
+        return self.needs if self.needs_by is None else self.needs_by(cfg)
 
     @property
     def has_phases(self) -> bool:
@@ -171,7 +179,7 @@ class Variant:
 
 
 _REGISTRY: dict[type[AdapterConfig], Variant] = {}
-_NEEDS = frozenset({"weight", "inputs", "gradients"})
+_NEEDS = frozenset({"weight", "inputs", "gradients", "pairs"})
 
 
 def register(variant: Variant) -> Variant:

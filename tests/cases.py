@@ -24,6 +24,7 @@ class Case:
         identity: tolerance of the identity where it isn't exact, in units of the dtype's epsilon.
         dead: trainable tensors whose gradient is zero at the start, and comes after one step.
         differentiable: the gradient is that of the function (False where the method detaches a part by design).
+        linear: it adapts linear layers where nothing says otherwise.
         calibration: model -> keywords of `ll.init`, where the start depends on data.
     """
 
@@ -33,6 +34,7 @@ class Case:
     identity: float = 0.0
     dead: frozenset[str] = frozenset()
     differentiable: bool = True
+    linear: bool = True
     calibration: Callable[[nn.Module], dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
@@ -45,6 +47,23 @@ def _fixed(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
 
 def _set(cls: Any, **fixed: Any) -> Callable[..., ll.AdapterConfig]:
     return lambda **kw: cls(**{**kw, **fixed})
+
+
+def _norms(**kw: Any) -> ll.AdapterConfig:
+    """The norms of the layers that the laws name."""
+    names = {(): ("norm$",), ("up",): ("norm$",), ("down$",): ("norm$",)}
+    given = kw.pop("target_names", ())
+    given = (given,) if isinstance(given, str) else tuple(given)
+    return ll.LNTuningConfig(**kw) if "target_kinds" in kw else ll.LNTuningConfig(**kw, target_names=names.get(given, given))
+
+
+def _weights(**kw: Any) -> ll.AdapterConfig:
+    """The weights of the layers that the laws name, as parameters."""
+    every = r"(up|down|out_proj)\.weight$"
+    names = {(): (every,), ("up",): (r"up\.weight$",), ("down$",): (r"down\.weight$",), (r"layers\.0\.",): (r"layers\.0\." + every,)}
+    given = kw.pop("target_names", ())
+    given = (given,) if isinstance(given, str) else tuple(given)
+    return ll.FullConfig(keep_start=True, **{"target_parameters": names.get(given, given), **kw})
 
 
 def _randlora(**kw: Any) -> ll.AdapterConfig:
@@ -123,6 +142,8 @@ CASES = (
     Case("shira_struct", _set(ll.SHiRAConfig, r=2, mask="struct")),
     Case("shira_magnitude", _set(ll.SHiRAConfig, r=2, mask="magnitude")),
     Case("hira", _fixed(ll.HiRAConfig), dead=A),
+    Case("ln_tuning", _norms, linear=False),
+    Case("full", _weights, linear=False),
     Case("from_outside", _fixed(MixConfig), dead=frozenset({"lora_v"})),
 )
 

@@ -116,7 +116,7 @@ def test_merge_equals_apply(case: Case, s: dict[str, Any]) -> None:
     model, params, x = build(case, s)
     y = ll.apply(model, params, x)
     new = ll.merge(model, params)
-    assert set(new) <= {f"{p}.{w}" for p in params for w in ("weight", "bias")}
+    assert set(new) <= {*params, *(f"{p}.{w}" for p in params for w in ("weight", "bias"))}
     close(ll.merged(model, params)(x), y, 1e-10)
     names = dict(model.named_parameters())
     if all(n in names for n in new):
@@ -159,6 +159,8 @@ def test_strength(case: Case, s: dict[str, Any]) -> None:
 
 @every
 def test_attention_output_projection_goes_by_weight(case: Case) -> None:
+    if not case.linear:
+        pytest.skip("it adapts something else: tests/test_kinds.py has it on every kind of place")
     model = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
     if case.calibration:
         with pytest.raises(ll.UnsupportedError, match="site 'out_proj': its weight is used without calling the layer"):
@@ -201,6 +203,11 @@ def test_gradient_reaches_every_trainable_leaf_and_nothing_else(case: Case) -> N
             assert flags[path][name] or not g.any(), f"frozen {path} {name} got a gradient"
 
 
+def _home(params: ll.Adapter, path: str) -> str:
+    """The module that holds a site's tensors when bound."""
+    return path.rpartition(".")[0] if params.sites[path].kind == "parameter" else path
+
+
 @every
 def test_grads_of_bound_module_and_functional_agree(case: Case) -> None:
     model, params, x = simple(case)
@@ -208,12 +215,12 @@ def test_grads_of_bound_module_and_functional_agree(case: Case) -> None:
     bound(x).square().sum().backward()
     expected = grad(lambda p: loss(model, p, x))(params)
     for path in params:
-        held = dict(bound.get_submodule(path).named_parameters())
+        held = dict(bound.get_submodule(_home(params, path)).named_parameters())
         for name, g in expected[path].items():
             if params.layout.trainable[path][name]:
                 close(held[f"adapter.0.{name}"].grad, g, 1e-10)
     assert {n for n, p in bound.named_parameters() if p.requires_grad} == {
-        f"{path}.adapter.0.{name}" for path in params for name in params[path] if params.layout.trainable[path][name]
+        f"{_home(params, path)}.adapter.0.{name}" for path in params for name in params[path] if params.layout.trainable[path][name]
     }
     assert all(p.grad is None for p in model.parameters())
 

@@ -15,10 +15,12 @@ from . import (
     dora,
     eva,
     fourierft,
+    full,
     gralora,
     hira,
     hra,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
@@ -45,10 +47,12 @@ from .delora import DeLoRAConfig
 from .dora import DoRAConfig
 from .eva import EVAConfig
 from .fourierft import FourierFTConfig
+from .full import FullConfig
 from .gralora import GraLoRAConfig
 from .hira import HiRAConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config, IA3FFConfig
+from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoRAConfig
@@ -78,11 +82,13 @@ __all__ = [
     "DoRAConfig",
     "EVAConfig",
     "FourierFTConfig",
+    "FullConfig",
     "GraLoRAConfig",
     "HRAConfig",
     "HiRAConfig",
     "IA3Config",
     "IA3FFConfig",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
@@ -130,6 +136,8 @@ TABLE = (
     corda.VARIANT,
     asvd.VARIANT,
     lora_ga.VARIANT,
+    ln_tuning.VARIANT,
+    full.VARIANT,
     reft.VARIANT,
     reft.VARIANT_DIRECT,
 )

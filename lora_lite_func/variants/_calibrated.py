@@ -17,6 +17,14 @@ class Seen(Protocol):
     """The calibration statistics of a site, as a method's `init` gets them."""
 
     @property
+    def moments(self) -> object:
+        """The sums; one object for layers with one input."""
+
+    @property
+    def pairs(self) -> Tensor:
+        """(2, n, d_in): the input at the last token, of n positive texts and of their negative counterparts."""
+
+    @property
     def count(self) -> int:
         """N, the tokens seen."""
 
