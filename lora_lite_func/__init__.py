@@ -11,13 +11,16 @@ from .api import apply, bind, functional_call, merge, merged, unbind
 from .calibration import calibrate
 from .checking import check
 from .checkpoint import load, save
+from .compose import add, combine_adapters
 from .config import AdapterConfig
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .hidden import prompted
 from .initialization import init, targets
+from .optim import AdamW, AdamWState, adamw, clip_grads
 from .peft import from_peft, to_peft
 from .report import Report
 from .rows import Rows, rows
+from .samples import per_sample_grads
 from .spec import ParamSpec, Site, Variant, register
 from .stacks import concatenate, names, num_members, stack, unstack, update
 from .statistics import Statistics
@@ -64,6 +67,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ASVDConfig",
     "AdaLoRAConfig",
+    "AdamW",
+    "AdamWState",
     "Adapter",
     "AdapterConfig",
     "AntiPaSTOConfig",
@@ -110,12 +115,16 @@ __all__ = [
     "Variant",
     "VeRAConfig",
     "adalora",
+    "adamw",
+    "add",
     "apply",
     "bind",
     "calibrate",
     "cast",
     "check",
+    "clip_grads",
     "combine",
+    "combine_adapters",
     "concatenate",
     "from_peft",
     "functional_call",
@@ -127,6 +136,7 @@ __all__ = [
     "num_members",
     "num_params",
     "partition",
+    "per_sample_grads",
     "prompted",
     "register",
     "rows",

@@ -18,7 +18,7 @@ from .spec import Params, Site, Variant, lookup
 from .statistics import Moments, SiteStatistics, Statistics
 from .targets import find
 
-__all__ = ["calibrate", "gather", "quiet"]
+__all__ = ["arguments", "calibrate", "gather", "quiet"]
 
 _DATA = frozenset({"inputs", "gradients"})
 
@@ -132,7 +132,7 @@ class _Recorder:
 
     def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
         """One batch through the model, and back if gradients are wanted."""
-        args, kwargs = _arguments(copy, batch, loss_fn is not None)
+        args, kwargs = arguments(copy, batch, loss_fn is not None)
         mask = kwargs.get("attention_mask")
         self.mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim <= 2 else None
         try:
@@ -218,12 +218,16 @@ def quiet(copy: nn.Module, path: str) -> None:
             copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
 
 
-def _arguments(model: nn.Module, batch: Any, has_loss: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as the model's arguments."""
+def arguments(model: nn.Module, batch: Any, has_loss: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the model's arguments.
+
+    Raises:
+        ConfigError: the model can't take it.
+    """
     if isinstance(batch, (tuple, list)) and has_loss:
         if not batch:
             raise ConfigError("calibration data: an empty tuple is no batch")
-        return _arguments(model, batch[0], False)
+        return arguments(model, batch[0], False)
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):

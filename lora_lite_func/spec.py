@@ -137,6 +137,7 @@ class Variant:
         plan: (cfg, sites, seen) -> cfg', from what all sites saw; for ranks that are shared out among them.
         sites: kinds of site it can adapt, the one that it takes when the config names none first. By default `MATRICES` for a method
             with `weight` whose start needs no data, else linear layers.
+        factors: (cfg, p, site) -> (A (k, d_in), B (d_out, k), s), where the update is s B A and nothing else.
         leading: its phases take several members at once as they are, leaves (m, ...) and x (m, n, ..., d_in), and `site.scale`
             may be (m,); otherwise they are mapped over the members.
     """
@@ -157,6 +158,7 @@ class Variant:
     needs_by: Callable[[Any], frozenset[str]] | None = None
     plan: Callable[[Any, Sequence[Site], Mapping[str, Any]], AdapterConfig] | None = None
     sites: tuple[str, ...] = ()
+    factors: Callable[[Any, Params, Site], tuple[Tensor, Tensor, float | Tensor]] | None = None
     leading: bool = False
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..spec import Layer, Params, ParamSpec, Site
 from . import _lowrank
 
-__all__ = ["check_alpha", "outputs", "param_specs", "prepare", "scale", "weight"]
+__all__ = ["check_alpha", "factors", "outputs", "param_specs", "prepare", "scale", "weight"]
 
 
 def check_alpha(cfg: AdapterConfig) -> None:
@@ -54,3 +54,8 @@ def weight(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | Non
 def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """Both terms times c."""
     return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}
+
+
+def factors(cfg: AdapterConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """The update as one factor pair of rank 2r, and alpha / r."""
+    return (*_lowrank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"]), site.scale)

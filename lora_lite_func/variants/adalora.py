@@ -64,6 +64,11 @@ def scale(cfg: AdaLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_E": p["lora_E"] * c}
 
 
+def factors(cfg: AdaLoRAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """diag(lam) Q, P and alpha / r."""
+    return p["lora_E"].unsqueeze(-1) * p["lora_A"], p["lora_B"], site.scale
+
+
 VARIANT = Variant(
     name="adalora",
     config=AdaLoRAConfig,
@@ -73,6 +78,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    factors=factors,
     leading=True,
     sites=(*MATRICES, "embedding"),
 )

@@ -73,6 +73,7 @@ VARIANT = Variant(
     init=init,
     prepare=_subtracted.prepare,
     outputs=_subtracted.outputs,
+    factors=_subtracted.factors,
     leading=True,
     weight=_subtracted.weight,
     scale=_subtracted.scale,

@@ -110,6 +110,11 @@ def scale(cfg: DeLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {name: t * c if name.startswith("lora_lambda") else t for name, t in p.items()}
 
 
+def factors(cfg: DeLoRAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """A~, B~ and 1."""
+    return (*_factors(p, _lowrank.core_dtype(p["lora_A"].dtype)), 1.0)
+
+
 VARIANT = Variant(
     name="delora",
     config=DeLoRAConfig,
@@ -120,6 +125,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    factors=factors,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
 )

@@ -140,6 +140,11 @@ def factor(cfg: EVAConfig, site: Site) -> float:
     return site.alpha / (site.r**0.5 if cfg.rslora else site.r)
 
 
+def factors(cfg: EVAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """A, B and alpha / r."""
+    return p["lora_A"], p["lora_B"], site.scale
+
+
 VARIANT = Variant(
     name="eva",
     config=EVAConfig,
@@ -149,6 +154,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    factors=factors,
     factor=factor,
     leading=True,
     plan=plan,

@@ -86,6 +86,11 @@ def factor(cfg: LoRAConfig, site: Site) -> float:
     return site.alpha / (math.sqrt(site.r) if cfg.rslora else site.r)
 
 
+def factors(cfg: LoRAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """A, B and alpha / r."""
+    return p["lora_A"], p["lora_B"], site.scale
+
+
 VARIANT = Variant(
     name="lora",
     config=LoRAConfig,
@@ -95,6 +100,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    factors=factors,
     factor=factor,
     leading=True,
     sites=(*MATRICES, "embedding"),

@@ -1,0 +1,212 @@
+"""Several low-rank adapters made into one: sums in delta space, and PEFT's merges by factor, by sign and by size."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, check_shapes
+from .errors import StructureError, UnsupportedError
+from .layout import Layout
+from .ops import unfolded
+from .rng import generator
+from .spec import Site, lookup, site_for
+from .transforms import check_adapter
+from .variants import LoRAConfig
+
+__all__ = ["add", "combine_adapters"]
+
+How = Literal[
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+
+
+def combine_adapters(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    how: How = "cat",
+    *,
+    r: int | None = None,
+    density: float = 0.5,
+    majority_sign: Literal["total", "frequency"] = "total",
+    seed: int = 0,
+) -> Adapter:
+    """One LoRA adapter of several low-rank ones. Pure; the names and definitions are those of PEFT's `add_weighted_adapter`.
+
+    With D_i = s_i B_i A_i the update of adapter i, w_i its weight:
+
+        cat      sum_i w_i D_i, exactly: the factors side by side, of rank sum_i r_i. Differentiable. The default.
+        svd      its best approximation of rank r.
+        linear   factor by factor, A = sum_i +-sqrt|w_i s_i| A_i and B likewise: has cross terms, ranks must be equal.
+        magnitude_prune   each tensor keeps its largest entries (a part `density`), then as linear.
+        dare_linear       each keeps entries at random, divided by density (Yu et al. 2023, arXiv 2311.03099), then as linear.
+        ties              magnitude_prune, and where signs differ the mean of those with the elected sign (Yadav et al., arXiv 2306.01708).
+        dare_ties         dare's pruning, ties' election.
+        *_svd             the same on the D_i themselves, then the best approximation of rank r.
+
+    Args:
+        adapters: of methods whose update is a product of two factors (LoRA, EVA, PiSSA, OLoRA, ASVD, CorDA, LoRA-GA, AdaLoRA, DeLoRA),
+            also different ones. A site that some lack is theirs alone.
+        weights: one per adapter; all 1 by default. Negative ones subtract.
+        how: as above.
+        r: rank of the svd forms; by default the largest there.
+        density: part of the entries that pruning keeps, in (0, 1].
+        majority_sign: whether sizes ("total") or counts ("frequency") elect the sign.
+        seed: of dare's draws, which depend on (seed, path, number of the adapter) alone.
+
+    Raises:
+        StructureError: no adapters, a stack, weights that don't fit, an unknown way, ranks that differ where they may not.
+        UnsupportedError: a method whose update isn't two factors.
+    """
+    several = list(adapters)
+    if not several:
+        raise StructureError("combine_adapters: expected at least one adapter, found none")
+    if how not in get_args(How):
+        raise StructureError(f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}")
+    numbers = [1.0] * len(several) if weights is None else [float(w) for w in weights]
+    if len(numbers) != len(several):
+        raise StructureError(f"combine_adapters: expected {len(several)} weights, found {len(numbers)}")
+    if not 0.0 < density <= 1.0:
+        raise StructureError(f"combine_adapters: expected a density in (0, 1], found {density}")
+    for i, adapter in enumerate(several):
+        check_adapter(adapter, f"combine_adapters: number {i}")
+        check_shapes(adapter)
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    sites: dict[str, Site] = {}
+    recipe = _Recipe(how, r, density, majority_sign, seed)
+    for path in dict.fromkeys(path for adapter in several for path in adapter):
+        there = [(i, a) for i, a in enumerate(several) if path in a]
+        sites[path] = _same_place([a.sites[path] for _, a in there])
+        made[path] = recipe.at(sites[path], [(numbers[i], *_factors(a, path)) for i, a in there])
+    return _as_lora(sites, made)
+
+
+def add(*adapters: Adapter) -> Adapter:
+    """The sum of low-rank adapters' updates as one LoRA adapter: `combine_adapters(adapters)`, exact.
+
+    Methods whose update isn't a product of two factors are applied side by side instead: `ll.apply(model, (p1, p2), x)`.
+
+    Raises:
+        StructureError, UnsupportedError: as `combine_adapters`.
+    """
+    return combine_adapters(adapters)
+
+
+# ------------------------------------------------------------------------------------------------------------- one site
+class _Recipe:
+    """How the factors at one site become a pair."""
+
+    def __init__(self, how: str, r: int | None, density: float, majority_sign: str, seed: int) -> None:
+        self.name, self.dense = how.removesuffix("_svd"), how.endswith("svd")
+        self.r, self.density, self.majority_sign, self.seed = r, density, majority_sign, seed
+
+    def at(self, site: Site, parts: Sequence[tuple[float, Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+        """(A, B) of (weight, A_i, B_i, s_i)."""
+        if self.name == "cat":
+            return torch.cat([A for _, A, _, _ in parts], dim=-2), torch.cat([B * (w * s) for w, _, B, s in parts], dim=-1)
+        weights = [w for w, _, _, _ in parts]
+        if self.dense:
+            core = torch.promote_types(parts[0][1].dtype, torch.float32)
+            updates = [s * (B.to(core) @ A.to(core)) for _, A, B, s in parts]  # (d_out, d_in) each
+            whole = _weighted(updates, weights) if self.name == "svd" else self._merged(updates, weights, site.path, "update")
+            return self._split(whole, max(A.shape[-2] for _, A, _, _ in parts), parts[0][1].dtype)
+        ranks = sorted({A.shape[-2] for _, A, _, _ in parts})
+        if len(ranks) > 1:
+            raise StructureError(f"combine_adapters: {site.path!r} has ranks {ranks}; {self.name!r} adds factor by factor, take 'cat'")
+        roots = [abs(w * s) ** 0.5 for w, _, _, s in parts]
+        signed = [root if w * s >= 0 else -root for root, (w, _, _, s) in zip(roots, parts, strict=True)]
+        A = self._merged([A for _, A, _, _ in parts], signed, site.path, "A")
+        return A, self._merged([B for _, _, B, _ in parts], roots, site.path, "B")
+
+    def _merged(self, tensors: Sequence[Tensor], weights: Sequence[float], path: str, what: str) -> Tensor:
+        """The weighted sum of tensors, pruned and by elected signs as the name says."""
+        if self.name in ("magnitude_prune", "ties"):
+            tensors = [_largest(t, self.density) for t in tensors]
+        if self.name in ("dare_linear", "dare_ties"):
+            tensors = [self._dropped(t, path, f"{what} {i}") for i, t in enumerate(tensors)]
+        return _elected(tensors, weights, self.majority_sign) if self.name.endswith("ties") else _weighted(tensors, weights)
+
+    def _dropped(self, t: Tensor, path: str, what: str) -> Tensor:
+        draw = torch.rand(t.shape, generator=generator(self.seed, path, what), dtype=torch.float32).to(t.device)
+        return t * (draw < self.density) / self.density
+
+    def _split(self, whole: Tensor, widest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The best factors (r, d_in), (d_out, r)."""
+        r = min(self.r or widest, *whole.shape[-2:])
+        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        return Vh[..., :r, :].to(dtype), (U[..., :r] * S[..., None, :r]).to(dtype)
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([w * t for w, t in zip(weights, tensors, strict=True)]).sum(0)
+
+
+def _largest(t: Tensor, density: float) -> Tensor:
+    """The entries of largest size, the rest zero."""
+    keep = int(density * t.numel())
+    mask = torch.zeros_like(t).flatten()
+    mask[t.abs().flatten().topk(keep).indices] = 1
+    return t * mask.view_as(t)
+
+
+def _elected(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign: str) -> Tensor:
+    """Per entry the mean, over those with the elected sign, of the weighted values."""
+    several = torch.stack(list(tensors))
+    votes = several if majority_sign == "total" else several.sign()
+    elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    agree = several.sign() == elected
+    factor = several.new_tensor(list(weights)).view(-1, *[1] * (several.ndim - 1))
+    return (several * factor * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------------ adapters and back
+def _factors(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
+    """(A, B, s) of a site: the update is s B A."""
+    layout = adapter.layout
+    variant, (p, site) = layout.variant, unfolded(adapter._data[path], layout.sites[path])
+    if variant.factors is None:
+        raise UnsupportedError(
+            f"combine_adapters: {variant.name}'s update isn't a product of two factors; apply them side by side, "
+            "ll.apply(model, (p1, p2), x)"
+        )
+    A, B, s = variant.factors(layout.config, p, site)
+    return (A, B, s) if isinstance(s, float) else (A, B * s, 1.0)
+
+
+def _same_place(sites: Sequence[Site]) -> Site:
+    first = sites[0]
+    for other in sites:
+        if (other.kind, other.d_in, other.d_out, other.stack) != (first.kind, first.d_in, first.d_out, first.stack):
+            raise StructureError(
+                f"combine_adapters: {first.path!r} is {first.kind} {first.d_in} -> {first.d_out} in one, "
+                f"{other.kind} {other.d_in} -> {other.d_out} in another"
+            )
+    return first
+
+
+def _as_lora(sites: dict[str, Site], made: dict[str, tuple[Tensor, Tensor]]) -> Adapter:
+    """A LoRA adapter of strength 1 around factors, each site of its own rank."""
+    ranks = {path: A.shape[-2] for path, (A, _) in made.items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    odd = {f"^{re.escape(path)}$": r for path, r in ranks.items() if r != common}
+    cfg = LoRAConfig(
+        r=common, alpha=float(common), rank_pattern=tuple(odd.items()), alpha_pattern=tuple((k, float(r)) for k, r in odd.items())
+    )
+    variant, twins = lookup(LoRAConfig), dict[float, Tensor]()
+    placed = [site_for(variant, cfg, dataclasses.replace(s, r=ranks[p], alpha=float(ranks[p])), twins) for p, s in sites.items()]
+    return Adapter(Layout(variant, cfg, placed), {path: {"lora_A": A, "lora_B": B} for path, (A, B) in made.items()})
