@@ -7,12 +7,13 @@ y = ll.apply(model, params, x)
 
 from . import adalora
 from .adapter import Adapter
-from .api import apply, bind, functional_call, merge, merged, unbind
+from .api import apply, bind, functional_call, unbind
 from .calibration import calibrate
 from .checking import check
 from .checkpoint import load, save
 from .compose import add, combine_adapters
 from .config import AdapterConfig
+from .dense import merge, merged
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .hidden import prompted
 from .initialization import init, targets

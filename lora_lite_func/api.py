@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .adapter import Adapter, Layout, check_shapes, members_of
 from .errors import StructureError, nearest
 from .hidden import Prompt, Prompted, known, tell
 from .kinds import place, reads_prompt
-from .ops import Leaves, Op, check_bias, check_dense, held_by, hold, leaves_at, merge_site
+from .ops import Leaves, Op, held_by, hold, leaves_at
 from .plan import Plan
 from .rows import Rows
-from .skeleton import check_mergeable, check_site, constant, copy_tree, no_module, own_buffers
+from .skeleton import constant, copy_tree, own_buffers
 from .spec import Site
 
-__all__ = ["Adapters", "apply", "bind", "functional_call", "merge", "merged", "unbind"]
+__all__ = ["Adapters", "Frozen", "apply", "bind", "flatten", "functional_call", "ops_of", "unbind"]
 
 Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
 """One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
@@ -168,7 +169,7 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
             counts[home] += 1
             ops.append(Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), indices[path], None, plan))
         homes.append((layout, indices))
-    bound = copy_tree(model, sites, _Frozen())
+    bound = copy_tree(model, sites, Frozen())
     for adapter, _ in adapters:
         for path, tensors in adapter._data.items():
             hold(bound.get_submodule(home_of(adapter.layout.sites[path])), Leaves(tensors, adapter.layout.trainable[path]))
@@ -207,7 +208,7 @@ def _bound_before(model: nn.Module, path: str) -> int:
     return held_by(module)
 
 
-class _Frozen:
+class Frozen:
     """What a kept copy holds: new parameters on the base's storage that don't require gradients; tied ones stay tied."""
 
     def __init__(self, keep_flags: bool = False) -> None:
@@ -217,59 +218,10 @@ class _Frozen:
     def __call__(self, copy: nn.Module, path: str) -> None:
         parameters = copy._parameters
         for name, p in parameters.items():
-            if type(p) is nn.Parameter:  # a quantised layer's own kind of parameter stays the object it is
+            if type(p) is nn.Parameter or (p is not None and p.requires_grad and is_traceable_wrapper_subclass(p)):
+                # another kind of parameter, of a quantised layer, stays the object it is
                 if id(p) not in self.made:
                     grad = p.requires_grad and self.keep_flags
                     self.made[id(p)] = nn.Parameter(p.detach(), requires_grad=grad)
                 parameters[name] = self.made[id(p)]
         own_buffers(copy)
-
-
-# --------------------------------------------------------------------------------------------------------------- merge
-def merge(model: nn.Module, params: Adapters) -> dict[str, Tensor]:
-    """{parameter name: tensor}: the dense weights (and biases) with the adapter in, for the sites' parameters alone.
-
-    Pure and differentiable in `params`. Sums are taken in float32 at least and returned in the weight's dtype. A method that moves
-    the bias gives a `<site>.bias` even where the layer had none.
-
-    Raises:
-        StructureError: a site isn't in the model, or a tensor has the wrong shape.
-        UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
-    """
-    merged_tensors: dict[str, Tensor] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for ops in ops_of(params).values():
-        home, name = place(ops[-1].site)
-        module: Any = modules.get(home)
-        if module is None:
-            raise no_module(model, home)
-        for op in ops:
-            check_site(module, op.site)
-            check_dense(op)
-        check_mergeable(module, ops[-1].site)
-        bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None
-        W, b = merge_site(module, ops, module._parameters[name].detach(), bias)
-        prefix = home + "." if home else ""
-        merged_tensors[prefix + name] = W
-        if b is not None and b is not bias:
-            check_bias(module, ops[-1], b)
-            merged_tensors[prefix + "bias"] = b
-    return merged_tensors
-
-
-def merged(model: nn.Module, params: Adapters) -> nn.Module:
-    """A plain module of the model's class with the merged weights: base speed, no adapter. The user's model isn't changed.
-
-    Parameters that no site touches share storage with the model's (`copy.deepcopy` it for independence). Flags stay as they were.
-
-    Raises:
-        StructureError, UnsupportedError: as `merge`.
-    """
-    new = merge(model, params)
-    made = copy_tree(model, {}, _Frozen(keep_flags=True))
-    for name, tensor in new.items():
-        path, _, leaf = name.rpartition(".")
-        module = made.get_submodule(path)
-        old = module._parameters.get(leaf)
-        module.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=True if old is None else old.requires_grad))
-    return made

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .api import Adapters, merged, ops_of
+from .api import Adapters, ops_of
 from .calibration import quiet
 from .comparison import allowed, apart, run
 from .config import AdapterConfig
+from .dense import merged
 from .errors import LoraLiteError
 from .report import Report
 from .site import Op

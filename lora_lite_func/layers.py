@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UnsupportedError
+from .quantised import dequantised
 
 __all__ = [
     "at_trace_time",
@@ -82,7 +83,7 @@ def device_of(module: Any, name: str = "weight") -> torch.device:
 
 
 def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> Tensor:
-    """A layer's weight as a dense tensor of its stored shape, float32 at least, the caller's own.
+    """A layer's weight as a dense tensor of its stored shape (a packed one's values), float32 at least, the caller's own.
 
     Args:
         module: the layer.
@@ -91,22 +92,31 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
         name: the tensor's name there.
 
     Raises:
-        UnsupportedError: it is packed (quantised), has entries that aren't finite, or is on the meta device without a map to load it from.
+        UnsupportedError: it is packed in a way that can't be read, has entries that aren't finite, or is on the meta device without a
+            map to load it from.
     """
-    weight = _computed(module, name).detach()
+    weight = _computed(module, name)
     if weight.is_meta:
         weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights_map is None:
             raise UnsupportedError(f"{method} reads the weight, which is on the meta device; load the model's weights first")
-        weight = weights_map[name].detach()
+        weight = weights_map[name]
+    if is_packed(weight) and name == "weight" and is_linear_like(module):
+        try:
+            weight = dequantised(module, weight)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{method} needs the dense weight; {error}; {_WITHOUT}") from None
     if not is_dense(weight, size):
         raise UnsupportedError(
             f"{method} needs the dense weight, found {type(module).__name__} with a {weight.dtype} one of shape {tuple(weight.shape)}; "
-            "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"
+            f"{_WITHOUT}"
         )
     if not weight.isfinite().all():
         raise UnsupportedError(f"{method} reads the weight, which has entries that aren't finite; repair it, or leave the layer out")
-    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+
+_WITHOUT = "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"
 
 
 def _computed(module: Any, name: str) -> Tensor:

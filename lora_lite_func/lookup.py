@@ -44,7 +44,8 @@ def padded(module: Any, ids: Tensor, y: Tensor, frozen: Tensor) -> Tensor:
 
 def keeping_padding(module: Any, stored: Tensor, new: Tensor) -> Tensor:
     """An adapted table (ids, d_out) with its padding row as it is stored."""
-    if module.padding_idx is None:
+    padding = getattr(module, "padding_idx", None)  # a table that is read from a file has no module
+    if padding is None:
         return new
-    here = torch.arange(len(stored), device=stored.device)[:, None] == module.padding_idx
+    here = torch.arange(len(stored), device=stored.device)[:, None] == padding
     return torch.where(here, stored.to(new.dtype), new)

@@ -224,11 +224,11 @@ def check_site(module: Any, site: Site) -> None:
         raise StructureError(f"site {site.path!r}: expected {wrong[0]}, found {type(module).__name__} ({wrong[1]})")
 
 
-def check_mergeable(module: Any, site: Site) -> None:
+def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
     """Refuse a layer whose weight isn't a plain floating parameter.
 
     Raises:
-        UnsupportedError: it is packed, computed by a parametrization, or offloaded.
+        UnsupportedError: it is packed (and isn't to be dequantised), computed by a parametrization, or offloaded.
     """
     path, name = place(site)
     weight = module._parameters.get(name)
@@ -237,10 +237,10 @@ def check_mergeable(module: Any, site: Site) -> None:
             f"{path!r} ({type(module).__name__}): its {name} is computed, not a parameter, so merged values have nowhere to go; "
             "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    if is_packed(weight):
+    if is_packed(weight) and not dequantize:
         raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape {tuple(weight.shape)}); "
-            "merging would dequantise and round it again. Merge into the unquantised model instead"
+            f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape {tuple(weight.shape)}); merge it into a "
+            "dense layer with dequantize=True, which costs the memory that packing saves, or merge into the unquantised model"
         )
     if weight.is_meta and "_hf_hook" in module.__dict__:
         raise UnsupportedError(

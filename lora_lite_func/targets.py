@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .config import DEFAULT_EXCLUDE, AdapterConfig
 from .errors import TargetError, UnsupportedError, nearest
 from .kinds import KINDS, Facts, Kind, facts, kind_of
-from .layers import refuse_uncopyable, stored
+from .layers import is_packed, refuse_uncopyable, stored
 from .spec import Site, Variant, site_for
 
 __all__ = ["find", "layer_index", "role_of"]
@@ -139,6 +139,10 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
     if kind.name not in variant.sites:
         this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
         raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}")
+    if kind.bare and is_packed(module._parameters[name]):
+        raise UnsupportedError(
+            f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer (target_names), whose call unpacks it"
+        )
     transposed = any(re.search(p, path) for p in cfg.transposed_parameters)
     if kind.listed:  # the hidden state's width: a linear layer says its own
         wide = (KINDS["linear"].size(module) or (0, width))[1]

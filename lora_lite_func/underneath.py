@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .kinds import KINDS, matrix
-from .layers import compute_dtype, is_dense
+from .layers import compute_dtype, is_dense, is_packed
 from .ops import Op, merge_site
+from .quantised import dequantised
 from .spec import Params
 
 __all__ = ["Underneath"]
@@ -47,6 +48,8 @@ class Underneath:
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         site = self.ops[0].site
+        if self.count == 0 and is_packed(weight) and not weight.is_meta:
+            return dequantised(self.module, weight)
         if self.count or not is_dense(weight, site.d_in * site.d_out) or (weight.is_meta and not next(iter(self.p.values())).is_meta):
             raise UnsupportedError(
                 f"{site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "

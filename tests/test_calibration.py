@@ -573,8 +573,11 @@ def test_a_layer_without_a_dense_weight_starts_from_its_inputs() -> None:
     found = ll.calibrate(model, ll.LoRAGAConfig(r=4), x[:1], loss_fn=mean_square)
     expected = torch.autograd.grad(functional_call(dense, weights, (x[0],)).square().mean(), list(weights.values()))
     close([found[i].gradient for i in ("0", "2")], list(expected), 1e-6)
-    with pytest.raises(ll.UnsupportedError, match=r"site '0': corda needs the dense weight"):
-        ll.init(model, ll.CorDAConfig(r=4), calibration_data=x)
+    with torch.no_grad():
+        for i in (0, 2):
+            dense[i].weight.copy_(weights[f"{i}.weight"])
+    one, other = (ll.init(m, ll.CorDAConfig(r=16), calibration_data=x) for m in (model, dense))  # from the values it multiplies by
+    close(one["0", "lora_B0"] @ one["0", "lora_A0"], other["0", "lora_B0"] @ other["0", "lora_A0"], 1e-4)
 
 
 def test_a_packed_layer_keeps_its_mode() -> None:
@@ -608,8 +611,7 @@ def test_bitsandbytes_layers(kind: str) -> None:
         params = ll.init(model, cfg, calibration_data=x, loss_fn=mean_square)
         assert torch.equal(model(x[0]), y)
         assert torch.equal(ll.apply(model, params, x[0]), y)
-    with pytest.raises(ll.UnsupportedError, match="site '0': corda needs the dense weight"):
-        ll.init(model, ll.CorDAConfig(r=4), calibration_data=x)
+    assert torch.equal(ll.apply(model, ll.init(model, ll.CorDAConfig(r=4), calibration_data=x), x[0]), y)
 
 
 # --------------------------------------------------------------------------------------------------- a real architecture

@@ -1,0 +1,98 @@
+"""merge, merged: the dense weights with an adapter in. Nothing here writes on the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .api import Adapters, Frozen, ops_of
+from .kinds import place
+from .layers import compute_dtype, is_packed
+from .ops import check_bias, check_dense, merge_site
+from .quantised import dequantised, unpacked
+from .skeleton import check_mergeable, check_site, copy_tree, no_module
+
+__all__ = ["merge", "merged"]
+
+
+def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> dict[str, Tensor]:
+    """{parameter name: tensor}: the dense weights (and biases) with the adapter in, for the sites' parameters alone.
+
+    Pure and differentiable in `params`. Sums are taken in float32 at least and returned in the weight's dtype. A method that moves
+    the bias gives a `<site>.bias` even where the layer had none.
+
+    Args:
+        model: the frozen base.
+        params: as in `apply`.
+        dequantize: give packed (quantised) layers dense weights, in the dtype that they compute in. That costs the memory that
+            packing saved (4 bytes an entry in float32, against 1 or 1/2), and the weight keeps the rounding of its packing. Where a
+            layer rounds its inputs too (bitsandbytes' 8 bits), the dense one is as far from it as that rounding.
+
+    Raises:
+        StructureError: a site isn't in the model, or a tensor has the wrong shape.
+        UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
+    """
+    merged_tensors: dict[str, Tensor] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for ops in ops_of(params).values():
+        home, name = place(ops[-1].site)
+        module: Any = modules.get(home)
+        if module is None:
+            raise no_module(model, home)
+        for op in ops:
+            check_site(module, op.site)
+            check_dense(op)
+        check_mergeable(module, ops[-1].site, dequantize)
+        bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None
+        W, b = merge_site(module, ops, _plain(module, name), bias)
+        prefix = home + "." if home else ""
+        merged_tensors[prefix + name] = W
+        if b is not None and b is not bias:
+            check_bias(module, ops[-1], b)
+            merged_tensors[prefix + "bias"] = b
+    return merged_tensors
+
+
+def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> nn.Module:
+    """A plain module of the model's class with the merged weights: base speed, no adapter. The user's model isn't changed.
+
+    Parameters that no site touches share storage with the model's (`copy.deepcopy` it for independence). Flags stay as they were.
+    With `dequantize` a packed site becomes a dense layer, at the cost that `merge` tells.
+
+    Raises:
+        StructureError, UnsupportedError: as `merge`.
+    """
+    new = merge(model, params, dequantize=dequantize)
+    made: Any = copy_tree(model, {}, Frozen(keep_flags=True))
+    for name, tensor in new.items():
+        path, _, leaf = name.rpartition(".")
+        module = made.get_submodule(path)
+        old = module._parameters.get(leaf)
+        if leaf == "weight" and old is not None and is_packed(old):
+            bias = module._parameters.get("bias")
+            module = unpacked(module, tensor, None if bias is None else bias.detach().to(tensor.dtype))
+            made = _put(made, path, module)
+            continue
+        module.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=True if old is None else old.requires_grad))
+    return made
+
+
+def _plain(module: Any, name: str) -> Tensor:
+    """A parameter's values as a plain tensor, a packed one's in the dtype that its layer computes in."""
+    stored: Tensor = module._parameters[name]
+    if not is_packed(stored):
+        return stored.detach()
+    return dequantised(module, stored).to(compute_dtype(module, name))
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The tree with a module at a path, wherever the one that was there is."""
+    if not path:
+        return module
+    old = root.get_submodule(path)
+    for holder in root.modules():
+        for name, child in holder._modules.items():
+            if child is old:
+                holder._modules[name] = module
+    return root
