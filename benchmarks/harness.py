@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ class Result:
     ratios: Mapping[str, float]
     seconds: Mapping[str, float]
     guard: float
+    times: Mapping[str, Sequence[float]]
+
+    def over(self, one: str, other: str) -> float:
+        """The median of one contestant's time over another's, round by round."""
+        return statistics.median(a / b for a, b in zip(self.times[one], self.times[other], strict=True))
 
     @property
     def void(self) -> bool:
@@ -30,7 +37,65 @@ class Result:
         return not GUARD[0] <= self.guard <= GUARD[1]
 
 
-def compare(contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 21, inner: int = 1, warmup: int = 3) -> Result:
+@dataclass(frozen=True)
+class Suite:
+    """How a run is made: what an area's `area(suite)` is given.
+
+    quick: few rounds, for a look; nothing that it prints is to be reported.
+    device: where the models are.
+    lora_lite: a checkout of lora-lite to measure beside, if one was given.
+    """
+
+    quick: bool = False
+    device: str = "cpu"
+    lora_lite: Path | None = None
+
+    def compare(self, contestants: Mapping[str, Callable[[], Any]], *, inner: int = 1) -> Result:
+        """`compare` with this run's rounds and device; what the guard voids is done again, up to three times."""
+        for _ in range(1 if self.quick else 3):
+            result = compare(contestants, rounds=3 if self.quick else 15, inner=inner, warmup=1 if self.quick else 3, device=self.device)
+            if not result.void:
+                break
+        return result
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what, its value, the target.
+
+    Args:
+        what: a few words; with the area's name they say what was done.
+        value: a ratio (or a count, or seconds: `over` says).
+        over: what it is a ratio to.
+        target: at most this (at least, with `at_least`); None where none is set.
+        at_least: whether more is better.
+        guard: base against base in the same run; None where nothing was timed.
+        peers: {name: the same figure for another implementation}.
+        curve: (title, x name, x) of a figure that belongs to a line in a plot; `what` then names the line.
+    """
+
+    what: str
+    value: float
+    over: str
+    target: float | None = None
+    at_least: bool = False
+    guard: float | None = None
+    peers: Mapping[str, float] = field(default_factory=dict)
+    curve: tuple[str, str, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """void, reached, missed, or nothing where no target is set."""
+        if self.guard is not None and not GUARD[0] <= self.guard <= GUARD[1]:
+            return "void"
+        if self.target is None:
+            return ""
+        return "reached" if (self.value >= self.target if self.at_least else self.value <= self.target) else "missed"
+
+
+def compare(
+    contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 21, inner: int = 1, warmup: int = 3, device: str | torch.device = "cpu"
+) -> Result:
     """Time each contestant once a round, in turn; the first is the base, and runs twice (A/A guard).
 
     Args:
@@ -38,42 +103,59 @@ def compare(contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 21, i
         rounds: how many interleaved rounds (at least 15 for a figure that is reported).
         inner: calls per measurement; raise it for calls under a millisecond.
         warmup: rounds that aren't counted.
+        device: where they run; an accelerator's work is waited for.
     """
     base = next(iter(contestants))
     calls = {**contestants, "\0guard": contestants[base]}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    wait = _wait(torch.device(device))
     for turn in range(warmup + rounds):
         for name, call in calls.items():
+            wait()
             start = time.perf_counter()
             for _ in range(inner):
                 call()
+            wait()
             spent = (time.perf_counter() - start) / inner
             if turn >= warmup:
                 times[name].append(spent)
     ratios = {n: statistics.median(t / b for t, b in zip(ts, times[base], strict=True)) for n, ts in times.items()}
     guard = ratios.pop("\0guard")
-    return Result(ratios, {n: statistics.median(times[n]) for n in ratios}, guard)
+    return Result(ratios, {n: statistics.median(times[n]) for n in ratios}, guard, times)
 
 
-def machine() -> dict[str, Any]:
+def _wait(device: torch.device) -> Callable[[], None]:
+    """What returns when the device has done what it was told."""
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)
+
+
+def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
     """What the numbers were taken on."""
-    packages = ("torch", "optree", "safetensors", "transformers", "peft", "numpy")
-    found = {}
-    for name in packages:
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"system": platform.platform(), "device": name, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that have a part in the numbers, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("lora-lite-func", "torch", "optree", "safetensors", "transformers", "peft", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "packages": found,
-    }
+    return found
 
 
-def llama(layers: int, hidden: int = 512, seed: int = 0) -> Any:
+def llama(layers: int, hidden: int = 512, seed: int = 0, device: str = "cpu") -> Any:
     """A random-weight Llama decoder: ffn 1376 at hidden 512, 8 heads, vocabulary 1024, eval mode, base not trainable."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,4 +170,4 @@ def llama(layers: int, hidden: int = 512, seed: int = 0) -> Any:
         max_position_embeddings=4096,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)

@@ -5,7 +5,6 @@ python -m benchmarks.methods [name ...]
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from .harness import Result, compare, llama, machine
+from .peers import peft_adapted
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
 
 OURS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 16}, "gralora": {"k": 2}, "ssvd": {"r": 64}, "antipasto": {"r": 64}}
@@ -60,14 +59,6 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
     return ll.combine(noisy, frozen)
 
 
-def theirs(base: Any, name: str) -> Any:
-    """The same base under PEFT's layers."""
-    import peft
-
-    cls, kw = PEFT[name]
-    return peft.get_peft_model(copy.deepcopy(base), getattr(peft, cls)(target_modules=PROJECTIONS, **kw)).eval()
-
-
 def saved(call: Callable[[], Tensor], held: Sequence[Tensor]) -> int:
     """Bytes that a forward keeps for the backward pass, in distinct storages other than those of `held`."""
     known = {t.untyped_storage().data_ptr() for t in held}
@@ -90,7 +81,8 @@ def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) ->
     params = start(base, name, ids)
     calls = {"base": lambda: base(ids), "ours": lambda: ll.apply(base, params, ids)}
     if name in PEFT:
-        other = theirs(base, name)
+        config, fields = PEFT[name]
+        other = peft_adapted(base, config, **fields)
         calls["peft"] = lambda: other(ids)
     with torch.no_grad():
         for _ in range(repeats):

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import lora_lite_func as ll
 
 from .checks import Fact
+from .harness import machine, versions
 from .training import PAIRS, Run, Task
 
 __all__ = ["plot", "spread", "table", "write_json"]
-
-PACKAGES = ("torch", "transformers", "optree", "safetensors")
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -63,8 +57,8 @@ def _caption(task: Task, runs: Sequence[Run]) -> list[str]:
 def write_json(file: Path, task: Task, runs: Sequence[Run], facts: Sequence[Fact], arguments: dict[str, Any], seconds: float) -> None:
     """Versions, machine, arguments, the numbers of each method and the facts that were checked."""
     result = {
-        "versions": {"python": platform.python_version(), "lora_lite_func": ll.__version__, **{name: version(name) for name in PACKAGES}},
-        "machine": machine(task),
+        "versions": {"lora_lite_func": ll.__version__, **versions()},
+        "machine": machine(next(task.model.parameters()).device),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "task": {"title": task.title, "metric": task.metric, "step_ratio_is_over": task.reference},
         "methods": {run.method: _numbers(run) for run in runs},
@@ -72,19 +66,6 @@ def write_json(file: Path, task: Task, runs: Sequence[Run], facts: Sequence[Fact
         "seconds": round(seconds, 1),
     }
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def machine(task: Task) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    device = next(task.model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"system": platform.platform(), "device": name, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _numbers(run: Run) -> dict[str, Any]:

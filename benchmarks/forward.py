@@ -1,0 +1,55 @@
+"""What an adapter costs a forward: `ll.apply`, a bound model and PEFT over the bare base, from one token to 2,048."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import lora_lite_func as ll
+
+from .harness import Row, Suite, llama
+from .peers import lora, lora_lite, peft_lora
+
+
+def area(suite: Suite) -> Iterator[Row]:
+    """One token through eight layers; 512 and 2,048 tokens through four, to rank 64."""
+    yield from _decode(suite)
+    base = llama(1 if suite.quick else 4, device=suite.device)
+    for tokens, ranks in ((128, (8,)), (512, (8, 64)), (2048, (8,))):
+        for r in ranks:
+            yield _long(suite, base, tokens, r)
+
+
+def _decode(suite: Suite) -> Iterator[Row]:
+    base = llama(2 if suite.quick else 8, device=suite.device)
+    params, other, lite = lora(base), peft_lora(base), lora_lite(base, suite.lora_lite)
+    bound = ll.bind(base, params)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=suite.device)
+    calls = {
+        "base": lambda: base(ids),
+        "bound": lambda: bound(ids),
+        "apply": lambda: ll.apply(base, params, ids),
+        "PEFT": lambda: other(ids),
+    }
+    if lite is not None:
+        calls["lora-lite"] = lambda: lite(ids)
+    with torch.no_grad():
+        found = suite.compare(calls, inner=5)
+    ratios = found.ratios
+    peers = {name: ratios[name] for name in ("PEFT", "lora-lite") if name in ratios}
+    yield Row("1 token, bound", ratios["bound"], "base", 1.10, guard=found.guard, peers=peers)
+    yield Row("1 token, bound", found.over("bound", "PEFT"), "PEFT", 0.93, guard=found.guard)
+    yield Row("1 token, apply (the tree is copied)", ratios["apply"], "base", guard=found.guard, peers=peers)
+
+
+def _long(suite: Suite, base: torch.nn.Module, tokens: int, r: int) -> Row:
+    params, other = lora(base, r), peft_lora(base, r)
+    bound = ll.bind(base, params)
+    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(suite.device)
+    with torch.no_grad():
+        found = suite.compare({"base": lambda: base(ids), "bound": lambda: bound(ids), "PEFT": lambda: other(ids)})
+    target = 1.03 if tokens >= 512 else None
+    return Row(
+        f"{tokens} tokens, r={r}, bound", found.ratios["bound"], "base", target, guard=found.guard, peers={"PEFT": found.ratios["PEFT"]}
+    )
