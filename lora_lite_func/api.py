@@ -183,16 +183,23 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     """The adapter of a bound module as it is now (a tuple, if it was bound with several); tensors share its storage.
 
     Raises:
-        StructureError: the module wasn't made by `ll.bind`.
+        StructureError: the module wasn't made by `ll.bind`, or a site was taken out of it since.
     """
     homes: Iterable[tuple[Layout, dict[str, int]]] | None = bound.__dict__.get("_ll_bound")
     if homes is None:
         raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
     found = []
     for layout, indices in homes:
-        held = {path: leaves_at(bound.get_submodule(home_of(layout.sites[path])), i).tensors() for path, i in indices.items()}
+        held = {path: _held(bound, layout.sites[path], i) for path, i in indices.items()}
         found.append(Adapter(layout, {path: {name: t.detach() for name, t in tensors.items()} for path, tensors in held.items()}))
     return found[0] if len(found) == 1 else tuple(found)
+
+
+def _held(bound: nn.Module, site: Site, index: int) -> dict[str, Tensor]:
+    try:
+        return leaves_at(bound.get_submodule(home_of(site)), index).tensors()
+    except (AttributeError, KeyError):
+        raise StructureError(f"site {site.path!r}: the module there isn't the one that was bound, its adapter went with that") from None
 
 
 def home_of(site: Site) -> str:
