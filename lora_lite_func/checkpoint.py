@@ -24,7 +24,7 @@ from .contents import Piece, contents, describe_all, described_all, joined
 from .errors import CheckpointError, nearest, shown
 from .files import parse_json, write_safetensors
 from .kinds import KINDS, misfit, place
-from .layout import Layout
+from .layout import Layout, Stacked
 from .spec import fits
 
 __all__ = ["load", "save"]
@@ -149,7 +149,11 @@ def _read(file: Any, says: Any, model: nn.Module | None, member: int | str | Non
 
 def _adapter(piece: Piece, row: int | None, tensor: Callable[[str, int | None], Tensor], same: Mapping[str, str]) -> Adapter:
     layout = piece.layout
+    if isinstance(layout, Stacked) and row is not None:
+        layout = layout.member(row)
     data = {path: {name: tensor(joined(piece.prefix, path, name), row) for name in names} for path, names in layout.names.items()}
+    if layout is not piece.layout:  # a member narrower than the widest was padded
+        data = {p: {n: _cut(t, layout.expected[p][n]) for n, t in held.items()} for p, held in data.items()}
     one = Piece(piece.prefix, layout, data, 0 if row is not None else piece.count)
     for path, held in data.items():
         for name, leaf in held.items():
@@ -157,6 +161,11 @@ def _adapter(piece: Piece, row: int | None, tensor: Callable[[str, int | None], 
             if layout.trainable[path][name] and joined(piece.prefix, path, name) in same:
                 raise CheckpointError(f"{shown(path)} {name} shares another tensor, and it is a trainable one")
     return rebuild(layout, (data[path][name] for path, names in layout.names.items() for name in names))
+
+
+def _cut(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The leading corner of this shape."""
+    return t if tuple(t.shape) == shape else t[tuple(slice(n) for n in shape)].clone()
 
 
 def _check_keys(expected: set[str], found: set[str], count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from .adapter import ABSENT, Adapter
 from .config import LARGEST
 from .errors import CheckpointError, nearest, shown
-from .layout import Layout, describe, described
+from .layout import Layout, Stacked, describe, described
+from .spec import Site
 
 __all__ = ["Contents", "Piece", "contents", "describe_all", "described_all", "joined"]
 
@@ -84,11 +86,24 @@ def _piece(prefix: str, params: Adapter) -> Piece:
 
 def describe_all(params: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
     """What the file says of itself."""
-    parts = [describe(piece.layout) | ({"stack": piece.count} if piece.count else {}) for piece in pieces]
+    parts = [_description(piece) for piece in pieces]
     if isinstance(params, Adapter):
         return parts[0]
     container = "dict" if isinstance(params, Mapping) else "list" if isinstance(params, list) else "tuple"
     return {"format": _FORMAT, "parts": parts, "as": container, "names": [piece.prefix[:-1] for piece in pieces]}
+
+
+def _description(piece: Piece) -> dict[str, Any]:
+    layout = piece.layout
+    if not isinstance(layout, Stacked):
+        return describe(layout) | ({"stack": piece.count} if piece.count else {})
+    kinds: list[Layout] = []  # equal members are described once
+    for member in layout.members:
+        if not any(k is member for k in kinds):
+            kinds.append(member)
+    which = [next(i for i, k in enumerate(kinds) if k is member) for member in layout.members]
+    labels = None if layout.labels is None else list(layout.labels)
+    return {"format": _FORMAT, "members": [describe(k) for k in kinds], "which": which, "labels": labels}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -113,7 +128,8 @@ class Contents:
         if member is None:
             return self.pieces, None
         if self.container is None:
-            count = self.pieces[0].count
+            count, labels = self.pieces[0].count, getattr(self.pieces[0].layout, "labels", None) or ()
+            member = labels.index(member) if isinstance(member, str) and member in labels else member
             if type(member) is not int or not -count <= member < count:
                 what = f"a stack of {count}" if count else "one adapter"
                 raise CheckpointError(f"member: the file holds {what}, found {shown(member)}")
@@ -167,8 +183,32 @@ def described_all(says: Any, stored: Iterable[str]) -> tuple[dict[str, str], Con
     return same, Contents([_described(f"{name}/", part, most) for name, part in zip(names, parts, strict=True)], container)
 
 
+def _unlike(prefix: str, says: Mapping[str, Any], most: int) -> Piece:
+    """A stack whose members differ."""
+    kinds, which, labels = says.get("members"), says.get("which"), says.get("labels")
+    if says.keys() != {"format", "members", "which", "labels"} or not isinstance(kinds, list) or not isinstance(which, list):
+        raise CheckpointError(f"a stack of unlike members: expected format, members, which and labels, found {shown(says)}")
+    if not which or len(kinds) > len(which) or not all(type(i) is int and 0 <= i < len(kinds) for i in which):
+        raise CheckpointError(f"which: expected a member's description for each, found {shown(which)}")
+    if labels is not None and (not isinstance(labels, list) or len(labels) != len(which) or not all(isinstance(v, str) for v in labels)):
+        raise CheckpointError(f"labels: expected a name for each member, found {shown(labels)}")
+    layouts = [described(kind, most=most) for kind in kinds]
+    first = layouts[0]
+    for layout in layouts:
+        alike = layout.variant is first.variant and layout.names == first.names
+        if not alike or any(_place(site) != _place(first.sites[path]) for path, site in layout.sites.items()):
+            raise CheckpointError("members: expected one method on the same places for all of a stack")
+    return Piece(prefix, Stacked([layouts[i] for i in which], labels), {}, len(which))
+
+
+def _place(site: Site) -> Any:
+    return dataclasses.replace(site, r=1, alpha=0.0, factor=0.0)
+
+
 def _described(prefix: str, says: Any, most: int) -> Piece:
     count = 0
+    if isinstance(says, dict) and "members" in says:
+        return _unlike(prefix, says, most)
     if isinstance(says, dict) and "stack" in says:
         says = dict(says)
         count = says.pop("stack")

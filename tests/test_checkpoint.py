@@ -653,3 +653,24 @@ def test_what_a_file_says_of_stacks_and_shared_tensors_is_checked(change: dict[s
 def test_what_a_file_says_of_several_is_checked(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     ll.save((lora(), lora()), tmp_path / "good")
     refused(rewritten(tmp_path / "good", described(tmp_path / "good") | change), message)
+
+
+def test_a_stack_of_unlike_members(tmp_path: Path) -> None:
+    members = {"a": lora(), "b": lora(r=3, alpha=5.0), "c": lora(r=1), "d": lora()}
+    stack = ll.stack(members)
+    ll.save(stack, tmp_path / "s")
+    again = ll.load(tmp_path / "s", net(depth=1))
+    assert equal(again, stack)
+    assert again.layout == stack.layout
+    for (name, member), back in zip(members.items(), ll.unstack(again), strict=True):
+        assert equal(back, member)
+        assert equal(ll.load(tmp_path / "s", member=name), member)
+    assert ll.load(tmp_path / "s", member=1).sites == members["b"].sites
+    says = described(tmp_path / "s")
+    for change, message in (
+        ({"which": [0, 9, 0, 0]}, "which: expected"),
+        ({"labels": ["a"]}, "labels: expected a name for each"),
+        ({"members": [1, 2, 3, 4]}, "its metadata: expected an object"),
+        ({"members": []}, "which: expected"),
+    ):
+        refused(rewritten(tmp_path / "s", says | change), message)
