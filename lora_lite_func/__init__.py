@@ -17,6 +17,7 @@ from .dense import merge, merged
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .hidden import prompted
 from .initialization import init, targets
+from .lora_lite import from_lora_lite
 from .optim import AdamW, AdamWState, adamw, clip_grads
 from .peft import from_peft, to_peft
 from .report import Report
@@ -127,6 +128,7 @@ __all__ = [
     "combine",
     "combine_adapters",
     "concatenate",
+    "from_lora_lite",
     "from_peft",
     "functional_call",
     "init",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import close, net
+from helpers import close, moved, net
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
@@ -215,3 +216,122 @@ def test_every_kind_of_layer(name: str, tmp_path: Path) -> None:
     assert (theirs - model(IDS)).abs().max() > 1e-3
     params = ll.from_peft(tmp_path / "theirs", model)
     close(ll.apply(model, params, IDS), theirs, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ ours, in their form
+OURS = {
+    "pissa": ll.PiSSAConfig(r=3),
+    "olora": ll.OLoRAConfig(r=3),
+    "delora": ll.DeLoRAConfig(r=3),
+    "lora_patterns": ll.LoRAConfig(r=4, rank_pattern={"up": 2}, alpha_pattern={r"^layers\.1\.down$": 3.0}),
+    "rslora_patterns": ll.LoRAConfig(r=4, rslora=True, rank_pattern={"0.up": 2}),
+    "orthogonal": ll.LoRAConfig(r=4, init_A="orthogonal"),
+    "bfloat16": ll.LoRAConfig(r=4, dtype=torch.float32),
+    "hira": ll.HiRAConfig(r=2, alpha=5.0),
+    "adalora": ll.AdaLoRAConfig(r=4, rank_pattern={"up": 2}),
+    "loha": ll.LoHaConfig(r=2),
+    "ia3_ff": ll.IA3FFConfig(),
+    "boft": ll.BOFTConfig(block_size=4, m=1),
+    "vera": ll.VeRAConfig(r=6, target_names=("up",)),
+    "bitfit": ll.BitFitConfig(),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_written_loads_into_peft(name: str, tmp_path: Path) -> None:
+    model = base()
+    params = moved(ll.init(model, OURS[name]))
+    ll.to_peft(params, model, tmp_path)
+    y = ll.apply(model, params, X)
+    close(loaded(model, tmp_path), y, 1e-5)
+    close(ll.apply(model, ll.from_peft(tmp_path, model), X), y, 1e-5)
+
+
+def test_several_parts_and_vera_as_a_lora(tmp_path: Path) -> None:
+    model = base()
+    up, down = ({"target_names": (n,)} for n in ("up", "down"))
+    for parts in (
+        (ll.IA3Config(**up), ll.IA3FFConfig(**down)),
+        (ll.LoRAConfig(r=2, **up), ll.PiSSAConfig(r=3, **down)),
+        (ll.LoRAConfig(r=2), ll.BitFitConfig(**up)),
+        (ll.OFTConfig(block_size=4, **up), ll.OFTConfig(block_size=6, **down)),
+    ):
+        params = tuple(moved(ll.init(model, cfg), seed=i) for i, cfg in enumerate(parts))
+        ll.to_peft(params, model, tmp_path)
+        close(loaded(model, tmp_path), ll.apply(model, params, X), 1e-5)
+    params = moved(ll.init(model, ll.VeRAConfig(r=6)))
+    with pytest.raises(ll.UnsupportedError, match="as_lora=True"):
+        ll.to_peft(params, model, tmp_path)
+    ll.to_peft(params, model, tmp_path, as_lora=True)
+    close(loaded(model, tmp_path), ll.apply(model, params, X), 1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_peft_takes_out_of_the_base(start: str, tmp_path: Path) -> None:
+    model = base()
+    theirs = saved(peft.LoraConfig(r=3, lora_alpha=4, target_modules=BOTH, init_lora_weights=start, use_rslora=True), model, tmp_path)
+    params = ll.from_peft(tmp_path, model)
+    close(ll.apply(model, params, X), theirs, 1e-5)
+    with pytest.raises(ll.CheckpointError, match="give the base model"):
+        ll.from_peft(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def changed(folder: Path, **fields: Any) -> Path:
+    """The folder with other fields in its config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "XLORA"}, "peft_type 'XLORA' isn't read here"),
+        ({"peft_type": 3}, "peft_type: expected a string"),
+        ({"alora_invocation_tokens": [1, 2]}, "'alora_invocation_tokens' is .1, 2., which has no counterpart"),
+        ({"use_qalora": True}, "'use_qalora' is True"),
+        ({"layer_replication": [[0, 1]]}, "'layer_replication'"),
+        ({"a_new_field": 1}, "'a_new_field' is 1"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
+        ({"r": 5}, "has rank 3, its config says another"),
+        ({"lora_alpha": "x"}, "lora_alpha: expected a finite number"),
+        ({"lora_alpha": 1e300}, "lora_alpha: expected a finite number"),
+        ({"lora_dropout": 2.0}, "expected a probability"),
+        ({"rank_pattern": [1]}, "rank_pattern: expected an object"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "could take too long to match"),
+        ({"alpha_pattern": {"(": 3}}, "could take too long|isn't a regular expression"),
+        ({"target_modules": ["up"]}, "which its target_modules don't name"),
+        ({"target_modules": ["up", "down", "head"]}, "'head', for which there is no tensor"),
+        ({"target_modules": 3}, "target_modules: expected a list of names"),
+        ({"use_dora": True}, "there is no lora_magnitude_vector"),
+        ({"use_dora": "yes"}, "use_dora: expected true or false"),
+        ({"layers_to_transform": [7]}, "which its target_modules don't name"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_what_can_not_be_honoured_is_refused_by_name(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = base()
+    saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path)
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.from_peft(changed(tmp_path, **fields), model)
+
+
+def test_other_ways_to_give_it(tmp_path: Path) -> None:
+    model = base()
+    config = peft.LoraConfig(r=3, target_modules=BOTH)
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_B" in name:
+                p += 0.1
+    raw = {k: t for k, t in made.state_dict().items() if "lora_" in k}  # with the adapter's name in the keys
+    for state in (raw, peft.get_peft_model_state_dict(made)):
+        close(ll.apply(model, ll.from_peft(state, model, config=config), X), made(X), 1e-5)
+        close(ll.apply(model, ll.from_peft(state, config=config.to_dict()), X), made(X), 1e-5)
+    made.save_pretrained(tmp_path)
+    close(ll.apply(model, ll.from_peft(tmp_path / "adapter_model.safetensors"), X), made(X), 1e-5)
+    with pytest.raises(ll.CheckpointError, match="give its config too"):
+        ll.from_peft(raw, model)
+    changed(tmp_path, a_new_field=1)
+    close(ll.apply(model, ll.from_peft(tmp_path, ignore="a_new_field"), X), made(X), 1e-5)

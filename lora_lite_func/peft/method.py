@@ -60,7 +60,9 @@ class Place:
             CheckpointError: no model was given.
             UnsupportedError: it is packed.
         """
-        site = self.known(f"{method} depends on the base weight")
+        site = self.site
+        if site is None or self.module is None:
+            raise CheckpointError(f"{shown(self.path)}: {method} depends on the base weight; give the base model too")
         size = max(site.stack, 1) * site.d_in * site.d_out
         return matrix(dense_weight(self.module, method, size, place(site)[1]), site)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapter import Adapter
@@ -93,14 +94,13 @@ def _write_adalora(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> W
         raise UnsupportedError(f"to_peft: PEFT's AdaLoRA takes alpha={alpha} for the rank; scale the adapter and give it a positive one")
     tensors = {}
     for a in adapters:
-        for path, held in a.items():
+        for path, held in a.items():  # a smaller rank is padded: PEFT knows only the first one, and what was pruned from it
             E = held["lora_E"] * ((first + 1e-5) / r[path] * alphas[path] / alpha)
-            tensors[path] = {"lora_A": held["lora_A"], "lora_E": E[:, None], "lora_B": held["lora_B"]}
+            more = first - r[path]
+            A, B = F.pad(held["lora_A"], (0, 0, 0, more)), F.pad(held["lora_B"], (0, more))
+            tensors[path] = {"lora_A": A, "lora_E": F.pad(E, (0, more))[:, None], "lora_B": B}
     fields: dict[str, Any] = {"init_r": first, "r": first, "target_r": first, "total_step": 1, "lora_dropout": said["dropout"]}
-    fields["lora_alpha"] = alpha
-    if min(r.values()) < first:
-        fields["rank_pattern"] = {f"{path}.lora_E": [i < n for i in range(first)] for path, n in r.items()}
-    return Written(fields, tensors)
+    return Written(fields | {"lora_alpha": alpha}, tensors)
 
 
 def _read_hira(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
