@@ -27,6 +27,7 @@ __all__ = ["TARGETS", "CausalTask", "final_number", "load", "masked", "pairs"]
 
 TARGETS = r"self_attn\.(q_proj|v_proj)$"
 HELD_OUT = 0.2
+CALIBRATION = 16  # batches
 EVAL_BATCH = 32
 IGNORED = -100  # the label that F.cross_entropy leaves out
 TEMPLATE = "Question: {} Think step by step.\nAnswer:"
@@ -64,6 +65,17 @@ class CausalTask:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch)).tolist()
         rows = [self.train[i] for i in order]
         return [self._encoded(rows[i : i + self.batch]) for i in range(0, len(rows), self.batch)]
+
+    def calibration(self) -> dict[str, Any]:
+        """Training batches and their loss."""
+        batches = self.batches(0)[:CALIBRATION]
+        inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+
+        def loss(output: Any, batch: Any) -> Tensor:
+            logits = output.logits[:, :-1].float().transpose(1, 2)  # (n, vocabulary, tokens - 1)
+            return F.cross_entropy(logits, batch[1]["labels"][:, 1:], ignore_index=IGNORED)
+
+        return {"calibration_data": list(zip(inputs, batches, strict=True)), "loss_fn": loss}
 
     def _encoded(self, rows: Sequence[Pair]) -> Batch:
         return {k: t.to(self.device) for k, t in masked(self.tokenizer, rows).items()}

@@ -21,42 +21,15 @@ import lora_lite_func as ll
 from lora_lite_func.errors import nearest
 
 from . import causal, checks, report, sentiment
+from .settings import LEARNING_RATES, config
 from .training import Run, Task, measure, train
 
 __all__ = ["LEARNING_RATES", "main"]
 
-LEARNING_RATES = {
-    "head": 3e-3,
-    "adalora": 1e-2,
-    "antipasto": 5e-2,
-    "bitfit": 1e-2,
-    "boft": 1e-2,
-    "delora": 1e-2,
-    "dora": 4e-3,
-    "fourierft": 5e-2,
-    "gralora": 1e-2,
-    "hira": 5e-2,
-    "hra": 5e-3,
-    "ia3": 5e-2,
-    "ia3_ff": 5e-2,
-    "loha": 1e-2,
-    "lokr": 1e-2,
-    "lora": 4e-3,
-    "miss": 1e-3,
-    "oft": 3e-3,
-    "olora": 1e-3,
-    "pissa": 3e-3,
-    "randlora": 1e-3,
-    "road": 5e-2,
-    "shira": 2e-2,
-    "ssvd": 2e-2,
-    "vera": 5e-2,
-}
-"""Peak learning rate per method on the sentiment task, and of its head."""
-
 FALLBACK = 3e-3  # for a method that the table doesn't have
 CAUSAL_FACTOR = 0.1  # language models of billions take smaller steps: 1e-4 is usual for LoRA where this task takes 1e-3
 VARIANTS = "lora,delora,hra"
+DATA = {"inputs", "gradients"}
 BATCH = {"sentiment": 32, "causal": 4}
 EPOCHS = {"sentiment": 3, "causal": 1}
 
@@ -110,10 +83,10 @@ def new_run(task: Task, method: str | None, args: argparse.Namespace) -> Run:
     """A method's row with a new adapter and a new head; None is the row without an adapter."""
     if method is None:
         return Run(task.baseline, LEARNING_RATES["head"], (), task.head())
-    config = ll.variants()[method].config
-    cfg = config(r=args.r, alpha=2.0 * args.r, target_names=(args.targets,), dtype=torch.float32)
+    cfg = config(method, r=args.r, targets=args.targets)
+    data = task.calibration() if ll.variants()[method].needs_of(cfg) & DATA else {}
     lr = LEARNING_RATES.get(method, FALLBACK) * (1.0 if args.kind == "sentiment" else CAUSAL_FACTOR)
-    return Run(method, args.lr or lr, ll.init(task.model, cfg, seed=args.seed), task.head())
+    return Run(method, args.lr or lr, ll.init(task.model, cfg, seed=args.seed, **data), task.head())
 
 
 def load_task(args: argparse.Namespace) -> Task:
@@ -197,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         f"of a causal model {causal.TARGETS!r})")  # fmt: skip
     add("--epochs", type=_count, help="(default 3; causal 1)")
     add("--r", type=_count, default=8, help="rank, alpha is 2 r (default 8)")
-    add("--lr", type=float, help="peak learning rate of the adapters (default: per method, LEARNING_RATES in this file; "
+    add("--lr", type=float, help="peak learning rate of the adapters (default: per method, LEARNING_RATES in benchmarks/settings.py; "
         f"causal {CAUSAL_FACTOR} of it)")  # fmt: skip
     add("--batch", type=_count, help="examples per step (default 32; causal 4)")
     add("--seed", type=int, default=0, help="of split, order and adapters (default 0)")

@@ -21,6 +21,7 @@ __all__ = ["TARGETS", "SentimentTask", "load", "minilm", "words"]
 TARGETS = r"attention\.self\.(query|value)$"
 HELD_OUT = 0.2
 EVAL_BATCH = 256
+CALIBRATION = 16  # batches
 WINDOW = 8  # so many batches are sorted together: words of like length share one, which leaves little padding to compute
 
 
@@ -63,10 +64,13 @@ class SentimentTask:
     def predict(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """The ratings of a batch, (n,)."""
         inputs = {k: t for k, t in batch.items() if k != "ratings"}
-        hidden = ll.apply(self.model, params, **inputs).last_hidden_state  # (n, tokens, width)
-        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)  # (n, tokens, 1)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)  # (n, width)
+        pooled = _pooled(ll.apply(self.model, params, **inputs), batch)
         return F.linear(pooled.float(), head["weight"], head["bias"]).squeeze(-1)
+
+    def calibration(self) -> dict[str, Any]:
+        """Training batches. The loss falls as features and ratings covary: a head of zeros would have no gradient to give."""
+        batches = [({k: t for k, t in batch.items() if k != "ratings"}, batch) for batch in self.batches(0)[:CALIBRATION]]
+        return {"calibration_data": batches, "loss_fn": lambda output, batch: -(batch[1]["ratings"] @ _pooled(output, batch[1])).norm()}
 
     def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """Mean squared error of the ratings."""
@@ -83,6 +87,13 @@ class SentimentTask:
     def fresh(self) -> SentimentTask:
         """The same words around an encoder loaded again."""
         return dataclasses.replace(self, model=_encoder(self.source, self.device))
+
+
+def _pooled(output: Any, batch: Batch) -> Tensor:
+    """Mean over the tokens that count, (n, width)."""
+    hidden = output.last_hidden_state  # (n, tokens, width)
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)  # (n, tokens, 1)
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def load(source: Path | None, *, batch: int, seed: int, device: str, limit: int | None = None) -> SentimentTask:

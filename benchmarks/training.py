@@ -61,6 +61,9 @@ class Task(Protocol):
     def batches(self, epoch: int) -> list[Batch]:
         """The training data in the epoch's order."""
 
+    def calibration(self) -> dict[str, Any]:
+        """The keywords of `ll.init` for methods that start from data: a few training batches, and a loss for those that need gradients."""
+
     def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """The mean loss of a batch."""
 

@@ -1,0 +1,70 @@
+"""What each method is fine-tuned with: peak learning rate, places, sizes that its own defaults don't suit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+import lora_lite_func as ll
+
+__all__ = ["LEARNING_RATES", "config"]
+
+LEARNING_RATES = {
+    "head": 3e-3,
+    "adalora": 1e-2,
+    "antipasto": 5e-2,
+    "asvd": 3e-3,
+    "bitfit": 1e-2,
+    "boft": 1e-2,
+    "c3a": 2e-1,
+    "corda": 3e-3,
+    "delora": 1e-2,
+    "direft": 4e-3,
+    "dora": 4e-3,
+    "eva": 4e-3,
+    "fourierft": 5e-2,
+    "full": 5e-4,
+    "gralora": 1e-2,
+    "hira": 5e-2,
+    "hra": 5e-3,
+    "ia3": 5e-2,
+    "ia3_ff": 5e-2,
+    "ln_tuning": 1e-2,
+    "loha": 1e-2,
+    "lokr": 1e-2,
+    "lora": 4e-3,
+    "lora_ga": 1e-3,
+    "loreft": 4e-3,
+    "miss": 1e-3,
+    "oft": 3e-3,
+    "olora": 1e-3,
+    "pissa": 3e-3,
+    "randlora": 1e-3,
+    "road": 5e-2,
+    "shira": 2e-2,
+    "ssvd": 2e-2,
+    "vera": 5e-2,
+}
+"""Peak learning rate per method on the sentiment task, and of its head."""
+
+FIXED: dict[str, dict[str, Any]] = {"c3a": {"block_size": 128}}  # must divide the widths
+
+
+def config(method: str, *, r: int, targets: str) -> ll.AdapterConfig:
+    """A method's config: rank r and alpha 2 r where these mean what they do for LoRA, its own defaults elsewhere.
+
+    Methods that adapt something else than linear layers have places of their own: the norms of all layers, the blocks, or the weights
+    of the targets as parameters.
+    """
+    variant = ll.variants()[method]
+    defaults = {f.name: f.default for f in dataclasses.fields(variant.config)}
+    given: dict[str, Any] = {"dtype": torch.float32, **FIXED.get(method, {})}
+    if defaults["r"] == 8 and defaults["alpha"] == 16.0:
+        given |= {"r": r, "alpha": 2.0 * r}
+    if "linear" in variant.sites:
+        given["target_names"] = (targets,)
+    elif "parameter" in variant.sites:
+        given["target_parameters"] = (targets.removesuffix("$") + r"\.weight$",)
+    return variant.config(**given)
