@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_lite_func as ll
+from lora_lite_func.spec import lookup
 
-every = pytest.mark.parametrize("case", CASES + CALIBRATED, ids=repr)
+
+def has_phases(case: Case) -> bool:
+    """Whether the method acts around a layer's call; one that is a weight itself is one for the whole batch."""
+    return lookup(type(case.config(r=4))).has_phases
+
+
+every = pytest.mark.parametrize("case", [c for c in CASES + CALIBRATED if has_phases(c)], ids=repr)
 
 
 def several(case: Case, count: int, model: Net | None = None, **fields: Any) -> tuple[Net, list[ll.Adapter]]:
@@ -208,6 +215,13 @@ def test_a_weight_that_is_used_itself_is_refused_with_the_path() -> None:
         ll.apply(model, ll.rows(ll.stack(members), [0, 1]), x, x, x)
     with pytest.raises(ll.UnsupportedError, match="one for the whole batch"):
         ll.merge(net(), ll.rows(ll.stack(several(CASES[0], 2)[1]), [0, 1]))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not has_phases(c)], ids=repr)
+def test_a_method_that_is_a_weight_itself_is_refused_with_the_path(case: Case) -> None:
+    model, members = several(case, 2)
+    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0.*one for the whole batch, so its rows can't have adapters of their own"):
+        ll.apply(model, ll.rows(ll.stack(members), [0, 1]), batch(2, 16))
 
 
 # ------------------------------------------------------------------------------------------------------------ composition

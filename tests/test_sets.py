@@ -13,8 +13,10 @@ from helpers import Net, close, leaves, moved, net
 from torch import Tensor
 
 import lora_lite_func as ll
+from lora_lite_func.spec import lookup
 
-every = pytest.mark.parametrize("case", CASES, ids=repr)
+PHASED = [c for c in CASES if lookup(type(c.config(r=4))).has_phases]
+every = pytest.mark.parametrize("case", PHASED, ids=repr)
 
 
 def batch(*shape: int, seed: int = 5) -> Tensor:
@@ -146,7 +148,7 @@ def test_losses_that_are_not_per_sample_are_refused(loss: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- combine
-FACTORED = [c for c in CASES if ll.init(net(depth=1), c.config(r=4)).layout.variant.factors is not None]
+FACTORED = [c for c in CASES if lookup(type(c.config(r=4))).factors is not None]
 
 
 @pytest.mark.parametrize("case", FACTORED, ids=repr)
