@@ -96,11 +96,10 @@ def _files(folder: Path, names: list[str]) -> list[str]:
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not placed:
             raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors and files")
-        files = list(dict.fromkeys(placed.values()))
-        for file in files:
+        for file in placed.values():
             if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file) or file not in names:
                 raise CheckpointError(f"{folder / INDEX}: {shown(file)} isn't a safetensors file in this folder")
-        return files
+        return list(dict.fromkeys(placed.values()))
     found = [n for n in names if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))]
     if not found:
         raise CheckpointError(f"{folder}: expected a model's safetensors files, found none")

@@ -101,6 +101,9 @@ CONFIGS = {
     "fourierft": lambda **k: peft.FourierFTConfig(n_frequency=20, scaling=20.0, n_frequency_pattern={"up": 7}, **k),
     "shira": lambda **k: peft.ShiraConfig(r=2, random_seed=1, **k),
     "beft": lambda **k: peft.BeftConfig(**k),
+    "ln_tuning": lambda **k: peft.LNTuningConfig(target_modules=["norm"]),
+    "modules_to_save": lambda **k: peft.LoraConfig(r=4, modules_to_save=["head", "layers.1.norm"], **k),
+    "miss_to_save": lambda **k: peft.MissConfig(r=4, modules_to_save=["head"], **k),
 }
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import CheckpointError, UnsupportedError, shown
-from ..variants import BitFitConfig, BOFTConfig, HRAConfig, IA3Config, IA3FFConfig, OFTConfig, ROADConfig
+from ..layers import stored
+from ..variants import BitFitConfig, BOFTConfig, HRAConfig, IA3Config, IA3FFConfig, LNTuningConfig, OFTConfig, ROADConfig
 from .method import Method, Part, Place, Written, of_config, same
 from .says import Says
 
@@ -161,6 +162,33 @@ def _write_beft(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     return Written({}, {path: {"beft_bias": held["lora_b"][None]} for a in adapters for path, held in a.items()})
 
 
+# ----------------------------------------------------------------------------------------------------------- LN-tuning
+def _read_ln(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+    """ln_tuning_layers.weight, .bias: a trained copy of the norm; kept as the difference from the base's."""
+    place.known("LN-tuning replaces the base's norms")
+    own = {"ln_tuning_layers.weight": ("lora_ln_w", "weight"), "ln_tuning_layers.bias": ("lora_ln_b", "bias")}
+    leaves = {}
+    for name, t in held.items():
+        ours, base = own[name][0], stored(place.module, own[name][1])
+        if not isinstance(base, Tensor) or base.shape != t.shape:
+            raise CheckpointError(f"{shown(place.path)}: its norm has no {own[name][1]} of shape {tuple(t.shape)}")
+        leaves[ours] = (t - base.detach().to(t)).flatten()
+    return [Part(LNTuningConfig, leaves)]
+
+
+def _write_ln(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for a in adapters:
+        for path, held in a.items():
+            if path not in modules:
+                raise CheckpointError(f"to_peft: {path!r}: PEFT's LN-tuning holds whole norms; give the base model")
+            pairs = {"weight": held["lora_ln_w"], **({"bias": held["lora_ln_b"]} if "lora_ln_b" in held else {})}
+            base = {name: stored(modules[path], name).detach() for name in pairs}
+            tensors[path] = {f"ln_tuning_layers.{n}": base[n] + t.to(base[n]).view(base[n].shape) for n, t in pairs.items()}
+    return Written({}, tensors)
+
+
+LN_TUNING = Method("LN_TUNING", (LNTuningConfig,), ("ln_tuning_layers.weight", "ln_tuning_layers.bias"), "", _read_ln, _write_ln)
 IA3 = Method("IA3", (IA3Config, IA3FFConfig), ("ia3_l",), "feedforward_modules init_ia3_weights", _read_ia3, _write_ia3)
 ROAD = Method("ROAD", (ROADConfig,), ("road_theta", "road_alpha"), "variant group_size", _read_road, _write_road)
 HRA = Method("HRA", (HRAConfig,), ("hra_u",), "r", _read_hra, _write_hra)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError, nearest, shown
-from ..kinds import KINDS, facts, kind_of
+from ..kinds import KINDS, facts, kind_of, matrix
 from ..layers import refuse_uncopyable, stored
 from ..spec import Site
-from ..variants import BitFitConfig, LoRAConfig
+from ..variants import BitFitConfig, FullConfig, LoRAConfig
 from .method import Method, Part, Place
 from .says import Says
 
@@ -96,8 +96,10 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
         module, kind, name = modules.get(path), None, "weight"
         if module is None:
             home, _, name = path.rpartition(".")
-            module, kind = modules.get(home), KINDS["parameter"]
-            if module is None or module._parameters.get(name) is None:
+            module = modules.get(home)
+            tensor = None if module is None else module._parameters.get(name)
+            kind = KINDS["parameter" if tensor is None or tensor.ndim > 1 else "vector"]
+            if module is None or tensor is None:
                 raise CheckpointError(f"{type(model).__name__} has no module {shown(path)}; {nearest(path, modules)}")
         else:
             kind = kind_of(module)
@@ -116,21 +118,41 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
     Raises:
         CheckpointError: a tensor that is neither, or one that needs the model and there is none.
     """
-    learned = says.get("bias", "none") not in ("none", None)
+    learned, saved = says.get("bias", "none") not in ("none", None), says.names("modules_to_save")
+    whole: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
     for key, t in rest.items():
         path, _, name = key.rpartition(".")
-        if name == "bias" and learned:
+        if any(f".{s}." in f".{key}." for s in saved):
+            whole[key.replace(".modules_to_save.", ".")] = t
+        elif name == "bias" and learned:
             biases[path.removesuffix(_WRAPPED)] = t
         elif name == "trainable_tokens_delta":
             tokens[path.removesuffix(".token_adapter")] = t
+        elif name == "weight" and _is_the_base(model, path.removesuffix(_WRAPPED), t):
+            pass  # PEFT copies an embedding that it adapts into the file
         else:
             raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
-    if (biases or tokens) and not isinstance(model, nn.Module):
+    if (whole or biases or tokens) and not isinstance(model, nn.Module):
         raise CheckpointError(f"{says.where}: {shown(next(iter(rest)))} replaces a tensor of the base; give the base model too")
-    found = [_bias(says, path, t, *adaptable(model, [path])[path]) for path, t in biases.items()]
+    found = [_whole(says, path, t, *adaptable(model, [path])[path]) for path, t in whole.items()]
+    found += [_bias(says, path, t, *adaptable(model, [path])[path]) for path, t in biases.items()]
     return found + [part for path, t in tokens.items() for part in _tokens(says, path, t, model)]
+
+
+def _is_the_base(model: Any, path: str, t: Tensor) -> bool:
+    module = dict(model.named_modules()).get(path) if isinstance(model, nn.Module) else None
+    base = None if module is None else stored(module, "weight")
+    return isinstance(base, Tensor) and base.shape == t.shape and not base.is_meta and torch.equal(base.detach().to(t), t)
+
+
+def _whole(says: Says, path: str, t: Tensor, site: Site, module: Any) -> tuple[Place, Part]:
+    """A parameter that was trained whole (modules_to_save): it takes the base's place before anything else is applied."""
+    base = module._parameters[path.rpartition(".")[2]]
+    if base.shape != t.shape:
+        raise CheckpointError(f"{says.where}: {shown(path)}: expected shape {tuple(base.shape)}, found {tuple(t.shape)}")
+    return Place(path, {}, site, module), Part(FullConfig, {"lora_W": matrix(t, site)}, order=-1)
 
 
 def _bias(says: Says, path: str, learned: Tensor, site: Site, module: Any) -> tuple[Place, Part]:

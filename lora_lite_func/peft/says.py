@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ _ABOUT = (  # of the file's origin, or of a start that is over: nothing a loaded
     *("init_weights", "megatron_core", "ensure_weight_tying", "progressbar"),
 )
 _QUANTIFIED = 4  # unbounded quantifiers in a pattern; more can take hours on a long path
+_LARGEST = 10**30  # of a number; NaN is not below it
 _LONGEST = 5_000  # characters of a pattern
 
 
@@ -88,7 +88,7 @@ class Says(Mapping[str, Any]):
         return self._number(name, self.get(name, default))
 
     def _number(self, name: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+        if type(value) not in (int, float) or not abs(value) <= _LARGEST:
             raise self.refuse(name, "a finite number")
         return float(value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .gates import BEFT, BOFT, HRA, IA3, OFT, ROAD
+from .gates import BEFT, BOFT, HRA, IA3, LN_TUNING, OFT, ROAD
 from .lora import LORA
 from .method import Method
 from .seeded import FOURIERFT, RANDLORA, SHIRA, VERA
@@ -32,5 +32,6 @@ METHODS: dict[str, Method] = {
         FOURIERFT,
         SHIRA,
         BEFT,
+        LN_TUNING,
     )
 }

@@ -17,7 +17,9 @@ from ..adapter import ABSENT, Adapter
 from ..api import Adapters, flatten
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..files import write_safetensors, write_text
-from ..variants import BitFitConfig, DeLoRAConfig
+from ..kinds import restored
+from ..spec import Site
+from ..variants import BitFitConfig, DeLoRAConfig, FullConfig
 from .folder import CONFIG, TENSORS
 from .gates import BEFT
 from .lora import LORA
@@ -52,6 +54,8 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     if model is not None and not isinstance(model, nn.Module):
         raise CheckpointError(f"to_peft: expected the base, an nn.Module, found {type(model).__name__}")
     _check(adapters)
+    whole = {path: (a.sites[path], held["lora_W"]) for a in adapters if isinstance(a.config, FullConfig) for path, held in a.items()}
+    adapters = [a for a in adapters if not isinstance(a.config, FullConfig)]
     method = _method(adapters, as_lora)
     modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
     paths = [path for a in adapters for path in a if not isinstance(a.config, BitFitConfig) or method is BEFT]
@@ -69,17 +73,19 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     fields["target_modules"] = _targets(list(made.tensors), modules or made.tensors, forward)
     if forward:
         fields["feedforward_modules"] = _forward(forward, fields["target_modules"])
+    saved = _saved(whole, modules)
+    fields["modules_to_save"] = sorted({key.rpartition(".")[0] for key in saved}) or None
     target = Path(os.fsdecode(folder))
     try:
         target.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"to_peft: can't make {target}: {error}") from error
-    write_safetensors(_flat(made), target / TENSORS, {"format": "pt"}, "to_peft")
+    write_safetensors(_flat(made, saved), target / TENSORS, {"format": "pt"}, "to_peft")
     write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", target / CONFIG, "to_peft")
 
 
 def _check(adapters: list[Adapter]) -> None:
-    if not adapters:
+    if all(isinstance(a.config, FullConfig) for a in adapters):
         raise CheckpointError("to_peft: expected an adapter, found none")
     for a in adapters:
         for path, held in a._data.items():
@@ -150,8 +156,21 @@ def _forward(forward: list[str], targets: Any) -> Any:
     return [n for n in targets if any(_named(p, [n]) for p in forward)]
 
 
-def _flat(made: Written) -> dict[str, Tensor]:
-    flat = {f"base_model.{name}": t for name, t in made.shared.items()}
+def _saved(whole: Mapping[str, tuple[Site, Tensor]], modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Parameters that were trained whole, with the rest of their modules: PEFT keeps copies of modules (modules_to_save)."""
+    saved: dict[str, Tensor] = {}
+    for path, (site, W) in whole.items():
+        home, _, name = path.rpartition(".")
+        if home not in modules or modules[home]._modules:
+            raise UnsupportedError(f"to_peft: {path!r}: PEFT keeps copies of whole modules without children, in the base model given")
+        saved |= {f"{home}.{n}": t.detach() for n, t in modules[home].state_dict().items() if f"{home}.{n}" not in whole}
+        saved[path] = restored(W, modules[home]._parameters[name].detach().to(W.dtype), site)
+    return saved
+
+
+def _flat(made: Written, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    flat = {f"base_model.model.{path}": t for path, t in saved.items()}
+    flat |= {f"base_model.{name}": t for name, t in made.shared.items()}
     for path, held in made.tensors.items():
         flat |= {f"base_model.model.{path}.{suffix}": t for suffix, t in held.items()}
     return {key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for key, t in flat.items()}
