@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .adapter import Adapter, Layout, check_shapes, members_of
 from .errors import StructureError, nearest
 from .hidden import Prompt, Prompted, known, tell
-from .kinds import place, reads_prompt
+from .kinds import reads_prompt
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .plan import Plan
 from .rows import Rows
 from .skeleton import constant, copy_tree, own_buffers
 from .spec import Site
+from .tied import everywhere, home_of, twins
 
 __all__ = ["Adapters", "Frozen", "apply", "bind", "flatten", "functional_call", "ops_of", "unbind"]
 
@@ -68,7 +69,7 @@ def functional_call(
     """
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     adapters, prompt = known(params, model, args, kwargs)
-    skeleton = copy_tree(model, ops_of(adapters, prompt), _Constant(model, base))
+    skeleton = copy_tree(model, everywhere(model, ops_of(adapters, prompt)), _Constant(model, base))
     return skeleton(*args, **kwargs)
 
 
@@ -162,17 +163,25 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
     for adapter, plan in adapters:
-        layout, indices = adapter.layout, {}
-        for path, site in layout.sites.items():
-            ops, home = sites.setdefault(path, []), home_of(site)
-            indices[path] = counts.setdefault(home, _bound_before(model, home))
-            counts[home] += 1
-            ops.append(Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), indices[path], None, plan))
+        layout = adapter.layout
+        indices: dict[str, int] = {}
+        more = twins(model, layout.sites.values())
+        for path, own in layout.sites.items():
+            for site in (own, *more.get(path, ())):
+                home = home_of(site)
+                slot = counts.setdefault(home, _bound_before(model, home))
+                counts[home] += 1
+                indices.setdefault(path, slot)
+                op = Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), slot, None, plan)
+                sites.setdefault(site.path, []).append(op)
         homes.append((layout, indices))
     bound = copy_tree(model, sites, Frozen())
     for adapter, _ in adapters:
+        more = twins(model, adapter.layout.sites.values())
         for path, tensors in adapter._data.items():
-            hold(bound.get_submodule(home_of(adapter.layout.sites[path])), Leaves(tensors, adapter.layout.trainable[path]))
+            leaves = Leaves(tensors, adapter.layout.trainable[path])
+            for site in (adapter.layout.sites[path], *more.get(path, ())):
+                hold(bound.get_submodule(home_of(site)), leaves)
     bound.__dict__["_ll_bound"] = homes
     if any(reads_prompt(layout.variant) for layout, _ in homes):
         tell(bound)
@@ -200,11 +209,6 @@ def _held(bound: nn.Module, site: Site, index: int) -> dict[str, Tensor]:
         return leaves_at(bound.get_submodule(home_of(site)), index).tensors()
     except (AttributeError, KeyError):
         raise StructureError(f"site {site.path!r}: the module there isn't the one that was bound, its adapter went with that") from None
-
-
-def home_of(site: Site) -> str:
-    """The path of the module that holds a site's tensors in a bound model."""
-    return place(site)[0]
 
 
 def _bound_before(model: nn.Module, path: str) -> int:

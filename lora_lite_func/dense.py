@@ -12,6 +12,7 @@ from .layers import compute_dtype, is_packed
 from .ops import check_bias, check_dense, merge_site
 from .quantised import dequantised, unpacked
 from .skeleton import check_mergeable, check_site, copy_tree, no_module
+from .tied import everywhere, twins
 
 __all__ = ["merge", "merged"]
 
@@ -35,7 +36,7 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
     """
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for ops in ops_of(params).values():
+    for ops in everywhere(model, ops_of(params)).values():
         home, name = place(ops[-1].site)
         module: Any = modules.get(home)
         if module is None:
@@ -64,6 +65,9 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
         StructureError, UnsupportedError: as `merge`.
     """
     new = merge(model, params, dequantize=dequantize)
+    for path, others in twins(model, (ops[-1].site for ops in ops_of(params).values())).items():  # tied ones stay tied
+        new |= {site.path: new[path] for site in others}
+    kept: dict[int, nn.Parameter] = {}
     made: Any = copy_tree(model, {}, Frozen(keep_flags=True))
     for name, tensor in new.items():
         path, _, leaf = name.rpartition(".")
@@ -74,7 +78,9 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
             module = unpacked(module, tensor, None if bias is None else bias.detach().to(tensor.dtype))
             made = _put(made, path, module)
             continue
-        module.register_parameter(leaf, nn.Parameter(tensor.detach(), requires_grad=True if old is None else old.requires_grad))
+        if id(tensor) not in kept:
+            kept[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=True if old is None else old.requires_grad)
+        module.register_parameter(leaf, kept[id(tensor)])
     return made
 
 

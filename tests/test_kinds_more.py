@@ -422,3 +422,51 @@ def test_bound_recurrent_layers_copy_and_pickle() -> None:
     bound = ll.bind(model, lora(model, target_names="0", target_parameters="weight_hh_l0"))
     for twin in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
         close(twin(x)[0], bound(x)[0], 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------------- ties
+class Tied(nn.Module):
+    """A language model in small: the head's weight is the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.mid = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 16, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(torch.tanh(self.mid(self.embed(ids))))
+
+
+def test_a_tied_parameter_is_adapted_in_every_use() -> None:
+    model = seeded(Tied())
+    for pattern in ("embed.weight", "lm_head.weight"):
+        params = lora(model, target_parameters=pattern)
+        y = agree(model, params, IDS)
+        new = ll.merge(model, params)
+        assert set(new) == {"embed.weight", "lm_head.weight"}
+        close(y, functional_call(model, {"embed.weight": new["embed.weight"]}, (IDS,)), 1e-12)  # torch spreads it over both
+        merged: Any = ll.merged(model, params)
+        assert merged.embed.weight is merged.lm_head.weight
+        bound = ll.bind(model, params)
+        assert len([p for p in bound.parameters() if p.requires_grad]) == 2
+        bound(IDS).square().sum().backward()
+        (path,) = params
+        direct = grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)
+        close([p.grad for p in bound.parameters() if p.requires_grad], [direct[path]["lora_A"], direct[path]["lora_B"]], 1e-9)
+        close(ll.apply(ll.bind(model, params), params, IDS), ll.apply(model, (params, params), IDS), 1e-10)
+
+
+def test_an_adapted_layer_is_untied_from_the_others() -> None:
+    model = seeded(Tied())
+    for chosen in ({"target_kinds": "embedding"}, {"target_names": "lm_head", "exclude_names": ()}):
+        params = lora(model, **chosen)
+        agree(model, params, IDS)
+        merged: Any = ll.merged(model, params)
+        assert merged.embed.weight is not merged.lm_head.weight
+        (path,) = params
+        other = "lm_head" if path == "embed" else "embed"
+        assert torch.equal(merged.get_submodule(other).weight, model.embed.weight)
+        report = ll.check(model, params, IDS)
+        assert report.tied == {path: (f"{other}.weight",)}
