@@ -1,0 +1,105 @@
+"""What each of two processes does in tests/test_spread.py: started by torch.distributed.run, it leaves its results in a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from helpers import net
+from torch import Tensor
+
+import lora_lite_func as ll
+
+ROWS, STEPS = 8, 5
+
+
+def data() -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(3)
+    return torch.randn(STEPS, ROWS, 16, generator=gen, dtype=torch.float64), torch.randn(ROWS, 8, generator=gen, dtype=torch.float64)
+
+
+def adapter(seed: int = 0) -> ll.Adapter:
+    return ll.init(net(depth=1), ll.LoRAConfig(r=4, init_A="gaussian"), seed=seed)
+
+
+def trained(model: torch.nn.Module, rows: slice) -> list[Tensor]:
+    """The model's outputs in training, on those rows of each batch."""
+    xs, target = data()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    seen = []
+    for x in xs:
+        optimizer.zero_grad()
+        y = model(x[rows])
+        (y - target[rows]).square().mean().backward()
+        optimizer.step()
+        seen.append(y.detach())
+    return seen
+
+
+def members(ids: range) -> ll.Adapter:
+    """A stack of those members, trained by rows, each on its own learning rate."""
+    xs, target = data()
+    trainable, frozen = ll.partition(ll.stack([adapter(i) for i in ids]))
+    optimizer = ll.adamw(torch.tensor([1e-2 / (1 + i) for i in ids], dtype=torch.float64))
+    state, who = optimizer.init(trainable), torch.arange(len(ids)).repeat_interleave(ROWS)
+    model = net(depth=1)
+    for x in xs:
+
+        def loss(t: ll.Adapter, x: Tensor = x) -> Tensor:
+            y = ll.apply(model, ll.rows(ll.combine(t, frozen), who), x.repeat(len(ids), 1))
+            return (y.unflatten(0, (len(ids), ROWS)) - target).square().mean((1, 2)).sum()
+
+        trainable, state = optimizer.update(torch.func.grad(loss)(trainable), state, trainable)
+    return ll.combine(trainable, frozen)
+
+
+def refusal(model: torch.nn.Module) -> str:
+    """What the library says to a model that is sharded already."""
+    try:
+        ll.bind(model, adapter())
+    except ll.UnsupportedError as error:
+        return str(error)
+    return "nothing"
+
+
+def work(folder: Path) -> None:
+    """Both ways of spreading one run over processes, and a stack's members over processes."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    found: dict[str, object] = {}
+
+    bound = ll.bind(net(depth=1), adapter())
+    found["ddp"] = trained(torch.nn.parallel.DistributedDataParallel(bound), own)
+
+    count = 4 // world
+    mine = members(range(rank * count, (rank + 1) * count))
+    gathered: list[list[Tensor]] = [[] for _ in range(world)]
+    dist.all_gather_object(gathered, torch.utils._pytree.tree_leaves(mine))
+    found["members"] = [torch.cat(ts) for ts in zip(*gathered, strict=True)]
+
+    sharded = ll.bind(net(depth=1), adapter())
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    for layer in sharded.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    found["fsdp"] = trained(sharded, own)
+
+    already = net(depth=1)
+    fully_shard(already, mesh=mesh)
+    found["refusal"] = refusal(already)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        work(Path(sys.argv[1]))
+    finally:
+        dist.destroy_process_group()
