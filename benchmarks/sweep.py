@@ -242,9 +242,7 @@ def main() -> None:
         run()
     stack, heads = gathered(run.stack, {n: t.detach() for n, t in run.heads.items()})
     if rank == 0:
-        print(
-            f"{task.title}\n{len(GRID)} adapters x {steps} steps x {WORDS} words in {time.perf_counter() - begin:.0f} s, {world} process(es)"
-        )
+        print(f"{task.title}\n{len(GRID)} adapters x {steps} steps x {WORDS} words in {time.perf_counter() - begin:.0f} s by {world}")
         found, asked = predictions(task, stack, heads, 64 if given.quick else None)
         report(found, asked, given.plot)
         serve(task, stack, heads)
