@@ -85,7 +85,8 @@ def targets(home: Path) -> list[Target]:
         folder = _made(home / f"ll_{name}")
         ll.save(params, folder / "a.safetensors")
         made.append(Target(f"ll {name}", folder, lambda f: (ll.load(f / "a.safetensors"), ll.load(f / "a.safetensors", base))))
-        made.append(Target(f"ll {name} member", folder, lambda f: ll.load(f / "a.safetensors", member=1)))
+        if name != "one":
+            made.append(Target(f"ll {name} member", folder, lambda f: ll.load(f / "a.safetensors", member=1)))
     configs = (ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.IA3Config(), ll.OFTConfig(block_size=4), ll.BOFTConfig(block_size=4, m=1))
     for config in (*configs, ll.AdaLoRAConfig(r=2), ll.LoKrConfig(r=2), ll.C3AConfig(block_size=4), ll.SHiRAConfig(r=1), ll.HRAConfig(r=2)):
         folder = _made(home / f"peft_{type(config).__name__}")
@@ -104,6 +105,10 @@ def targets(home: Path) -> list[Target]:
     metadata = {"cfg": json.dumps(cfg), "base_fp": json.dumps(print_)}
     safetensors.torch.save_file(tensors, folder / "a.safetensors", metadata)
     made.append(Target("lora-lite", folder, lambda f: ll.from_lora_lite(f / "a.safetensors", base)))
+    folder = _made(home / "kohya")
+    flat = {f"lora_unet_layers_0_up.lora_{n}.weight": t for n, t in zip(("down", "up"), adapters[0]["layers.0.up"].values(), strict=True)}
+    safetensors.torch.save_file({**flat, "lora_unet_layers_0_up.alpha": torch.tensor(2.0)}, folder / "a.safetensors")
+    made.append(Target("kohya", folder, lambda f: ll.from_diffusion(f / "a.safetensors", base)))
     return made + _commands(home, base, adapters[0])
 
 

@@ -14,6 +14,7 @@ from .checkpoint import load, save
 from .compose import add, combine_adapters
 from .config import AdapterConfig
 from .dense import merge, merged
+from .diffusion import from_diffusion
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .hidden import prompted
 from .initialization import init, targets
@@ -128,6 +129,7 @@ __all__ = [
     "combine",
     "combine_adapters",
     "concatenate",
+    "from_diffusion",
     "from_lora_lite",
     "from_peft",
     "functional_call",

@@ -78,7 +78,7 @@ def assemble(parts: Iterable[tuple[Place, Part]]) -> Adapter | tuple[Adapter, ..
     """
     groups: dict[Any, list[tuple[Place, Part]]] = {}
     for place, part in parts:
-        groups.setdefault((part.order, part.config, tuple(sorted(part.fields.items()))), []).append((place, part))
+        groups.setdefault((part.order, part.config, repr(sorted(part.fields.items()))), []).append((place, part))
     made = [_adapter(list(group)) for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
     if not made:
         raise CheckpointError("the file holds no adapter")
