@@ -6,7 +6,7 @@ python -m benchmarks.methods [name ...]
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optree
@@ -16,6 +16,7 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from .harness import Result, compare, llama, machine
+from .memory import saved
 from .peers import peft_adapted
 
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
@@ -57,23 +58,6 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
     gen = torch.Generator().manual_seed(1)
     noisy = optree.tree_map(lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable)
     return ll.combine(noisy, frozen)
-
-
-def saved(call: Callable[[], Tensor], held: Sequence[Tensor]) -> int:
-    """Bytes that a forward keeps for the backward pass, in distinct storages other than those of `held`."""
-    known = {t.untyped_storage().data_ptr() for t in held}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t  # keeps the storage alive, so no address comes twice
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept = call()
-    del kept
-    return sum(found.values())
 
 
 def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) -> tuple[Result, int]:

@@ -1,0 +1,70 @@
+"""torch.compile with its default backend: forward and training step over eager and over the compiled base, and how many graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lora_lite_func as ll
+
+from .harness import Row, Suite, llama
+from .peers import lora
+from .train import embedded
+
+
+def area(suite: Suite) -> Iterator[Row]:
+    """A Llama of two layers, 512 tokens, LoRA r=8; the adapter is an argument of the compiled function."""
+    base = llama(1 if suite.quick else 2, device=suite.device)
+    x = embedded(base, 512, suite.device)
+    adapters = [lora(base) for _ in range(4)]
+    yield from _timed(suite, base, x, adapters[0])
+    yield Row("graphs over 4 adapters", graphs(base, x.detach(), adapters), "graphs", 1)
+    torch.compiler.reset()
+
+
+def _timed(suite: Suite, base: Any, x: Tensor, params: ll.Adapter) -> Iterator[Row]:
+    torch.compiler.reset()
+
+    def with_adapter(p: Mapping[str, Mapping[str, Tensor]], x: Tensor) -> Tensor:
+        return ll.apply(base, p, inputs_embeds=x).logits  # type: ignore[arg-type]
+
+    def without(x: Tensor) -> Tensor:
+        return base(inputs_embeds=x).logits
+
+    fast, bare = torch.compile(with_adapter, fullgraph=True), torch.compile(without, fullgraph=True)
+    with torch.no_grad():
+        calls: dict[str, Callable[[], Any]] = {
+            "compiled base": lambda: bare(x),
+            "ours": lambda: fast(params, x),
+            "eager": lambda: with_adapter(params, x),
+        }
+        found = suite.compare(calls)
+    yield Row("forward, 512 tokens", found.ratios["ours"], "compiled base", guard=found.guard, peers={"ours eager": found.ratios["eager"]})
+    leaves = [t.requires_grad_() for at in params.values() for t in at.values()]
+    calls = {
+        "compiled base": lambda: torch.autograd.grad(bare(x).mean(), [x]),
+        "ours": lambda: torch.autograd.grad(fast(params, x).mean(), [x, *leaves]),
+        "eager": lambda: torch.autograd.grad(with_adapter(params, x).mean(), [x, *leaves]),
+    }
+    found = suite.compare(calls)
+    yield Row(
+        "training step, 512 tokens", found.ratios["ours"], "compiled base", guard=found.guard, peers={"ours eager": found.ratios["eager"]}
+    )
+
+
+def graphs(base: Any, x: Tensor, adapters: list[ll.Adapter]) -> int:
+    """How many graphs a compiled apply makes over these adapters."""
+    torch.compiler.reset()
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    call = torch.compile(lambda p, x: ll.apply(base, p, inputs_embeds=x).logits, backend=backend, fullgraph=True)
+    for params in adapters:
+        call(params, x)
+    return len(made)
