@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lora_lite_func.kinds import KINDS
 from lora_lite_func.variants import TABLE
 
 BEGIN, END = "<!-- methods: rendered by benchmarks/methods_table.py -->", "<!-- end of methods -->"
+BEGIN_KINDS, END_KINDS = "<!-- kinds: rendered by benchmarks/methods_table.py -->", "<!-- end of kinds -->"
 
 
 def render() -> str:
@@ -22,11 +24,24 @@ def render() -> str:
     return "\n".join(rows)
 
 
+def render_kinds() -> str:
+    """The second table: which kinds of place each method can adapt; the one that it takes when nothing is said in bold."""
+    rows = [f"| name | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for variant in sorted(TABLE, key=lambda v: v.name):
+        marks = tuple("" if kind not in variant.sites else "**yes**" if kind == variant.sites[0] else "yes" for kind in KINDS)
+        groups.setdefault(marks, []).append(f"`{variant.name}`")
+    rows += [f"| {' '.join(names)} | {' | '.join(marks)} |" for marks, names in groups.items()]
+    return "\n".join(rows)
+
+
 def rewritten(text: str) -> str:
-    """README with the table as the records say it."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{render()}\n{END}{after}"
+    """README with the tables as the records say them."""
+    for begin, end, table in ((BEGIN, END, render()), (BEGIN_KINDS, END_KINDS, render_kinds())):
+        before, found, rest = text.partition(begin)
+        if found:
+            text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ LEARNING_RATES = {
 }
 """Peak learning rate per method on the sentiment task, and of its head."""
 
-FIXED: dict[str, dict[str, Any]] = {"c3a": {"block_size": 128}}  # must divide the widths
+FIXED: dict[str, dict[str, Any]] = {
+    "c3a": {"block_size": 128},  # must divide the widths
+    "tokens": {"token_ids": range(2000, 30000), "target_names": "word_embeddings"},  # BERT's whole words and their ends
+}
 
 
 def config(method: str, *, r: int, targets: str) -> ll.AdapterConfig:
@@ -65,6 +68,6 @@ def config(method: str, *, r: int, targets: str) -> ll.AdapterConfig:
         given |= {"r": r, "alpha": 2.0 * r}
     if "linear" in variant.sites:
         given["target_names"] = (targets,)
-    elif "parameter" in variant.sites:
+    elif variant.sites[0] == "parameter":
         given["target_parameters"] = (targets.removesuffix("$") + r"\.weight$",)
     return variant.config(**given)

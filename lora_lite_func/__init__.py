@@ -61,6 +61,7 @@ from .variants import (
     ROADConfig,
     SHiRAConfig,
     SSVDConfig,
+    TokensConfig,
     VeRAConfig,
     variants,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "Statistics",
     "StructureError",
     "TargetError",
+    "TokensConfig",
     "UnsupportedError",
     "Variant",
     "VeRAConfig",

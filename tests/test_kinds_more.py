@@ -470,3 +470,67 @@ def test_an_adapted_layer_is_untied_from_the_others() -> None:
         assert torch.equal(merged.get_submodule(other).weight, model.embed.weight)
         report = ll.check(model, params, IDS)
         assert report.tied == {path: (f"{other}.weight",)}
+
+
+# ----------------------------------------------------------------------------------------------------------- chosen tokens
+def test_chosen_tokens_are_trained_alone() -> None:
+    model = seeded(Tied())
+    cfg = ll.TokensConfig(token_ids=(5, 1, 5))
+    params = ll.init(model, cfg)
+    assert list(params) == ["embed"]
+    assert torch.equal(ll.apply(model, params, IDS), model(IDS))
+    assert params["embed", "lora_rows"].shape == (2, 8)
+    params = moved(params)
+    y = agree(model, params, IDS)
+    new = ll.merge(model, params)["embed.weight"]
+    assert (new != model.embed.weight).any(1).nonzero().flatten().tolist() == [1, 5]
+    close(new[[1, 5]] - model.embed.weight[[1, 5]], params["embed", "lora_rows"], 1e-12)
+    assert grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)["embed", "lora_rows"].any(1).all()
+    close(vmap(lambda p: ll.apply(model, p, IDS))(ll.stack([params, params]))[0], y, 1e-12)
+    close(ll.apply(model, ll.scale(params, 0.5), IDS), ll.apply(model, moved(ll.init(model, cfg), size=0.05), IDS), 1e-12)
+    untouched = torch.tensor([[0, 14]])
+    assert torch.equal(ll.apply(model, params, untouched), model(untouched))
+
+
+def test_chosen_tokens_of_a_tied_table_are_scored_too() -> None:
+    model = seeded(Tied())
+    params = moved(ll.init(model, ll.TokensConfig(token_ids=(1, 5), target_parameters="embed.weight")))
+    y = agree(model, params, IDS)
+    close(y, functional_call(model, {"embed.weight": ll.merge(model, params)["embed.weight"]}, (IDS,)), 1e-12)
+    with pytest.raises(ll.UnsupportedError, match="'embed': tokens trains the rows of chosen ids, and none are chosen"):
+        ll.init(model, ll.TokensConfig())
+    with pytest.raises(ll.UnsupportedError, match="token id 16: the table has 16 rows"):
+        ll.init(model, ll.TokensConfig(token_ids=(16,)))
+    with pytest.raises(ll.ConfigError, match="expected ids of 0 and up, found -1"):
+        ll.TokensConfig(token_ids=(-1,))
+    with pytest.raises(ll.UnsupportedError, match=r"'mid.weight': tokens are rows of an embedding's table"):
+        ll.init(model, ll.TokensConfig(token_ids=(1,), target_parameters="mid.weight"))
+
+
+# ------------------------------------------------------------------------------------------------------- real architectures
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "GptOss", "GPT2"])
+def test_stacked_experts_and_transposed_linears_of_transformers(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+    model = kind(getattr(transformers, f"{family}Config")(**sizes)).eval()  # float32: the experts' grouped product has no double form
+    ids = torch.randint(0, 32, (2, 7))
+    if family == "GPT2":
+        params = lora(model, target_names=r"\.(c_attn|c_proj|c_fc)$")
+        assert {(s.d_in, s.d_out) for s in params.sites.values()} == {(16, 48), (16, 16), (16, 64), (64, 16)}
+    else:
+        params = lora(model, target_parameters=r"experts\.(gate_up|down)_proj$")
+        site = params.sites["model.layers.0.mlp.experts.gate_up_proj"]
+        assert (site.stack, site.d_in, site.d_out, site.transposed) == (4, 16, site.d_out, family == "GptOss")
+        assert site.d_out in (48, 2 * 24)
+    y = ll.apply(model, params, ids).logits
+    assert (y - model(ids).logits).abs().max() > 1e-3
+    close(ll.merged(model, params)(ids).logits, y, 1e-5)
+    bound = ll.bind(model, params)
+    close(bound(ids).logits, y, 1e-5)
+    bound(ids).logits.square().sum().backward()
+    assert all(p.grad is not None for p in bound.parameters() if p.requires_grad)

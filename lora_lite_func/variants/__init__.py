@@ -34,6 +34,7 @@ from . import (
     road,
     shira,
     ssvd,
+    tokens,
     vera,
 )
 from .adalora import AdaLoRAConfig
@@ -66,6 +67,7 @@ from .reft import DiReFTConfig, LoReFTConfig
 from .road import ROADConfig
 from .shira import SHiRAConfig
 from .ssvd import SSVDConfig
+from .tokens import TokensConfig
 from .vera import VeRAConfig
 
 __all__ = [
@@ -102,6 +104,7 @@ __all__ = [
     "RandLoRAConfig",
     "SHiRAConfig",
     "SSVDConfig",
+    "TokensConfig",
     "VeRAConfig",
     "variants",
 ]
@@ -138,6 +141,7 @@ TABLE = (
     lora_ga.VARIANT,
     ln_tuning.VARIANT,
     full.VARIANT,
+    tokens.VARIANT,
     reft.VARIANT,
     reft.VARIANT_DIRECT,
 )
