@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ def test_a_damaged_file_is_read_or_refused_with_words(tmp_path: Path) -> None:
     targets = fuzz.targets(tmp_path / "good")
     outcomes = set()
     for target in targets:
-        target.read(target.folder)
+        if not target.name.endswith("alone"):  # some methods can't be read without the base
+            target.read(target.folder)
+        (tmp_path / "good" / "commands" / "b.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "good" / "commands" / "out", ignore_errors=True)
     for i in range(300):
         target = targets[i % len(targets)]
         outcomes.add(fuzz.attempt(target, random.Random(f"test {i}"), tmp_path / "work"))
