@@ -16,11 +16,13 @@ from .comparison import allowed, apart, run
 from .config import AdapterConfig
 from .dense import merged
 from .errors import LoraLiteError
+from .kinds import KINDS
 from .report import Report
 from .site import Op
 from .skeleton import constant, copy_tree
 from .spec import Params, Site, Variant, lookup
 from .targets import find
+from .tied import everywhere
 
 __all__ = ["check"]
 
@@ -104,7 +106,9 @@ class _Recorder(TorchFunctionMode):
         record = dataclasses.replace(record, weight=self._weight)
         cfg = AdapterConfig()
         tree = copy_tree(
-            model, {path: [*ops.get(path, ()), Op(record, cfg, site, {}, 0.0)] for path, site in self.sites.items()}, self._own
+            model,
+            everywhere(model, {path: [*ops.get(path, ()), Op(record, cfg, site, {}, 0.0)] for path, site in self.sites.items()}),
+            self._own,
         )
         with self:
             return run(tree, example)
@@ -188,7 +192,8 @@ def _tied(model: nn.Module, sites: Mapping[str, Site]) -> tuple[dict[str, tuple[
                 owned[site].append((_identity(p), id(module)))
     tied = {site: tuple(n for key, home in keys for other, n in names[key] if other != home) for site, keys in owned.items()}
     shared = {site: tuple(p for p in paths.get(id(modules.get(site)), ()) if p != site) for site in sites}
-    return {site: found for site, found in tied.items() if found}, {site: found for site, found in shared.items() if found}
+    own = {site: found for site, found in tied.items() if found and not KINDS[sites[site].kind].bare}  # a bare tensor is adapted everywhere
+    return own, {site: found for site, found in shared.items() if found}
 
 
 def _identity(p: Tensor) -> Any:

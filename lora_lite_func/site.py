@@ -111,8 +111,17 @@ def _hidden(op: Op, y: Any, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Any],
 
 # ---------------------------------------------------------------------------------------------------- the weight route
 def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The module's own call on its adapted tensors."""
-    return _concrete(self).forward(*args, **kwargs)
+    """The module's own call on its adapted tensors; what it notes on itself stays noted."""
+    made = _concrete(self)
+    if torch.compiler.is_compiling():
+        return made.forward(*args, **kwargs)
+    before = dict(made.__dict__)
+    try:
+        return made.forward(*args, **kwargs)
+    finally:
+        for name, value in made.__dict__.items():
+            if before.get(name, before) is not value and not name.startswith("_flat_weight"):
+                self.__dict__[name] = value
 
 
 def _concrete(site: Any) -> Any:

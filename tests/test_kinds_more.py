@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,6 +13,7 @@ import torch
 from helpers import close, moved, net, same_state, snapshot
 from hypothesis import given, settings
 from test_kinds import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features, seeded
+from test_skeleton import hooked
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
@@ -331,6 +333,53 @@ def _with(model: Any, W: Tensor) -> nn.Module:
     return made
 
 
+def test_all_kinds_have_derivatives_and_threads_do_not_meet() -> None:
+    model = seeded(Everything())
+    several = [lora(model, **KINDS_OF_MODULE), moved(lora(model, **KINDS_OF_MODULE), 5)]
+    expected = [ll.apply(model, p, IDS) for p in several]
+    before = snapshot(model)
+    bound = [ll.bind(model, p) for p in several]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            wrong.extend(i for y in (ll.apply(model, several[i], IDS), bound[i](IDS)) if (y - expected[i]).abs().max() > 1e-12)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert same_state(before, snapshot(model))
+    model.train()  # attention's fused kernel, in eval mode, has no forward derivative
+    tangent = torch.utils._pytree.tree_map(torch.ones_like, several[0])
+    _, slope = torch.func.jvp(lambda p: ll.apply(model, p, IDS), (several[0],), (tangent,))
+    h = 1e-6
+    ahead, behind = (ll.apply(model, torch.utils._pytree.tree_map(lambda t, v, s=s: t + s * v, several[0], tangent), IDS) for s in (h, -h))
+    close(slope, (ahead - behind) / (2 * h), 1e-5)
+
+
+def test_what_a_layer_notes_on_itself_and_an_instance_s_own_forward() -> None:
+    class Counting(nn.Conv1d):
+        calls = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input)
+
+    model, x = seeded(nn.Sequential(Counting(4, 4, 1), nn.Conv1d(4, 4, 1))), features(2, 4, 5)
+    params = lora(model, target_kinds="conv")
+    bound: Any = ll.bind(model, params)
+    bound(x)
+    y = bound(x)
+    assert (bound[0].calls, model[0].calls) == (2, 0)
+    for module in model.modules():
+        hooked(module)
+    close(ll.apply(model, params, x), y, 1e-12)
+    close(ll.bind(model, params)(x), y, 1e-12)
+
+
 def test_one_graph_over_all_kinds() -> None:
     torch._dynamo.reset()
     model = seeded(Everything())
@@ -444,6 +493,9 @@ def test_a_tied_parameter_is_adapted_in_every_use() -> None:
     for pattern in ("embed.weight", "lm_head.weight"):
         params = lora(model, target_parameters=pattern)
         y = agree(model, params, IDS)
+        report = ll.check(model, params, IDS)
+        assert report.ok
+        assert not report.tied
         new = ll.merge(model, params)
         assert set(new) == {"embed.weight", "lm_head.weight"}
         close(y, functional_call(model, {"embed.weight": new["embed.weight"]}, (IDS,)), 1e-12)  # torch spreads it over both
