@@ -1,13 +1,12 @@
 """Sets of adapters: mixed batches, many trained at once, per-sample gradients, the optimizer, memory; beside the base and PEFT.
 
-python -m benchmarks.sets [--rounds 21] [--only mixed ranks train optimizer samples graphs memory]
+python -m benchmarks --only sets
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Result, compare, llama
+from .harness import Row, Suite, llama
 
-__all__ = ["AREAS", "main"]
+__all__ = ["area"]
 
-Rows = dict[str, Any]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -46,15 +44,7 @@ def peft_of(base: Any, count: int, r: int = 8) -> Any:
     return model.eval()
 
 
-def shown(title: str, result: Result) -> Rows:
-    """Print a row of ratios and give it back."""
-    text = "  ".join(f"{n} {r:.3f}" for n, r in result.ratios.items())
-    first = next(iter(result.seconds.values()))
-    print(f"{title}: {text}   (first {first * 1e3:.1f} ms, guard {result.guard:.3f}{', VOID' if result.void else ''})", flush=True)
-    return {"ratios": dict(result.ratios), "guard": result.guard, "void": result.void}
-
-
-def mixed(rounds: int) -> Rows:
+def mixed(suite: Suite) -> Iterator[Row]:
     """64 rows x 1 token: 1, 8 and 64 adapters, sorted and not; PEFT's mixed batch."""
     base, rows = llama(8), 64
     stack, order = stack_of(base, [8] * 64), torch.randperm(64, generator=torch.Generator().manual_seed(0))
@@ -68,10 +58,17 @@ def mixed(rounds: int) -> Rows:
         calls: dict[str, Callable[[], Any]] = {"base": lambda: base(ids), "K=1": lambda: one(ids)}
         calls |= {name: lambda model=model: model(ids) for name, model in bound.items()}
         calls["PEFT K=64"] = lambda: other(input_ids=ids, adapter_names=names)
-        return shown("mixed batch, 64 rows x 1 token", compare(calls, rounds=rounds))
+        result = suite.compare(calls)
+    peers = {"PEFT": result.ratios["PEFT K=64"]}
+    yield Row("64 rows x 1 token, 64 adapters", result.ratios["K=64"], "base", 1.15, guard=result.guard, peers=peers)
+    yield Row("64 rows x 1 token, 8 adapters", result.ratios["K=8"], "base", guard=result.guard)
+    yield Row("64 rows x 1 token, 1 adapter", result.ratios["K=1"], "base", guard=result.guard)
+    yield Row("64 adapters", result.over("PEFT K=64", "K=64"), "PEFT's time over ours", 5.0, at_least=True, guard=result.guard)
+    yield Row("64 adapters", result.over("K=64", "K=1"), "one adapter in 64 rows", 1.05, guard=result.guard)
+    yield Row("unsorted rows", result.over("K=64 unsorted", "K=64"), "sorted rows", 1.03, guard=result.guard)
 
 
-def ranks(rounds: int) -> Rows:
+def ranks(suite: Suite) -> Iterator[Row]:
     """16 adapters of ranks 4 to 64 in one batch against 16 of the mean rank; 64 rows x 16 tokens."""
     base, wide = llama(4), [4, 8, 16, 64] * 4
     mean = sum(wide) // len(wide)
@@ -79,7 +76,8 @@ def ranks(rounds: int) -> Rows:
     uniform = ll.bind(base, ll.rows(stack_of(base, [mean] * 16), who))
     several = ll.bind(base, ll.rows(stack_of(base, wide), who))
     with torch.no_grad():
-        return shown("ranks 4 to 64 in one batch", compare({"uniform": lambda: uniform(ids), "mixed": lambda: several(ids)}, rounds=rounds))
+        result = suite.compare({"uniform": lambda: uniform(ids), "mixed": lambda: several(ids)})
+    yield Row("ranks 4 to 64 in one batch", result.ratios["mixed"], "16 adapters of the mean rank", 1.10, guard=result.guard)
 
 
 def _step(model: Any, ids: Tensor) -> None:
@@ -102,7 +100,7 @@ class _Base:
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
 
 
-def train(rounds: int) -> Rows:
+def train(suite: Suite) -> Iterator[Row]:
     """16 adapters x 16 tokens at once, against the base's one step and 16 steps of PEFT's."""
     base, count = llama(4), 16
     ids = torch.randint(0, 1024, (count, 16))
@@ -113,10 +111,13 @@ def train(rounds: int) -> Rows:
             _step(other, row[None])
 
     calls = {"base": lambda: limit(ids), "K=16 at once": lambda: _step(bound, ids), "16 PEFT steps": after_another}
-    return shown("train 16 adapters x 16 tokens", compare(calls, rounds=rounds))
+    result = suite.compare(calls)
+    yield Row("train 16 adapters x 16 tokens at once", result.ratios["K=16 at once"], "base", 1.15, guard=result.guard)
+    faster = result.over("16 PEFT steps", "K=16 at once")
+    yield Row("train 16 adapters x 16 tokens at once", faster, "16 PEFT steps over it", 3.5, at_least=True, guard=result.guard)
 
 
-def optimizer(rounds: int) -> Rows:
+def optimizer(suite: Suite) -> Iterator[Row]:
     """AdamW on 64 adapters: one fused on the stack, ours as a function, 64 objects."""
     base, count = llama(4), 64
     stack = stack_of(base, [8] * count)
@@ -133,13 +134,15 @@ def optimizer(rounds: int) -> Rows:
             o.step()
 
     calls = {"one fused": one.step, "ll.adamw": lambda: pure.update(stack, state, stack), "64 AdamW": all_of_them}
-    made = shown(f"optimizer, 64 adapters, {len(leaves)} tensors", compare(calls, rounds=rounds))
-    return made | {"tensors": len(leaves), "tensors of one adapter": len(alone[0])}
+    result = suite.compare(calls)
+    yield Row("one fused AdamW on 64 adapters", result.ratios["64 AdamW"], "64 AdamW over it", 8.0, at_least=True, guard=result.guard)
+    yield Row("ll.adamw on 64 adapters", result.over("64 AdamW", "ll.adamw"), "64 AdamW over it", at_least=True, guard=result.guard)
+    yield Row("tensors of 64 adapters", len(leaves) / len(alone[0]), "tensors of one", 1.0)
 
 
-def samples(rounds: int) -> Rows:
+def samples(suite: Suite) -> Iterator[Row]:
     """Gradients of 16 and 64 samples of 32 tokens, against the batch's one gradient and against one after another."""
-    base, out = llama(4), {}
+    base = llama(4)
     params = stack_of(base, [8])[0]
 
     def losses(y: Any, ids: Tensor) -> Tensor:
@@ -159,11 +162,13 @@ def samples(rounds: int) -> Rows:
             "per sample": lambda ids=ids: ll.per_sample_grads(base, params, losses, ids),
             "loop": loop,
         }
-        out[count] = shown(f"per-sample gradients, {count} x 32 tokens", compare(calls, rounds=rounds))
-    return out
+        result = suite.compare(calls)
+        what = f"per-sample gradients, {count} x 32 tokens"
+        yield Row(what, result.ratios["per sample"], "the batch's gradient", 1.05, guard=result.guard)
+        yield Row(what, result.over("per sample", "loop"), f"{count} backwards", 0.6, guard=result.guard)
 
 
-def graphs(rounds: int) -> Rows:
+def graphs(suite: Suite) -> Iterator[Row]:
     """Graphs that torch.compile makes over 8 mixes of a batch."""
     from torch._dynamo.testing import CompileCounter
 
@@ -174,11 +179,10 @@ def graphs(rounds: int) -> Rows:
     with torch.no_grad():
         for _ in range(8):
             step(stack, torch.randint(-1, 16, (16,), generator=gen), ids)
-    print(f"graphs over 8 mixes: {counter.frame_count}", flush=True)
-    return {"graphs over 8 mixes": counter.frame_count}
+    yield Row("compile, 8 mixes of a batch", counter.frame_count, "graphs", 1.0)
 
 
-def memory(rounds: int) -> Rows:
+def memory(suite: Suite) -> Iterator[Row]:
     """Bytes of 64 adapters bound in rows, over 64 times one's; storages of the base that the bound model doesn't share."""
     base = llama(4)
     stack = stack_of(base, [8] * 64)
@@ -187,25 +191,11 @@ def memory(rounds: int) -> Rows:
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*bound.parameters()]}
     own = sum(n for at, n in held.items() if at not in mine)
     one = sum(t.nbytes for t in pytree.tree_leaves(stack[0]))
-    print(
-        f"memory of 64 adapters in rows: {own / (64 * one):.3f} x 64 adapters; base storages not shared: {len(mine.keys() - held.keys())}"
-    )
-    return {"ratio": own / (64 * one), "base storages not shared": len(mine.keys() - held.keys())}
+    yield Row("64 adapters in rows", own / (64 * one), "64 x an adapter's bytes", 1.0)
+    yield Row("storages of the base that it doesn't share", len(mine.keys() - held.keys()), "tensors", 0.0)
 
 
-AREAS: dict[str, Callable[[int], Rows]] = {area.__name__: area for area in (mixed, ranks, train, optimizer, samples, graphs, memory)}
-
-
-def main(rounds: int = 21, only: list[str] | None = None) -> Rows:
-    """Print and return the ratios of the areas asked for."""
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    return {name: area(rounds) for name, area in AREAS.items() if not only or name in only}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--only", nargs="*", choices=list(AREAS))
-    given = parser.parse_args()
-    main(given.rounds, given.only)
+def area(suite: Suite) -> Iterator[Row]:
+    """Every figure."""
+    for part in (mixed, ranks, train, optimizer, samples, graphs, memory):
+        yield from part(suite)
