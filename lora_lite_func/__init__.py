@@ -27,7 +27,7 @@ from .samples import per_sample_grads
 from .spec import ParamSpec, Site, Variant, register
 from .stacks import concatenate, names, num_members, stack, unstack, update
 from .statistics import Statistics
-from .transforms import cast, combine, num_params, partition, scale, summary
+from .transforms import cast, combine, num_params, partition, project, scale, summary
 from .variants import (
     AdaLoRAConfig,
     AntiPaSTOConfig,
@@ -144,6 +144,7 @@ __all__ = [
     "num_params",
     "partition",
     "per_sample_grads",
+    "project",
     "prompted",
     "register",
     "rows",

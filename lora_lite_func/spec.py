@@ -103,6 +103,10 @@ class Layer(Protocol):
     def weight(self) -> Tensor:
         """Its dense weight (d_out, d_in). Raises UnsupportedError where there is none (packed, offloaded, adapted already)."""
 
+    @property
+    def training(self) -> bool:
+        """Whether it is in training mode."""
+
     def linear(self, x: Tensor) -> Tensor:
         """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""
 
@@ -131,6 +135,7 @@ class Variant:
             frozen layer and the phases; by sizes (and grad mode, as training pays for a gradient of W') alone. The runtime then takes
             it at plain dense layers where nothing would be rounded away; by default it never does.
         scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing.
+        project: (cfg, p) -> p', the nearest parameters that a constraint of the method allows; for `ll.project`, after a step.
         factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
         needs: what init may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
         needs_by: cfg -> which of these it needs under a config; None for all.
@@ -153,6 +158,7 @@ class Variant:
     weight: Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
     dense: Callable[[Any, Site, int], bool] | None = None
     scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
+    project: Callable[[Any, Params], Mapping[str, Tensor]] | None = None
     factor: Callable[[Any, Site], float] = _default_factor
     needs: frozenset[str] = frozenset()
     needs_by: Callable[[Any], frozenset[str]] | None = None

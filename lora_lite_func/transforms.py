@@ -13,7 +13,7 @@ from .adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
 from .errors import StructureError, UnsupportedError
 from .layout import FACTOR
 
-__all__ = ["cast", "combine", "num_params", "partition", "scale", "summary"]
+__all__ = ["cast", "combine", "num_params", "partition", "project", "scale", "summary"]
 
 
 def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -> tuple[Adapter, Adapter]:
@@ -95,6 +95,23 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
         return {name: changed[name].to(t.dtype) for name, t in tensors.items()}  # a wide strength widens a 0-dim tensor
 
     return replace(params, {path: scaled(tensors, layout.sites[path].stack) for path, tensors in params._data.items()})
+
+
+def project(params: Adapter) -> Adapter:
+    """The nearest adapter that the method's constraint allows (COFT's bound on rotations); for after an optimizer's step. Pure.
+
+    Raises:
+        UnsupportedError: the method has no constraint.
+        StructureError: not an Adapter, or a part of a partition.
+    """
+    check_adapter(params, "project")
+    layout = params.layout
+    constrained = layout.variant.project
+    if constrained is None:
+        raise UnsupportedError(f"{layout.variant.name} has no constraint that its parameters could be projected to")
+    if any(leaf is ABSENT for leaf in leaves(params)):
+        raise StructureError("project: this is one part of a partition; project the whole, ll.combine(trainable, frozen)")
+    return replace(params, {path: {**tensors, **constrained(layout.config, tensors)} for path, tensors in params._data.items()})
 
 
 def cast(params: Adapter, dtype: torch.dtype) -> Adapter:

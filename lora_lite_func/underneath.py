@@ -45,6 +45,10 @@ class Underneath:
         return self._call(zero)[0]
 
     @property
+    def training(self) -> bool:
+        return bool(self.module.training)
+
+    @property
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         site = self.ops[0].site

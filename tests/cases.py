@@ -154,6 +154,7 @@ CALIBRATED = (
     Case("corda_kpm", _fixed(ll.CorDAConfig, mode="kpm"), calibration=_data),
     Case("asvd", _fixed(ll.ASVDConfig), calibration=_data),
     Case("asvd_root", _fixed(ll.ASVDConfig, weighting="root"), calibration=_data),
+    Case("shira_snip", _set(ll.SHiRAConfig, r=2, mask="snip"), calibration=_data_and_loss),
     Case("lora_ga", _set(ll.LoRAGAConfig, r=2), calibration=_data_and_loss),
     Case("lora_ga_random", _set(ll.LoRAGAConfig, r=2, direction="random", scale="gd"), calibration=_data_and_loss),
 )

@@ -207,3 +207,61 @@ def test_eva_leaves_a_site_alone_that_explains_less_than_the_others() -> None:
         ll.EVAConfig(rho=0.5)
     with pytest.raises(ll.ConfigError, match="EVA finds 3 directions in the inputs, expected at least as many tokens, found 2"):
         ll.init(model, ll.EVAConfig(r=1, rho=3.0), calibration_data=[one[:2]])
+
+
+# ------------------------------------------------------------------------------------------------------ masks, constraints
+@pytest.mark.parametrize("mask", ["grad", "snip"])
+def test_shira_masks_follow_the_gradient(mask: Any) -> None:
+    model, batches = net(), [rows(20, seed=s) for s in range(2)]
+    cfg = ll.SHiRAConfig(r=2, mask=mask)
+    params = ll.init(model, cfg, calibration_data=batches, loss_fn=lambda y, batch: y.square().mean())
+    copied = copy.deepcopy(model)
+    sum(copied(batch).square().mean() for batch in batches).backward()  # type: ignore[union-attr]
+    for path, p in params.items():
+        W = copied.get_submodule(path).weight
+        score = (W.grad if mask == "grad" else W * W.grad).abs().detach()
+        chosen = score[p["lora_idx"][0].long(), p["lora_idx"][1].long()]
+        assert chosen.min() >= score.flatten().sort(descending=True).values[chosen.numel() - 1]
+    with pytest.raises(ll.ConfigError, match="shira starts from gradients: give calibration_data and loss_fn"):
+        ll.init(model, cfg)
+    with pytest.raises(ll.ConfigError, match="shira takes no calibration data"):
+        ll.init(model, ll.SHiRAConfig(r=2), calibration_data=batches)
+    assert ll.init(model.to("meta"), ll.SHiRAConfig(r=2))["layers.0.up"]["lora_v"].is_meta  # a random mask reads no weight
+
+
+def test_projected_rotations_are_no_longer_than_the_bound() -> None:
+    model, x = net(), rows(5)
+    params = moved(ll.init(model, ll.OFTConfig(block_size=4, coft_eps=0.05)), size=1.0)
+    near = ll.project(params)
+    for path, p in near.items():
+        n = len(p["lora_oft_q"])
+        long = (2 * params[path]["lora_oft_q"].square().sum(-1)).sqrt() > 0.05 / n**0.5
+        lengths = (2 * p["lora_oft_q"].square().sum(-1)).sqrt()
+        close(lengths[long], torch.full_like(lengths[long], 0.05 / n**0.5), 1e-12)
+    close(ll.project(near), near, 1e-12)
+    close(ll.project(ll.stack([params, near])), ll.stack([near, near]), 1e-12)
+    assert (ll.apply(model, near, x) - model(x)).abs().max() < (ll.apply(model, params, x) - model(x)).abs().max()
+    with pytest.raises(ll.UnsupportedError, match="lora has no constraint that its parameters could be projected to"):
+        ll.project(ll.init(model, ll.LoRAConfig()))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_dropped_blocks_arent_rotated(share: bool) -> None:
+    layer = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+    torch.nn.init.eye_(layer.weight)
+    model = nn.Sequential(layer)
+    params = moved(ll.init(model, ll.OFTConfig(block_size=4, block_dropout=0.5, block_share=share)), size=0.5)
+    x = rows(600)
+    assert torch.equal(ll.apply(model.eval(), params, x), ll.apply(model, params, x))
+    whole = ll.apply(model, params, x)
+    model.train()
+    kept = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        y = ll.apply(model, params, x)
+        for block in range(4):
+            part = slice(4 * block, 4 * block + 4)
+            dropped, turned = ((y[:, part] - z[:, part]).abs().max() < 1e-9 for z in (x, whole))
+            assert bool(dropped) != bool(turned)
+            kept += int(turned)
+    assert 20 < kept < 60

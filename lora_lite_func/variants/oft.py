@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, record
+from ..config import AdapterConfig, probability, record
 from ..errors import ConfigError
 from ..spec import Layer, Params, ParamSpec, Site, Variant
 from . import _blocks, _cayley, _cost, _lowrank
@@ -32,17 +32,20 @@ class OFTConfig(AdapterConfig):
         block_size: features per block; must divide d_in.
         cayley: "exact" (orthogonal), or "neumann" (PEFT's series of five terms; orthogonal only while Q is small).
         block_share: one rotation for all blocks.
-        coft_eps: bound on the length of Q over all blocks that `project` enforces.
+        coft_eps: bound on the length of Q over all blocks, which `ll.project` enforces after a step (COFT).
+        block_dropout: probability that a block isn't rotated, drawn in each call in training mode only.
     """
 
     block_size: int = 32
     cayley: _cayley.Kind = "exact"
     block_share: bool = False
     coft_eps: float = record(6e-5)
+    block_dropout: float = 0.0
 
     def validate(self) -> None:
         if self.block_size < 2:
             raise ConfigError(f"OFTConfig.block_size: a rotation needs two features, expected at least 2, found {self.block_size}")
+        probability(self.block_dropout, "OFTConfig.block_dropout")
         if self.coft_eps <= 0:
             raise ConfigError(f"OFTConfig.coft_eps: expected a positive bound, found {self.coft_eps}")
 
@@ -56,7 +59,11 @@ def param_specs(cfg: OFTConfig, site: Site) -> dict[str, ParamSpec]:
 
 def prepare(cfg: OFTConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """E, (n, b, b)."""
-    return _cayley.minus_identity(p["lora_oft_q"], cfg.block_size, cfg.cayley)
+    E = _cayley.minus_identity(p["lora_oft_q"], cfg.block_size, cfg.cayley)
+    if cfg.block_dropout and layer.training:
+        blocks = site.d_in // cfg.block_size
+        E = E * (torch.rand(blocks, 1, 1, device=E.device) >= cfg.block_dropout).to(E.dtype)  # a shared block is dropped here and there
+    return E
 
 
 def inputs(cfg: OFTConfig, p: Params, d: Tensor, x: Tensor, site: Site) -> Tensor:
@@ -73,7 +80,7 @@ def weight(cfg: OFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -
 def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool:
     """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
     branch = (cfg.block_size + 3 * _cost.PASS) * site.d_in
-    return _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
+    return not cfg.block_dropout and _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
 
 
 def scale(cfg: OFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -99,4 +106,5 @@ VARIANT = Variant(
     weight=weight,
     dense=dense,
     scale=scale,
+    project=project,
 )

@@ -3,9 +3,9 @@
     W' = W + D,   D zero but for D[o_k, i_k] = v_k        v (n,), places lora_idx (2, n);  n = r (d_in + d_out), as many as a LoRA's
 
 Masks: "rand" (the same for every layer of a shape), "struct" (r rows and r columns, evenly spaced, and the diagonal), "magnitude" (the
-largest entries of W). Paper: Bhardwaj et al. 2024, arXiv 2406.13175.
+largest entries of W), "grad" (of the gradient G of a loss in W), "snip" (of W * G). Paper: Bhardwaj et al. 2024, arXiv 2406.13175.
 D is built for the call: gathering (tokens, n) entries costs more than one dense product unless n is tiny.
-Identity at the start: v = 0. Needs x and y; the weight once. alpha has no part in this method.
+Identity at the start: v = 0. Needs x and y; the weight or a gradient once, if the mask does. alpha has no part in this method.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class SHiRAConfig(AdapterConfig):
     """Shared fields (see AdapterConfig; r sets the number of entries; alpha has no part in this method), and:
 
     Args:
-        mask: which entries: "rand", "struct" or "magnitude".
+        mask: which entries: "rand", "struct", "magnitude", "grad" or "snip".
         projection_seed: of the random mask.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
-    mask: Literal["rand", "struct", "magnitude"] = "rand"
+    mask: Literal["rand", "struct", "magnitude", "grad", "snip"] = "rand"
     projection_seed: int = record(0)
     dropout: float = 0.0
 
@@ -80,13 +80,16 @@ def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def init(
-    cfg: SHiRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: SHiRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: Any, generator: Callable[[str], torch.Generator]
 ) -> dict[str, Tensor]:
     """The places."""
     n = specs["lora_v"].shape[0]
     if cfg.mask == "rand":
         return {"lora_idx": _positions.random(cfg.projection_seed, n, site.d_out, site.d_in)}
-    flat = _struct(site) if cfg.mask == "struct" else weight.abs().flatten().topk(n).indices.sort().values
+    if cfg.mask == "struct":
+        return {"lora_idx": _positions.pack(_struct(site), site.d_in)}
+    score = {"magnitude": lambda: weight, "grad": lambda: stats.gradient, "snip": lambda: stats.gradient * weight.to(stats.gradient)}
+    flat = score[cfg.mask]().abs().flatten().topk(n).indices.sort().values
     return {"lora_idx": _positions.pack(flat, site.d_in)}
 
 
@@ -115,6 +118,12 @@ def scale(cfg: SHiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_v": p["lora_v"] * c}
 
 
+_NEEDS = {
+    "magnitude": frozenset({"weight"}),
+    "grad": frozenset({"gradients"}),
+    "snip": frozenset({"weight", "gradients"}),
+}
+
 VARIANT = Variant(
     name="shira",
     config=SHiRAConfig,
@@ -126,6 +135,7 @@ VARIANT = Variant(
     weight=weight,
     dense=dense,
     scale=scale,
-    needs=frozenset({"weight"}),
+    needs=frozenset({"weight", "gradients"}),
+    needs_by=lambda cfg: _NEEDS.get(cfg.mask, frozenset()),
     sites=(*MATRICES, "embedding"),
 )
