@@ -16,7 +16,7 @@ from .kinds import reads_prompt
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .plan import Plan
 from .rows import Rows
-from .skeleton import constant, copy_tree, own_buffers
+from .skeleton import constant, copy_tree, own_bias, own_buffers
 from .spec import Site
 from .tied import everywhere, home_of, twins
 
@@ -121,6 +121,8 @@ class _Constant:
         buffers: dict[str, Any] = copy._buffers
         if buffers and copy.training:
             own_buffers(copy)
+        if parameters:
+            own_bias(copy)
         if self.base:
             for tensors in (parameters, buffers):
                 for name in tensors:

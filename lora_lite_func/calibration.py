@@ -13,7 +13,7 @@ from .config import AdapterConfig
 from .errors import ConfigError, UnsupportedError, nearest
 from .layers import compute_dtype, device_of
 from .site import Op
-from .skeleton import constant, copy_tree, own_buffers
+from .skeleton import constant, copy_tree, own_bias, own_buffers
 from .spec import Params, Site, Variant, lookup
 from .statistics import Moments, SiteStatistics, Statistics
 from .targets import find
@@ -213,6 +213,7 @@ def quiet(copy: nn.Module, path: str) -> None:
     if weight is None or weight.is_floating_point():  # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
         copy.__dict__["training"] = False
     own_buffers(copy)
+    own_bias(copy)
     for name, p in copy._parameters.items():
         if p is not None and p.requires_grad:
             copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from .rebind import BINDABLE, PLAIN, rebound, refers, slots
 from .site import flatten_again, site_class
 from .spec import Site
 
-__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_buffers"]
+__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_bias", "own_buffers"]
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 _HOOKS = (
@@ -262,6 +262,14 @@ def constant(parameter: Tensor, copy: nn.Module) -> Tensor:
     if "_hf_hook" in copy.__dict__:  # accelerate rebuilds the parameter from its class
         return nn.Parameter(parameter.detach(), requires_grad=False)
     return parameter.detach()
+
+
+def own_bias(copy: nn.Module) -> None:
+    """A packed layer may cast its bias in place to what comes in (bitsandbytes): let it be a tensor of the copy's own."""
+    parameters: dict[str, Any] = copy._parameters
+    W, b = parameters.get("weight"), parameters.get("bias")
+    if b is not None and W is not None and not W.is_floating_point():
+        parameters["bias"] = b.detach()
 
 
 def own_buffers(copy: nn.Module) -> None:

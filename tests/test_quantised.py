@@ -139,3 +139,13 @@ def test_a_packing_that_nobody_knows_is_asked_for_its_values() -> None:
 def test_what_would_have_to_change_the_packed_tensor_itself_is_refused(kind: str) -> None:
     with pytest.raises(ll.UnsupportedError, match=r"'1.weight' is packed .*: adapt its layer"):
         ll.init(model(kind), ll.LoRAConfig(target_parameters="1.weight"))
+
+
+def test_a_layer_that_casts_its_bias_in_place_casts_its_own() -> None:
+    base = model("8bit")
+    params = ll.init(base, ll.LoRAConfig(r=2, target_names="1"))
+    x = torch.randn(2, 64).bfloat16()
+    ll.apply(base[1], ll.init(base[1], ll.LoRAConfig(r=2)), x)
+    ll.bind(base[1], ll.init(base[1], ll.LoRAConfig(r=2)))(x)
+    assert base[1].bias.dtype == torch.float32
+    assert ll.apply(base, params, x.float()).dtype == torch.float32

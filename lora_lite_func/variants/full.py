@@ -51,7 +51,11 @@ def weight(cfg: FullConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
 
 
 def scale(cfg: FullConfig, p: Params, c: Any) -> dict[str, Tensor]:
-    """The copy moved along the line from its start."""
+    """The copy moved along the line from its start.
+
+    Raises:
+        UnsupportedError: the start wasn't kept.
+    """
     if not cfg.keep_start:
         raise UnsupportedError("full holds the parameters, not how far they are from their start; use FullConfig(keep_start=True)")
     return {**p, "lora_W": p["lora_W0"] + c * (p["lora_W"] - p["lora_W0"])}
