@@ -10,6 +10,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import safetensors.torch
 import torch
 from helpers import close, moved, net
 from hypothesis import HealthCheck, given, settings
@@ -338,3 +339,82 @@ def test_other_ways_to_give_it(tmp_path: Path) -> None:
         ll.from_peft(raw, model)
     changed(tmp_path, a_new_field=1)
     close(ll.apply(model, ll.from_peft(tmp_path, ignore="a_new_field"), X), made(X), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- properties, all methods
+@st.composite
+def any_config(draw: st.DrawFn) -> Any:
+    """A method of PEFT with options of its own, on layers of its choice."""
+    rank, alpha, flag = st.integers(1, 6), st.integers(1, 20), st.booleans()
+    ranks = st.dictionaries(st.sampled_from(["up", "layers.1.down"]), rank, max_size=2).map(in_order)
+    alphas = st.dictionaries(st.sampled_from(["up", "layers.1.down"]), alpha, max_size=2).map(in_order)
+    divisor = st.sampled_from([2, 4, 8])
+    options: dict[Any, dict[str, Any]] = {
+        peft.LoHaConfig: {"r": rank, "alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas},
+        peft.LoKrConfig: {
+            "r": rank,
+            "alpha": alpha,
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "decompose_both": flag,
+            "decompose_factor": st.sampled_from([-1, 2, 4]),
+        },
+        peft.HiraConfig: {"r": rank, "rank_pattern": ranks},
+        peft.DeloraConfig: {"r": rank, "rank_pattern": ranks, "delora_lambda": alpha},
+        peft.AdaLoraConfig: {"init_r": rank, "lora_alpha": alpha, "total_step": st.just(9)},
+        peft.GraloraConfig: {
+            "r": st.sampled_from([4, 8]),
+            "alpha": alpha,
+            "gralora_k": st.sampled_from([2, 4]),
+            "hybrid_r": st.integers(0, 3),
+        },
+        peft.MissConfig: {"r": rank},
+        peft.C3AConfig: {"block_size": divisor},
+        peft.OFTConfig: {"oft_block_size": st.integers(2, 9), "use_cayley_neumann": flag, "block_share": flag},
+        peft.BOFTConfig: {"boft_block_size": divisor},
+        peft.HRAConfig: {"r": st.sampled_from([2, 4, 6])},
+        peft.RoadConfig: {"variant": st.sampled_from(["road_1", "road_2", "road_4"]), "group_size": divisor},
+        peft.VeraConfig: {"r": rank},
+        peft.RandLoraConfig: {"r": rank, "randlora_alpha": st.just(1)},
+        peft.FourierFTConfig: {"n_frequency": st.integers(1, 40), "scaling": alpha, "random_loc_seed": st.integers(0, 99)},
+        peft.ShiraConfig: {"r": st.integers(1, 3), "random_seed": st.integers(0, 99)},
+    }
+    cls = draw(st.sampled_from(list(options)))
+    where = draw(st.sampled_from([BOTH, ["up"], ["layers.0.down", "layers.1.up"], r".*layers\.[01]\.(up|down)"]))
+    return cls(target_modules=where, **{name: draw(strategy) for name, strategy in options[cls].items()})
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(config=any_config(), bias=st.booleans(), half=st.booleans())
+def test_any_method_both_ways(config: Any, bias: bool, half: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model, folder = base(bias), tmp_path_factory.mktemp("peft")
+    theirs = saved(config, model, folder / "theirs")
+    params = ll.from_peft(folder / "theirs", model)
+    close(ll.apply(model, params, X), theirs, 1e-5)
+    ll.to_peft(params, model, folder / "ours")
+    close(loaded(model, folder / "ours"), theirs, 1e-5)
+    if half:
+        tensors = {k: t.to(torch.bfloat16) if t.is_floating_point() else t for k, t in load_file(folder / "theirs").items()}
+        rounded = ll.from_peft(tensors, model, config=folder / "theirs" / "adapter_config.json")
+        ll.to_peft(rounded, model, folder / "half")
+        close(loaded(model, folder / "half"), ll.apply(model, rounded, X), 2e-2)
+
+
+def load_file(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder."""
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+CONV = {
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["conv"]),
+    "hira": lambda: peft.HiraConfig(r=2, target_modules=["conv", "embed_tokens"]),
+    "dora_embedding": lambda: peft.LoraConfig(r=2, use_dora=False, target_modules=["embed_tokens", "conv"], use_rslora=True),
+}
+
+
+@pytest.mark.parametrize("name", CONV)
+def test_other_methods_on_other_kinds(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    theirs = saved(CONV[name](), model, tmp_path, x=IDS)
+    close(ll.apply(model, ll.from_peft(tmp_path, model), IDS), theirs, 1e-5)

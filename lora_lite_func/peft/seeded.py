@@ -129,8 +129,9 @@ def _read_fourierft(says: Says, place: Place, held: Mapping[str, Tensor]) -> lis
     site, c = place.known("FourierFT has coefficients alone"), held["fourierft_spectrum"]
     if site.d_out * site.d_in > _LARGEST:
         raise CheckpointError(f"{shown(place.path)}: FourierFT permutes all entries of a weight, {site.d_out} x {site.d_in} are too many")
-    places = _frequencies(says.whole("random_loc_seed", 777, 0), c.shape[0], site.d_out, site.d_in)
-    fields = {"n_frequency": c.shape[0]}
+    seed = says.whole("random_loc_seed", 777, 0)
+    places = _frequencies(seed, c.shape[0], site.d_out, site.d_in)
+    fields = {"n_frequency": c.shape[0], "projection_seed": seed}
     return [Part(FourierFTConfig, {"lora_c": c, "lora_idx": places}, fields, alpha=says.number("scaling", 150.0))]
 
 

@@ -104,8 +104,9 @@ def _write_adalora(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> W
 
 
 def _read_hira(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
-    """hira_A (r, d_in), hira_B (d_out, r): W * (1 + B A), without a scale, so alpha = r."""
-    A, B = held["hira_A"], held["hira_B"]
+    """hira_A (r, d_in), hira_B (d_out, r), of an embedding hira_embedding_*: W * (1 + B A), without a scale, so alpha = r."""
+    table = "hira_embedding_A" in held
+    A, B = (held[f"hira_embedding_{n}"] if table else held[f"hira_{n}"] for n in "AB")
     if getattr(place.module, "groups", 1) != 1:
         raise CheckpointError(f"{shown(place.path)}: HiRA of a convolution in groups isn't read")
     r = A.shape[0]
@@ -118,9 +119,11 @@ def _write_hira(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     tensors: dict[str, dict[str, Tensor]] = {}
     for a in adapters:
         for path, held in a.items():
-            if a.sites[path].kind != "linear":
-                raise UnsupportedError(f"to_peft: {path!r}: a HiRA on a {a.sites[path].kind} isn't written")
-            tensors[path] = {"hira_A": held["lora_A"], "hira_B": held["lora_B"] * a.sites[path].factor}
+            kind = a.sites[path].kind
+            if kind not in ("linear", "embedding"):
+                raise UnsupportedError(f"to_peft: {path!r}: a HiRA on a {kind} isn't written")
+            own = "hira_embedding" if kind == "embedding" else "hira"
+            tensors[path] = {f"{own}_A": held["lora_A"], f"{own}_B": held["lora_B"] * a.sites[path].factor}
     return Written({"hira_dropout": said["dropout"]}, tensors, {}, r)
 
 
@@ -241,7 +244,13 @@ ADALORA = Method(
     ignored="target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step init_lora_weights loftq_config qalora_group_size",
 )
 HIRA = Method(
-    "HIRA", (HiRAConfig,), ("hira_A", "hira_B"), "r rank_pattern hira_dropout", _read_hira, _write_hira, _columns_rows("hira_A", "hira_B")
+    "HIRA",
+    (HiRAConfig,),
+    ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+    "r rank_pattern hira_dropout",
+    _read_hira,
+    _write_hira,
+    _columns_rows("hira_A", "hira_B"),
 )
 GRALORA = Method(
     "GRALORA",
