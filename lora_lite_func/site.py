@@ -28,27 +28,34 @@ __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
 
 # ------------------------------------------------------------------------------------------------ the activation route
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The frozen layer with the adapters' phases around it."""
+    """The frozen layer with the adapters' phases around it.
+
+    The layer's own class works on a plain twin, an object with the very attributes of the site: so it reads its stored tensors.
+    """
+    if self._ll_twin and "_ll_frozen" not in self.__dict__ and not torch.compiler.is_compiling():
+        twin = object.__new__(self._ll_base)
+        object.__setattr__(twin, "__dict__", self.__dict__)
+        return _call(self, twin, twin.forward, args, kwargs)
     enter(self)
     try:
-        return _call(self, args, kwargs)
+        return _call(self, self, self._ll_frozen, args, kwargs)
     finally:
         leave(self)
 
 
-def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(self: Any, module: Any, layer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ops = self._ll_ops
     if len(args) == 1 and not kwargs:
         if len(ops) == 1 and ops[0].variant.dense is not None and as_one_product(self, ops[0], args[0]):
             return one_product(self, ops[0], args[0])
-        return _phases(ops, len(ops), self._ll_frozen, self, args[0])
+        return _phases(ops, len(ops), layer, module, args[0])
     name = None if args else next(iter(kwargs))
     rest = args[1:]
 
     def frozen(x: Tensor) -> Any:
-        return self._ll_frozen(x, *rest, **kwargs) if name is None else self._ll_frozen(**{**kwargs, name: x})
+        return layer(x, *rest, **kwargs) if name is None else layer(**{**kwargs, name: x})
 
-    return _phases(ops, len(ops), frozen, self, args[0] if name is None else kwargs[name])
+    return _phases(ops, len(ops), frozen, module, args[0] if name is None else kwargs[name])
 
 
 class _Lookup(nn.Embedding):
@@ -249,7 +256,7 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
             bases = (_Lookup,) if cls is nn.Embedding else (cls, _Lookup)
             body["_ll_frozen"] = nn.Embedding.forward
         elif active:
-            body |= {"forward": _forward, "_ll_frozen": cls.forward if names is None else _substituted}
+            body |= {"forward": _forward, "_ll_frozen": cls.forward if names is None else _substituted, "_ll_twin": names is None}
         else:
             body["forward"] = cls.forward if names is None else _substituted
         if issubclass(cls, nn.RNNBase):  # after a .to(): nothing here is to be flattened, the call's own copy is

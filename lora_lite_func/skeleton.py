@@ -31,6 +31,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
+_OURS = frozenset({"_ll_bound", "_ll_inner", "_ll_ops", "_ll_path", "_ll_subs"})  # what a site carries: nothing of the original tree
 _BASE_ATTRIBUTES = len(nn.Module().__dict__)
 
 Own = Callable[[nn.Module, str], None]
@@ -106,7 +107,7 @@ class _Copier:
     def _note_references(self, copy: nn.Module, path: str) -> None:
         attributes = copy.__dict__
         own = islice(attributes.items(), _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0, None)
-        names = [name for name, value in own if type(value) not in PLAIN and refers(value)]
+        names = [name for name, value in own if type(value) not in PLAIN and name not in _OURS and refers(value)]
         if "_ll_slots" in attributes:
             names += [name for name in attributes["_ll_slots"] if hasattr(copy, name) and refers(getattr(copy, name))]
         if names:

@@ -78,5 +78,7 @@ class Underneath:
                 f"{mixed.site.path!r}: {self.ops[self.count].variant.name} reads the layer underneath, which here is another one for each "
                 f"row ({mixed.variant.name} by rows); put it first, so that the rows' own adapters are outside"
             )
-        y: Tensor = self.phases(self.ops, self.count, self.module._ll_frozen, self.module, x.to(compute_dtype(self.module)))
+        module = self.module
+        layer = module._ll_frozen if hasattr(type(module), "_ll_frozen") else module.forward  # a site, or its plain twin
+        y: Tensor = self.phases(self.ops, self.count, layer, module, x.to(compute_dtype(module)))
         return y

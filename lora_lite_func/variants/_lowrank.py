@@ -65,6 +65,8 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
             B = B.to(h.dtype)  # under autocast
         if B.ndim == 3:
             return torch.baddbmm(_flat(y), _flat(h), B.mT, alpha=s).view_as(y)
+        if y.ndim == 3 and y.shape[0] == 1:  # the same product, without the views that flattening takes
+            return torch.baddbmm(y, h, B.mT.unsqueeze(0), alpha=s)
         return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=s).view_as(y)
     h = h if s == 1.0 else h * s
     wide = torch.bmm(_flat(h), B.mT).view_as(y) if B.ndim == 3 else F.linear(h, B)
