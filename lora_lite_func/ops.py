@@ -67,7 +67,7 @@ class Leaves(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}."""
-        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+        return {**self._parameters, **self._buffers} if self._buffers else self._parameters  # type: ignore[dict-item, return-value]
 
     def tensors(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, brought from where accelerate put them away, if it did."""

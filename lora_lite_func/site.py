@@ -32,9 +32,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     The layer's own class works on a plain twin, an object with the very attributes of the site: so it reads its stored tensors.
     """
-    if self._ll_twin and "_ll_frozen" not in self.__dict__ and not torch.compiler.is_compiling():
+    attributes = self.__dict__
+    if self._ll_twin and "_ll_frozen" not in attributes and "_ll_slots" not in attributes and not torch.compiler.is_compiling():
         twin = object.__new__(self._ll_base)
-        object.__setattr__(twin, "__dict__", self.__dict__)
+        object.__setattr__(twin, "__dict__", attributes)
         return _call(self, twin, twin.forward, args, kwargs)
     enter(self)
     try:
@@ -87,9 +88,11 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
     if op.plan is not None:
         return _rows(ops, count, frozen, module, x)
     p, site = unfolded(tensors_at(op, module), site)
-    layer = Underneath(ops, count - 1, module, p, _phases)
-    d = None if variant.prepare is None else undisturbed(x.device.type, variant.prepare, cfg, p, site, layer)
-    y = _phases(ops, count - 1, frozen, module, x if variant.inputs is None else variant.inputs(cfg, p, d, x, site))
+    d = None
+    if variant.prepare is not None:
+        d = undisturbed(x.device.type, variant.prepare, cfg, p, site, Underneath(ops, count - 1, module, p, _phases))
+    inner = x if variant.inputs is None else variant.inputs(cfg, p, d, x, site)
+    y = frozen(inner) if count == 1 else _phases(ops, count - 1, frozen, module, inner)
     if variant.outputs is None:
         return y
     if KINDS[site.kind].listed:  # a whole module: what comes to the phase is where its hidden state has the prompt

@@ -56,7 +56,8 @@ def _flat(x: Tensor) -> Tensor:
 
 def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's dtype."""
-    h = cast(h, B.dtype)
+    if h.dtype != B.dtype:
+        h = cast(h, B.dtype)
     if not isinstance(s, float):
         s = s.view(-1, *[1] * (h.ndim - 1)) if s.ndim else s
         h, s = (h * s).to(h.dtype), 1.0
