@@ -39,7 +39,10 @@ class _Rows:
         self.prepared = [self._prepare(q, run) for q, run in zip(self.parts, table.runs, strict=True)]
 
     def _cut(self, p: Params, run: Run) -> Params:
-        """The run's own members: views."""
+        """The run's own members: views, whose gradients are written once where the run is the whole stack."""
+        count = next(iter(p.values())).shape[0]
+        if run.high - run.low == count:
+            return p if count > 1 else {name: t.squeeze(0) for name, t in p.items()}
         if run.high - run.low == 1:
             return {name: t[run.low] for name, t in p.items()}
         return {name: t[run.low : run.high] for name, t in p.items()}

@@ -65,6 +65,8 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
         if B.dtype != h.dtype:
             B = B.to(h.dtype)  # under autocast
         if B.ndim == 3:
+            if torch.is_grad_enabled():  # else the backward pass scales all of B's gradient
+                h, s = h * s, 1.0
             return torch.baddbmm(_flat(y), _flat(h), B.mT, alpha=s).view_as(y)
         if y.ndim == 3 and y.shape[0] == 1:  # the same product, without the views that flattening takes
             return torch.baddbmm(y, h, B.mT.unsqueeze(0), alpha=s)
