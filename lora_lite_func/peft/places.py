@@ -34,8 +34,9 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
         return {path: Place(path, shared, Site(path, *method.sizes(held))) for path, held in sites.items()}
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
-    where = {path: _resolved(model, says, path) for path in sites}
-    bare = {path for path, found in where.items() if found not in dict(model.named_modules(remove_duplicate=False))}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    where = {path: _resolved(modules, says, path) for path in sites}
+    bare = {path for path, found in where.items() if found not in modules}
     _check_targeted(says, {path: found for path, found in where.items() if path not in bare})
     known = adaptable(model, where.values())
     missing = next((p for p in _targeted(model, says) if p not in sites and p not in where.values()), None)
@@ -56,9 +57,8 @@ def _check_targeted(says: Says, where: Mapping[str, str]) -> None:
             raise CheckpointError(f"{says.where}: tensors for {shown(found)}, which its target_modules don't name")
 
 
-def _resolved(model: nn.Module, says: Says, path: str) -> str:
+def _resolved(modules: Mapping[str, nn.Module], says: Says, path: str) -> str:
     """Our path of what a key's path means: a module, or a parameter of it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     home = path
     while home.endswith(_WRAPPED):
         home = home.removesuffix(_WRAPPED)
@@ -136,8 +136,9 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
             raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
     if (whole or biases or tokens) and not isinstance(model, nn.Module):
         raise CheckpointError(f"{says.where}: {shown(next(iter(rest)))} replaces a tensor of the base; give the base model too")
-    found = [_whole(says, path, t, *adaptable(model, [path])[path]) for path, t in whole.items()]
-    found += [_bias(says, path, t, *adaptable(model, [path])[path]) for path, t in biases.items()]
+    known = adaptable(model, [*whole, *biases]) if whole or biases else {}
+    found = [_whole(says, path, t, *known[path]) for path, t in whole.items()]
+    found += [_bias(says, path, t, *known[path]) for path, t in biases.items()]
     return found + [part for path, t in tokens.items() for part in _tokens(says, path, t, model)]
 
 
