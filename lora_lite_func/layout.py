@@ -168,6 +168,8 @@ def _sites(variant: Variant, cfg: AdapterConfig, rows: Any, most: int) -> list[S
             raise CheckpointError(f"site {shown(path)}: {variant.name} can't adapt a {shown(kind)}")
         if site.stack and kind != "parameter":
             raise CheckpointError(f"site {shown(path)}: a {KINDS[kind].one} is no stack, found one of {site.stack}")
+        if site.plus_one and site.d_in != 1:
+            raise CheckpointError(f"site {shown(path)}: 1 + a weight is a norm's gain alone, found a {KINDS[kind].one}")
         if r not in ranks or alpha not in alphas:
             raise CheckpointError(f"site {shown(path)}: r={r}, alpha={alpha} isn't what its config can give")
         sites[path] = site_for(variant, cfg, site, twins)

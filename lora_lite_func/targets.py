@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .config import DEFAULT_EXCLUDE, AdapterConfig
-from .errors import TargetError, UnsupportedError, nearest
+from .errors import TargetError, UnsupportedError, nearest, shown
 from .kinds import KINDS, Facts, Kind, facts, kind_of
 from .layers import is_packed, refuse_uncopyable, stored
 from .spec import Site, Variant, site_for
@@ -65,6 +65,9 @@ def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
         return [KINDS[name] for name in dict.fromkeys(cfg.target_kinds)]
     if cfg.target_parameters and not cfg.target_names:
         return []
+    odd = [name for name in variant.sites if name not in KINDS]
+    if odd:
+        raise UnsupportedError(f"{variant.name} says that it adapts {shown(odd[0])}; {nearest(str(odd[0]), KINDS, first=len(KINDS))}")
     default = next((name for name in variant.sites if not KINDS[name].bare), None)
     if default is None:
         raise TargetError(f"{variant.name} adapts bare parameters alone; name them in target_parameters")

@@ -395,10 +395,11 @@ SITES = "expected a list of sites, found"
         (_set("sites", 0, 7, False), SITE),
         (_set("sites", 0, 8, 1), SITE),
         (_set("sites", 0, 9, None), SITE),
+        (_set("sites", 0, 9, True), "site 'layers.0.down': 1 . a weight is a norm's gain alone, found a linear-like module"),
         (_set("sites", 0, 7, 2**30), r"'layers.0.down': a linear-like module is no stack"),
         (_set("sites", 0, 2, 25), r"'layers.0.down' lora_A: expected a tensor of shape \(2, 25\), found \(2, 24\)"),
     ],
-    ids=range(67),
+    ids=range(68),
 )
 def test_a_wrong_description(change: Callable[[dict[str, Any]], None], message: str, file: Path) -> None:
     says = described(file)

@@ -183,6 +183,14 @@ def test_a_group_that_does_not_divide() -> None:
         ll.init(nn.Linear(4, 5), ll.ROADConfig(group_size=4))
 
 
+def test_a_kind_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = type("OddConfig", (ll.AdapterConfig,), {})
+    variant = ll.Variant(name="odd", config=config, param_specs=lambda cfg, site: {}, sites=("lineer",))
+    monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
+    with pytest.raises(ll.UnsupportedError, match=r"odd says that it adapts 'lineer'; did you mean 'linear'\?"):
+        ll.init(net(), config())
+
+
 def test_a_kind_of_layer_the_method_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     config = type("ConvOnlyConfig", (ll.AdapterConfig,), {})
     variant = ll.Variant(name="conv_only", config=config, param_specs=lambda cfg, site: {}, sites=frozenset({"conv"}))
