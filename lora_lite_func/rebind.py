@@ -62,7 +62,7 @@ def _is_users(kind: type) -> bool:
     if kind is types.SimpleNamespace:
         return True
     home = kind.__module__.partition(".")[0]
-    return home not in sys.stdlib_module_names and home not in _LIBRARIES and kind.__dictoffset__ != 0 and not issubclass(kind, type)
+    return home not in sys.stdlib_module_names and home not in _LIBRARIES and kind.__dictoffset__ != 0 and kind.__new__ is object.__new__
 
 
 _LIBRARIES = frozenset({"torch", "transformers", "diffusers", "accelerate", "numpy", "lora_lite_func"})
@@ -133,14 +133,14 @@ def _rebound_object(value: Any, copies: dict[int, Any], depth: int) -> Any:
     """An object of a user's class whose attributes refer to modules, as a copy around theirs; the same copy wherever it is held."""
     if id(value) in copies:
         return copies[id(value)]
-    copies[id(value)] = value  # it may refer to itself
+    kind: Any = type(value)
+    made = copies[id(value)] = kind.__new__(kind)  # noted first: it may refer to itself
     attributes = vars(value)
     new = {name: rebound(v, copies, depth + 1) for name, v in attributes.items()}
-    if all(new[name] is v for name, v in attributes.items()):
-        return value
-    made = object.__new__(type(value))
     made.__dict__.update(new)
-    copies[id(value)] = made
+    if all(new[name] is v or v is value for name, v in attributes.items()):
+        copies[id(value)] = value
+        return value
     return made
 
 

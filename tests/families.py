@@ -92,7 +92,7 @@ def _minilm() -> nn.Module:
     return transformers.AutoModel.from_pretrained(minilm())
 
 
-def _unet() -> nn.Module:
+def _unet() -> Any:
     import diffusers
 
     return diffusers.UNet2DConditionModel(

@@ -1,0 +1,149 @@
+"""Where models keep their modules beside the module tree: the adapted copy is reached through all of it, or check tells."""
+
+from __future__ import annotations
+
+import collections
+import types
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import close, moved, same_state, snapshot
+from torch import Tensor, nn
+
+import lora_lite_func as ll
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class Record:
+    layer: nn.Module
+
+
+class Helper:
+    """An object of a user's own that holds a layer, and itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.me = layer, self
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.me.layer(x)
+
+
+HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Tensor]]] = {
+    "deque": (lambda m: collections.deque([m], maxlen=3), lambda h, x: h[0](x)),
+    "set": (lambda m: {m}, lambda h, x: next(iter(h))(x)),
+    "frozenset": (lambda m: frozenset([m]), lambda h, x: next(iter(h))(x)),
+    "defaultdict": (lambda m: collections.defaultdict(list, a=[m]), lambda h, x: h["a"][0](x)),
+    "long list": (lambda m: [m] * 300, lambda h, x: h[-1](x)),
+    "dataclass": (Record, lambda h, x: h.layer(x)),
+    "namespace": (lambda m: types.SimpleNamespace(m=m), lambda h, x: h.m(x)),
+    "object": (Helper, lambda h, x: h.run(x)),
+    "bound method": (lambda m: Helper(m).layer.forward, lambda h, x: h(x)),
+    "weak reference": (weakref.ref, lambda h, x: h()(x)),
+    "closure": (lambda m: lambda x: m(x), lambda h, x: h(x)),
+}
+
+
+class Holding(nn.Module):
+    """Reaches its layer through what holds it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        make, self.call = HOLDERS[name]
+        self.held = make(self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.held, x)
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_an_adapted_layer_is_found_wherever_it_is_held(name: str) -> None:
+    model = Holding(name)
+    params = moved(ll.init(model, ll.LoRAConfig(r=2)))
+    before = snapshot(model)
+    dense = nn.Linear(4, 4)
+    dense.weight, dense.bias = nn.Parameter(ll.merge(model, params)["layer.weight"]), model.layer.bias
+    close(ll.apply(model, params, X), dense(X), 1e-5)
+    close(ll.bind(model, params)(X), dense(X), 1e-5)
+    assert ll.check(model, params, X).ok
+    assert same_state(before, snapshot(model))
+
+
+class Slotted(nn.Module):
+    """Keeps attributes in slots, a layer among them."""
+
+    __slots__ = ("extra", "hidden")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        object.__setattr__(self, "extra", 3.0)
+        object.__setattr__(self, "hidden", self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden(x) * self.extra
+
+
+def test_slots_are_copied() -> None:
+    model = Slotted()
+    params = moved(ll.init(model, ll.LoRAConfig(r=2)))
+    close(ll.apply(model, params, X), ll.merged(model, params)(X), 1e-5)
+    assert (ll.apply(model, params, X) - model(X)).abs().max() > 1e-3
+    assert ll.check(model, params, X).ok
+
+
+KEPT: list[nn.Module] = []
+
+
+class Global(nn.Module):
+    """Reaches its layer through a global, which nobody can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        KEPT[:] = [self.layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return KEPT[0](x)
+
+
+def test_what_cannot_be_followed_is_told() -> None:
+    model = Global()
+    found = ll.check(model, moved(ll.init(model, ll.LoRAConfig(r=2))), X)
+    assert not found.ok
+    assert found.escaped == found.uncalled == ("layer",)
+    assert "without the adapter: layer; something that can't be followed refers to them" in repr(found)
+
+
+class Proxy(nn.Module):
+    """Answers for the layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_wrapper_that_answers_for_its_layer_is_no_second_site() -> None:
+    assert [site.path for site in ll.targets(nn.Sequential(Proxy()), ll.LoRAConfig(r=2))] == ["0.inner"]
+
+
+def test_complex_and_lazy_layers_are_refused_by_name() -> None:
+    with pytest.raises(ll.UnsupportedError, match="'0': its weight is complex, and adapters are real"):
+        ll.init(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), ll.LoRAConfig(r=2))
+    with pytest.raises(ll.UnsupportedError, match=r"'1' \(LazyBatchNorm1d\) is lazy.*call the model once"):
+        ll.init(nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), ll.LoRAConfig(r=2))
