@@ -194,7 +194,7 @@ def report(found: Tensor, asked: Tensor, plot: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     axes.scatter(spread, error, s=6, alpha=0.25, linewidths=0, label="a held-out word")
     axes.plot(xs, ys, "o-", color="black", label="mean of an eighth of them")
-    axes.set(xlabel="spread of 8 adapters' ratings", ylabel="error of their mean", title="Where an ensemble disagrees, it errs more")
+    axes.set(xlabel="spread of 8 adapters' ratings", ylabel="error of their mean", title="An ensemble's spread against its error")
     axes.legend()
     figure.savefig(plot, dpi=120)
     print(f"drawn: {plot}")
