@@ -66,12 +66,14 @@ class Leaves(nn.Module):
                 self.register_buffer(name, tensor.detach())
 
     def forward(self) -> dict[str, Tensor]:
-        """{lora_name: tensor}."""
-        return {**self._parameters, **self._buffers} if self._buffers else self._parameters  # type: ignore[dict-item, return-value]
+        """{lora_name: tensor}, as it is now: accelerate puts the module's own away again after the call."""
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
 
     def tensors(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, brought from where accelerate put them away, if it did."""
-        return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
+        if "_hf_hook" in self.__dict__:
+            return self()
+        return {**self._parameters, **self._buffers} if self._buffers else self._parameters  # type: ignore[dict-item, return-value]
 
 
 def leaves_at(site: Any, index: int) -> Leaves:

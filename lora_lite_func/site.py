@@ -33,7 +33,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     The layer's own class works on a plain twin, an object with the very attributes of the site: so it reads its stored tensors.
     """
     attributes = self.__dict__
-    if self._ll_twin and "_ll_frozen" not in attributes and "_ll_slots" not in attributes and not torch.compiler.is_compiling():
+    own = "_ll_frozen" in attributes or "forward" in attributes or "_ll_slots" in attributes  # e.g. accelerate's wrapper around this call
+    if self._ll_twin and not own and not torch.compiler.is_compiling():
         twin = object.__new__(self._ll_base)
         object.__setattr__(twin, "__dict__", attributes)
         return _call(self, twin, twin.forward, args, kwargs)
