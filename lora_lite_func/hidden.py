@@ -79,10 +79,11 @@ def prompted(params: Any, mask: Tensor) -> Prompted:
 
 
 class Prompt(NamedTuple):
-    """What is known of a call's prompt: a mask (N, T), and whether it was given for this very batch."""
+    """What is known of a call's prompt: a mask (N, T), whether it was given for this very batch, whether a cache holds it already."""
 
     mask: Tensor | None = None
     given: bool = False
+    cached: bool = False
 
 
 def known(params: Any, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Callable[[], Prompt]]:
@@ -98,13 +99,20 @@ def _of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> P
     if mask is None and len(args) > 1:
         names = list(inspect.signature(model.forward).parameters)[: len(args)]
         mask = dict(zip(names, args, strict=False)).get("attention_mask")
-    return Prompt(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+    caches = (v for name, v in kwargs.items() if name == "past_key_values" or hasattr(type(v), "get_seq_length"))
+    return Prompt(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, cached=any(map(_holds_tokens, caches)))
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a model's key-value cache goes on from earlier tokens: an object of transformers, or a sequence of pairs."""
+    length = getattr(cache, "get_seq_length", None)
+    return bool(length() > 0) if callable(length) else bool(cache)
 
 
 def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
     """Which tokens of h (..., T, d) belong to the prompt: (..., T) bool.
 
-    Without a mask all do. An attention mask of other length belongs to a call that goes on from a cache: then none do.
+    Without a mask all do. In a call that goes on from a cache none do, which an attention mask of other length says, too.
 
     Args:
         h: the hidden state.
@@ -114,8 +122,10 @@ def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
     Raises:
         UnsupportedError: a mask that was given doesn't fit the hidden state.
     """
-    mask, given = prompt or _TOLD.get() or Prompt()
+    mask, given, cached = prompt or _TOLD.get() or Prompt()
     shape = h.shape[:-1] if h.ndim > 1 else torch.Size([1])
+    if cached:
+        return h.new_zeros(shape, dtype=torch.bool)
     if mask is None:
         return h.new_ones(shape, dtype=torch.bool)
     if mask.shape == shape:

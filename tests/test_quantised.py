@@ -149,3 +149,18 @@ def test_a_layer_that_casts_its_bias_in_place_casts_its_own() -> None:
     ll.bind(base[1], ll.init(base[1], ll.LoRAConfig(r=2)))(x)
     assert base[1].bias.dtype == torch.float32
     assert ll.apply(base, params, x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_every_method(kind: str) -> None:
+    base, x, ids = model(kind), torch.randn(4, 3, 64), [1, -1, 0, 1]
+    for case in CASES:
+        if not case.linear:
+            continue
+        members = [moved(ll.init(base, case.config(r=4), seed=seed), seed, 0.05) for seed in (1, 2)]
+        stack = ll.stack(members)
+        each = [ll.apply(base, members[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
+        close(ll.apply(base, ll.rows(stack, ids), x), torch.cat(each), 2e-2 if kind == "8bit" else 1e-4)  # 8 bits: rounded by the batch
+        bound = ll.bind(base, ll.rows(stack, ids))
+        bound(x).square().sum().backward()
+        assert any(p.grad is not None and p.grad.any() for p in bound.parameters())

@@ -217,4 +217,15 @@ def test_generation_edits_the_prompt_alone(config: Any) -> None:
             logits = ll.apply(model, told, input_ids=sequence, attention_mask=attention).logits[:, -1]
             sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(generated, sequence)
+    alone = [ll.bind(model, params).generate(ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}) for i in range(3)]
+    assert torch.equal(generated, torch.cat(alone))  # without padding a model may be given no mask
+    ids_of = torch.tensor([1, -1, 0])
+    stack = ll.stack([params, moved(params, 7)])
+    for beams in (1, 3):
+        how["num_beams"] = beams
+        mixed = ll.bind(model, ll.rows(stack, ids_of.repeat_interleave(beams))).generate(ids, **how)
+        for i, member in enumerate(ids_of.tolist()):
+            one = model if member < 0 else ll.bind(model, stack[member])
+            assert torch.equal(mixed[i : i + 1], one.generate(ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}))
+    how["num_beams"] = 1
     assert not torch.equal(generated, model.generate(ids, **how))

@@ -355,3 +355,22 @@ def test_no_base_weight_is_copied() -> None:
         with Census():
             call()
     assert not made
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_rows_is_generation_one_by_one(beams: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)).eval()
+    inputs, mask, ids = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long), [1, -1, 0]
+    mask[0, :3] = 0
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": beams}
+    configs = (ll.LoRAConfig(r=4), ll.HRAConfig(r=4), ll.DoRAConfig(r=4), ll.LoRAConfig(r=4, target_kinds=("embedding", "linear")))
+    for cfg in configs:
+        members = [moved(ll.init(model, cfg, seed=seed), seed, 0.3) for seed in (1, 2)]
+        rows = ll.rows(ll.stack(members), torch.tensor(ids).repeat_interleave(beams))
+        mixed = ll.bind(model, rows).generate(inputs, attention_mask=mask, **how)
+        for i, member in enumerate(ids):
+            one = model if member < 0 else ll.bind(model, members[member])
+            assert torch.equal(mixed[i : i + 1], one.generate(inputs[i : i + 1], attention_mask=mask[i : i + 1], **how))
