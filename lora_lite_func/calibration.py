@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .errors import ConfigError, UnsupportedError, nearest
 from .layers import compute_dtype, device_of
+from .pairs import PairRecorder
 from .site import Op
 from .skeleton import constant, copy_tree, own_bias, own_buffers
 from .spec import Params, Site, Variant, lookup
@@ -20,7 +21,7 @@ from .targets import find
 
 __all__ = ["arguments", "calibrate", "gather", "quiet"]
 
-_DATA = frozenset({"inputs", "gradients"})
+_DATA = frozenset({"inputs", "gradients", "pairs"})
 
 
 # ------------------------------------------------------------------------------------------------------------- the verb
@@ -34,7 +35,8 @@ def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, l
         model: the frozen base.
         cfg: method and targets; the method says whether inputs or gradients are recorded.
         batches: any iterable of tensors (`model(batch)`), mappings (`model(**batch)`, without "labels" if forward hasn't it), or
-            tuples and lists (`model(*batch)`; with a loss_fn the first member is the model's input). A generator works once.
+            tuples and lists (`model(*batch)`; with a loss_fn the first member is the model's input). For methods that start from
+            contrastive pairs a batch is (positive, negative), row by row counterparts. A generator works once.
         loss_fn: (output, batch) -> scalar loss, for methods that need gradients; they are averaged over batches.
 
     Raises:
@@ -45,7 +47,7 @@ def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, l
     variant = lookup(type(cfg))
     needs = _checked_needs(variant, cfg, batches, loss_fn)
     found = find(model, variant, cfg)
-    recorder = _Recorder(found, needs)
+    recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs)
     record = Variant(name="calibration", config=AdapterConfig, param_specs=lambda cfg, site: {}, outputs=recorder.outputs, weight=_refuse)
     count = 0
     with torch.inference_mode(False), torch.set_grad_enabled("gradients" in needs):
@@ -82,7 +84,8 @@ def _checked_needs(variant: Variant, cfg: AdapterConfig, batches: Any, loss_fn: 
         raise ConfigError(f"{variant.name} takes no calibration data: its start depends on the weights and the seed alone")
     if batches is None:
         what = "gradients: give calibration_data and loss_fn" if "gradients" in needs else "the layers' inputs: give calibration_data"
-        raise ConfigError(f"{variant.name} starts from {what} (batches of what the model takes)")
+        of = "pairs (positive, negative)" if "pairs" in needs else "batches"
+        raise ConfigError(f"{variant.name} starts from {what} ({of} of what the model takes)")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ConfigError(f"calibration data: expected an iterable of batches, found {type(batches).__name__}; one batch goes in a list")
     if "gradients" in needs and loss_fn is None:
@@ -101,6 +104,11 @@ def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> 
             raise ConfigError(f"{where}: expected statistics of {site.d_in} inputs, found {len(seen.mean)}; calibrate on this model")
         if not bool(seen.second.isfinite().all()):
             raise ConfigError(f"{where}: its inputs on the calibration data aren't all finite")
+    if "pairs" in needs:
+        if seen.points is None or seen.points.shape[-1] != site.d_in:
+            raise ConfigError(f"{where}: expected pairs of {site.d_in} inputs; calibrate on this model, for this method")
+        if not bool(seen.points.isfinite().all()):
+            raise ConfigError(f"{where}: its inputs on the pairs aren't all finite")
     if "gradients" in needs:
         if seen.slope is None or not bool(seen.slope.any()):
             raise ConfigError(f"{where}: no gradient of the loss reached it; let the loss depend on it, or leave it out")

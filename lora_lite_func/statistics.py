@@ -49,12 +49,14 @@ class SiteStatistics:
         batches: how many batches the run had.
         moments: sums over its input's tokens, if the method needs inputs.
         slope: the sum over batches of d loss / d W (d_out, d_in), if the method needs gradients and any came.
+        points: (2, n, d_in), its input at the last token of n positive texts and their negative counterparts, if the method needs pairs.
     """
 
     calls: int
     batches: int
     moments: Moments | None = None
     slope: Tensor | None = None
+    points: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -82,6 +84,13 @@ class SiteStatistics:
         if self.slope is None:
             raise ConfigError("these statistics have no gradient; calibrate with a method that needs it, and a loss_fn")
         return self.slope / self.batches
+
+    @property
+    def pairs(self) -> Tensor:
+        """(2, n, d_in): inputs at the last token, of positive texts and of their counterparts."""
+        if self.points is None:
+            raise ConfigError("these statistics have no pairs; calibrate with a method that starts from contrastive pairs")
+        return self.points
 
     @property
     def _seen(self) -> Moments:
@@ -135,4 +144,6 @@ def _plus(path: str, a: SiteStatistics, b: SiteStatistics, shared: dict[tuple[in
         moments = shared[key]
     slopes = [s.slope for s in (a, b) if s.slope is not None]
     slope = None if not slopes else slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1]
-    return SiteStatistics(a.calls + b.calls, a.batches + b.batches, moments, slope)
+    points = [s.points for s in (a, b) if s.points is not None]
+    joined = torch.cat(points, dim=1) if points else None
+    return SiteStatistics(a.calls + b.calls, a.batches + b.batches, moments, slope, joined)

@@ -32,6 +32,7 @@ from . import (
     randlora,
     reft,
     road,
+    s_steer,
     shira,
     ssvd,
     tokens,
@@ -65,6 +66,7 @@ from .pissa import PiSSAConfig
 from .randlora import RandLoRAConfig
 from .reft import DiReFTConfig, LoReFTConfig
 from .road import ROADConfig
+from .s_steer import SSteerConfig
 from .shira import SHiRAConfig
 from .ssvd import SSVDConfig
 from .tokens import TokensConfig
@@ -104,6 +106,7 @@ __all__ = [
     "RandLoRAConfig",
     "SHiRAConfig",
     "SSVDConfig",
+    "SSteerConfig",
     "TokensConfig",
     "VeRAConfig",
     "variants",
@@ -130,6 +133,7 @@ TABLE = (
     fourierft.VARIANT,
     miss.VARIANT,
     ssvd.VARIANT,
+    s_steer.VARIANT,
     antipasto.VARIANT,
     randlora.VARIANT,
     gralora.VARIANT,

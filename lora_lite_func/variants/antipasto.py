@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
+from ..config import AdapterConfig, probability, record
 from ..errors import ConfigError
 from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cayley, _cost, _lowrank
+from . import _blocks, _calibrated, _cayley, _cost, _lowrank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class AntiPaSTOConfig(AdapterConfig):
         block_size: singular directions that are rotated among each other.
         basis: which singular vectors are rotated: those of the input ("V"), of the output ("U"), or "none".
         max_angle: bound on the angle, in radians below pi; None for no bound.
+        select: which directions: "top" takes the largest singular values, "spread" those whose part of the output varies most on the
+            calibration data, by S_i std(v_i x).
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
@@ -42,6 +44,7 @@ class AntiPaSTOConfig(AdapterConfig):
     block_size: int = 4
     basis: Literal["V", "U", "none"] = "V"
     max_angle: float | None = None
+    select: Literal["top", "spread"] = record("top")
     dropout: float = 0.0
 
     def validate(self) -> None:
@@ -74,12 +77,20 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: Tensor,
-    stats: None,
+    stats: _calibrated.Seen | None,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The top r singular triplets."""
-    U, S, Vh = _lowrank.top_svd(weight, site.r, None, generator("lora_U"))
-    return {"lora_U": U, "lora_S": S, "lora_Vh": Vh}
+    """The chosen r singular triplets, in order of their singular values."""
+    if cfg.select == "top":
+        U, S, Vh = _lowrank.top_svd(weight, site.r, None, generator("lora_U"))
+        return {"lora_U": U, "lora_S": S, "lora_Vh": Vh}
+    assert stats is not None  # `needs_by` says so
+    _calibrated.check_tokens(stats, 2, "AntiPaSTO")
+    U, S, Vh = torch.linalg.svd(_calibrated.wide(weight), full_matrices=False)
+    second, mean = (_calibrated.wide(t).to(Vh.device) for t in (stats.second, stats.mean))
+    spread = ((Vh @ second) * Vh).sum(1) - (Vh @ mean).square()  # (k,) variance of v_i x
+    kept = (S * spread.clamp_min(0.0).sqrt()).topk(site.r).indices.sort().values
+    return {"lora_U": U[:, kept], "lora_S": S[kept], "lora_Vh": Vh[kept]}
 
 
 def _core(cfg: AntiPaSTOConfig, p: Params, dtype: torch.dtype) -> Tensor:
@@ -142,6 +153,7 @@ VARIANT = Variant(
     weight=weight,
     dense=dense,
     scale=scale,
-    needs=frozenset({"weight"}),
+    needs=frozenset({"weight", "inputs"}),
+    needs_by=lambda cfg: frozenset({"weight", "inputs"} if cfg.select == "spread" else {"weight"}),
     sites=(*MATRICES, "embedding"),
 )

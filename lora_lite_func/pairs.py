@@ -1,0 +1,71 @@
+"""Contrastive pairs: what comes to each site at the last token of positive texts and of their negative counterparts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .errors import ConfigError, UnsupportedError
+from .spec import Params, Site
+from .statistics import SiteStatistics, Statistics
+
+__all__ = ["PairRecorder"]
+
+Arguments = Callable[[nn.Module, Any, bool], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class PairRecorder:
+    """Collects them; its `outputs` is a phase like any method's and returns y as it came."""
+
+    def __init__(self, found: list[tuple[Site, nn.Module]], arguments: Arguments) -> None:
+        self.arguments = arguments
+        self.calls = {site.path: 0 for site, _ in found}
+        self.seen: dict[str, list[Tensor]] = {}
+        self.points: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
+
+    def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
+        """One batch (positive, negative), each of what the model takes, row k of the one the counterpart of row k of the other."""
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ConfigError(f"calibration data: expected pairs (positive, negative), found {type(batch).__name__}")
+        sides = []
+        for side in batch:
+            args, kwargs = self.arguments(copy, side, False)
+            mask = kwargs.get("attention_mask")
+            self.mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            self.points = {}
+            copy(*args, **kwargs)
+            sides.append(self.points)
+        for path, positive in sides[0].items():
+            negative = sides[1].get(path)
+            if negative is None or negative.shape != positive.shape:
+                raise ConfigError(f"site {path!r}: the positive batch has {len(positive)} rows, the negative one another number")
+            self.seen.setdefault(path, []).append(torch.stack([positive, negative]))
+
+    def outputs(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """y, the last token of x seen."""
+        self.calls[site.path] += 1
+        self.points[site.path] = self._last(x.detach(), site.path)
+        return y
+
+    def _last(self, x: Tensor, path: str) -> Tensor:
+        """(n, d_in): of x (n, T, d_in) the last token that isn't padding; x (n, d_in) as it is."""
+        if x.ndim not in (2, 3):
+            raise UnsupportedError(f"site {path!r}: expected inputs (n, tokens, d_in) or (n, d_in), found shape {tuple(x.shape)}")
+        if x.ndim == 3:
+            tokens = x.shape[1]
+            if self.mask is not None and self.mask.shape == x.shape[:2]:
+                where = (self.mask * torch.arange(1, tokens + 1, device=self.mask.device)).argmax(1)  # the last that counts
+                x = x[torch.arange(len(x), device=x.device), where.to(x.device)]
+            else:
+                x = x[:, -1]
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def statistics(self, batches: int) -> Statistics:
+        """The pairs as a value."""
+        joined: Mapping[str, Tensor] = {path: torch.cat(found, 1) for path, found in self.seen.items()}
+        return Statistics({path: SiteStatistics(calls, batches, points=joined.get(path)) for path, calls in self.calls.items()})

@@ -1,0 +1,108 @@
+"""S-steer: steering without training, along the singular directions in which contrastive pairs differ.
+
+    y' = y + U (S * delta * (V x))          W = U S V,  U (d_out, r), S (r,), V (r, d_in), delta (r,)
+    delta = m / |m|,  m = sqrt(S) * mean over pairs of V (x+ - x-),  x the layer's input at the last token
+
+Each singular pair (u_i, v_i) is turned so that V x+ > V x- in at least half of the pairs, which leaves W alone and makes delta's entries
+mostly positive: strength above zero amplifies what sets the positive texts apart. The r directions with the largest |delta| are kept.
+`ll.scale(params, c)` sets the strength: 0 is the base, exactly, -1 steers the other way; the update is linear in c.
+
+Source: wassname 2026, ssteer-eval-aware and steering-lite (no paper); the untrained relative of AntiPaSTO, arXiv 2601.07473.
+Not the identity at the start: it starts as what it does. Needs the weight's decomposition and pairs at the start, then only x and y.
+alpha has no part in this method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..errors import ConfigError
+from ..spec import Layer, Params, ParamSpec, Site, Variant
+from . import _calibrated, _lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSteerConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; r is how many singular directions are steered; alpha has no part in this method)."""
+
+    r: int = 64
+
+
+def param_specs(cfg: SSteerConfig, site: Site) -> dict[str, ParamSpec]:
+    """Frozen lora_U (d_out, r), lora_S (r,), lora_Vh (r, d_in), lora_delta (r,): nothing is learned."""
+    _lowrank.check_rank(site, "S-steer")
+    vector = ParamSpec((site.r,), trainable=False, dtype=torch.float32)
+    return {
+        "lora_U": ParamSpec((site.d_out, site.r), trainable=False),
+        "lora_S": vector,
+        "lora_Vh": ParamSpec((site.r, site.d_in), trainable=False),
+        "lora_delta": vector,
+    }
+
+
+def init(
+    cfg: SSteerConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: _calibrated.Seen,
+    generator: Callable[[str], torch.Generator],
+) -> dict[str, Tensor]:
+    """The oriented singular directions in which the pairs differ most."""
+    W = _calibrated.wide(weight)
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)  # (d_out, k), (k,), (k, d_in)
+    positive, negative = _calibrated.wide(stats.pairs).to(W.device)
+    apart = (positive - negative) @ Vh.mT  # (n, k)
+    sign = torch.where((apart > 0).double().mean(0) >= 0.5, 1.0, -1.0).to(W)  # (k,)
+    m = S.sqrt() * apart.mean(0) * sign
+    size = m.norm()
+    if not bool(size > 0):
+        raise ConfigError("S-steer: the positive and the negative inputs are the same here; give pairs that differ, or leave it out")
+    kept = m.abs().topk(site.r).indices.sort().values
+    delta = (m / size)[kept]
+    return {"lora_U": (U * sign)[:, kept], "lora_S": S[kept], "lora_Vh": (Vh * sign[:, None])[kept], "lora_delta": delta}
+
+
+def _factors(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """diag(S delta) V (r, d_in), and U (d_out, r)."""
+    gain = (p["lora_S"] * p["lora_delta"]).to(dtype)
+    return gain[:, None] * p["lora_Vh"].to(dtype), p["lora_U"].to(dtype)
+
+
+def prepare(cfg: SSteerConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The update as one factor pair, in the adapter's dtype."""
+    return _factors(p, p["lora_Vh"].dtype)
+
+
+def outputs(cfg: SSteerConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + U (S * delta * (V x))."""
+    return _lowrank.add(y, x, *d)
+
+
+def weight(cfg: SSteerConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """W + U diag(S delta) V."""
+    return _lowrank.add_dense(W, *_factors(p, W.dtype)), b
+
+
+def scale(cfg: SSteerConfig, p: Params, c: Any) -> dict[str, Tensor]:
+    """delta times c."""
+    return {**p, "lora_delta": p["lora_delta"] * c}
+
+
+VARIANT = Variant(
+    name="s_steer",
+    config=SSteerConfig,
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    scale=scale,
+    needs=frozenset({"weight", "pairs"}),
+)
