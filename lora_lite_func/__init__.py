@@ -5,6 +5,11 @@ params = ll.init(model, ll.LoRAConfig(r=8, alpha=16))
 y = ll.apply(model, params, x)
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import adalora
 from .adapter import Adapter
 from .api import apply, bind, functional_call, unbind
@@ -14,13 +19,10 @@ from .checkpoint import load, save
 from .compose import add, combine_adapters
 from .config import AdapterConfig
 from .dense import merge, merged
-from .diffusion import from_diffusion
 from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
 from .hidden import prompted
 from .initialization import init, targets
-from .lora_lite import from_lora_lite
 from .optim import AdamW, AdamWState, adamw, clip_grads
-from .peft import from_peft, to_peft
 from .report import Report
 from .rows import Rows, rows
 from .samples import per_sample_grads
@@ -66,6 +68,11 @@ from .variants import (
     VeRAConfig,
     variants,
 )
+
+if TYPE_CHECKING:
+    from .diffusion import from_diffusion
+    from .lora_lite import from_lora_lite
+    from .peft import from_peft, to_peft
 
 __version__ = "0.1.0"
 
@@ -161,3 +168,16 @@ __all__ = [
     "update",
     "variants",
 ]
+
+_ON_USE = {"from_diffusion": "diffusion", "from_lora_lite": "lora_lite", "from_peft": "peft", "to_peft": "peft"}
+"""Readers and writers of other libraries' files, imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
