@@ -58,7 +58,7 @@ def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
-        return t  # keeps the storage alive, so no address comes twice
+        return t.detach()  # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         kept = call()

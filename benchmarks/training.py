@@ -230,7 +230,7 @@ def saved_mib(task: Task, run: Run, batch: Batch) -> float:
     def pack(t: Tensor) -> Tensor:
         if _storage(t) not in known:
             found[_storage(t)] = t.untyped_storage().nbytes()
-        return t  # keeps the storage alive, so no address comes twice
+        return t.detach()  # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = task.loss(run.params, run.head, batch)

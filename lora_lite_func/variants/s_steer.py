@@ -54,7 +54,11 @@ def init(
     stats: _calibrated.Seen,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The oriented singular directions in which the pairs differ most."""
+    """The oriented singular directions in which the pairs differ most.
+
+    Raises:
+        ConfigError: the pairs don't differ here.
+    """
     W = _calibrated.wide(weight)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)  # (d_out, k), (k,), (k, d_in)
     positive, negative = _calibrated.wide(stats.pairs).to(W.device)
