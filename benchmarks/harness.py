@@ -6,13 +6,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 GUARD = (0.97, 1.03)
 """A run is void where base against base, measured as if they were two, is outside these."""
@@ -171,3 +172,20 @@ def llama(layers: int, hidden: int = 512, seed: int = 0, device: str = "cpu") ->
         use_cache=False,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
+
+
+def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
+    """Bytes that a forward keeps for the backward pass, in distinct storages other than those of `held`."""
+    known = {t.untyped_storage().data_ptr() for t in held}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself for good
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = call()
+    del kept
+    return sum(found.values())

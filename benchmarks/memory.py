@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Row, Suite, llama
+from .harness import Row, Suite, llama, saved
 from .peers import PROJECTIONS, lora, noisy, peft_adapted, peft_lora
 from .train import embedded
 
@@ -47,23 +47,6 @@ def _ours(base: Any, params: ll.Adapter, x: Tensor, train: bool = False) -> int:
 
 def _kept(model: Any, x: Tensor) -> int:
     return saved(lambda: model(inputs_embeds=x).logits, [*model.parameters(), *model.buffers(), x])
-
-
-def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
-    """Bytes that a forward keeps for the backward pass, in distinct storages other than those of `held`."""
-    known = {t.untyped_storage().data_ptr() for t in held}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself for good
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept = call()
-    del kept
-    return sum(found.values())
 
 
 def own_bytes(models: Iterable[torch.nn.Module], base: torch.nn.Module) -> int:

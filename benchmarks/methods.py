@@ -15,8 +15,7 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Result, compare, llama, machine
-from .memory import saved
+from .harness import Result, compare, llama, machine, saved
 from .peers import peft_adapted
 
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024

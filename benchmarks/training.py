@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 import lora_lite_func as ll
 
+from .harness import saved
+
 __all__ = ["Batch", "Evaluation", "Run", "Task", "measure", "saved_mib", "stepper", "train"]
 
 Batch = dict[str, Tensor]
@@ -224,22 +226,7 @@ def saved_mib(task: Task, run: Run, batch: Batch) -> float:
     """MiB that the forward pass keeps for the backward pass: distinct storages other than the base's, the adapter's and the head's."""
     for leaf in _leaves((_parts(run.params)[0], run.head)):
         leaf.requires_grad_()
-    known = {_storage(t) for t in _held(task.model, run)}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if _storage(t) not in known:
-            found[_storage(t)] = t.untyped_storage().nbytes()
-        return t.detach()  # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself for good
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = task.loss(run.params, run.head, batch)
-    del loss
-    return sum(found.values()) / 2**20
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    return saved(lambda: task.loss(run.params, run.head, batch), _held(task.model, run)) / 2**20
 
 
 def _held(model: nn.Module, run: Run) -> Iterable[Tensor]:

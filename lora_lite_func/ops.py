@@ -73,7 +73,7 @@ class Leaves(nn.Module):
         """{lora_name: tensor}, brought from where accelerate put them away, if it did."""
         if "_hf_hook" in self.__dict__:
             return self()
-        return {**self._parameters, **self._buffers} if self._buffers else self._parameters  # type: ignore[dict-item, return-value]
+        return Leaves.forward(self) if self._buffers else self._parameters  # type: ignore[return-value]
 
 
 def leaves_at(site: Any, index: int) -> Leaves:

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_func as ll
 from benchmarks import results
-from benchmarks.harness import Row, Suite, compare, machine, versions
-from benchmarks.memory import own_bytes, saved
+from benchmarks.harness import Row, Suite, compare, machine, saved, versions
+from benchmarks.memory import own_bytes
 
 
 class Counted(TorchDispatchMode):
