@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import AdapterConfig
@@ -22,14 +21,12 @@ from .spec import Params, Site, Variant
 __all__ = [
     "Leaves",
     "Op",
-    "as_one_product",
     "check_bias",
     "check_dense",
     "held_by",
     "hold",
     "leaves_at",
     "merge_site",
-    "one_product",
     "tensors_at",
     "unfolded",
 ]
@@ -71,9 +68,7 @@ class Leaves(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, brought from where accelerate put them away, if it did."""
-        if "_hf_hook" in self.__dict__:
-            return self()
-        return Leaves.forward(self) if self._buffers else self._parameters  # type: ignore[return-value]
+        return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
 
 
 def leaves_at(site: Any, index: int) -> Leaves:
@@ -101,7 +96,10 @@ def hold(site: Any, leaves: Leaves) -> None:
 
 def tensors_at(op: Op, module: Any) -> Params:
     """The tensors of an adapter at a site."""
-    return leaves_at(module, op.slot).tensors() if op.p is None else op.p
+    if op.p is not None:
+        return op.p
+    leaves = leaves_at(module, op.slot)
+    return leaves.tensors() if leaves._buffers or "_hf_hook" in leaves.__dict__ else leaves._parameters  # type: ignore[return-value]
 
 
 def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
@@ -177,33 +175,3 @@ def _dense(op: Op, p: Params, M: Tensor, b: Tensor | None) -> tuple[Tensor, Tens
             raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} moves a bias, which a bare parameter hasn't")
         return M, moved
     return torch.func.vmap(lambda p, M: weight(op.cfg, p, site, M, None)[0])(dict(p), M), b
-
-
-# ------------------------------------------------------------------------------------------- one product instead of several
-def as_one_product(module: Any, op: Op, x: Any) -> bool:
-    """Whether x W'^T stands for the frozen layer and the phases: it is cheaper, and nothing but W and its adapter has a part in it."""
-    W, site, dense = module._parameters.get("weight"), op.site, op.variant.dense
-    return (
-        dense is not None
-        and op.plan is None
-        and module._ll_plain
-        and "_ll_frozen" not in module.__dict__
-        and type(W) in (Tensor, nn.Parameter)
-        and site.kind == "linear"
-        and isinstance(x, Tensor)
-        and x.shape[-1:] == (site.d_in,)
-        and x.numel() > 0
-        and not (op.dropout and module.training)
-        and not autocasts(x.device.type)
-        and x.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == x.dtype for t in (W, *tensors_at(op, module).values()))  # else W' would round what the phases keep
-        and dense(op.cfg, site, x.numel() // site.d_in)
-    )
-
-
-def one_product(module: Any, op: Op, x: Tensor) -> Tensor:
-    """x W'^T + b' of a plain dense layer."""
-    assert op.variant.weight is not None  # `dense` promises it
-    own = module._parameters
-    p, site = unfolded(tensors_at(op, module), op.site)
-    return F.linear(x, *op.variant.weight(op.cfg, p, site, own["weight"], own.get("bias")))

@@ -18,7 +18,8 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at, unfolded
+from .ops import Op, check_bias, merge_site, tensors_at, unfolded
+from .plain import linear
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound, slots
 from .underneath import Underneath
@@ -27,6 +28,16 @@ __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
 
 
 # ------------------------------------------------------------------------------------------------ the activation route
+def _linear(self: Any, input: Tensor) -> Any:
+    """nn.Linear's own call with the adapters in."""
+    op = self._ll_only
+    if op is not None and not torch.compiler.is_compiling():
+        made = linear(self, op, input)
+        if made is not None:
+            return made
+    return _forward(self, input)
+
+
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The frozen layer with the adapters' phases around it.
 
@@ -48,8 +59,6 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _call(self: Any, module: Any, layer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ops = self._ll_ops
     if len(args) == 1 and not kwargs:
-        if len(ops) == 1 and ops[0].variant.dense is not None and as_one_product(self, ops[0], args[0]):
-            return one_product(self, ops[0], args[0])
         return _phases(ops, len(ops), layer, module, args[0])
     name = None if args else next(iter(kwargs))
     rest = args[1:]
@@ -253,14 +262,15 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
     if key not in _CLASSES:
         body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
         body |= {"__reduce_ex__": _reduce_site, "_ll_base": cls, "_ll_key": key}
-        body["_ll_plain"] = names is None and cls.forward is nn.Linear.forward
+        plain = names is None and cls.forward is nn.Linear.forward
         body |= {name: _read_substituted(name) for name in names or ()}
         bases: tuple[type, ...] = (cls,)
         if active and issubclass(cls, nn.Embedding):
             bases = (_Lookup,) if cls is nn.Embedding else (cls, _Lookup)
             body["_ll_frozen"] = nn.Embedding.forward
         elif active:
-            body |= {"forward": _forward, "_ll_frozen": cls.forward if names is None else _substituted, "_ll_twin": names is None}
+            body |= {"forward": _linear if plain else _forward, "_ll_twin": names is None}
+            body["_ll_frozen"] = cls.forward if names is None else _substituted
         else:
             body["forward"] = cls.forward if names is None else _substituted
         if issubclass(cls, nn.RNNBase):  # after a .to(): nothing here is to be flattened, the call's own copy is

@@ -17,6 +17,7 @@ from .errors import StructureError, UnsupportedError, nearest
 from .kinds import KINDS, misfit, place
 from .layers import is_packed, refusal
 from .ops import Op
+from .plain import only
 from .rebind import BINDABLE, PLAIN, rebound, refers, slots
 from .site import flatten_again, site_class
 from .spec import Site
@@ -31,7 +32,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_OURS = frozenset({"_ll_bound", "_ll_inner", "_ll_ops", "_ll_path", "_ll_subs"})  # what a site carries: nothing of the original tree
+_OURS = frozenset({"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_subs"})  # what a site carries: nothing of the original tree
 _BASE_ATTRIBUTES = len(nn.Module().__dict__)
 
 Own = Callable[[nn.Module, str], None]
@@ -167,12 +168,14 @@ def _as_site(module: nn.Module, path: str, new: Mapping[str, Sequence[Op]], by_w
         names = names or ()
     copy = _shallow(module, site_class(base, bool(ops) or (bounds and lookup), names))
     attributes = copy.__dict__
-    attributes.update(_ll_path=path, _ll_ops=ops, _ll_subs=subs, _ll_inner=inner)
+    attributes.update(_ll_path=path, _ll_ops=ops, _ll_only=None, _ll_subs=subs, _ll_inner=inner)
     if lookup and base is not nn.Embedding:  # its phases are further down, around nn.Embedding's own forward
         return copy
     own = attributes.pop("forward", None) or attributes.pop("_ll_frozen", None) or attributes.pop("_ll_own", None)
     if own is not None:  # an instance-level forward would shadow the class's: it is the frozen call
         attributes["_ll_frozen" if names is None else "_ll_own"] = own
+    else:
+        attributes["_ll_only"] = only(ops)
     return copy
 
 

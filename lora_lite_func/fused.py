@@ -1,0 +1,111 @@
+"""A low-rank update on a plain linear layer as one function: y = x W^T + b + s (x A^T) B^T, for what `Variant.factors` says.
+
+Beside plain autograd on the same products it writes the branch onto fresh results in place, keeps no dropped copy of the input (the
+mask is drawn again from its seed), and counts as one operation where gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["beside", "is_ordinary", "low_rank"]
+
+_LEVELS = 1 << 16
+"""A probability is rounded to so many levels: a draw of 64 bits then decides on four entries (drawing dominates dropout on a CPU)."""
+
+
+_transform = torch._C._functorch.peek_interpreter_stack
+_GRAD = torch._C._functorch.TransformType.Grad
+
+
+def is_ordinary() -> bool:
+    """Whether eager calls on plain tensors, and reverse mode over them, are all that is going on: nothing batched, no tangents, no
+    nested transforms, no tracing, no autocast."""
+    inner = _transform()
+    return (
+        (inner is None or (inner.level() == 1 and inner.key() == _GRAD))
+        and forward_ad._current_level < 0
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
+    """x W^T + b + s (drop(x) A^T) B^T, (..., d_out); gradients reach x, A and B.
+
+    Args:
+        x: (..., d_in), contiguous, of the dtype of all others.
+        W: (d_out, d_in), a constant.
+        b: (d_out,) or None, a constant.
+        A: (r, d_in).
+        B: (d_out, r).
+        s: the scale.
+        dropout: probability that an entry of the branch's input is dropped.
+    """
+    seed = int(torch.randint(1 << 62, ())) if dropout else 0
+    y: Tensor = _LowRank.apply(x, W, b, A, B, s, dropout, seed)[0]
+    return y
+
+
+def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, X: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(y, h) without a graph: y = x W^T + b + s h B^T (..., d_out), h = X A^T (T, r), where X (T, d_in) is x if it isn't given."""
+    y = F.linear(x, W, b)
+    h = F.linear(_flat(x) if X is None else X, A)  # (T, r)
+    _flat(y).addmm_(h, B.mT, alpha=s)
+    return y, h
+
+
+class _LowRank(torch.autograd.Function):
+    """(y, h = drop(x) A^T). h is an output so that what is kept of it can be differentiated again."""
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
+        return beside(x, W, b, A, B, s, _flat(x) * _mask(_flat(x), dropout, seed) if dropout else None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, W, _, A, B, ctx.s, ctx.dropout, ctx.seed = inputs
+        ctx.save_for_backward(x, W, A, B, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, gh: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        dx = dA = dB = None
+        X = _flat(x)  # (T, d_in)
+        G = X.new_zeros(X.shape[0], W.shape[0]) if g is None else _flat(g)  # (T, d_out)
+        to_x, _, _, to_A, to_B, *_ = ctx.needs_input_grad
+        mask = _mask(X, ctx.dropout, ctx.seed) if ctx.dropout and (to_x or to_A) else None
+        if to_x or to_A:
+            dh = F.linear(G, (B * ctx.s).mT.contiguous())  # (T, r)
+            dh = dh if gh is None else dh + gh  # where the gradient is differentiated again: it reads h
+        if to_x:
+            dx = G @ W
+            dx = dx.addmm_(dh, A) if mask is None else dx.addcmul_(dh @ A, mask)
+            dx = dx.view(x.shape)
+        if to_A:
+            dA = dh.mT @ (X if mask is None else X * mask)  # (r, d_in)
+        if to_B:
+            dB = ((h.mT @ G) * ctx.s).mT.contiguous()  # (d_out, r)
+        return dx, None, None, dA, dB, None, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., d) as (T, d): a view of what is contiguous."""
+    if x.ndim == 3:  # in the fewest calls
+        return x.squeeze(0) if x.shape[0] == 1 else x.flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _mask(X: Tensor, p: float, seed: int) -> Tensor:
+    """What inverted dropout multiplies an input by, 0 or 1 / (1 - p), in the shape of X; the same for the same seed."""
+    draws = torch.empty((X.numel() + 3) // 4, dtype=torch.int64, device=X.device)
+    draws.random_(-(1 << 63), None, generator=torch.Generator(X.device).manual_seed(seed))
+    level = round(p * _LEVELS)
+    kept = draws.view(torch.int16)[: X.numel()].view(X.shape) >= level - _LEVELS // 2
+    return kept.to(X.dtype) * (_LEVELS / (_LEVELS - level))

@@ -1,0 +1,66 @@
+"""A plain linear layer with one adapter in: the cheapest of equal forms, where nothing but W, its bias and the adapter has a part in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused import beside, is_ordinary, low_rank
+from .layout import FACTOR
+from .ops import Op, tensors_at, unfolded
+from .spec import Params, Site, Variant
+
+__all__ = ["linear", "only"]
+
+_DENSE = (nn.Parameter, Tensor)
+_WIDE = (torch.float32, torch.float64)
+
+
+def only(ops: tuple[Op, ...]) -> Op | None:
+    """The one adapter of a site that `linear` may serve; None if phases have to."""
+    if len(ops) != 1 or ops[0].plan is not None or ops[0].site.kind != "linear":
+        return None
+    return ops[0] if ops[0].variant.dense is not None or ops[0].variant.factors is not None else None
+
+
+def linear(module: Any, op: Op, x: Any) -> Tensor | None:
+    """The layer's output with the adapter in, (..., d_out); None where the phases have to make it.
+
+    One product with W' where that costs less, by sizes alone: where the method says so (`Variant.dense`), or for a low-rank update that
+    isn't to be differentiated. Else a low-rank update as one function.
+    """
+    own = module._parameters
+    W = own.get("weight")
+    if type(x) is not Tensor or type(W) not in _DENSE or x.dtype is not W.dtype or not is_ordinary() or not x.numel():
+        return None
+    variant, site, graph = op.variant, op.site, torch.is_grad_enabled()
+    if graph and W.requires_grad:
+        return None  # base weights that are differentiated
+    p, dropout = tensors_at(op, module), op.dropout and module.training
+    if FACTOR in p:
+        p, site = unfolded(p, site)
+    if variant.factors is None:
+        return None if dropout else _one_product(variant, op.cfg, p, site, x, W, own.get("bias"))
+    A, B, s = variant.factors(op.cfg, p, site)
+    if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype or not x.is_contiguous() or (dropout and x.is_meta):
+        return None
+    if graph:
+        if dropout or x.requires_grad or A.requires_grad or B.requires_grad:
+            return low_rank(x, W, own.get("bias"), A, B, s, op.dropout if dropout else 0.0)
+    elif dropout:
+        return None
+    elif x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out and x.dtype in _WIDE:
+        return F.linear(x, torch.addmm(W, B, A, alpha=s), own.get("bias"))  # cheaper than both products beside x W^T
+    return beside(x, W, own.get("bias"), A, B, s)[0]
+
+
+def _one_product(variant: Variant, cfg: Any, p: Params, site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
+    """x W'^T + b', where the method says so and W' wouldn't round what the phases keep."""
+    assert variant.dense is not None
+    assert variant.weight is not None
+    if x.dtype not in _WIDE or any(t.dtype != x.dtype for t in p.values()) or not variant.dense(cfg, site, x.numel() // site.d_in):
+        return None
+    return F.linear(x, *variant.weight(cfg, p, site, W, b))
