@@ -1,7 +1,7 @@
-"""A low-rank update on a plain linear layer as one function: y = x W^T + b + s (x A^T) B^T, for what `Variant.factors` says.
+"""A low-rank update on a plain linear layer, y = x W^T + b + s (drop(x) A^T) B^T, for what `Variant.factors` says.
 
-Beside plain autograd on the same products it writes the branch onto fresh results in place, keeps no dropped copy of the input (the
-mask is drawn again from its seed), and counts as one operation where gradients are recorded.
+Without a graph the branch is written onto the fresh product in place. With dropout it is one function: nothing is kept of the mask, which
+is drawn again from its seed, nor of the dropped input.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_ordinary() -> bool:
 
 
 def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
-    """x W^T + b + s (drop(x) A^T) B^T, (..., d_out); gradients reach x, A and B.
+    """x W^T + b + s (drop(x) A^T) B^T, (..., d_out), in training; gradients reach x, A and B.
 
     Args:
         x: (..., d_in), contiguous, of the dtype of all others.
@@ -47,7 +47,7 @@ def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: fl
         s: the scale.
         dropout: probability that an entry of the branch's input is dropped.
     """
-    seed = int(torch.randint(1 << 62, ())) if dropout else 0
+    seed = int(torch.randint(1 << 62, (), device="cpu"))  # so that torch.manual_seed, checkpointing and forked generators rule it
     y: Tensor = _LowRank.apply(x, W, b, A, B, s, dropout, seed)[0]
     return y
 
@@ -65,7 +65,8 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-        return beside(x, W, b, A, B, s, _flat(x) * _mask(_flat(x), dropout, seed) if dropout else None)
+        X = _flat(x)
+        return beside(x, W, b, A, B, s, X * _mask(X, dropout, seed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -76,22 +77,20 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
+        to_x, _, _, to_A, to_B, *_ = ctx.needs_input_grad
         dx = dA = dB = None
         X = _flat(x)  # (T, d_in)
         G = X.new_zeros(X.shape[0], W.shape[0]) if g is None else _flat(g)  # (T, d_out)
-        to_x, _, _, to_A, to_B, *_ = ctx.needs_input_grad
-        mask = _mask(X, ctx.dropout, ctx.seed) if ctx.dropout and (to_x or to_A) else None
         if to_x or to_A:
-            dh = F.linear(G, (B * ctx.s).mT.contiguous())  # (T, r)
+            mask = _mask(X, ctx.dropout, ctx.seed)  # (T, d_in)
+            dh = F.linear(G, B.mT.contiguous()) * ctx.s  # (T, r); a transposed copy of B costs less than the product with B as it is
             dh = dh if gh is None else dh + gh  # where the gradient is differentiated again: it reads h
         if to_x:
-            dx = G @ W
-            dx = dx.addmm_(dh, A) if mask is None else dx.addcmul_(dh @ A, mask)
-            dx = dx.view(x.shape)
+            dx = torch.addcmul(G @ W, dh @ A, mask).view(x.shape)
         if to_A:
-            dA = dh.mT @ (X if mask is None else X * mask)  # (r, d_in)
+            dA = dh.mT @ (X * mask)  # (r, d_in)
         if to_B:
-            dB = ((h.mT @ G) * ctx.s).mT.contiguous()  # (d_out, r)
+            dB = ((h.mT @ G) * ctx.s).mT  # (d_out, r)
         return dx, None, None, dA, dB, None, None, None
 
 

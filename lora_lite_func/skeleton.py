@@ -32,7 +32,9 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_OURS = frozenset({"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_subs"})  # what a site carries: nothing of the original tree
+_OURS = frozenset(
+    {"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_subs"}
+)  # what a site carries: nothing of the original tree
 _BASE_ATTRIBUTES = len(nn.Module().__dict__)
 
 Own = Callable[[nn.Module, str], None]

@@ -1,0 +1,175 @@
+"""A plain linear layer with one adapter: the forms it may take are one function; dropout keeps nothing and is differentiated right."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from helpers import close, leaves, moved, net
+from torch import Tensor, nn
+
+import lora_lite_func as ll
+from benchmarks.harness import saved
+from lora_lite_func import fused, plain
+
+LOW_RANK = [ll.LoRAConfig(r=4), ll.LoRAConfig(r=4, rslora=True), ll.PiSSAConfig(r=4), ll.AdaLoRAConfig(r=4), ll.DeLoRAConfig(r=4)]
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def by_phases(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
+    """A call where nothing is ordinary, so that phases make every output."""
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "is_ordinary", lambda: False)
+        return call()
+
+
+# ------------------------------------------------------------------------------------------------------ without a graph
+@pytest.mark.parametrize("cfg", LOW_RANK, ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (200,), (1, 1), (1, 200), (2, 3), (2, 200), (2, 1, 3), (0,), (2, 0, 3)], ids=str)
+def test_every_form_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = net(bias=True), rows(*shape)
+    start = ll.init(model, cfg)
+    with torch.no_grad():
+        if not isinstance(cfg, ll.DeLoRAConfig):  # whose start moves the base by rounding
+            assert torch.equal(ll.apply(model, start, x), model(x))
+        params = moved(start)
+        y = ll.apply(model, params, x)
+        close(y, by_phases(monkeypatch, lambda: ll.apply(model, params, x)), 1e-12)
+        assert torch.equal(y, ll.bind(model, params)(x))
+        turned = rows(*shape[::-1]).permute(*reversed(range(len(shape))), -1) if len(shape) > 1 else x
+        close(ll.apply(model, params, turned), ll.apply(model, params, turned.contiguous()), 1e-12)
+
+
+def test_one_product_for_many_rows_two_beside_the_layer_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("beside", "low_rank"):
+        patched = functools.partial(_noted, seen, name, getattr(plain, name))
+        monkeypatch.setattr(plain, name, patched)
+    model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64))
+    params = moved(ll.init(model, ll.LoRAConfig(r=2)))
+    with torch.no_grad():
+        ll.apply(model, params, rows(8))
+        ll.apply(model, params, rows(9))
+        ll.apply(model.bfloat16(), ll.cast(params, torch.bfloat16), rows(90).bfloat16())  # W' would round the update away
+    assert seen == ["beside", "beside"]
+
+
+def _noted(seen: list[str], name: str, call: Any, *args: Any) -> Any:
+    seen.append(name)
+    return call(*args)
+
+
+def test_other_dtypes_autocast_tangents_and_base_weights_are_left_to_the_phases() -> None:
+    model, x = net(dtype=torch.float32), rows(40, dtype=torch.float32)
+    params = moved(ll.init(model, ll.LoRAConfig(r=4, dtype=torch.float64)))
+    with torch.no_grad():
+        wide = ll.apply(model.double(), params, x.double())
+        close(ll.apply(model.float(), params, x), wide, 1e-5)
+        params = ll.cast(params, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ll.apply(model, params, x).dtype == torch.bfloat16
+        tangent = torch.ones_like(x)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(ll.apply(model, params, forward_ad.make_dual(x, tangent))).tangent
+        assert dual is not None
+        there = [ll.apply(model.double(), ll.cast(params, torch.float64), x.double() + nudge) for nudge in (1e-6, -1e-6)]
+        close(dual, (there[0] - there[1]) / 2e-6, 1e-4)
+    base = {name: t.float().requires_grad_() for name, t in model.state_dict().items()}
+    model.float()
+    y = ll.functional_call(model, params, x, base=base)
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(y.square().sum(), list(base.values())))
+    traced = torch.jit.trace(ll.bind(model, params).eval(), x, check_trace=False)
+    close(traced(x[:3]), ll.apply(model, params, x[:3]), 1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- dropout
+def wet(p: float = 0.5, **config: Any) -> tuple[nn.Module, ll.Adapter]:
+    model = net(bias=True).train()
+    return model, moved(ll.init(model, ll.LoRAConfig(r=4, dropout=p, **config)))
+
+
+def test_dropout_is_unbiased_in_its_share_and_ruled_by_the_seed() -> None:
+    x = torch.ones(300, 401)
+    for p in (0.1, 0.5, 0.9, 1e-3):
+        mask = fused._mask(x, p, 7)
+        assert set(mask.unique().tolist()) == {0.0, mask.max().item()}
+        share, error = (mask == 0).double().mean().item(), (p * (1 - p) / x.numel()) ** 0.5
+        assert abs(share - p) < 5 * error + 2**-16
+        assert abs(mask.max().item() * (1 - round(p * 65536) / 65536) - 1) < 1e-6
+        assert torch.equal(mask, fused._mask(x, p, 7))
+        assert not torch.equal(mask, fused._mask(x, p, 8))
+    columns = fused._mask(torch.ones(4000, 64), 0.5, 1).ne(0).double().mean(0)
+    assert (columns - 0.5).abs().max() < 0.05
+    model, params = wet()
+    x = rows(5, 7)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(ll.apply(model, params, x))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_the_mean_over_many_masks_is_the_output_without() -> None:
+    model = nn.Sequential(nn.Linear(16, 3, dtype=torch.float64)).train()
+    params = moved(ll.init(model, ll.LoRAConfig(r=2, dropout=0.3)), size=0.5)
+    x = rows(1).expand(20_000, 16).contiguous()
+    y = ll.apply(model, params, x)
+    dry = ll.apply(model.eval(), params, x[:1])
+    spread = y.std(0) / 20_000**0.5
+    assert ((y.mean(0) - dry[0]).abs() < 5 * spread).all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 5), (2, 3)])
+def test_gradients_of_dropout_are_exact_twice(shape: tuple[int, ...]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    W, b, A, B = (torch.randn(s, generator=gen, dtype=torch.float64) for s in ((4, 16), (4,), (2, 16), (4, 2)))
+    x = rows(*shape).requires_grad_()
+
+    def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return fused.low_rank(x, W, b, A, B, 1.5, 0.5)
+
+    given = (x, A.requires_grad_(), B.requires_grad_())
+    assert torch.autograd.gradcheck(call, given)
+    assert torch.autograd.gradgradcheck(call, given)
+    torch.manual_seed(5)
+    mask = fused._mask(x.detach().reshape(-1, 16), 0.5, int(torch.randint(1 << 62, ()))).view(x.shape)
+    close(call(*given), F.linear(x, W, b) + 1.5 * (x * mask) @ A.mT @ B.mT, 1e-12)
+
+
+def test_grad_of_torch_func_is_backward() -> None:
+    model, params = wet()
+    x = rows(6)
+
+    def loss(params: ll.Adapter) -> Tensor:
+        torch.manual_seed(9)
+        return ll.apply(model, params, x).square().mean()
+
+    direct = torch.func.grad(loss)(params)
+    bound = ll.bind(model, params)
+    torch.manual_seed(9)
+    bound(x).square().mean().backward()
+    for path, tensors in direct.items():
+        for name, g in tensors.items():
+            close(bound.get_submodule(path).get_parameter(f"adapter.0.{name}").grad, g, 1e-12)
+    several = ll.stack([params, params])
+    each = torch.func.vmap(torch.func.grad(lambda p: ll.apply(model, p, x).square().mean()), randomness="different")(several)
+    assert all(t.shape[0] == 2 and t.abs().sum() > 0 for t in leaves(each))
+
+
+def test_dropout_keeps_neither_mask_nor_dropped_input() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    x = torch.randn(256, 64, requires_grad=True)
+    kept = {}
+    for p in (0.0, 0.1):
+        bound = ll.bind(model, ll.init(model, ll.LoRAConfig(r=2, dropout=p, target_names=(r"^[02]$",)))).train()
+        kept[p] = saved(lambda bound=bound: bound(x), [*bound.parameters(), x])
+    assert kept[0.1] <= 1.02 * kept[0.0]
