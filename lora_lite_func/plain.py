@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batching import low_rank_by_rows
 from .fused import beside, is_ordinary, low_rank
 from .layout import FACTOR
 from .ops import Op, tensors_at, unfolded
@@ -21,9 +22,12 @@ _WIDE = (torch.float32, torch.float64)
 
 def only(ops: tuple[Op, ...]) -> Op | None:
     """The one adapter of a site that `linear` may serve; None if phases have to."""
-    if len(ops) != 1 or ops[0].plan is not None or ops[0].site.kind != "linear":
+    if len(ops) != 1 or ops[0].site.kind != "linear":
         return None
-    return ops[0] if ops[0].variant.dense is not None or ops[0].variant.factors is not None else None
+    op, variant = ops[0], ops[0].variant
+    if op.plan is not None:
+        return op if variant.factors is not None and variant.leading else None
+    return op if variant.factors is not None or variant.dense is not None else None
 
 
 def linear(module: Any, op: Op, x: Any) -> Tensor | None:
@@ -42,6 +46,9 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     if graph and (W.requires_grad or not (dropout or variant.factors is None)):
         return None
     p = tensors_at(op, module)
+    if op.plan is not None:
+        agree = x.is_contiguous() and op.plan.known and all(t.dtype is x.dtype for name, t in p.items() if name != FACTOR)
+        return low_rank_by_rows(op, p, W, own.get("bias"), x) if agree and not graph and not dropout else None
     if FACTOR in p:
         p, site = unfolded(p, site)
     if variant.factors is None:

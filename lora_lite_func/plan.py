@@ -19,6 +19,9 @@ __all__ = ["Plan", "Run", "Table", "not_rows"]
 _CALL, _MEMBER = 20, 3
 """What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
 
+_RANK = 8
+"""The rank up to which a product's time hardly depends on it."""
+
 
 class Run(NamedTuple):
     """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch."""
@@ -55,14 +58,21 @@ class Plan:
     Attributes:
         ids: (N,) int64, -1 for the bare base.
         members: how many adapters there are.
+        ranks: (members,) the largest rank each has anywhere; None where that isn't known or all are alike.
     """
 
-    __slots__ = ("_ids", "_tables", "ids", "members", "rows")
+    __slots__ = ("_ids", "_tables", "ids", "members", "ranks", "rows")
 
-    def __init__(self, ids: Tensor, members: int, known: Sequence[int] | None) -> None:
+    def __init__(self, ids: Tensor, members: int, known: Sequence[int] | None, ranks: Sequence[int] | None = None) -> None:
         self.ids, self.members, self.rows = ids, members, ids.shape[0]
-        self._ids = None if known is None else tuple(known)  # None where values aren't to be had: traced, or under vmap
-        self._tables: dict[tuple[int, bool, torch.device], Table] = {}
+        self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
+        self._ids = None if known is None else tuple(known)
+        self._tables: dict[tuple[int, bool, bool, torch.device], Table] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether the ids' values are to be had: they aren't where they are traced, or under vmap."""
+        return self._ids is not None
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -73,10 +83,15 @@ class Plan:
         return hash((self._ids, self.members))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Plan, (self.ids, self.members, self._ids)
+        return Plan, (self.ids, self.members, self._ids, self.ranks)
 
-    def table(self, x: Tensor, path: str) -> Table:
+    def table(self, x: Tensor, path: str, ranked: bool = False) -> Table:
         """The layout for a site's input.
+
+        Args:
+            x: (N, ..., d_in).
+            path: the site's, for the message.
+            ranked: whether a run costs by the largest rank in it, so that members of unlike ranks are better apart.
 
         Raises:
             StructureError: the leading dimension isn't the rows.
@@ -87,9 +102,10 @@ class Plan:
             return _traced(self.ids.to(x.device), self.members)
         size = x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel()
         tokens = 1 << (2 * ((size.bit_length()) // 2))  # one table serves sizes of a kind
-        key = (tokens, torch.is_grad_enabled(), x.device)
+        ranked = ranked and self.ranks is not None
+        key = (tokens, torch.is_grad_enabled(), ranked, x.device)
         if key not in self._tables:
-            self._tables[key] = _laid_out(self._ids, tokens, not key[1], x.device)
+            self._tables[key] = _laid_out(self._ids, tokens, not key[1], x.device, self.ranks if ranked else None)
         return self._tables[key]
 
 
@@ -110,7 +126,7 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
 
 
 # --------------------------------------------------------------------------------------------------------- known ids
-def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device) -> Table:
+def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device, ranks: Sequence[int] | None) -> Table:
     """Runs of views for ids that are known.
 
     Args:
@@ -118,13 +134,14 @@ def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device)
         tokens: per row.
         idle: whether a run may span members without rows (not where gradients are taken: theirs must be exactly zero).
         device: of the index tensors.
+        ranks: of the members, if a run's cost depends on them.
     """
     groups: dict[int, list[int]] = {}
     for row, member in enumerate(ids):
         groups.setdefault(member, []).append(row)
     bare = groups.pop(-1, [])
     used = sorted(groups)
-    chosen = _runs(used, [len(groups[k]) for k in used], tokens, idle)
+    chosen = _runs(used, [len(groups[k]) for k in used], tokens, idle, ranks)
     first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
     order: list[int] = list(bare) if first else []
     back = [0] * len(ids)
@@ -149,23 +166,24 @@ def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device)
     return Table(tuple(runs), span, take, None if back == list(range(len(order))) else place)
 
 
-def _runs(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool) -> list[tuple[int, int, int]]:
+def _runs(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool, ranks: Sequence[int] | None) -> list[tuple[int, int, int]]:
     """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
     runs: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
         if runs:
             low, high, width = runs[-1]
             wide = max(width, count)
-            together = _cost(member + 1 - low, wide, tokens)
-            if (idle or member == high) and together <= _cost(high - low, width, tokens) + _cost(1, count, tokens):
+            apart = _cost(low, high, width, tokens, ranks) + _cost(member, member + 1, count, tokens, ranks)
+            if (idle or member == high) and _cost(low, member + 1, wide, tokens, ranks) <= apart:
                 runs[-1] = (low, member + 1, wide)
                 continue
         runs.append((member, member + 1, count))
     return runs
 
 
-def _cost(members: int, width: int, tokens: int) -> int:
-    return _CALL + members * (_MEMBER + width * tokens)
+def _cost(low: int, high: int, width: int, tokens: int, ranks: Sequence[int] | None) -> float:
+    weight = 1.0 if ranks is None else (max(ranks[low:high]) + _RANK) / (2 * _RANK)
+    return _CALL + (high - low) * (_MEMBER + width * tokens) * weight
 
 
 # ------------------------------------------------------------------------------------------------------- unknown ids

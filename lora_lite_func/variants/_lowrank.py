@@ -45,7 +45,7 @@ def project(x: Tensor, A: Tensor) -> Tensor:
     if not x.is_floating_point():
         return F.embedding(x, A.mT)
     if A.ndim == 3:
-        return torch.bmm(_flat(cast(x, A.dtype)), A.mT).unflatten(1, x.shape[1:-1])
+        return torch.bmm(A, _flat(cast(x, A.dtype)).mT).mT.unflatten(1, x.shape[1:-1])  # the long side inside: up to twice as fast
     return F.linear(cast(x, A.dtype), A)
 
 
