@@ -143,10 +143,8 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     assert op.variant.factors is not None
     table = op.plan.table(x, op.site.path, ranked=True)
     X, take = _shared(x, table), table.take
-    if X.shape == x.shape:
-        y = F.linear(X, W, b)
-    else:  # some rows stand in several places: the layer sees each once
-        y = F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
+    each = take is None or X.shape == x.shape  # no row stands in several places
+    y = F.linear(X, W, b) if each else F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
     q, site = unfolded(p, op.site)
     A, B, s = op.variant.factors(op.cfg, q, site)
     ranks = op.plan.ranks if A.shape[1] == site.r else None  # a factor pair as it is: of a shorter member the rest is zeros
