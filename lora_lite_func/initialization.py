@@ -53,10 +53,11 @@ def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_dat
         found = find(model, variant, cfg)
     data: dict[str, dict[str, Tensor]] = {}
     copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}
-    with _unsurrounded({_home(site, module)[0].type for site, module in found}):
-        for site, module in found:
+    homes = [_Home(*_home(site, module), copies) for site, module in found]
+    with _unsurrounded({home.device.type for home in homes}):
+        for (site, module), home in zip(found, homes, strict=True):
             try:
-                data[site.path] = _start(variant, cfg, site, _Home(*_home(site, module), copies), module, seed, seen.get(site.path))
+                data[site.path] = _start(variant, cfg, site, home, module, seed, seen.get(site.path))
             except LoraLiteError as error:
                 raise type(error)(f"site {site.path!r}: {error}") from None
     return Adapter(Layout(variant, cfg, (site for site, _ in found)), data)

@@ -73,9 +73,11 @@ class Kind:
 # ------------------------------------------------------------------------------------------------------- recognising
 def _is_transposed_linear(module: Any) -> bool:
     """transformers' Conv1D: (nx, nf) and no in_features."""
-    weight = stored(module, "weight")
     nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
-    return isinstance(nf, int) and isinstance(nx, int) and isinstance(weight, Tensor) and tuple(weight.shape) == (nx, nf)
+    if not isinstance(nf, int) or not isinstance(nx, int):
+        return False
+    weight = stored(module, "weight")
+    return isinstance(weight, Tensor) and tuple(weight.shape) == (nx, nf)
 
 
 def _is_linear(module: Any) -> bool:

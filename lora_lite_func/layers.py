@@ -48,6 +48,9 @@ def _is_its_own(module: Any, name: str) -> bool:
 
 def stored(module: Any, name: str) -> Any:
     """A layer's tensor as it is stored: of a parametrized one what it is computed from, as computing it may write on the model."""
+    own = getattr(module, "__dict__", {}).get("_parameters", {})
+    if name in own:  # a parametrized one isn't
+        return own[name]
     if parametrize.is_parametrized(module, name):
         held = module.parametrizations[name]
         return held.original if hasattr(held, "original") else held.original0

@@ -252,4 +252,6 @@ def site_for(variant: Variant, cfg: AdapterConfig, site: Site, twins: dict[float
     factor = float(variant.factor(cfg, site))
     if factor not in twins:
         twins[factor] = torch.tensor(factor, dtype=torch.float64, device="cpu")
-    return dataclasses.replace(site, factor=factor, twin=twins[factor])
+    made = object.__new__(Site)  # what dataclasses.replace does, without asking each field
+    made.__dict__.update(site.__dict__, factor=factor, twin=twins[factor])
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -166,8 +165,8 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
             f"{path!r}: dropout acts on features that come to a layer's call, and this {kind.one} is adapted without; set dropout=0"
         )
     bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
-    site = Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path))
-    return site_for(variant, cfg, dataclasses.replace(site, stack=found.stack, transposed=found.transposed, plus_one=found.plus_one), twins)
+    form = {"stack": found.stack, "transposed": found.transposed, "plus_one": found.plus_one}
+    return site_for(variant, cfg, Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path), **form), twins)
 
 
 def layer_index(path: str) -> int | None:
