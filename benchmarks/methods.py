@@ -1,4 +1,5 @@
-"""What each method costs a forward: `ll.apply` and PEFT over the bare base at 512 tokens, and what is kept for the backward pass.
+"""What each method costs a forward: `ll.apply`, `ll.prepared` and PEFT over the bare base at 512 tokens, and what is kept for the
+backward pass.
 
 python -m benchmarks.methods [name ...]
 """
@@ -62,7 +63,8 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
 def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) -> tuple[Result, int]:
     """(ratios over the base, bytes saved for backward); a run that the guard voids is done again, up to `repeats` times."""
     params = start(base, name, ids)
-    calls = {"base": lambda: base(ids), "ours": lambda: ll.apply(base, params, ids)}
+    once = ll.prepared(base, params)
+    calls = {"base": lambda: base(ids), "ours": lambda: ll.apply(base, params, ids), "prepared": lambda: once(ids)}
     if name in PEFT:
         config, fields = PEFT[name]
         other = peft_adapted(base, config, **fields)
@@ -85,14 +87,19 @@ def main(names: Sequence[str] = (), rounds: int = 15) -> dict[str, Any]:
     ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     out: dict[str, Any] = {"machine": machine(), "methods": {}}
     reference = None
-    print(f"{'method':12} {'ours':>7} {'peft':>7} {'peft/ours':>9} {'saved/LoRA':>10} {'guard':>6}")
+    print(f"{'method':12} {'ours':>7} {'prepared':>8} {'peft':>7} {'peft/ours':>9} {'saved/LoRA':>10} {'guard':>6}")
     for name in dict.fromkeys(("lora", *(names or ll.variants()))):
         result, kept = measure(base, name, ids, rounds)
         reference = reference or kept
         ours, peft = result.ratios["ours"], result.ratios.get("peft")
-        out["methods"][name] = {"ours": ours, "peft": peft, "saved": kept / reference, "guard": result.guard, "void": result.void}
+        once = result.ratios["prepared"]
+        out["methods"][name] = {"ours": ours, "prepared": once, "peft": peft, "saved": kept / reference, "guard": result.guard}
+        out["methods"][name]["void"] = result.void
         of_peft = f"{peft:7.2f} {peft / ours:9.2f}" if peft else f"{'-':>7} {'-':>9}"
-        print(f"{name:12} {ours:7.3f} {of_peft} {kept / reference:10.2f} {result.guard:6.3f}{' void' if result.void else ''}", flush=True)
+        print(
+            f"{name:12} {ours:7.3f} {once:8.3f} {of_peft} {kept / reference:10.2f} {result.guard:6.3f}{' void' if result.void else ''}",
+            flush=True,
+        )
     return out
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import adalora
 from .adapter import Adapter
-from .api import apply, bind, functional_call, unbind
+from .api import apply, bind, functional_call, prepared, unbind
 from .calibration import calibrate
 from .checking import check
 from .checkpoint import load, save
@@ -153,6 +153,7 @@ __all__ = [
     "num_params",
     "partition",
     "per_sample_grads",
+    "prepared",
     "project",
     "prompted",
     "register",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -16,11 +17,12 @@ from .kinds import reads_prompt
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .plan import Plan
 from .rows import Rows
+from .site import get_ready
 from .skeleton import constant, copy_tree, own_bias, own_buffers
 from .spec import Site
 from .tied import everywhere, home_of, twins
 
-__all__ = ["Adapters", "Frozen", "apply", "bind", "flatten", "functional_call", "ops_of", "unbind"]
+__all__ = ["Adapters", "Frozen", "apply", "bind", "flatten", "functional_call", "ops_of", "prepared", "unbind"]
 
 Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
 """One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
@@ -187,6 +189,27 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     bound.__dict__["_ll_bound"] = homes
     if any(reads_prompt(layout.variant) for layout, _ in homes):
         tell(bound)
+    return bound
+
+
+def prepared(model: nn.Module, params: Adapters) -> nn.Module:
+    """`bind` for inference loops: what depends on the adapter alone is made once, not in every call.
+
+    For methods that make something of their tensors first (DoRA's row norms, rotations of OFT, BOFT and SSVD, HRA's triangular factor,
+    LoHa's product ...): one token costs what their phases cost. The module is a snapshot in evaluation mode: it has copies of the
+    adapter's tensors, none trainable, and the base must stay as it is; `.to(device)` moves all of it. In another dtype, in training mode,
+    for rows of a stack and layers whose weight is adapted everything is made in each call as ever.
+
+    Raises:
+        StructureError: a site isn't in the model, or a tensor has the wrong shape.
+        UnsupportedError: the model can't be copied.
+    """
+    own = pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, params)
+    bound = bind(model, own).requires_grad_(False).eval()
+    with torch.no_grad():
+        for module in bound.modules():
+            if held_by(module):
+                get_ready(module)
     return bound
 
 

@@ -18,13 +18,14 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, check_bias, merge_site, tensors_at, unfolded
+from .ops import Op, check_bias, leaves_at, merge_site, ready_at, tensors_at, unfolded
 from .plain import linear
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound, slots
+from .spec import Params, Site
 from .underneath import Underneath
 
-__all__ = ["Op", "flatten_again", "merge_site", "site_class"]
+__all__ = ["Op", "flatten_again", "get_ready", "merge_site", "site_class"]
 
 
 # ------------------------------------------------------------------------------------------------ the activation route
@@ -100,7 +101,8 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
     p, site = unfolded(tensors_at(op, module), site)
     d = None
     if variant.prepare is not None:
-        d = undisturbed(x.device.type, variant.prepare, cfg, p, site, Underneath(ops, count - 1, module, p, _phases))
+        ready = ready_at(op, module)
+        d = prepare(ops, count - 1, module, p, site, x.device.type) if ready is None else ready[0]
     inner = x if variant.inputs is None else variant.inputs(cfg, p, d, x, site)
     y = frozen(inner) if count == 1 else _phases(ops, count - 1, frozen, module, inner)
     if variant.outputs is None:
@@ -111,6 +113,27 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
     if op.dropout and module.training:
         x = F.dropout(x, op.dropout)
     return variant.outputs(cfg, p, d, x, y, site)
+
+
+def prepare(ops: Sequence[Op], under: int, module: Any, p: Params, site: Site, device: str) -> Any:
+    """What a method's phases share, of the adapter with `under` others before it."""
+    op = ops[under]
+    return undisturbed(device, op.variant.prepare, op.cfg, p, site, Underneath(ops, under, module, p, _phases))  # type: ignore[arg-type]
+
+
+def get_ready(site: Any) -> None:
+    """Make once what the phases of a bound site's adapters share, from its tensors as they are now."""
+    enter(site)
+    try:
+        for i, op in enumerate(site._ll_ops):
+            variant = op.variant
+            if op.plan is not None or (variant.prepare is None and variant.factors is None):
+                continue
+            p, at = unfolded(tensors_at(op, site), op.site)
+            d = None if variant.prepare is None else prepare(site._ll_ops, i, site, p, at, next(iter(p.values())).device.type)
+            leaves_at(site, op.slot).ready = (d, None if variant.factors is None else variant.factors(op.cfg, p, at))
+    finally:
+        leave(site)
 
 
 def _rows(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], module: Any, x: Tensor) -> Any:

@@ -166,7 +166,9 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
         )
     bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
     form = {"stack": found.stack, "transposed": found.transposed, "plus_one": found.plus_one}
-    return site_for(variant, cfg, Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path), **form), twins)
+    return site_for(
+        variant, cfg, Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path), **form), twins
+    )
 
 
 def layer_index(path: str) -> int | None:
