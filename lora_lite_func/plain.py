@@ -51,9 +51,9 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
         return low_rank_by_rows(op, p, W, own.get("bias"), x) if agree and not graph and not dropout else None
     if FACTOR in p:
         p, site = unfolded(p, site)
+    if variant.factors is None:
+        return None if dropout else _one_product(variant, op.cfg, p, site, x, W, own.get("bias"))
     ready = ready_at(op, module)
-    if variant.factors is None:  # of what is ready phases are the cheaper half
-        return None if dropout or ready is not None else _one_product(variant, op.cfg, p, site, x, W, own.get("bias"))
     A, B, s = variant.factors(op.cfg, p, site) if ready is None else ready[1]
     if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype or not x.is_contiguous():
         return None
