@@ -219,7 +219,7 @@ def matrix(W: Tensor, site: Site) -> Tensor:
     """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in): a view wherever it can be one."""
     if site.transposed:
         W = W.mT
-    elif not site.stack and W.ndim != 2:
+    elif not site.stack and W.shape != (site.d_out, site.d_in):
         W = W.reshape(site.d_out, site.d_in)
     return W + 1.0 if site.plus_one else W
 

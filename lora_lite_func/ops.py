@@ -41,7 +41,8 @@ class Op(NamedTuple):
     """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child.
 
     `prompt` is what the call knows of its prompt, where the site is a whole module; None in a bound model, whose calls tell it.
-    With a `plan` the tensors are a stack's, and each row of the batch has its own member.
+    With a `plan` the tensors are a stack's, and each row of the batch has its own member. `here` () bool, where it isn't None, says
+    whether there is one: for a row of which that isn't known.
     """
 
     variant: Variant
@@ -52,6 +53,7 @@ class Op(NamedTuple):
     slot: int = 0
     prompt: Prompt | None = None
     plan: Plan | None = None
+    here: Tensor | None = None
 
 
 class Leaves(nn.Module):
@@ -155,8 +157,12 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
     new, bias = W.to(core), start
     for op in ops:
         check_dense(op)
-        M, bias = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
-        new = restored(M, new, op.site)
+        M, moved = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
+        M = restored(M, new, op.site)
+        if op.here is not None:
+            M = torch.where(op.here, M, new)
+            moved = moved if moved is bias or moved is None else torch.where(op.here, moved, 0.0 if bias is None else bias)
+        new, bias = M, moved
     if KINDS[op.site.kind].one_hot:
         if bias is not None:  # every row has it: a one-hot vector's entries sum to one
             new, bias = restored(matrix(new, op.site) + bias[:, None], new, op.site), None

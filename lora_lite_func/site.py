@@ -21,6 +21,7 @@ from .lookup import bounded, padded, rows
 from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at, unfolded
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound, slots
+from .splitting import Chains, by_adapters
 from .underneath import Underneath
 
 __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
@@ -122,8 +123,29 @@ def _hidden(op: Op, y: Any, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Any],
 
 # ---------------------------------------------------------------------------------------------------- the weight route
 def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The module's own call on its adapted tensors; what it notes on itself stays noted."""
-    made = _concrete(self)
+    """The module's own call on its adapted tensors; where rows have adapters of their own, once for each of those."""
+    chains = _chains(self)
+    if all(op.plan is None for ops in chains.values() for op in ops):
+        return _on_adapted(self, chains, args, kwargs)
+
+    def home(key: tuple[str, str]) -> Any:
+        return self._modules[key[0]] if key[0] else self
+
+    def call(chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _on_adapted(self, chains, args, kwargs)
+
+    return by_adapters(self, chains, home, call, args, kwargs)
+
+
+def _chains(site: Any) -> Chains:
+    """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of all that a site substitutes."""
+    own = {("", name): ops for name, ops in site._ll_subs.items()}
+    return own | {(child, name): ops for child in site._ll_inner for name, ops in site._modules[child]._ll_subs.items()}
+
+
+def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call on tensors with the adapters of `chains` in; what the module notes on itself stays noted."""
+    made = _concrete(self, chains)
     if torch.compiler.is_compiling():
         return made.forward(*args, **kwargs)
     before = dict(made.__dict__)
@@ -135,7 +157,7 @@ def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
                 self.__dict__[name] = value
 
 
-def _concrete(site: Any) -> Any:
+def _concrete(site: Any, chains: Chains) -> Any:
     """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
     made = object.__new__(site._ll_base)
     attributes = made.__dict__
@@ -143,12 +165,13 @@ def _concrete(site: Any) -> Any:
     for name in slots(site._ll_base):
         if hasattr(site, name):
             object.__setattr__(made, name, getattr(site, name))
-    attributes["_parameters"] = {**site._parameters, **_adapted(site)}
+    attributes["_parameters"] = {**site._parameters, **_adapted(site, chains)}
     if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
     inner = attributes["_ll_inner"]
     if inner:
-        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name]) for name in inner}}
+        held = {name: {("", tensor): ops for (child, tensor), ops in chains.items() if child == name} for name in inner}
+        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name], held[name]) for name in inner}}
     own = attributes.pop("_ll_own", None)
     if own is not None:  # what an instance carried as its forward, and whatever else is bound to it, works on this one
         attributes["forward"] = own
@@ -168,10 +191,12 @@ def flatten_again(module: Any) -> None:
         attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
 
 
-def _adapted(module: Any) -> dict[str, Tensor]:
+def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
     """{name: tensor} of a module with its adapters in."""
     made: dict[str, Tensor] = {}
-    for name, ops in module._ll_subs.items():
+    for (child, name), ops in chains.items():
+        if child or not ops:
+            continue
         pair = not KINDS[ops[0].site.kind].bare
         bias = module._parameters.get("bias") if pair else None
         W, b = merge_site(module, ops, module._parameters[name], bias)
@@ -207,7 +232,7 @@ def _read_substituted(name: str) -> property:
 
     def get(self: Any) -> Any:
         found = self._parameters.get(name)
-        return _lazily(self._ll_path, name, found, lambda: _adapted(self).get(name, found))
+        return _lazily(self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found))
 
     return property(get)
 
