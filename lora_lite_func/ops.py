@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import AdapterConfig
+from .config import AdapterConfig, dropout_of
 from .errors import UnsupportedError
 from .hidden import Prompt
 from .kinds import KINDS, matrix, restored
@@ -25,6 +25,7 @@ __all__ = [
     "as_one_product",
     "check_bias",
     "check_dense",
+    "check_dropout",
     "held_by",
     "hold",
     "leaves_at",
@@ -125,6 +126,20 @@ def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
             f"{op.site.path!r} ({type(module).__name__}): {op.variant.name} merges into a bias, and this layer has no "
             "parameter for one; leave it out with exclude_names, or keep the adapter unmerged"
         )
+
+
+def check_dropout(module: Any, ops: Iterable[Op]) -> None:
+    """Refuse to leave dropout out of training where a weight stands for the method: there is no branch whose input could be dropped.
+
+    Raises:
+        UnsupportedError: with the field that asks for it.
+    """
+    for op in ops if module.training else ():
+        if dropout_of(op.cfg):
+            raise UnsupportedError(
+                f"{op.site.path!r}: {dropout_of(op.cfg)} acts on features that come to a layer's call, and in this model the weight itself "
+                "is used here; set it to 0, leave the layer out with exclude_names, or put the model in eval mode"
+            )
 
 
 def check_dense(op: Op) -> None:

@@ -18,7 +18,7 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, as_one_product, check_bias, merge_site, one_product, tensors_at, unfolded
+from .ops import Op, as_one_product, check_bias, check_dropout, merge_site, one_product, tensors_at, unfolded
 from .reading import Adapted, enter, inside, leave
 from .rebind import BINDABLE, rebound, slots
 from .splitting import Chains, by_adapters
@@ -197,6 +197,7 @@ def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
     for (child, name), ops in chains.items():
         if child or not ops:
             continue
+        check_dropout(module, ops)
         pair = not KINDS[ops[0].site.kind].bare
         bias = module._parameters.get("bias") if pair else None
         W, b = merge_site(module, ops, module._parameters[name], bias)
@@ -260,6 +261,7 @@ def _own(self: Any, name: str) -> Any:
 
 
 def _merged(self: Any, weight: Tensor, name: str) -> Any:
+    check_dropout(self, self._ll_ops)
     bias = _own(self, "bias")
     return merge_site(self, self._ll_ops, weight, None if bias is _NONE else bias)[name == "bias"]
 

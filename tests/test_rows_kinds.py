@@ -82,6 +82,7 @@ PLACES: dict[str, tuple[str, Make, Callable[[int], Tensor], dict[str, Any]]] = {
     "conv1": ("conv", lambda: nn.Conv1d(8, 16, 3, stride=2, dilation=2, padding=2, padding_mode="reflect"), shaped(8, 9), {}),
     "conv2": ("conv", lambda: nn.Conv2d(8, 16, 2, stride=2, padding=1, padding_mode="circular", groups=2), shaped(8, 5, 6), {}),
     "conv3": ("conv", lambda: nn.Conv3d(4, 8, (2, 1, 4), padding=2, groups=4), shaped(4, 3, 2, 4), {}),
+    "deconv": ("conv", lambda: nn.ConvTranspose2d(8, 16, 2, 2, groups=2), shaped(8, 3, 2), {}),
     "own": ("embedding", lambda: Own(16, 16), ids, {}),
     "bounded": ("embedding", lambda: Scaled(17, 16, max_norm=1.0), ids, {}),
     "bag": ("embedding", lambda: nn.EmbeddingBag(16, 16, mode="sum"), ids, {}),
