@@ -177,6 +177,8 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[_Rows | None]:
     x, least = tensors[0], _least(module)
     if x.ndim < (least or 1):
         raise _unbatched(module, x)
+    if x.shape[0] != rows:
+        raise not_rows(module._ll_path, x, rows)
     if least:
         return [_FIRST if isinstance(t, Tensor) else None for t in flat]
     return [None if not isinstance(t, Tensor) else _FIRST if t is x else _of_stranger(module, t, x, rows) for t in flat]
