@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     """A batch cut into parts whose rows have the same adapters, for a call that has one weight for all its rows.
 
     Attributes:
-        sizes: rows of each part, in the order of the sorted batch.
+        rows: of each part, in the order of the sorted batch.
         members: by plan, (parts,) whose leaves each takes; 0 where it has none.
         bare: by plan, which parts have none; all False where that isn't known.
         here: by plan, (parts,) bool, which parts have one, where that isn't known; None where it is.
@@ -61,7 +61,7 @@ class Parts(NamedTuple):
         back: (N,) where each row is in the sorted batch; None likewise.
     """
 
-    sizes: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
     members: tuple[Tensor, ...]
     bare: tuple[tuple[bool, ...], ...]
     here: tuple[Tensor | None, ...]
@@ -96,6 +96,11 @@ class Plan:
     def __reduce__(self) -> tuple[object, ...]:
         return Plan, (self.ids, self.members, self._ids)
 
+    def only(self, rows: Sequence[int]) -> Plan:
+        """The plan of some of the rows."""
+        known = None if self._ids is None else [self._ids[row] for row in rows]
+        return Plan(torch.stack([self.ids[row] for row in rows]), self.members, known)
+
     def table(self, x: Tensor, path: str) -> Table:
         """The layout for a site's input.
 
@@ -124,7 +129,8 @@ def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
     known = [plan._ids for plan in plans]
     if any(ids is None for ids in known) or torch.compiler.is_compiling():
         rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]
-        return Parts((1,) * rows, tuple(i.clamp(min=0) for i in ids), ((False,) * rows,) * len(plans), tuple(i >= 0 for i in ids))
+        each = tuple((row,) for row in range(rows))
+        return Parts(each, tuple(i.clamp(min=0) for i in ids), ((False,) * rows,) * len(plans), tuple(i >= 0 for i in ids))
     first = plans[0]
     if any(plan is not first for plan in plans):
         return _parts(list(zip(*known, strict=True)), len(plans), device)
@@ -145,7 +151,7 @@ def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> 
     sorted_already = order == list(range(len(order)))
     take = None if sorted_already else torch.tensor(order, dtype=torch.int64, device=device)
     return Parts(
-        tuple(len(groups[members]) for members in used),
+        tuple(tuple(groups[members]) for members in used),
         tuple(torch.tensor([max(i, 0) for i in column], dtype=torch.int64, device=device) for column in columns),
         tuple(tuple(i < 0 for i in column) for column in columns),
         (None,) * plans,

@@ -20,8 +20,8 @@ from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
 from .ops import Op, as_one_product, check_bias, check_dropout, merge_site, one_product, tensors_at, unfolded
 from .reading import Adapted, enter, inside, leave
-from .rebind import BINDABLE, rebound, slots
-from .splitting import Chains, by_adapters
+from .rebind import BINDABLE, rebound, twin
+from .splitting import Chains, Within, by_adapters, narrowed
 from .underneath import Underneath
 
 __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
@@ -131,8 +131,8 @@ def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
     def home(key: tuple[str, str]) -> Any:
         return self._modules[key[0]] if key[0] else self
 
-    def call(chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _on_adapted(self, chains, args, kwargs)
+    def call(chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
+        return _on_adapted(self, chains, args, kwargs, within)
 
     return by_adapters(self, chains, home, call, args, kwargs)
 
@@ -143,9 +143,11 @@ def _chains(site: Any) -> Chains:
     return own | {(child, name): ops for child in site._ll_inner for name, ops in site._modules[child]._ll_subs.items()}
 
 
-def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
     """The call on tensors with the adapters of `chains` in; what the module notes on itself stays noted."""
     made = _concrete(self, chains)
+    if within is not None:
+        made.__dict__["_modules"] = narrowed(made, within)
     if torch.compiler.is_compiling():
         return made.forward(*args, **kwargs)
     before = dict(made.__dict__)
@@ -159,12 +161,8 @@ def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[s
 
 def _concrete(site: Any, chains: Chains) -> Any:
     """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
-    made = object.__new__(site._ll_base)
+    made = twin(site, site._ll_base)
     attributes = made.__dict__
-    attributes.update(site.__dict__)
-    for name in slots(site._ll_base):
-        if hasattr(site, name):
-            object.__setattr__(made, name, getattr(site, name))
     attributes["_parameters"] = {**site._parameters, **_adapted(site, chains)}
     if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()

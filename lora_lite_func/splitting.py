@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .ops import Op, tensors_at
-from .plan import Parts, not_rows, parted
+from .plan import Parts, Plan, not_rows, parted
+from .rebind import BINDABLE, rebound, twin
 from .spec import Params
 
-__all__ = ["Chains", "by_adapters"]
+__all__ = ["Chains", "Within", "by_adapters", "narrowed"]
 
 Chains = Mapping[tuple[str, str], tuple[Op, ...]]
 """The adapters that go into each tensor that a module substitutes, by names of the module's child (or "") and the tensor."""
+
+Within = Callable[[Plan], Plan]
+"""The plan of a part's rows, of a plan of all rows."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
@@ -44,7 +48,7 @@ def by_adapters(
         module: the site.
         chains: its adapters, some of them a stack's with a plan of the rows.
         home: key of a chain -> the module that holds its tensors.
-        call: (chains, args, kwargs) -> the output, for adapters that all rows have.
+        call: (chains, args, kwargs, within) -> the output, for adapters that all rows have; `within` is for what is inside the module.
         args: of the call.
         kwargs: of the call.
 
@@ -60,14 +64,15 @@ def by_adapters(
     lead = next((t for t, at in zip(flat, places, strict=True) if at is not None))
     parts = parted(plans, lead.device)
     members = {at: _members(op, home(at[0]), parts, n) for n, (at, op) in enumerate(mixed.items())}
-    cut = [[t] * len(parts.sizes) if at is None else _cut(t, at, parts) for t, at in zip(flat, places, strict=True)]
+    cut = [[t] * len(parts.rows) if at is None else _cut(t, at, parts) for t, at in zip(flat, places, strict=True)]
     made = []
-    for n in range(len(parts.sizes)):
+    for n, rows in enumerate(parts.rows):
         own = {
             key: tuple(one for i, op in enumerate(ops) if (one := members[key, i][n] if (key, i) in members else op) is not None)
             for key, ops in chains.items()
         }
-        made.append(call(own, *pytree.tree_unflatten([pieces[n] for pieces in cut], form)))
+        within = None if len(parts.rows) == 1 else _of(rows)
+        made.append(call(own, *pytree.tree_unflatten([pieces[n] for pieces in cut], form), within))
     if not made:  # no rows
         return call({key: tuple(op for op in ops if op.plan is None) for key, ops in chains.items()}, args, kwargs)
     return made[0] if len(made) == 1 else _joined(module, made, parts)
@@ -85,12 +90,13 @@ def _members(op: Op, module: Any, parts: Parts, plan: int) -> list[Op | None]:
 def _cut(t: Tensor, at: _Rows, parts: Parts) -> Sequence[Tensor]:
     """A tensor's rows, part by part."""
     dim, each = at
+    sizes = [len(rows) * each for rows in parts.rows]
     if parts.take is None:
-        return t.split([size * each for size in parts.sizes], dim)
+        return t.split(sizes, dim)
     take = parts.take.to(t.device)
     if each > 1:
         take = (take[:, None] * each + torch.arange(each, device=t.device)).flatten()
-    return t.index_select(dim, take).split([size * each for size in parts.sizes], dim)
+    return t.index_select(dim, take).split(sizes, dim)
 
 
 def _joined(module: Any, made: list[Any], parts: Parts) -> Any:
@@ -105,9 +111,9 @@ def _joined(module: Any, made: list[Any], parts: Parts) -> Any:
             joined.append(column[0])
             continue
         dim = _output_dim(module, n)
-        for t, size in zip(column, parts.sizes, strict=True):
-            if t.ndim <= dim or t.shape[dim] != size:
-                raise not_rows(path, t, size)
+        for t, rows in zip(column, parts.rows, strict=True):
+            if t.ndim <= dim or t.shape[dim] != len(rows):
+                raise not_rows(path, t, len(rows))
         whole = torch.cat(column, dim)
         joined.append(whole if parts.back is None else whole.index_select(dim, parts.back.to(whole.device)))
     return pytree.tree_unflatten(joined, forms[0])
@@ -116,16 +122,60 @@ def _joined(module: Any, made: list[Any], parts: Parts) -> Any:
 _OUTPUT = "its output holds a {}, in which the rows of several adapters can't be told apart; leave it out with exclude_names"
 
 
+def _of(rows: Sequence[int]) -> Within:
+    made: list[tuple[Plan, Plan]] = []
+
+    def within(plan: Plan) -> Plan:
+        found = next((new for old, new in made if old is plan), None)
+        if found is None:
+            found = plan.only(rows)
+            made.append((plan, found))
+        return found
+
+    return within
+
+
+def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
+    """A module's children for a part's rows: copies of those in which rows have adapters of their own, the others themselves."""
+    copies: dict[int, Any] = {}
+
+    def narrow(ops: Sequence[Op]) -> tuple[Op, ...]:
+        return tuple(op if op.plan is None else op._replace(plan=within(op.plan)) for op in ops)
+
+    def visit(child: nn.Module) -> nn.Module:
+        if id(child) in copies:
+            return copies[id(child)]
+        had, inside = child.__dict__, {name: c if c is None else visit(c) for name, c in child._modules.items()}
+        ops, subs = had.get("_ll_ops", ()), had.get("_ll_subs", {})
+        mixed = any(op.plan is not None for chain in (ops, *subs.values()) for op in chain)
+        made = child
+        if mixed or any(inside[name] is not c for name, c in child._modules.items()):
+            made = twin(child, type(child))
+            made.__dict__["_modules"] = inside
+            if mixed:
+                made.__dict__.update(_ll_ops=narrow(ops), _ll_subs={name: narrow(chain) for name, chain in subs.items()})
+        copies[id(child)] = made
+        return made
+
+    children = {name: c if c is None else visit(c) for name, c in module._modules.items()}
+    for made in copies.values():
+        for name, value in made.__dict__.items():
+            if isinstance(value, BINDABLE) and rebound(value, copies, 0) is not value:
+                made.__dict__[name] = rebound(value, copies, 0)
+    return children
+
+
 # ------------------------------------------------------------------------------------------------------ where rows are
 def _check_apart(module: Any) -> None:
     """Refuse a module in whose call rows meet."""
-    together = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-    counts = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and module.track_running_stats
-    if together or counts:
-        raise UnsupportedError(
-            f"{module._ll_path!r} ({type(module).__name__}): its statistics are the whole batch's in training mode, so its rows can't "
-            "have adapters of their own; put it in eval mode, or leave it out with exclude_names"
-        )
+    for part in module.modules():
+        together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
+        counts = isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.training and part.track_running_stats
+        if together or counts:
+            raise UnsupportedError(
+                f"{module._ll_path!r}: statistics of its {type(part).__name__} are the whole batch's, so its rows can't have adapters of "
+                "their own; put that in eval mode, with running statistics, or leave the site out with exclude_names"
+            )
 
 
 def _places(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any], counts: Sequence[int]) -> list[_Rows | None]:

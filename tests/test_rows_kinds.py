@@ -270,7 +270,7 @@ def test_a_stranger_s_further_tensors() -> None:
         ),
         (lambda: nn.LayerNorm(4), {"target_kinds": "norm"}, (4,), ll.UnsupportedError, "shape .4,., which has no dimension of rows"),
         (lambda: nn.InstanceNorm1d(2, affine=True), {"target_kinds": "norm"}, (2, 4), ll.UnsupportedError, "no dimension of rows"),
-        (lambda: nn.BatchNorm1d(4).train(), {"target_kinds": "norm"}, (2, 4), ll.UnsupportedError, "its statistics are the whole batch's"),
+        (lambda: nn.BatchNorm1d(4).train(), {"target_kinds": "norm"}, (2, 4), ll.UnsupportedError, "statistics of its BatchNorm1d"),
         (
             lambda: Experts(2, 4, 4, False),
             {"target_parameters": "proj"},
@@ -292,3 +292,51 @@ def test_batch_statistics_go_with_no_row_but_no_row_is_needed_in_eval_mode() -> 
     members = [moved(ll.init(model, ll.LNTuningConfig()), s) for s in range(2)]
     x = features(3, 4)
     close(ll.apply(model, ll.rows(ll.stack(members), [1, 0, -1]), x), looped(model, members, [1, 0, -1], x), 1e-12)
+
+
+class Gained(nn.Module):
+    """A block as ConvNeXt's: bare parameters beside layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(16))
+        self.mix = nn.Parameter(torch.empty(16, 16))
+        self.inner = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.Conv1d(3, 3, 1))
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x) * self.gain
+        return (x + self.attend(y, y, y, need_weights=False)[0]) @ self.mix
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_site_around_other_sites(deep: bool) -> None:
+    model = seeded(nn.Sequential(Gained(), Gained()) if deep else Gained())
+    chosen = {"target_kinds": ("linear", "conv", "norm"), "target_parameters": ("gain", "in_proj_weight")}
+    gates = [moved(ll.init(model, ll.IA3Config(**chosen), seed=s), s) for s in range(3)]
+    turns = [moved(ll.init(model, ll.LoRAConfig(r=2, target_names="1$", target_parameters="mix"), seed=s), s) for s in range(2)]
+    assert len(gates[0]) == (12 if deep else 6)
+    of, other, x = [2, 0, -1, 0, 2], [0, 1, 1, -1, 0], features(5, 3, 16)
+    pick = lambda members, i: members[i] if i >= 0 else ()  # noqa: E731
+    rows = enumerate(zip(of, other, strict=True))
+    wanted = torch.cat([ll.apply(model, (pick(gates, i), pick(turns, j)), x[n : n + 1]) for n, (i, j) in rows])
+    stacks = ll.stack(gates), ll.stack(turns)
+    both = lambda a, b, x: ll.apply(model, (ll.rows(a, of), ll.rows(b, other)), x)  # noqa: E731
+    before = snapshot(model)
+    close(both(*stacks, x), wanted, 1e-10)
+    bound = ll.bind(model, (ll.rows(stacks[0], of), ll.rows(stacks[1], other)))
+    for _ in range(2):
+        close(bound(x), wanted, 1e-10)
+    if not deep:
+        mixed = lambda i, j, x: ll.apply(model, (ll.rows(stacks[0], i), ll.rows(stacks[1], j)), x)  # noqa: E731
+        step = torch.compile(mixed, fullgraph=True, backend="eager")
+        close(step(torch.tensor(of[1:3]), torch.tensor(other[1:3]), x[1:3]), wanted[1:3], 1e-10)
+    assert same_state(before, snapshot(model))
+
+
+def test_a_site_around_a_batch_norm() -> None:
+    model = seeded(Gained())
+    model.inner[0] = nn.BatchNorm1d(3).double().train()
+    members = [moved(ll.init(model, ll.IA3Config(target_parameters="gain")), s) for s in range(2)]
+    with pytest.raises(ll.UnsupportedError, match="'': statistics of its BatchNorm1d are the whole batch's"):
+        ll.apply(model, ll.rows(ll.stack(members), [0, 1]), features(2, 3, 16))
