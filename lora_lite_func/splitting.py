@@ -1,17 +1,19 @@
 """A module's own call on a batch whose rows have adapters of their own: once for each adapter, on its rows and its weights.
 
-Where the rows are in what comes to a call its class says; of a class that isn't known, what can't be told is refused.
+Like parts of a norm or a linear layer are mapped over; kernels of convolutions, attention and recurrent layers are called part by part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .axes import PLAIN, Axis, check_apart, input_axes, output_axis
+from .batching import mapped
 from .errors import UnsupportedError
 from .ops import Op, tensors_at
 from .plan import Parts, Plan, not_rows, parted
@@ -25,18 +27,6 @@ Chains = Mapping[tuple[str, str], tuple[Op, ...]]
 
 Within = Callable[[Plan], Plan]
 """The plan of a part's rows, of a plan of all rows."""
-
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-
-
-class _Rows(NamedTuple):
-    """Where a tensor has its rows: in which dimension, and how many of its entries are one row's."""
-
-    dim: int = 0
-    each: int = 1
-
-
-_FIRST = _Rows()
 
 
 def by_adapters(
@@ -56,41 +46,89 @@ def by_adapters(
         StructureError: a tensor hasn't the rows where it should.
         UnsupportedError: rows meet in the module, or can't be told in what comes to it or leaves it.
     """
-    _check_apart(module)
+    check_apart(module)
     mixed = {(key, i): op for key, ops in chains.items() for i, op in enumerate(ops) if op.plan is not None}
     plans = [op.plan for op in mixed.values() if op.plan is not None]
     flat, form = pytree.tree_flatten((args, kwargs))
-    places = _places(module, args, kwargs, flat, [plan.rows for plan in plans])
+    places = input_axes(module, args, kwargs, flat, [plan.rows for plan in plans])
     lead = next((t for t, at in zip(flat, places, strict=True) if at is not None))
     parts = parted(plans, lead.device)
-    members = {at: _members(op, home(at[0]), parts, n) for n, (at, op) in enumerate(mixed.items())}
-    cut = [[t] * len(parts.rows) if at is None else _cut(t, at, parts) for t, at in zip(flat, places, strict=True)]
-    made = []
-    for n, rows in enumerate(parts.rows):
-        own = {
-            key: tuple(one for i, op in enumerate(ops) if (one := members[key, i][n] if (key, i) in members else op) is not None)
-            for key, ops in chains.items()
-        }
-        within = None if len(parts.rows) == 1 else _of(rows)
-        made.append(call(own, *pytree.tree_unflatten([pieces[n] for pieces in cut], form), within))
-    if not made:  # no rows
+    if not parts.rows:
         return call({key: tuple(op for op in ops if op.plan is None) for key, ops in chains.items()}, args, kwargs)
-    return made[0] if len(made) == 1 else _joined(module, made, parts)
+    runs = _runs(parts, _maps(module))
+    members = {at: _members(op, home(at[0]), parts, n, runs) for n, (at, op) in enumerate(mixed.items())}
+    cut = [[t] * len(runs) if at is None else _cut(t, at, parts, runs) for t, at in zip(flat, places, strict=True)]
+
+    def one(own: Mapping[Any, Op | None], pieces: list[Any], within: Within | None) -> Any:
+        chosen = {
+            key: tuple(op for op in (own.get((key, i), op) for i, op in enumerate(ops)) if op is not None) for key, ops in chains.items()
+        }
+        return call(chosen, *pytree.tree_unflatten(pieces, form), within)
+
+    made = []
+    for n, (low, high) in enumerate(runs):
+        own, pieces = {at: ops[n] for at, ops in members.items()}, [column[n] for column in cut]
+        if high - low > 1:
+            made.append(_together(one, own, pieces, [at is not None for at in places], high - low))
+        else:
+            made.append(one(own, pieces, None if len(runs) == 1 else _of(parts.rows[low])))
+    return made[0] if len(made) == 1 and parts.back is None else _joined(module, made, parts, runs)
 
 
-def _members(op: Op, module: Any, parts: Parts, plan: int) -> list[Op | None]:
-    """The adapter of each part; None where it has none."""
+def _maps(module: Any) -> bool:
+    """Whether a module's call is better mapped over like parts: it has a rule for that, and no kernel that is faster part by part."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return torch.compiler.is_compiling()
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    own = module._ll_subs.get("weight", ())
+    return isinstance(module, (*norms, nn.Linear)) or any(op.site.kind == "norm" for op in own)
+
+
+def _runs(parts: Parts, maps: bool) -> list[tuple[int, int]]:
+    """[(low, high)] of the parts: each alone, or neighbours with as many rows, and adapters for the same plans, together."""
+    if not maps:
+        return [(n, n + 1) for n in range(len(parts.rows))]
+    runs: list[tuple[int, int]] = []
+    kinds = [(len(rows), *(bare[n] for bare in parts.bare)) for n, rows in enumerate(parts.rows)]
+    for n, kind in enumerate(kinds):
+        if runs and kinds[runs[-1][0]] == kind:
+            runs[-1] = (runs[-1][0], n + 1)
+        else:
+            runs.append((n, n + 1))
+    return runs
+
+
+def _members(op: Op, module: Any, parts: Parts, plan: int, runs: Sequence[tuple[int, int]]) -> list[Op | None]:
+    """The adapter of each run, of several parts with a leading axis of those; None where it has none."""
     index, bare, here = parts.members[plan], parts.bare[plan], parts.here[plan]
-    leaves = {name: t.index_select(0, index.to(t.device)).unbind(0) for name, t in tensors_at(op, module).items()}
-    flags = [None] * len(bare) if here is None else here.unbind(0)
-    own: list[Params] = [{name: ts[n] for name, ts in leaves.items()} for n in range(len(bare))]
-    return [None if bare[n] else op._replace(p=own[n], plan=None, here=flags[n]) for n in range(len(bare))]
+    sizes = [high - low for low, high in runs]
+
+    def split(t: Tensor) -> list[Tensor]:
+        return [piece.squeeze(0) if piece.shape[0] == 1 else piece for piece in t.split(sizes)]
+
+    leaves = {name: split(t.index_select(0, index.to(t.device))) for name, t in tensors_at(op, module).items()}
+    flags = [None] * len(runs) if here is None else split(here)
+    own: list[Params] = [{name: ts[n] for name, ts in leaves.items()} for n in range(len(runs))]
+    return [None if bare[low] else op._replace(p=own[n], plan=None, here=flags[n]) for n, (low, _) in enumerate(runs)]
 
 
-def _cut(t: Tensor, at: _Rows, parts: Parts) -> Sequence[Tensor]:
-    """A tensor's rows, part by part."""
+def _together(one: Callable[..., Any], own: Mapping[Any, Op | None], pieces: list[Any], has_rows: list[bool], count: int) -> Any:
+    """The call mapped over parts of as many rows."""
+    present = {at: op for at, op in own.items() if op is not None}
+    rows = [t.unflatten(0, (count, -1)) for t, there in zip(pieces, has_rows, strict=True) if there]
+
+    def of_part(leaves: list[Params], here: list[Tensor | None], *rows: Tensor) -> Any:
+        it = iter(rows)
+        ops = {at: op._replace(p=p, here=h) for (at, op), p, h in zip(present.items(), leaves, here, strict=True)}
+        return one({**own, **ops}, [next(it) if there else t for t, there in zip(pieces, has_rows, strict=True)], None)
+
+    return mapped(of_part, [op.p for op in present.values()], [op.here for op in present.values()], *rows).flatten(0, 1)
+
+
+def _cut(t: Tensor, at: Axis, parts: Parts, runs: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """A tensor's rows, run by run."""
     dim, each = at
-    sizes = [len(rows) * each for rows in parts.rows]
+    sizes = [size * each for size in _sizes(parts, runs)]
     if parts.take is None:
         return t.split(sizes, dim)
     take = parts.take.to(t.device)
@@ -99,21 +137,25 @@ def _cut(t: Tensor, at: _Rows, parts: Parts) -> Sequence[Tensor]:
     return t.index_select(dim, take).split(sizes, dim)
 
 
-def _joined(module: Any, made: list[Any], parts: Parts) -> Any:
-    """The parts' outputs as one, each row where it was."""
+def _sizes(parts: Parts, runs: Sequence[tuple[int, int]]) -> list[int]:
+    return [sum(map(len, parts.rows[low:high])) for low, high in runs]
+
+
+def _joined(module: Any, made: list[Any], parts: Parts, runs: Sequence[tuple[int, int]]) -> Any:
+    """The runs' outputs as one, each row where it was."""
     columns, forms = zip(*map(pytree.tree_flatten, made), strict=True)
     path, kind = module._ll_path, type(module).__name__
     joined: list[Any] = []
     for n, column in enumerate(zip(*columns, strict=True)):
         if not isinstance(column[0], Tensor):
-            if not isinstance(column[0], _PLAIN) or any(value != column[0] for value in column):
+            if not isinstance(column[0], PLAIN) or any(value != column[0] for value in column):
                 raise UnsupportedError(f"{path!r} ({kind}): {_OUTPUT.format(type(column[0]).__name__)}")
             joined.append(column[0])
             continue
-        dim = _output_dim(module, n)
-        for t, rows in zip(column, parts.rows, strict=True):
-            if t.ndim <= dim or t.shape[dim] != len(rows):
-                raise not_rows(path, t, len(rows))
+        dim = output_axis(module, n)
+        for t, size in zip(column, _sizes(parts, runs), strict=True):
+            if t.ndim <= dim or t.shape[dim] != size:
+                raise not_rows(path, t, size)
         whole = torch.cat(column, dim)
         joined.append(whole if parts.back is None else whole.index_select(dim, parts.back.to(whole.device)))
     return pytree.tree_unflatten(joined, forms[0])
@@ -163,122 +205,3 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
             if isinstance(value, BINDABLE) and rebound(value, copies, 0) is not value:
                 made.__dict__[name] = rebound(value, copies, 0)
     return children
-
-
-# ------------------------------------------------------------------------------------------------------ where rows are
-def _check_apart(module: Any) -> None:
-    """Refuse a module in whose call rows meet."""
-    for part in module.modules():
-        together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
-        counts = isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.training and part.track_running_stats
-        if together or counts:
-            raise UnsupportedError(
-                f"{module._ll_path!r}: statistics of its {type(part).__name__} are the whole batch's, so its rows can't have adapters of "
-                "their own; put that in eval mode, with running statistics, or leave the site out with exclude_names"
-            )
-
-
-def _places(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any], counts: Sequence[int]) -> list[_Rows | None]:
-    """Where each leaf of a call's arguments has its rows; None for what all rows share."""
-    path = module._ll_path
-    if isinstance(module, nn.MultiheadAttention):
-        places = _of_attention(module, args, kwargs)
-    elif isinstance(module, nn.RNNBase):
-        places = _of_recurrent(module, args, kwargs, flat)
-    else:
-        places = _of_others(module, flat, counts[0])
-    for t, at in zip(flat, places, strict=True):
-        for rows in counts:
-            if at is not None and (t.ndim <= at.dim or t.shape[at.dim] != rows * at.each):
-                raise not_rows(path, t, rows)
-    return places
-
-
-def _of_attention(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Rows | None]:
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    given = [*zip(names, args, strict=False), *kwargs.items()]
-    along = _Rows(0 if module.batch_first else 1)
-    where = dict.fromkeys(names[:3], along) | {"key_padding_mask": _FIRST}
-    for name, value in given:
-        if name == "attn_mask" and value is not None and value.ndim == 3:
-            where[name] = _Rows(0, module.num_heads)
-        if name in names[:3] and value.ndim != 3:
-            raise _unbatched(module, value)
-    return [where.get(name) if isinstance(value, Tensor) else None for name, value in given]
-
-
-def _of_recurrent(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> list[_Rows | None]:
-    x = args[0] if args else kwargs["input"]
-    if isinstance(x, nn.utils.rnn.PackedSequence):
-        raise UnsupportedError(f"{module._ll_path!r}: rows of a packed sequence can't have adapters of their own; give it padded")
-    if x.ndim != 3:
-        raise _unbatched(module, x)
-    own = _Rows(0 if module.batch_first else 1)
-    return [None if not isinstance(t, Tensor) else own if t is x else _Rows(1) for t in flat]
-
-
-def _of_others(module: Any, flat: list[Any], rows: int) -> list[_Rows | None]:
-    """Torch's layers take rows first in every tensor. Of a stranger the first tensor does; another may be shared by all rows."""
-    tensors = [t for t in flat if isinstance(t, Tensor)]
-    odd = next((value for value in flat if not isinstance(value, (Tensor, *_PLAIN))), None)
-    if odd is not None or not tensors:
-        what = "no tensor" if odd is None else f"a {type(odd).__name__}"
-        raise UnsupportedError(f"{module._ll_path!r} ({type(module).__name__}): is given {what}, {_INPUT}")
-    x, least = tensors[0], _least(module)
-    if x.ndim < (least or 1):
-        raise _unbatched(module, x)
-    if x.shape[0] != rows:
-        raise not_rows(module._ll_path, x, rows)
-    if least:
-        return [_FIRST if isinstance(t, Tensor) else None for t in flat]
-    return [None if not isinstance(t, Tensor) else _FIRST if t is x else _of_stranger(module, t, x, rows) for t in flat]
-
-
-_INPUT = "in which rows can't be told apart; leave it out with exclude_names, or call the model once per adapter"
-
-
-def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> _Rows | None:
-    """Where a further tensor of an unknown module has its rows, x (rows, ...) being the first."""
-    if t.ndim == 0 or (t.shape[0] == 1 != rows):
-        return None
-    inner = t.shape[0] in x.shape[1:]
-    if inner != (t.shape[0] == rows):
-        return None if inner else _FIRST
-    raise UnsupportedError(
-        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(t.shape)} beside one of shape "
-        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} rows; {_INPUT}"
-    )
-
-
-def _least(module: Any) -> int:
-    """How many dimensions an input with rows has at least, where the module's class is known; 0 for a stranger's."""
-    match module:
-        case nn.modules.conv._ConvNd():
-            return len(module.kernel_size) + 2
-        case nn.LayerNorm() | nn.RMSNorm():
-            return len(module.normalized_shape) + 1
-        case nn.modules.instancenorm._InstanceNorm():
-            return module._get_no_batch_dim() + 1
-        case nn.Linear() | nn.Bilinear() | nn.GroupNorm() | nn.modules.batchnorm._NormBase():
-            return 2
-        case nn.Embedding():
-            return 1
-        case nn.EmbeddingBag():
-            return 2
-    return 0
-
-
-def _unbatched(module: Any, x: Tensor) -> UnsupportedError:
-    return UnsupportedError(
-        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(x.shape)}, which has no dimension of rows; "
-        "give it a batch, or call the model once per adapter"
-    )
-
-
-def _output_dim(module: Any, n: int) -> int:
-    """Where the n-th leaf of a module's output has its rows."""
-    if isinstance(module, nn.MultiheadAttention):
-        return 0 if module.batch_first or n else 1
-    if isinstance(module, nn.RNNBase):
-        return 0 if module.batch_first and not n else 1
-    return 0
