@@ -17,7 +17,7 @@ from .ops import Op, unfolded
 from .plan import Run, Table, not_rows
 from .spec import Params
 
-__all__ = ["by_rows", "low_rank_by_rows", "undisturbed"]
+__all__ = ["by_rows", "low_rank_by_rows", "mapped", "undisturbed"]
 
 
 def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
@@ -61,7 +61,7 @@ class _Rows:
         if run.high - run.low == 1 or variant.leading:
             return one(p)
         if self.layer.is_plain:
-            return _mapped(one, p)
+            return mapped(one, p)
         return _piled(
             [one({name: t[i] for name, t in p.items()}) for i in range(run.high - run.low)]
         )  # a packed layer has no rule for vmap
@@ -83,7 +83,7 @@ class _Rows:
                 continue
             rows = [b.unflatten(0, (count, width)) for b in rows]
             together = variant.leading and rows[0].is_floating_point()
-            made.append((one(p, d, *rows) if together else _mapped(one, p, d, *rows)).flatten(0, 1))
+            made.append((one(p, d, *rows) if together else mapped(one, p, d, *rows)).flatten(0, 1))
         return made
 
 
@@ -194,7 +194,7 @@ def _shared(x: Tensor, table: Table) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- vmap on trees
-def _mapped(f: Callable[..., Any], *trees: Any) -> Any:
+def mapped(f: Callable[..., Any], *trees: Any) -> Any:
     """f over the leading axis of every tensor in the trees; what isn't a tensor passes through, in and out."""
     flat, spec = pytree.tree_flatten(trees)
     tensors = [t for t in flat if isinstance(t, Tensor)]

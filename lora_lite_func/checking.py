@@ -26,7 +26,7 @@ from .tied import everywhere
 
 __all__ = ["check"]
 
-_COMPUTED = ("weight_g", "weight_v", "weight_orig")
+_COMPUTED = ("weight_g", "weight_v", "weight_orig", "bias_orig")
 """What torch's older norms compute the weight from, before the layer's own call begins."""
 
 

@@ -17,7 +17,7 @@ import torch
 
 from .errors import ConfigError, nearest, shown
 
-__all__ = ["DEFAULT_EXCLUDE", "LARGEST", "AdapterConfig", "Role", "field", "from_dict", "probability", "record", "to_dict"]
+__all__ = ["DEFAULT_EXCLUDE", "LARGEST", "AdapterConfig", "Role", "dropout_of", "field", "from_dict", "probability", "record", "to_dict"]
 
 Role = Literal["reader", "writer", "inner"]
 Config = TypeVar("Config", bound="AdapterConfig")
@@ -117,6 +117,11 @@ def probability(value: float, where: str) -> None:
     """
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{where}: expected a probability in [0, 1), found {value}")
+
+
+def dropout_of(cfg: AdapterConfig) -> str:
+    """The field by which a config asks for dropout; "" if it asks for none."""
+    return next((name for name in ("dropout", "block_dropout") if getattr(cfg, name, 0.0)), "")
 
 
 def to_dict(cfg: AdapterConfig) -> dict[str, Any]:

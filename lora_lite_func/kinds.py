@@ -3,7 +3,8 @@
 Methods see (d_out, d_in), or (E, d_out, d_in) for a stack of E weights, however the tensor is stored:
 
     linear      nn.Linear and whatever has in_features, out_features, weight; transformers' Conv1D, stored (d_in, d_out)
-    conv        W.flatten(1): (out channels, in channels / groups * kernel entries)
+    conv        W.flatten(1): (out channels, in channels / groups * kernel entries); of a transposed one, stored
+                (in channels, out channels / groups, ...), likewise a row for each output channel
     embedding   the linear map from one-hot ids: the table's transpose, (features, number of ids)
     norm        the gain as a column, (features, 1); of Gemma's kind 1 + the stored one
     parameter   a bare tensor of two or more dimensions; one of three is a stack, unless it is a kernel
@@ -92,18 +93,22 @@ def _linear_size(module: Any) -> tuple[int, int] | None:
 
 
 def _is_conv(module: Any) -> bool:
-    """Kernels stored (out, in / groups, ...): not the transposed convolutions, whose first dimension is the input's."""
     if not hasattr(module, "kernel_size"):  # asked first: a whole model may warn when it is asked for channels
         return False
     channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
     if not isinstance(channels, int) or not isinstance(weight, Tensor):
         return False
-    return not getattr(module, "transposed", False) and not isinstance(weight, nn.UninitializedParameter) and weight.shape[0] == channels
+    if isinstance(weight, nn.UninitializedParameter) or weight.ndim < 2:
+        return False
+    return channels == (weight.shape[1] * getattr(module, "groups", 1) if _is_transposed_conv(module) else weight.shape[0])
+
+
+def _is_transposed_conv(module: Any) -> bool:
+    return getattr(module, "transposed", False) is True
 
 
 def _conv_size(module: Any) -> tuple[int, int] | None:
-    weight = stored(module, "weight")
-    return (weight.numel() // len(weight), len(weight)) if _is_conv(module) else None
+    return (stored(module, "weight").numel() // module.out_channels, module.out_channels) if _is_conv(module) else None
 
 
 def _is_embedding(module: Any) -> bool:
@@ -145,7 +150,7 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "linear", "linear-like module", "linear-like layers", _is_linear, _linear_size, _never, _is_transposed_linear, DEFAULT_EXCLUDE
         ),
-        Kind("conv", "convolution", "convolutions", _is_conv, _conv_size, hides=DEFAULT_EXCLUDE[:1]),
+        Kind("conv", "convolution", "convolutions", _is_conv, _conv_size, transposed=_is_transposed_conv, hides=DEFAULT_EXCLUDE[:1]),
         Kind("embedding", "embedding", "embeddings", _is_embedding, _embedding_size, _looks_up_itself, _is_embedding, one_hot=True),
         Kind("norm", "norm", "norms", _is_norm, _norm_size),
         Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
@@ -199,9 +204,9 @@ def misfit(site: Site, module: Any) -> tuple[str, str] | None:
     found = kind.size(module)
     expected = f"{site.d_in} -> {site.d_out}"
     if found == (site.d_in, site.d_out) or (found is None and kind.listed):
-        if site.transposed and not kind.transposed(module):
-            return f"{expected}, stored transposed", "it as it is"
-        return None
+        if site.transposed == kind.transposed(module):
+            return None
+        return f"{expected}, stored {'transposed' if site.transposed else 'as it is'}", "it as it is" if site.transposed else "transposed"
     return expected, f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
 
 
@@ -220,8 +225,8 @@ def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
 def matrix(W: Tensor, site: Site) -> Tensor:
     """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in): a view wherever it can be one."""
     if site.transposed:
-        W = W.mT
-    elif not site.stack and W.ndim != 2:
+        W = _rows_of_outputs(W, site) if W.ndim > 2 and not site.stack else W.mT
+    elif not site.stack and W.shape != (site.d_out, site.d_in):
         W = W.reshape(site.d_out, site.d_in)
     return W + 1.0 if site.plus_one else W
 
@@ -230,4 +235,13 @@ def restored(M: Tensor, W: Tensor, site: Site) -> Tensor:
     """A matrix in the form of the stored tensor W that it came from; exactly W where it is unchanged."""
     if site.plus_one:
         return W + (M - matrix(W, site)).reshape(W.shape)
+    if site.transposed and W.ndim > 2 and not site.stack:
+        groups = site.d_out // W.shape[1]
+        return M.reshape(groups, W.shape[1], -1, math.prod(W.shape[2:])).transpose(1, 2).reshape(W.shape)
     return (M.mT if site.transposed else M).reshape(W.shape)
+
+
+def _rows_of_outputs(W: Tensor, site: Site) -> Tensor:
+    """A transposed convolution's kernel, groups of (in, out, entries), as groups of (out, in, entries): (d_out, d_in)."""
+    groups = site.d_out // W.shape[1]
+    return W.reshape(groups, -1, W.shape[1], math.prod(W.shape[2:])).transpose(1, 2).reshape(site.d_out, site.d_in)

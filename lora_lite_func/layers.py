@@ -21,6 +21,7 @@ __all__ = [
     "compute_dtype",
     "dense_weight",
     "device_of",
+    "how_to_bake",
     "is_dense",
     "is_linear_like",
     "is_packed",
@@ -53,8 +54,23 @@ def stored(module: Any, name: str) -> Any:
         return own[name]
     if parametrize.is_parametrized(module, name):
         held = module.parametrizations[name]
-        return held.original if hasattr(held, "original") else held.original0
+        if hasattr(held, "original"):
+            return held.original
+        parts = [t for name, t in {**held._parameters, **held._buffers}.items() if name.startswith("original")]
+        return max(parts, key=Tensor.numel)  # of a size and a direction the direction
     return getattr(module, name, None)
+
+
+def how_to_bake(module: Any, name: str) -> str:
+    """What turns a layer's computed tensor into a parameter again."""
+    if parametrize.is_parametrized(module, name):
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+    hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    known = {"WeightNorm": "remove_weight_norm(layer)", "SpectralNorm": "remove_spectral_norm(layer)"}
+    found = next((f"torch.nn.utils.{known[hook]}" for hook in hooks if hook in known), None)
+    if found is None and f"{name}_mask" in module._buffers:
+        found = f"torch.nn.utils.prune.remove(layer, {name!r})"
+    return found or f"give the layer a parameter {name!r}"
 
 
 def is_packed(weight: Tensor) -> bool:

@@ -55,7 +55,9 @@ def open_adapter(path: str | os.PathLike[str], model: nn.Module | Callable[..., 
     saved = _typed(load(path))
     parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, dict) else saved)
     sites = [site for part in parts for site in part.sites.values()]
-    load(path, model(transposed=_transposed(sites), embeddings=[s.path for s in sites if s.kind == "embedding"]))  # refuses a misfit
+    upwards = {s.path: s.d_out for s in sites if s.kind == "conv" and s.transposed}
+    tables = [s.path for s in sites if s.kind == "embedding"]
+    load(path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards))  # refuses a misfit
     return saved
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from .config import AdapterConfig
+from .config import AdapterConfig, dropout_of
 from .errors import UnsupportedError
 from .hidden import Prompt
 from .kinds import KINDS, matrix, restored
@@ -24,6 +24,7 @@ __all__ = [
     "Op",
     "check_bias",
     "check_dense",
+    "check_dropout",
     "held_by",
     "hold",
     "leaves_at",
@@ -40,7 +41,8 @@ class Op(NamedTuple):
     """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model): its `slot`-th child.
 
     `prompt` is what the call knows of its prompt, where the site is a whole module; None in a bound model, whose calls tell it.
-    With a `plan` the tensors are a stack's, and each row of the batch has its own member.
+    With a `plan` the tensors are a stack's, and each row of the batch has its own member. `here` () bool, where it isn't None, says
+    whether there is one: for a row of which that isn't known.
     """
 
     variant: Variant
@@ -51,6 +53,7 @@ class Op(NamedTuple):
     slot: int = 0
     prompt: Prompt | None = None
     plan: Plan | None = None
+    here: Tensor | None = None
 
 
 class Leaves(nn.Module):
@@ -145,6 +148,20 @@ def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
         )
 
 
+def check_dropout(module: Any, ops: Iterable[Op]) -> None:
+    """Refuse to leave dropout out of training where a weight stands for the method: there is no branch whose input could be dropped.
+
+    Raises:
+        UnsupportedError: with the field that asks for it.
+    """
+    for op in ops if module.training else ():
+        if dropout_of(op.cfg):
+            raise UnsupportedError(
+                f"{op.site.path!r}: {dropout_of(op.cfg)} acts on features that come to a layer's call, and in this model the weight itself "
+                "is used here; set it to 0, leave the layer out with exclude_names, or put the model in eval mode"
+            )
+
+
 def check_dense(op: Op) -> None:
     """Refuse a method that no weight can stand for, and rows, which one weight can't serve.
 
@@ -175,8 +192,12 @@ def merge_site(module: Any, ops: Iterable[Op], W: Tensor, b: Tensor | None) -> t
     new, bias = W.to(core), start
     for op in ops:
         check_dense(op)
-        M, bias = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
-        new = restored(M, new, op.site)
+        M, moved = _dense(op, tensors_at(op, module), matrix(new, op.site), bias)
+        M = restored(M, new, op.site)
+        if op.here is not None:
+            M = torch.where(op.here, M, new)
+            moved = moved if moved is bias or moved is None else torch.where(op.here, moved, 0.0 if bias is None else bias)
+        new, bias = M, moved
     if KINDS[op.site.kind].one_hot:
         if bias is not None:  # every row has it: a one-hot vector's entries sum to one
             new, bias = restored(matrix(new, op.site) + bias[:, None], new, op.site), None

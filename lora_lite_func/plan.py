@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import StructureError
 
-__all__ = ["Plan", "Run", "Table", "not_rows"]
+__all__ = ["Parts", "Plan", "Run", "Table", "not_rows", "parted"]
 
 _CALL, _MEMBER = 20, 3
 """What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
@@ -52,6 +52,26 @@ class Table(NamedTuple):
     without: Tensor | None = None
 
 
+class Parts(NamedTuple):
+    """A batch cut into parts whose rows have the same adapters, for a call that has one weight for all its rows.
+
+    Attributes:
+        rows: of each part, in the order of the sorted batch.
+        members: by plan, (parts,) whose leaves each takes; 0 where it has none.
+        bare: by plan, which parts have none; all False where that isn't known.
+        here: by plan, (parts,) bool, which parts have one, where that isn't known; None where it is.
+        take: (N,) which row goes where in the sorted batch; None where it is the batch itself.
+        back: (N,) where each row is in the sorted batch; None likewise.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    members: tuple[Tensor, ...]
+    bare: tuple[tuple[bool, ...], ...]
+    here: tuple[Tensor | None, ...]
+    take: Tensor | None = None
+    back: Tensor | None = None
+
+
 class Plan:
     """Which adapter each row of a batch has.
 
@@ -61,13 +81,14 @@ class Plan:
         ranks: (members,) the largest rank each has anywhere; None where that isn't known or all are alike.
     """
 
-    __slots__ = ("_ids", "_tables", "ids", "members", "ranks", "rows")
+    __slots__ = ("_ids", "_parts", "_tables", "ids", "members", "ranks", "rows")
 
     def __init__(self, ids: Tensor, members: int, known: Sequence[int] | None, ranks: Sequence[int] | None = None) -> None:
         self.ids, self.members, self.rows = ids, members, ids.shape[0]
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
         self._ids = None if known is None else tuple(known)
         self._tables: dict[tuple[int, bool, bool, torch.device], Table] = {}
+        self._parts: dict[tuple[int, torch.device], Parts] = {}
 
     @property
     def known(self) -> bool:
@@ -84,6 +105,11 @@ class Plan:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Plan, (self.ids, self.members, self._ids, self.ranks)
+
+    def only(self, rows: Sequence[int]) -> Plan:
+        """The plan of some of the rows."""
+        known = None if self._ids is None else [self._ids[row] for row in rows]
+        return Plan(torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks)
 
     def table(self, x: Tensor, path: str, ranked: bool = False) -> Table:
         """The layout for a site's input.
@@ -107,6 +133,47 @@ class Plan:
         if key not in self._tables:
             self._tables[key] = _laid_out(self._ids, tokens, not key[1], x.device, self.ranks if ranked else None)
         return self._tables[key]
+
+
+def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
+    """The parts of a batch whose rows have an adapter by each of several plans; where ids are unknown each row is one.
+
+    Args:
+        plans: of as many rows each, at least one.
+        device: of the index tensors.
+    """
+    known = [plan._ids for plan in plans]
+    if any(ids is None for ids in known) or torch.compiler.is_compiling():
+        rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]
+        each = tuple((row,) for row in range(rows))
+        return Parts(each, tuple(i.clamp(min=0) for i in ids), ((False,) * rows,) * len(plans), tuple(i >= 0 for i in ids))
+    first = plans[0]
+    if any(plan is not first for plan in plans):
+        return _parts(list(zip(*known, strict=True)), len(plans), device)
+    key = (len(plans), device)
+    if key not in first._parts:
+        first._parts[key] = _parts(list(zip(*known, strict=True)), len(plans), device)
+    return first._parts[key]
+
+
+def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> Parts:
+    """Parts of rows whose ids, one for each plan, are known."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, members in enumerate(ids):
+        groups.setdefault(members, []).append(row)
+    used = sorted(groups)
+    order = [row for members in used for row in groups[members]]
+    columns = list(zip(*used, strict=True)) or [()] * plans
+    sorted_already = order == list(range(len(order)))
+    take = None if sorted_already else torch.tensor(order, dtype=torch.int64, device=device)
+    return Parts(
+        tuple(tuple(groups[members]) for members in used),
+        tuple(torch.tensor([max(i, 0) for i in column], dtype=torch.int64, device=device) for column in columns),
+        tuple(tuple(i < 0 for i in column) for column in columns),
+        (None,) * plans,
+        take,
+        None if take is None else torch.argsort(take),
+    )
 
 
 def not_rows(path: str, x: Tensor, rows: int) -> StructureError:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .layers import at_trace_time
 
-__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers", "slots"]
+__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers", "slots", "twin"]
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, weakref.ReferenceType, *_CONTAINERS)
@@ -79,6 +79,16 @@ def slots(cls: type) -> tuple[str, ...]:
 
 
 _SIZE = nn.Module.__basicsize__
+
+
+def twin(module: nn.Module, cls: type[nn.Module]) -> Any:
+    """A new object of class `cls` with the very attributes of a module, its dicts of tensors and children among them."""
+    made = object.__new__(cls)
+    made.__dict__.update(module.__dict__)
+    for name in slots(cls):
+        if hasattr(module, name):
+            object.__setattr__(made, name, getattr(module, name))
+    return made
 
 
 def rebound(value: Any, copies: dict[int, Any], depth: int) -> Any:

@@ -45,8 +45,9 @@ class Rows:
 def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
     """Each row of a batch its own adapter: `ll.apply(model, ll.rows(stack, [0, 2, -1, 0]), x)`.
 
-    Row i of the model's output is what `ll.apply(model, stack[ids[i]], x)` has there. The base runs once on the whole batch. Rows are
-    the first dimension of every site's input; ids in ascending order cost nothing, others an index of the activations per site.
+    Row i of the model's output is what `ll.apply(model, stack[ids[i]], x)` has there. The base runs once on the whole batch (a layer
+    whose weight itself is adapted, once for each adapter, on its rows). Rows are the first dimension of every site's input, or where
+    torch's attention and recurrent layers have them; ids in ascending order cost nothing, others an index of the activations per site.
     Keep the value for as long as the mix is the same: the rows are sorted when they are first seen.
 
     Args:

@@ -32,7 +32,7 @@ def per_sample_grads(model: nn.Module, params: Adapter, loss_fn: Callable[[Any, 
 
     Raises:
         StructureError: the loss isn't one number per sample, or the batch holds no tensor.
-        UnsupportedError: a site's weight is used itself, so its rows can't have adapters of their own.
+        UnsupportedError: rows can't have adapters of their own at a site: they meet in it, or its weight is read without a call.
     """
     check_shapes(params)
     args, kwargs = arguments(model, batch, True)

@@ -131,13 +131,20 @@ class _Transposed(nn.Module):
         self.nx, self.nf = shape
 
 
-def skeleton(shards: Shards, *, transposed: bool | None = None, embeddings: Iterable[str] = ()) -> nn.Module:
+def skeleton(
+    shards: Shards,
+    *,
+    transposed: bool | None = None,
+    embeddings: Iterable[str] = (),
+    upwards: Mapping[str, int] | None = None,
+) -> nn.Module:
     """A module tree with the folder's weights on the meta device (biases and gains for real), that reads a weight when it is asked for.
 
     Args:
         shards: the folder.
         transposed: linear layers are stored (in, out); by default what the model's type says.
         embeddings: paths of matrices that are tables.
+        upwards: {path: output channels} of transposed convolutions, whose kernels look like others.
 
     Raises:
         CheckpointError: a name that can't be a module's, or a dtype that no weight here has.
@@ -151,7 +158,7 @@ def skeleton(shards: Shards, *, transposed: bool | None = None, embeddings: Iter
         if any(not part or part.startswith("_") for part in name.split(".")) or kind not in _FLOATS:
             continue  # packed weights and bookkeeping: no site can be there
         weight = (*shards.shapes.get(f"{path}.weight" if path else "weight", ((), ""))[0],)
-        home = _at(root, path, weight, transposed and path not in tables, path in tables)
+        home = _at(root, path, weight, transposed and path not in tables, path in tables, (upwards or {}).get(path, 0))
         if home is None or (hasattr(home, leaf) and leaf not in home._parameters):
             raise CheckpointError(f"{shards.folder}: {shown(name)} can't be a tensor of a module")
         value = shards.read(name) if len(shape) < 2 else torch.empty(shape, dtype=_FLOATS[kind], device="meta")
@@ -161,7 +168,7 @@ def skeleton(shards: Shards, *, transposed: bool | None = None, embeddings: Iter
     return root
 
 
-def _at(root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, table: bool) -> nn.Module | None:
+def _at(root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) -> nn.Module | None:
     """The module at a path, made on the way; None where a tensor is."""
     here = root
     parts = path.split(".") if path else []
@@ -170,13 +177,13 @@ def _at(root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, t
         if child is None:
             if hasattr(here, part):
                 return None
-            child = _made(weight, transposed, table) if i == len(parts) - 1 else nn.Module()
+            child = _made(weight, transposed, table, upwards) if i == len(parts) - 1 else nn.Module()
             here.add_module(part, child)
         here = child
     return here
 
 
-def _made(weight: tuple[int, ...], transposed: bool, table: bool) -> nn.Module:
+def _made(weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) -> nn.Module:
     """The layer that a weight of this shape belongs to."""
     if len(weight) == 2:
         if transposed:
@@ -185,6 +192,9 @@ def _made(weight: tuple[int, ...], transposed: bool, table: bool) -> nn.Module:
             return nn.Embedding(*weight, device="meta")
         return nn.Linear(weight[1], weight[0], bias=False, device="meta")
     if len(weight) in (3, 4, 5):
+        if upwards and upwards % weight[1] == 0:
+            turned: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(weight) - 3]
+            return turned(weight[0], upwards, weight[2:], groups=upwards // weight[1], bias=False, device="meta")
         kinds = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
         return kinds[len(weight)](weight[1], weight[0], weight[2:], bias=False, device="meta")  # type: ignore[arg-type]
     return nn.LayerNorm(weight, bias=False, device="meta") if weight else nn.Module()

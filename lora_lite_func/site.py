@@ -18,11 +18,12 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, check_bias, leaves_at, merge_site, ready_at, tensors_at, unfolded
+from .ops import Op, check_bias, check_dropout, leaves_at, merge_site, ready_at, tensors_at, unfolded
 from .plain import linear
 from .reading import Adapted, enter, inside, leave
-from .rebind import BINDABLE, rebound, slots
+from .rebind import BINDABLE, rebound, twin
 from .spec import Params, Site
+from .splitting import Chains, Within, by_adapters, narrowed
 from .underneath import Underneath
 
 __all__ = ["Op", "flatten_again", "get_ready", "merge_site", "site_class"]
@@ -154,8 +155,31 @@ def _hidden(op: Op, y: Any, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Any],
 
 # ---------------------------------------------------------------------------------------------------- the weight route
 def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The module's own call on its adapted tensors; what it notes on itself stays noted."""
-    made = _concrete(self)
+    """The module's own call on its adapted tensors; where rows have adapters of their own, once for each of those."""
+    chains = _chains(self)
+    if all(op.plan is None for ops in chains.values() for op in ops):
+        return _on_adapted(self, chains, args, kwargs)
+
+    def home(key: tuple[str, str]) -> Any:
+        return self._modules[key[0]] if key[0] else self
+
+    def call(chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
+        return _on_adapted(self, chains, args, kwargs, within)
+
+    return by_adapters(self, chains, home, call, args, kwargs)
+
+
+def _chains(site: Any) -> Chains:
+    """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of all that a site substitutes."""
+    own = {("", name): ops for name, ops in site._ll_subs.items()}
+    return own | {(child, name): ops for child in site._ll_inner for name, ops in site._modules[child]._ll_subs.items()}
+
+
+def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
+    """The call on tensors with the adapters of `chains` in; what the module notes on itself stays noted."""
+    made = _concrete(self, chains)
+    if within is not None:
+        made.__dict__["_modules"] = narrowed(made, within)
     if torch.compiler.is_compiling():
         return made.forward(*args, **kwargs)
     before = dict(made.__dict__)
@@ -167,20 +191,17 @@ def _substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
                 self.__dict__[name] = value
 
 
-def _concrete(site: Any) -> Any:
+def _concrete(site: Any, chains: Chains) -> Any:
     """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
-    made = object.__new__(site._ll_base)
+    made = twin(site, site._ll_base)
     attributes = made.__dict__
-    attributes.update(site.__dict__)
-    for name in slots(site._ll_base):
-        if hasattr(site, name):
-            object.__setattr__(made, name, getattr(site, name))
-    attributes["_parameters"] = {**site._parameters, **_adapted(site)}
+    attributes["_parameters"] = {**site._parameters, **_adapted(site, chains)}
     if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
     inner = attributes["_ll_inner"]
     if inner:
-        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name]) for name in inner}}
+        held = {name: {("", tensor): ops for (child, tensor), ops in chains.items() if child == name} for name in inner}
+        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name], held[name]) for name in inner}}
     own = attributes.pop("_ll_own", None)
     if own is not None:  # what an instance carried as its forward, and whatever else is bound to it, works on this one
         attributes["forward"] = own
@@ -200,10 +221,13 @@ def flatten_again(module: Any) -> None:
         attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
 
 
-def _adapted(module: Any) -> dict[str, Tensor]:
+def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
     """{name: tensor} of a module with its adapters in."""
     made: dict[str, Tensor] = {}
-    for name, ops in module._ll_subs.items():
+    for (child, name), ops in chains.items():
+        if child or not ops:
+            continue
+        check_dropout(module, ops)
         pair = not KINDS[ops[0].site.kind].bare
         bias = module._parameters.get("bias") if pair else None
         W, b = merge_site(module, ops, module._parameters[name], bias)
@@ -239,7 +263,7 @@ def _read_substituted(name: str) -> property:
 
     def get(self: Any) -> Any:
         found = self._parameters.get(name)
-        return _lazily(self._ll_path, name, found, lambda: _adapted(self).get(name, found))
+        return _lazily(self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found))
 
     return property(get)
 
@@ -267,6 +291,7 @@ def _own(self: Any, name: str) -> Any:
 
 
 def _merged(self: Any, weight: Tensor, name: str) -> Any:
+    check_dropout(self, self._ll_ops)
     bias = _own(self, "bias")
     return merge_site(self, self._ll_ops, weight, None if bias is _NONE else bias)[name == "bias"]
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .affine import is_affine
 from .errors import StructureError, UnsupportedError, nearest
 from .kinds import KINDS, misfit, place
-from .layers import is_packed, refusal
+from .layers import how_to_bake, is_packed, refusal
 from .ops import Op
 from .plain import only
 from .rebind import BINDABLE, PLAIN, rebound, refers, slots
@@ -210,8 +211,7 @@ def _check_substitutable(module: Any, path: str, name: str) -> None:
     what = f"{path!r} ({type(module).__name__}): its {name}"
     if tensor is None:
         raise UnsupportedError(
-            f"{what} is computed, not a parameter, so nothing can stand in its place; "
-            "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
+            f"{what} is computed, not a parameter, so nothing can stand in its place; bake it in first ({how_to_bake(module, name)})"
         )
     if is_packed(tensor):
         raise UnsupportedError(f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; use the unquantised model")
@@ -234,14 +234,15 @@ def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
     """Refuse a layer whose weight isn't a plain floating parameter.
 
     Raises:
-        UnsupportedError: it is packed (and isn't to be dequantised), computed by a parametrization, or offloaded.
+        UnsupportedError: it is packed (and isn't to be dequantised), computed by a parametrization, offloaded, or its layer does more
+            than multiply by it.
     """
     path, name = place(site)
     weight = module._parameters.get(name)
     if weight is None:
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its {name} is computed, not a parameter, so merged values have nowhere to go; "
-            "bake it in first (torch.nn.utils.parametrize.remove_parametrizations)"
+            f"bake it in first ({how_to_bake(module, name)})"
         )
     if is_packed(weight) and not dequantize:
         raise UnsupportedError(
@@ -252,6 +253,11 @@ def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its {name} is offloaded, so there are no values at hand to merge into; "
             "merge into the model before it is dispatched"
+        )
+    if site.kind == "linear" and not is_packed(weight) and not is_affine(module, site):
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its call isn't x W^T + b, so a merged weight wouldn't give what its adapter gives around "
+            f"the call; adapt the weight itself (target_parameters={path + '.weight' if path else 'weight'!r}), or don't merge"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .config import DEFAULT_EXCLUDE, AdapterConfig
+from .config import DEFAULT_EXCLUDE, AdapterConfig, dropout_of
 from .errors import TargetError, UnsupportedError, nearest, shown
 from .kinds import KINDS, Facts, Kind, facts, kind_of
 from .layers import is_packed, refuse_uncopyable, stored
@@ -20,12 +20,13 @@ _WRITERS = (".o", ".o_proj", ".out_proj", ".attn.proj", ".down_proj", ".wo", ".o
 
 
 class Place(NamedTuple):
-    """A candidate: its path, the module that holds it, the tensor's name there."""
+    """A candidate: its path, the module that holds it, the tensor's name there, whether that module is never called."""
 
     path: str
     kind: Kind
     module: Any
     name: str = "weight"
+    uncalled: bool = False
 
 
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:
@@ -76,8 +77,9 @@ def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
 def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Place]:
     found = [(path, module, next((kind for kind in kinds if kind.holds(module)), None)) for path, module in model.named_modules()]
     listed = {id(member) for _, module, _ in found if isinstance(module, nn.ModuleList) for member in module}
+    uncalled = {id(module.out_proj) for _, module, _ in found if isinstance(module, nn.MultiheadAttention)}
     candidates = [
-        Place(path, kind, module)
+        Place(path, kind, module, "weight", id(module) in uncalled)
         for path, module, kind in found
         if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
     ]
@@ -137,7 +139,7 @@ def _check_once(modules: list[Place], parameters: list[Place]) -> None:
 
 
 def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins: dict[float, Tensor]) -> Site:
-    path, kind, module, name = place
+    path, kind, module, name, _ = place
     if kind.name not in variant.sites:
         this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
         raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}")
@@ -159,16 +161,15 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
     tensor = None if kind.listed else module._parameters.get(name)
     if tensor is not None and tensor.is_complex():
         raise UnsupportedError(f"{path!r}: its {name} is complex, and adapters are real; leave it out with exclude_names")
-    by_call = kind.listed or not (kind.bare or kind.one_hot or kind.by_weight(module))
-    if getattr(cfg, "dropout", 0.0) and not by_call:
+    by_call = kind.listed or not (kind.bare or kind.one_hot or kind.by_weight(module) or place.uncalled)
+    dropout = dropout_of(cfg)
+    if dropout and not by_call:
         raise UnsupportedError(
-            f"{path!r}: dropout acts on features that come to a layer's call, and this {kind.one} is adapted without; set dropout=0"
+            f"{path!r}: {dropout} acts on features that come to a layer's call, and this {kind.one} is adapted without; set {dropout}=0"
         )
     bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
-    form = {"stack": found.stack, "transposed": found.transposed, "plus_one": found.plus_one}
-    return site_for(
-        variant, cfg, Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path), **form), twins
-    )
+    at = Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path), 1.0, *found[2:])
+    return site_for(variant, cfg, at, twins)
 
 
 def layer_index(path: str) -> int | None:

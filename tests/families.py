@@ -39,6 +39,7 @@ class Family:
         checkpoints: it has gradient checkpointing.
         config: what the config says beside, where not every linear layer and nothing else is meant.
         unread: sites that `output` doesn't depend on.
+        rows: how rows with adapters of their own are refused, where some site's inputs aren't rows; None where outputs aren't rows.
     """
 
     build: Callable[[], nn.Module]
@@ -49,6 +50,7 @@ class Family:
     checkpoints: bool = True
     unread: frozenset[str] = frozenset()
     config: dict[str, Any] = field(default_factory=dict)
+    rows: str | None = ""
 
     @functools.cached_property
     def model(self) -> Any:
@@ -134,10 +136,18 @@ def _decoder(name: str, **more: Any) -> Callable[[], nn.Module]:
     return _hub(f"{name}ForCausalLM", f"{name}Config", **{**_DECODER, **_TOKENS, **more})
 
 
+_DEEPSEEK: dict[str, Any] = {"target_names": ("self_attn", "mlp"), "target_parameters": (r"experts\.\w+_proj$",)}
+_MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
+_deepseek = _decoder("DeepseekV3", **_MLA, **_ROUTED, first_k_dense_replace=1, n_shared_experts=1)
+_MAMBA2 = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64, "num_heads": 8, "head_dim": 8, "n_groups": 2}
+_MAMBA2 |= {"expand": 2, "chunk_size": 4}
+
 PROMPT = {"input_ids": IDS[:, :4]}
 
 NOISE = torch.randn(2, 4, 8, 8, generator=_GEN)
 CONDITION = torch.randn(2, 5, 16, generator=_GEN)
+FLATTENED = r"site 'model.layers.\d.mlp.experts': rows expects .* 2 rows of the batch, found shape \(14, 32\)"
 EXPERTS = {"target_names": ("self_attn",), "target_parameters": ("experts",)}
 CONVOLUTIONS = {"target_kinds": ("linear", "conv")}
 
@@ -149,7 +159,9 @@ FAMILIES: dict[str, Family] = {
         _hub("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, **_TOKENS, head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT
     ),
     "mistral": Family(_decoder("Mistral", sliding_window=4), TEXT, _logits, 14, PROMPT),
-    "mixtral": Family(_decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), TEXT, _logits, 12, PROMPT, config=EXPERTS),
+    "mixtral": Family(
+        _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), TEXT, _logits, 12, PROMPT, config=EXPERTS, rows=FLATTENED
+    ),
     "qwen3_moe": Family(
         _decoder("Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
         TEXT,
@@ -157,7 +169,18 @@ FAMILIES: dict[str, Family] = {
         12,
         PROMPT,
         config=EXPERTS,
+        rows=FLATTENED,
     ),
+    "gpt_oss": Family(
+        _decoder("GptOss", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=4),
+        TEXT,
+        _logits,
+        12,
+        PROMPT,
+        config={**EXPERTS, "target_parameters": (r"experts\.\w+_proj$",)},
+        rows=FLATTENED,
+    ),
+    "deepseek_v3": Family(_deepseek, TEXT, _logits, 18, PROMPT, config=_DEEPSEEK, rows=FLATTENED),
     "gpt2": Family(
         _hub("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, **_TOKENS),
         TEXT,
@@ -171,6 +194,14 @@ FAMILIES: dict[str, Family] = {
         _hidden,
         13,
         unread=frozenset({"pooler.dense"}),
+    ),
+    "albert": Family(
+        _hub("AlbertModel", "AlbertConfig", **_SIZES, embedding_size=16, vocab_size=64, max_position_embeddings=64),
+        TEXT,
+        _hidden,
+        7,
+        checkpoints=False,
+        unread=frozenset({"pooler"}),
     ),
     "minilm": Family(_minilm, TEXT, _hidden, 37, unread=frozenset({"pooler.dense"})),
     "t5": Family(
@@ -196,7 +227,15 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         _hub("ViTModel", "ViTConfig", **_SIZES, image_size=16, patch_size=8), IMAGE, _hidden, 13, unread=frozenset({"pooler.dense"})
     ),
-    "clip": Family(_clip, {**TEXT, **IMAGE}, lambda out: out.logits_per_image, 26),
+    "swin": Family(
+        _hub("SwinModel", "SwinConfig", image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        IMAGE,
+        _hidden,
+        14,
+        config=CONVOLUTIONS,
+        rows=r"site 'encoder.layers.0.blocks.0.attention.q_proj': rows expects .*found shape \(8, 16, 16\)",
+    ),
+    "clip": Family(_clip, {**TEXT, **IMAGE}, lambda out: out.logits_per_image, 26, rows=None),
     "whisper": Family(
         _hub(
             "WhisperForConditionalGeneration",
@@ -228,6 +267,16 @@ FAMILIES: dict[str, Family] = {
         _logits,
         8,
         PROMPT,
+        rows="'backbone.layers.0.mixer.dt_proj': the weight itself is used here, one for the whole batch",
+    ),
+    "mamba2": Family(
+        _hub("Mamba2ForCausalLM", "Mamba2Config", **_MAMBA2, **_TOKENS),
+        {"input_ids": IDS},
+        _logits,
+        6,
+        PROMPT,
+        config=CONVOLUTIONS,
+        rows="'backbone.layers.0.mixer.conv1d': the weight itself is used here, one for the whole batch",
     ),
     "unet": Family(
         _unet, {"sample": NOISE, "timestep": 3, "encoder_hidden_states": CONDITION}, lambda out: out.sample, 77, config=CONVOLUTIONS

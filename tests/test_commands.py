@@ -125,6 +125,23 @@ def test_merge_is_merge(config: ll.AdapterConfig, model: nn.Module, base: Path, 
     assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
 
 
+def test_merge_of_kernels_of_both_directions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 4, 2, 2, groups=2), nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 4, 3)
+    )
+    folder = written(model, tmp_path / "kernels")
+    for config in (
+        ll.LoRAConfig(r=2, target_kinds="conv"),
+        ll.IA3Config(target_kinds="conv"),
+        ll.DoRAConfig(r=2, target_parameters="1.weight"),
+    ):
+        params = saved(model, tmp_path / "a", config)
+        assert main(["merge", str(folder), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]) == 0
+        expected = ll.merged(model, params).state_dict()
+        close(state(tmp_path / "out"), {name: expected[name] for name in state(tmp_path / "out")}, 1e-6)
+
+
 def test_merge_of_a_peft_folder(model: nn.Module, base: Path, tmp_path: Path) -> None:
     for config in (ll.LoRAConfig(r=4), ll.DoRAConfig(r=2), ll.IA3Config()):
         params = moved(ll.init(model, config))

@@ -66,6 +66,22 @@ def test_every_site_is_reached_and_learns(name: str) -> None:
     assert all(p.grad is None for p in f.model.parameters())
 
 
+@family
+def test_rows_are_loops_or_refused_where_a_layer_has_no_rows(name: str) -> None:
+    f, params = FAMILIES[name], trained(name, "lora")
+    if f.rows is None:
+        return
+    several = [params, moved(params, 2, size=0.05)]
+    with torch.no_grad():
+        if f.rows:
+            with pytest.raises(ll.LoraLiteError, match=f.rows):
+                ll.apply(f.model, ll.rows(ll.stack(several), [1, 0]), **f.inputs)
+            return
+        y = f.output(ll.apply(f.model, ll.rows(ll.stack(several), [1, 0]), **f.inputs))
+        wanted = [f.output(ll.apply(f.model, p, **f.inputs)) for p in reversed(several)]
+    close(y, torch.stack([own[n] for n, own in enumerate(wanted)]), 1e-5)
+
+
 def enable(model: Any) -> None:
     """Gradient checkpointing on, as transformers and as diffusers have it."""
     if hasattr(model, "gradient_checkpointing_enable"):

@@ -100,6 +100,7 @@ IDS = torch.tensor([[1, 3, 0], [5, 5, 14]])
 PLACES: dict[str, tuple[str, Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "transposed": ("linear", lambda: Transposed(16, 24), features(4, 24), {}),
     "conv": ("conv", lambda: nn.Conv2d(8, 16, 2, stride=2, padding=1, padding_mode="circular", groups=2), features(2, 8, 5, 6), {}),
+    "deconv": ("conv", lambda: nn.ConvTranspose2d(8, 16, 2, 2, 1, 1, groups=2), features(2, 8, 5, 6), {}),
     "embedding": ("embedding", lambda: nn.Embedding(16, 16, padding_idx=3), IDS, {}),
     "bounded": ("embedding", lambda: Scaled(16, 16, max_norm=1.0), IDS, {}),
     "own": ("embedding", lambda: Own(16, 16), IDS, {}),

@@ -21,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 
 import lora_lite_func as ll
 from lora_lite_func import ops
+from lora_lite_func.layout import Layout
 
 
 def lora(model: nn.Module, **chosen: Any) -> ll.Adapter:
@@ -65,10 +66,43 @@ def test_a_kernel_is_moved_by_its_matrix(data: st.DataObject) -> None:
     assert params.sites[""].d_in == model.weight[0].numel()
 
 
-def test_transposed_convolutions_are_no_convolutions_of_this_kind() -> None:
-    model = seeded(nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 4, 1)))
-    assert [site.path for site in ll.targets(model, ll.LoRAConfig(target_kinds="conv"))] == ["1"]
-    agree(model, lora(model, target_parameters="0.weight"), features(1, 3, 4, 4))
+@given(data=st.data())
+@settings(max_examples=25)
+def test_a_transposed_kernel_has_a_row_for_each_output_channel(data: st.DataObject) -> None:
+    n, groups = data.draw(st.sampled_from([1, 2, 3]), "dimensions"), data.draw(st.sampled_from([1, 2, 4]), "groups")
+    stride, dilation = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(n)]
+    kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[n]
+    model = seeded(kind(4, 8, kernel, stride, data.draw(st.integers(0, 1)), 0, groups, data.draw(st.booleans()), dilation))
+    x = features(2, 4, *[4] * n)
+    sizes = [s + data.draw(st.integers(0, stride - 1)) for s in model(x).shape[2:]]
+    params = lora(model, target_kinds="conv")
+    y = agree(model, params, x, output_size=sizes)
+    delta = torch.zeros_like(model.weight)  # (in, out / groups, ...)
+    update = 8.0 * params["", "lora_B"] @ params["", "lora_A"]
+    for o in range(8):
+        group, place = divmod(o, 8 // groups)
+        delta[group * 4 // groups : (group + 1) * 4 // groups, place] = update[o].view(4 // groups, *kernel)
+    close(y, functional_call(model, {"weight": model.weight + delta}, (x,), {"output_size": sizes}), 1e-12)
+    gate = moved(ll.init(model, ll.IA3Config(target_kinds="conv")))
+    g = gate["", "lora_g"].view(-1, *[1] * n)
+    bias = 0.0 if model.bias is None else model.bias.view(-1, *[1] * n)
+    close(ll.apply(model, gate, x), g * (model(x) - bias) + g * bias, 1e-12)
+
+
+def test_transposed_convolutions_are_not_taken_for_others() -> None:
+    model = seeded(nn.Sequential(nn.ConvTranspose1d(4, 4, 2), nn.Conv1d(4, 4, 2)))
+    params = lora(model, target_kinds="conv")
+    assert [(s.d_in, s.d_out, s.transposed) for s in params.sites.values()] == [(8, 4, True), (8, 4, False)]
+    x = features(1, 4, 4)
+    agree(model, params, x)
+    agree(model, lora(model, target_parameters="0.weight"), x)
+    with pytest.raises(ll.StructureError, match=r"site '0': expected 8 -> 4, stored transposed, found Conv1d"):
+        ll.apply(nn.Sequential(model[1], model[1]), lora(model[:1], target_kinds="conv"), x)
+    with pytest.raises(ll.StructureError, match=r"site '0': expected 8 -> 4, stored as it is, found ConvTranspose1d"):
+        ll.apply(model, lora(nn.Sequential(model[1]), target_kinds="conv"), x)
+    with pytest.raises(ll.UnsupportedError, match=r"to_peft: '0': PEFT has no adapter of a transposed convolution; merge it"):
+        ll.to_peft(lora(model[:1], target_kinds="conv"), model, "nowhere")
 
 
 # --------------------------------------------------------------------------------------------------------------- attention
@@ -199,7 +233,9 @@ def test_norms_are_known_by_what_they_do() -> None:
     agree(seeded(model), moved(ll.init(model, ll.IA3Config(target_kinds="norm"))), features(3, 8))
 
 
-@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.InstanceNorm2d(6, affine=True), nn.LayerNorm((6, 4, 4))])
+@pytest.mark.parametrize(
+    "layer", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.InstanceNorm2d(6, affine=True), nn.LayerNorm((6, 4, 4)), nn.LayerNorm((4, 4))]
+)
 def test_norms_over_other_dimensions(layer: nn.Module) -> None:
     model, x = seeded(layer), features(2, 6, 4, 4)
     agree(model, moved(ll.init(model, ll.IA3Config(target_kinds="norm"))), x)
@@ -418,11 +454,38 @@ def test_one_graph_over_all_kinds() -> None:
             "'conv.weight' is named by .* belongs to the site 'conv'",
         ),
         ({"target_kinds": "conv", "dropout": 0.1}, ll.UnsupportedError, "'conv': dropout acts on features .*set dropout=0"),
+        ({"target_kinds": "embedding", "dropout": 0.1}, ll.UnsupportedError, "'embed': dropout acts on features .*this embedding"),
+        ({"target_parameters": "in_proj_weight", "dropout": 0.1}, ll.UnsupportedError, "'attention.in_proj_weight': dropout acts on"),
+        ({"target_names": "out_proj", "dropout": 0.1}, ll.UnsupportedError, "'attention.out_proj': dropout acts on features"),
     ],
 )
 def test_what_cannot_be_meant(fields: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         ll.init(seeded(Everything()), ll.LoRAConfig(**fields))
+
+
+def test_dropout_is_never_left_out_of_training() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.lin.weight.mT
+
+    places = (seeded(nn.Conv1d(8, 8, 1)), seeded(Reading()))
+    for model, x in zip(places, (features(2, 8, 5), features(2, 8)), strict=True):
+        kind = "conv" if isinstance(model, nn.Conv1d) else "linear"
+        plain = lora(model, target_kinds=kind)
+        from_file = Layout(plain.layout.variant, ll.LoRAConfig(r=2, dropout=0.5), plain.sites.values())
+        params = ll.Adapter(from_file, dict(plain))
+        close(ll.apply(model, params, x), ll.apply(model, plain, x), 0.0)
+        bound = ll.bind(model, params).train()
+        for call in (lambda b=bound, x=x: b(x), lambda m=model, p=params, x=x: ll.apply(m.train(), p, x)):
+            with pytest.raises(ll.UnsupportedError, match=r"'(lin)?': dropout acts on features .*in this model the weight itself is used"):
+                call()
+    with pytest.raises(ll.UnsupportedError, match=r"'': block_dropout acts on features .*this convolution .*set block_dropout=0"):
+        ll.init(places[0], ll.OFTConfig(block_size=4, block_dropout=0.5, target_kinds="conv"))
 
 
 def test_default_exclusions_are_for_linear_layers() -> None:

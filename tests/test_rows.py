@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_lite_func as ll
-from lora_lite_func.spec import lookup
 
-
-def has_phases(case: Case) -> bool:
-    """Whether the method acts around a layer's call; one that is a weight itself is one for the whole batch."""
-    return lookup(type(case.config(r=4))).has_phases
-
-
-every = pytest.mark.parametrize("case", [c for c in CASES + CALIBRATED if has_phases(c)], ids=repr)
+every = pytest.mark.parametrize("case", CASES + CALIBRATED, ids=repr)
 
 
 def several(case: Case, count: int, model: Net | None = None, **fields: Any) -> tuple[Net, list[ll.Adapter]]:
@@ -207,21 +200,22 @@ def test_a_leading_dimension_that_is_not_rows_is_refused_with_the_path() -> None
         ll.apply(model, mixed, batch(3, 16))
 
 
-def test_a_weight_that_is_used_itself_is_refused_with_the_path() -> None:
-    model = nn.MultiheadAttention(16, 2, batch_first=True).double()
-    members = [ll.init(model, ll.LoRAConfig(r=2), seed=s) for s in (0, 1)]
-    x = batch(2, 3, 16)
-    with pytest.raises(ll.UnsupportedError, match=r"'out_proj'.*the weight itself is used here, one for the whole batch"):
-        ll.apply(model, ll.rows(ll.stack(members), [0, 1]), x, x, x)
+def test_a_weight_that_is_read_without_a_call_is_refused_with_the_path() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lin = nn.Conv1d(16, 16, 1), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, kind: str) -> Tensor:
+            return x @ getattr(self, kind).weight.view(16, 16).mT
+
+    model = Reader().double()
+    for kind, chosen in (("conv", {"target_kinds": "conv"}), ("lin", {})):
+        members = [ll.init(model, ll.LoRAConfig(r=2, **chosen), seed=s) for s in (0, 1)]
+        with pytest.raises(ll.UnsupportedError, match=f"'{kind}'.*the weight itself is used here, one for the whole batch"):
+            ll.apply(model, ll.rows(ll.stack(members), [0, 1]), batch(2, 16), kind)
     with pytest.raises(ll.UnsupportedError, match="one for the whole batch"):
         ll.merge(net(), ll.rows(ll.stack(several(CASES[0], 2)[1]), [0, 1]))
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if not has_phases(c)], ids=repr)
-def test_a_method_that_is_a_weight_itself_is_refused_with_the_path(case: Case) -> None:
-    model, members = several(case, 2)
-    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0.*one for the whole batch, so its rows can't have adapters of their own"):
-        ll.apply(model, ll.rows(ll.stack(members), [0, 1]), batch(2, 16))
 
 
 # ------------------------------------------------------------------------------------------------------------ composition

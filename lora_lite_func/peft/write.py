@@ -62,6 +62,9 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     for path in paths:
         if model is not None and path not in modules:
             raise CheckpointError(f"to_peft: {type(model).__name__} has no module {shown(path)}")
+    turned = next((path for a in adapters for path, site in a.sites.items() if site.kind == "conv" and site.transposed), None)
+    if turned is not None:
+        raise UnsupportedError(f"to_peft: {turned!r}: PEFT has no adapter of a transposed convolution; merge it (ll.merge)")
     if len(set(paths)) != len(paths):
         twice = next(p for p, n in Counter(paths).items() if n > 1)
         raise UnsupportedError(

@@ -1,0 +1,145 @@
+"""Where the rows of a batch are in what comes to a module's call, and in what leaves it: told by its class, or by shapes, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+from .plan import not_rows
+
+__all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+"""What may come to a call and leave it beside tensors, the same for all rows."""
+
+
+class Axis(NamedTuple):
+    """Where a tensor has its rows: in which dimension, and how many of its entries are one row's."""
+
+    dim: int = 0
+    each: int = 1
+
+
+_FIRST = Axis()
+
+
+def check_apart(module: Any) -> None:
+    """Refuse a module in whose call rows meet."""
+    for part in module.modules():
+        together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
+        counts = isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.training and part.track_running_stats
+        if together or counts:
+            raise UnsupportedError(
+                f"{module._ll_path!r}: statistics of its {type(part).__name__} are the whole batch's, so its rows can't have adapters of "
+                "their own; put that in eval mode, with running statistics, or leave the site out with exclude_names"
+            )
+
+
+def input_axes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any], counts: Sequence[int]) -> list[Axis | None]:
+    """Where each leaf of a call's arguments has its rows; None for what all rows share."""
+    path = module._ll_path
+    if isinstance(module, nn.MultiheadAttention):
+        places = _of_attention(module, args, kwargs)
+    elif isinstance(module, nn.RNNBase):
+        places = _of_recurrent(module, args, kwargs, flat)
+    else:
+        places = _of_others(module, flat, counts[0])
+    for t, at in zip(flat, places, strict=True):
+        for rows in counts:
+            if at is not None and (t.ndim <= at.dim or t.shape[at.dim] != rows * at.each):
+                raise not_rows(path, t, rows)
+    return places
+
+
+def _of_attention(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Axis | None]:
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+    given = [*zip(names, args, strict=False), *kwargs.items()]
+    along = Axis(0 if module.batch_first else 1)
+    where = dict.fromkeys(names[:3], along) | {"key_padding_mask": _FIRST}
+    for name, value in given:
+        if name == "attn_mask" and value is not None and value.ndim == 3:
+            where[name] = Axis(0, module.num_heads)
+        if name in names[:3] and value.ndim != 3:
+            raise _unbatched(module, value)
+    return [where.get(name) if isinstance(value, Tensor) else None for name, value in given]
+
+
+def _of_recurrent(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> list[Axis | None]:
+    x = args[0] if args else kwargs["input"]
+    if isinstance(x, nn.utils.rnn.PackedSequence):
+        raise UnsupportedError(f"{module._ll_path!r}: rows of a packed sequence can't have adapters of their own; give it padded")
+    if x.ndim != 3:
+        raise _unbatched(module, x)
+    own = Axis(0 if module.batch_first else 1)
+    return [None if not isinstance(t, Tensor) else own if t is x else Axis(1) for t in flat]
+
+
+def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
+    """Torch's layers take rows first in every tensor. Of a stranger the first tensor does; another may be shared by all rows."""
+    tensors = [t for t in flat if isinstance(t, Tensor)]
+    odd = next((value for value in flat if not isinstance(value, (Tensor, *PLAIN))), None)
+    if odd is not None or not tensors:
+        what = "no tensor" if odd is None else f"a {type(odd).__name__}"
+        raise UnsupportedError(f"{module._ll_path!r} ({type(module).__name__}): is given {what}, {_INPUT}")
+    x, least = tensors[0], _least(module)
+    if x.ndim < (least or 1):
+        raise _unbatched(module, x)
+    if x.shape[0] != rows:
+        raise not_rows(module._ll_path, x, rows)
+    if least:
+        return [_FIRST if isinstance(t, Tensor) else None for t in flat]
+    return [None if not isinstance(t, Tensor) else _FIRST if t is x else _of_stranger(module, t, x, rows) for t in flat]
+
+
+_INPUT = "in which rows can't be told apart; leave it out with exclude_names, or call the model once per adapter"
+
+
+def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
+    """Where a further tensor of an unknown module has its rows, x (rows, ...) being the first."""
+    if t.ndim == 0 or (t.shape[0] == 1 != rows):
+        return None
+    inner = t.shape[0] in x.shape[1:]
+    if inner != (t.shape[0] == rows):
+        return None if inner else _FIRST
+    raise UnsupportedError(
+        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(t.shape)} beside one of shape "
+        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} rows; {_INPUT}"
+    )
+
+
+def _least(module: Any) -> int:
+    """How many dimensions an input with rows has at least, where the module's class is known; 0 for a stranger's."""
+    match module:
+        case nn.modules.conv._ConvNd():
+            return len(module.kernel_size) + 2
+        case nn.LayerNorm() | nn.RMSNorm():
+            return len(module.normalized_shape) + 1
+        case nn.modules.instancenorm._InstanceNorm():
+            return module._get_no_batch_dim() + 1
+        case nn.Linear() | nn.Bilinear() | nn.GroupNorm() | nn.modules.batchnorm._NormBase():
+            return 2
+        case nn.Embedding():
+            return 1
+        case nn.EmbeddingBag():
+            return 2
+    return 0
+
+
+def _unbatched(module: Any, x: Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(x.shape)}, which has no dimension of rows; "
+        "give it a batch, or call the model once per adapter"
+    )
+
+
+def output_axis(module: Any, n: int) -> int:
+    """Where the n-th leaf of a module's output has its rows."""
+    if isinstance(module, nn.MultiheadAttention):
+        return 0 if module.batch_first or n else 1
+    if isinstance(module, nn.RNNBase):
+        return 0 if module.batch_first and not n else 1
+    return 0
