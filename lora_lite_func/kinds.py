@@ -195,12 +195,11 @@ def misfit(site: Site, module: Any) -> tuple[str, str] | None:
     if kind.bare:
         return _misfit_tensor(site, module)
     found = kind.size(module)
-    expected = f"{site.d_in} -> {site.d_out}"
     if found == (site.d_in, site.d_out) or (found is None and kind.listed):
         if site.transposed and not kind.transposed(module):
-            return f"{expected}, stored transposed", "it as it is"
+            return f"{site.d_in} -> {site.d_out}, stored transposed", "it as it is"
         return None
-    return expected, f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
+    return f"{site.d_in} -> {site.d_out}", f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
 
 
 def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
