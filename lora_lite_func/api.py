@@ -13,6 +13,7 @@ from .adapter import Adapter, Layout, check_shapes, members_of
 from .errors import StructureError, nearest
 from .hidden import Prompt, Prompted, known, tell
 from .kinds import reads_prompt
+from .layers import check_model
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .plan import Plan
 from .rows import Rows
@@ -89,7 +90,8 @@ def flatten(params: Adapters) -> list[tuple[Adapter, Plan | None]]:
     if isinstance(params, (tuple, list, Mapping)):
         parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
         return [adapter for part in parts for adapter in flatten(part)]
-    raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}")
+    swapped = "; the model comes first, then its adapter" if isinstance(params, nn.Module) else ""
+    raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}{swapped}")
 
 
 def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt) -> dict[str, list[Op]]:
@@ -139,9 +141,13 @@ def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    if not isinstance(base, Mapping):
+        raise StructureError(f"base: expected {{parameter or buffer name: tensor}}, found {type(base).__name__}")
     for name, tensor in base.items():
         if name not in known:
             raise StructureError(f"base: {type(model).__name__} has no parameter or buffer {name!r}; {nearest(name, known)}")
+        if not isinstance(tensor, Tensor):
+            raise StructureError(f"base {name!r}: expected a tensor, found {type(tensor).__name__}")
         if tensor.shape != known[name].shape:
             raise StructureError(f"base {name!r}: expected shape {tuple(known[name].shape)}, found {tuple(tensor.shape)}")
     by_tensor = {id(known[name]): tensor for name, tensor in base.items()}
@@ -161,6 +167,7 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
         UnsupportedError: the model can't be copied.
     """
     adapters = flatten(params)
+    check_model(model)
     sites: dict[str, list[Op]] = {}
     counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
@@ -196,7 +203,7 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     Raises:
         StructureError: the module wasn't made by `ll.bind`, or a site was taken out of it since.
     """
-    homes: Iterable[tuple[Layout, dict[str, int]]] | None = bound.__dict__.get("_ll_bound")
+    homes: Iterable[tuple[Layout, dict[str, int]]] | None = getattr(bound, "__dict__", {}).get("_ll_bound")
     if homes is None:
         raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
     found = []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .api import Adapters, Frozen, ops_of
 from .kinds import place
-from .layers import compute_dtype, is_packed
+from .layers import check_model, compute_dtype, is_packed
 from .ops import check_bias, check_dense, merge_site
 from .quantised import dequantised, unpacked
 from .skeleton import check_mergeable, check_site, copy_tree, no_module
@@ -34,9 +34,11 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
     """
+    sites = ops_of(params)
+    check_model(model)
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for ops in everywhere(model, ops_of(params)).values():
+    for ops in everywhere(model, sites).values():
         home, name = place(ops[-1].site)
         module: Any = modules.get(home)
         if module is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import StructureError, UnsupportedError, nearest
 from .kinds import KINDS, misfit, place
-from .layers import is_packed, refusal
+from .layers import check_model, is_packed, refusal
 from .ops import Op
 from .rebind import BINDABLE, PLAIN, rebound, refers, slots
 from .site import flatten_again, site_class
@@ -42,8 +42,9 @@ def copy_tree(model: nn.Module, sites: Mapping[str, Sequence[Op]], own: Own | No
 
     Raises:
         StructureError: a site isn't there, has other dimensions, or is named twice through shared modules.
-        UnsupportedError: an instance-level forward can't be re-bound to the copy.
+        UnsupportedError: it is no module, or an instance-level forward can't be re-bound to the copy.
     """
+    check_model(model)
     copier = _Copier(sites, own)
     root = copier.visit(model, "", False)
     if copier.left:
