@@ -73,7 +73,7 @@ def load(
     """
     where = os.fsdecode(path)
     if os.path.isdir(where):
-        raise CheckpointError(f"{where}: a folder, expected a file; ll.from_peft reads PEFT's folders")
+        raise CheckpointError(f"{where}: not a readable safetensors file: it is a folder; ll.from_peft reads PEFT's")
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             says = (file.metadata() or {}).get(_KEY)

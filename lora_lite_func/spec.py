@@ -227,7 +227,7 @@ def lookup(config: type[AdapterConfig]) -> Variant:
         ConfigError: no registered method has it.
     """
     if config is type:
-        raise ConfigError("expected a config, found a class; give an instance of it, such as ll.LoRAConfig(r=8)")
+        raise ConfigError("no variant is registered for type; give an instance of the config's class, such as ll.LoRAConfig(r=8)")
     if config not in _REGISTRY:
         name = getattr(config, "__name__", repr(config))
         hint = "" if config is AdapterConfig else name  # the base of all configs is near to each
