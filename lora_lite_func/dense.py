@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import Adapters, Frozen, ops_of
+from .api import Adapters, Frozen, check_untracked, ops_of
 from .kinds import place
 from .layers import check_model, compute_dtype, is_packed
 from .ops import check_bias, check_dense, merge_site
@@ -34,7 +34,7 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
     """
-    sites = ops_of(params)
+    sites = ops_of(params, model=model)
     check_model(model)
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -64,8 +64,9 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
     With `dequantize` a packed site becomes a dense layer, at the cost that `merge` tells.
 
     Raises:
-        StructureError, UnsupportedError: as `merge`.
+        StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp differentiates.
     """
+    check_untracked(params, "ll.merged", "use ll.functional_call(model, (), args, base=ll.merge(model, params)), or ll.apply")
     new = merge(model, params, dequantize=dequantize)
     for path, others in twins(model, (ops[-1].site for ops in ops_of(params).values())).items():  # tied ones stay tied
         new |= {site.path: new[path] for site in others}

@@ -175,3 +175,20 @@ def test_a_table_on_the_meta_device() -> None:
         assert ll.apply(copy.deepcopy(model).to("meta"), there, ids.to("meta")).shape == (3, 6, 6)
         program = torch.export.export(ll.bind(model, params), (ids,))
         assert torch.allclose(program.module()(ids), ll.apply(model, params, ids), atol=1e-6)
+
+
+def test_gradients_that_would_not_come_through() -> None:
+    for make, instead in ((ll.bind, r"use ll\.apply"), (ll.merged, r"use ll\.functional_call")):
+        with pytest.raises(ll.UnsupportedError, match=f"makes parameters of its own.*{instead}"):
+            torch.func.grad(lambda p, make=make: make(MODEL, p)(X).sum())(PARAMS)
+        with pytest.raises(ll.UnsupportedError, match=f"makes parameters of its own.*{instead}"):
+            torch.func.vmap(torch.func.grad(lambda p, make=make: make(MODEL, p)(X).sum()))(STACK)
+        each = torch.func.vmap(lambda p, make=make: make(MODEL, p)(X))(STACK)
+        assert torch.allclose(each[1], ll.apply(MODEL, STACK[1], X), atol=1e-5)
+
+
+def test_tensors_without_values() -> None:
+    gone = torch.utils._pytree.tree_map(lambda t: t.to("meta"), PARAMS)
+    for call in (lambda: ll.apply(MODEL, gone, X), lambda: ll.bind(MODEL, gone), lambda: ll.merge(MODEL, gone)):
+        with pytest.raises(ll.StructureError, match="the adapter's tensors are on the meta device, so they have no values"):
+            call()
