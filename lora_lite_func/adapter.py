@@ -86,14 +86,17 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
     @overload
     def __getitem__(self, path: int) -> Adapter: ...
     def __getitem__(self, path: str | tuple[str, str] | int) -> Mapping[str, Tensor] | Tensor | Adapter:
-        if isinstance(path, tuple):
+        if isinstance(path, tuple) and len(path) == 2:
             site, name = path
-            return self[site][name]
-        if isinstance(path, int):
-            return member(self, path)
+            tensors = self[site]
+            if name not in tensors:
+                raise KeyError(f"no tensor {name!r} at {site!r}; {nearest(str(name), tensors)}")
+            return tensors[name]
+        if hasattr(path, "__index__") and not isinstance(path, bool):
+            return member(self, path.__index__())
         try:
-            return MappingProxyType(self._data[path])
-        except KeyError:
+            return MappingProxyType(self._data[path])  # type: ignore[index]
+        except (KeyError, TypeError):
             raise KeyError(f"no site {path!r}; {nearest(str(path), self._data)}") from None
 
     def __iter__(self) -> Iterator[str]:

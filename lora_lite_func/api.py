@@ -10,10 +10,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapter import Adapter, Layout, check_shapes, members_of
-from .errors import StructureError, nearest
+from .adapter import Adapter, Layout, check_shapes, leaves, members_of
+from .errors import StructureError, UnsupportedError, nearest
 from .hidden import Prompt, Prompted, known, tell
 from .kinds import reads_prompt
+from .layers import check_model
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .plan import Plan
 from .rows import Rows
@@ -22,7 +23,7 @@ from .skeleton import constant, copy_tree, own_bias, own_buffers
 from .spec import Site
 from .tied import everywhere, home_of, twins
 
-__all__ = ["Adapters", "Frozen", "apply", "bind", "flatten", "functional_call", "ops_of", "prepared", "unbind"]
+__all__ = ["Adapters", "Frozen", "apply", "bind", "check_untracked", "flatten", "functional_call", "ops_of", "prepared", "unbind"]
 
 Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
 """One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
@@ -71,7 +72,7 @@ def functional_call(
     """
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     adapters, prompt = known(params, model, args, kwargs)
-    skeleton = copy_tree(model, everywhere(model, ops_of(adapters, prompt)), _Constant(model, base))
+    skeleton = copy_tree(model, everywhere(model, ops_of(adapters, prompt, model)), _Constant(model, base))
     return skeleton(*args, **kwargs)
 
 
@@ -91,14 +92,20 @@ def flatten(params: Adapters) -> list[tuple[Adapter, Plan | None]]:
     if isinstance(params, (tuple, list, Mapping)):
         parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
         return [adapter for part in parts for adapter in flatten(part)]
-    raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}")
+    swapped = "; the model comes first, then its adapter" if isinstance(params, nn.Module) else ""
+    raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}{swapped}")
 
 
-def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt) -> dict[str, list[Op]]:
-    """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient."""
+def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt, model: nn.Module | None = None) -> dict[str, list[Op]]:
+    """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient.
+
+    Raises:
+        StructureError: as `flatten`; or the tensors have no values, and the model's (if it is given) have.
+    """
     sites: dict[str, list[Op]] = {}
     constant = torch.is_grad_enabled()
     for adapter, plan in flatten(params):
+        _check_values(adapter, model)
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         dropout = getattr(cfg, "dropout", 0.0)
@@ -109,6 +116,35 @@ def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt) -> dict[str,
                 tensors = {name: t if trainable[name] else t.detach() for name, t in tensors.items()}
             sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout, 0, asked, plan))
     return sites
+
+
+def _check_values(adapter: Adapter, model: nn.Module | None) -> None:
+    """Refuse an adapter on the meta device for a model that isn't: torch lets such tensors meet, and gives garbage."""
+    first = next(leaves(adapter), None)
+    if not isinstance(first, Tensor) or not first.is_meta or model is None or all(p.is_meta for p in model.parameters()):
+        return
+    raise StructureError("the adapter's tensors are on the meta device, so they have no values, and the model's aren't; load the adapter")
+
+
+def check_untracked(params: Adapters, what: str, instead: str) -> None:
+    """Refuse tensors that torch.func.grad or jvp follows where they become parameters, which carry no gradient back.
+
+    Raises:
+        UnsupportedError: with what to do instead.
+    """
+    if any(_tracked(t) for adapter, _ in flatten(params) for t in leaves(adapter) if isinstance(t, Tensor)):
+        raise UnsupportedError(
+            f"{what} makes parameters of its own, and inside torch.func.grad or jvp no gradient comes through them; {instead}"
+        )
+
+
+def _tracked(t: Tensor) -> bool:
+    levels: Any = torch._C._functorch
+    while levels.is_functorch_wrapped_tensor(t):
+        if levels.is_gradtrackingtensor(t):
+            return True
+        t = levels.get_unwrapped(t)
+    return False
 
 
 class _Constant:
@@ -141,9 +177,13 @@ def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    if not isinstance(base, Mapping):
+        raise StructureError(f"base: expected {{parameter or buffer name: tensor}}, found {type(base).__name__}")
     for name, tensor in base.items():
         if name not in known:
             raise StructureError(f"base: {type(model).__name__} has no parameter or buffer {name!r}; {nearest(name, known)}")
+        if not isinstance(tensor, Tensor):
+            raise StructureError(f"base {name!r}: expected a tensor, found {type(tensor).__name__}")
         if tensor.shape != known[name].shape:
             raise StructureError(f"base {name!r}: expected shape {tuple(known[name].shape)}, found {tuple(tensor.shape)}")
     by_tensor = {id(known[name]): tensor for name, tensor in base.items()}
@@ -160,9 +200,13 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
-        UnsupportedError: the model can't be copied.
+        UnsupportedError: the model can't be copied, or `params` is what torch.func.grad or jvp differentiates.
     """
+    check_untracked(params, "ll.bind", "use ll.apply(model, params, ...)")
     adapters = flatten(params)
+    check_model(model)
+    for adapter, _ in adapters:
+        _check_values(adapter, model)
     sites: dict[str, list[Op]] = {}
     counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
@@ -183,9 +227,9 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     for adapter, _ in adapters:
         more = twins(model, adapter.layout.sites.values())
         for path, tensors in adapter._data.items():
-            leaves = Leaves(tensors, adapter.layout.trainable[path])
+            held = Leaves(tensors, adapter.layout.trainable[path])
             for site in (adapter.layout.sites[path], *more.get(path, ())):
-                hold(bound.get_submodule(home_of(site)), leaves)
+                hold(bound.get_submodule(home_of(site)), held)
     bound.__dict__["_ll_bound"] = homes
     if any(reads_prompt(layout.variant) for layout, _ in homes):
         tell(bound)
@@ -219,7 +263,7 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     Raises:
         StructureError: the module wasn't made by `ll.bind`, or a site was taken out of it since.
     """
-    homes: Iterable[tuple[Layout, dict[str, int]]] | None = bound.__dict__.get("_ll_bound")
+    homes: Iterable[tuple[Layout, dict[str, int]]] | None = getattr(bound, "__dict__", {}).get("_ll_bound")
     if homes is None:
         raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
     found = []

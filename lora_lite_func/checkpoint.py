@@ -72,6 +72,8 @@ def load(
             missing, unknown or wrongly typed fields, missing, unexpected, mis-shaped or mis-typed tensors, or a site that `model` hasn't.
     """
     where = os.fsdecode(path)
+    if os.path.isdir(where):
+        raise CheckpointError(f"{where}: not a readable safetensors file: it is a folder; ll.from_peft reads PEFT's")
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             says = (file.metadata() or {}).get(_KEY)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, check_shapes
-from .errors import StructureError, UnsupportedError
+from .errors import StructureError, UnsupportedError, shown
 from .layout import Layout
 from .ops import unfolded
 from .rng import generator
@@ -78,7 +79,7 @@ def combine_adapters(
         raise StructureError("combine_adapters: expected at least one adapter, found none")
     if how not in get_args(How):
         raise StructureError(f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}")
-    numbers = [1.0] * len(several) if weights is None else [float(w) for w in weights]
+    numbers = [1.0] * len(several) if weights is None else [_weight(w) for w in weights]
     if len(numbers) != len(several):
         raise StructureError(f"combine_adapters: expected {len(several)} weights, found {len(numbers)}")
     if not 0.0 < density <= 1.0:
@@ -94,6 +95,16 @@ def combine_adapters(
         sites[path] = _same_place([a.sites[path] for _, a in there])
         made[path] = recipe.at(sites[path], [(numbers[i], *_factors(a, path)) for i, a in there])
     return _as_lora(sites, made)
+
+
+def _weight(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise StructureError(f"combine_adapters: expected finite weights, found {shown(value)}")
+    return number
 
 
 def add(*adapters: Adapter) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 import types
 import typing
@@ -14,10 +15,23 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from .errors import ConfigError, nearest, shown
 
-__all__ = ["DEFAULT_EXCLUDE", "LARGEST", "AdapterConfig", "Role", "dropout_of", "field", "from_dict", "probability", "record", "to_dict"]
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "LARGEST",
+    "AdapterConfig",
+    "Role",
+    "dropout_of",
+    "field",
+    "from_dict",
+    "probability",
+    "real",
+    "record",
+    "to_dict",
+]
 
 Role = Literal["reader", "writer", "inner"]
 Config = TypeVar("Config", bound="AdapterConfig")
@@ -122,6 +136,18 @@ def probability(value: float, where: str) -> None:
 def dropout_of(cfg: AdapterConfig) -> str:
     """The field by which a config asks for dropout; "" if it asks for none."""
     return next((name for name in ("dropout", "block_dropout") if getattr(cfg, name, 0.0)), "")
+
+
+def real(value: Any, where: str) -> None:
+    """Check a number that may be data: one of Python's or numpy's, or a real tensor.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if not isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat, Tensor)):
+        raise ConfigError(f"{where}: expected a number or a tensor, found {shown(value)}")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise ConfigError(f"{where}: expected real numbers, found {value.dtype}")
 
 
 def to_dict(cfg: AdapterConfig) -> dict[str, Any]:

@@ -127,6 +127,8 @@ class Contents:
         """
         if member is None:
             return self.pieces, None
+        if hasattr(member, "__index__") and not isinstance(member, bool):
+            member = member.__index__()
         if self.container is None:
             count, labels = self.pieces[0].count, getattr(self.pieces[0].layout, "labels", None) or ()
             member = labels.index(member) if isinstance(member, str) and member in labels else member

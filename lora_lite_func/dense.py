@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import Adapters, Frozen, ops_of
+from .api import Adapters, Frozen, check_untracked, ops_of
 from .kinds import place
-from .layers import compute_dtype, is_packed
+from .layers import check_model, compute_dtype, is_packed
 from .ops import check_bias, check_dense, merge_site
 from .quantised import dequantised, unpacked
 from .skeleton import check_mergeable, check_site, copy_tree, no_module
@@ -34,9 +34,11 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
     """
+    sites = ops_of(params, model=model)
+    check_model(model)
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for ops in everywhere(model, ops_of(params)).values():
+    for ops in everywhere(model, sites).values():
         home, name = place(ops[-1].site)
         module: Any = modules.get(home)
         if module is None:
@@ -62,8 +64,9 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
     With `dequantize` a packed site becomes a dense layer, at the cost that `merge` tells.
 
     Raises:
-        StructureError, UnsupportedError: as `merge`.
+        StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp differentiates.
     """
+    check_untracked(params, "ll.merged", "use ll.functional_call(model, (), args, base=ll.merge(model, params)), or ll.apply")
     new = merge(model, params, dequantize=dequantize)
     for path, others in twins(model, (ops[-1].site for ops in ops_of(params).values())).items():  # tied ones stay tied
         new |= {site.path: new[path] for site in others}

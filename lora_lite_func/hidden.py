@@ -122,7 +122,7 @@ def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
     Raises:
         UnsupportedError: a mask that was given doesn't fit the hidden state.
     """
-    mask, given, cached = prompt or _TOLD.get() or Prompt()
+    mask, given, cached = prompt or _told() or Prompt()
     shape = h.shape[:-1] if h.ndim > 1 else torch.Size([1])
     if cached:
         return h.new_zeros(shape, dtype=torch.bool)
@@ -139,6 +139,19 @@ def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
 
 
 _TOLD: ContextVar[Prompt | None] = ContextVar("lora_lite_func_prompt", default=None)
+_TRACED: list[Prompt | None] = [None]
+"""What is told while torch.compile or torch.export traces a call, one at a time: neither knows context variables."""
+
+
+def _told() -> Prompt | None:
+    return _TRACED[0] if torch.compiler.is_compiling() else _TOLD.get() or _TRACED[0]
+
+
+def _say(prompt: Prompt | None) -> None:
+    if torch.compiler.is_compiling():
+        _TRACED[0] = prompt
+    else:
+        _TOLD.set(prompt)
 
 
 def tell(bound: nn.Module) -> None:
@@ -149,8 +162,8 @@ def tell(bound: nn.Module) -> None:
 
 
 def _start(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    _TOLD.set(_of(module, args, kwargs))
+    _say(_of(module, args, kwargs))
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
-    _TOLD.set(None)
+    _say(None)

@@ -202,12 +202,12 @@ def misfit(site: Site, module: Any) -> tuple[str, str] | None:
     if kind.bare:
         return _misfit_tensor(site, module)
     found = kind.size(module)
-    expected = f"{site.d_in} -> {site.d_out}"
     if found == (site.d_in, site.d_out) or (found is None and kind.listed):
         if site.transposed == kind.transposed(module):
             return None
-        return f"{expected}, stored {'transposed' if site.transposed else 'as it is'}", "it as it is" if site.transposed else "transposed"
-    return expected, f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
+        stored_as = "transposed" if site.transposed else "as it is"
+        return f"{site.d_in} -> {site.d_out}, stored {stored_as}", "it as it is" if site.transposed else "transposed"
+    return f"{site.d_in} -> {site.d_out}", f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
 
 
 def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:

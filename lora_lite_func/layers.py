@@ -18,6 +18,7 @@ from .quantised import dequantised
 __all__ = [
     "at_trace_time",
     "autocasts",
+    "check_model",
     "compute_dtype",
     "dense_weight",
     "device_of",
@@ -185,6 +186,19 @@ def _refusal(cls: type) -> str | None:
             "DistributedDataParallel(ll.bind(model, params)), fully_shard(ll.bind(model, params))"
         )
     return None
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        UnsupportedError: with what it is.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise UnsupportedError(f"expected an nn.Module, found the class {model.__name__} itself; give an instance of it")
+    raise UnsupportedError(f"expected an nn.Module, found {type(model).__name__}")
 
 
 def refuse_uncopyable(model: nn.Module) -> None:

@@ -9,8 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .adapter import ABSENT, Adapter, leaves, members_of
-from .errors import StructureError
+from .adapter import ABSENT, Adapter, keys, leaves, members_of
+from .config import probability, real
+from .errors import ConfigError, StructureError, shown
 from .transforms import check_adapter
 
 __all__ = ["AdamW", "AdamWState", "adamw", "clip_grads"]
@@ -44,8 +45,16 @@ def adamw(lr: float | Tensor, *, betas: tuple[float, float] = (0.9, 0.999), eps:
         weight_decay: decoupled, times lr; or one per member (K,). 0 by default: gates and magnitudes live near 1.
 
     Raises:
-        StructureError: in `init` and `update`, a vector that isn't one per member of a stack.
+        ConfigError: a setting of the wrong type, or out of range.
+        StructureError: in `init` and `update`, a vector that isn't one per member of a stack; gradients or a state of another adapter.
     """
+    for value, what in ((lr, "lr"), (weight_decay, "weight_decay"), (eps, "eps")):
+        _not_negative(value, f"adamw: {what}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ConfigError(f"adamw: betas: expected two numbers, found {shown(betas)}")
+    for beta in betas:
+        real(beta, "adamw: betas")
+        probability(beta, "adamw: betas")
     slow, slower = betas
 
     def init(trainable: Adapter) -> AdamWState:
@@ -58,6 +67,11 @@ def adamw(lr: float | Tensor, *, betas: tuple[float, float] = (0.9, 0.999), eps:
 
     @torch.no_grad()
     def update(grads: Adapter, state: AdamWState, trainable: Adapter, lr: float | Tensor | None = lr) -> tuple[Adapter, AdamWState]:
+        if not isinstance(state, AdamWState):
+            raise StructureError(f"adamw: expected update(grads, state, trainable), found {type(state).__name__} for the state")
+        for tree, what in ((grads, "gradients"), (state.mean, "state")):
+            _same_leaves(tree, trainable, what)
+        _not_negative(lr, "adamw: lr")
         rate = _per_member(lr, trainable, "adamw: lr")
         step = state.step + 1
         soft = 1.0 - slow ** step.double()
@@ -86,10 +100,18 @@ def clip_grads(grads: Adapter, max_norm: float | Tensor) -> tuple[Adapter, Tenso
 
     Returns:
         The clipped gradients and the lengths before, () or (K,).
+
+    Raises:
+        ConfigError: a bound that is negative, or no number.
+        StructureError: not an Adapter, or a vector that isn't one per member of a stack.
     """
     check_adapter(grads, "clip_grads")
+    _not_negative(max_norm, "clip_grads: max_norm")
+    _per_member(max_norm, grads, "clip_grads: max_norm")
     stacked = _is_stack(grads)
     present = [t for t in leaves(grads) if t is not ABSENT]
+    if not present:
+        return grads, torch.zeros(())
     start = 1 if stacked else 0
     norms = torch.stack(
         [torch.linalg.vector_norm(t.flatten(start), dim=-1) for t in (t if t.ndim > start else t[..., None] for t in present)]
@@ -97,6 +119,22 @@ def clip_grads(grads: Adapter, max_norm: float | Tensor) -> tuple[Adapter, Tenso
     norm = torch.linalg.vector_norm(norms, dim=0)  # () or (K,)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return pytree.tree_map(lambda t: t * _along(factor, t).to(t.dtype), grads), norm
+
+
+def _not_negative(value: Any, what: str) -> None:
+    real(value, what)
+    if isinstance(value, (int, float)) and not value >= 0:  # a tensor's values may be data of a graph
+        raise ConfigError(f"{what}: expected a number of at least 0, found {shown(value)}")
+
+
+def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
+    """Refuse a tree that isn't leaf by leaf beside the adapter's."""
+    check_adapter(trainable, "adamw")
+    check_adapter(tree, f"adamw: {what}")
+    found, expected = ({key for key, t in zip(keys(a), leaves(a), strict=True) if t is not ABSENT} for a in (tree, trainable))
+    if found != expected:
+        path, name = min(found ^ expected)
+        raise StructureError(f"adamw: {what}: {path!r} {name} is in {'these' if (path, name) in found else 'the adapter'} alone")
 
 
 def _is_stack(params: Adapter) -> bool:

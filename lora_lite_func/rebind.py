@@ -17,15 +17,16 @@ from .layers import at_trace_time
 __all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers", "slots", "twin"]
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, weakref.ReferenceType, *_CONTAINERS)
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, weakref.ReferenceType, *_PROXIES, *_CONTAINERS)
 """What an attribute may refer to a module through, besides small objects of the user's own classes."""
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
 """Types that are common among attributes and never refer to a module."""
 
 BINDABLE = (types.MethodType, functools.partial, types.FunctionType)
-_MANY = 256  # a longer list is data, unless it begins with a module; an object of more attributes than _FEW is no holder of modules
-_FEW = 16
+_MANY = 256  # a longer list is data, unless what it begins with refers to a module
+_FEW = 16  # an object of more attributes is no holder of modules
 _DEEP = 8
 
 
@@ -33,14 +34,16 @@ def refers(value: Any, depth: int = 0) -> bool:
     """Whether `value` may lead to a module: cheap, may say yes for nothing, no only for what lies too deep."""
     kind = type(value)  # isinstance would ask `__class__` of config objects, slowly
     if not issubclass(kind, _CONTAINERS):
-        return issubclass(kind, REFERENCES) or (depth < 3 and _holds(kind) and _any_refers(vars(value), _FEW, depth))
+        return issubclass(kind, REFERENCES) or (depth < 3 and _holds(kind) and _any_refers(_attributes(value), _FEW, depth))
     return depth <= _DEEP and _any_refers(value, _MANY, depth)
 
 
 def _any_refers(value: Any, most: int, depth: int) -> bool:
     items = value.values() if isinstance(value, dict) else value
-    if len(value) > most and not isinstance(next(iter(items)), nn.Module):
+    if len(value) > most and (most == _FEW or not refers(next(iter(items)), depth + 1)):
         return False
+    if items is not value and value and isinstance(next(iter(value)), nn.Module):
+        return True
     if PLAIN.issuperset(map(type, items)):
         return False
     return any(refers(v, depth + 1) for v in items)
@@ -48,7 +51,7 @@ def _any_refers(value: Any, most: int, depth: int) -> bool:
 
 @at_trace_time
 def _holds(kind: type) -> bool:
-    """Objects of a class may hold modules: of a user's own class, with attributes. Libraries' configs don't."""
+    """Objects of a class may hold modules: of a user's own class, in Python alone. Libraries' configs don't."""
     found = _HOLDS.get(kind)
     if found is None:
         found = _HOLDS[kind] = _is_users(kind)
@@ -62,7 +65,16 @@ def _is_users(kind: type) -> bool:
     if kind is types.SimpleNamespace:
         return True
     home = kind.__module__.partition(".")[0]
-    return home not in sys.stdlib_module_names and home not in _LIBRARIES and kind.__dictoffset__ != 0 and kind.__new__ is object.__new__
+    if home in sys.stdlib_module_names or home in _LIBRARIES or hasattr(kind, "__del__"):  # a copy would be finalised, too
+        return False
+    return all(base.__new__ is object.__new__ or isinstance(base.__new__, types.FunctionType) for base in kind.__mro__)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """An object's attributes, those in slots too."""
+    held = getattr(value, "__dict__", {})
+    kept = slots(type(value))
+    return {**held, **{name: getattr(value, name) for name in kept if hasattr(value, name)}} if kept else held
 
 
 _LIBRARIES = frozenset({"torch", "transformers", "diffusers", "accelerate", "numpy", "lora_lite_func"})
@@ -71,14 +83,22 @@ _LIBRARIES = frozenset({"torch", "transformers", "diffusers", "accelerate", "num
 @at_trace_time
 def slots(cls: type) -> tuple[str, ...]:
     """The attributes that a class keeps in slots."""
-    if cls.__basicsize__ == _SIZE:
+    if cls.__basicsize__ == _SIZE and issubclass(cls, nn.Module):
         return ()
-    found = [getattr(base, "__slots__", ()) for base in cls.__mro__ if base.__module__ != "builtins"]
-    names = [name for names in found for name in ((names,) if isinstance(names, str) else names)]
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    if cls not in _SLOTS:
+        _SLOTS[cls] = _slots(cls)
+    return _SLOTS[cls]
 
 
 _SIZE = nn.Module.__basicsize__
+_SLOTS: dict[type, tuple[str, ...]] = {}
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    found = [(base.__name__.lstrip("_"), base.__dict__.get("__slots__", ())) for base in cls.__mro__ if base.__module__ != "builtins"]
+    names = [(home, name) for home, names in found for name in ((names,) if isinstance(names, str) else names)]
+    mangled = [f"_{home}{name}" if name.startswith("__") and not name.endswith("__") else name for home, name in names]
+    return tuple(name for name in mangled if name not in ("__dict__", "__weakref__"))
 
 
 def twin(module: nn.Module, cls: type[nn.Module]) -> Any:
@@ -93,12 +113,14 @@ def twin(module: nn.Module, cls: type[nn.Module]) -> Any:
 
 def rebound(value: Any, copies: dict[int, Any], depth: int) -> Any:
     """`value` with every reference to an original module replaced by its copy; `value` itself if there is none."""
+    if issubclass(type(value), _PROXIES):
+        return _rebound_proxy(value, copies)
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
     if depth > _DEEP:
         return value
     if not issubclass(type(value), REFERENCES):
-        return _rebound_object(value, copies, depth) if _holds(type(value)) and len(vars(value)) <= _FEW else value
+        return _rebound_object(value, copies, depth) if _holds(type(value)) and len(_attributes(value)) <= _FEW else value
     if isinstance(value, weakref.ReferenceType):
         target = value()
         owner = rebound(target, copies, depth + 1) if isinstance(target, nn.Module) else target
@@ -123,12 +145,13 @@ def _rebound_items(value: Any, copies: dict[int, Any], depth: int) -> Any:
     if not _any_refers(value, _MANY, 0):
         return value
     if isinstance(value, dict):
-        new = {k: rebound(v, copies, depth + 1) for k, v in value.items()}
-        if all(new[k] is v for k, v in value.items()):
+        new = [(copies.get(id(k), k), rebound(v, copies, depth + 1)) for k, v in value.items()]
+        if all(a is k and b is v for (a, b), (k, v) in zip(new, value.items(), strict=True)):
             return value
         if type(value) is dict:
-            return new
+            return dict(new)
         made = copy.copy(value)  # a subclass may need more than its items
+        made.clear()
         made.update(new)
         return made
     items = [rebound(v, copies, depth + 1) for v in value]
@@ -139,15 +162,27 @@ def _rebound_items(value: Any, copies: dict[int, Any], depth: int) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
+def _rebound_proxy(value: Any, copies: dict[int, Any]) -> Any:
+    """A weak proxy of a module as one of its copy."""
+    try:
+        target = value.__init__.__self__
+    except ReferenceError:
+        return value
+    owner = copies.get(id(target), target)
+    return value if owner is target else weakref.proxy(owner)
+
+
 def _rebound_object(value: Any, copies: dict[int, Any], depth: int) -> Any:
     """An object of a user's class whose attributes refer to modules, as a copy around theirs; the same copy wherever it is held."""
     if id(value) in copies:
         return copies[id(value)]
     kind: Any = type(value)
-    made = copies[id(value)] = kind.__new__(kind)  # noted first: it may refer to itself
-    attributes = vars(value)
+    new_object = kind.__new__ if kind is types.SimpleNamespace else object.__new__
+    made = copies[id(value)] = new_object(kind)  # noted first: it may refer to itself
+    attributes = _attributes(value)
     new = {name: rebound(v, copies, depth + 1) for name, v in attributes.items()}
-    made.__dict__.update(new)
+    for name, v in new.items():
+        object.__setattr__(made, name, v)
     if all(new[name] is v or v is value for name, v in attributes.items()):
         copies[id(value)] = value
         return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import optree
@@ -65,7 +65,7 @@ def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
         if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(ids):
             return Rows(stack, Plan(ids.long(), count, None))
         known: Any = ids.tolist()
-    elif isinstance(ids, str) or not isinstance(ids, Iterable):
+    elif isinstance(ids, (str, Mapping, Set)) or not isinstance(ids, Iterable):
         raise StructureError(f"rows: expected a sequence of ids, found {type(ids).__name__}")
     else:
         known = [_index(stack, i) for i in ids]

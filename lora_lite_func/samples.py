@@ -14,7 +14,7 @@ from .api import apply
 from .calibration import arguments
 from .errors import StructureError
 from .rows import rows
-from .transforms import combine, partition
+from .transforms import check_adapter, combine, partition
 
 __all__ = ["per_sample_grads"]
 
@@ -34,6 +34,7 @@ def per_sample_grads(model: nn.Module, params: Adapter, loss_fn: Callable[[Any, 
         StructureError: the loss isn't one number per sample, or the batch holds no tensor.
         UnsupportedError: rows can't have adapters of their own at a site: they meet in it, or its weight is read without a call.
     """
+    check_adapter(params, "per_sample_grads")
     check_shapes(params)
     args, kwargs = arguments(model, batch, True)
     count = _samples((args, kwargs))

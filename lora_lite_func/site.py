@@ -5,6 +5,7 @@ A site's copy is an instance of a subclass of the layer's own class, so it keeps
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batching import by_rows, undisturbed
+from .errors import UnsupportedError
 from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
@@ -62,13 +64,21 @@ def _call(self: Any, module: Any, layer: Callable[..., Any], args: tuple[Any, ..
     ops = self._ll_ops
     if len(args) == 1 and not kwargs:
         return _phases(ops, len(ops), layer, module, args[0])
-    name = None if args else next(iter(kwargs))
+    if not args and not kwargs:
+        return layer()  # to say itself what is missing
+    name = None if args else _input_name(self._ll_base, tuple(kwargs))
     rest = args[1:]
 
     def frozen(x: Tensor) -> Any:
         return layer(x, *rest, **kwargs) if name is None else layer(**{**kwargs, name: x})
 
     return _phases(ops, len(ops), frozen, module, args[0] if name is None else kwargs[name])
+
+
+@at_trace_time
+def _input_name(cls: type[nn.Module], given: tuple[str, ...]) -> str:
+    """Which of the keywords of a layer's call is its input: the first that its forward lists."""
+    return next((name for name in inspect.signature(cls.forward).parameters if name in given), given[0])
 
 
 class _Lookup(nn.Embedding):
@@ -111,6 +121,11 @@ def _phases(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], modu
     if KINDS[site.kind].listed:  # a whole module: what comes to the phase is where its hidden state has the prompt
         h, put, x = _hidden(op, y, x)
         return put(variant.outputs(cfg, p, d, x, h, site))
+    if not isinstance(y, Tensor):
+        raise UnsupportedError(
+            f"{site.path!r} ({type(module).__name__}): expected a tensor from the layer's call, found {type(y).__name__}; leave it out "
+            f"with exclude_names, or adapt its weight (target_parameters), or take a method that changes the input alone (HRA)"
+        )
     if op.dropout and module.training:
         x = F.dropout(x, op.dropout)
     return variant.outputs(cfg, p, d, x, y, site)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .affine import is_affine
 from .errors import StructureError, UnsupportedError, nearest
 from .kinds import KINDS, misfit, place
-from .layers import how_to_bake, is_packed, refusal
+from .layers import check_model, how_to_bake, is_packed, refusal
 from .ops import Op
 from .plain import only
 from .rebind import BINDABLE, PLAIN, rebound, refers, slots
@@ -46,8 +46,9 @@ def copy_tree(model: nn.Module, sites: Mapping[str, Sequence[Op]], own: Own | No
 
     Raises:
         StructureError: a site isn't there, has other dimensions, or is named twice through shared modules.
-        UnsupportedError: an instance-level forward can't be re-bound to the copy.
+        UnsupportedError: it is no module, or an instance-level forward can't be re-bound to the copy.
     """
+    check_model(model)
     copier = _Copier(sites, own)
     root = copier.visit(model, "", False)
     if copier.left:

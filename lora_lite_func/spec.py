@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import AdapterConfig
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, shown
 from .rng import Draw
 
 __all__ = ["MATRICES", "Layer", "ParamSpec", "Params", "Site", "Variant", "lookup", "register", "variants"]
@@ -196,6 +196,8 @@ def register(variant: Variant) -> Variant:
     Raises:
         ConfigError: another method has that name or that config class, or a field says something that can't be meant.
     """
+    if not isinstance(variant, Variant):
+        raise ConfigError(f"register: expected a Variant, found {shown(variant)}")
     name, config = variant.name, variant.config
     if not isinstance(name, str) or not name:
         raise ConfigError(f"variant {name!r}: expected a name")
@@ -224,6 +226,8 @@ def lookup(config: type[AdapterConfig]) -> Variant:
     Raises:
         ConfigError: no registered method has it.
     """
+    if config is type:
+        raise ConfigError("no variant is registered for type; give an instance of the config's class, such as ll.LoRAConfig(r=8)")
     if config not in _REGISTRY:
         name = getattr(config, "__name__", repr(config))
         hint = "" if config is AdapterConfig else name  # the base of all configs is near to each

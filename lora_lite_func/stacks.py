@@ -84,6 +84,9 @@ def update(stacked: Adapter, which: int | str, adapter: Adapter) -> Adapter:
         if labels is None or which not in labels:
             raise StructureError(f"update: no member {which!r}; {nearest(which, labels or ())}")
         which = labels.index(which)
+    if isinstance(which, bool) or not hasattr(which, "__index__"):
+        raise StructureError(f"update: expected a member's number or name, found {type(which).__name__}")
+    which = which.__index__()
     if not -len(several) <= which < len(several):
         raise StructureError(f"update: expected a member 0 to {len(several) - 1}, found {which}")
     several[which] = adapter
@@ -96,6 +99,8 @@ def concatenate(stacks: Sequence[Adapter]) -> Adapter:
     Raises:
         StructureError: not stacks, members that don't stack, or a name that comes twice.
     """
+    if isinstance(stacks, Mapping) or not isinstance(stacks, Iterable):
+        raise StructureError(f"concatenate: expected a sequence of stacks, found {type(stacks).__name__}")
     stacks = list(stacks)
     several = [a for s in stacks for a in unstack(s)]
     labels = [names(s) for s in stacks]

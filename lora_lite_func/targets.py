@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import DEFAULT_EXCLUDE, AdapterConfig, dropout_of
 from .errors import TargetError, UnsupportedError, nearest, shown
 from .kinds import KINDS, Facts, Kind, facts, kind_of
-from .layers import is_packed, refuse_uncopyable, stored
+from .layers import check_model, is_packed, refuse_uncopyable, stored
 from .spec import Site, Variant, site_for
 
 __all__ = ["find", "layer_index", "role_of"]
@@ -36,8 +36,7 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
         TargetError: a pattern, role or layer index selects nothing, or nothing is left.
         UnsupportedError: the method can't adapt a chosen place, or the model is no module, or a wrapper that hides its modules.
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedError(f"expected an nn.Module, found {type(model).__name__}")
+    check_model(model)
     refuse_uncopyable(model)
     kinds = _wanted(variant, cfg)
     chosen = _chosen_modules(model, cfg, kinds) if kinds else []

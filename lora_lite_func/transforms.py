@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
+from .config import real
 from .errors import StructureError, UnsupportedError
 from .layout import FACTOR
 
@@ -72,8 +73,10 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     Raises:
         UnsupportedError: the method has no such path.
         StructureError: a part of a partition, or a vector of strengths for something that isn't a stack of as many adapters.
+        ConfigError: a strength that is neither a number nor a tensor.
     """
     check_adapter(params, "scale")
+    real(strength, "scale: strength")
     layout = params.layout
     change = layout.variant.scale
     if change is None:
@@ -152,6 +155,7 @@ def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
 
 def summary(params: Adapter) -> str:
     """The adapter as a table: what `print(params)` shows."""
+    check_adapter(params, "summary")
     return repr(params)
 
 

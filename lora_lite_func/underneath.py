@@ -67,7 +67,8 @@ class Underneath:
         if self.is_plain:
             return F.linear(x.to(weight.dtype), matrix(weight, self.ops[0].site))
         if KINDS[self.ops[0].site.kind].one_hot:
-            return F.linear(x, matrix(merge_site(self.module, self.ops[: self.count], weight, None)[0], self.ops[0].site).to(x.dtype))
+            table = merge_site(self.module, self.ops[: self.count], weight, None)[0] if self.count else weight
+            return F.linear(x, matrix(table, self.ops[0].site).to(x.dtype))
         y, bias = self._call(x), self.bias  # a quantised or offloaded layer, or one with other adapters inside: probe its call
         return y if bias is None else y - bias.to(y.dtype)
 

@@ -34,6 +34,35 @@ class Helper:
         return self.me.layer(x)
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    layer: nn.Module
+    note: str = "data"
+
+
+class Hidden:
+    """Keeps a layer in a slot whose name Python mangles, beside a dict."""
+
+    __slots__ = ("__dict__", "__layer")
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.__layer, self.also = layer, layer
+
+    def run(self, x: Tensor) -> Tensor:
+        return (self.__layer(x) + self.also(x)) / 2
+
+
+class Single:
+    """Has a `__new__` of its own, which asks for arguments."""
+
+    def __new__(cls, layer: nn.Module) -> Single:
+        assert isinstance(layer, nn.Module)
+        return object.__new__(cls)
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
 HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Tensor]]] = {
     "deque": (lambda m: collections.deque([m], maxlen=3), lambda h, x: h[0](x)),
     "set": (lambda m: {m}, lambda h, x: next(iter(h))(x)),
@@ -44,6 +73,13 @@ HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Tensor]]]
     "namespace": (lambda m: types.SimpleNamespace(m=m), lambda h, x: h.m(x)),
     "object": (Helper, lambda h, x: h.run(x)),
     "bound method": (lambda m: Helper(m).layer.forward, lambda h, x: h(x)),
+    "slots": (Slots, lambda h, x: h.layer(x)),
+    "mangled slot": (Hidden, lambda h, x: h.run(x)),
+    "its own new": (Single, lambda h, x: h.layer(x)),
+    "long list of pairs": (lambda m: [(str(i), m) for i in range(300)], lambda h, x: h[-1][1](x)),
+    "key of a dict": (lambda m: {m: 1.0}, lambda h, x: next(iter(h))(x) * h[next(iter(h))]),
+    "key of an ordered dict": (lambda m: collections.OrderedDict({m: m}), lambda h, x: h[next(iter(h))](x)),
+    "weak proxy": (weakref.proxy, lambda h, x: h(x)),
     "weak reference": (weakref.ref, lambda h, x: h()(x)),
     "closure": (lambda m: lambda x: m(x), lambda h, x: h(x)),
 }
@@ -56,7 +92,7 @@ class Holding(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
         make, self.call = HOLDERS[name]
-        self.held = make(self.layer)
+        self.__dict__["held"] = make(self.layer)  # not by setattr, which takes a proxy of a module for one
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(self.held, x)
@@ -73,6 +109,31 @@ def test_an_adapted_layer_is_found_wherever_it_is_held(name: str) -> None:
     close(ll.bind(model, params)(X), dense(X), 1e-5)
     assert ll.check(model, params, X).ok
     assert same_state(before, snapshot(model))
+
+
+FINALISED: list[int] = []
+
+
+class Finalised:
+    """Frees something when it goes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __del__(self) -> None:
+        FINALISED.append(1)
+
+
+def test_an_object_with_a_finaliser_is_not_copied() -> None:
+    model = Holding("dataclass")
+    model.held = Finalised(model.layer)
+    params = moved(ll.init(model, ll.LoRAConfig(r=2)))
+    ll.apply(model, params, X)
+    assert not FINALISED
+    found = ll.check(model, params, X)
+    assert not found.ok
+    assert found.escaped == ("layer",)
+    assert not FINALISED
 
 
 class Slotted(nn.Module):

@@ -651,3 +651,45 @@ def test_stacked_experts_and_transposed_linears_of_transformers(family: str) -> 
     close(bound(ids).logits, y, 1e-5)
     bound(ids).logits.square().sum().backward()
     assert all(p.grad is not None for p in bound.parameters() if p.requires_grad)
+
+
+class Noting(nn.Linear):
+    """A layer whose call takes more than its input."""
+
+    def forward(self, input: Tensor, note: Tensor | None = None) -> Tensor:
+        assert note is None or note.ndim == 1
+        return super().forward(input)
+
+
+class Pair(nn.Linear):
+    """A layer whose call returns more than its product."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), None
+
+
+@pytest.mark.parametrize("config", [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.HRAConfig(r=2)], ids=lambda c: type(c).__name__)
+def test_the_input_is_found_among_keywords_in_any_order(config: ll.AdapterConfig) -> None:
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Noting(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(note=x[0], input=x)
+            return y
+
+    model, x = Caller(), torch.randn(3, 4)
+    params = moved(ll.init(model, config))
+    close(ll.apply(model, params, x), ll.merged(model, params)(x), 1e-5)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+        ll.bind(model, params).layer()
+
+
+def test_a_layer_that_returns_more_than_its_product() -> None:
+    model, x = nn.Sequential(Pair(4, 4)), torch.randn(3, 4)
+    with pytest.raises(ll.UnsupportedError, match=r"'0' \(Pair\): expected a tensor from the layer's call, found tuple; leave it out"):
+        ll.apply(model, ll.init(model, ll.LoRAConfig(r=2)), x)
+    for config in (ll.HRAConfig(r=2), ll.LoRAConfig(r=2, target_parameters=r"0\.weight")):
+        params = moved(ll.init(model, config))
+        close(ll.apply(model, params, x)[0], ll.merged(model, params)(x)[0], 1e-5)

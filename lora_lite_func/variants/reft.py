@@ -81,7 +81,7 @@ def direft_specs(cfg: DiReFTConfig, site: Site) -> dict[str, ParamSpec]:
 def _orthonormal(M: Tensor) -> Tensor:
     """R (..., r, d) with the row space of M and orthonormal rows, in float32 at least."""
     M = M.to(_lowrank.core_dtype(M.dtype))
-    with torch.autocast(M.device.type, enabled=False):
+    with torch.autocast("cpu" if M.is_meta else M.device.type, enabled=False):
         L = torch.linalg.cholesky_ex(M @ M.mT)[0]  # unchecked, so no wait for the device
         return torch.linalg.solve_triangular(L, M, upper=False)
 
@@ -108,7 +108,7 @@ def _chosen(cfg: _ReFTConfig, prompt: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.where(short, (count // 2).clamp_max(cfg.first), cfg.first)
     last = torch.where(short, (count - count // 2).clamp_max(cfg.last), cfg.last)
     ahead, behind = (torch.arange(n, device=prompt.device) for n in (cfg.first, cfg.last))
-    rank = torch.cat([ahead.expand(len(prompt), -1), count - 1 - behind], dim=-1)  # which token of the prompt
+    rank = torch.cat([ahead.expand(prompt.shape[0], -1), count - 1 - behind], dim=-1)  # which token of the prompt
     counts = torch.cat([ahead < first, behind < last], dim=-1)
     place = (prompt.cumsum(-1)[:, None, :] <= rank[..., None]).sum(-1)  # tokens before the one of that rank
     return place.clamp_max(prompt.shape[-1] - 1), counts
