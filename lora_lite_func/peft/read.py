@@ -16,7 +16,7 @@ from ..layout import Layout
 from ..spec import ParamSpec, fits, leaf_dtype, lookup, site_for
 from .folder import split, unpack
 from .method import Part, Place
-from .places import beside, places_of
+from .places import beside, check_padding, places_of
 from .table import METHODS
 
 __all__ = ["assemble", "from_peft"]
@@ -55,7 +55,10 @@ def from_peft(
             raise CheckpointError(f"{says.where}: no tensor of a {kind} adapter beside it")
         places = places_of(model, says, method, sites, shared)
         parts = [(place, part) for p, place in places.items() for part in method.read(says, place, _checked(p, sites[p]))]
-        return assemble([*parts, *beside(says, rest, model)])
+        parts += beside(says, rest, model)
+        for place, part in parts:
+            check_padding(says, place, part)
+        return assemble(parts)
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{says.where}: a module of this {kind} adapter lacks the tensor {shown(error.args[0])}") from None
     except ConfigError as error:
