@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -113,10 +114,26 @@ def _jobs(shards: Shards, params: Any) -> dict[str, Job]:
         weight, bias = prefix + leaf, prefix + "bias"
         if weight not in shards:
             raise CheckpointError(f"{shards.folder}: no tensor {shown(weight)} for the site {shown(path)}; {nearest(weight, shards)}")
+        if ops[-1].site.kind == "embedding":
+            _refuse_tied(shards, path, weight)
         jobs[weight] = (ops, weight, bias if ops[-1].site.bias and bias in shards else None)
         if bias in shards and ops[-1].site.bias:
             jobs[bias] = jobs[weight]
     return jobs
+
+
+def _refuse_tied(shards: Shards, path: str, weight: str) -> None:
+    """Refuse a table that the model's head shares: the folder has one tensor for both, and the adapter is the table's alone."""
+    says, shape = shards.config(), shards.shapes[weight][0]
+    heads = [name for name, (other, _) in shards.shapes.items() if name != weight and other[:1] == shape[:1] and len(other) == 2]
+    named = says.get("architectures")
+    writes = isinstance(named, list) and any(isinstance(n, str) and re.search("LM|Generation|PreTraining", n) for n in named)
+    tied = says.get("tie_word_embeddings", writes and not heads)
+    if tied is not False and (writes or not named) and says.get("vocab_size", shape[0]) == shape[0]:
+        raise UnsupportedError(
+            f"{shown(path)}: {shards.folder} has one tensor for this table and the model's head, and the adapter is the table's alone; "
+            "merge in memory (ll.merged unties them), or adapt the table under its full name in target_parameters"
+        )
 
 
 def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..kinds import restored
+from ..layers import held as held_tensor
 from ..layers import stored
 from .homes import Homes
 
@@ -39,7 +40,10 @@ def whole(adapters: Sequence[Adapter], modules: Mapping[str, Any], sites: Iterab
         raise UnsupportedError(
             f"to_peft: {busy!r} has an adapter and is in a module that PEFT would keep a copy of; write a folder for each"
         )
-    kept = {f"{home}.{name}": t.detach() for home in homes for name, t in modules[home].state_dict().items()}
+    kept: dict[str, Tensor] = {}
+    for key in (f"{home}.{name}" for home in homes for name in modules[home].state_dict()):
+        home, _, leaf = key.rpartition(".")
+        kept[key] = held_tensor(modules[home], leaf)
     for path, (site, W) in trained.items():
         kept[path] = restored(W, kept[path].to(W.dtype), site)
     return sorted(homes), kept
@@ -88,8 +92,8 @@ def tokens(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> tuple[dic
             if shared or alike:
                 raise UnsupportedError(f"to_peft: {path!r}: PEFT would replace rows of {(shared + alike)[0]!r} too; merge it")
             chosen, change = held["lora_ids"].long(), held["lora_rows"]
-            change = (
-                change.masked_fill((chosen == modules[path].padding_idx)[:, None], 0.0) if modules[path].padding_idx is not None else change
-            )
-            ids[path], rows[path] = chosen.tolist(), table.detach()[chosen].to(change.dtype) + change
+            padding = modules[path].padding_idx
+            if padding is not None:
+                change = change.masked_fill((chosen == padding)[:, None], 0.0)
+            ids[path], rows[path] = chosen.tolist(), held_tensor(modules[path])[chosen].to(change.dtype) + change
     return ids, rows

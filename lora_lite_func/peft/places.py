@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError, nearest, shown
 from ..kinds import KINDS, facts, kind_of, matrix
-from ..layers import refuse_uncopyable, stored
+from ..layers import held, refuse_uncopyable, stored
 from ..spec import Site
 from ..variants import BitFitConfig, DoRAConfig, FullConfig, HiRAConfig, LoRAConfig, TokensConfig
 from .homes import WRAPPED, attention
@@ -30,7 +30,7 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
         _check_targeted(says, {path: path for path in sites})
         if method.sizes is None:
             return {path: Place(path, shared) for path in sites}
-        return {path: Place(path, shared, Site(path, *method.sizes(held))) for path, held in sites.items()}
+        return {path: Place(path, shared, _sized(path, method.sizes(own), own)) for path, own in sites.items()}
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -52,6 +52,12 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
             f"{says.where}: where layers are stored transposed ({across}), PEFT turns the update of attention's out_proj around"
         )
     return places
+
+
+def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
+    """A site as its tensors alone tell it."""
+    table = any("embedding" in name for name in names)
+    return Site(path, *sizes, kind="embedding", transposed=True) if table else Site(path, *sizes)
 
 
 def _check_targeted(says: Says, where: Mapping[str, str]) -> None:
@@ -161,7 +167,7 @@ def _in_one_of(names: list[str], path: str) -> bool:
 def _is_the_base(model: Any, path: str, t: Tensor) -> bool:
     module = dict(model.named_modules()).get(path) if isinstance(model, nn.Module) else None
     base = None if module is None else stored(module, "weight")
-    return isinstance(base, Tensor) and base.shape == t.shape and not base.is_meta and torch.equal(base.detach().to(t), t)
+    return isinstance(base, Tensor) and base.shape == t.shape and torch.equal(held(module).to(t), t)
 
 
 def _whole(says: Says, path: str, t: Tensor, site: Site, module: Any) -> tuple[Place, Part]:
@@ -188,17 +194,16 @@ def _tokens(says: Says, path: str, rows: Tensor, model: nn.Module) -> list[tuple
     site, module = adaptable(model, [path])[path]
     if not isinstance(listed, list) or len(listed) != len(rows) or not all(type(i) is int and 0 <= i < site.d_in for i in listed):
         raise says.refuse("trainable_token_indices", f"{len(rows)} token ids below {site.d_in} for {path!r}")
-    table = stored(module, "weight")
-    if site.kind != "embedding" or rows.shape != (len(listed), table.shape[1]) or len(set(listed)) != len(listed):
+    if site.kind != "embedding" or rows.shape != (len(listed), site.d_out) or len(set(listed)) != len(listed):
         raise CheckpointError(f"{says.where}: {shown(path)}: rows of shape {tuple(rows.shape)} don't fit this {type(module).__name__}")
     ids, order = torch.tensor(listed).sort()
-    change = rows[order] - table.detach()[ids].to(rows)  # (n, dim)
+    change = rows[order] - held(module)[ids].to(rows)  # (n, dim)
     n, fields = len(listed), {"token_ids": tuple(ids.tolist())}
     part = Part(TokensConfig, {"lora_rows": change, "lora_ids": ids.to(torch.float32)}, fields, order=3)
     found = [(Place(path, {}, site, module), part)]
     picks = torch.zeros(n, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
     for other, tied in model.named_modules():
-        if tied is not module and stored(tied, "weight") is table:
+        if tied is not module and stored(tied, "weight") is stored(module, "weight"):
             head = adaptable(model, [other])[other]
             leaves = {"lora_A": change, "lora_B": picks.mT}
             found.append((Place(other, {}, *head), Part(LoRAConfig, leaves, {"dropout": 0.0, "rslora": False}, n, float(n), order=3)))

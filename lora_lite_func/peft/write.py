@@ -148,7 +148,7 @@ def _replaced(rows: list[Adapter], method: Method, modules: Mapping[str, Any], h
 
 def _check(adapters: list[Adapter]) -> None:
     if all(isinstance(a.config, FullConfig) for a in adapters):
-        raise CheckpointError("to_peft: expected an adapter, found none")
+        raise CheckpointError("to_peft: expected an adapter, found none; PEFT keeps parameters trained whole (FullConfig) beside one alone")
     for a in adapters:
         for path, held in a._data.items():
             for name, t in held.items():
