@@ -55,17 +55,31 @@ def merge_folder(
     shards = Shards(base)
     target = Path(os.fsdecode(out))
     _check_out(shards.folder, target, force)
+    others = _others(shards.folder)
     jobs = _jobs(shards, open_adapter(adapter, lambda **how: skeleton(shards, **how)))
     files: Iterator[str] = iter(shards.files)
     with _beside(target) as work:
         for file in files if progress is None else progress(files, len(shards.files)):
             _write(shards, file, jobs, work)
-        for entry in sorted(shards.folder.iterdir()):
-            if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not entry.name.startswith("adapter_"):
-                shutil.copyfile(entry, work / entry.name)
+        for entry in others:
+            shutil.copyfile(entry, work / entry.name)
         for entry in sorted(work.iterdir()):
             os.replace(entry, target / entry.name)
     return sorted(jobs)
+
+
+def _others(folder: Path) -> list[Path]:
+    """The files that go along as they are: config, tokenizer.
+
+    Raises:
+        CheckpointError: one is a link to a file elsewhere, whose contents would be copied out; the hub's cache links to its own blobs.
+    """
+    found = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.endswith(_WEIGHTS) and not f.name.startswith("adapter_")]
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    for file in found:
+        if file.resolve().parent not in homes:
+            raise CheckpointError(f"{file}: a link that leads out of its folder; put a copy of the file there, or remove it")
+    return found
 
 
 def _check_out(base: Path, target: Path, force: bool) -> None:
@@ -87,7 +101,7 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         work = target / f".merging-{secrets.token_hex(6)}"
         work.mkdir(parents=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{target}: can't be written: {error}") from None
     done = False
     try:

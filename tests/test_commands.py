@@ -165,6 +165,26 @@ def test_merge_refuses(model: nn.Module, base: Path, tmp_path: Path, capsys: pyt
     assert params
 
 
+def test_merge_copies_nothing_from_elsewhere(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(model, tmp_path / "a")
+    (tmp_path / "secret").write_text("mine")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert "notes.txt: a link that leads out of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    cache = tmp_path / "cache" / "snapshots" / "main"  # as the hub's cache lays a model out
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    cache.mkdir(parents=True)
+    for i, file in enumerate(f for f in base.iterdir() if not f.is_symlink()):
+        blob = tmp_path / "cache" / "blobs" / str(i)
+        blob.write_bytes(file.read_bytes())
+        (cache / file.name).symlink_to(Path("..") / ".." / "blobs" / str(i))
+    assert main(["merge", str(cache), str(tmp_path / "a"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert main(["merge", str(cache), str(tmp_path / "a"), "\0"]) == 1
+    assert "null byte" in capsys.readouterr().err
+
+
 def test_an_interrupted_merge_leaves_nothing(model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(model, tmp_path / "a")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import close, moved
 from hypothesis import HealthCheck, given, settings
-from test_peft_files import IDS, Mixed, base, loaded, saved
+from test_peft_files import IDS, Mixed, base, load_file, loaded, saved
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -94,6 +94,12 @@ def test_trainable_tokens_alone(tmp_path: Path) -> None:
     params = both_ways(peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[10, 2, 5]), model, tmp_path, IDS)
     assert params.config.token_ids == (2, 5, 10)
     assert (tmp_path / "ours" / "adapter_config.json").read_text().count("TRAINABLE_TOKENS") == 1
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_leaves_embeddings_alone(start: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "back"], init_lora_weights=start)
+    both_ways(config, mixed(), tmp_path, IDS)
 
 
 # ------------------------------------------------------------------------------------------------------ properties
@@ -225,6 +231,47 @@ def test_attention_beside_transposed_layers(tmp_path: Path) -> None:
     params = ll.init(model, ll.LoRAConfig(r=2, target_names=("fc", r"mha\.out_proj$")))
     with pytest.raises(ll.UnsupportedError, match="'fc' is stored transposed, beside which PEFT takes no parameters"):
         ll.to_peft(params, model, tmp_path / "ours")
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "bool": lambda t: t.to(torch.bool),
+    "complex": lambda t: t.to(torch.complex64),
+    "int": lambda t: t.to(torch.int64),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "scalar": lambda t: t.flatten()[0],
+    "none": lambda t: t[:0],
+    "more": lambda t: t[None],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_tensor_is_refused_in_every_place(wrong: str, tmp_path: Path) -> None:
+    model = mixed()
+    where: dict[str, Any] = {"target_modules": ["back", "mha", "conv"], "trainable_token_indices": {"embed_tokens": [2, 3]}}
+    config = peft.LoraConfig(r=2, bias="all", modules_to_save=["head"], target_parameters=["experts.down"], **where)
+    saved(config, model, tmp_path / "lora", x=IDS)
+    saved(peft.LNTuningConfig(target_modules=["norm"]), model, tmp_path / "norm", x=IDS)
+    for folder in (tmp_path / "lora", tmp_path / "norm"):
+        tensors = load_file(folder)
+        for key, t in tensors.items():
+            with pytest.raises(ll.LoraLiteError, match=r"expected|found|don't fit|config says another|has no|make a module of"):
+                ll.from_peft({**tensors, key: WRONG[wrong](t)}, model, config=folder / "adapter_config.json")
+
+
+def test_two_adapters_of_one_module_and_tensors_that_make_none(tmp_path: Path) -> None:
+    model = base()
+    saved(peft.IA3Config(target_modules=["up"], feedforward_modules=[]), model, tmp_path / "ia3", x=torch.randn(2, 16))
+    tensors, config = load_file(tmp_path / "ia3"), tmp_path / "ia3" / "adapter_config.json"
+    key = "base_model.model.layers.0.up.ia3_l"
+    with pytest.raises(ll.CheckpointError, match=r"tensors of two adapters for 'layers.0.up'"):
+        ll.from_peft({**tensors, key.replace(".up", ".up.base_layer"): tensors[key]}, model, config=config)
+    saved(peft.HRAConfig(r=2, target_modules=["up"]), model, tmp_path / "hra", x=torch.randn(2, 16))
+    tensors, config = load_file(tmp_path / "hra"), tmp_path / "hra" / "adapter_config.json"
+    key = "base_model.model.layers.0.up.hra_u"
+    with pytest.raises(ll.CheckpointError, match=r"'layers.0.up': .'hra_u': .32,.. don't make a module of HRA"):
+        ll.from_peft({**tensors, key: tensors[key].flatten()}, model, config=config)
 
 
 def test_what_peft_can_not_hold_is_refused_by_name(tmp_path: Path) -> None:

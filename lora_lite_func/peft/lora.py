@@ -105,9 +105,13 @@ def _experts(place: Place, held: Mapping[str, Tensor], stack: int) -> tuple[Tens
 
 
 def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str, Any], r: int, scale: float) -> Part | None:
-    """The part of a start that PEFT takes out of the base weight; None for those that leave it alone."""
+    """The part of a start that PEFT takes out of the base weight; None for those that leave it alone, as all do of an embedding."""
     start = says.get("init_lora_weights", True)
-    if start in _HARMLESS_STARTS or (isinstance(start, str) and start.lower() in ("gaussian", "true", "false")):
+    if (
+        place.kind == "embedding"
+        or start in _HARMLESS_STARTS
+        or (isinstance(start, str) and start.lower() in ("gaussian", "true", "false"))
+    ):
         return None
     config = {"pissa": PiSSAConfig, "olora": OLoRAConfig}.get(start if isinstance(start, str) else "")
     if config is None:
@@ -119,6 +123,8 @@ def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str
         raise CheckpointError(
             f"{says.where}: use_dora with init_lora_weights={shown(start)} isn't read; convert it to a plain LoRA in PEFT"
         )
+    if place.kind != "linear":
+        raise CheckpointError(f"{says.where}: init_lora_weights={shown(start)} has no meaning for {shown(place.path)}, a {place.kind}")
     site, weight = place.known(f"{start} starts from the base weight"), place.weight(str(start))
     variant, cfg = variants()[str(start)], config(r=r, alpha=scale * r)
     here = site_for(variant, cfg, dataclasses.replace(site, r=r, alpha=scale * r), {})

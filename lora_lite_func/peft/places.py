@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,9 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
     bare = {path for path, found in where.items() if found not in modules}
     _check_targeted(says, {path: found for path, found in where.items() if path not in bare})
     known = adaptable(model, where.values())
+    if len(known) != len(where):
+        twice = next(found for found, n in Counter(where.values()).items() if n > 1)
+        raise CheckpointError(f"{says.where}: tensors of two adapters for {shown(twice)}")
     missing = next((p for p in _targeted(model, says) if p not in sites and p not in where.values()), None)
     if missing is not None and method.suffixes and method.peft_type != "ADALORA":  # which leaves out what it pruned
         raise CheckpointError(f"{says.where}: target_modules name {shown(missing)}, for which there is no tensor")
@@ -55,7 +59,13 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
 
 
 def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
-    """A site as its tensors alone tell it."""
+    """A site as its tensors alone tell it.
+
+    Raises:
+        CheckpointError: of no size.
+    """
+    if min(sizes) < 1:
+        raise CheckpointError(f"{shown(path)}: its tensors are those of a layer {sizes[0]} -> {sizes[1]}")
     table = any("embedding" in name for name in names)
     return Site(path, *sizes, kind="embedding", transposed=True) if table else Site(path, *sizes)
 
@@ -192,8 +202,9 @@ def _tokens(says: Says, path: str, rows: Tensor, model: nn.Module) -> list[tuple
     if isinstance(listed, Mapping):
         listed = next((ids for name, ids in listed.items() if path == name or path.endswith("." + name)), None)
     site, module = adaptable(model, [path])[path]
-    if not isinstance(listed, list) or len(listed) != len(rows) or not all(type(i) is int and 0 <= i < site.d_in for i in listed):
-        raise says.refuse("trainable_token_indices", f"{len(rows)} token ids below {site.d_in} for {path!r}")
+    many = rows.shape[0] if rows.ndim == 2 else 0
+    if not isinstance(listed, list) or len(listed) != many or not all(type(i) is int and 0 <= i < site.d_in for i in listed):
+        raise says.refuse("trainable_token_indices", f"{many} token ids below {site.d_in} for {path!r}")
     if site.kind != "embedding" or rows.shape != (len(listed), site.d_out) or len(set(listed)) != len(listed):
         raise CheckpointError(f"{says.where}: {shown(path)}: rows of shape {tuple(rows.shape)} don't fit this {type(module).__name__}")
     ids, order = torch.tensor(listed).sort()
