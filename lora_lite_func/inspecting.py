@@ -146,7 +146,7 @@ def _differing(a: Adapter, b: Adapter) -> dict[str, Any]:
 def _settings(adapter: Adapter) -> dict[str, Any]:
     """The method and what its adapters compute with; not what only records where one came from, nor sizes, which sites say."""
     cfg = adapter.config
-    recorded = {f.name for f in dataclasses.fields(cfg) if not f.compare}  # type: ignore[arg-type]
+    recorded = {f.name for f in dataclasses.fields(cfg) if not f.compare}
     own = {k: v for k, v in to_dict(cfg).items() if k not in recorded}
     return {"method": adapter.layout.variant.name} | {
         k: v for k, v in own.items() if k not in ("r", "alpha", "rank_pattern", "alpha_pattern")
