@@ -37,13 +37,15 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     """Write an adapter (or several of one method on different layers) as a PEFT folder: adapter_config.json, adapter_model.safetensors.
 
     Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start become the plain LoRA of twice the
-    rank that they are; a BitFit beside a LoRA becomes its lora_bias. Scales are written so that PEFT's outputs are ours.
+    rank that they are; a BitFit beside another adapter becomes a LoRA's lora_bias or a learned bias, a FullConfig's parameters modules_to_save,
+    a TokensConfig's rows trainable tokens. Scales are written so that PEFT's outputs are ours.
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
         model: the base it was made for; None leaves unchecked that the names mean its modules and no others.
         folder: made if it isn't there; the two files in it are replaced.
-        as_lora: write VeRA as the LoRA that it amounts to (PEFT's own form has the same projections for every layer).
+        as_lora: write VeRA as the LoRA that it amounts to (PEFT has one pair of projections for every layer, so that layers of unlike
+            shapes make it of more directions).
 
     Raises:
         UnsupportedError: the method, a setting or a mixture that PEFT has no form for.
