@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -100,6 +102,26 @@ def test_trainable_tokens_alone(tmp_path: Path) -> None:
 def test_a_start_that_leaves_embeddings_alone(start: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "back"], init_lora_weights=start)
     both_ways(config, mixed(), tmp_path, IDS)
+
+
+def test_replaced_rows_and_a_head_that_shares_the_table(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Padded(tied=True).eval()  # of which PEFT changes the embedding alone
+    tokens = peft.TrainableTokensConfig(target_modules=["e"], token_indices=[1, 3])
+    params = both_ways(tokens, model, tmp_path / "plain", ALL)
+    assert list(params) == ["e"]
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, bos_token_id=0, eos_token_id=0)
+    gpt = transformers.GPT2LMHeadModel(config).eval()  # of which it changes the head as well
+    made = peft.get_peft_model(copy.deepcopy(gpt), peft.LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices=[3, 7])).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * p.requires_grad
+    made.save_pretrained(tmp_path / "gpt")
+    both = ll.from_peft(tmp_path / "gpt", gpt)
+    close(ll.apply(gpt, both, ALL).logits, made(ALL).logits, 1e-5)
+    ll.to_peft(both, gpt, tmp_path / "back")
+    close(peft.PeftModel.from_pretrained(copy.deepcopy(gpt), tmp_path / "back").eval()(ALL).logits, made(ALL).logits, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ properties
@@ -308,7 +330,10 @@ def test_what_peft_can_not_hold_is_refused_by_name(tmp_path: Path) -> None:
     refused(
         r"'head': PEFT keeps no whole modules beside", ll.TokensConfig(token_ids=(1,)), ll.FullConfig(target_parameters=("head.weight",))
     )
-    refused(r"'e': PEFT would replace rows of 'head' too", ll.TokensConfig(token_ids=(1,)), on=Padded(tied=True))
+    tied = Padded(tied=True)
+    tied.config = SimpleNamespace(tie_word_embeddings=True)
+    tied.get_input_embeddings = lambda: tied.e
+    refused(r"'e': PEFT would replace rows of 'head' too", ll.TokensConfig(token_ids=(1,)), on=tied)
     refused(r"'e.weight' is 'head.weight' too", ll.LoRAConfig(r=2, target_names=(), target_parameters=("e.weight",)), on=Padded(tied=True))
     refused(r"'': PEFT adapts what is inside a model", ll.LoRAConfig(r=2), on=nn.Linear(3, 4))
     refused(

@@ -100,8 +100,7 @@ def test_a_command_that_is_named_is_understood(module: str, arguments: str, monk
 def test_what_the_installing_commands_name_exists() -> None:
     if sys.version_info < (3, 11):
         pytest.skip("tomllib came with 3.11")
-    import tomllib
-
+    tomllib = importlib.import_module("tomllib")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     installing = [line for line in BASH if "pip install" in line]
     assert len(installing) == 2

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, UnsupportedError, shown
 from ..kinds import KINDS
 from ..spec import Site
 
-__all__ = ["WRAPPED", "Homes", "attention", "homes_of"]
+__all__ = ["WRAPPED", "Homes", "attention", "homes_of", "ties"]
 
 WRAPPED = ".base_layer"
 
@@ -51,6 +51,12 @@ def attention(modules: Mapping[str, Any], path: str) -> str | None:
     home, _, leaf = path.rpartition(".")
     found = leaf in ("in_proj_weight", "out_proj") and isinstance(modules.get(home), nn.MultiheadAttention)
     return home if found else None
+
+
+def ties(model: Any, table: Any) -> bool:
+    """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what the model's config says alone."""
+    config, found = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
+    return bool(getattr(config, "tie_word_embeddings", False)) and callable(found) and found() is table
 
 
 def homes_of(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: str) -> Homes:

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, UnsupportedError, shown
 from ..kinds import restored
 from ..layers import held as held_tensor
 from ..layers import stored
-from .homes import Homes
+from .homes import Homes, ties
 
 __all__ = ["biases", "tokens", "whole"]
 
@@ -87,7 +87,8 @@ def tokens(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> tuple[dic
             if path not in modules:
                 raise CheckpointError(f"to_peft: {shown(path)}: PEFT's files hold whole rows of an embedding; give the base model")
             table = stored(modules[path], "weight")
-            shared = [p for p, m in modules.items() if m is not modules[path] and stored(m, "weight") is table]
+            tied = ties(modules[""], modules[path])
+            shared = [p for p, m in modules.items() if tied and m is not modules[path] and stored(m, "weight") is table]
             alike = [p for p in modules if p != path and p.endswith(path)]
             if shared or alike:
                 raise UnsupportedError(f"to_peft: {path!r}: PEFT would replace rows of {(shared + alike)[0]!r} too; merge it")

@@ -14,7 +14,7 @@ from ..kinds import KINDS, facts, kind_of, matrix
 from ..layers import held, refuse_uncopyable, stored
 from ..spec import Site
 from ..variants import BitFitConfig, DoRAConfig, FullConfig, HiRAConfig, LoRAConfig, TokensConfig
-from .homes import WRAPPED, attention
+from .homes import WRAPPED, attention, ties
 from .method import Method, Part, Place
 from .says import Says
 
@@ -197,7 +197,7 @@ def _bias(says: Says, path: str, learned: Tensor, site: Site, module: Any) -> tu
 
 
 def _tokens(says: Says, path: str, rows: Tensor, model: nn.Module) -> list[tuple[Place, Part]]:
-    """New rows of an embedding, as what is added to them; of a head that shares its table, as a LoRA that picks those rows."""
+    """New rows of an embedding, as what is added to them; with a head that shares its table, as a LoRA of each that picks those rows."""
     listed: Any = says.get("trainable_token_indices") or says.get("token_indices")
     if isinstance(listed, Mapping):
         listed = next((ids for name, ids in listed.items() if path == name or path.endswith("." + name)), None)
@@ -209,16 +209,15 @@ def _tokens(says: Says, path: str, rows: Tensor, model: nn.Module) -> list[tuple
         raise CheckpointError(f"{says.where}: {shown(path)}: rows of shape {tuple(rows.shape)} don't fit this {type(module).__name__}")
     ids, order = torch.tensor(listed).sort()
     change = rows[order] - held(module)[ids].to(rows)  # (n, dim)
-    n, fields = len(listed), {"token_ids": tuple(ids.tolist())}
-    part = Part(TokensConfig, {"lora_rows": change, "lora_ids": ids.to(torch.float32)}, fields, order=3)
-    found = [(Place(path, {}, site, module), part)]
-    picks = torch.zeros(n, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
-    for other, tied in model.named_modules():
-        if tied is not module and stored(tied, "weight") is stored(module, "weight"):
-            head = adaptable(model, [other])[other]
-            leaves = {"lora_A": change, "lora_B": picks.mT}
-            found.append((Place(other, {}, *head), Part(LoRAConfig, leaves, {"dropout": 0.0, "rslora": False}, n, float(n), order=3)))
-    return found
+    shared = [path for path, m in model.named_modules() if m is not module and stored(m, "weight") is stored(module, "weight")]
+    if not shared or not ties(model, module):
+        leaves = {"lora_rows": change, "lora_ids": ids.to(torch.float32)}
+        return [(Place(path, {}, site, module), Part(TokensConfig, leaves, {"token_ids": tuple(ids.tolist())}, order=3))]
+    picks = torch.zeros(many, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
+    pairs = {path: {"lora_A": picks, "lora_B": change.mT}} | {key: {"lora_A": change, "lora_B": picks.mT} for key in shared}
+    known = adaptable(model, pairs)
+    fields = {"dropout": 0.0, "rslora": False}
+    return [(Place(p, {}, *known[p]), Part(LoRAConfig, pair, fields, many, float(many), order=3)) for p, pair in pairs.items()]
 
 
 def check_padding(says: Says, place: Place, part: Part) -> None:

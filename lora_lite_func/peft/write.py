@@ -37,8 +37,8 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     """Write an adapter (or several of one method on different layers) as a PEFT folder: adapter_config.json, adapter_model.safetensors.
 
     Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start become the plain LoRA of twice the
-    rank that they are; a BitFit beside another adapter becomes a LoRA's lora_bias or a learned bias, a FullConfig's parameters modules_to_save,
-    a TokensConfig's rows trainable tokens. Scales are written so that PEFT's outputs are ours.
+    rank that they are; a BitFit beside another adapter becomes a LoRA's lora_bias or a learned bias, a FullConfig's parameters
+    modules_to_save, a TokensConfig's rows trainable tokens. Scales are written so that PEFT's outputs are ours.
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
