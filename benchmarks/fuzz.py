@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,18 +69,36 @@ def model() -> nn.Module:
     """A small base."""
     torch.manual_seed(0)
     layers = [nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2)]
-    return nn.ModuleDict({"layers": nn.ModuleList(layers), "embed": nn.Embedding(5, 8)})
+    others = {"embed": nn.Embedding(5, 8), "conv": nn.Conv1d(4, 6, 3), "norm": nn.LayerNorm(8), "attn": nn.MultiheadAttention(8, 2)}
+    experts = nn.ParameterDict({"up": torch.randn(3, 6, 8), "down": torch.randn(3, 8, 6)})
+    return nn.ModuleDict({"layers": nn.ModuleList(layers), "experts": experts, **others})
+
+
+def _kinds(base: nn.Module) -> dict[str, Any]:
+    """Adapters of every kind of place, for one PEFT folder each."""
+    bare: dict[str, Any] = {"target_names": (), "target_parameters": ("experts.up", "experts.down", "attn.in_proj_weight")}
+    up = ll.LoRAConfig(r=2, target_names=("up",))
+    found = {
+        "tables": (ll.LoRAConfig(r=2, target_kinds=("embedding",)), ll.LoRAConfig(r=2, target_kinds=("conv",))),
+        "parameters": (ll.LoRAConfig(r=2, **bare),),
+        "whole": (up, ll.FullConfig(target_parameters=("norm.weight",)), ll.TokensConfig(token_ids=(2, 4))),
+        "biases": (ll.DoRAConfig(r=2, target_names=("up",)), ll.BitFitConfig(target_names=("down",))),
+        "norms": (ll.LNTuningConfig(),),
+    }
+    return {name: tuple(ll.init(base, c) for c in configs) for name, configs in found.items()}
 
 
 def targets(home: Path) -> list[Target]:
     """Good files of every form, in folders of their own."""
     base, made = model(), []
-    adapters = [ll.init(base, c) for c in (ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.OFTConfig(block_size=4), ll.VeRAConfig(r=3))]
+    linear: dict[str, Any] = {"target_names": ("up", "down")}
+    configs = (ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.OFTConfig(block_size=4), ll.VeRAConfig(r=3))
+    adapters = [ll.init(base, replace(c, **linear)) for c in configs]
     saved = {
         "one": adapters[0],
         "several": {"a": adapters[1], "b": adapters[2]},
         "stack": ll.stack([adapters[0], adapters[0]]),
-        "unlike": ll.stack({"x": adapters[0], "y": ll.init(base, ll.LoRAConfig(r=3, alpha=2.0))}),
+        "unlike": ll.stack({"x": adapters[0], "y": ll.init(base, ll.LoRAConfig(r=3, alpha=2.0, **linear))}),
     }
     for name, params in saved.items():
         folder = _made(home / f"ll_{name}")
@@ -87,12 +106,16 @@ def targets(home: Path) -> list[Target]:
         made.append(Target(f"ll {name}", folder, lambda f: (ll.load(f / "a.safetensors"), ll.load(f / "a.safetensors", base))))
         if name != "one":
             made.append(Target(f"ll {name} member", folder, lambda f: ll.load(f / "a.safetensors", member=1)))
-    configs = (ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.IA3Config(), ll.OFTConfig(block_size=4), ll.BOFTConfig(block_size=4, m=1))
-    for config in (*configs, ll.AdaLoRAConfig(r=2), ll.LoKrConfig(r=2), ll.C3AConfig(block_size=4), ll.SHiRAConfig(r=1), ll.HRAConfig(r=2)):
+    more = (ll.IA3Config(), ll.BOFTConfig(block_size=4, m=1), ll.AdaLoRAConfig(r=2), ll.LoKrConfig(r=2), ll.C3AConfig(block_size=4))
+    for config in (*configs, *more, ll.SHiRAConfig(r=1), ll.HRAConfig(r=2)):
         folder = _made(home / f"peft_{type(config).__name__}")
-        ll.to_peft(ll.init(base, config), base, folder)
+        ll.to_peft(ll.init(base, replace(config, **linear)), base, folder)
         made.append(Target(f"peft {type(config).__name__}", folder, lambda f: ll.from_peft(f, base)))
         made.append(Target(f"peft {type(config).__name__} alone", folder, ll.from_peft))
+    for name, parts in _kinds(base).items():
+        folder = _made(home / f"kinds_{name}")
+        ll.to_peft(parts, base, folder)
+        made.append(Target(f"peft {name}", folder, lambda f: ll.from_peft(f, base)))
     folder = _made(home / "pickle")
     ll.to_peft(adapters[0], base, folder)
     torch.save(safetensors.torch.load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
@@ -107,7 +130,8 @@ def targets(home: Path) -> list[Target]:
     made.append(Target("lora-lite", folder, lambda f: ll.from_lora_lite(f / "a.safetensors", base)))
     folder = _made(home / "kohya")
     flat = {f"lora_unet_layers_0_up.lora_{n}.weight": t for n, t in zip(("down", "up"), adapters[0]["layers.0.up"].values(), strict=True)}
-    safetensors.torch.save_file({**flat, "lora_unet_layers_0_up.alpha": torch.tensor(2.0)}, folder / "a.safetensors")
+    says = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2})}
+    safetensors.torch.save_file({**flat, "lora_unet_layers_0_up.alpha": torch.tensor(2.0)}, folder / "a.safetensors", says)
     made.append(Target("kohya", folder, lambda f: ll.from_diffusion(f / "a.safetensors", base)))
     return made + _commands(home, base, adapters[0])
 
@@ -122,6 +146,7 @@ def _commands(home: Path, base: nn.Module, params: ll.Adapter) -> list[Target]:
     index = {"weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
     (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "base" / "config.json").write_text('{"model_type": "toy"}')
+    ll.to_peft(_kinds(base)["whole"], base, folder / "whole")
 
     def run(*arguments: str) -> Callable[[Path], Any]:
         def read(f: Path) -> None:
@@ -137,6 +162,7 @@ def _commands(home: Path, base: nn.Module, params: ll.Adapter) -> list[Target]:
         Target("diff", folder, run("diff", "@/a.safetensors", "@/peft")),
         Target("check", folder, run("check", "@/base", "@/peft")),
         Target("convert", folder, run("convert", "@/peft", "@/b.safetensors", "--to", "ll", "--model", "@/base")),
+        Target("check whole", folder, run("check", "@/base", "@/whole")),
         Target("merge", folder, run("merge", "@/base", "@/a.safetensors", "@/out")),
     ]
 
@@ -149,6 +175,10 @@ def _made(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------- mutations
 def damaged(data: bytes, gen: random.Random, name: str) -> bytes:
     """The file with one fault in it."""
+    if name.endswith(".safetensors") and gen.random() < 0.25:
+        changed = _retensored(data, gen)
+        if changed is not None:
+            return changed
     if gen.random() < 0.6:
         changed = _structured(data, gen, name)
         if changed is not None:
@@ -194,6 +224,36 @@ def _structured(data: bytes, gen: random.Random, name: str) -> bytes | None:
         return None
 
 
+def _retensored(data: bytes, gen: random.Random) -> bytes | None:
+    """One tensor of another dtype or shape, with numbers that aren't finite, under another name, or gone; the file itself stays sound."""
+    try:
+        tensors, metadata = safetensors.torch.load(data), json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__")
+    except (safetensors.SafetensorError, ValueError, RecursionError, struct.error):
+        return None
+    key = gen.choice(sorted(tensors))
+    t = tensors.pop(key)
+    dtypes = (torch.complex64, torch.bool, torch.int8, torch.int64, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.float64)
+    changes: list[Callable[[], torch.Tensor]] = [
+        lambda: t.to(gen.choice(dtypes)),
+        lambda: torch.full_like(t, gen.choice((float("nan"), float("inf"), -1e38))) if t.is_floating_point() else -t,
+        *(
+            lambda: t[:0] if t.ndim else t,
+            lambda: t.flatten(),
+            lambda: t[None],
+            lambda: t.flatten()[:1].reshape(()),
+            lambda: t.mT if t.ndim > 1 else t,
+        ),
+        *(lambda: t[..., :0] if t.ndim else t, lambda: torch.cat([t, t]) if t.ndim else t, lambda: t[..., None, None]),
+    ]
+    way = gen.randrange(len(changes) + 2)
+    if way < len(changes):
+        tensors[key] = changes[way]().contiguous()
+    elif way == len(changes):
+        ends = (".x", ".default", ".base_layer.lora_A.weight", "", "\u202e")
+        tensors[gen.choice((key.upper(), key.replace("up", "down"), "x." + key, key.partition(".")[2])) + gen.choice(ends)] = t.clone()
+    return safetensors.torch.save(tensors, metadata)
+
+
 def _altered(value: Any, gen: random.Random, depth: int = 0) -> Any:
     if isinstance(value, dict) and value and (depth == 0 or gen.random() < 0.8):
         key = gen.choice(list(value))
@@ -216,20 +276,33 @@ def _altered(value: Any, gen: random.Random, depth: int = 0) -> Any:
     return gen.choice(HOSTILE)
 
 
+def _misplaced(file: Path, gen: random.Random) -> None:
+    """Another thing where the file should be: nothing, a folder, a link to nowhere, to itself, to a device or to a text elsewhere."""
+    file.unlink()
+    way = gen.randrange(6)
+    if way == 0:
+        file.mkdir()
+    elif way < 5:
+        file.symlink_to(("/nowhere/at/all", file.name, "/dev/null", "/etc/hostname")[way - 1])
+
+
 # --------------------------------------------------------------------------------------------------------------- running
 def attempt(target: Target, gen: random.Random, work: Path) -> str:
     """One damaged copy, read: "read", or the error's name; what it may not do raises."""
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(target.folder, work / "in")
     file = gen.choice(sorted(p for p in (work / "in").rglob("*") if p.is_file()))
-    file.write_bytes(damaged(file.read_bytes(), gen, file.name))
-    began = time.monotonic()
+    if gen.random() < 0.05:
+        _misplaced(file, gen)
+    else:
+        file.write_bytes(damaged(file.read_bytes(), gen, file.name))
+    began = time.process_time()
     try:
         target.read(work / "in")
         outcome = "read"
     except ll.LoraLiteError as error:
         outcome = type(error).__name__
-    took = time.monotonic() - began
+    took = time.process_time() - began  # of this process alone, however busy the machine is
     assert took < _SLOW, f"{target.name}: {took:.0f} s"
     strange = [p for p in work.iterdir() if p.name != "in"]
     assert not strange, f"{target.name} wrote {strange}"

@@ -21,7 +21,7 @@ from .files import parse_json, read_safetensors
 from .peft.lora import factors
 from .peft.method import Part, Place
 from .peft.places import adaptable
-from .peft.read import assemble
+from .peft.read import assemble, check_tensors
 from .variants import LoHaConfig, LoKrConfig, LoRAConfig
 
 __all__ = ["from_diffusion"]
@@ -105,6 +105,8 @@ def _sites(
             continue  # another component's, when one was asked for
         path, name = _split(key[len(start) :], where)
         found = _resolved(path, where, known, flat)
+        if name != "alpha":
+            check_tensors({key: t})
         if name in sites.setdefault(found, {}):
             raise CheckpointError(f"{where}: two tensors {name} for {shown(found)}; name the component whose keys should be read")
         sites[found][name] = t
@@ -165,8 +167,9 @@ def _lokr(place: Place, leaves: dict[str, Tensor], alpha: float | None) -> Part:
 def _alpha(place: Place, held: Mapping[str, Tensor], where: str, declared: Mapping[str, Any]) -> float | None:
     value: Any = declared.get("lora_alpha")
     if "alpha" in held:
-        if held["alpha"].numel() != 1:
-            raise CheckpointError(f"{where}: {shown(place.path)}: alpha: expected a number, found shape {tuple(held['alpha'].shape)}")
+        t = held["alpha"]
+        if t.numel() != 1 or t.is_complex() or t.is_meta:
+            raise CheckpointError(f"{where}: {shown(place.path)}: alpha: expected a number, found shape {tuple(t.shape)} of {t.dtype}")
         value = float(held["alpha"])
     if value is not None and (type(value) not in (int, float) or not abs(value) < 1e30):
         raise CheckpointError(f"{where}: {shown(place.path)}: alpha: expected a finite number, found {shown(value)}")

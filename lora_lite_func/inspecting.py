@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,7 +123,7 @@ def _named(params: Any) -> dict[str, Adapter]:
 
 def _differing(a: Adapter, b: Adapter) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    one, two = ({"method": x.layout.variant.name} | to_dict(x.config) for x in (a, b))
+    one, two = (_settings(x) for x in (a, b))
     settings = {k: [one.get(k), two.get(k)] for k in [*one, *two] if one.get(k) != two.get(k)}
     if settings:
         found["settings"] = settings
@@ -140,6 +141,16 @@ def _differing(a: Adapter, b: Adapter) -> dict[str, Any]:
                 if apart is not None:
                     tensors[f"{path}.{name}"] = apart
     return found | ({"tensors": tensors} if tensors else {})
+
+
+def _settings(adapter: Adapter) -> dict[str, Any]:
+    """The method and what its adapters compute with; not what only records where one came from, nor sizes, which sites say."""
+    cfg = adapter.config
+    recorded = {f.name for f in dataclasses.fields(cfg) if not f.compare}
+    own = {k: v for k, v in to_dict(cfg).items() if k not in recorded}
+    return {"method": adapter.layout.variant.name} | {
+        k: v for k, v in own.items() if k not in ("r", "alpha", "rank_pattern", "alpha_pattern")
+    }
 
 
 def _facts(site: Site) -> str:

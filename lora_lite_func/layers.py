@@ -79,6 +79,22 @@ def is_packed(weight: Tensor) -> bool:
     return not weight.is_floating_point() or weight.itemsize == 1 or is_traceable_wrapper_subclass(weight)
 
 
+def held(module: Any, name: str = "weight") -> Tensor:
+    """A tensor as it is stored; one that is offloaded, or still in a file, is read.
+
+    Raises:
+        UnsupportedError: it is on the meta device without a map to load it from.
+    """
+    tensor: Tensor = stored(module, name)
+    if not tensor.is_meta:
+        return tensor.detach()
+    weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if weights_map is None:
+        raise UnsupportedError(f"{name} of this {type(module).__name__} is on the meta device; load the model's weights first")
+    found: Tensor = weights_map[name]
+    return found
+
+
 def is_dense(weight: Tensor, size: int) -> bool:
     """A plain floating tensor of so many entries, not packed."""
     return weight.numel() == size and not is_packed(weight)

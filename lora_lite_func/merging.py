@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -54,17 +55,31 @@ def merge_folder(
     shards = Shards(base)
     target = Path(os.fsdecode(out))
     _check_out(shards.folder, target, force)
+    others = _others(shards.folder)
     jobs = _jobs(shards, open_adapter(adapter, lambda **how: skeleton(shards, **how)))
     files: Iterator[str] = iter(shards.files)
     with _beside(target) as work:
         for file in files if progress is None else progress(files, len(shards.files)):
             _write(shards, file, jobs, work)
-        for entry in sorted(shards.folder.iterdir()):
-            if entry.is_file() and not entry.name.endswith(_WEIGHTS) and not entry.name.startswith("adapter_"):
-                shutil.copyfile(entry, work / entry.name)
+        for entry in others:
+            shutil.copyfile(entry, work / entry.name)
         for entry in sorted(work.iterdir()):
             os.replace(entry, target / entry.name)
     return sorted(jobs)
+
+
+def _others(folder: Path) -> list[Path]:
+    """The files that go along as they are: config, tokenizer.
+
+    Raises:
+        CheckpointError: one is a link to a file elsewhere, whose contents would be copied out; the hub's cache links to its own blobs.
+    """
+    found = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.endswith(_WEIGHTS) and not f.name.startswith("adapter_")]
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    for file in found:
+        if file.resolve().parent not in homes:
+            raise CheckpointError(f"{file}: a link that leads out of its folder; put a copy of the file there, or remove it")
+    return found
 
 
 def _check_out(base: Path, target: Path, force: bool) -> None:
@@ -86,7 +101,7 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         work = target / f".merging-{secrets.token_hex(6)}"
         work.mkdir(parents=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{target}: can't be written: {error}") from None
     done = False
     try:
@@ -113,10 +128,26 @@ def _jobs(shards: Shards, params: Any) -> dict[str, Job]:
         weight, bias = prefix + leaf, prefix + "bias"
         if weight not in shards:
             raise CheckpointError(f"{shards.folder}: no tensor {shown(weight)} for the site {shown(path)}; {nearest(weight, shards)}")
+        if ops[-1].site.kind == "embedding":
+            _refuse_tied(shards, path, weight)
         jobs[weight] = (ops, weight, bias if ops[-1].site.bias and bias in shards else None)
         if bias in shards and ops[-1].site.bias:
             jobs[bias] = jobs[weight]
     return jobs
+
+
+def _refuse_tied(shards: Shards, path: str, weight: str) -> None:
+    """Refuse a table that the model's head shares: the folder has one tensor for both, and the adapter is the table's alone."""
+    says, shape = shards.config(), shards.shapes[weight][0]
+    heads = [name for name, (other, _) in shards.shapes.items() if name != weight and other[:1] == shape[:1] and len(other) == 2]
+    named = says.get("architectures")
+    writes = isinstance(named, list) and any(isinstance(n, str) and re.search("LM|Generation|PreTraining", n) for n in named)
+    tied = says.get("tie_word_embeddings", writes and not heads)
+    if tied is not False and (writes or not named) and says.get("vocab_size", shape[0]) == shape[0]:
+        raise UnsupportedError(
+            f"{shown(path)}: {shards.folder} has one tensor for this table and the model's head, and the adapter is the table's alone; "
+            "merge in memory (ll.merged unties them), or adapt the table under its full name in target_parameters"
+        )
 
 
 def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path) -> None:

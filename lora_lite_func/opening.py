@@ -29,7 +29,13 @@ def form_of(path: str | os.PathLike[str]) -> str:
     here = Path(os.fsdecode(path))
     try:
         folder = here if here.is_dir() else here.parent
-        return "peft" if (folder / CONFIG).is_file() and (here.is_dir() or here.name.startswith("adapter_model")) else "ll"
+        if (folder / CONFIG).is_file() and (here.is_dir() or here.name.startswith("adapter_model")):
+            return "peft"
+        if here.is_dir():
+            raise CheckpointError(
+                f"{here}: a folder without {CONFIG}, so no PEFT adapter; an adapter's file of this library is named itself"
+            )
+        return "ll"
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{here}: {error}") from None
 

@@ -189,7 +189,7 @@ def _made(weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) 
         if transposed:
             return _Transposed(weight)
         if table:
-            return nn.Embedding(*weight, device="meta")
+            return nn.Embedding.from_pretrained(torch.empty(weight, device="meta"))  # drawing there imports the compiler
         return nn.Linear(weight[1], weight[0], bias=False, device="meta")
     if len(weight) in (3, 4, 5):
         if upwards and upwards % weight[1] == 0:

@@ -182,6 +182,26 @@ def test_merge_refuses(model: nn.Module, base: Path, tmp_path: Path, capsys: pyt
     assert params
 
 
+def test_merge_copies_nothing_from_elsewhere(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(model, tmp_path / "a")
+    (tmp_path / "secret").write_text("mine")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert "notes.txt: a link that leads out of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    cache = tmp_path / "cache" / "snapshots" / "main"  # as the hub's cache lays a model out
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    cache.mkdir(parents=True)
+    for i, file in enumerate(f for f in base.iterdir() if not f.is_symlink()):
+        blob = tmp_path / "cache" / "blobs" / str(i)
+        blob.write_bytes(file.read_bytes())
+        (cache / file.name).symlink_to(Path("..") / ".." / "blobs" / str(i))
+    assert main(["merge", str(cache), str(tmp_path / "a"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert main(["merge", str(cache), str(tmp_path / "a"), "\0"]) == 1
+    assert "null byte" in capsys.readouterr().err
+
+
 def test_an_interrupted_merge_leaves_nothing(model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(model, tmp_path / "a")
 
@@ -199,6 +219,105 @@ def test_check(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.Capt
     saved(net(dtype=torch.float32, inner=20), tmp_path / "b")
     assert main(["check", str(base), str(tmp_path / "b")]) == 1
     assert "the model has 24 -> 16" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_adapter(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", base):
+        assert main(["inspect", str(folder)]) == 1
+        assert "a folder without adapter_config.json" in capsys.readouterr().err
+
+
+def test_a_converted_adapter_differs_in_nothing_that_counts(model: nn.Module, base: Path, tmp_path: Path) -> None:
+    for config in (ll.LoRAConfig(r=4, rank_pattern={"up": 2}), ll.HRAConfig(r=4), ll.DoRAConfig(r=2)):
+        saved(model, tmp_path / "a", config)
+        assert main(["convert", str(tmp_path / "a"), str(tmp_path / "peft"), "--to", "peft", "--model", str(base)]) == 0
+        assert main(["diff", str(tmp_path / "a"), str(tmp_path / "peft"), "--model", str(base)]) == 0
+    changed = ll.init(model, ll.LoRAConfig(r=4, alpha=3.0))
+    ll.save(ll.init(model, ll.LoRAConfig(r=4)), tmp_path / "a")
+    ll.save(changed, tmp_path / "b")
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+
+
+class Reader(nn.Module):
+    """An embedding, a convolution, a linear layer, stacked parameters and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 16)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 16)
+        self.experts = nn.ParameterDict({"up": torch.randn(3, 16, 16) / 4})
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 9, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids)
+        h = h + self.conv(h.mT).mT + self.fc(h)
+        return self.head(self.norm(h + torch.einsum("eoi,bti->bto", self.experts["up"], h)))
+
+
+PARTS = {
+    "embedding": (ll.LoRAConfig(r=2, target_kinds=("embedding",)),),
+    "conv": (ll.LoRAConfig(r=2, target_kinds=("conv",)),),
+    "parameters": (ll.LoRAConfig(r=2, target_names=(), target_parameters=("experts.up",)),),
+    "tokens": (ll.TokensConfig(token_ids=(3, 5)),),
+    "tokens_and_lora": (ll.LoRAConfig(r=2, target_names=("fc",)), ll.TokensConfig(token_ids=(3, 5))),
+    "whole": (ll.LoRAConfig(r=2, target_names=("fc",)), ll.FullConfig(target_parameters=("head.weight", "norm.bias"))),
+    "bias": (ll.DoRAConfig(r=2, target_names=("fc",)), ll.BitFitConfig(target_names=("fc",))),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_other_kinds_convert_and_merge(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, ids = Reader().eval(), torch.arange(9)[None]
+    base = written(model, tmp_path / "base")
+    parts = tuple(moved(ll.init(model, config), seed=i) for i, config in enumerate(PARTS[name]))
+    ll.save(parts, tmp_path / "a")
+    y = ll.apply(model, parts, ids)
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "peft"), "--to", "peft", "--model", str(base)]) == 0
+    close(ll.apply(model, ll.from_peft(tmp_path / "peft", model), ids), y, 1e-5)
+    assert main(["check", str(base), str(tmp_path / "peft")]) == 0
+    assert main(["inspect", str(tmp_path / "peft"), "--model", str(base)]) == 0
+    for adapter in ("a", "peft"):
+        assert main(["merge", str(base), str(tmp_path / adapter), str(tmp_path / "out"), "--force"]) == 0
+        fresh = Reader().eval()
+        fresh.load_state_dict(state(tmp_path / "out"))
+        close(fresh(ids), y, 1e-5)
+
+
+def test_a_table_keeps_its_kind_without_a_model(tmp_path: Path) -> None:
+    model, ids = Reader().eval(), torch.arange(9)[None]
+    params = moved(ll.init(model, ll.LoRAConfig(r=2, target_kinds=("embedding",))))
+    ll.to_peft(params, model, tmp_path)
+    close(ll.apply(model, ll.from_peft(tmp_path), ids), ll.apply(model, params, ids), 1e-6)
+
+
+SAYS: list[tuple[dict[str, Any], bool]] = [
+    ({"tie_word_embeddings": True, "architectures": ["GPT2LMHeadModel"], "vocab_size": 9}, True),
+    ({"tie_word_embeddings": True}, True),
+    ({"architectures": ["XForCausalLM"]}, True),
+    ({"tie_word_embeddings": True, "architectures": ["XForCausalLM"], "vocab_size": 8}, False),  # a table of positions
+    ({"tie_word_embeddings": False, "architectures": ["XForCausalLM"]}, False),
+    ({"tie_word_embeddings": True, "architectures": ["BertModel"]}, False),
+    ({"model_type": "net"}, False),
+]
+
+
+@pytest.mark.parametrize(("says", "refused"), SAYS)
+def test_a_table_that_the_head_shares_is_not_merged(
+    says: dict[str, Any], refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 16), "fc": nn.Linear(16, 16)})
+    base = written(model, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(says))
+    saved(model, tmp_path / "a", ll.LoRAConfig(r=2, target_kinds=("embedding",)))
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == int(refused)
+    assert ("one tensor for this table and the model's head" in capsys.readouterr().err) == refused
+    whole = ll.LoRAConfig(r=2, target_names=(), target_parameters=("embed.weight",))
+    saved(model, tmp_path / "a", whole)
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["explode"], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"]])

@@ -100,3 +100,16 @@ def test_components_and_refusals() -> None:
     half = {k: t for k, t in low_rank("kohya").items() if "up" not in k}
     refused(half, "up")
     refused({k: t[:1] if "up" in k else t for k, t in low_rank("kohya").items()}, "expected shape")
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor(1 + 2j), torch.tensor(1.0, device="meta"), torch.ones(2), torch.tensor(float("nan"))], ids=str
+)
+def test_an_alpha_that_is_no_number(alpha: torch.Tensor) -> None:
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 6)})
+    tensors = {"up.lora_down.weight": torch.ones(2, 4), "up.lora_up.weight": torch.ones(6, 2)}
+    assert ll.from_diffusion(tensors | {"up.alpha": torch.tensor(1)}, model).sites["up"].alpha == 1.0
+    with pytest.raises(ll.CheckpointError, match="'up': alpha: expected a"):
+        ll.from_diffusion(tensors | {"up.alpha": alpha}, model)
+    with pytest.raises(ll.CheckpointError, match=r"'up.lora_up.weight': expected a floating tensor"):
+        ll.from_diffusion(tensors | {"up.lora_up.weight": torch.ones(6, 2, dtype=torch.bool)}, model)

@@ -43,8 +43,8 @@ def _write_ia3(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writt
         forward = isinstance(a.config, IA3FFConfig)
         for path, held in a.items():
             gate, site = held["lora_g"], a.sites[path]
-            if site.kind == "conv" and not forward:
-                made.tensors[path] = {"ia3_l": gate.view(1, -1, *(1 for _ in modules[path].weight.shape[2:]))}
+            if site.kind == "conv":
+                made.tensors[path] = {"ia3_l": _channels(path, gate, modules.get(path)) if forward else _wide(path, gate, modules)}
             elif site.kind == "linear":
                 made.tensors[path] = {"ia3_l": gate[None] if forward else gate[:, None]}
             else:
@@ -52,6 +52,21 @@ def _write_ia3(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writt
             if forward:
                 made.fields["feedforward_modules"].append(path)
     return made
+
+
+def _wide(path: str, t: Tensor, modules: Mapping[str, Any]) -> Tensor:
+    """A number per channel of a convolution as (1, channels, 1 ...)."""
+    if path not in modules:
+        raise CheckpointError(f"to_peft: {path!r}: PEFT's tensors of a convolution have its dimensions; give the base model")
+    return t.view(1, -1, *(1 for _ in modules[path].weight.shape[2:]))
+
+
+def _channels(path: str, gate: Tensor, module: Any) -> Tensor:
+    """A gate per entry of a kernel as PEFT's one per input channel, (1, c, 1 ...)."""
+    by_channel = gate.unflatten(0, (module.weight.shape[1], -1)) if module is not None else gate[:, None]
+    if module is None or module.groups != 1 or not (by_channel == by_channel[:, :1]).all():
+        raise UnsupportedError(f"to_peft: {path!r}: PEFT's IA3 has one gate per input channel, here each entry of the kernel has its own")
+    return _wide(path, by_channel[:, 0], {path: module})
 
 
 # ---------------------------------------------------------------------------------------------------------------- RoAd
@@ -89,6 +104,10 @@ def _read_oft(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part
     """oft_R.weight (n, b (b - 1) / 2); PEFT's exact branch turns the other way, its series as ours."""
     site = place.known("OFT acts on inputs alone")
     q = held["oft_R.weight"]
+    if _overlaps(place.module):
+        raise CheckpointError(
+            f"{shown(place.path)}: PEFT's OFT adds up the patches of a convolution's input, which isn't a rotation of them"
+        )
     block = int((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
     share, series = says.flag("block_share"), says.flag("use_cayley_neumann", True)
     if block * (block - 1) // 2 != q.shape[-1] or site.d_in % block:
@@ -99,7 +118,16 @@ def _read_oft(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part
     return [Part(OFTConfig, {"lora_oft_q": q if series else -q}, fields)]
 
 
+def _overlaps(module: Any) -> bool:
+    """A convolution whose kernel sees more than one place: PEFT rotates its patches and folds them back, where they add up."""
+    size = getattr(module, "kernel_size", ())
+    return isinstance(size, tuple) and any(n != 1 for n in size)
+
+
 def _write_oft(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    wide = next((path for a in adapters for path in a if _overlaps(modules.get(path))), None)
+    if wide is not None:
+        raise UnsupportedError(f"to_peft: {wide!r}: PEFT's OFT of a convolution isn't a rotation of its input; merge it")
     said = of_config(adapters, "cayley", "block_share", method="OFT")
     sign = 1.0 if said["cayley"] == "neumann" else -1.0
     blocks = {path: (a.sites[path].d_in, a.config.block_size) for a in adapters for path in a}  # type: ignore[attr-defined]
@@ -147,7 +175,8 @@ def _write_boft(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
             R = torch.zeros(*q.shape[:-1], b, b, dtype=q.dtype, device=q.device)
             i, j = torch.triu_indices(b, b, 1)
             R[..., i, j] = -q
-            tensors[path] = {"boft_R": R - R.mT, "boft_s": held["lora_boft_s"][:, None]}
+            s = held["lora_boft_s"]
+            tensors[path] = {"boft_R": R - R.mT, "boft_s": s[None] if a.sites[path].kind == "conv" else s[:, None]}
     return Written({"boft_block_size": b, "boft_block_num": 0, "boft_n_butterfly_factor": said["m"]}, tensors)
 
 
@@ -188,10 +217,20 @@ def _write_ln(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writte
     return Written({}, tensors)
 
 
-LN_TUNING = Method("LN_TUNING", (LNTuningConfig,), ("ln_tuning_layers.weight", "ln_tuning_layers.bias"), "", _read_ln, _write_ln)
-IA3 = Method("IA3", (IA3Config, IA3FFConfig), ("ia3_l",), "feedforward_modules init_ia3_weights", _read_ia3, _write_ia3)
+LN_TUNING = Method(
+    "LN_TUNING", (LNTuningConfig,), ("ln_tuning_layers.weight", "ln_tuning_layers.bias"), "", _read_ln, _write_ln, kinds="norm"
+)
+IA3 = Method(
+    "IA3",
+    (IA3Config, IA3FFConfig),
+    ("ia3_l",),
+    "feedforward_modules init_ia3_weights",
+    _read_ia3,
+    _write_ia3,
+    kinds="linear conv2d conv3d",
+)
 ROAD = Method("ROAD", (ROADConfig,), ("road_theta", "road_alpha"), "variant group_size", _read_road, _write_road)
-HRA = Method("HRA", (HRAConfig,), ("hra_u",), "r", _read_hra, _write_hra)
+HRA = Method("HRA", (HRAConfig,), ("hra_u",), "r", _read_hra, _write_hra, kinds="linear conv2d", biased="hra_only")
 OFT = Method(
     "OFT",
     (OFTConfig,),
@@ -200,6 +239,8 @@ OFT = Method(
     _read_oft,
     _write_oft,
     ignored="eps",
+    kinds="linear conv2d",
+    biased="oft_only",
 )
 BOFT = Method(
     "BOFT",
@@ -208,5 +249,7 @@ BOFT = Method(
     "boft_block_size boft_block_num boft_n_butterfly_factor",
     _read_boft,
     _write_boft,
+    kinds="linear conv2d",
+    biased="boft_only",
 )
 BEFT = Method("BEFT", (BitFitConfig,), ("beft_bias",), "", _read_beft, _write_beft)

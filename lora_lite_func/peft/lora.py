@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng
 from ..adapter import Adapter
 from ..errors import CheckpointError, UnsupportedError, shown
-from ..spec import site_for, variants
+from ..spec import Site, site_for, variants
 from ..variants import (
     ASVDConfig,
     BitFitConfig,
@@ -32,7 +33,8 @@ from ..variants import (
     PiSSAConfig,
     VeRAConfig,
 )
-from .method import Method, Part, Place, Written, of_config
+from .homes import attention
+from .method import Method, Part, Place, Written, of_config, shifts_of
 from .says import Says
 
 _SUBTRACTED = (PiSSAConfig, OLoRAConfig, CorDAConfig, ASVDConfig, LoRAGAConfig)
@@ -50,9 +52,9 @@ def read(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
     """
     A, B = factors(place, held)
     r = A.shape[-2]
-    if r != says.at("rank_pattern", place.path, says.whole("r", 8)):
+    if r != says.at("rank_pattern", place.named or place.path, says.whole("r", 8)):
         raise CheckpointError(f"{says.where}: {shown(place.path)} has rank {r}, its config says another (r, rank_pattern)")
-    alpha = says.at("alpha_pattern", place.path, says.number("lora_alpha", 8)) * place.times
+    alpha = says.at("alpha_pattern", place.named or place.path, says.number("lora_alpha", 8)) * place.times
     rslora, dropout = says.flag("use_rslora"), says.number("lora_dropout", 0.0)
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
     leaves = {"lora_A": A, "lora_B": B}
@@ -89,6 +91,8 @@ def factors(place: Place, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         A, B = A.flatten(1), B.flatten(1)
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise CheckpointError(f"{shown(place.path)}: expected (r, d_in) and (d_out, r), found {tuple(A.shape)} and {tuple(B.shape)}")
+    if place.kind == "parameter" and place.site is not None and place.site.transposed:
+        return B.mT, A.mT  # PEFT sees a matrix as it is stored
     return A, B
 
 
@@ -101,9 +105,13 @@ def _experts(place: Place, held: Mapping[str, Tensor], stack: int) -> tuple[Tens
 
 
 def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str, Any], r: int, scale: float) -> Part | None:
-    """The part of a start that PEFT takes out of the base weight; None for those that leave it alone."""
+    """The part of a start that PEFT takes out of the base weight; None for those that leave it alone, as all do of an embedding."""
     start = says.get("init_lora_weights", True)
-    if start in _HARMLESS_STARTS or (isinstance(start, str) and start.lower() in ("gaussian", "true", "false")):
+    if (
+        place.kind == "embedding"
+        or start in _HARMLESS_STARTS
+        or (isinstance(start, str) and start.lower() in ("gaussian", "true", "false"))
+    ):
         return None
     config = {"pissa": PiSSAConfig, "olora": OLoRAConfig}.get(start if isinstance(start, str) else "")
     if config is None:
@@ -115,6 +123,8 @@ def _start(says: Says, place: Place, leaves: dict[str, Tensor], fields: dict[str
         raise CheckpointError(
             f"{says.where}: use_dora with init_lora_weights={shown(start)} isn't read; convert it to a plain LoRA in PEFT"
         )
+    if place.kind != "linear":
+        raise CheckpointError(f"{says.where}: init_lora_weights={shown(start)} has no meaning for {shown(place.path)}, a {place.kind}")
     site, weight = place.known(f"{start} starts from the base weight"), place.weight(str(start))
     variant, cfg = variants()[str(start)], config(r=r, alpha=scale * r)
     here = site_for(variant, cfg, dataclasses.replace(site, r=r, alpha=scale * r), {})
@@ -132,9 +142,6 @@ def _dora(
     if "lora_magnitude_vector" not in held:
         raise CheckpointError(f"{shown(place.path)}: use_dora is set, but there is no lora_magnitude_vector")
     m, W = held["lora_magnitude_vector"].flatten(), place.weight("DoRA")  # conv stores (1, d_out, 1 ...)
-    embedding = place.kind == "embedding"
-    if embedding:
-        raise CheckpointError(f"{shown(place.path)}: use_dora on an embedding isn't read")
     dora = {**leaves, "lora_m": m, "lora_wnorm2": W.square().sum(1)}
     norm = torch.addmm(W, leaves["lora_B"].to(W), leaves["lora_A"].to(W), alpha=scale).norm(dim=1)
     return Part(DoRAConfig, dora, fields, r, scale * r), m / norm
@@ -154,28 +161,81 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         UnsupportedError: PEFT has no form for this mixture.
     """
     low = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
-    shifts = {path: held["lora_b"] for a in adapters if isinstance(a.config, BitFitConfig) for path, held in a.items()}
-    if not low:
-        raise UnsupportedError("to_peft: a learned bias alone isn't a LoRA")
+    shifts = shifts_of(adapters)
     dora, rslora = (_all([f(a) for a in low], name) for f, name in ((_is_dora, "use_dora"), (_is_rslora, "use_rslora")))
-    made = Written({"use_dora": dora, "use_rslora": rslora, "lora_bias": bool(shifts)}, {})
-    made.fields["lora_dropout"] = of_config(low, "dropout", method="LoRA")["dropout"]
+    made = Written({"use_dora": dora, "use_rslora": rslora, "lora_bias": bool(shifts), "lora_dropout": _dropout(low)}, {})
     for adapter in low:
         for path, site in adapter.sites.items():
             A, B, scale = pair(adapter, path)
             r = A.shape[-2]
-            made.ranks[path], made.alphas[path] = r, scale * (math.sqrt(r) if rslora else r)
-            made.tensors[path] = held = _named(site.kind, A, B, modules.get(path))
+            made.ranks[path], made.alphas[path] = r, scale * _per(r, rslora)
+            made.tensors[path] = held = _named(site, A, B, modules.get(path))
             if dora:
-                held["lora_magnitude_vector"] = adapter[path]["lora_m"]
+                held["lora_magnitude_vector"] = _magnitude(adapter, path, modules)
             if shifts:
-                shift = shifts.pop(path, None)
-                if dora:
-                    raise UnsupportedError(f"to_peft: {path!r}: PEFT scales lora_bias by DoRA's magnitudes, here they are apart; merge one")
+                shift = shifts.get(path)
                 held["lora_B.bias"] = torch.zeros(site.d_out, dtype=B.dtype) if shift is None else shift / scale
-    if shifts:
-        raise UnsupportedError(f"to_peft: {next(iter(shifts))!r} has a learned bias but no LoRA, and lora_bias goes with a LoRA")
+    _complete(made, modules, rslora)
+    every = [site for a in low for site in a.sites.values()]
+    across = next((s.path for s in every if s.kind == "linear" and s.transposed), None)
+    if across is not None and any(s.kind == "parameter" or attention(modules, s.path) is not None for s in every):
+        raise UnsupportedError(
+            f"to_peft: {across!r} is stored transposed, beside which PEFT takes no parameters and turns attention's out_proj around; "
+            "write two folders"
+        )
     return made
+
+
+def as_lora_bias(low: Sequence[Adapter], shifts: Mapping[str, Tensor], modules: Mapping[str, Any]) -> bool:
+    """Whether learned biases can be the lora_bias of these: PEFT has it on the output of linear layers and convolutions alone."""
+    sites = [site for a in low for site in a.sites.values()]
+    plain = all(s.kind in ("linear", "conv") and attention(modules, s.path) is None for s in sites)
+    return plain and not any(map(_is_dora, low)) and shifts.keys() <= {s.path for s in sites}
+
+
+def _per(r: int, rslora: bool) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(r) if rslora else float(r)
+
+
+def _dropout(low: Sequence[Adapter]) -> float:
+    """The one rate of all that have an input to drop; rows that are looked up have none."""
+    others = [a for a in low if any(s.kind != "embedding" for s in a.sites.values())]
+    rate: float = of_config(others or low, "dropout", method="LoRA")["dropout"]
+    bare = next((p for a in low for p, s in a.sites.items() if s.kind == "parameter"), None)
+    if rate and bare is not None:
+        raise UnsupportedError(f"to_peft: {bare!r}: PEFT drops no inputs of a parameter; set dropout=0.0 for the file")
+    return rate
+
+
+def _magnitude(adapter: Adapter, path: str, modules: Mapping[str, Any]) -> Tensor:
+    """(d_out,); of a convolution (1, d_out, 1 ...)."""
+    site, m = adapter.sites[path], adapter[path]["lora_m"]
+    if site.kind == "parameter" or attention(modules, path) is not None:
+        raise UnsupportedError(f"to_peft: {path!r}: PEFT has no DoRA of attention or of a parameter; merge it")
+    padding = getattr(modules.get(path), "padding_idx", None) if site.kind == "embedding" else None
+    if padding is not None and bool((modules[path].weight[padding] != 0).any() | (adapter[path]["lora_A"][:, padding] != 0).any()):
+        raise UnsupportedError(f"to_peft: {path!r}: PEFT's DoRA changes the padding row {padding} too; merge it")
+    return m.view(1, -1, *(1 for _ in modules[path].weight.shape[2:])) if site.kind == "conv" else m
+
+
+def _complete(made: Written, modules: Mapping[str, Any], rslora: bool) -> None:
+    """Of attention PEFT adapts both projections, with one rank and one scale, and adds the second's update twice in each call."""
+    for home in {home for path in made.tensors if (home := attention(modules, path)) is not None}:
+        times = {f"{home}.in_proj_weight": 1.0, f"{home}.out_proj": 2.0}
+        scales = {p: made.alphas[p] / _per(made.ranks[p], rslora) / t for p, t in times.items() if p in made.tensors}
+        r, width = max(made.ranks[p] for p in scales), modules[home].embed_dim
+        common = next(iter(scales.values()))
+        for path in times:
+            rows = modules[home].in_proj_weight.shape[0] if path.endswith("in_proj_weight") else width
+            held = made.tensors.get(path) or {"lora_A.weight": torch.zeros(0, width), "lora_B.weight": torch.zeros(rows, 0)}
+            A, B = held["lora_A.weight"], held["lora_B.weight"]
+            more, times_ours = r - A.shape[0], scales.get(path, common) / common if common else 1.0
+            made.tensors[path] = {
+                "lora_A.weight": F.pad(A, (0, 0, 0, more)),
+                "lora_B.weight": F.pad(B if times_ours == 1.0 else B * times_ours, (0, more)),
+            }
+            made.ranks[path], made.alphas[path] = r, common * _per(r, rslora)
 
 
 def _all(values: list[bool], name: str) -> bool:
@@ -205,21 +265,39 @@ def pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
     return held["lora_A"], held["lora_B"], site.factor
 
 
-def _named(kind: str, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
-    if kind == "embedding":
-        return {"lora_embedding_A": A, "lora_embedding_B": B}
+def _named(site: Site, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
+    if site.kind == "embedding":
+        return {"lora_embedding_A": without_padding(A, module), "lora_embedding_B": B}
     if A.ndim == 3:
-        return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
-    if kind == "conv":
-        if module is None:
-            raise CheckpointError("to_peft: a convolution's factors have its kernel's shape; give the base model")
-        shape = module.weight.shape
-        if module.groups != 1:
-            raise UnsupportedError(f"to_peft: PEFT's LoRA of a convolution in {module.groups} groups isn't a LoRA of its weight; merge it")
-        A, B = A.unflatten(1, tuple(shape[1:])), B.view(*B.shape, *(1 for _ in shape[2:]))
-    elif kind not in ("linear", "parameter"):
-        raise UnsupportedError(f"to_peft: a LoRA on a {kind} isn't written")
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    elif site.kind == "conv":
+        A, B = kernel(site.path, A, B, module)
+    elif site.kind == "parameter" and site.transposed:
+        A, B = B.mT, A.mT  # PEFT sees a matrix as it is stored
+    elif site.kind not in ("linear", "parameter"):
+        raise UnsupportedError(f"to_peft: {site.path!r}: a LoRA on a {site.kind} isn't written")
     return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def without_padding(A: Tensor, module: Any) -> Tensor:
+    """The factor (r, ids) of an embedding without its part in the padding row, which PEFT would move and this library doesn't."""
+    padding = getattr(module, "padding_idx", None)
+    return A if padding is None else A.index_fill(1, torch.tensor([padding], device=A.device), 0.0)
+
+
+def kernel(path: str, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor]:
+    """The factors of a convolution's update in the shapes of kernels, (r, c, *k) and (d_out, r, 1 ...).
+
+    Raises:
+        CheckpointError: no model was given.
+        UnsupportedError: in groups, which PEFT doesn't keep apart.
+    """
+    if module is None:
+        raise CheckpointError(f"to_peft: {path!r}: a convolution's factors have its kernel's shape; give the base model")
+    if module.groups != 1:
+        raise UnsupportedError(f"to_peft: {path!r}: PEFT's update of a convolution in {module.groups} groups mixes them; merge it")
+    shape = module.weight.shape
+    return A.unflatten(1, tuple(shape[1:])), B.reshape(*B.shape, *(1 for _ in shape[2:]))
 
 
 LORA = Method(
@@ -240,4 +318,6 @@ LORA = Method(
     read=read,
     write=write,
     sizes=sizes,
+    kinds="linear conv1d conv2d conv3d embedding parameter",
+    biased="lora_only",
 )

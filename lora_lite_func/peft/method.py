@@ -15,9 +15,10 @@ from ..errors import CheckpointError, UnsupportedError, shown
 from ..kinds import matrix, place
 from ..layers import dense_weight
 from ..spec import Site
+from ..variants import BitFitConfig
 from .says import Says
 
-__all__ = ["Method", "Part", "Place", "Written", "of_config", "ranks", "same"]
+__all__ = ["Method", "Part", "Place", "Written", "of_config", "ranks", "same", "shifts_of"]
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Place:
         site: its dimensions, if a model was given.
         module: itself, likewise.
         times: what PEFT multiplies the update by here, beyond what its config says.
+        named: what the config's patterns call it, where that isn't its path.
     """
 
     path: str
@@ -37,6 +39,7 @@ class Place:
     site: Site | None = None
     module: Any = None
     times: float = 1.0
+    named: str = ""
 
     @property
     def kind(self) -> str:
@@ -120,6 +123,8 @@ class Method:
         shared: names of tensors that stand beside the modules.
         rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern` override.
         ignored: fields without a part in a loaded adapter.
+        kinds: the kinds of layer that PEFT adapts with it.
+        biased: what its `bias` says where the adapted layers' own biases are learned; "" where it has no such field.
     """
 
     peft_type: str
@@ -133,6 +138,8 @@ class Method:
     rank: str = "r"
     alpha: str = "lora_alpha"
     ignored: str = ""
+    kinds: str = "linear"
+    biased: str = ""
 
 
 def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
@@ -163,6 +170,16 @@ def same(adapters: Sequence[Adapter], **renamed: str) -> dict[str, dict[str, Ten
         for a in adapters
         for path, held in a.items()
     }
+
+
+def shifts_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """{path: what the BitFits among these add to its output}."""
+    found: dict[str, Tensor] = {}
+    for a in adapters:
+        if isinstance(a.config, BitFitConfig):
+            for path, held in a.items():
+                found[path] = found[path] + held["lora_b"] if path in found else held["lora_b"]
+    return found
 
 
 def replaced(part: Part, **changes: Any) -> Part:

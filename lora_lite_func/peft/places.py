@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,15 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnsupportedError, nearest, shown
 from ..kinds import KINDS, facts, kind_of, matrix
-from ..layers import refuse_uncopyable, stored
+from ..layers import held, refuse_uncopyable, stored
 from ..spec import Site
-from ..variants import BitFitConfig, FullConfig, LoRAConfig
+from ..variants import BitFitConfig, DoRAConfig, FullConfig, HiRAConfig, LoRAConfig, TokensConfig
+from .homes import WRAPPED, attention, ties
 from .method import Method, Part, Place
 from .says import Says
 
-__all__ = ["adaptable", "beside", "places_of"]
-
-_WRAPPED = ".base_layer"
+__all__ = ["adaptable", "beside", "check_padding", "places_of"]
 
 
 def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], shared: Mapping[str, Tensor]) -> dict[str, Place]:
@@ -31,7 +31,7 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
         _check_targeted(says, {path: path for path in sites})
         if method.sizes is None:
             return {path: Place(path, shared) for path in sites}
-        return {path: Place(path, shared, Site(path, *method.sizes(held))) for path, held in sites.items()}
+        return {path: Place(path, shared, _sized(path, method.sizes(own), own)) for path, own in sites.items()}
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -39,39 +39,58 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
     bare = {path for path, found in where.items() if found not in modules}
     _check_targeted(says, {path: found for path, found in where.items() if path not in bare})
     known = adaptable(model, where.values())
+    if len(known) != len(where):
+        twice = next(found for found, n in Counter(where.values()).items() if n > 1)
+        raise CheckpointError(f"{says.where}: tensors of two adapters for {shown(twice)}")
     missing = next((p for p in _targeted(model, says) if p not in sites and p not in where.values()), None)
-    if missing is not None and method.peft_type != "ADALORA":  # which leaves out what it pruned
+    if missing is not None and method.suffixes and method.peft_type != "ADALORA":  # which leaves out what it pruned
         raise CheckpointError(f"{says.where}: target_modules name {shown(missing)}, for which there is no tensor")
-    return {path: Place(found, shared, *known[found], times=_times(model, path)) for path, found in where.items()}
+    places = {path: Place(found, shared, *known[found]) for path, found in where.items()}
+    for place in places.values():
+        home = attention(modules, place.path)
+        if home is not None:  # PEFT (0.21 at least) adds out_proj's update twice in each call, so its adapters were trained that way
+            place.named, place.times = home, 2.0 if place.path.endswith("out_proj") else 1.0
+    across = next((f"{p.path!r}" for p in places.values() if p.kind == "linear" and p.site is not None and p.site.transposed), "its config")
+    if (says.flag("fan_in_fan_out") or across != "its config") and any(place.named for place in places.values()):
+        raise CheckpointError(
+            f"{says.where}: where layers are stored transposed ({across}), PEFT turns the update of attention's out_proj around"
+        )
+    return places
 
 
-def _times(model: nn.Module, path: str) -> float:
-    """PEFT (0.21 at least) adds the update of an attention's out_proj twice in each call, so its adapters were trained that way."""
-    home, wrapped, _ = path.rpartition(_WRAPPED + ".out_proj")
-    return 2.0 if wrapped and isinstance(model.get_submodule(home), nn.MultiheadAttention) else 1.0
+def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
+    """A site as its tensors alone tell it.
+
+    Raises:
+        CheckpointError: of no size.
+    """
+    if min(sizes) < 1:
+        raise CheckpointError(f"{shown(path)}: its tensors are those of a layer {sizes[0]} -> {sizes[1]}")
+    table = any("embedding" in name for name in names)
+    return Site(path, *sizes, kind="embedding", transposed=True) if table else Site(path, *sizes)
 
 
 def _check_targeted(says: Says, where: Mapping[str, str]) -> None:
     for path, found in where.items():
-        if says.targeted(path) is False and says.targeted(path.partition(_WRAPPED)[0]) is False:
+        if says.targeted(path) is False and says.targeted(path.partition(WRAPPED)[0]) is False:
             raise CheckpointError(f"{says.where}: tensors for {shown(found)}, which its target_modules don't name")
 
 
 def _resolved(modules: Mapping[str, nn.Module], says: Says, path: str) -> str:
     """Our path of what a key's path means: a module, or a parameter of it."""
     home = path
-    while home.endswith(_WRAPPED):
-        home = home.removesuffix(_WRAPPED)
+    while home.endswith(WRAPPED):
+        home = home.removesuffix(WRAPPED)
     names = says.names("target_parameters")
     if home in modules and names:
         full = [f"{home}.{name}" for name in modules[home]._parameters]
         wanted = [p for p in full if any(p == n or p.endswith("." + n) for n in names)]
-        depth = (len(path) - len(home)) // len(_WRAPPED)
+        depth = (len(path) - len(home)) // len(WRAPPED)
         if depth < len(wanted):
             return wanted[len(wanted) - 1 - depth]  # the first one registered is wrapped first, so it is innermost
     if path in modules:
         return f"{path}.in_proj_weight" if isinstance(modules[path], nn.MultiheadAttention) else path
-    return path.replace(_WRAPPED, "")  # an attention's out_proj inside its wrapper
+    return path.replace(WRAPPED, "")  # an attention's out_proj inside its wrapper
 
 
 def _targeted(model: nn.Module, says: Says) -> list[str]:
@@ -79,7 +98,7 @@ def _targeted(model: nn.Module, says: Says) -> list[str]:
     saved = says.names("modules_to_save")
     kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     found = [path for path, module in model.named_modules() if isinstance(module, kinds) and says.targeted(path)]
-    return [p for p in found if not any(f".{s}." in f".{p}." for s in saved)]
+    return [p for p in found if not _in_one_of(saved, p)]
 
 
 def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, Any]]:
@@ -124,13 +143,16 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
     tokens: dict[str, Tensor] = {}
     for key, t in rest.items():
         path, _, name = key.rpartition(".")
-        if any(f".{s}." in f".{key}." for s in saved):
+        bare = path.removesuffix(WRAPPED) if _has(model, path.removesuffix(WRAPPED)) else path.replace(WRAPPED, "")
+        if ".original_module." in key and _in_one_of(saved, path):
+            pass  # bias="all" keeps what a copy replaces, too
+        elif _in_one_of(saved, path):
             whole[key.replace(".modules_to_save.", ".")] = t
         elif name == "bias" and learned:
-            biases[path.removesuffix(_WRAPPED)] = t
+            biases[bare] = t
         elif name == "trainable_tokens_delta":
             tokens[path.removesuffix(".token_adapter")] = t
-        elif name == "weight" and _is_the_base(model, path.removesuffix(_WRAPPED), t):
+        elif name == "weight" and _is_the_base(model, bare, t):
             pass  # PEFT copies an embedding that it adapts into the file
         else:
             raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
@@ -142,10 +164,20 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
     return found + [part for path, t in tokens.items() for part in _tokens(says, path, t, model)]
 
 
+def _has(model: Any, path: str) -> bool:
+    return isinstance(model, nn.Module) and path in dict(model.named_modules(remove_duplicate=False))
+
+
+def _in_one_of(names: list[str], path: str) -> bool:
+    """Whether a module is in one that PEFT finds by the end of its name."""
+    parts = path.split(".")
+    return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
+
+
 def _is_the_base(model: Any, path: str, t: Tensor) -> bool:
     module = dict(model.named_modules()).get(path) if isinstance(model, nn.Module) else None
     base = None if module is None else stored(module, "weight")
-    return isinstance(base, Tensor) and base.shape == t.shape and not base.is_meta and torch.equal(base.detach().to(t), t)
+    return isinstance(base, Tensor) and base.shape == t.shape and torch.equal(held(module).to(t), t)
 
 
 def _whole(says: Says, path: str, t: Tensor, site: Site, module: Any) -> tuple[Place, Part]:
@@ -165,23 +197,45 @@ def _bias(says: Says, path: str, learned: Tensor, site: Site, module: Any) -> tu
 
 
 def _tokens(says: Says, path: str, rows: Tensor, model: nn.Module) -> list[tuple[Place, Part]]:
-    """New rows of an embedding (and of a head tied to it) as a LoRA that picks those rows."""
+    """New rows of an embedding, as what is added to them; with a head that shares its table, as a LoRA of each that picks those rows."""
     listed: Any = says.get("trainable_token_indices") or says.get("token_indices")
     if isinstance(listed, Mapping):
         listed = next((ids for name, ids in listed.items() if path == name or path.endswith("." + name)), None)
     site, module = adaptable(model, [path])[path]
-    if not isinstance(listed, list) or len(listed) != len(rows) or not all(type(i) is int and 0 <= i < site.d_in for i in listed):
-        raise says.refuse("trainable_token_indices", f"{len(rows)} token ids below {site.d_in} for {path!r}")
-    table = stored(module, "weight")
-    if site.kind != "embedding" or rows.shape != (len(listed), table.shape[1]):
+    many = rows.shape[0] if rows.ndim == 2 else 0
+    if not isinstance(listed, list) or len(listed) != many or not all(type(i) is int and 0 <= i < site.d_in for i in listed):
+        raise says.refuse("trainable_token_indices", f"{many} token ids below {site.d_in} for {path!r}")
+    if site.kind != "embedding" or rows.shape != (len(listed), site.d_out) or len(set(listed)) != len(listed):
         raise CheckpointError(f"{says.where}: {shown(path)}: rows of shape {tuple(rows.shape)} don't fit this {type(module).__name__}")
-    n, ids = len(listed), torch.tensor(listed)
-    change = rows - table.detach()[ids].to(rows)  # (n, dim)
-    picks = torch.zeros(n, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
+    ids, order = torch.tensor(listed).sort()
+    change = rows[order] - held(module)[ids].to(rows)  # (n, dim)
+    shared = [path for path, m in model.named_modules() if m is not module and stored(m, "weight") is stored(module, "weight")]
+    if not shared or not ties(model, module):
+        leaves = {"lora_rows": change, "lora_ids": ids.to(torch.float32)}
+        return [(Place(path, {}, site, module), Part(TokensConfig, leaves, {"token_ids": tuple(ids.tolist())}, order=3))]
+    picks = torch.zeros(many, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
+    pairs = {path: {"lora_A": picks, "lora_B": change.mT}} | {key: {"lora_A": change, "lora_B": picks.mT} for key in shared}
+    known = adaptable(model, pairs)
     fields = {"dropout": 0.0, "rslora": False}
-    found = [(Place(path, {}, site, module), Part(LoRAConfig, {"lora_A": picks, "lora_B": change.mT}, fields, n, float(n), order=3))]
-    for other, tied in model.named_modules():
-        if tied is not module and stored(tied, "weight") is table:
-            head = adaptable(model, [other])[other]
-            found.append((Place(other, {}, *head), Part(LoRAConfig, {"lora_A": change, "lora_B": picks.mT}, fields, n, float(n), order=3)))
-    return found
+    return [(Place(p, {}, *known[p]), Part(LoRAConfig, pair, fields, many, float(many), order=3)) for p, pair in pairs.items()]
+
+
+def check_padding(says: Says, place: Place, part: Part) -> None:
+    """Refuse what moves an embedding's padding row, which stays as it is here.
+
+    Raises:
+        CheckpointError: with the id.
+    """
+    padding = getattr(place.module, "padding_idx", None) if place.kind == "embedding" else None
+    A, ids, table = part.leaves.get("lora_A"), part.leaves.get("lora_ids"), stored(place.module, "weight")
+    if padding is None or not isinstance(table, Tensor) or (A is not None and (A.ndim != 2 or A.shape[1] != len(table))):
+        return  # a misfit is refused where it is fitted
+    if ids is not None:
+        moved = bool((part.leaves["lora_rows"][ids == padding] != 0).any())
+    elif A is None:
+        moved = False
+    else:
+        update, row = bool((A[:, padding] != 0).any()), bool((table[padding] != 0).any())
+        moved = {HiRAConfig: update and row, DoRAConfig: update or row}.get(part.config, update)
+    if moved:
+        raise CheckpointError(f"{says.where}: {shown(place.path)}: changes the row of id {padding}, padding, which stays as it is here")

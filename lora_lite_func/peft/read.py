@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..errors import CheckpointError, ConfigError, UnsupportedError, nearest, shown
+from ..errors import CheckpointError, ConfigError, LoraLiteError, UnsupportedError, nearest, shown
 from ..kinds import KINDS
 from ..layout import Layout
 from ..spec import ParamSpec, fits, leaf_dtype, lookup, site_for
 from .folder import split, unpack
-from .method import Part, Place
-from .places import beside, places_of
+from .method import Method, Part, Place
+from .places import beside, check_padding, places_of
+from .says import Says
 from .table import METHODS
 
-__all__ = ["assemble", "from_peft"]
+__all__ = ["assemble", "check_tensors", "from_peft"]
 
 
 def from_peft(
@@ -49,23 +51,57 @@ def from_peft(
         raise CheckpointError(f"{says.where}: peft_type {shown(kind)} isn't read here; {nearest(kind, METHODS, first=50)}")
     method = METHODS[kind]
     says.check([*method.understood.split(), *method.ignored.split()], ignore)
+    check_tensors(tensors)
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     try:
         if not sites and not rest:
             raise CheckpointError(f"{says.where}: no tensor of a {kind} adapter beside it")
         places = places_of(model, says, method, sites, shared)
-        parts = [(place, part) for p, place in places.items() for part in method.read(says, place, _checked(p, sites[p]))]
-        return assemble([*parts, *beside(says, rest, model)])
+        parts = [(place, part) for p, place in places.items() for part in _parts(says, method, place, _plain(sites[p]))]
+        parts += beside(says, rest, model)
+        for place, part in parts:
+            check_padding(says, place, part)
+        return assemble(parts)
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{says.where}: a module of this {kind} adapter lacks the tensor {shown(error.args[0])}") from None
     except ConfigError as error:
         raise CheckpointError(f"{says.where}: {error}") from None
 
 
-def _checked(path: str, held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    for name, t in held.items():
-        if not t.is_floating_point() and not name.endswith("indices"):
-            raise CheckpointError(f"{shown(path)} {name}: expected a floating tensor, found {t.dtype}")
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no adapter has.
+
+    Raises:
+        CheckpointError: no strided tensor with its values, or of a dtype that isn't a floating one of 16 bits or more.
+    """
+    for key, t in tensors.items():
+        if t.layout != torch.strided or t.is_meta:
+            raise CheckpointError(f"{shown(key)}: expected a tensor with its values, found one {_form(t)}")
+        if not (fits(None, t.dtype) or (key.endswith("indices") and not t.is_floating_point() and not t.is_complex())):
+            raise CheckpointError(f"{shown(key)}: expected a floating tensor of 16 bits or more, found {t.dtype}")
+
+
+def _form(t: Tensor) -> str:
+    return "on the meta device" if t.is_meta else f"of layout {t.layout}"
+
+
+def _parts(says: Says, method: Method, place: Place, held: Mapping[str, Tensor]) -> Sequence[Part]:
+    """One module's parts; tensors whose shapes make no sense together are refused with them, whatever it was that didn't work."""
+    shapes = {name: tuple(t.shape) for name, t in held.items()}
+    try:
+        if not all(shapes.values()):
+            raise ValueError("a number alone is no tensor of a module")
+        return method.read(says, place, held)
+    except LoraLiteError:
+        raise
+    except (ArithmeticError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{says.where}: {shown(place.path)}: {shapes} don't make a module of {method.peft_type}: {shown(str(error))}"
+        ) from error
+
+
+def _plain(held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under the names of today's files."""
     return {name.removesuffix(".weight") if name == "lora_magnitude_vector.weight" else name: t for name, t in held.items()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapter import Adapter
@@ -66,14 +67,39 @@ def _read_vera(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Par
 
 
 def _write_vera(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
-    said, (r, _) = of_config(adapters, "dropout", method="VeRA"), ranks(adapters)
-    if len(set(r.values())) != 1:
-        raise UnsupportedError(f"to_peft: one VeRA file has one r, these sites have {sorted(set(r.values()))}; write a folder for each")
-    held = [h for a in adapters for h in a.values()]
-    way_out = "ll.to_peft(..., as_lora=True) writes each as a LoRA"
-    shared = {f"vera_{n}": _joined([h[f"lora_vera_{n}"] for h in held], f"vera_{n}", way_out) for n in "AB"}
-    fields = {"r": next(iter(r.values())), "vera_dropout": said["dropout"], "save_projection": True}
-    return Written(fields, same(adapters, lora_vera_b="vera_lambda_b", lora_vera_d="vera_lambda_d"), shared)
+    """PEFT has one pair of projections for all modules: unlike ones lie side by side in it, as more directions, and a module's
+    vera_lambda_d is zero in those that aren't its own.
+    """
+    said = of_config(adapters, "dropout", method="VeRA")
+    held = {path: h for a in adapters for path, h in a.items()}
+    groups: list[list[str]] = []
+    for path, h in held.items():
+        alike = next((g for g in groups if all(_overlap(h, held[p]) for p in g)), None)
+        groups.append([path]) if alike is None else alike.append(path)
+    pairs = [[_joined([held[p][f"lora_vera_{n}"] for p in g], f"vera_{n}", "write two folders") for n in "AB"] for g in groups]
+    ranks_ = [A.shape[0] for A, _ in pairs]
+    d_in, d_out = max(A.shape[1] for A, _ in pairs), max(B.shape[0] for _, B in pairs)
+    shared = {
+        "vera_A": torch.cat([F.pad(A, (0, d_in - A.shape[1])) for A, _ in pairs]),
+        "vera_B": torch.cat([F.pad(B, (0, 0, 0, d_out - B.shape[0])) for _, B in pairs], dim=1),
+    }
+    tensors, r = {}, sum(ranks_)
+    for i, group in enumerate(groups):
+        before = sum(ranks_[:i])
+        for path in group:
+            d = F.pad(held[path]["lora_vera_d"], (before, r - before - ranks_[i]))
+            tensors[path] = {"vera_lambda_b": held[path]["lora_vera_b"], "vera_lambda_d": d}
+    return Written({"r": r, "vera_dropout": said["dropout"], "save_projection": True}, tensors, shared)
+
+
+def _overlap(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    """Whether two modules' projections can be corners of one pair."""
+    for name in ("lora_vera_A", "lora_vera_B"):
+        t, u = one[name], two[name]
+        corner = tuple(slice(min(sizes)) for sizes in zip(t.shape, u.shape, strict=True))
+        if not torch.equal(t[corner], u[corner].to(t)):
+            return False
+    return one["lora_vera_d"].shape == two["lora_vera_d"].shape
 
 
 # ------------------------------------------------------------------------------------------------------------- RandLoRA
@@ -195,6 +221,7 @@ VERA = Method(
     _write_vera,
     shared=("vera_A", "vera_B"),
     ignored="d_initial",
+    biased="vera_only",
 )
 RANDLORA = Method(
     "RANDLORA",
@@ -205,6 +232,7 @@ RANDLORA = Method(
     _write_randlora,
     shared=("randlora_A", "randlora_B"),
     ignored="sparse very_sparse",
+    biased="randlora_only",
 )
 FOURIERFT = Method(
     "FOURIERFT",
@@ -213,5 +241,6 @@ FOURIERFT = Method(
     "n_frequency n_frequency_pattern scaling random_loc_seed",
     _read_fourierft,
     _write_fourierft,
+    biased="fourier_only",
 )
 SHIRA = Method("SHIRA", (SHiRAConfig,), ("shira_weight", "shira_indices"), "r mask_type random_seed", _read_shira, _write_shira)

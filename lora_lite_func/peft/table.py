@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .gates import BEFT, BOFT, HRA, IA3, LN_TUNING, OFT, ROAD
 from .lora import LORA
-from .method import Method
+from .method import Method, Written
 from .seeded import FOURIERFT, RANDLORA, SHIRA, VERA
 from .updates import ADALORA, C3A, DELORA, GRALORA, HIRA, LOHA, LOKR, MISS
 
-__all__ = ["METHODS"]
+__all__ = ["METHODS", "TOKENS"]
+
+
+def _nothing(*_: Any) -> Any:
+    """Replaced rows stand beside a method's tensors in any file; here there are no others."""
+    return Written({}, {})
+
+
+TOKENS = Method("TRAINABLE_TOKENS", (), (), "token_indices", _nothing, _nothing)
 
 METHODS: dict[str, Method] = {
     m.peft_type: m
@@ -33,5 +43,6 @@ METHODS: dict[str, Method] = {
         SHIRA,
         BEFT,
         LN_TUNING,
+        TOKENS,
     )
 }

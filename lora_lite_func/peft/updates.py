@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..variants import AdaLoRAConfig, C3AConfig, DeLoRAConfig, GraLoRAConfig, HiRAConfig, LoHaConfig, LoKrConfig, MiSSConfig
+from .lora import kernel, without_padding
 from .method import Method, Part, Place, Written, of_config, ranks, same
 from .says import Says
 
@@ -119,11 +120,13 @@ def _write_hira(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     tensors: dict[str, dict[str, Tensor]] = {}
     for a in adapters:
         for path, held in a.items():
-            kind = a.sites[path].kind
-            if kind not in ("linear", "embedding"):
-                raise UnsupportedError(f"to_peft: {path!r}: a HiRA on a {kind} isn't written")
-            own = "hira_embedding" if kind == "embedding" else "hira"
-            tensors[path] = {f"{own}_A": held["lora_A"], f"{own}_B": held["lora_B"] * a.sites[path].factor}
+            own = "hira_embedding" if a.sites[path].kind == "embedding" else "hira"
+            A, B = held["lora_A"], held["lora_B"] * a.sites[path].factor
+            if a.sites[path].kind == "conv":
+                A, B = kernel(path, A, B, modules.get(path))
+            elif a.sites[path].kind == "embedding":
+                A = without_padding(A, modules.get(path))
+            tensors[path] = {f"{own}_A": A, f"{own}_B": B}
     return Written({"hira_dropout": said["dropout"]}, tensors, {}, r)
 
 
@@ -223,7 +226,15 @@ def patterned(values: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]
     return common, rest
 
 
-LOHA = Method("LOHA", (LoHaConfig,), tuple(_HADA.values()), "r alpha rank_pattern alpha_pattern", _read_loha, _write_loha)
+LOHA = Method(
+    "LOHA",
+    (LoHaConfig,),
+    tuple(_HADA.values()),
+    "r alpha rank_pattern alpha_pattern",
+    _read_loha,
+    _write_loha,
+    kinds="linear conv1d conv2d",
+)
 LOKR = Method(
     "LOKR",
     (LoKrConfig,),
@@ -242,6 +253,8 @@ ADALORA = Method(
     _write_adalora,
     _columns_rows("lora_A", "lora_B"),
     ignored="target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step init_lora_weights loftq_config qalora_group_size",
+    kinds="linear conv2d",
+    biased="lora_only",
 )
 HIRA = Method(
     "HIRA",
@@ -251,6 +264,7 @@ HIRA = Method(
     _read_hira,
     _write_hira,
     _columns_rows("hira_A", "hira_B"),
+    kinds="linear conv1d conv2d conv3d embedding",
 )
 GRALORA = Method(
     "GRALORA",
@@ -259,6 +273,7 @@ GRALORA = Method(
     "r alpha gralora_k hybrid_r gralora_dropout",
     _read_gralora,
     _write_gralora,
+    biased="gralora_only",
 )
 DELORA = Method(
     "DELORA",
@@ -268,8 +283,9 @@ DELORA = Method(
     _read_delora,
     _write_delora,
     _columns_rows("delora_A", "delora_B"),
+    biased="delora_only",
 )
-MISS = Method("MISS", (MiSSConfig,), ("miss_block",), "r mini_r miss_dropout", _read_miss, _write_miss)
+MISS = Method("MISS", (MiSSConfig,), ("miss_block",), "r mini_r miss_dropout", _read_miss, _write_miss, biased="MiSS_only")
 C3A = Method(
     "C3A",
     (C3AConfig,),
@@ -278,4 +294,5 @@ C3A = Method(
     _read_c3a,
     _write_c3a,
     lambda held: (held["c3a_kernel"].shape[1] * held["c3a_kernel"].shape[2], held["c3a_kernel"].shape[0] * held["c3a_kernel"].shape[2]),
+    biased="c3a_only",
 )

@@ -17,14 +17,16 @@ from ..adapter import ABSENT, Adapter
 from ..api import Adapters, flatten
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..files import write_safetensors, write_text
-from ..kinds import restored
+from ..kinds import KINDS
 from ..spec import Site
-from ..variants import BitFitConfig, DeLoRAConfig, FullConfig
+from ..variants import BitFitConfig, DeLoRAConfig, FullConfig, TokensConfig
 from .folder import CONFIG, TENSORS
 from .gates import BEFT
-from .lora import LORA
-from .method import Method, Written
-from .table import METHODS
+from .homes import Homes, homes_of
+from .kept import biases, tokens, whole
+from .lora import LORA, as_lora_bias
+from .method import Method, Written, shifts_of
+from .table import METHODS, TOKENS
 
 __all__ = ["to_peft"]
 
@@ -35,13 +37,15 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     """Write an adapter (or several of one method on different layers) as a PEFT folder: adapter_config.json, adapter_model.safetensors.
 
     Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start become the plain LoRA of twice the
-    rank that they are; a BitFit beside a LoRA becomes its lora_bias. Scales are written so that PEFT's outputs are ours.
+    rank that they are; a BitFit beside another adapter becomes a LoRA's lora_bias or a learned bias, a FullConfig's parameters
+    modules_to_save, a TokensConfig's rows trainable tokens. Scales are written so that PEFT's outputs are ours.
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
         model: the base it was made for; None leaves unchecked that the names mean its modules and no others.
         folder: made if it isn't there; the two files in it are replaced.
-        as_lora: write VeRA as the LoRA that it amounts to (PEFT's own form has the same projections for every layer).
+        as_lora: write VeRA as the LoRA that it amounts to (PEFT has one pair of projections for every layer, so that layers of unlike
+            shapes make it of more directions).
 
     Raises:
         UnsupportedError: the method, a setting or a mixture that PEFT has no form for.
@@ -54,42 +58,102 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     if model is not None and not isinstance(model, nn.Module):
         raise CheckpointError(f"to_peft: expected the base, an nn.Module, found {type(model).__name__}")
     _check(adapters)
-    whole = {path: (a.sites[path], held["lora_W"]) for a in adapters if isinstance(a.config, FullConfig) for path, held in a.items()}
-    adapters = [a for a in adapters if not isinstance(a.config, FullConfig)]
-    method = _method(adapters, as_lora)
-    modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
-    paths = [path for a in adapters for path in a if not isinstance(a.config, BitFitConfig) or method is BEFT]
-    for path in paths:
-        if model is not None and path not in modules:
-            raise CheckpointError(f"to_peft: {type(model).__name__} has no module {shown(path)}")
     turned = next((path for a in adapters for path, site in a.sites.items() if site.kind == "conv" and site.transposed), None)
     if turned is not None:
         raise UnsupportedError(f"to_peft: {turned!r}: PEFT has no adapter of a transposed convolution; merge it (ll.merge)")
-    if len(set(paths)) != len(paths):
-        twice = next(p for p, n in Counter(paths).items() if n > 1)
-        raise UnsupportedError(
-            f"to_peft: {twice!r} has two adapters; PEFT keeps one per folder. Write a folder for each, or merge one first"
-        )
-    made = method.write(adapters, modules)
-    fields = _about(model) | {"peft_type": method.peft_type} | made.fields | _numbers(method, made, modules)
-    forward = fields.get("feedforward_modules")
-    fields["target_modules"] = _targets(list(made.tensors), modules or made.tensors, forward)
-    if forward:
-        fields["feedforward_modules"] = _forward(forward, fields["target_modules"])
-    saved = _saved(whole, modules)
-    fields["modules_to_save"] = sorted({key.rpartition(".")[0] for key in saved}) or None
+    fields, tensors = _folder(adapters, {} if model is None else dict(model.named_modules(remove_duplicate=False)), as_lora)
     target = Path(os.fsdecode(folder))
     try:
         target.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"to_peft: can't make {target}: {error}") from error
-    write_safetensors(_flat(made, saved), target / TENSORS, {"format": "pt"}, "to_peft")
-    write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", target / CONFIG, "to_peft")
+    own = {key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    write_safetensors(own, target / TENSORS, {"format": "pt"}, "to_peft")
+    write_text(json.dumps(_about(model) | fields, indent=2, sort_keys=True) + "\n", target / CONFIG, "to_peft")
+
+
+def _folder(every: list[Adapter], modules: Mapping[str, Any], as_lora: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of the config, and the tensors by their keys."""
+    full, rows = ([a for a in every if isinstance(a.config, kind)] for kind in (FullConfig, TokensConfig))
+    adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
+    method = _method(adapters, as_lora) if adapters or not rows else TOKENS
+    shifts: dict[str, Tensor] = {}
+    if method is not BEFT:
+        low = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
+        shifts = shifts_of(adapters)
+        if not (method is LORA and as_lora_bias(low, shifts, modules)):
+            adapters = low
+        else:
+            shifts = {}
+    sites = _sites([a for a in adapters if method is BEFT or not isinstance(a.config, BitFitConfig)], method, modules)
+    made = method.write(adapters, modules)
+    homes = homes_of({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method.peft_type)
+    fields = {"peft_type": method.peft_type} | made.fields | _numbers(method, made, homes)
+    fields |= _targeted(made, homes, modules, fields.get("feedforward_modules"))
+    tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
+    tensors |= {f"base_model.model.{homes.key(p)}.{s}": t for p, held in made.tensors.items() for s, t in held.items()}
+    saved, copies = whole(full, modules, [*sites, *(p for a in rows for p in a)])
+    tensors |= {f"base_model.model.{key}": t for key, t in copies.items()}
+    if shifts:
+        if not method.biased:
+            raise UnsupportedError(
+                f"to_peft: {next(iter(shifts))!r}: PEFT's {method.peft_type} has no learned biases; write a folder for each"
+            )
+        kind, learned = biases(shifts, modules, homes, sites, saved)
+        fields["bias"] = "all" if kind == "all" else method.biased
+        tensors |= {f"base_model.model.{key}": t for key, t in learned.items()}
+    if rows:
+        fields |= _replaced(rows, method, modules, homes, tensors)
+    if method is TOKENS and saved:
+        raise UnsupportedError(f"to_peft: {saved[0]!r}: PEFT keeps no whole modules beside replaced rows alone; write a folder for each")
+    return fields if method is TOKENS else {"modules_to_save": saved or None} | fields, tensors
+
+
+def _sites(adapters: list[Adapter], method: Method, modules: Mapping[str, Any]) -> dict[str, Site]:
+    """The method's own sites.
+
+    Raises:
+        UnsupportedError: two adapters on one, or a kind of layer that this method of PEFT doesn't adapt.
+    """
+    paths = [path for a in adapters for path in a]
+    for path in paths:
+        if modules and path not in modules and not any(KINDS[a.sites[path].kind].bare for a in adapters if path in a):
+            raise CheckpointError(f"to_peft: {type(modules['']).__name__} has no module {shown(path)}")
+    if len(set(paths)) != len(paths):
+        twice = next(p for p, n in Counter(paths).items() if n > 1)
+        raise UnsupportedError(
+            f"to_peft: {twice!r} has two adapters; PEFT keeps one per folder. Write a folder for each, or merge one first"
+        )
+    sites = {path: site for a in adapters for path, site in a.sites.items()}
+    for path, site in sites.items():
+        kind = site.kind
+        if kind == "conv" and path in modules:
+            kind = f"conv{modules[path].weight.ndim - 2}d"
+        if not any(kind == k or (site.kind == "conv" == kind and k.startswith("conv")) for k in method.kinds.split()):
+            raise UnsupportedError(
+                f"to_peft: {path!r}: PEFT's {method.peft_type} adapts {method.kinds.replace(' ', ', ')}, this is {kind}; merge it"
+            )
+    return sites
+
+
+def _replaced(rows: list[Adapter], method: Method, modules: Mapping[str, Any], homes: Homes, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields that say which rows of embeddings are replaced; their tensors are put beside the others."""
+    ids, held = tokens(rows, modules)
+    if method is not TOKENS and method is not LORA:
+        raise UnsupportedError(f"to_peft: {next(iter(ids))!r}: PEFT replaces rows beside a LoRA alone; write a folder for each")
+    middle = "" if method is TOKENS else "token_adapter."
+    tensors |= {f"base_model.model.{homes.inside(p)}.{middle}trainable_tokens_delta": t for p, t in held.items()}
+    if method is LORA:
+        return {"trainable_token_indices": ids}
+    first, *others = ids.values()
+    if any(other != first for other in others):
+        raise UnsupportedError("to_peft: one file of trainable tokens has one list of ids for all tables; write a folder for each")
+    return {"token_indices": first, "target_modules": _targets(list(ids), modules)}
 
 
 def _check(adapters: list[Adapter]) -> None:
     if all(isinstance(a.config, FullConfig) for a in adapters):
-        raise CheckpointError("to_peft: expected an adapter, found none")
+        raise CheckpointError("to_peft: expected an adapter, found none; PEFT keeps parameters trained whole (FullConfig) beside one alone")
     for a in adapters:
         for path, held in a._data.items():
             for name, t in held.items():
@@ -105,8 +169,9 @@ def _method(adapters: list[Adapter], as_lora: bool) -> Method:
     subtracted = any(isinstance(a.config, DeLoRAConfig) and a.config.init == "subtract" for a in adapters)
     if as_lora or subtracted or (len(configs) > 1 and configs <= {*LORA.configs}):
         return LORA
+    own = configs - {BitFitConfig} or configs
     for method in METHODS.values():
-        if configs <= set(method.configs) and not (method is LORA and configs <= {BitFitConfig, DeLoRAConfig}):
+        if own and own <= set(method.configs) and not (method is LORA and own <= {BitFitConfig, DeLoRAConfig}):
             return method
     names = ", ".join(sorted(a.layout.variant.name for a in adapters))
     raise UnsupportedError(f"to_peft: PEFT has no one form for {names}; merge it (ll.merge), or write a folder for each")
@@ -116,10 +181,10 @@ def _about(model: nn.Module | None) -> dict[str, Any]:
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     origin = None if name else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     fixed = {"auto_mapping": origin, "revision": None, "task_type": None, "inference_mode": True, "peft_version": _VERSION}
-    return fixed | {"base_model_name_or_path": name if isinstance(name, str) else None, "modules_to_save": None}
+    return fixed | {"base_model_name_or_path": name if isinstance(name, str) else None}
 
 
-def _numbers(method: Method, made: Written, modules: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(method: Method, made: Written, homes: Homes) -> dict[str, Any]:
     """Ranks and alphas: the commonest as the default, the others as patterns of whole paths."""
     fields: dict[str, Any] = {}
     pairs: tuple[tuple[str, str, Mapping[str, float]], ...] = (
@@ -131,7 +196,18 @@ def _numbers(method: Method, made: Written, modules: Mapping[str, Any]) -> dict[
             every = list(values.values())
             common = max(dict.fromkeys(every), key=every.count)
             fields[name] = common
-            fields[pattern] = {"^" + re.escape(path): value for path, value in values.items() if value != common}
+            fields[pattern] = {"^" + re.escape(homes.names[path]): value for path, value in values.items() if value != common}
+    return fields
+
+
+def _targeted(made: Written, homes: Homes, modules: Mapping[str, Any], forward: list[str] | None) -> dict[str, Any]:
+    """The fields that say what is adapted."""
+    names = [name for name in dict.fromkeys(homes.names.values()) if name not in homes.parameters]
+    fields: dict[str, Any] = {"target_modules": _targets(names, modules or made.tensors, forward) if names else []}
+    if homes.parameters:
+        fields["target_parameters"] = sorted(homes.parameters)
+    if forward:
+        fields["feedforward_modules"] = _forward(forward, fields["target_modules"])
     return fields
 
 
@@ -157,23 +233,3 @@ def _forward(forward: list[str], targets: Any) -> Any:
     if isinstance(targets, str):
         return rf"(?:{'|'.join(map(re.escape, sorted(forward)))})"
     return [n for n in targets if any(_named(p, [n]) for p in forward)]
-
-
-def _saved(whole: Mapping[str, tuple[Site, Tensor]], modules: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Parameters that were trained whole, with the rest of their modules: PEFT keeps copies of modules (modules_to_save)."""
-    saved: dict[str, Tensor] = {}
-    for path, (site, W) in whole.items():
-        home, _, name = path.rpartition(".")
-        if home not in modules or modules[home]._modules:
-            raise UnsupportedError(f"to_peft: {path!r}: PEFT keeps copies of whole modules without children, in the base model given")
-        saved |= {f"{home}.{n}": t.detach() for n, t in modules[home].state_dict().items() if f"{home}.{n}" not in whole}
-        saved[path] = restored(W, modules[home]._parameters[name].detach().to(W.dtype), site)
-    return saved
-
-
-def _flat(made: Written, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    flat = {f"base_model.model.{path}": t for path, t in saved.items()}
-    flat |= {f"base_model.{name}": t for name, t in made.shared.items()}
-    for path, held in made.tensors.items():
-        flat |= {f"base_model.model.{path}.{suffix}": t for suffix, t in held.items()}
-    return {key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for key, t in flat.items()}

@@ -1,0 +1,121 @@
+"""Where PEFT keeps a site's tensors: the wrappers in its keys, and what its config calls the place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError, UnsupportedError, shown
+from ..kinds import KINDS
+from ..spec import Site
+
+__all__ = ["WRAPPED", "Homes", "attention", "homes_of", "ties"]
+
+WRAPPED = ".base_layer"
+
+
+@dataclass
+class Homes:
+    """The places of a model's sites in a PEFT file.
+
+    Attributes:
+        names: {our path: what target_modules, target_parameters and the patterns call it}.
+        parameters: the names among them that are bare parameters.
+        wraps: {module path: wrappers around that module}.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    wraps: dict[str, int] = field(default_factory=dict)
+    bare: dict[str, str] = field(default_factory=dict)
+
+    def inside(self, path: str, own: bool = True) -> str:
+        """The path of a module behind all wrappers around it; around its parents alone if not `own`."""
+        walked, key = "", ""
+        for part in path.split("."):
+            walked, key = (f"{walked}.{part}", f"{key}.{part}") if walked else (part, part)
+            if own or walked != path:
+                key += WRAPPED * self.wraps.get(walked, 0)
+        return key
+
+    def key(self, path: str) -> str:
+        """What stands in front of the suffix in the keys of a site's tensors."""
+        return self.bare[path] if path in self.bare else self.inside(path, own=False)
+
+
+def attention(modules: Mapping[str, Any], path: str) -> str | None:
+    """The path of the nn.MultiheadAttention whose in_proj_weight or out_proj a path is; None for any other path."""
+    home, _, leaf = path.rpartition(".")
+    found = leaf in ("in_proj_weight", "out_proj") and isinstance(modules.get(home), nn.MultiheadAttention)
+    return home if found else None
+
+
+def ties(model: Any, table: Any) -> bool:
+    """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what the model's config says alone."""
+    config, found = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
+    return bool(getattr(config, "tie_word_embeddings", False)) and callable(found) and found() is table
+
+
+def homes_of(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: str) -> Homes:
+    """Where these sites go.
+
+    Raises:
+        CheckpointError: a site that the model hasn't, or that can't be told without it.
+        UnsupportedError: one that this method of PEFT can't adapt, or can't name without naming another.
+    """
+    made = Homes()
+    held: dict[str, list[str]] = {}
+    for path, site in sites.items():
+        module, home = attention(modules, path), path.rpartition(".")[0]
+        bare = module is None and KINDS[site.kind].bare
+        if (module is not None or bare) and peft_type != "LORA":
+            raise UnsupportedError(f"to_peft: {path!r}: of PEFT's methods LoRA alone adapts {'this' if bare else 'attention'}; merge it")
+        if not path or module == "" or (bare and not home):
+            raise UnsupportedError(f"to_peft: {path!r}: PEFT adapts what is inside a model, not its outermost module; merge it")
+        made.names[path] = path if module is None else module
+        if bare:
+            held.setdefault(home, []).append(path)
+        elif module is None:
+            made.wraps[path] = 1
+        else:
+            made.wraps |= {module: 1, f"{module}.out_proj": 1}
+    for home, paths in held.items():
+        _parameters(made, home, paths, modules)
+    for path in sites:  # in_proj_weight is a tensor of the attention, not a module in it
+        module = attention(modules, path)
+        if module is not None and path.endswith("in_proj_weight"):
+            made.bare[path] = made.inside(module, own=False)
+    return made
+
+
+def _parameters(made: Homes, home: str, paths: list[str], modules: Mapping[str, Any]) -> None:
+    """The bare parameters of one module: the one registered first is wrapped first, so it is innermost."""
+    if not modules:
+        raise CheckpointError(f"to_peft: {paths[0]!r}: PEFT's keys count the parameters of a module; give the base model")
+    if home in made.wraps:
+        raise UnsupportedError(f"to_peft: {home!r} and its parameter {paths[0]!r} are both adapted; PEFT takes one or the other")
+    own = [f"{home}.{name}" for name in modules[home]._parameters if f"{home}.{name}" in paths] if home in modules else []
+    for path in paths:
+        if path not in own:
+            raise CheckpointError(f"to_peft: the model has no parameter {shown(path)}")
+        _unmistakable(path, modules)
+    for i, path in enumerate(own):
+        made.bare[path] = made.inside(home, own=False) + WRAPPED * (len(own) - 1 - i)
+    made.wraps[home] = len(own)
+    made.parameters += paths
+
+
+def _unmistakable(path: str, modules: Mapping[str, Any]) -> None:
+    """Refuse a parameter whose name PEFT would find elsewhere too, or that is held in two places, of which it adapts one."""
+    home, _, leaf = path.rpartition(".")
+    tensor = modules[home]._parameters[leaf]
+    for other, module in modules.items():
+        for name, t in module._parameters.items():
+            full = f"{other}.{name}" if other else name
+            if full.endswith("." + path):
+                raise UnsupportedError(f"to_peft: PEFT's target_parameters can't name {path!r} without {full!r}; merge it")
+            if t is tensor and (other, name) != (home, leaf) and module is not modules[home]:
+                raise UnsupportedError(f"to_peft: {path!r} is {full!r} too, of which PEFT would adapt one; merge it")
