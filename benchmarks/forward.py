@@ -1,20 +1,30 @@
-"""What an adapter costs a forward: `ll.apply`, a bound model and PEFT over the bare base, from one token to 2,048."""
+"""What an adapter costs a forward: `ll.apply`, a bound or prepared model and PEFT over the bare base, from one token to 2,048."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 import lora_lite_func as ll
 
 from .harness import Row, Suite, llama
-from .peers import lora, lora_lite, peft_lora
+from .peers import PROJECTIONS, lora, lora_lite, noisy, peft_adapted, peft_lora
+
+_ROTATED: dict[str, tuple[type[ll.AdapterConfig], dict[str, Any], str, dict[str, Any]]] = {
+    "DoRA r=8": (ll.DoRAConfig, {"r": 8}, "LoraConfig", {"r": 8, "use_dora": True}),
+    "OFT, blocks of 32": (ll.OFTConfig, {"block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
+    "HRA r=8": (ll.HRAConfig, {"r": 8}, "HRAConfig", {"r": 8}),
+}
+"""Methods that make something of their tensors before they act, here and in PEFT."""
 
 
 def area(suite: Suite) -> Iterator[Row]:
     """One token through eight layers; 512 and 2,048 tokens through four, to rank 64."""
     yield from _decode(suite)
+    for name in _ROTATED:
+        yield _made_once(suite, name)
     base = llama(1 if suite.quick else 4, device=suite.device)
     for tokens, ranks in ((128, (8,)), (512, (8, 64)), (2048, (8,))):
         for r in ranks:
@@ -41,6 +51,17 @@ def _decode(suite: Suite) -> Iterator[Row]:
     yield Row("1 token, bound", ratios["bound"], "base", 1.10, guard=found.guard, peers=peers)
     yield Row("1 token, bound", found.over("bound", "PEFT"), "PEFT", 0.93, guard=found.guard)
     yield Row("1 token, apply (the tree is copied)", ratios["apply"], "base", guard=found.guard, peers=peers)
+
+
+def _made_once(suite: Suite, name: str) -> Row:
+    base = llama(2 if suite.quick else 8, device=suite.device)
+    config, ours, theirs, fields = _ROTATED[name]
+    once = ll.prepared(base, noisy(ll.init(base, config(target_names=tuple(PROJECTIONS), **ours))))
+    other = peft_adapted(base, theirs, **fields)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=suite.device)
+    with torch.no_grad():
+        found = suite.compare({"base": lambda: base(ids), "prepared": lambda: once(ids), "PEFT": lambda: other(ids)}, inner=2)
+    return Row(f"1 token, {name}, prepared", found.ratios["prepared"], "base", guard=found.guard, peers={"PEFT": found.ratios["PEFT"]})
 
 
 def _long(suite: Suite, base: torch.nn.Module, tokens: int, r: int) -> Row:

@@ -44,8 +44,8 @@ def is_linear_like(module: Any) -> bool:
 
 def _is_its_own(module: Any, name: str) -> bool:
     """The tensor isn't one that `__getattr__` fetches from a wrapped layer."""
-    held = (getattr(module, "_parameters", {}), getattr(module, "_buffers", {}), vars(module))
-    return any(name in tensors for tensors in held) or hasattr(type(module), name)
+    own = vars(module)
+    return name in own.get("_parameters", ()) or name in own.get("_buffers", ()) or name in own or hasattr(type(module), name)
 
 
 def stored(module: Any, name: str) -> Any:

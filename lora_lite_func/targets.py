@@ -91,10 +91,11 @@ def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> 
     _check_patterns("exclude_names", [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE], paths, words)
     layers = _layers(cfg, paths, words)
     width = residual_width(model)
+    matches = [re.compile(p).search for p in cfg.target_names]
     chosen = [
         place
         for place in candidates
-        if (not cfg.target_names or any(re.search(p, place.path) for p in cfg.target_names))
+        if (not matches or any(match(place.path) for match in matches))
         and not _excluded(place, cfg)
         and (layers is None or layer_index(place.path) in layers)
         and (not cfg.target_roles or role_of(place.path, place.kind.size(place.module), width) in cfg.target_roles)
