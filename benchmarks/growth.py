@@ -80,12 +80,13 @@ def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
 
 
 def _members(suite: Suite, base: Any) -> Iterator[Row]:
-    ids = torch.zeros(64, 1, dtype=torch.long, device=suite.device)
+    rows = 16 if suite.quick else 1024
+    ids = torch.zeros(rows, 1, dtype=torch.long, device=suite.device)
     one = lora(base)
-    for count in (1, 8) if suite.quick else (1, 8, 64):
-        bound = ll.bind(base, ll.rows(ll.stack([one] * count), torch.arange(64) % count))
-        found = suite.compare({"base": lambda: base(ids), "rows": lambda m=bound: m(ids)}, inner=2)
-        curve = ("decode of 64 rows against the adapters in the batch", "adapters", float(count))
+    for count in (1, 8) if suite.quick else (1, 16, 64, 256, 1024):
+        bound = ll.bind(base, ll.rows(ll.stack([one] * count), torch.arange(rows) * count // rows))
+        found = suite.compare({"base": lambda: base(ids), "rows": lambda m=bound: m(ids)})
+        curve = (f"decode of {rows} rows against the adapters in the batch", "adapters", float(count))
         yield Row("rows, bound", found.ratios["rows"], "time over the base's", guard=found.guard, curve=curve)
 
 

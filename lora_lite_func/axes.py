@@ -28,7 +28,11 @@ _FIRST = Axis()
 
 
 def check_apart(module: Any) -> None:
-    """Refuse a module in whose call rows meet."""
+    """Refuse a module in whose call rows meet.
+
+    Raises:
+        UnsupportedError: a norm in it takes statistics of the whole batch.
+    """
     for part in module.modules():
         together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
         counts = isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.training and part.track_running_stats
@@ -40,7 +44,12 @@ def check_apart(module: Any) -> None:
 
 
 def input_axes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any], counts: Sequence[int]) -> list[Axis | None]:
-    """Where each leaf of a call's arguments has its rows; None for what all rows share."""
+    """Where each leaf of a call's arguments has its rows; None for what all rows share.
+
+    Raises:
+        StructureError: a leaf's dimension there isn't the rows.
+        UnsupportedError: it can't be told which leaves have rows.
+    """
     path = module._ll_path
     if isinstance(module, nn.MultiheadAttention):
         places = _of_attention(module, args, kwargs)
