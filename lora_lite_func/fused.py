@@ -66,7 +66,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
         X = _flat(x)
-        return beside(x, W, b, A, B, s, X * _mask(X, dropout, seed))
+        return beside(x, W, b, A * _gain(dropout), B, s, X * _mask(X, dropout, seed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -85,6 +85,7 @@ class _LowRank(torch.autograd.Function):
             mask = _mask(X, ctx.dropout, ctx.seed)  # (T, d_in)
             dh = F.linear(G, B.mT.contiguous()) * ctx.s  # (T, r); a transposed copy of B costs less than the product with B as it is
             dh = dh if gh is None else dh + gh  # where the gradient is differentiated again: it reads h
+            dh = dh * _gain(ctx.dropout)
         if to_x:
             dx = torch.addcmul(G @ W, dh @ A, mask).view(x.shape)
         if to_A:
@@ -101,10 +102,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _level(p: float) -> int:
+    return round(p * _LEVELS)
+
+
+def _gain(p: float) -> float:
+    """What inverted dropout multiplies what it keeps by, 1 / (1 - p)."""
+    return _LEVELS / (_LEVELS - _level(p))
+
+
 def _mask(X: Tensor, p: float, seed: int) -> Tensor:
-    """What inverted dropout multiplies an input by, 0 or 1 / (1 - p), in the shape of X; the same for the same seed."""
+    """What is kept (1) and dropped (0) of X, in its shape and dtype; the same for the same seed."""
     draws = torch.empty((X.numel() + 3) // 4, dtype=torch.int64, device=X.device)
     draws.random_(-(1 << 63), None, generator=torch.Generator(X.device).manual_seed(seed))
-    level = round(p * _LEVELS)
-    kept = draws.view(torch.int16)[: X.numel()].view(X.shape) >= level - _LEVELS // 2
-    return kept.to(X.dtype) * (_LEVELS / (_LEVELS - level))
+    return (draws.view(torch.int16)[: X.numel()].view(X.shape) >= _level(p) - _LEVELS // 2).to(X.dtype)
