@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batching import low_rank_by_rows
-from .fused import beside, is_ordinary, low_rank
+from .fused import beside, low_rank
 from .layout import FACTOR
+from .modes import is_ordinary
 from .ops import Op, ready_at, tensors_at, unfolded
 from .recomputed import one_product
 from .spec import Params
