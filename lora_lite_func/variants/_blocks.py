@@ -11,7 +11,7 @@ from ..modes import may_overwrite
 __all__ = ["check_divides", "plus_product", "product", "together", "widened"]
 
 _WIDTH = 32
-"""Blocks are multiplied this wide at least, if need be with zeros beside them: a product of narrower ones takes longer (on a CPU)."""
+"""Blocks are multiplied up to this wide, narrow ones with zeros beside them: a product of those takes longer (on a CPU)."""
 
 
 def check_divides(method: str, knob: str, size: int, width: int, what: str, *, even: bool = False) -> None:
@@ -66,7 +66,9 @@ def _by_block(x: Tensor, n: int, b: int) -> Tensor:
 
 
 def together(n: int, b: int) -> int:
-    """How many of n blocks of size b make one of at most `_WIDTH`, so that all do."""
+    """How many of n blocks of size b make one of at most `_WIDTH`, so that all do; with a graph one, since it keeps the zeros too."""
+    if torch.is_grad_enabled():
+        return 1
     return next((k for k in range(_WIDTH // b, 1, -1) if n % k == 0), 1)
 
 

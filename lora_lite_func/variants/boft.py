@@ -144,9 +144,10 @@ def weight(cfg: BOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
 
 
 def dense(cfg: BOFTConfig, site: Site, tokens: int) -> bool:
-    """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
-    branch = (_span(cfg) + 4 * _cost.PASS) * site.d_in
-    return _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
+    """Where the rows of W are fewer than those of x, or as many (they are scaled in place), and no gradient of W' is formed."""
+    turn = (_span(cfg) + 3 * _cost.PASS) * site.d_in
+    build = (turn + _cost.PASS / 2 * site.d_in) * site.d_out
+    return _cost.dense_pays(site, tokens, branch=turn + _cost.PASS * site.d_out, build=build)
 
 
 def scale(cfg: BOFTConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -129,9 +129,9 @@ def weight(cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | N
 
 
 def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> bool:
-    """Where the update is transformed for less than the rows of x are, forth and back."""
-    branch = 8 * _cost.PASS * (site.d_in + site.d_out) + 4 * _cost.PASS * cfg.n_frequency
-    return _cost.dense_pays(site, tokens, branch=branch, build=8 * _cost.PASS * site.d_in * site.d_out)
+    """Where the update is transformed for less than the rows of x are, forth and back, what they keep for the backward pass counted."""
+    branch = _cost.PASS * (10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
+    return _cost.dense_pays(site, tokens, branch=branch, build=7 * _cost.PASS * site.d_in * site.d_out)
 
 
 def scale(cfg: FourierFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
