@@ -50,7 +50,8 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
         return _four(q)
     Q = skew(q, b)
     eye = torch.eye(b, dtype=q.dtype, device=q.device)
-    return torch.linalg.solve_ex(eye - Q, 2.0 * Q)[0]  # I - Q is never singular: no check, so no wait for the device
+    # I - Q is never singular: no check, so no wait for the device; from the right the result lies row by row, with a copy less
+    return torch.linalg.solve_ex(eye - Q, 2.0 * Q, left=False)[0]
 
 
 def _two(q: Tensor) -> Tensor:
