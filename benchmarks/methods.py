@@ -50,11 +50,12 @@ PEFT: dict[str, tuple[str, dict[str, Any]]] = {
 
 def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
     """A method's adapter as if trained: its start with noise, so that nothing is zero."""
-    config = ll.variants()[name].config
-    given: dict[str, Any] = {"calibration_data": [ids]} if ll.variants()[name].needs & {"inputs", "gradients"} else {}
-    if "gradients" in ll.variants()[name].needs:
+    cfg = ll.variants()[name].config(**OURS.get(name, {}))
+    needs = ll.variants()[name].needs_of(cfg)
+    given: dict[str, Any] = {"calibration_data": [ids]} if needs & {"inputs", "gradients"} else {}
+    if "gradients" in needs:
         given["loss_fn"] = lambda out, batch: out.logits.square().mean()
-    trainable, frozen = ll.partition(ll.init(base, config(**OURS.get(name, {})), **given))
+    trainable, frozen = ll.partition(ll.init(base, cfg, **given))
     gen = torch.Generator().manual_seed(1)
     noisy = optree.tree_map(lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable)
     return ll.combine(noisy, frozen)

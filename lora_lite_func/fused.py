@@ -9,30 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["beside", "is_ordinary", "low_rank"]
+__all__ = ["beside", "low_rank"]
 
 _LEVELS = 1 << 16
 """A probability is rounded to so many levels: a draw of 64 bits then decides on four entries (drawing dominates dropout on a CPU)."""
-
-
-_transform = torch._C._functorch.peek_interpreter_stack
-_GRAD = torch._C._functorch.TransformType.Grad
-
-
-def is_ordinary() -> bool:
-    """Whether eager calls on plain tensors, and reverse mode over them, are all that is going on: nothing batched, no tangents, no
-    nested transforms, no tracing, no autocast."""
-    inner = _transform()
-    return (
-        (inner is None or (inner.level() == 1 and inner.key() == _GRAD))
-        and forward_ad._current_level < 0
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-    )
 
 
 def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batching import low_rank_by_rows
-from .fused import beside, is_ordinary, low_rank
+from .fused import beside, low_rank
 from .layout import FACTOR
+from .modes import is_ordinary
 from .ops import Op, ready_at, tensors_at, unfolded
-from .spec import Params, Site, Variant
+from .recomputed import one_product
+from .spec import Params
 
 __all__ = ["linear", "only"]
 
@@ -49,10 +51,10 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     if op.plan is not None:
         agree = x.is_contiguous() and op.plan.known and all(t.dtype is x.dtype for name, t in p.items() if name != FACTOR)
         return low_rank_by_rows(op, p, W, own.get("bias"), x) if agree and not graph and not dropout else None
+    if variant.factors is None:
+        return None if dropout else _whole(op, p, x, W, own.get("bias"))
     if FACTOR in p:
         p, site = unfolded(p, site)
-    if variant.factors is None:
-        return None if dropout else _one_product(variant, op.cfg, p, site, x, W, own.get("bias"))
     ready = ready_at(op, module)
     A, B, s = variant.factors(op.cfg, p, site) if ready is None else ready[1]
     if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype or not x.is_contiguous():
@@ -64,10 +66,17 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     return beside(x, W, own.get("bias"), A, B, s)[0]
 
 
-def _one_product(variant: Variant, cfg: Any, p: Params, site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
+def _whole(op: Op, p: Params, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
     """x W'^T + b', where the method says so and W' wouldn't round what the phases keep."""
+    variant, cfg, names = op.variant, op.cfg, tuple(p)
     assert variant.dense is not None
-    assert variant.weight is not None
-    if x.dtype not in _WIDE or any(t.dtype != x.dtype for t in p.values()) or not variant.dense(cfg, site, x.numel() // site.d_in):
+    if x.dtype not in _WIDE or any(t.dtype != x.dtype for t in p.values()) or not variant.dense(cfg, op.site, x.numel() // op.site.d_in):
         return None
-    return F.linear(x, *variant.weight(cfg, p, site, W, b))
+
+    def make(W: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+        own, site = unfolded(dict(zip(names, rest, strict=False)), op.site)
+        assert variant.weight is not None
+        return variant.weight(cfg, own, site, W, None if b is None else rest[-1])
+
+    tensors = (W, *p.values()) if b is None else (W, *p.values(), b)
+    return one_product(make, x, tensors) if torch.is_grad_enabled() else F.linear(x, *make(*tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from helpers import close, leaves, moved, net
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 from benchmarks.harness import saved
 from lora_lite_func import fused, plain
+from lora_lite_func.variants import _cost
 
 LOW_RANK = [ll.LoRAConfig(r=4), ll.LoRAConfig(r=4, rslora=True), ll.PiSSAConfig(r=4), ll.AdaLoRAConfig(r=4), ll.DeLoRAConfig(r=4)]
 
@@ -173,3 +176,69 @@ def test_dropout_keeps_neither_mask_nor_dropped_input() -> None:
         bound = ll.bind(model, ll.init(model, ll.LoRAConfig(r=2, dropout=p, target_names=(r"^[02]$",)))).train()
         kept[p] = saved(lambda bound=bound: bound(x), [*bound.parameters(), x])
     assert kept[0.1] <= 1.02 * kept[0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------- one product
+DENSE = [
+    ll.HiRAConfig(r=4),
+    ll.SHiRAConfig(r=2),
+    ll.C3AConfig(block_size=4),
+    ll.FourierFTConfig(n_frequency=20),
+    ll.VeRAConfig(r=16),
+    ll.RandLoRAConfig(r=4),
+    ll.OFTConfig(block_size=4),
+    ll.BOFTConfig(block_size=4, m=2),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cfg", DENSE, ids=lambda cfg: type(cfg).__name__)
+def test_gradients_of_one_product_are_the_phases_and_exact_twice(
+    cfg: ll.AdapterConfig, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cost, "dense_pays", lambda *args, **kwargs: True)  # small sizes would choose the phases
+    seen: list[str] = []
+    monkeypatch.setattr(plain, "one_product", functools.partial(_noted, seen, "one", plain.one_product))
+    model = nn.Sequential(nn.Linear(16, 16, bias=bias, dtype=torch.float64))
+    trainable, frozen = ll.partition(moved(ll.init(model, cfg)))
+    flat, tree = pytree.tree_flatten(trainable)
+
+    def call(x: Tensor, *tensors: Tensor) -> Tensor:
+        return ll.apply(model, ll.combine(pytree.tree_unflatten(tensors, tree), frozen), x)
+
+    given = (rows(1, 3).requires_grad_(), *(t.clone().requires_grad_() for t in flat))
+    cotangent = rows(1, 3).flip(1)
+    y = call(*given)
+    ours = torch.autograd.grad(y, given, cotangent)
+    assert seen == ["one"]
+    with torch.no_grad():
+        assert torch.equal(y, call(*given))
+    theirs = torch.autograd.grad(by_phases(monkeypatch, lambda: call(*given)), given, cotangent)
+    for one, other in zip(ours, theirs, strict=True):
+        close(one, other, 1e-11)
+    composed = torch.func.grad(lambda *given: (call(*given) * cotangent).sum(), tuple(range(len(given))))(*(t.detach() for t in given))
+    for one, other in zip(composed, ours, strict=True):
+        close(one, other, 1e-11)
+    assert seen == ["one"] * 2
+    assert torch.autograd.gradcheck(call, given)
+    assert torch.autograd.gradgradcheck(call, given)
+
+
+def test_one_product_reaches_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64)).requires_grad_(False)
+    params, x = moved(ll.init(model, ll.HiRAConfig(r=4))), rows(3)
+
+    def gradient() -> Tensor:
+        bias = torch.ones(16, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(ll.functional_call(model, params, x, base={"0.bias": bias}).square().sum(), bias)[0]
+
+    close(gradient(), by_phases(monkeypatch, gradient), 1e-12)
+
+
+@pytest.mark.parametrize("cfg", [ll.HiRAConfig(r=4), ll.SHiRAConfig(r=4), ll.C3AConfig(block_size=16)], ids=lambda cfg: type(cfg).__name__)
+def test_one_product_keeps_nothing_of_the_weights_size(cfg: ll.AdapterConfig) -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128)).requires_grad_(False)
+    x = torch.randn(256, 128, requires_grad=True)
+    bound = ll.bind(model, ll.init(model, dataclasses.replace(cfg, target_names=(r"^[02]$",))))
+    kept = saved(lambda: bound(x), [*bound.parameters(), *bound.buffers(), x])
+    assert kept <= saved(lambda: model(x), [*model.parameters(), x]) + 4 * x.numel() * x.element_size() // 4

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..modes import may_overwrite
 
-__all__ = ["check_divides", "plus_product", "product"]
+__all__ = ["check_divides", "plus_product", "product", "together", "widened"]
+
+_WIDTH = 32
+"""Blocks are multiplied up to this wide, narrow ones with zeros beside them: a product of those takes longer (on a CPU)."""
 
 
 def check_divides(method: str, knob: str, size: int, width: int, what: str, *, even: bool = False) -> None:
@@ -44,8 +48,35 @@ def product(x: Tensor, M: Tensor) -> Tensor:
 
 def plus_product(x: Tensor, M: Tensor) -> Tensor:
     """x + x blockdiag(M), as `product`; exactly x where M is zero, its memory layout too."""
-    n, b, _ = M.shape
-    if n == 1 or not x.is_contiguous():
+    if M.shape[0] == 1 or not x.is_contiguous():
         return x + product(x, M)
-    blocks = x.reshape(-1, n, b).transpose(0, 1)  # (n, T, b)
-    return torch.baddbmm(blocks, blocks, M.to(x.dtype)).transpose(0, 1).reshape(x.shape)
+    M = M.to(x.dtype)
+    n, b, _ = M.shape
+    if may_overwrite() and x.numel():
+        y = x.clone()
+        _by_block(y, n, b).baddbmm_(_by_block(x, n, b), M)
+        return y
+    blocks = _by_block(x, n, b)
+    return torch.baddbmm(blocks, blocks, M).transpose(0, 1).reshape(x.shape)
+
+
+def _by_block(x: Tensor, n: int, b: int) -> Tensor:
+    """Row vectors x (..., n b), contiguous, as a view (n, T, b)."""
+    return x.view(-1, n, b).transpose(0, 1)
+
+
+def together(n: int, b: int) -> int:
+    """How many of n blocks of size b make one of at most `_WIDTH`, so that all do; with a graph one, since it keeps the zeros too."""
+    if torch.is_grad_enabled():
+        return 1
+    return next((k for k in range(_WIDTH // b, 1, -1) if n % k == 0), 1)
+
+
+def widened(M: Tensor) -> Tensor:
+    """The same block diagonal (n, b, b) as fewer and larger blocks, up to `_WIDTH` wide."""
+    n, b, _ = M.shape
+    k = together(n, b)
+    if k == 1:
+        return M
+    apart = torch.eye(k, dtype=M.dtype, device=M.device).view(k, 1, k, 1)
+    return (M.reshape(n // k, k, b, 1, b) * apart).reshape(n // k, k * b, k * b)

@@ -24,11 +24,9 @@ def pairs(b: int) -> int:
 
 def skew(q: Tensor, b: int) -> Tensor:
     """The skew matrix (..., b, b) with strict upper triangle q (..., b (b - 1) / 2)."""
-    i = torch.arange(b, device=q.device)
-    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
-    place = (low * (2 * b - low - 1) // 2 + high - low - 1).clamp_min(0)  # (b, b); the diagonal's is never used
-    sign = torch.sign(i - i[:, None]).to(q.dtype)  # (b, b): 1 above, 0 on, -1 below the diagonal
-    return q.index_select(-1, place.flatten()).unflatten(-1, (b, b)) * sign
+    row, column = torch.triu_indices(b, b, 1, device=q.device)
+    upper = q.new_zeros(*q.shape[:-1], b * b).index_add(-1, row * b + column, q).unflatten(-1, (b, b))
+    return upper - upper.mT
 
 
 def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
@@ -52,12 +50,8 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
         return _four(q)
     Q = skew(q, b)
     eye = torch.eye(b, dtype=q.dtype, device=q.device)
-    return torch.linalg.solve_ex(eye - Q, 2.0 * Q)[0]  # I - Q is never singular: no check, so no wait for the device
-
-
-def _square(Q: Tensor) -> Tensor:
-    """Q Q for tiny blocks, as sums: autocast leaves it alone, and a batched product has nothing to gain."""
-    return (Q.unsqueeze(-1) * Q.unsqueeze(-3)).sum(-2)
+    # I - Q is never singular: no check, so no wait for the device; from the right the result lies row by row, with a copy less
+    return torch.linalg.solve_ex(eye - Q, 2.0 * Q, left=False)[0]
 
 
 def _two(q: Tensor) -> Tensor:
@@ -70,19 +64,17 @@ def _two(q: Tensor) -> Tensor:
 def _three(q: Tensor) -> Tensor:
     """b = 3: 2 (Q + Q^2) / (1 + |q|^2), since Q^3 = -|q|^2 Q."""
     Q = skew(q, 3)
-    return (Q + _square(Q)) * (2.0 / (1.0 + q.square().sum(-1)))[..., None, None]
+    return (Q + Q @ Q) * (2.0 / (1.0 + q.square().sum(-1)))[..., None, None]
 
 
 def _four(q: Tensor) -> Tensor:
-    """b = 4: 2 (Q + f D + Q^2 - f^2 I) / (1 + |q|^2 + f^2), f the Pfaffian, D the dual of Q (Q D = -f I).
+    """b = 4: 2 (I + Q) (Q + f D) / (1 + |q|^2 + f^2), f the Pfaffian, D the dual of Q (Q D = -f I).
 
     Cayley-Hamilton gives Q^3 = f D - |q|^2 Q, and I - Q has the determinant 1 + |q|^2 + f^2.
     """
     q12, q13, q14, q23, q24, q34 = q.unbind(-1)
-    f = q12 * q34 - q13 * q24 + q14 * q23
     dual = torch.stack([q34, -q24, q23, q14, -q13, q12], dim=-1)
-    Q = skew(q, 4)
-    odd = skew(q + f.unsqueeze(-1) * dual, 4)
-    eye = torch.eye(4, dtype=q.dtype, device=q.device)
-    inverse = 2.0 / (1.0 + q.square().sum(-1) + f * f)
-    return (odd + _square(Q) - (f * f)[..., None, None] * eye) * inverse[..., None, None]
+    f = (q * dual).sum(-1, keepdim=True) / 2.0  # (..., 1)
+    Q, odd = skew(torch.stack([q, q + f * dual]), 4).unbind(0)
+    inverse = 2.0 / (1.0 + (q * q).sum(-1, keepdim=True) + f * f)
+    return (odd + Q @ odd) * inverse.unsqueeze(-1)

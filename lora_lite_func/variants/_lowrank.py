@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..modes import may_overwrite
 from ..rng import normal
 from ..spec import Site
 
-__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "project", "top_svd"]
+__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "plus_times", "project", "top_svd"]
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,6 +83,11 @@ def add_dense(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tenso
     if not isinstance(s, float):
         A, s = A * s, 1.0
     return torch.addmm(W, B, A, alpha=s)
+
+
+def plus_times(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    """W + P Q, entry by entry; P is of the result's shape and dtype, and the caller's to lose."""
+    return torch.addcmul(W, P, Q, out=P) if may_overwrite() else torch.addcmul(W, P, Q)
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

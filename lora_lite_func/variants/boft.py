@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, UnsupportedError
+from ..modes import may_overwrite
 from ..spec import Layer, Params, ParamSpec, Site, Variant
 from . import _blocks, _cayley, _cost, _lowrank
 
@@ -44,7 +45,7 @@ class BOFTConfig(AdapterConfig):
 
 
 class Prepared(NamedTuple):
-    """E = R - I of every block (m, n, b, b), or of their product (d_in / span, span, span); gain s (d_out,); shift = (1 - s) b or None."""
+    """E = R - I of every block (m, n, b, b), or of their product as (n, b, b); gain s (d_out,); shift = (1 - s) b or None."""
 
     E: Tensor
     gain: Tensor
@@ -105,12 +106,23 @@ def _rotation(cfg: BOFTConfig, q: Tensor) -> Tensor:
     E = _cayley.minus_identity(q, cfg.block_size)  # (m, n, b, b)
     span = _span(cfg)
     if cfg.m == 1:
-        return E[0]
+        return _blocks.widened(E[0])
     if span > _LONG:
         return E
-    eye = torch.eye(span, dtype=E.dtype, device=E.device)
-    runs = _turn(eye.repeat(1, E.shape[1] * cfg.block_size // span), E).unflatten(1, (-1, span))  # (span, d_in / span, span)
-    return runs.transpose(0, 1) - eye
+    width = span * _blocks.together(E.shape[1] * cfg.block_size // span, span)
+    *others, whole = (_within(E[i], i, width) for i in range(cfg.m))
+    for F in reversed(others):
+        whole = torch.baddbmm(whole + F, whole, F)  # (I + whole) (I + F) - I
+    return whole
+
+
+def _within(E: Tensor, i: int, width: int) -> Tensor:
+    """M_i - I in each `width` features, (d_in / width, width, width)."""
+    b, k = E.shape[-1], 2**i  # k blocks mix in a run
+    runs = width // (k * b)
+    halves = E.reshape(-1, runs, k, 2, b // 2, 1, 2, 1, b // 2).transpose(2, 3)  # a run's even half-blocks, then the odd ones
+    apart = torch.eye(runs * k, dtype=E.dtype, device=E.device).view(runs, 1, k, 1, runs, 1, k, 1)
+    return (halves * apart).reshape(-1, width, width)
 
 
 def inputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, site: Site) -> Tensor:
@@ -127,13 +139,15 @@ def weight(cfg: BOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
     """diag(s) W R^T, b."""
     E = _rotation(cfg, p["lora_boft_q"].to(_lowrank.core_dtype(W.dtype)))
     turned = _turn(W, E, transposed=True) if E.ndim == 4 else _blocks.plus_product(W, E.mT)
-    return p["lora_boft_s"].to(W.dtype)[:, None] * turned, b
+    s = p["lora_boft_s"].to(W.dtype)[:, None]
+    return turned.mul_(s) if may_overwrite() else turned * s, b
 
 
 def dense(cfg: BOFTConfig, site: Site, tokens: int) -> bool:
-    """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
-    branch = (_span(cfg) + 4 * _cost.PASS) * site.d_in
-    return _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
+    """Where the rows of W are fewer than those of x, or as many (they are scaled in place), and no gradient of W' is formed."""
+    turn = (_span(cfg) + 3 * _cost.PASS) * site.d_in
+    build = (turn + _cost.PASS / 2 * site.d_in) * site.d_out
+    return _cost.dense_pays(site, tokens, branch=turn + _cost.PASS * site.d_out, build=build)
 
 
 def scale(cfg: BOFTConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -77,12 +77,10 @@ def outputs(cfg: C3AConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Si
 
 def weight(cfg: C3AConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + the grid of circulant matrices over d_in."""
-    w = p["lora_w"].to(W.dtype) / site.d_in
-    i = torch.arange(cfg.block_size, device=W.device)
-    place = (i - i[:, None]) % cfg.block_size  # (b, b): row p, column q holds (q - p) mod b
-    grid = w.index_select(-1, place.flatten()).unflatten(-1, place.shape)  # (m, n, b, b)
-    blocks = W.unflatten(1, (-1, cfg.block_size)).unflatten(0, (-1, cfg.block_size))  # (m, b, n, b)
-    return (blocks + grid.transpose(1, 2)).flatten(2).flatten(0, 1), b
+    w, size = p["lora_w"].to(W.dtype) / site.d_in, cfg.block_size
+    shifts = torch.cat([w, w], dim=-1).unfold(-1, size, 1)[..., 1:, :]  # (m, n, b, b): row i holds w[(q + i + 1) mod b]
+    grid = shifts.transpose(1, 2).flip(1)  # (m, b, n, b): row p holds w[(q - p) mod b]
+    return (W.view(grid.shape) + grid).reshape(W.shape), b
 
 
 def dense(cfg: C3AConfig, site: Site, tokens: int) -> bool:

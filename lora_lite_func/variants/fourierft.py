@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, probability, record
 from ..errors import ConfigError, UnsupportedError
+from ..modes import may_overwrite
 from ..spec import Layer, Params, ParamSpec, Site, Variant
 from . import _cost, _lowrank, _positions
 
@@ -100,31 +101,37 @@ def outputs(cfg: FourierFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, 
     return (y + update.view(y.shape)).to(y.dtype)
 
 
-def _transformed(idx: Tensor, c: Tensor, site: Site) -> Tensor:
-    """Re ifft2(F), (d_out, d_in), of the coefficients c (n,).
-
-    It is even, D[-o, -i] = D[o, i], so half its rows are computed, from half the columns of F made even.
-    """
+def _upper(idx: Tensor, c: Tensor, site: Site) -> Tensor:
+    """The first rows, (d_out // 2 + 1, d_in), of D = Re ifft2(F) for the coefficients c (n,), from half the columns of F made even."""
     rows, columns, half = site.d_out, site.d_in, site.d_in // 2 + 1
     j, l = _positions.unpack(idx)  # noqa: E741
     j2, l2 = -j % rows, -l % columns
     left, left2 = l < half, l2 < half
-    place = torch.cat([torch.where(left, l * rows + j, 0), torch.where(left2, l2 * rows + j2, 0)])
+    # rfft has the other sign than ifft, so along j each coefficient takes its mirror's place
+    place = torch.cat([torch.where(left, l * rows + j2, 0), torch.where(left2, l2 * rows + j, 0)])
     value = torch.cat([torch.where(left, c, 0.0), torch.where(left2, c, 0.0)]) * (0.5 / rows)
     even = torch.zeros(half * rows, dtype=c.dtype, device=c.device).index_add(0, place, value).view(half, rows)
-    upper = torch.fft.irfft(torch.fft.rfft(even).conj().mT, n=columns)  # (d_out // 2 + 1, d_in)
-    return torch.cat([upper, upper[1 : (rows + 1) // 2].flip(0, 1).roll(1, 1)])
+    return torch.fft.irfft(torch.fft.rfft(even).mT, n=columns)
 
 
 def weight(cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """W + alpha Re ifft2(F)."""
-    return W + _transformed(p["lora_idx"], p["lora_c"].to(W.dtype) * site.scale, site), b
+    """W + alpha Re ifft2(F), which is even, D[-o, -i] = D[o, i]: the first half of its rows has all of it."""
+    upper = _upper(p["lora_idx"], p["lora_c"].to(W.dtype) * site.scale, site)
+    k = upper.shape[0]
+    lower = upper[1 : (site.d_out + 1) // 2].flip(0, 1)  # its last column belongs first
+    if not may_overwrite():
+        return W + torch.cat([upper, lower.roll(1, 1)]), b
+    new = torch.empty_like(W)
+    torch.add(W[:k], upper, out=new[:k])
+    torch.add(W[k:, 1:], lower[:, :-1], out=new[k:, 1:])
+    torch.add(W[k:, :1], lower[:, -1:], out=new[k:, :1])
+    return new, b
 
 
 def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> bool:
-    """Where the update is transformed for less than the rows of x are, forth and back."""
-    branch = 8 * _cost.PASS * (site.d_in + site.d_out) + 4 * _cost.PASS * cfg.n_frequency
-    return _cost.dense_pays(site, tokens, branch=branch, build=8 * _cost.PASS * site.d_in * site.d_out)
+    """Where the update is transformed for less than the rows of x are, forth and back, what they keep for the backward pass counted."""
+    branch = _cost.PASS * (10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
+    return _cost.dense_pays(site, tokens, branch=branch, build=7 * _cost.PASS * site.d_in * site.d_out)
 
 
 def scale(cfg: FourierFTConfig, p: Params, c: Any) -> dict[str, Tensor]:

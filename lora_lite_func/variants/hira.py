@@ -62,7 +62,7 @@ def outputs(cfg: HiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: S
 
 def weight(cfg: HiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + s W * (B A)."""
-    return torch.addcmul(W, W, _product(p, W.dtype, site.scale)), b
+    return _lowrank.plus_times(W, _product(p, W.dtype, site.scale), W), b
 
 
 def dense(cfg: HiRAConfig, site: Site, tokens: int) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, probability
@@ -72,7 +71,7 @@ def outputs(cfg: LoHaConfig, p: Params, d: tuple[Tensor, Tensor | None], x: Tens
 def weight(cfg: LoHaConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W + s (B1 A1) * (B2 A2)."""
     B1, A1, B2, A2 = (p[f"lora_{name}"].to(W.dtype) for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    return torch.addcmul(W, B1 @ (A1 * site.scale), B2 @ A2), b
+    return _lowrank.plus_times(W, B1 @ (A1 * site.scale), B2 @ A2), b
 
 
 def dense(cfg: LoHaConfig, site: Site, tokens: int) -> bool:

@@ -58,12 +58,12 @@ def param_specs(cfg: OFTConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def prepare(cfg: OFTConfig, p: Params, site: Site, layer: Layer) -> Tensor:
-    """E, (n, b, b)."""
+    """E, (n, b, b), or as fewer and larger blocks."""
     E = _cayley.minus_identity(p["lora_oft_q"], cfg.block_size, cfg.cayley)
     if cfg.block_dropout and layer.training:
         blocks = site.d_in // cfg.block_size
         E = E * (torch.rand(blocks, 1, 1, device=E.device) >= cfg.block_dropout).to(E.dtype)  # a shared block is dropped here and there
-    return E
+    return _blocks.widened(E)
 
 
 def inputs(cfg: OFTConfig, p: Params, d: Tensor, x: Tensor, site: Site) -> Tensor:
@@ -74,7 +74,7 @@ def inputs(cfg: OFTConfig, p: Params, d: Tensor, x: Tensor, site: Site) -> Tenso
 def weight(cfg: OFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """W R^T."""
     E = _cayley.minus_identity(p["lora_oft_q"].to(_lowrank.core_dtype(W.dtype)), cfg.block_size, cfg.cayley)
-    return _blocks.plus_product(W, E.mT), b
+    return _blocks.plus_product(W, _blocks.widened(E).mT), b
 
 
 def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool:

@@ -1,0 +1,28 @@
+"""What is going on around a call: transforms, tracing, autocast, a graph."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+__all__ = ["is_ordinary", "may_overwrite"]
+
+_transform = torch._C._functorch.peek_interpreter_stack
+_GRAD = torch._C._functorch.TransformType.Grad
+
+
+def is_ordinary() -> bool:
+    """Whether eager calls on plain tensors, and reverse mode over them, are all that is going on: nothing batched, no tangents, no
+    nested transforms, no tracing, no autocast."""
+    inner = _transform()
+    return (
+        (inner is None or (inner.level() == 1 and inner.key() == _GRAD))
+        and forward_ad._current_level < 0
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def may_overwrite() -> bool:
+    """Whether a tensor made here may be written over in place: no graph has it, and no transform or compiler has a part in it."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_ordinary() and _transform() is None
