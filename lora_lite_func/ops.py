@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .config import AdapterConfig, dropout_of
@@ -28,8 +27,8 @@ __all__ = [
     "held_by",
     "hold",
     "leaves_at",
+    "leaves_of",
     "merge_site",
-    "ready_at",
     "tensors_at",
     "unfolded",
 ]
@@ -57,28 +56,15 @@ class Op(NamedTuple):
 
 
 class Leaves(nn.Module):
-    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers.
-
-    Attributes:
-        ready: what depends on them alone, made once, where the adapter is only read from now on (`ll.prepared`): (`prepare`'s d or None,
-            `factors`' pair or None); else None. It goes with the module to other devices; in another dtype calls make it again.
-    """
+    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], trainable: Mapping[str, bool]) -> None:
         super().__init__()
-        self.ready: tuple[Any, Any] | None = None
         for name, tensor in tensors.items():
             if trainable[name]:
                 self.register_parameter(name, nn.Parameter(tensor.detach()))
             else:
                 self.register_buffer(name, tensor.detach())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        dtypes = [t.dtype for t in Leaves.forward(self).values()]
-        moved = super()._apply(fn, recurse)
-        same = dtypes == [t.dtype for t in Leaves.forward(self).values()]
-        self.ready = pytree.tree_map_only(Tensor, fn, self.ready) if same else None
-        return moved
 
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, as it is now: accelerate puts the module's own away again after the call."""
@@ -94,11 +80,9 @@ def leaves_at(site: Any, index: int) -> Leaves:
     return site._modules[_CHILD]._modules[str(index)]
 
 
-def ready_at(op: Op, module: Any) -> tuple[Any, Any] | None:
-    """What a prepared model has made of an adapter's tensors at a site; None where a call makes it."""
-    if op.p is not None or module.training:
-        return None
-    return leaves_at(module, op.slot).ready
+def leaves_of(site: Any) -> Iterable[Leaves]:
+    """The tensors of each adapter that a bound site holds."""
+    return site._modules[_CHILD]._modules.values() if _CHILD in site._modules else ()
 
 
 def held_by(module: Any) -> int:
