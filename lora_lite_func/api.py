@@ -243,7 +243,7 @@ def prepared(model: nn.Module, params: Adapters) -> nn.Module:
     LoHa's product ...): one token costs what their phases cost. The module is a snapshot in evaluation mode: it has copies of the
     adapter's tensors, none trainable, and the base should stay as it is; `.to(device)` moves all of it. Where tensors of a layer are
     replaced, loaded, written on (in place, not through `.data`), offloaded or made trainable, in another dtype, in training mode, for rows
-    of a stack and layers whose weight is adapted everything is made in each call as ever.
+    of a stack and layers whose weight is adapted everything is made in each call as ever. A compiled call notices loading alone.
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.

@@ -347,7 +347,7 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
         if issubclass(cls, nn.RNNBase):  # after a .to(): nothing here is to be flattened, the call's own copy is
             body |= {"_init_flat_weights": flatten_again, "flatten_parameters": lambda self: None}
         if active:
-            body |= {"_apply": moved, "__setstate__": _restored}
+            body |= {"_apply": moved, "__setstate__": _restored, "_load_from_state_dict": _loaded}
             own = (name for name in (("weight",) if _Lookup in bases else ("weight", "bias")) if name not in body)
             body |= {name: _read(name) for name in own if isinstance(getattr(cls, name, None), (property, type(None)))}
         _CLASSES[key] = type(cls.__name__, bases, body)
@@ -360,6 +360,11 @@ _CLASSES: dict[tuple[type[nn.Module], bool, tuple[str, ...] | None], type[nn.Mod
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
     state = {name: value for name, value in self.__dict__.items() if name != "_flat_weight_refs"}  # made again by a recurrent layer
     return _new_site, self._ll_key, {**state, "_ll_ready": kept(self)}
+
+
+def _loaded(self: Any, *args: Any) -> None:
+    self.__dict__["_ll_ready"] = None  # a compiled call sees no writes, but this
+    self._ll_base._load_from_state_dict(self, *args)
 
 
 def _restored(self: Any, state: dict[str, Any]) -> None:

@@ -239,6 +239,18 @@ def test_prepared_that_is_made_trainable_is_trained(cfg: ll.AdapterConfig) -> No
     close(found[1], found[0], 1e-12)
 
 
+def test_prepared_and_compiled_sees_what_is_loaded() -> None:
+    model, x = net(), rows(3)
+    cfg = ll.OFTConfig(block_size=4)
+    params, after = moved(ll.init(model, cfg)), moved(ll.init(model, cfg), seed=5)
+    once = ll.prepared(model, params)
+    compiled = torch.compile(once, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        close(compiled(x), ll.apply(model, params, x), 1e-12)
+        once.load_state_dict(ll.bind(model, after).state_dict())
+        close(compiled(x), ll.apply(model, after, x), 1e-12)
+
+
 def test_prepared_keeps_what_it_made_where_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net(), rows(3)
     once = ll.prepared(model, moved(ll.init(model, ll.OFTConfig(block_size=4))))
