@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +19,20 @@ class Ready(NamedTuple):
 
     Attributes:
         made: {slot: (`prepare`'s d or None, `factors`' triple or None)}.
-        of: the site's tensors, its adapters' and its own, that it was made of.
-        versions: of those; in-place writes move them.
+        of: the site's tensors, its adapters' and its own, that it was made of: (the dict that holds it, its name there, it, its version,
+            which in-place writes move).
     """
 
     made: Mapping[int, tuple[Any, Any]]
-    of: tuple[Any, ...]
-    versions: tuple[int, ...]
+    of: tuple[tuple[Mapping[str, Any], str, Tensor, int], ...]
 
 
 def stamped(site: Any, made: Mapping[int, tuple[Any, Any]]) -> Ready | None:
     """`made` with the tensors that it is of; None if there is nothing, or writes on them couldn't be seen."""
-    of = tuple(_sources(site))
-    if not made or any(t is not None and t.is_inference() for t in of):
+    of = list(_sources(site))
+    if not made or any(t.is_inference() for _, _, t in of):
         return None
-    return Ready(made, of, tuple(0 if t is None else t._version for t in of))
+    return Ready(made, tuple((held, name, t, t._version) for held, name, t in of))
 
 
 def ready_at(op: Op, module: Any) -> tuple[Any, Any] | None:
@@ -43,16 +42,16 @@ def ready_at(op: Op, module: Any) -> tuple[Any, Any] | None:
         return None
     ready = module._ll_ready
     found = None if ready is None else ready.made.get(op.slot)
-    return found if found is None or torch.compiler.is_compiling() or _unchanged(module, ready) else None
+    return found if found is None or torch.compiler.is_compiling() or _unchanged(ready) else None
 
 
 def moved(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """A site's `_apply`: what was made goes to other devices with its tensors; in another dtype calls make it again."""
     ready = self._ll_ready
-    good = ready is not None and _unchanged(self, ready)
-    before = _dtypes(_sources(self))
+    good = ready is not None and _unchanged(ready)
+    before = [t.dtype for _, _, t in _sources(self)]
     self._ll_base._apply(self, fn, recurse)
-    same = good and before == _dtypes(_sources(self))
+    same = good and before == [t.dtype for _, _, t in _sources(self)]
     self.__dict__["_ll_ready"] = stamped(self, pytree.tree_map_only(Tensor, fn, ready.made)) if same else None
     return self
 
@@ -60,25 +59,22 @@ def moved(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> An
 def kept(site: Any) -> Mapping[int, tuple[Any, Any]] | None:
     """What a copy of a site (pickled, deep) may take with it."""
     ready = site._ll_ready
-    return ready.made if ready is not None and _unchanged(site, ready) else None
+    return ready.made if ready is not None and _unchanged(ready) else None
 
 
-def _unchanged(site: Any, ready: Ready) -> bool:
-    """Whether a site's tensors are those that `ready` was made of, unwritten, and nothing is to be learned about them."""
-    found, learns = _sources(site), torch.is_grad_enabled()
-    for t, old, version in zip(found, ready.of, ready.versions, strict=False):
-        if t is not old or (t is not None and (t.is_inference() or t._version != version or (learns and t.requires_grad))):
-            return False
-    return len(found) == len(ready.of)
+def _unchanged(ready: Ready) -> bool:
+    """Whether the tensors are those that `ready` was made of, unwritten, and nothing is to be learned about them."""
+    try:
+        for held, name, t, version in ready.of:
+            if held[name] is not t or t._version != version:
+                return False
+    except (KeyError, RuntimeError):  # taken out, or moved under inference_mode, where no version is kept
+        return False
+    return not torch.is_grad_enabled() or not any(t.requires_grad for _, _, t, _ in ready.of)
 
 
-def _sources(site: Any) -> list[Tensor | None]:
-    found: list[Any] = [*site._parameters.values()]
+def _sources(site: Any) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
+    holders = [site._parameters]
     for leaves in leaves_of(site):
-        found += leaves._parameters.values()
-        found += leaves._buffers.values()
-    return found
-
-
-def _dtypes(tensors: Iterable[Tensor | None]) -> list[Any]:
-    return [None if t is None else t.dtype for t in tensors]
+        holders += [leaves._parameters, leaves._buffers]
+    return ((held, name, t) for held in holders for name, t in held.items() if t is not None)

@@ -172,7 +172,7 @@ def _as_site(module: nn.Module, path: str, new: Mapping[str, Sequence[Op]], by_w
         names = names or ()
     copy = _shallow(module, site_class(base, bool(ops) or (bounds and lookup), names))
     attributes = copy.__dict__
-    attributes.update(_ll_path=path, _ll_ops=ops, _ll_only=None, _ll_subs=subs, _ll_inner=inner, _ll_ready=had.get("_ll_ready"))
+    attributes.update(_ll_path=path, _ll_ops=ops, _ll_only=None, _ll_subs=subs, _ll_inner=inner, _ll_ready=None)
     if lookup and base is not nn.Embedding:  # its phases are further down, around nn.Embedding's own forward
         return copy
     own = attributes.pop("forward", None) or attributes.pop("_ll_frozen", None) or attributes.pop("_ll_own", None)
