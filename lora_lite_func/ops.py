@@ -19,6 +19,7 @@ from .plan import Plan
 from .spec import Params, Site, Variant
 
 __all__ = [
+    "Held",
     "Leaves",
     "Op",
     "check_bias",
@@ -75,6 +76,10 @@ class Leaves(nn.Module):
         return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
 
 
+class Held(nn.ModuleList):
+    """The child of a bound site with its adapters' tensors: no part of what the site goes through in its call."""
+
+
 def leaves_at(site: Any, index: int) -> Leaves:
     """The tensors that a bound site holds for its `index`-th adapter."""
     return site._modules[_CHILD]._modules[str(index)]
@@ -99,7 +104,7 @@ def hold(site: Any, leaves: Leaves) -> None:
     if _CHILD not in site._modules:
         if hasattr(site, _CHILD):
             raise UnsupportedError(f"{type(site).__name__} has an attribute {_CHILD!r}, the name that a bound site needs for itself")
-        site._modules[_CHILD] = nn.ModuleList()
+        site._modules[_CHILD] = Held()
     site._modules[_CHILD].append(leaves)
 
 

@@ -20,7 +20,7 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, check_bias, check_dropout, merge_site, tensors_at, unfolded
+from .ops import Held, Op, check_bias, check_dropout, merge_site, tensors_at, unfolded
 from .plain import linear
 from .reading import Adapted, enter, inside, leave
 from .ready import kept, moved, ready_at, stamped
@@ -346,6 +346,8 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
             body["forward"] = cls.forward if names is None else _substituted
         if issubclass(cls, nn.RNNBase):  # after a .to(): nothing here is to be flattened, the call's own copy is
             body |= {"_init_flat_weights": flatten_again, "flatten_parameters": lambda self: None}
+        if getattr(cls, "__iter__", None) in (nn.Sequential.__iter__, nn.ModuleList.__iter__):
+            body |= {"__iter__": lambda self: iter(_links(self)), "__len__": lambda self: len(_links(self)), "_ll_twin": False}
         if active:
             body |= {"_apply": moved, "__setstate__": _restored, "_load_from_state_dict": _loaded}
             own = (name for name in (("weight",) if _Lookup in bases else ("weight", "bias")) if name not in body)
@@ -360,6 +362,11 @@ _CLASSES: dict[tuple[type[nn.Module], bool, tuple[str, ...] | None], type[nn.Mod
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
     state = {name: value for name, value in self.__dict__.items() if name != "_flat_weight_refs"}  # made again by a recurrent layer
     return _new_site, self._ll_key, {**state, "_ll_ready": kept(self)}
+
+
+def _links(self: Any) -> list[Any]:
+    """The layers of a list of layers, which are all but its adapters."""
+    return [child for child in self._modules.values() if type(child) is not Held]
 
 
 def _loaded(self: Any, *args: Any) -> None:
