@@ -66,6 +66,10 @@ class CausalTask:
         rows = [self.train[i] for i in order]
         return [self._encoded(rows[i : i + self.batch]) for i in range(0, len(rows), self.batch)]
 
+    def pairs(self) -> dict[str, Any]:
+        """None: prompts have no counterparts."""
+        return {}
+
     def calibration(self) -> dict[str, Any]:
         """Training batches and their loss."""
         batches = self.batches(0)[:CALIBRATION]

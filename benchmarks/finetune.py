@@ -84,7 +84,8 @@ def new_run(task: Task, method: str | None, args: argparse.Namespace) -> Run:
     if method is None:
         return Run(task.baseline, LEARNING_RATES["head"], (), task.head())
     cfg = config(method, r=args.r, targets=args.targets)
-    data = task.calibration() if ll.variants()[method].needs_of(cfg) & DATA else {}
+    needs = ll.variants()[method].needs_of(cfg)
+    data = task.pairs() if "pairs" in needs else task.calibration() if needs & DATA else {}
     lr = LEARNING_RATES.get(method, FALLBACK) * (1.0 if args.kind == "sentiment" else CAUSAL_FACTOR)
     return Run(method, args.lr or lr, ll.init(task.model, cfg, seed=args.seed, **data), task.head())
 

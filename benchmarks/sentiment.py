@@ -72,6 +72,15 @@ class SentimentTask:
         batches = [({k: t for k, t in batch.items() if k != "ratings"}, batch) for batch in self.batches(0)[:CALIBRATION]]
         return {"calibration_data": batches, "loss_fn": lambda output, batch: -(batch[1]["ratings"] @ _pooled(output, batch[1])).norm()}
 
+    def pairs(self) -> dict[str, Any]:
+        """Training words that people rate above zero, each beside one that they rate below: methods that steer start from these."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        rows = [self.train[i] for i in order]
+        above, below = [row for row in rows if row[1] > 0], [row for row in rows if row[1] < 0]
+        count = min(len(above), len(below), CALIBRATION * self.batch)
+        sides = [self._encoded(side[:count]) for side in (above, below)]
+        return {"calibration_data": [tuple({k: t for k, t in side.items() if k != "ratings"} for side in sides)]}
+
     def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """Mean squared error of the ratings."""
         return F.mse_loss(self.predict(params, head, batch), batch["ratings"])

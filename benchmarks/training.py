@@ -66,6 +66,9 @@ class Task(Protocol):
     def calibration(self) -> dict[str, Any]:
         """The keywords of `ll.init` for methods that start from data: a few training batches, and a loss for those that need gradients."""
 
+    def pairs(self) -> dict[str, Any]:
+        """The keywords of `ll.init` for methods that start from contrastive pairs; {} where the data has none."""
+
     def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """The mean loss of a batch."""
 

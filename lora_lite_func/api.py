@@ -241,16 +241,17 @@ def prepared(model: nn.Module, params: Adapters) -> nn.Module:
 
     For methods that make something of their tensors first (DoRA's row norms, rotations of OFT, BOFT and SSVD, HRA's triangular factor,
     LoHa's product ...): one token costs what their phases cost. The module is a snapshot in evaluation mode: it has copies of the
-    adapter's tensors, none trainable, and the base must stay as it is; `.to(device)` moves all of it. In another dtype, in training mode,
-    for rows of a stack and layers whose weight is adapted everything is made in each call as ever.
+    adapter's tensors, none trainable, and the base should stay as it is; `.to(device)` moves all of it. Where tensors of a layer are
+    replaced, loaded, written on (in place, not through `.data`), offloaded or made trainable, in another dtype, in training mode, for rows
+    of a stack and layers whose weight is adapted everything is made in each call as ever. A compiled call notices loading alone.
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the model can't be copied.
     """
-    own = pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, params)
-    bound = bind(model, own).requires_grad_(False).eval()
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        own = pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, params)
+        bound = bind(model, own).requires_grad_(False).eval()
         for module in bound.modules():
             if held_by(module):
                 get_ready(module)

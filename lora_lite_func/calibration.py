@@ -35,8 +35,9 @@ def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, l
         model: the frozen base.
         cfg: method and targets; the method says whether inputs or gradients are recorded.
         batches: any iterable of tensors (`model(batch)`), mappings (`model(**batch)`, without "labels" if forward hasn't it), or
-            tuples and lists (`model(*batch)`; with a loss_fn the first member is the model's input). For methods that start from
-            contrastive pairs a batch is (positive, negative), row by row counterparts. A generator works once.
+            tuples and lists: (input, target) with a loss_fn, of which the input goes to the model; without one `model(*batch)`, and of a
+            pair that forward can't take as two arguments the first, too. For methods that start from contrastive pairs a batch is
+            (positive, negative), row by row counterparts. A generator works once.
         loss_fn: (output, batch) -> scalar loss, for methods that need gradients; they are averaged over batches.
 
     Raises:
@@ -253,7 +254,9 @@ def arguments(model: nn.Module, batch: Any, has_loss: bool) -> tuple[tuple[Any, 
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            hint = "; with a loss_fn, a batch is (input, target)" if len(args) > 1 else ""
+            if len(args) == 2:  # (input, target), as a DataLoader of pairs gives it
+                return arguments(model, args[0], False)
+            hint = "; a pair is (input, target)" if len(args) > 1 else ""
             what = f"{type(model).__name__}.forward can't take a batch of {_described(batch)}"
             raise ConfigError(f"calibration data: {what}: {error}{hint}") from None
     return args, kwargs

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 __all__ = ["beside", "low_rank"]
 
@@ -31,8 +32,8 @@ def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: fl
         dropout: probability that an entry of the branch's input is dropped.
     """
     seed = int(torch.randint(1 << 62, (), device="cpu"))  # so that torch.manual_seed, checkpointing and forked generators rule it
-    y: Tensor = _LowRank.apply(x, W, b, A, B, s, dropout, seed)[0]
-    return y
+    y: Tensor = _LowRank.apply(_flat(x), W, b, A, B, s, dropout, seed)[0]
+    return y.view(*x.shape[:-1], W.shape[0])  # here, not inside: autograd lets nobody write on a view that a function gives
 
 
 def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, X: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -44,12 +45,11 @@ def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: floa
 
 
 class _LowRank(torch.autograd.Function):
-    """(y, h = drop(x) A^T). h is an output so that what is kept of it can be differentiated again."""
+    """(y, h = drop(x) A^T) of x (T, d_in). h is an output so that what is kept of it can be differentiated again."""
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-        X = _flat(x)
-        return beside(x, W, b, A * _gain(dropout), B, s, X * _mask(X, dropout, seed))
+        return beside(x, W, b, A * _gain(dropout), B, s, x * _mask(x, dropout, seed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -62,17 +62,16 @@ class _LowRank(torch.autograd.Function):
         x, W, A, B, h = ctx.saved_tensors
         to_x, _, _, to_A, to_B, *_ = ctx.needs_input_grad
         dx = dA = dB = None
-        X = _flat(x)  # (T, d_in)
-        G = X.new_zeros(X.shape[0], W.shape[0]) if g is None else _flat(g)  # (T, d_out)
+        G = x.new_zeros(x.shape[0], W.shape[0]) if g is None else g  # (T, d_out)
         if to_x or to_A:
-            mask = _mask(X, ctx.dropout, ctx.seed)  # (T, d_in)
+            mask = _mask(x, ctx.dropout, ctx.seed)  # (T, d_in)
             dh = F.linear(G, B.mT.contiguous()) * ctx.s  # (T, r); a transposed copy of B costs less than the product with B as it is
             dh = dh if gh is None else dh + gh  # where the gradient is differentiated again: it reads h
             dh = dh * _gain(ctx.dropout)
         if to_x:
-            dx = torch.addcmul(G @ W, dh @ A, mask).view(x.shape)
+            dx = torch.addcmul(G @ W, dh @ A, mask)
         if to_A:
-            dA = dh.mT @ (X * mask)  # (r, d_in)
+            dA = dh.mT @ (x * mask)  # (r, d_in)
         if to_B:
             dB = ((h.mT @ G) * ctx.s).mT  # (d_out, r)
         return dx, None, None, dA, dB, None, None, None
@@ -85,8 +84,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+_BATCHES = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("VmapMode"))
+
+
 def _level(p: float) -> int:
-    return round(p * _LEVELS)
+    return min(round(p * _LEVELS), _LEVELS - 1)
 
 
 def _gain(p: float) -> float:
@@ -96,6 +98,7 @@ def _gain(p: float) -> float:
 
 def _mask(X: Tensor, p: float, seed: int) -> Tensor:
     """What is kept (1) and dropped (0) of X, in its shape and dtype; the same for the same seed."""
-    draws = torch.empty((X.numel() + 3) // 4, dtype=torch.int64, device=X.device)
-    draws.random_(-(1 << 63), None, generator=torch.Generator(X.device).manual_seed(seed))
-    return (draws.view(torch.int16)[: X.numel()].view(X.shape) >= _level(p) - _LEVELS // 2).to(X.dtype)
+    with temporarily_clear_interpreter_stack(), torch._C._ExcludeDispatchKeyGuard(_BATCHES):  # vmap over gradients draws nothing
+        draws = torch.empty((X.numel() + 3) // 4, dtype=torch.int64, device=X.device)
+        draws.random_(-(1 << 63), None, generator=torch.Generator(X.device).manual_seed(seed))
+        return (draws.view(torch.int16)[: X.numel()].view(X.shape) >= _level(p) - _LEVELS // 2).to(X.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-__all__ = ["is_ordinary", "may_overwrite"]
+__all__ = ["is_ordinary", "is_watched", "may_overwrite"]
 
 _transform = torch._C._functorch.peek_interpreter_stack
 _GRAD = torch._C._functorch.TransformType.Grad
@@ -26,3 +26,9 @@ def is_ordinary() -> bool:
 def may_overwrite() -> bool:
     """Whether a tensor made here may be written over in place: no graph has it, and no transform or compiler has a part in it."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_ordinary() and _transform() is None
+
+
+def is_watched() -> bool:
+    """Whether something sees each operation: a graph made of them has no number that is drawn, a checkpoint that keeps some nothing
+    written in place."""
+    return torch._C._len_torch_dispatch_stack() > 0

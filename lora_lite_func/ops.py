@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .config import AdapterConfig, dropout_of
@@ -20,6 +19,7 @@ from .plan import Plan
 from .spec import Params, Site, Variant
 
 __all__ = [
+    "Held",
     "Leaves",
     "Op",
     "check_bias",
@@ -28,8 +28,8 @@ __all__ = [
     "held_by",
     "hold",
     "leaves_at",
+    "leaves_of",
     "merge_site",
-    "ready_at",
     "tensors_at",
     "unfolded",
 ]
@@ -57,28 +57,15 @@ class Op(NamedTuple):
 
 
 class Leaves(nn.Module):
-    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers.
-
-    Attributes:
-        ready: what depends on them alone, made once, where the adapter is only read from now on (`ll.prepared`): (`prepare`'s d or None,
-            `factors`' pair or None); else None. It goes with the module to other devices; in another dtype calls make it again.
-    """
+    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], trainable: Mapping[str, bool]) -> None:
         super().__init__()
-        self.ready: tuple[Any, Any] | None = None
         for name, tensor in tensors.items():
             if trainable[name]:
                 self.register_parameter(name, nn.Parameter(tensor.detach()))
             else:
                 self.register_buffer(name, tensor.detach())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        dtypes = [t.dtype for t in Leaves.forward(self).values()]
-        moved = super()._apply(fn, recurse)
-        same = dtypes == [t.dtype for t in Leaves.forward(self).values()]
-        self.ready = pytree.tree_map_only(Tensor, fn, self.ready) if same else None
-        return moved
 
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, as it is now: accelerate puts the module's own away again after the call."""
@@ -89,16 +76,18 @@ class Leaves(nn.Module):
         return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
 
 
+class Held(nn.ModuleList):
+    """The child of a bound site with its adapters' tensors: no part of what the site goes through in its call."""
+
+
 def leaves_at(site: Any, index: int) -> Leaves:
     """The tensors that a bound site holds for its `index`-th adapter."""
     return site._modules[_CHILD]._modules[str(index)]
 
 
-def ready_at(op: Op, module: Any) -> tuple[Any, Any] | None:
-    """What a prepared model has made of an adapter's tensors at a site; None where a call makes it."""
-    if op.p is not None or module.training:
-        return None
-    return leaves_at(module, op.slot).ready
+def leaves_of(site: Any) -> Iterable[Leaves]:
+    """The tensors of each adapter that a bound site holds."""
+    return site._modules[_CHILD]._modules.values() if _CHILD in site._modules else ()
 
 
 def held_by(module: Any) -> int:
@@ -115,7 +104,7 @@ def hold(site: Any, leaves: Leaves) -> None:
     if _CHILD not in site._modules:
         if hasattr(site, _CHILD):
             raise UnsupportedError(f"{type(site).__name__} has an attribute {_CHILD!r}, the name that a bound site needs for itself")
-        site._modules[_CHILD] = nn.ModuleList()
+        site._modules[_CHILD] = Held()
     site._modules[_CHILD].append(leaves)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .batching import low_rank_by_rows
 from .fused import beside, low_rank
 from .layout import FACTOR
-from .modes import is_ordinary
-from .ops import Op, ready_at, tensors_at, unfolded
+from .modes import is_ordinary, is_watched
+from .ops import Op, tensors_at, unfolded
+from .ready import ready_at
 from .recomputed import one_product
 from .spec import Params
 
@@ -40,19 +41,21 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     as well as one function (measured on a CPU: 1.27 and 1.27 over the frozen layer at 512 tokens, 1.40 and 1.61 at 64).
     """
     own = module._parameters
-    W = own.get("weight")
+    W, b = own.get("weight"), own.get("bias")
     if type(x) is not Tensor or type(W) not in _DENSE or x.dtype is not W.dtype or not is_ordinary() or not x.numel():
         return None
+    if (b is None and "bias" not in own) or x.layout is not torch.strided or W.layout is not torch.strided:
+        return None  # a bias from elsewhere (computed, pruned, a buffer), or something sparse
     variant, site, graph = op.variant, op.site, torch.is_grad_enabled()
     dropout = op.dropout and module.training
-    if graph and (W.requires_grad or not (dropout or variant.factors is None)):
+    if graph and (W.requires_grad or (b is not None and b.requires_grad) or not (dropout or variant.factors is None)):
         return None
     p = tensors_at(op, module)
     if op.plan is not None:
         agree = x.is_contiguous() and op.plan.known and all(t.dtype is x.dtype for name, t in p.items() if name != FACTOR)
-        return low_rank_by_rows(op, p, W, own.get("bias"), x) if agree and not graph and not dropout else None
+        return low_rank_by_rows(op, p, W, b, x) if agree and not graph and not dropout else None
     if variant.factors is None:
-        return None if dropout else _whole(op, p, x, W, own.get("bias"))
+        return None if dropout else _whole(op, p, x, W, b)
     if FACTOR in p:
         p, site = unfolded(p, site)
     ready = ready_at(op, module)
@@ -60,10 +63,10 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype or not x.is_contiguous():
         return None
     if dropout:
-        return None if x.is_meta else low_rank(x, W, own.get("bias"), A, B, s, op.dropout)
+        return None if x.is_meta or is_watched() else low_rank(x, W, b, A, B, s, op.dropout)
     if x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out and x.dtype in _WIDE:
-        return F.linear(x, torch.addmm(W, B, A, alpha=s), own.get("bias"))  # cheaper than both products beside x W^T
-    return beside(x, W, own.get("bias"), A, B, s)[0]
+        return F.linear(x, torch.addmm(W, B, A, alpha=s), b)  # cheaper than both products beside x W^T
+    return beside(x, W, b, A, B, s)[0]
 
 
 def _whole(op: Op, p: Params, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:

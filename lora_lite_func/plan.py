@@ -182,8 +182,9 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
     hint = ""
     if found and rows and found % rows == 0:
         hint = (
-            f", {found // rows} for each of them; where each row was repeated in place (beams, several sequences per prompt), "
-            f"repeat its id: ids.repeat_interleave({found // rows})"
+            f", {found // rows} for each of them; where all of the batch was repeated in place (beams, several sequences per prompt), "
+            f"repeat each id: ids.repeat_interleave({found // rows}); where this layer alone sees tokens flattened into rows, others still "
+            f"have {rows}"
         )
     return StructureError(
         f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the batch, found shape {tuple(x.shape)}{hint}. "

@@ -20,9 +20,10 @@ from .hidden import hidden_state, tokens_of
 from .kinds import KINDS
 from .layers import at_trace_time, is_packed
 from .lookup import bounded, padded, rows
-from .ops import Op, check_bias, check_dropout, leaves_at, merge_site, ready_at, tensors_at, unfolded
+from .ops import Held, Op, check_bias, check_dropout, merge_site, tensors_at, unfolded
 from .plain import linear
 from .reading import Adapted, enter, inside, leave
+from .ready import kept, moved, ready_at, stamped
 from .rebind import BINDABLE, rebound, twin
 from .spec import Params, Site
 from .splitting import Chains, Within, by_adapters, narrowed
@@ -139,6 +140,7 @@ def prepare(ops: Sequence[Op], under: int, module: Any, p: Params, site: Site, d
 
 def get_ready(site: Any) -> None:
     """Make once what the phases of a bound site's adapters share, from its tensors as they are now."""
+    made: dict[int, tuple[Any, Any]] = {}
     enter(site)
     try:
         for i, op in enumerate(site._ll_ops):
@@ -147,9 +149,12 @@ def get_ready(site: Any) -> None:
                 continue
             p, at = unfolded(tensors_at(op, site), op.site)
             d = None if variant.prepare is None else prepare(site._ll_ops, i, site, p, at, next(iter(p.values())).device.type)
-            leaves_at(site, op.slot).ready = (d, None if variant.factors is None else variant.factors(op.cfg, p, at))
+            factors = None if variant.factors is None else variant.factors(op.cfg, p, at)
+            if d is not None or (factors is not None and not all(any(f is t for t in p.values()) for f in factors[:2])):
+                made[op.slot] = (d, factors)  # not where the factors are the adapter's own tensors
     finally:
         leave(site)
+    site.__dict__["_ll_ready"] = stamped(site, made)
 
 
 def _rows(ops: Sequence[Op], count: int, frozen: Callable[[Tensor], Any], module: Any, x: Tensor) -> Any:
@@ -293,16 +298,17 @@ _NONE = object()
 
 
 def _own(self: Any, name: str) -> Any:
-    """A layer's tensor as the layer sees it: stored, set on it by a hook, or computed by its class's own property."""
+    """A layer's tensor as the layer sees it: computed by its class's own property, stored, or set on it by a hook."""
     attributes = self.__dict__
+    if name in self._ll_computed:
+        return getattr(self._ll_base, name).__get__(self)
     if name in attributes["_parameters"]:
         return attributes["_parameters"][name]
     if name in attributes:
         return attributes[name]
     if name in attributes["_buffers"]:
         return attributes["_buffers"][name]
-    inherited = getattr(self._ll_base, name, None)
-    return inherited.__get__(self) if isinstance(inherited, property) else _NONE
+    return _NONE
 
 
 def _merged(self: Any, weight: Tensor, name: str) -> Any:
@@ -325,7 +331,9 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
     if key not in _CLASSES:
         body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
         body |= {"__reduce_ex__": _reduce_site, "_ll_base": cls, "_ll_key": key}
-        plain = names is None and cls.forward is nn.Linear.forward
+        computed = tuple(name for name in ("weight", "bias") if isinstance(getattr(cls, name, None), property))
+        body["_ll_computed"] = computed
+        plain = names is None and cls.forward is nn.Linear.forward and not computed
         body |= {name: _read_substituted(name) for name in names or ()}
         bases: tuple[type, ...] = (cls,)
         if active and issubclass(cls, nn.Embedding):
@@ -338,7 +346,10 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
             body["forward"] = cls.forward if names is None else _substituted
         if issubclass(cls, nn.RNNBase):  # after a .to(): nothing here is to be flattened, the call's own copy is
             body |= {"_init_flat_weights": flatten_again, "flatten_parameters": lambda self: None}
+        if getattr(cls, "__iter__", None) in (nn.Sequential.__iter__, nn.ModuleList.__iter__):
+            body |= {"__iter__": lambda self: iter(_links(self)), "__len__": lambda self: len(_links(self)), "_ll_twin": False}
         if active:
+            body |= {"_apply": moved, "__setstate__": _restored, "_load_from_state_dict": _loaded}
             own = (name for name in (("weight",) if _Lookup in bases else ("weight", "bias")) if name not in body)
             body |= {name: _read(name) for name in own if isinstance(getattr(cls, name, None), (property, type(None)))}
         _CLASSES[key] = type(cls.__name__, bases, body)
@@ -350,7 +361,23 @@ _CLASSES: dict[tuple[type[nn.Module], bool, tuple[str, ...] | None], type[nn.Mod
 
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
     state = {name: value for name, value in self.__dict__.items() if name != "_flat_weight_refs"}  # made again by a recurrent layer
-    return _new_site, self._ll_key, state
+    return _new_site, self._ll_key, {**state, "_ll_ready": kept(self)}
+
+
+def _links(self: Any) -> list[Any]:
+    """The layers of a list of layers, which are all but its adapters."""
+    return [child for child in self._modules.values() if type(child) is not Held]
+
+
+def _loaded(self: Any, *args: Any) -> None:
+    self.__dict__["_ll_ready"] = None  # a compiled call sees no writes, but this
+    self._ll_base._load_from_state_dict(self, *args)
+
+
+def _restored(self: Any, state: dict[str, Any]) -> None:
+    self._ll_base.__setstate__(self, state)
+    made = self.__dict__["_ll_ready"]
+    self.__dict__["_ll_ready"] = None if made is None else stamped(self, made)
 
 
 def _new_site(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> nn.Module:

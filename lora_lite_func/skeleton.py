@@ -34,7 +34,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 _OURS = frozenset(
-    {"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_subs"}
+    {"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_ready", "_ll_subs"}
 )  # what a site carries: nothing of the original tree
 _BASE_ATTRIBUTES = len(nn.Module().__dict__)
 
@@ -172,7 +172,7 @@ def _as_site(module: nn.Module, path: str, new: Mapping[str, Sequence[Op]], by_w
         names = names or ()
     copy = _shallow(module, site_class(base, bool(ops) or (bounds and lookup), names))
     attributes = copy.__dict__
-    attributes.update(_ll_path=path, _ll_ops=ops, _ll_only=None, _ll_subs=subs, _ll_inner=inner)
+    attributes.update(_ll_path=path, _ll_ops=ops, _ll_only=None, _ll_subs=subs, _ll_inner=inner, _ll_ready=None)
     if lookup and base is not nn.Embedding:  # its phases are further down, around nn.Embedding's own forward
         return copy
     own = attributes.pop("forward", None) or attributes.pop("_ll_frozen", None) or attributes.pop("_ll_own", None)

@@ -39,6 +39,20 @@ def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("cfg", [ll.EVAConfig(r=4), ll.CorDAConfig(r=4)], ids=lambda cfg: type(cfg).__name__)
+def test_the_input_of_a_pair_is_the_batch(cfg: ll.AdapterConfig) -> None:
+    model, xs = net(), data()
+    wanted = leaves(ll.init(model, cfg, calibration_data=xs))
+    joined, labels = torch.cat(xs), torch.arange(6)
+    pairs: list[Any] = [[(x, torch.ones(2)) for x in xs], [({"x": x}, 1) for x in xs], [[(x,), None] for x in xs]]
+    for batches in (*pairs, DataLoader(TensorDataset(joined, labels), batch_size=2)):
+        close(leaves(ll.init(model, cfg, calibration_data=batches)), wanted, 1e-12)
+    attention = Attention()  # which takes two
+    tokens, mask = data(1, shape=(2, 5, 8))[0], torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    apart = ll.init(attention, cfg, calibration_data=[{"hidden": tokens, "attention_mask": mask.bool()}])
+    assert ll.init(attention, cfg, calibration_data=[(tokens, mask)]).keys() == apart.keys()
+
+
 class Attention(nn.Module):
     """q, k and v read one input; o reads another. Tokens may be padding."""
 
@@ -340,8 +354,8 @@ def test_missing_data_and_bad_data_are_named() -> None:
     for one in (data()[0], {"x": data()[0]}, "text", 3):
         with pytest.raises(ll.ConfigError, match=f"expected an iterable of batches, found {type(one).__name__}"):
             ll.init(model, eva, calibration_data=one)
-    with pytest.raises(ll.ConfigError, match=r"Net.forward can't take a batch of 2 in a tuple: .*with a loss_fn"):
-        ll.init(model, eva, calibration_data=[(data()[0], 1)])
+    with pytest.raises(ll.ConfigError, match=r"Net.forward can't take a batch of 3 in a tuple: .*a pair is \(input, target\)"):
+        ll.init(model, eva, calibration_data=[(data()[0], 1, 2)])
     with pytest.raises(ll.ConfigError, match=r"Net.forward can't take a batch of a mapping with z"):
         ll.init(model, eva, calibration_data=[{"z": data()[0]}])
     with pytest.raises(ll.ConfigError, match="an empty tuple is no batch"):

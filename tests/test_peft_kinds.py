@@ -82,6 +82,22 @@ def test_convolutions(name: str, dims: int, tmp_path: Path) -> None:
     both_ways(CONVS[name][0](target_modules=layers), model, tmp_path, x)
 
 
+def test_dropout_that_convolutions_can_not_have_is_left_out_where_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Convs(2).eval(), torch.randn(2, 4, 5, 5)
+    saved(peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["conv", "head"]), model, tmp_path, x=x)
+    wet, dry = (ll.from_peft(tmp_path, model, ignore=ignore) for ignore in ((), "lora_dropout"))
+    assert isinstance(wet, ll.Adapter)
+    assert isinstance(dry, ll.Adapter)
+    assert (wet.config.dropout, dry.config.dropout) == (0.1, 0.0)
+    close(ll.apply(model, wet, x), ll.apply(model, dry, x), 1e-12)
+    with pytest.raises(ll.UnsupportedError, match="'conv': dropout acts on features"):
+        ll.apply(model.train(), wet, x)
+    assert ll.apply(model, dry, x).requires_grad is False
+    with pytest.raises(ll.CheckpointError, match="ignore: the adapter's outputs depend on 'lora_alpha'; dropout alone may be left out"):
+        ll.from_peft(tmp_path, model, ignore=("lora_alpha",))
+
+
 def test_a_rotation_of_a_convolution(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Convs(2).eval(), torch.randn(2, 4, 5, 5)

@@ -229,3 +229,15 @@ def test_generation_edits_the_prompt_alone(config: Any) -> None:
             assert torch.equal(mixed[i : i + 1], one.generate(ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}))
     how["num_beams"] = 1
     assert not torch.equal(generated, model.generate(ids, **how))
+
+
+@pytest.mark.parametrize("cfg", [ll.LoReFTConfig, ll.DiReFTConfig])
+def test_blocks_that_are_lists_of_layers_are_bound(cfg: Any) -> None:
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2))).double()
+    params = moved(ll.init(blocks, cfg(r=4, first=2, last=2, target_names=(r"^\d$",))))
+    x = torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = ll.apply(blocks, params, x)
+    for bound in (ll.bind(blocks, params), ll.prepared(blocks, params), copy.deepcopy(ll.bind(blocks, params))):
+        close(bound(x), y, 1e-12)
+        assert (len(bound[0]), bound[0][-1].__class__) == (2, nn.Tanh)
+        close(torch.compile(bound, fullgraph=True, backend="eager")(x), y, 1e-12)

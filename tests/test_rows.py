@@ -191,6 +191,14 @@ def test_rows_of_what_is_no_stack() -> None:
         ll.rows(members[0], [0])
 
 
+def test_more_rows_than_ids_may_be_repeats_or_tokens() -> None:
+    model = net()
+    stack = ll.stack([ll.init(model, ll.LoRAConfig(r=2), seed=s) for s in (0, 1)])
+    message = r"repeat each id: ids.repeat_interleave\(3\); where this layer alone sees tokens flattened into rows, others still have 2"
+    with pytest.raises(ll.StructureError, match=message):
+        ll.apply(model, ll.rows(stack, [0, 1]), torch.randn(6, 16, dtype=torch.float64))
+
+
 def test_a_leading_dimension_that_is_not_rows_is_refused_with_the_path() -> None:
     model, members = several(CASES[0], 2)
     mixed = ll.rows(ll.stack(members), [0, 1])

@@ -38,7 +38,8 @@ def from_peft(
         model: the base. LoRA, LoHa, LoKr, AdaLoRA, HiRA and C3A can do without; methods whose tensors show one side of a layer only,
             or whose meaning hangs on the base weights (DoRA, PiSSA), can't. With it, keys that match nothing in it are refused.
         config: the config as a mapping, a path or PEFT's own object, where it isn't beside the tensors.
-        ignore: fields of the config to leave out of account though nothing here corresponds to them (a setting of training).
+        ignore: fields of the config to leave out of account: those to which nothing here corresponds, and dropout, which here acts on
+            what comes to a layer's call alone (`ignore="lora_dropout"` lets an adapter of convolutions be trained further).
 
     Raises:
         CheckpointError: an unreadable file, an unknown method, a field or key that can't be honoured, tensors missing or mis-shaped.
@@ -50,7 +51,9 @@ def from_peft(
     if kind not in METHODS:
         raise CheckpointError(f"{says.where}: peft_type {shown(kind)} isn't read here; {nearest(kind, METHODS, first=50)}")
     method = METHODS[kind]
-    says.check([*method.understood.split(), *method.ignored.split()], ignore)
+    understood = method.understood.split()
+    says.check([*understood, *method.ignored.split()], ignore)
+    says = says.without(ignore, understood)
     check_tensors(tensors)
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     try:

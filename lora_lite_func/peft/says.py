@@ -61,6 +61,17 @@ class Says(Mapping[str, Any]):
                     f"on it (a setting of training), read it with ignore=({shown(name)},)"
                 )
 
+    def without(self, ignore: Iterable[str], understood: Iterable[str]) -> Says:
+        """The config with some fields' settings left out.
+
+        Raises:
+            CheckpointError: a field that the adapter's outputs depend on.
+        """
+        wrong = next((name for name in ignore if name in understood and not name.endswith("dropout")), None)
+        if wrong is not None:
+            raise CheckpointError(f"{self.where}: ignore: the adapter's outputs depend on {shown(wrong)}; dropout alone may be left out")
+        return Says({name: value for name, value in self.items() if name not in ignore}, self.where)
+
     def text(self, name: str) -> str:
         """A field that must be a string."""
         if not isinstance(self.get(name), str):
