@@ -21,7 +21,7 @@ import torch
 from . import results
 from .harness import Row, Suite, machine, versions
 
-AREAS = ("forward", "train", "sets", "memory", "files", "compile", "growth", "import_time")
+AREAS = ("forward", "train", "sets", "methods", "memory", "files", "compile", "growth", "import_time")
 """Modules of this package with a function `area(suite: Suite) -> Iterator[Row]`."""
 
 

@@ -7,7 +7,7 @@ python -m benchmarks.methods [name ...]
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optree
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Result, compare, llama, machine, saved
+from .harness import Result, Row, Suite, compare, llama, machine, saved
 from .peers import peft_adapted
 
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
@@ -79,6 +79,29 @@ def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) ->
     whole = ll.combine(live, ll.partition(params)[1])
     held = [*base.parameters(), *base.buffers(), *optree.tree_leaves(whole)]
     return result, saved(lambda: ll.apply(base, whole, ids).logits, held)
+
+
+_FREE = {"antipasto", "vera", "ssvd", "randlora"}
+"""Methods whose sizes alone cost more than the target."""
+
+
+def area(suite: Suite) -> Iterator[Row]:
+    """Of every method the forward of 512 tokens over the base, prepared too, PEFT's over ours, and what is saved over LoRA's."""
+    base = llama(1 if suite.quick else LAYERS, HIDDEN, device=suite.device)
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(suite.device)
+    reference = 0
+    for name in ("lora", *(name for name in ll.variants() if name != "lora")):
+        result, kept = measure(base, name, ids, 3 if suite.quick else 15, 1 if suite.quick else 3)
+        reference, ratios = reference or kept, result.ratios
+        peers = {"prepared": ratios["prepared"], **({"PEFT": ratios["peft"]} if "peft" in ratios else {})}
+        yield Row(f"{name}, {TOKENS} tokens", ratios["ours"], "base", None if name in _FREE else 1.15, guard=result.guard, peers=peers)
+        if name in _FASTER:
+            faster = result.over("peft", "ours")
+            yield Row(f"{name}, PEFT's time over ours", faster, "ours", _FASTER[name], at_least=True, guard=result.guard)
+        yield Row(f"{name}, saved bytes", kept / reference, "LoRA's", 1.4)
+
+
+_FASTER = {"hra": 7.0, "boft": 1.5, "loha": 1.5, "lokr": 1.5, "fourierft": 1.5}
 
 
 def main(names: Sequence[str] = (), rounds: int = 15) -> dict[str, Any]:
