@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import adalora
 from .adapter import Adapter
-from .api import apply, bind, functional_call, prepared, unbind
+from .api import apply, functional_call
+from .binding import bind, prepared, unbind
 from .calibration import calibrate
 from .checking import check
 from .checkpoint import load, save

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import Adapters, Frozen, check_untracked, ops_of
+from .api import Adapters, ops_of
+from .binding import Frozen, check_untracked
 from .kinds import place
 from .layers import check_model, compute_dtype, is_packed
 from .ops import check_bias, check_dense, merge_site

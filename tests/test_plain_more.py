@@ -257,7 +257,7 @@ def test_prepared_keeps_what_it_made_where_it_goes(monkeypatch: pytest.MonkeyPat
     with torch.inference_mode():
         inside = ll.prepared(model, moved(ll.init(model, ll.OFTConfig(block_size=4))))
     y = once(x)
-    monkeypatch.setattr("lora_lite_func.site.prepare", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr("lora_lite_func.phases._prepare", lambda *args: pytest.fail("made again"))
     for made in (once, inside, copy.deepcopy(once), pickle.loads(pickle.dumps(copy.deepcopy(once))), once.to("cpu").to(torch.float64)):
         close(made(x), y, 1e-12)
     with torch.no_grad():

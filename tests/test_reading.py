@@ -97,7 +97,7 @@ def test_a_bias_that_an_adapter_brings() -> None:
 
 def test_questions_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = ll.bind(Reader("linear"), ll.init(Reader("linear"), ll.LoRAConfig(r=4))).layer
-    monkeypatch.setattr(ll.site, "merge_site", lambda *_: 1 / 0)
+    monkeypatch.setattr(ll.substitution, "merge_site", lambda *_: 1 / 0)
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     assert (weight.dtype, weight.shape, weight.device.type, weight.ndim, weight.numel()) == (torch.float64, (16, 16), "cpu", 2, 256)

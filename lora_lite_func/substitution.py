@@ -1,0 +1,168 @@
+"""The weight route: a module's own call on adapted tensors, and what those tensors are to who reads them without calling it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kinds import KINDS
+from .layers import is_packed
+from .ops import check_bias, check_dropout, merge_site
+from .reading import Adapted, inside
+from .rebind import BINDABLE, rebound, twin
+from .splitting import Chains, Within, by_adapters, narrowed
+
+__all__ = ["flatten_again", "read", "read_substituted", "substituted"]
+
+
+def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The module's own call on its adapted tensors; where rows have adapters of their own, once for each of those."""
+    chains = _chains(self)
+    if all(op.plan is None for ops in chains.values() for op in ops):
+        return _on_adapted(self, chains, args, kwargs)
+
+    def home(key: tuple[str, str]) -> Any:
+        return self._modules[key[0]] if key[0] else self
+
+    def call(chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
+        return _on_adapted(self, chains, args, kwargs, within)
+
+    return by_adapters(self, chains, home, call, args, kwargs)
+
+
+def _chains(site: Any) -> Chains:
+    """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of all that a site substitutes."""
+    own = {("", name): ops for name, ops in site._ll_subs.items()}
+    return own | {(child, name): ops for child in site._ll_inner for name, ops in site._modules[child]._ll_subs.items()}
+
+
+def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
+    """The call on tensors with the adapters of `chains` in; what the module notes on itself stays noted."""
+    made = _concrete(self, chains)
+    if within is not None:
+        made.__dict__["_modules"] = narrowed(made, within)
+    if torch.compiler.is_compiling():
+        return made.forward(*args, **kwargs)
+    before = dict(made.__dict__)
+    try:
+        return made.forward(*args, **kwargs)
+    finally:
+        for name, value in made.__dict__.items():
+            if before.get(name, before) is not value and not name.startswith("_flat_weight"):
+                self.__dict__[name] = value
+
+
+def _concrete(site: Any, chains: Chains) -> Any:
+    """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
+    made = twin(site, site._ll_base)
+    attributes = made.__dict__
+    attributes["_parameters"] = {**site._parameters, **_adapted(site, chains)}
+    if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
+        attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
+    inner = attributes["_ll_inner"]
+    if inner:
+        held = {name: {("", tensor): ops for (child, tensor), ops in chains.items() if child == name} for name in inner}
+        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name], held[name]) for name in inner}}
+    own = attributes.pop("_ll_own", None)
+    if own is not None:  # what an instance carried as its forward, and whatever else is bound to it, works on this one
+        attributes["forward"] = own
+        for name, value in attributes.items():
+            if isinstance(value, BINDABLE):
+                attributes[name] = rebound(value, {id(site): made}, 0)
+    flatten_again(made)
+    return made
+
+
+def flatten_again(module: Any) -> None:
+    """A recurrent layer's flat list of its tensors, as they are now."""
+    attributes = module.__dict__
+    if "_flat_weights" in attributes:
+        flat = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
+        attributes["_flat_weights"] = flat
+        attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
+
+
+def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
+    """{name: tensor} of a module with its adapters in."""
+    made: dict[str, Tensor] = {}
+    for (child, name), ops in chains.items():
+        if child or not ops:
+            continue
+        check_dropout(module, ops)
+        pair = not KINDS[ops[0].site.kind].bare
+        bias = module._parameters.get("bias") if pair else None
+        W, b = merge_site(module, ops, module._parameters[name], bias)
+        made[name] = W
+        if b is not None:
+            check_bias(module, ops[-1], b)
+            made["bias"] = b
+    return made
+
+
+def read(name: str) -> property:
+    """What `site.weight` or `.bias` is: the layer's own inside its own call, else the adapted one, made when it is used.
+
+    Reading it raises AttributeError where the layer has none.
+
+    Raises:
+        UnsupportedError: by the stand-in, where it is written on.
+    """
+
+    def get(self: Any) -> Any:
+        found = _own(self, name)
+        if found is _NONE:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if inside(self):
+            return found
+        weight = _own(self, "weight")
+        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
+            return found  # packed or put away: nothing that an adapter could go into
+        return _lazily(self._ll_path, name, found, lambda: _merged(self, weight, name))
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+def read_substituted(name: str) -> property:
+    """What a substituted tensor is to who reads it without calling the module."""
+
+    def get(self: Any) -> Any:
+        found = self._parameters.get(name)
+        return _lazily(self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found))
+
+    return property(get)
+
+
+def _lazily(path: str, name: str, found: Tensor | None, make: Callable[[], Any]) -> Any:
+    if found is None or torch.compiler.is_compiling():
+        return make()
+    return Adapted(f"{path}.{name}" if path else name, found, make)
+
+
+_NONE = object()
+
+
+def _own(self: Any, name: str) -> Any:
+    """A layer's tensor as the layer sees it: computed by its class's own property, stored, or set on it by a hook."""
+    attributes = self.__dict__
+    if name in self._ll_computed:
+        return getattr(self._ll_base, name).__get__(self)
+    if name in attributes["_parameters"]:
+        return attributes["_parameters"][name]
+    if name in attributes:
+        return attributes[name]
+    if name in attributes["_buffers"]:
+        return attributes["_buffers"][name]
+    return _NONE
+
+
+def _merged(self: Any, weight: Tensor, name: str) -> Any:
+    check_dropout(self, self._ll_ops)
+    bias = _own(self, "bias")
+    return merge_site(self, self._ll_ops, weight, None if bias is _NONE else bias)[name == "bias"]
