@@ -144,7 +144,7 @@ def test_the_weight_is_made_once_per_call(monkeypatch: pytest.MonkeyPatch) -> No
         made.append(chain[0].site.path)
         return real(module, chain, W, b)
 
-    monkeypatch.setattr("lora_lite_func.site.merge_site", counting)
+    monkeypatch.setattr("lora_lite_func.substitution.merge_site", counting)
     attention = seeded(nn.MultiheadAttention(8, 2, batch_first=True))
     x = features(2, 5, 8)
     for model, args, config in (
