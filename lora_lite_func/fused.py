@@ -1,7 +1,7 @@
 """A low-rank update on a plain linear layer, y = x W^T + b + s (drop(x) A^T) B^T, for what `Variant.factors` says.
 
-Without a graph the branch is written onto the fresh product in place. With dropout it is one function: nothing is kept of the mask, which
-is drawn again from its seed, nor of the dropped input.
+The branch is written onto the fresh product in place. Where it is to be differentiated it is one function: its gradient of x is too, and
+nothing is kept of dropout's mask, which is drawn again from its seed, nor of the dropped input.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["beside", "low_rank"]
+from .modes import is_transformed, may_overwrite
+
+__all__ = ["beside", "low_rank", "one_row"]
 
 _LEVELS = 1 << 16
 """A probability is rounded to so many levels: a draw of 64 bits then decides on four entries (drawing dominates dropout on a CPU)."""
 
 
-def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float) -> Tensor:
-    """x W^T + b + s (drop(x) A^T) B^T, (..., d_out), in training; gradients reach x, A and B.
+def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+    """x W^T + b + s (drop(x) A^T) B^T, (..., d_out); gradients reach x, A and B.
 
     Args:
         x: (..., d_in), contiguous, of the dtype of all others.
@@ -31,8 +33,9 @@ def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: fl
         s: the scale.
         dropout: probability that an entry of the branch's input is dropped.
     """
-    seed = int(torch.randint(1 << 62, (), device="cpu"))  # so that torch.manual_seed, checkpointing and forked generators rule it
-    y: Tensor = _LowRank.apply(_flat(x), W, b, A, B, s, dropout, seed)[0]
+    seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout else 0  # torch.manual_seed, checkpointing, forked generators rule it
+    call = _LowRank if is_transformed() else _Eager
+    y: Tensor = call.apply(_flat(x), W, b, A, B, s, dropout, seed)[0]
     return y.view(*x.shape[:-1], W.shape[0])  # here, not inside: autograd lets nobody write on a view that a function gives
 
 
@@ -44,12 +47,19 @@ def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: floa
     return y, h
 
 
+def one_row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """`beside`'s y for an x of one row: products with vectors are dispatched faster."""
+    y = F.linear(x, W, b)
+    y.view(-1).addmv_(B, A.mv(x.view(-1)), alpha=s)
+    return y
+
+
 class _LowRank(torch.autograd.Function):
     """(y, h = drop(x) A^T) of x (T, d_in). h is an output so that what is kept of it can be differentiated again."""
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-        return beside(x, W, b, A * _gain(dropout), B, s, x * _mask(x, dropout, seed))
+        return beside(x, W, b, A * _gain(dropout), B, s, x * _mask(x, dropout, seed)) if dropout else beside(x, W, b, A, B, s)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -61,20 +71,39 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, gh: Tensor | None) -> tuple[Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
         to_x, _, _, to_A, to_B, *_ = ctx.needs_input_grad
-        dx = dA = dB = None
+        dx = dA = dB = mask = dh = None
         G = x.new_zeros(x.shape[0], W.shape[0]) if g is None else g  # (T, d_out)
         if to_x or to_A:
-            mask = _mask(x, ctx.dropout, ctx.seed)  # (T, d_in)
-            dh = F.linear(G, B.mT.contiguous()) * ctx.s  # (T, r); a transposed copy of B costs less than the product with B as it is
-            dh = dh if gh is None else dh + gh  # where the gradient is differentiated again: it reads h
-            dh = dh * _gain(ctx.dropout)
+            dh = (B.mT @ G.mT) * ctx.s  # (r, T): several times as fast as G B
+            dh = dh if gh is None else dh + gh.mT  # where the gradient is differentiated again: it reads h
+            if ctx.dropout:
+                dh, mask = dh * _gain(ctx.dropout), _mask(x, ctx.dropout, ctx.seed)  # (r, T), (T, d_in)
         if to_x:
-            dx = torch.addcmul(G @ W, dh @ A, mask)
+            assert dh is not None
+            dx = torch.addcmul(G @ W, dh.mT @ A, mask) if mask is not None else _plus_product(G @ W, dh.mT, A)
         if to_A:
-            dA = dh.mT @ (x * mask)  # (r, d_in)
+            assert dh is not None
+            dA = dh @ (x if mask is None else x * mask)  # (r, d_in)
         if to_B:
-            dB = ((h.mT @ G) * ctx.s).mT  # (d_out, r)
+            dB = ((h.mT @ G) * ctx.s).mT  # (d_out, r): several times as fast as G^T h
         return dx, None, None, dA, dB, None, None, None
+
+
+class _Eager(_LowRank):
+    """The same where no transform of torch.func has a part in it: without their form of `forward` a call costs a third."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _LowRank.forward(*inputs)
+        _LowRank.setup_context(ctx, inputs, output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+def _plus_product(Y: Tensor, h: Tensor, A: Tensor) -> Tensor:
+    """Y + h A, onto Y where nothing else has a part in it."""
+    return Y.addmm_(h, A) if may_overwrite() else torch.addmm(Y, h, A)
 
 
 def _flat(x: Tensor) -> Tensor:

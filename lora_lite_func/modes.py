@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-__all__ = ["is_ordinary", "is_watched", "may_overwrite"]
+__all__ = ["is_ordinary", "is_transformed", "is_watched", "may_overwrite"]
 
 _transform = torch._C._functorch.peek_interpreter_stack
 _GRAD = torch._C._functorch.TransformType.Grad
@@ -23,9 +23,14 @@ def is_ordinary() -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func has a part in the call."""
+    return _transform() is not None
+
+
 def may_overwrite() -> bool:
     """Whether a tensor made here may be written over in place: no graph has it, and no transform or compiler has a part in it."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_ordinary() and _transform() is None
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_ordinary() and not is_transformed()
 
 
 def is_watched() -> bool:

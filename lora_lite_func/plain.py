@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batching import low_rank_by_rows
-from .fused import beside, low_rank
+from .fused import beside, low_rank, one_row
 from .layout import FACTOR
-from .modes import is_ordinary, is_watched
+from .modes import is_ordinary, is_transformed, is_watched
 from .ops import Op, tensors_at, unfolded
 from .ready import ready_at
 from .recomputed import one_product
@@ -21,6 +21,8 @@ __all__ = ["linear", "only"]
 
 _DENSE = (nn.Parameter, Tensor)
 _WIDE = (torch.float32, torch.float64)
+_COPY = 16
+"""Writing W' costs what this much more of the rank would (measured on a CPU at 512 to 2,048 tokens, ranks 8 and 64)."""
 
 
 def only(ops: tuple[Op, ...]) -> Op | None:
@@ -37,8 +39,8 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     """The layer's output with the adapter in, (..., d_out); None where the phases have to make it.
 
     One product with W' where that costs less, by sizes alone: where the method says so (`Variant.dense`), or for a low-rank update that
-    isn't to be differentiated. Else a low-rank update in place, or with its dropout as one function; without dropout plain autograd does
-    as well as one function (measured on a CPU: 1.27 and 1.27 over the frozen layer at 512 tokens, 1.40 and 1.61 at 64).
+    isn't to be differentiated. Else a low-rank update in place, as one function where it is to be; within torch.func.grad, where a
+    function costs more than it saves, the phases do without dropout.
     """
     own = module._parameters
     W, b = own.get("weight"), own.get("bias")
@@ -48,7 +50,7 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
         return None  # a bias from elsewhere (computed, pruned, a buffer), or something sparse
     variant, site, graph = op.variant, op.site, torch.is_grad_enabled()
     dropout = op.dropout and module.training
-    if graph and (W.requires_grad or (b is not None and b.requires_grad) or not (dropout or variant.factors is None)):
+    if graph and (W.requires_grad or (b is not None and b.requires_grad) or (is_transformed() and not dropout and variant.factors)):
         return None
     p = tensors_at(op, module)
     if op.plan is not None:
@@ -62,9 +64,12 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     A, B, s = variant.factors(op.cfg, p, site) if ready is None else ready[1]
     if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype or not x.is_contiguous():
         return None
-    if dropout:
-        return None if x.is_meta or is_watched() else low_rank(x, W, b, A, B, s, op.dropout)
-    if x.numel() * (site.d_in + site.d_out) > site.d_in**2 * site.d_out and x.dtype in _WIDE:
+    if dropout or graph:
+        return None if x.is_meta or is_watched() else low_rank(x, W, b, A, B, s, op.dropout if dropout else 0.0)
+    if x.numel() == site.d_in:
+        return one_row(x, W, b, A, B, s)
+    r = A.shape[0]
+    if x.numel() * (site.d_in + site.d_out) * r > site.d_in**2 * site.d_out * (r + _COPY) and x.dtype in _WIDE:
         return F.linear(x, torch.addmm(W, B, A, alpha=s), b)  # cheaper than both products beside x W^T
     return beside(x, W, b, A, B, s)[0]
 

@@ -52,16 +52,17 @@ def test_every_form_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, ...],
 
 def test_one_product_for_many_rows_two_beside_the_layer_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    for name in ("beside", "low_rank"):
+    for name in ("beside", "low_rank", "one_row"):
         patched = functools.partial(_noted, seen, name, getattr(plain, name))
         monkeypatch.setattr(plain, name, patched)
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64))
     params = moved(ll.init(model, ll.LoRAConfig(r=2)))
     with torch.no_grad():
-        ll.apply(model, params, rows(8))
-        ll.apply(model, params, rows(9))
+        ll.apply(model, params, rows(1))
+        ll.apply(model, params, rows(72))
+        ll.apply(model, params, rows(73))
         ll.apply(model.bfloat16(), ll.cast(params, torch.bfloat16), rows(90).bfloat16())  # W' would round the update away
-    assert seen == ["beside", "beside"]
+    assert seen == ["one_row", "beside", "beside"]
 
 
 def _noted(seen: list[str], name: str, call: Any, *args: Any) -> Any:
@@ -130,22 +131,44 @@ def test_the_mean_over_many_masks_is_the_output_without() -> None:
     assert ((y.mean(0) - dry[0]).abs() < 5 * spread).all()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("shape", [(3,), (1, 5), (2, 3)])
-def test_gradients_of_dropout_are_exact_twice(shape: tuple[int, ...]) -> None:
+def test_gradients_of_one_function_are_exact_twice(shape: tuple[int, ...], p: float) -> None:
     gen = torch.Generator().manual_seed(0)
     W, b, A, B = (torch.randn(s, generator=gen, dtype=torch.float64) for s in ((4, 16), (4,), (2, 16), (4, 2)))
     x = rows(*shape).requires_grad_()
 
     def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return fused.low_rank(x, W, b, A, B, 1.5, 0.5)
+        return fused.low_rank(x, W, b, A, B, 1.5, p)
 
     given = (x, A.requires_grad_(), B.requires_grad_())
     assert torch.autograd.gradcheck(call, given)
     assert torch.autograd.gradgradcheck(call, given)
+    y, cotangents = call(*given), torch.eye(4, dtype=torch.float64)[:, None].expand(4, x.numel() // 16, 4).reshape(4, *shape, 4)
+    each = [torch.autograd.grad(y, given, one, retain_graph=True) for one in cotangents]
+    for many, one in zip(torch.autograd.grad(y, given, cotangents, is_grads_batched=True), zip(*each, strict=True), strict=True):
+        close(many, torch.stack(one), 1e-12)
     torch.manual_seed(5)
     mask = fused._mask(x.detach().reshape(-1, 16), 0.5, int(torch.randint(1 << 62, ()))).view(x.shape)
-    close(call(*given), F.linear(x, W, b) + 1.5 * (2.0 * x * mask) @ A.mT @ B.mT, 1e-12)
+    dropped = 2.0 * x * mask if p else x
+    close(y, F.linear(x, W, b) + 1.5 * dropped @ A.mT @ B.mT, 1e-12)
+
+
+@pytest.mark.parametrize("cfg", LOW_RANK, ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize("shape", [(1,), (3,), (200,), (2, 3), (2, 0, 3)], ids=str)
+def test_a_training_step_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(net(bias=True), nn.ReLU(inplace=True)), rows(*shape).requires_grad_()
+    trainable, frozen = ll.partition(moved(ll.init(model, cfg)))
+    flat, tree = pytree.tree_flatten(trainable)
+    given = (x, *(t.requires_grad_() for t in flat))
+
+    def step() -> tuple[Tensor, ...]:
+        y = ll.apply(model, ll.combine(pytree.tree_unflatten(list(given[1:]), tree), frozen), x)
+        return y, *torch.autograd.grad(y.square().sum(), given)
+
+    for one, other in zip(step(), by_phases(monkeypatch, step), strict=True):
+        close(one, other, 1e-11)
 
 
 def test_grad_of_torch_func_is_backward() -> None:

@@ -108,8 +108,9 @@ def test_instance_level_forwards_are_bound_to_the_copy() -> None:
     for module in model.modules():
         hooked(module)
     before = snapshot(model)
-    assert torch.equal(ll.apply(model, params, x), expected)
-    assert torch.equal(ll.bind(model, params)(x), expected)
+    y = ll.apply(model, params, x)
+    close(y, expected, 1e-12)  # another of the equal forms serves a layer whose call is wrapped
+    assert torch.equal(ll.bind(model, params)(x), y)
     assert same_state(before, snapshot(model))
 
 
