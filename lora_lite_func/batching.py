@@ -17,7 +17,7 @@ from .ops import Op, unfolded
 from .plan import Run, Table, not_rows
 from .spec import Params
 
-__all__ = ["by_rows", "low_rank_by_rows", "mapped", "undisturbed"]
+__all__ = ["by_rows", "mapped", "shared", "undisturbed"]
 
 
 def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
@@ -109,7 +109,7 @@ def by_rows(op: Op, p: Params, layer: Any, training: bool, inner: Callable[[Tens
     if not table.runs:
         return inner(x)
     rows = _Rows(op, p, layer, table)
-    X = _shared(x, table)
+    X = shared(x, table)
     y = inner(x if variant.inputs is None else _joined(rows.call(variant.inputs, table, X), table, X, x))
     if variant.outputs is None:
         return y
@@ -124,40 +124,6 @@ def by_rows(op: Op, p: Params, layer: Any, training: bool, inner: Callable[[Tens
     if op.dropout and training:
         X = F.dropout(X, op.dropout)
     return put(_joined(rows.call(variant.outputs, table, X, H), table, H, h))
-
-
-def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) -> Tensor:
-    """`by_rows` of a low-rank update on a plain linear layer, without a graph: each run's branch is written onto its rows in place.
-
-    Args:
-        op: the method at the site, with `factors` that take several members at once, and the plan of the rows.
-        p: its tensors, each with a leading axis of members.
-        W: (d_out, d_in).
-        b: (d_out,) or None.
-        x: (N, ..., d_in), contiguous.
-
-    Raises:
-        StructureError: the leading dimension isn't the rows.
-    """
-    assert op.plan is not None
-    assert op.variant.factors is not None
-    table = op.plan.table(x, op.site.path, ranked=True)
-    X, take = _shared(x, table), table.take
-    each = take is None or X.shape == x.shape  # no row stands in several places
-    y = F.linear(X, W, b) if each else F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
-    q, site = unfolded(p, op.site)
-    A, B, s = op.variant.factors(op.cfg, q, site)
-    ranks = op.plan.ranks if A.shape[1] == site.r else None  # a factor pair as it is: of a shorter member the rest is zeros
-    for low, high, width, start in table.runs:
-        rows, r = slice(start, start + (high - low) * width), None if ranks is None else max(ranks[low:high])
-        here, there = y[rows].view(high - low, -1, y.shape[-1]), X[rows].view(high - low, -1, x.shape[-1])  # (m, n, d_out), (m, n, d_in)
-        h = A[low:high, :r] @ there.mT  # (m, r, n): the long side inside, up to twice as fast
-        if isinstance(s, Tensor):
-            h, alpha = (h * s.expand(A.shape[0])[low:high, None, None]).to(h.dtype), 1.0
-        else:
-            alpha = s
-        here.baddbmm_(h.mT, B[low:high, :, :r].mT, alpha=alpha)
-    return y if table.back is None else y.index_select(0, table.back)
 
 
 def _joined(made: list[Tensor], table: Table, sorted_batch: Tensor, batch: Tensor) -> Tensor:
@@ -177,7 +143,7 @@ _SORTED: dict[int, tuple[Any, int, Tensor, bool, Tensor]] = {}
 """By a tensor's id: what layers that get the very same input (query, key and value) share. Gone with the input."""
 
 
-def _shared(x: Tensor, table: Table) -> Tensor:
+def shared(x: Tensor, table: Table) -> Tensor:
     """The sorted batch, made once for the layers that share an input."""
     take = table.take
     if take is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
-__all__ = ["is_ordinary", "is_transformed", "is_watched", "may_overwrite"]
+__all__ = ["is_batched", "is_ordinary", "is_transformed", "is_watched", "may_overwrite"]
 
 _transform = torch._C._functorch.peek_interpreter_stack
 _GRAD = torch._C._functorch.TransformType.Grad
@@ -26,6 +27,11 @@ def is_ordinary() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func has a part in the call."""
     return _transform() is not None
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether a gradient is one of several taken at once (`is_grads_batched`), by means of which no transform knows."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def may_overwrite() -> bool:

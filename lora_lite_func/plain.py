@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batching import low_rank_by_rows
 from .fused import beside, low_rank, one_row
+from .fused_rows import low_rank_by_rows
 from .layout import FACTOR
 from .modes import is_ordinary, is_transformed, is_watched
 from .ops import Op, tensors_at, unfolded
@@ -55,7 +55,7 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     p = tensors_at(op, module)
     if op.plan is not None:
         agree = x.is_contiguous() and op.plan.known and all(t.dtype is x.dtype for name, t in p.items() if name != FACTOR)
-        return low_rank_by_rows(op, p, W, b, x) if agree and not graph and not dropout else None
+        return low_rank_by_rows(op, p, W, b, x) if agree and not dropout and not (graph and (x.is_meta or is_watched())) else None
     if variant.factors is None:
         return None if dropout else _whole(op, p, x, W, b)
     if FACTOR in p:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lora_lite_func as ll
 from benchmarks.harness import saved
-from lora_lite_func import fused, plain
+from lora_lite_func import fused, fused_rows, plain
 from lora_lite_func.variants import _cost
 
 LOW_RANK = [ll.LoRAConfig(r=4), ll.LoRAConfig(r=4, rslora=True), ll.PiSSAConfig(r=4), ll.AdaLoRAConfig(r=4), ll.DeLoRAConfig(r=4)]
@@ -199,6 +199,53 @@ def test_dropout_keeps_neither_mask_nor_dropped_input() -> None:
         bound = ll.bind(model, ll.init(model, ll.LoRAConfig(r=2, dropout=p, target_names=(r"^[02]$",)))).train()
         kept[p] = saved(lambda bound=bound: bound(x), [*bound.parameters(), x])
     assert kept[0.1] <= 1.02 * kept[0.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+MIXES = [(0, 1, 2), (0, 0, 1, 1, 2, 2), (2, -1, 0, -1), (1, 1, 1), (-1, -1), (0, 0, 0, 2), (2, 0, 1, 0, 2, -1, 1)]
+
+
+def pieces_of(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fused_rows._ByRows.apply
+    monkeypatch.setattr(fused_rows._ByRows, "apply", functools.partial(_noted, seen, "rows", made))
+
+
+@pytest.mark.parametrize("alphas", [(8.0, 8.0, 8.0), (8.0, 2.0, 1.0)], ids=str)
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("ids", MIXES, ids=str)
+def test_a_training_step_of_rows_is_the_phases(
+    ids: tuple[int, ...], ranks: tuple[int, ...], alphas: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 6, dtype=torch.float64)), rows(len(ids), 5).requires_grad_()
+    stack = ll.stack(
+        [moved(ll.init(model, ll.LoRAConfig(r=r, alpha=a)), seed=i) for i, (r, a) in enumerate(zip(ranks, alphas, strict=True))]
+    )
+    trainable, frozen = ll.partition(stack)
+    flat, tree = pytree.tree_flatten(trainable)
+    given = (x, *(t.requires_grad_() for t in flat))
+    seen: list[str] = []
+    pieces_of(seen, monkeypatch)
+
+    def call(x: Tensor, *flat: Tensor) -> Tensor:
+        return ll.apply(model, ll.rows(ll.combine(pytree.tree_unflatten(list(flat), tree), frozen), ids), x)
+
+    def step() -> tuple[Tensor, ...]:
+        y = call(*given)
+        found = torch.autograd.grad(y.square().sum(), given, create_graph=True, materialize_grads=True)
+        once = torch.autograd.grad(y.square().sum(), given, retain_graph=True, materialize_grads=True)
+        real = sum((g * (t != 0)).sin().sum() for g, t in zip(found, given, strict=True))  # not what fills up a shorter member
+        return y, *once, *found, *torch.autograd.grad(real, given, materialize_grads=True)
+
+    ours = step()
+    padded = ids in ((0, 0, 0, 2), (2, 0, 1, 0, 2, -1, 1))
+    assert seen or padded
+    for one, other in zip(ours, by_phases(monkeypatch, step), strict=True):
+        close(one, other, 1e-10)
+    y, cotangents = call(*given), torch.randn(3, len(ids), 5, 6, dtype=torch.float64)
+    each = [torch.autograd.grad(y, given, one, retain_graph=True, materialize_grads=True) for one in cotangents]
+    many = torch.autograd.grad(y, given, cotangents, is_grads_batched=True, materialize_grads=True)
+    for several, one in zip(many, zip(*each, strict=True), strict=True):
+        close(several, torch.stack(one), 1e-11)
 
 
 # ---------------------------------------------------------------------------------------------------------- one product
