@@ -73,9 +73,8 @@ def _gain(cfg: DoRAConfig, p: Params, s: float | Tensor, linear: Callable[[Tenso
         A, B = A.detach(), B.detach()
     WA = linear(A).to(core).mT  # (d_out, r)
     A, B = A.to(core), B.to(core)
-    cross = (WA * B).sum(dim=1)  # (d_out,)
-    square = ((B @ (A @ A.mT)) * B).sum(dim=1)  # (d_out,)
-    n2 = p["lora_wnorm2"].to(core) + 2.0 * s * cross + s * s * square
+    half = torch.addmm(WA, B, A @ A.mT * (0.5 * s))  # (d_out, r)
+    n2 = p["lora_wnorm2"].to(core) + 2.0 * s * (half * B).sum(dim=1)  # |W_i|^2 + 2 s W_i (B A)_i^T + s^2 |(B A)_i|^2
     return p["lora_m"].to(core) / n2.clamp_min(torch.finfo(core).tiny).sqrt()
 
 
