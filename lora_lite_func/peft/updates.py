@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..variants import AdaLoRAConfig, C3AConfig, DeLoRAConfig, GraLoRAConfig, HiRAConfig, LoHaConfig, LoKrConfig, MiSSConfig
-from .lora import kernel, without_padding
+from .low_rank import kernel, without_padding
 from .method import Method, Part, Place, Written, of_config, ranks, same
 from .says import Says
 

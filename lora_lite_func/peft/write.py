@@ -24,7 +24,8 @@ from .folder import CONFIG, TENSORS
 from .gates import BEFT
 from .homes import Homes, homes_of
 from .kept import biases, tokens, whole
-from .lora import LORA, as_lora_bias
+from .lora import LORA
+from .low_rank import as_lora_bias
 from .method import Method, Written, shifts_of
 from .table import METHODS, TOKENS
 
