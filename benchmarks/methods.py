@@ -16,7 +16,8 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Result, Row, Suite, compare, llama, machine, saved
+from . import results
+from .harness import Result, Row, Suite, llama, saved
 from .peers import peft_adapted
 
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
@@ -61,8 +62,8 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
     return ll.combine(noisy, frozen)
 
 
-def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) -> tuple[Result, int]:
-    """(ratios over the base, bytes saved for backward); a run that the guard voids is done again, up to `repeats` times."""
+def measure(suite: Suite, base: Any, name: str, ids: Tensor) -> tuple[Result, int]:
+    """(ratios over the base, bytes saved for backward)."""
     params = start(base, name, ids)
     once = ll.prepared(base, params)
     calls = {"base": lambda: base(ids), "ours": lambda: ll.apply(base, params, ids), "prepared": lambda: once(ids)}
@@ -71,10 +72,7 @@ def measure(base: Any, name: str, ids: Tensor, rounds: int, repeats: int = 3) ->
         other = peft_adapted(base, config, **fields)
         calls["peft"] = lambda: other(ids)
     with torch.no_grad():
-        for _ in range(repeats):
-            result = compare(calls, rounds=rounds)
-            if not result.void:
-                break
+        result = suite.compare(calls)
     live = optree.tree_map(lambda t: t.clone().requires_grad_(), ll.partition(params)[0])
     whole = ll.combine(live, ll.partition(params)[1])
     held = [*base.parameters(), *base.buffers(), *optree.tree_leaves(whole)]
@@ -85,13 +83,17 @@ _FREE = {"antipasto", "vera", "ssvd", "randlora"}
 """Methods whose sizes alone cost more than the target."""
 
 
-def area(suite: Suite) -> Iterator[Row]:
+_FASTER = {"hra": 7.0, "boft": 1.5, "loha": 1.5, "lokr": 1.5, "fourierft": 1.5}
+"""At least so many times as fast as PEFT's."""
+
+
+def area(suite: Suite, names: Sequence[str] = ()) -> Iterator[Row]:
     """Of every method the forward of 512 tokens over the base, prepared too, PEFT's over ours, and what is saved over LoRA's."""
     base = llama(1 if suite.quick else LAYERS, HIDDEN, device=suite.device)
     ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(suite.device)
     reference = 0
-    for name in ("lora", *(name for name in ll.variants() if name != "lora")):
-        result, kept = measure(base, name, ids, 3 if suite.quick else 15, 1 if suite.quick else 3)
+    for name in dict.fromkeys(("lora", *(names or ll.variants()))):
+        result, kept = measure(suite, base, name, ids)
         reference, ratios = reference or kept, result.ratios
         peers = {"prepared": ratios["prepared"], **({"PEFT": ratios["peft"]} if "peft" in ratios else {})}
         yield Row(f"{name}, {TOKENS} tokens", ratios["ours"], "base", None if name in _FREE else 1.15, guard=result.guard, peers=peers)
@@ -101,31 +103,8 @@ def area(suite: Suite) -> Iterator[Row]:
         yield Row(f"{name}, saved bytes", kept / reference, "LoRA's", 1.4)
 
 
-_FASTER = {"hra": 7.0, "boft": 1.5, "loha": 1.5, "lokr": 1.5, "fourierft": 1.5}
-
-
-def main(names: Sequence[str] = (), rounds: int = 15) -> dict[str, Any]:
-    """Print and return, per method: forward over the base, PEFT's over the base, bytes saved over LoRA's."""
-    torch.set_num_threads(2)
-    base = llama(LAYERS, HIDDEN)
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    out: dict[str, Any] = {"machine": machine(), "methods": {}}
-    reference = None
-    print(f"{'method':12} {'ours':>7} {'prepared':>8} {'peft':>7} {'peft/ours':>9} {'saved/LoRA':>10} {'guard':>6}")
-    for name in dict.fromkeys(("lora", *(names or ll.variants()))):
-        result, kept = measure(base, name, ids, rounds)
-        reference = reference or kept
-        ours, peft = result.ratios["ours"], result.ratios.get("peft")
-        once = result.ratios["prepared"]
-        out["methods"][name] = {"ours": ours, "prepared": once, "peft": peft, "saved": kept / reference, "guard": result.guard}
-        out["methods"][name]["void"] = result.void
-        of_peft = f"{peft:7.2f} {peft / ours:9.2f}" if peft else f"{'-':>7} {'-':>9}"
-        print(
-            f"{name:12} {ours:7.3f} {once:8.3f} {of_peft} {kept / reference:10.2f} {result.guard:6.3f}{' void' if result.void else ''}",
-            flush=True,
-        )
-    return out
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    torch.set_num_threads(2)
+    print(results.HEADER)
+    for row in area(Suite(), sys.argv[1:]):
+        print(results.line("methods", row), flush=True)
