@@ -193,9 +193,13 @@ def test_rows_give_no_view_for_a_layers_caller_may_detach_them_in_place(monkeypa
         assert not y.detach_().requires_grad
 
 
-def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch() -> None:
+@pytest.mark.filterwarnings("ignore:Iterating over a tensor:torch.jit.TracerWarning")  # over the adapter's own blocks
+@pytest.mark.parametrize(
+    "cfg", [*LOW_RANK, ll.OFTConfig(block_size=4), ll.BOFTConfig(block_size=4, m=2)], ids=lambda cfg: type(cfg).__name__
+)
+def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch(cfg: ll.AdapterConfig) -> None:
     model = net(bias=True)
-    bound = ll.bind(model, moved(ll.init(model, ll.LoRAConfig(r=4)))).eval()
+    bound = ll.bind(model, moved(ll.init(model, cfg))).eval()
     for shape in ((3,), (1, 3), (2, 3)):
         traced = torch.jit.trace(bound, rows(*shape))  # which traces again without a graph, and compares
         for other in (shape, (4, *shape[1:])):
