@@ -18,7 +18,7 @@ from .kinds import reads_prompt
 from .layers import check_model
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .phases import get_ready
-from .skeleton import copy_tree, own_buffers
+from .skeleton import copy_tree, own_buffers, own_state_hooks
 from .spec import Site
 from .tied import home_of, twins
 
@@ -140,6 +140,7 @@ class Frozen:
                     self.made[id(p)] = nn.Parameter(p.detach(), requires_grad=grad)
                 parameters[name] = self.made[id(p)]
         own_buffers(copy)
+        own_state_hooks(copy)
 
 
 def check_untracked(params: Adapters, what: str, instead: str) -> None:

@@ -36,7 +36,7 @@ def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: fl
     seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout else 0  # torch.manual_seed, checkpointing, forked generators rule it
     call = _LowRank if is_transformed() else _Eager
     y: Tensor = call.apply(_flat(x), W, b, A, B, s, dropout, seed)[0]
-    return y.view(*x.shape[:-1], W.shape[0])  # here, not inside: autograd lets nobody write on a view that a function gives
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], W.shape[0])  # not inside: autograd lets nobody write on a view that a function gives
 
 
 def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, X: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class _LowRank(torch.autograd.Function):
             assert dh is not None
             dA = dh @ (x if mask is None else x * mask)  # (r, d_in)
         if to_B:
-            dB = ((h.mT @ G) * ctx.s).mT  # (d_out, r): several times as fast as G^T h
+            dB = ((h.mT @ G) * ctx.s).mT.contiguous()  # (d_out, r): several times as fast as G^T h
         return dx, None, None, dA, dB, None, None, None
 
 

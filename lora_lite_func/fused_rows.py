@@ -117,7 +117,7 @@ class _ByRows(torch.autograd.Function):
                     dA.put(piece, dh @ there)  # (m, r, d_in)
             if to_B:
                 dB.put(piece, (h * s).to(h.dtype) @ g)  # (m, r, d_out)
-        return dX, None, None, dA.all() if to_A else None, dB.all().mT if to_B else None, None, None
+        return dX, None, None, dA.all() if to_A else None, dB.all().mT.contiguous() if to_B else None, None, None
 
 
 class _Gathered:

@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-__all__ = ["is_batched", "is_ordinary", "is_transformed", "is_watched", "may_overwrite"]
+__all__ = ["is_batched", "is_ordinary", "is_traced", "is_transformed", "is_watched", "makes_graph", "may_overwrite"]
 
 _transform = torch._C._functorch.peek_interpreter_stack
 _GRAD = torch._C._functorch.TransformType.Grad
@@ -22,6 +22,16 @@ def is_ordinary() -> bool:
         and not torch._C._is_any_autocast_enabled()
         and torch._C._get_tracing_state() is None
     )
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records the call, for inputs of other sizes and for calls with and without a graph."""
+    return torch.jit.is_tracing()
+
+
+def makes_graph() -> bool:
+    """Whether what is computed may be differentiated later, and nothing else is to be served by it."""
+    return torch.is_grad_enabled() and not is_traced()
 
 
 def is_transformed() -> bool:

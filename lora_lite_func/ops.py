@@ -30,6 +30,7 @@ __all__ = [
     "leaves_at",
     "leaves_of",
     "merge_site",
+    "parameters_of",
     "tensors_at",
     "unfolded",
 ]
@@ -69,11 +70,17 @@ class Leaves(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, as it is now: accelerate puts the module's own away again after the call."""
-        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+        return {**parameters_of(self), **self._buffers}  # type: ignore[dict-item]
 
     def tensors(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, brought from where accelerate put them away, if it did."""
         return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters; of a replica that torch.nn.DataParallel made, which has none, the tensors that stand for them."""
+    stand_ins: dict[str, Tensor | None] | None = module.__dict__.get("_former_parameters")
+    return {**module._parameters, **stand_ins} if stand_ins else module._parameters  # type: ignore[return-value]
 
 
 class Held(nn.ModuleList):
@@ -113,7 +120,8 @@ def tensors_at(op: Op, module: Any) -> Params:
     if op.p is not None:
         return op.p
     leaves = leaves_at(module, op.slot)
-    return leaves.tensors() if leaves._buffers or "_hf_hook" in leaves.__dict__ else leaves._parameters  # type: ignore[return-value]
+    simple = leaves._parameters and not leaves._buffers and "_hf_hook" not in leaves.__dict__
+    return leaves._parameters if simple else leaves.tensors()  # type: ignore[return-value]
 
 
 def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
@@ -130,7 +138,7 @@ def check_bias(module: Any, op: Op, b: Tensor | None) -> None:
     Raises:
         UnsupportedError: the layer has no parameter for it.
     """
-    if b is not None and "bias" not in module._parameters:
+    if b is not None and "bias" not in parameters_of(module):
         raise UnsupportedError(
             f"{op.site.path!r} ({type(module).__name__}): {op.variant.name} merges into a bias, and this layer has no "
             "parameter for one; leave it out with exclude_names, or keep the adapter unmerged"

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import StructureError
+from .errors import StructureError, UnsupportedError
+from .modes import is_traced
 
 __all__ = ["Parts", "Plan", "Run", "Table", "not_rows", "parted"]
 
@@ -121,7 +122,9 @@ class Plan:
 
         Raises:
             StructureError: the leading dimension isn't the rows.
+            UnsupportedError: torch.jit.trace records the call.
         """
+        _check_untraced(f"site {path!r}: ")
         if x.ndim == 0 or x.shape[0] != self.rows:
             raise not_rows(path, x, self.rows)
         if self._ids is None or torch.compiler.is_compiling():
@@ -135,13 +138,25 @@ class Plan:
         return self._tables[key]
 
 
+def _check_untraced(where: str = "") -> None:
+    if is_traced():
+        raise UnsupportedError(
+            f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no vmap); use torch.export.export or "
+            "torch.compile, or trace one adapter"
+        )
+
+
 def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
     """The parts of a batch whose rows have an adapter by each of several plans; where ids are unknown each row is one.
 
     Args:
         plans: of as many rows each, at least one.
         device: of the index tensors.
+
+    Raises:
+        UnsupportedError: torch.jit.trace records the call.
     """
+    _check_untraced()
     known = [plan._ids for plan in plans]
     if any(ids is None for ids in known) or torch.compiler.is_compiling():
         rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .ops import Op, leaves_of
 
-__all__ = ["Ready", "kept", "moved", "ready_at", "stamped"]
+__all__ = ["Ready", "kept", "moved", "ready_at", "replicated", "stamped"]
 
 
 class Ready(NamedTuple):
@@ -54,6 +54,13 @@ def moved(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> An
     same = good and before == [t.dtype for _, _, t in _sources(self)]
     self.__dict__["_ll_ready"] = stamped(self, pytree.tree_map_only(Tensor, fn, ready.made)) if same else None
     return self
+
+
+def replicated(self: Any) -> Any:
+    """A site's `_replicate_for_data_parallel`: the replica, on a device of its own, makes everything in each call."""
+    replica = self._ll_base._replicate_for_data_parallel(self)
+    replica.__dict__["_ll_ready"] = None
+    return replica
 
 
 def kept(site: Any) -> Mapping[int, tuple[Any, Any]] | None:

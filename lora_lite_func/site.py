@@ -18,7 +18,7 @@ from .ops import Held, Op, merge_site
 from .phases import phases
 from .plain import linear
 from .reading import enter, leave
-from .ready import kept, moved, stamped
+from .ready import kept, moved, replicated, stamped
 from .substitution import flatten_again, read, read_substituted, substituted
 
 __all__ = ["Op", "flatten_again", "merge_site", "site_class"]
@@ -126,7 +126,12 @@ def site_class(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
         if getattr(cls, "__iter__", None) in (nn.Sequential.__iter__, nn.ModuleList.__iter__):
             body |= {"__iter__": lambda self: iter(_links(self)), "__len__": lambda self: len(_links(self)), "_ll_twin": False}
         if active:
-            body |= {"_apply": moved, "__setstate__": _restored, "_load_from_state_dict": _loaded}
+            body |= {
+                "_apply": moved,
+                "_load_from_state_dict": _loaded,
+                "_replicate_for_data_parallel": replicated,
+                "__setstate__": _restored,
+            }
             own = (name for name in (("weight",) if _Lookup in bases else ("weight", "bias")) if name not in body)
             body |= {name: read(name) for name in own if isinstance(getattr(cls, name, None), (property, type(None)))}
         _CLASSES[key] = type(cls.__name__, bases, body)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedError
 from .kinds import KINDS
 from .layers import is_packed
-from .ops import check_bias, check_dropout, merge_site
+from .ops import check_bias, check_dropout, merge_site, parameters_of
 from .reading import Adapted, inside
 from .rebind import BINDABLE, rebound, twin
 from .splitting import Chains, Within, by_adapters, narrowed
@@ -60,7 +61,9 @@ def _concrete(site: Any, chains: Chains) -> Any:
     """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
     made = twin(site, site._ll_base)
     attributes = made.__dict__
-    attributes["_parameters"] = {**site._parameters, **_adapted(site, chains)}
+    attributes["_parameters"] = {**parameters_of(site), **_adapted(site, chains)}
+    for name in attributes["_parameters"]:
+        attributes.pop(name, None)  # a replica's stand-in, which would be read first
     if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
     inner = attributes["_ll_inner"]
@@ -89,13 +92,14 @@ def flatten_again(module: Any) -> None:
 def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
     """{name: tensor} of a module with its adapters in."""
     made: dict[str, Tensor] = {}
+    stored: dict[str, Any] = parameters_of(module)
     for (child, name), ops in chains.items():
         if child or not ops:
             continue
         check_dropout(module, ops)
         pair = not KINDS[ops[0].site.kind].bare
-        bias = module._parameters.get("bias") if pair else None
-        W, b = merge_site(module, ops, module._parameters[name], bias)
+        bias = stored.get("bias") if pair else None
+        W, b = merge_site(module, ops, stored[name], bias)
         made[name] = W
         if b is not None:
             check_bias(module, ops[-1], b)
@@ -123,20 +127,42 @@ def read(name: str) -> property:
             return found  # packed or put away: nothing that an adapter could go into
         return _lazily(self._ll_path, name, found, lambda: _merged(self, weight, name))
 
-    def put(self: Any, value: Any) -> None:
-        self.__dict__[name] = value
-
-    return property(get, put)
+    return property(get, _putting(name), _refusing(name))
 
 
 def read_substituted(name: str) -> property:
     """What a substituted tensor is to who reads it without calling the module."""
 
     def get(self: Any) -> Any:
-        found = self._parameters.get(name)
+        found = parameters_of(self).get(name)
         return _lazily(self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found))
 
-    return property(get)
+    return property(get, _putting(name), _refusing(name))
+
+
+def _putting(name: str) -> Callable[[Any, Any], None]:
+    """What sets such a tensor where it is no parameter: a hook that computes it, a replica's stand-in."""
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return put
+
+
+def _refusing(name: str) -> Callable[[Any], None]:
+    """What takes such a tensor out of a site.
+
+    Raises:
+        UnsupportedError: always, with what to do instead.
+    """
+
+    def drop(self: Any) -> None:
+        raise UnsupportedError(
+            f"{self._ll_path!r} ({self._ll_base.__name__}): its {name} is part of what its adapter makes, so it can't be taken out, as "
+            "FullyShardedDataParallel does; shard with torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
+        )
+
+    return drop
 
 
 def _lazily(path: str, name: str, found: Tensor | None, make: Callable[[], Any]) -> Any:

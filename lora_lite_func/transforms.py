@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
 from .config import real
-from .errors import StructureError, UnsupportedError
+from .errors import ConfigError, StructureError, UnsupportedError
 from .layout import FACTOR
 
 __all__ = ["cast", "combine", "num_params", "partition", "project", "scale", "summary"]
@@ -73,10 +74,12 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     Raises:
         UnsupportedError: the method has no such path.
         StructureError: a part of a partition, or a vector of strengths for something that isn't a stack of as many adapters.
-        ConfigError: a strength that is neither a number nor a tensor.
+        ConfigError: a strength that is neither a finite number nor a tensor.
     """
     check_adapter(params, "scale")
     real(strength, "scale: strength")
+    if isinstance(strength, float) and not math.isfinite(strength):
+        raise ConfigError(f"scale: strength: expected a finite number, found {strength}")
     layout = params.layout
     change = layout.variant.scale
     if change is None:

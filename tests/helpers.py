@@ -83,7 +83,8 @@ def _state(model: nn.Module) -> Iterator[Any]:
     for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         yield name, id(t), t._version, t.requires_grad, t.grad is None, t.detach().clone()
     for name, module in model.named_modules(remove_duplicate=False):
-        hooks = [len(getattr(module, h)) for h in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        hooks = [len(value) for name, value in sorted(module.__dict__.items()) if "hook" in name and hasattr(value, "__len__")]
+        hooks.append(len(module._non_persistent_buffers_set))
         yield name, type(module), id(module), module.training, sorted(module.__dict__), hooks, list(module._modules)
 
 

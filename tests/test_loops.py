@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -401,3 +402,63 @@ def test_data_parallel_takes_a_bound_model_and_is_refused_as_a_base() -> None:
         with pytest.raises(ll.UnsupportedError, match=r"DataParallel.*bind first, then wrap"):
             verb(nn.DataParallel(model), params, *([X] if verb is not ll.bind else []))
     assert torch.equal(nn.DataParallel(ll.bind(model, params))(X), ll.apply(model, params, X))
+
+
+def test_a_tensor_of_a_site_cannot_be_taken_out_once_it_is_an_attribute() -> None:
+    model = net()
+    for cfg in (LORA, ll.FullConfig(target_parameters=(r"layers\.0\.up\.weight",))):
+        layer = ll.bind(model, adapter(model, cfg=cfg)).layers[0].up
+        stored = layer._parameters["weight"]
+        del layer.weight  # a parameter, as ever
+        layer.weight = stored.detach()  # as FullyShardedDataParallel sets its views
+        with pytest.raises(
+            ll.UnsupportedError, match=r"'layers\.0\.up' \(Linear\): its weight.*FullyShardedDataParallel.*fully_shard\(ll\.bind"
+        ):
+            del layer.weight
+
+
+class Mixed(nn.Module):
+    """Layers of several kinds: lookups, convolutions, attention, recurrence, norms, plain linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(10, 16)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.rnn = nn.GRU(16, 16, batch_first=True)
+        self.norm = nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.conv(self.emb(ids).mT).mT
+        h = self.norm(self.rnn(self.attention(h, h, h)[0])[0])
+        return self.linear(h)
+
+
+KINDS_OF_SITES = [
+    ll.LoRAConfig(r=2, target_names=("linear",)),
+    ll.PiSSAConfig(r=2, target_names=("linear",)),
+    ll.DoRAConfig(r=2, target_names=("linear",)),
+    ll.HiRAConfig(r=2, target_names=("linear",)),
+    ll.LoRAConfig(r=2, target_names=("emb", "conv", "linear", "out_proj"), target_kinds=("embedding", "conv", "linear"), exclude_names=()),
+    ll.LoRAConfig(r=2, target_parameters=(r"attention\.in_proj_weight", r"rnn\.weight_hh_l0")),
+    ll.FullConfig(target_parameters=(r"norm\.weight", r"norm\.bias", r"linear\.bias")),
+    ll.BitFitConfig(target_names=("linear", "conv"), target_kinds=("linear", "conv")),
+]
+
+
+@pytest.mark.parametrize("cfg", KINDS_OF_SITES, ids=lambda cfg: type(cfg).__name__)
+def test_replicas_of_data_parallel_do_what_the_module_does(cfg: ll.AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    replicating: Any = sys.modules["torch.nn.parallel.replicate"]
+    copied = lambda tensors, devices, detach: [[t.detach() * 1 if detach else t * 1 for t in tensors] for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", copied)
+    model, ids = Mixed().double().eval(), torch.arange(6).view(2, 3)
+    params = moved(ll.init(model, cfg))
+    for bound in (ll.bind(model, params), ll.prepared(model, params)):
+        learned = [p for p in bound.parameters() if p.requires_grad]
+        for replica in replicating.replicate(bound, [0, 1], detach=not learned):
+            y, expected = replica(ids), bound(ids)
+            close(y, expected, 1e-12)
+            assert (y - model(ids)).abs().max() > 1e-4
+            if learned:
+                close(torch.autograd.grad(y.sum(), learned), torch.autograd.grad(expected.sum(), learned), 1e-12)

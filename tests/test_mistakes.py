@@ -96,6 +96,7 @@ def test_what_does_not_fit(call: Callable[[], Any], message: str) -> None:
     ("call", "message"),
     [
         (lambda: ll.scale(PARAMS, "1"), "scale: strength: expected a number or a tensor, found '1'"),
+        (lambda: ll.scale(PARAMS, float("nan")), "scale: strength: expected a finite number, found nan"),
         (lambda: ll.scale(PARAMS, None), "scale: strength: expected a number or a tensor, found None"),
         (lambda: ll.scale(STACK, [1.0, 2.0, 3.0]), r"scale: strength: expected a number or a tensor, found \[1"),
         (lambda: ll.scale(STACK, np.ones(3)), "scale: strength: expected a number or a tensor, found array"),

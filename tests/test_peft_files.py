@@ -116,6 +116,17 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
     both_ways(CONFIGS[name](target_modules=BOTH), base(), tmp_path)
 
 
+def test_a_module_trained_whole_that_a_file_has_lost_is_missed(tmp_path: Path) -> None:
+    model = base()
+    saved(CONFIGS["modules_to_save"](target_modules=BOTH), model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file({name: t for name, t in load_file(tmp_path).items() if ".head." not in name}, file)
+    with pytest.raises(
+        ll.CheckpointError, match=r"modules_to_save names 'head', which is 'head' of the model, and there is no tensor of it"
+    ):
+        ll.from_peft(tmp_path, model)
+
+
 def in_order(patterns: dict[str, int]) -> dict[str, int]:
     """As the file has them: PEFT sorts the keys of its config, so the first match may be another one after loading."""
     return dict(sorted(patterns.items()))

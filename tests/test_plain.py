@@ -171,6 +171,41 @@ def test_a_training_step_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, 
         close(one, other, 1e-11)
 
 
+@pytest.mark.parametrize("cfg", [cfg for cfg in LOW_RANK if not isinstance(cfg, ll.PiSSAConfig)], ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize("shape", [(), (3,), (1, 3), (2, 3)], ids=str)
+def test_gradients_lie_as_their_tensors_do_so_they_can_be_flattened(cfg: ll.AdapterConfig, shape: tuple[int, ...]) -> None:
+    model, x = net(bias=True), rows(*shape)
+    trainable, frozen = ll.partition(moved(ll.init(model, cfg)))
+
+    def loss(trainable: Any) -> Tensor:
+        return ll.apply(model, ll.combine(trainable, frozen), x).square().sum()
+
+    flat = [t.requires_grad_() for t in leaves(trainable)]
+    direct = nn.utils.parameters_to_vector(torch.autograd.grad(loss(trainable), flat))
+    close(nn.utils.parameters_to_vector(leaves(torch.func.grad(loss)(trainable))), direct, 1e-11)
+
+
+def test_rows_give_no_view_for_a_layers_caller_may_detach_them_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 8, dtype=torch.float64))
+    params = moved(ll.init(model, ll.LoRAConfig(r=2)))
+    bound, x = ll.bind(model, params), rows(3)
+    for y in (bound(x), by_phases(monkeypatch, lambda: bound(x))):
+        assert not y.detach_().requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes of the adapter's own blocks
+@pytest.mark.parametrize(
+    "cfg", [*LOW_RANK, ll.OFTConfig(block_size=4), ll.BOFTConfig(block_size=4, m=2)], ids=lambda cfg: type(cfg).__name__
+)
+def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch(cfg: ll.AdapterConfig) -> None:
+    model = net(bias=True)
+    bound = ll.bind(model, moved(ll.init(model, cfg))).eval()
+    for shape in ((3,), (1, 3), (2, 3)):
+        traced = torch.jit.trace(bound, rows(*shape))  # which traces again without a graph, and compares
+        for other in (shape, (4, *shape[1:])):
+            close(traced(rows(*other)), bound(rows(*other)), 1e-12)
+
+
 def test_grad_of_torch_func_is_backward() -> None:
     model, params = wet()
     x = rows(6)

@@ -376,3 +376,11 @@ def test_generation_with_rows_is_generation_one_by_one(beams: int) -> None:
         for i, member in enumerate(ids):
             one = model if member < 0 else ll.bind(model, members[member])
             assert torch.equal(mixed[i : i + 1], one.generate(inputs[i : i + 1], attention_mask=mask[i : i + 1], **how))
+
+
+def test_a_trace_of_rows_is_refused_with_the_way_out() -> None:
+    model = net()
+    stack = ll.stack([ll.init(model, ll.LoRAConfig(r=2), seed=seed) for seed in (0, 1)])
+    bound = ll.bind(model, ll.rows(stack, [0, 1, 1])).eval()
+    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0\.up'.*torch\.jit\.trace.*torch\.export"):
+        torch.jit.trace(bound, torch.zeros(3, 16, dtype=torch.float64))

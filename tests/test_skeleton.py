@@ -198,6 +198,24 @@ def test_user_hooks_run_and_hooks_installed_during_a_call_stay_off_the_model() -
     assert y.shape == (5, 8)
 
 
+def test_what_is_registered_on_a_bound_module_stays_off_the_model() -> None:
+    model = net()
+    params = adapter(model)
+    before = snapshot(model)
+    for bound in (ll.bind(model, params), ll.prepared(model, params), ll.merged(model, params)):
+        for module in (bound, bound.layers[0].up, bound.layers[0].norm):
+            module.register_forward_hook(lambda *_: None, always_call=True)
+            module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+            module.register_full_backward_hook(lambda *_: None)
+            module.register_full_backward_pre_hook(lambda *_: None)
+            module.register_state_dict_pre_hook(lambda *_: None)
+            module.register_state_dict_post_hook(lambda *_: None)
+            module.register_load_state_dict_pre_hook(lambda *_: None)
+            module.register_load_state_dict_post_hook(lambda *_: None)
+            module.register_buffer("extra", torch.zeros(()), persistent=False)
+        assert same_state(before, snapshot(model))
+
+
 def test_module_compile_is_left_out_of_the_copy() -> None:
     model, x = net(), x16()
     params = adapter(model)

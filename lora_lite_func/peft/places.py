@@ -135,7 +135,7 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
     """What a file holds beside its method's tensors: learned biases (bias="all", "lora_only"), replaced token embeddings.
 
     Raises:
-        CheckpointError: a tensor that is neither, or one that needs the model and there is none.
+        CheckpointError: a tensor that is neither, one that needs the model and there is none, or none of a module that was trained whole.
     """
     learned, saved = says.get("bias", "none") not in ("none", None), says.names("modules_to_save")
     whole: dict[str, Tensor] = {}
@@ -158,10 +158,28 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
             raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
     if (whole or biases or tokens) and not isinstance(model, nn.Module):
         raise CheckpointError(f"{says.where}: {shown(next(iter(rest)))} replaces a tensor of the base; give the base model too")
+    _check_saved(says, saved, whole, model)
     known = adaptable(model, [*whole, *biases]) if whole or biases else {}
     found = [_whole(says, path, t, *known[path]) for path, t in whole.items()]
     found += [_bias(says, path, t, *known[path]) for path, t in biases.items()]
     return found + [part for path, t in tokens.items() for part in _tokens(says, path, t, model)]
+
+
+def _check_saved(says: Says, saved: Iterable[str], whole: Iterable[str], model: Any) -> None:
+    """Refuse a file that has lost a module which its config says was trained whole.
+
+    Raises:
+        CheckpointError: with the module.
+    """
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    meant = [path for path, module in modules if path and module.state_dict()]
+    for name in saved:
+        paths = [path for path in meant if path.endswith(name)]
+        if paths and not any(f"{key}.".startswith(f"{path}.") for key in whole for path in paths):
+            raise CheckpointError(
+                f"{says.where}: modules_to_save names {name!r}, which is {paths[0]!r} of the model, and there is no tensor of it; take the "
+                "whole folder, or the name out of the config if the base's own is meant"
+            )
 
 
 def _has(model: Any, path: str) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..modes import may_overwrite
+from ..modes import is_traced, may_overwrite
 
 __all__ = ["check_divides", "plus_product", "product", "together", "widened"]
 
@@ -67,7 +67,7 @@ def _by_block(x: Tensor, n: int, b: int) -> Tensor:
 
 def together(n: int, b: int) -> int:
     """How many of n blocks of size b make one of at most `_WIDTH`, so that all do; with a graph one, since it keeps the zeros too."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_traced():
         return 1
     return next((k for k in range(_WIDTH // b, 1, -1) if n % k == 0), 1)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..modes import may_overwrite
+from ..modes import is_traced, makes_graph, may_overwrite
 from ..rng import normal
 from ..spec import Site
 
@@ -65,17 +65,24 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     if h.dtype == y.dtype:
         if B.dtype != h.dtype:
             B = B.to(h.dtype)  # under autocast
-        Bt = B.mT.contiguous() if torch.is_grad_enabled() else B.mT  # (r, d_out): both gradients' products are faster so, by a half
+        Bt = _turned(B)  # (r, d_out)
         if B.ndim == 3:
-            if torch.is_grad_enabled():  # else the backward pass scales all of B's gradient
+            if makes_graph():  # else the backward pass scales all of B's gradient
                 h, s = h * s, 1.0
             return torch.baddbmm(_flat(y), _flat(h), Bt, alpha=s).view_as(y)
-        if y.ndim == 3 and y.shape[0] == 1:  # the same product, without the views that flattening takes
+        if y.ndim == 3 and not is_traced() and y.shape[0] == 1:  # the same product, without the views that flattening takes
             return torch.baddbmm(y, h, Bt.unsqueeze(0), alpha=s)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), Bt, alpha=s).view_as(y)
+        made = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), Bt, alpha=s)
+        return made if y.ndim == 2 else made.view_as(y)
     h = h if s == 1.0 else h * s
     wide = torch.bmm(_flat(h), B.mT).view_as(y) if B.ndim == 3 else F.linear(h, B)
     return (y + wide).to(y.dtype)  # (..., d_out), summed in the wider dtype
+
+
+def _turned(B: Tensor) -> Tensor:
+    """B^T (..., r, d_out). For a graph it is a copy, since both gradients' products are faster so, by a half; of B made flat, so that
+    B's gradient lies as B does."""
+    return B.reshape(-1).view(B.shape).mT.contiguous() if makes_graph() else B.mT
 
 
 def add_dense(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
