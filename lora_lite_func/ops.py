@@ -58,10 +58,14 @@ class Op(NamedTuple):
 
 
 class Leaves(nn.Module):
-    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers."""
+    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen ones as buffers.
+
+    What computes one of them (torch.nn.utils.parametrize, prune) is heeded in each call.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], trainable: Mapping[str, bool]) -> None:
         super().__init__()
+        self.names = tuple(tensors)
         for name, tensor in tensors.items():
             if trainable[name]:
                 self.register_parameter(name, nn.Parameter(tensor.detach()))
@@ -70,11 +74,11 @@ class Leaves(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}, as it is now: accelerate puts the module's own away again after the call."""
-        return {**parameters_of(self), **self._buffers}  # type: ignore[dict-item]
+        return {name: getattr(self, name) for name in self.names}
 
     def tensors(self) -> dict[str, Tensor]:
-        """{lora_name: tensor}, brought from where accelerate put them away, if it did."""
-        return self() if "_hf_hook" in self.__dict__ else Leaves.forward(self)
+        """{lora_name: tensor}, brought from where accelerate put them away, if it did, or made by what prunes them."""
+        return self() if "_hf_hook" in self.__dict__ or self._forward_pre_hooks else Leaves.forward(self)
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -120,7 +124,7 @@ def tensors_at(op: Op, module: Any) -> Params:
     if op.p is not None:
         return op.p
     leaves = leaves_at(module, op.slot)
-    simple = leaves._parameters and not leaves._buffers and "_hf_hook" not in leaves.__dict__
+    simple = leaves._parameters and not leaves._buffers and not leaves._modules and "_hf_hook" not in leaves.__dict__
     return leaves._parameters if simple else leaves.tensors()  # type: ignore[return-value]
 
 

@@ -52,6 +52,8 @@ def linear(module: Any, op: Op, x: Any) -> Tensor | None:
     dropout = op.dropout and module.training
     if graph and (W.requires_grad or (b is not None and b.requires_grad) or (is_transformed() and not dropout and variant.factors)):
         return None
+    if graph and torch.is_inference_mode_enabled():
+        return None  # a function would keep what can't be kept; plain calls make no graph there
     p = tensors_at(op, module)
     if op.plan is not None:
         agree = x.is_contiguous() and op.plan.known and all(t.dtype is x.dtype for name, t in p.items() if name != FACTOR)

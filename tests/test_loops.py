@@ -15,6 +15,7 @@ from cases import CASES
 from families import FAMILIES, IDS
 from helpers import close, leaves, moved, net, same_state, snapshot
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
@@ -462,3 +463,25 @@ def test_replicas_of_data_parallel_do_what_the_module_does(cfg: ll.AdapterConfig
             assert (y - model(ids)).abs().max() > 1e-4
             if learned:
                 close(torch.autograd.grad(y.sum(), learned), torch.autograd.grad(expected.sum(), learned), 1e-12)
+
+
+def test_what_computes_an_adapters_tensor_is_heeded() -> None:
+    model = net()
+    params = adapter(model)
+    path = "layers.0.up"
+    pruned, halved = ll.bind(model, params), ll.bind(model, params)
+    prune.l1_unstructured(pruned.get_submodule(path).adapter[0], "lora_A", 0.5)
+
+    class Half(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return t / 2
+
+    parametrize.register_parametrization(halved.get_submodule(path).adapter[0], "lora_B", Half())
+    for bound in (pruned, halved):
+        for _ in range(2):  # a graph of its own each time
+            y = bound(X)
+            y.square().sum().backward()
+        assert all(p.grad is not None for p in bound.parameters() if p.requires_grad)
+        close(y, ll.apply(model, ll.unbind(bound), X), 1e-12)
+        assert (y - ll.apply(model, params, X)).abs().max() > 1e-4
+    assert (ll.unbind(pruned)[path]["lora_A"] == 0).double().mean() == 0.5

@@ -206,6 +206,20 @@ def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch(cfg: 
             close(traced(rows(*other)), bound(rows(*other)), 1e-12)
 
 
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.LoRAConfig(r=2, dropout=0.5), ll.HiRAConfig(r=2)], ids=["lora", "dropout", "hira"])
+def test_gradients_enabled_within_inference_mode_change_nothing(cfg: ll.AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cost, "dense_pays", lambda *args, **kwargs: True)
+    model, x = net(bias=True), rows(2, 3)
+    params = moved(ll.init(model, cfg))
+    for training in (False, True):
+        bound = ll.bind(model, params).train(training)
+        with torch.inference_mode(), torch.enable_grad():
+            y = bound(x)
+        if not (training and getattr(cfg, "dropout", 0.0)):
+            close(y, bound(x).detach(), 1e-12)
+        assert y.is_inference()
+
+
 def test_grad_of_torch_func_is_backward() -> None:
     model, params = wet()
     x = rows(6)
