@@ -18,7 +18,7 @@ from .kinds import reads_prompt
 from .layers import check_model
 from .ops import Leaves, Op, held_by, hold, leaves_at
 from .phases import get_ready
-from .skeleton import copy_tree, own_buffers, own_state_hooks
+from .skeleton import copy_tree, own_buffers
 from .spec import Site
 from .tied import home_of, twins
 
@@ -123,8 +123,13 @@ def _bound_before(model: nn.Module, path: str) -> int:
     return held_by(module)
 
 
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+"""Hooks that no call installs, so that only a kept copy needs its own."""
+
+
 class Frozen:
-    """What a kept copy holds: new parameters on the base's storage that don't require gradients; tied ones stay tied."""
+    """What a kept copy holds: new parameters on the base's storage that don't require gradients (tied ones stay tied), its own buffers and
+    hooks on state dicts."""
 
     def __init__(self, keep_flags: bool = False) -> None:
         self.made: dict[int, nn.Parameter] = {}
@@ -140,7 +145,9 @@ class Frozen:
                     self.made[id(p)] = nn.Parameter(p.detach(), requires_grad=grad)
                 parameters[name] = self.made[id(p)]
         own_buffers(copy)
-        own_state_hooks(copy)
+        attributes = copy.__dict__
+        for name in _STATE_HOOKS:
+            attributes[name] = attributes[name].copy()
 
 
 def check_untracked(params: Adapters, what: str, instead: str) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .modes import is_batched, is_transformed, may_overwrite
+from .modes import is_transformed, may_overwrite
 
 __all__ = ["beside", "low_rank", "one_row"]
 
@@ -103,7 +103,7 @@ class _Eager(_LowRank):
 
 def _plus_product(Y: Tensor, h: Tensor, A: Tensor) -> Tensor:
     """Y + h A, onto Y where nothing else has a part in it."""
-    return Y.addmm_(h, A) if may_overwrite() and not is_batched(h) else torch.addmm(Y, h, A)
+    return Y.addmm_(h, A) if may_overwrite(h) else torch.addmm(Y, h, A)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batching import shared
-from .modes import is_batched, is_transformed, may_overwrite
+from .modes import may_overwrite
 from .ops import Op, unfolded
 from .spec import Params
 
@@ -39,7 +39,7 @@ class _Piece(NamedTuple):
 
 
 def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) -> Tensor | None:
-    """y (N, ..., d_out) with each row's own adapter in; None where phases cost less, or have to.
+    """y (N, ..., d_out) with each row's own adapter in; None where it is to be differentiated and phases have to make it.
 
     Args:
         op: the method at the site, with `factors` that take several members at once, and the plan of the rows.
@@ -54,12 +54,15 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     assert op.plan is not None
     assert op.variant.factors is not None
     graph, table = torch.is_grad_enabled(), op.plan.table(x, op.site.path, ranked=True)
-    X, take = shared(x, table), table.take
-    each = take is None or X.shape == x.shape  # no row stands in several places
+    take = table.take
+    each = take is None or take.shape[0] == x.shape[0]  # no row stands in several places
+    if graph and not each:
+        return None
     q, site = unfolded(p, op.site)
     A, B, s = op.variant.factors(op.cfg, q, site)
-    if graph and (not each or is_transformed() or (isinstance(s, Tensor) and s.requires_grad)):
+    if graph and isinstance(s, Tensor) and s.requires_grad:
         return None
+    X = shared(x, table)
     ranks = op.plan.ranks if A.shape[1] == site.r else None  # a factor pair as it is: of a shorter member the rest is zeros
     pieces = tuple(
         _Piece(low, high, start, start + (high - low) * width, A.shape[1] if ranks is None else max(ranks[low:high]))
@@ -101,7 +104,7 @@ class _ByRows(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         X, W, b, A, B, *hs = ctx.saved_tensors
         to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
-        if is_batched(G) or not may_overwrite():  # or to be differentiated again
+        if not may_overwrite(G):
             return _plainly(ctx, X, W, b, A, B, G)
         G = G.contiguous()
         dX = G @ W if to_X else None

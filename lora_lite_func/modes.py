@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-__all__ = ["is_batched", "is_ordinary", "is_traced", "is_transformed", "is_watched", "makes_graph", "may_overwrite"]
+__all__ = ["is_ordinary", "is_traced", "is_transformed", "is_watched", "makes_graph", "may_overwrite"]
 
 _transform = torch._C._functorch.peek_interpreter_stack
 _GRAD = torch._C._functorch.TransformType.Grad
@@ -39,14 +39,15 @@ def is_transformed() -> bool:
     return _transform() is not None
 
 
-def is_batched(t: Tensor) -> bool:
-    """Whether a gradient is one of several taken at once (`is_grads_batched`), by means of which no transform knows."""
-    return torch._C._functorch.is_legacy_batchedtensor(t)
+def may_overwrite(gradient: Tensor | None = None) -> bool:
+    """Whether a tensor made here may be written over in place: no graph has it, and no transform or compiler has a part in it.
 
-
-def may_overwrite() -> bool:
-    """Whether a tensor made here may be written over in place: no graph has it, and no transform or compiler has a part in it."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_ordinary() and not is_transformed()
+    Args:
+        gradient: in a backward pass what came in, which may be several at once (`is_grads_batched`), of which no transform knows.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_ordinary() or is_transformed():
+        return False
+    return gradient is None or not torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def is_watched() -> bool:

@@ -23,7 +23,7 @@ from .rebind import BINDABLE, PLAIN, rebound, refers, slots
 from .site import flatten_again, site_class
 from .spec import Site
 
-__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_bias", "own_buffers", "own_state_hooks"]
+__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_bias", "own_buffers"]
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 _HOOKS = (
@@ -35,7 +35,6 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _OURS = frozenset(
     {"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_ready", "_ll_subs"}
 )  # what a site carries: nothing of the original tree
@@ -287,13 +286,6 @@ def own_bias(copy: nn.Module) -> None:
     W, b = parameters.get("weight"), parameters.get("bias")
     if b is not None and W is not None and not W.is_floating_point():
         parameters["bias"] = b.detach()
-
-
-def own_state_hooks(copy: nn.Module) -> None:
-    """Give a kept copy its own hooks on state dicts, which no call installs."""
-    attributes = copy.__dict__
-    for name in _STATE_HOOKS:
-        attributes[name] = attributes[name].copy()
 
 
 def own_buffers(copy: nn.Module) -> None:

@@ -8,7 +8,6 @@ embeddings: lora_embedding_A (r, num), lora_embedding_B (dim, r); convolutions: 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from .. import rng
 from ..errors import CheckpointError, shown
 from ..spec import site_for, variants
 from ..variants import BitFitConfig, DoRAConfig, EVAConfig, LoRAConfig, OLoRAConfig, PiSSAConfig
-from .low_rank import LOW_RANK, write
+from .low_rank import LOW_RANK, divisor, write
 from .method import Method, Part, Place
 from .says import Says
 
@@ -41,7 +40,7 @@ def read(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
     rslora, dropout = says.flag("use_rslora"), says.number("lora_dropout", 0.0)
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
     leaves = {"lora_A": A, "lora_B": B}
-    scale = alpha / (math.sqrt(r) if rslora else r)
+    scale = alpha / divisor(r, rslora)
     started = _start(says, place, leaves, fields, r, scale)
     part = started or Part(LoRAConfig, leaves, fields | {"rslora": rslora}, r, alpha)
     gain: Tensor | float = 1.0

@@ -27,7 +27,7 @@ from ..variants import (
 from .homes import attention
 from .method import Written, of_config, shifts_of
 
-__all__ = ["LOW_RANK", "as_lora_bias", "kernel", "without_padding", "write"]
+__all__ = ["LOW_RANK", "as_lora_bias", "divisor", "kernel", "without_padding", "write"]
 
 LOW_RANK = (PiSSAConfig, OLoRAConfig, CorDAConfig, ASVDConfig, LoRAGAConfig, DeLoRAConfig)
 """Methods whose `prepare` gives their update as one pair of factors."""
@@ -47,7 +47,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         for path, site in adapter.sites.items():
             A, B, scale = _pair(adapter, path)
             r = A.shape[-2]
-            made.ranks[path], made.alphas[path] = r, scale * _per(r, rslora)
+            made.ranks[path], made.alphas[path] = r, scale * divisor(r, rslora)
             made.tensors[path] = held = _named(site, A, B, modules.get(path))
             if dora:
                 held["lora_magnitude_vector"] = _magnitude(adapter, path, modules)
@@ -72,7 +72,7 @@ def as_lora_bias(low: Sequence[Adapter], shifts: Mapping[str, Tensor], modules: 
     return plain and not any(map(_is_dora, low)) and shifts.keys() <= {s.path for s in sites}
 
 
-def _per(r: int, rslora: bool) -> float:
+def divisor(r: int, rslora: bool) -> float:
     """What alpha is divided by."""
     return math.sqrt(r) if rslora else float(r)
 
@@ -102,7 +102,7 @@ def _complete(made: Written, modules: Mapping[str, Any], rslora: bool) -> None:
     """Of attention PEFT adapts both projections, with one rank and one scale, and adds the second's update twice in each call."""
     for home in {home for path in made.tensors if (home := attention(modules, path)) is not None}:
         times = {f"{home}.in_proj_weight": 1.0, f"{home}.out_proj": 2.0}
-        scales = {p: made.alphas[p] / _per(made.ranks[p], rslora) / t for p, t in times.items() if p in made.tensors}
+        scales = {p: made.alphas[p] / divisor(made.ranks[p], rslora) / t for p, t in times.items() if p in made.tensors}
         r, width = max(made.ranks[p] for p in scales), modules[home].embed_dim
         common = next(iter(scales.values()))
         for path in times:
@@ -114,7 +114,7 @@ def _complete(made: Written, modules: Mapping[str, Any], rslora: bool) -> None:
                 "lora_A.weight": F.pad(A, (0, 0, 0, more)),
                 "lora_B.weight": F.pad(B if times_ours == 1.0 else B * times_ours, (0, more)),
             }
-            made.ranks[path], made.alphas[path] = r, common * _per(r, rslora)
+            made.ranks[path], made.alphas[path] = r, common * divisor(r, rslora)
 
 
 def _all(values: list[bool], name: str) -> bool:
