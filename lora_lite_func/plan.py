@@ -25,12 +25,19 @@ _RANK = 45
 
 
 class Run(NamedTuple):
-    """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch."""
+    """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch.
+
+    Attributes:
+        rank: the largest among them; None where that isn't known or all members' are alike.
+        whole: it is all of the stack and all of the sorted batch.
+    """
 
     low: int
     high: int
     width: int
     start: int
+    rank: int | None = None
+    whole: bool = False
 
 
 class Table(NamedTuple):
@@ -112,30 +119,46 @@ class Plan:
         known = None if self._ids is None else [self._ids[row] for row in rows]
         return Plan(torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks)
 
-    def table(self, x: Tensor, path: str, ranked: bool = False) -> Table:
+    def table(self, x: Tensor, path: str) -> Table:
         """The layout for a site's input.
 
         Args:
             x: (N, ..., d_in).
             path: the site's, for the message.
-            ranked: whether a run costs by the largest rank in it, so that members of unlike ranks are better apart.
 
         Raises:
             StructureError: the leading dimension isn't the rows.
             UnsupportedError: torch.jit.trace records the call.
         """
         _check_untraced(f"site {path!r}: ")
-        if x.ndim == 0 or x.shape[0] != self.rows:
-            raise not_rows(path, x, self.rows)
+        _check_rows(self, x, path)
         if self._ids is None or torch.compiler.is_compiling():
             return _traced(self.ids.to(x.device), self.members)
-        size = x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel()
-        tokens = 1 << (2 * ((size.bit_length()) // 2))  # one table serves sizes of a kind
-        ranked = ranked and self.ranks is not None
-        key = (tokens, torch.is_grad_enabled(), ranked, x.device)
-        if key not in self._tables:
-            self._tables[key] = _laid_out(self._ids, tokens, not key[1], x.device, self.ranks if ranked else None)
-        return self._tables[key]
+        return self._known(x, x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel(), False)
+
+    def ranked(self, x: Tensor, path: str) -> Table:
+        """`table` for ids that are known, where a run costs by the largest rank in it, so that members of unlike ranks are better apart.
+
+        Raises:
+            StructureError: the leading dimension isn't the rows.
+        """
+        _check_rows(self, x, path)
+        return self._known(x, x.numel() // (self.rows * x.shape[-1]), self.ranks is not None)
+
+    def _known(self, x: Tensor, tokens: int, ranked: bool) -> Table:
+        """The layout for `tokens` tokens a row, where ids are known; one serves sizes of a kind."""
+        key = (tokens.bit_length() // 2, torch.is_grad_enabled(), ranked, x.device)
+        table = self._tables.get(key)
+        if table is None:
+            assert self._ids is not None
+            table = _laid_out(self._ids, self.members, 1 << (2 * key[0]), not key[1], x.device, self.ranks if ranked else None)
+            self._tables[key] = table
+        return table
+
+
+def _check_rows(plan: Plan, x: Tensor, path: str) -> None:
+    if x.ndim == 0 or x.shape[0] != plan.rows:
+        raise not_rows(path, x, plan.rows)
 
 
 def _check_untraced(where: str = "") -> None:
@@ -209,11 +232,12 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
 
 
 # --------------------------------------------------------------------------------------------------------- known ids
-def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device, ranks: Sequence[int] | None) -> Table:
+def _laid_out(ids: Sequence[int], members: int, tokens: int, idle: bool, device: torch.device, ranks: Sequence[int] | None) -> Table:
     """Runs of views for ids that are known.
 
     Args:
         ids: (N,).
+        members: of the stack.
         tokens: per row.
         idle: whether a run may span members without rows (not where gradients are taken: theirs must be exactly zero).
         device: of the index tensors.
@@ -230,7 +254,7 @@ def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device,
     back = [0] * len(ids)
     runs = []
     for low, high, width in chosen:
-        runs.append(Run(low, high, width, len(order)))
+        runs.append(Run(low, high, width, len(order), None if ranks is None else max(ranks[low:high])))
         for member in range(low, high):
             own = groups.get(member, ())
             for row in own:
@@ -243,6 +267,8 @@ def _laid_out(ids: Sequence[int], tokens: int, idle: bool, device: torch.device,
     for i, row in enumerate(bare):
         back[row] = start + i
     span = (start, start + len(bare))
+    if runs and not bare and (runs[0].low, runs[0].high) == (0, members):
+        runs = [runs[0]._replace(whole=True)]
     if order == list(range(len(ids))):
         return Table(tuple(runs), span)
     take, place = (torch.tensor(t, dtype=torch.int64, device=device) for t in (order, back))

@@ -67,8 +67,13 @@ class Site:
 
     def scaled(self, factor: Tensor) -> Site:
         """The site with a scale that is data."""
-        value: Any = factor
-        return dataclasses.replace(self, factor=value, twin=None)
+        return self.having(factor=factor, twin=None)
+
+    def having(self, **fields: Any) -> Site:
+        """What dataclasses.replace gives, without asking each field."""
+        made = object.__new__(Site)
+        made.__dict__.update(self.__dict__, **fields)
+        return made
 
 
 @dataclass(frozen=True)
@@ -256,6 +261,4 @@ def site_for(variant: Variant, cfg: AdapterConfig, site: Site, twins: dict[float
     factor = float(variant.factor(cfg, site))
     if factor not in twins:
         twins[factor] = torch.tensor(factor, dtype=torch.float64, device="cpu")
-    made = object.__new__(Site)  # what dataclasses.replace does, without asking each field
-    made.__dict__.update(site.__dict__, factor=factor, twin=twins[factor])
-    return made
+    return site.having(factor=factor, twin=twins[factor])
