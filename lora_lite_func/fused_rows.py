@@ -44,6 +44,8 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     A, B, s = op.variant.factors(op.cfg, q, site)
     if graph and isinstance(s, Tensor) and s.requires_grad:
         return None
+    if isinstance(s, Tensor):
+        s = s.expand(A.shape[0]).view(-1, 1, 1)
     X = shared(x, table)
     cut = A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
     y: Tensor
@@ -66,21 +68,21 @@ def _rows(run: Run, t: Tensor) -> Tensor:
 
 def _factors(run: Run, cut: bool, A: Tensor, B: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
     """The run's members' A (m, r, d_in), B (m, d_out, r), and s, a float or (m, 1, 1); with `cut` none of a rank above their largest."""
-    if isinstance(s, Tensor):
-        s = s.expand(A.shape[0])[run.low : run.high, None, None]
     if not run.whole:
         A, B = A[run.low : run.high], B[run.low : run.high]
+        s = s if isinstance(s, float) else s[run.low : run.high]
     if cut and run.rank is not None:
         A, B = A[:, : run.rank], B[:, :, : run.rank]
     return A, B, s
 
 
 def _onto(run: Run, cut: bool, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
-    """Add s h B^T onto the run's rows of y (N, ..., d_out), in place; h^T = A X^T (m, r, n)."""
+    """Add s (X A^T) B^T onto the run's rows of y (N, ..., d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
     A, B, s = _factors(run, cut, A, B, s)
     h = torch.bmm(A, _rows(run, X).mT)  # the long side inside, up to twice as fast
-    scaled, alpha = (h, s) if type(s) is float else ((h * s).to(h.dtype), 1.0)
-    _rows(run, y).baddbmm_(scaled.mT, B.mT, alpha=alpha)
+    if not isinstance(s, float):
+        h.mul_(s)
+    _rows(run, y).baddbmm_(h.mT, B.mT, alpha=s if isinstance(s, float) else 1.0)
     return h
 
 
@@ -116,7 +118,7 @@ class _ByRows(torch.autograd.Function):
                 if to_A:
                     dA.put(run, torch.bmm(dh, _rows(run, X)))  # (m, r, d_in)
             if to_B:
-                dB.put(run, torch.bmm((h * s).to(h.dtype), g))  # (m, r, d_out)
+                dB.put(run, torch.bmm(h * s if isinstance(s, float) else h, g))  # (m, r, d_out)
         return dX, None, None, dA.all() if to_A else None, dB.all().mT.contiguous() if to_B else None, None, None, None
 
 
