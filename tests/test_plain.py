@@ -65,6 +65,22 @@ def test_one_product_for_many_rows_two_beside_the_layer_for_few(monkeypatch: pyt
     assert seen == ["one_row", "beside", "beside"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48), (1, 1, 1, 48)])
+def test_one_row_is_the_layers_own_bit_by_bit_until_it_is_adapted(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(48, 80, bias=bias, dtype=dtype))
+    x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    start = ll.init(model, ll.LoRAConfig(r=3))
+    params = moved(start)
+    with torch.no_grad():
+        assert torch.equal(ll.apply(model, start, x), model(x))
+        y = ll.apply(model, params, x)
+        assert y.shape == (*shape[:-1], 80)
+        twice = ll.apply(model, params, x.expand(2, *shape).reshape(2, -1, 48))[0].reshape(y.shape)
+        close(y, twice, 32 * torch.finfo(dtype).eps)  # an entry is a sum of 48 of about 1
+
+
 def _noted(seen: list[str], name: str, call: Any, *args: Any) -> Any:
     seen.append(name)
     return call(*args)
