@@ -14,7 +14,8 @@ from torch import Tensor
 from .errors import UnsupportedError
 from .layers import autocasts
 from .ops import Op, unfolded
-from .plan import Run, Table, not_rows
+from .plan import not_rows
+from .runs import Run, Table
 from .spec import Params
 
 __all__ = ["by_rows", "mapped", "shared", "undisturbed"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .batching import shared
 from .modes import may_overwrite
 from .ops import Op, unfolded
-from .plan import Run
+from .runs import Run
 from .spec import Params
 
 __all__ = ["low_rank_by_rows"]
@@ -35,26 +35,26 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     """
     assert op.plan is not None
     assert op.variant.factors is not None
-    graph, table = torch.is_grad_enabled(), op.plan.ranked(x, op.site.path)
-    take = table.take
-    each = take is None or take.shape[0] == x.shape[0]  # no row stands in several places
-    if graph and not each:
-        return None
+    graph, plan = torch.is_grad_enabled(), op.plan
     q, site = unfolded(p, op.site)
     A, B, s = op.variant.factors(op.cfg, q, site)
-    if graph and isinstance(s, Tensor) and s.requires_grad:
+    cut = plan.ranks is not None and A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
+    table = plan.table(x, site.path, banded=cut)
+    take = table.take
+    each = take is None or take.shape[0] == x.shape[0]  # no row stands in several places
+    if graph and not (each and (isinstance(s, float) or not s.requires_grad)):
         return None
     if isinstance(s, Tensor):
         s = s.expand(A.shape[0]).view(-1, 1, 1)
+    runs = tuple(run for run in table.runs if run.ranks is None or run.ranks[0] < site.r) if cut else table.runs
     X = shared(x, table)
-    cut = A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
     y: Tensor
     if graph:
-        y = _ByRows.apply(X, W, b, A, B, s, table.runs, cut)
+        y = _ByRows.apply(X, W, b, A, B, s, runs)
     else:
         y = F.linear(X, W, b) if each else F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
-        for run in table.runs:
-            _onto(run, cut, y, X, A, B, s)
+        for run in runs:
+            _onto(run, y, X, A, B, s)
     return y if table.back is None else y.index_select(0, table.back)
 
 
@@ -66,19 +66,20 @@ def _rows(run: Run, t: Tensor) -> Tensor:
     return t if run.width == 1 and t.ndim == 3 else t.view(members, -1, t.shape[-1])
 
 
-def _factors(run: Run, cut: bool, A: Tensor, B: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    """The run's members' A (m, r, d_in), B (m, d_out, r), and s, a float or (m, 1, 1); with `cut` none of a rank above their largest."""
+def _factors(run: Run, A: Tensor, B: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+    """The run's members' A (m, r, d_in), B (m, d_out, r), and s, a float or (m, 1, 1); r are the run's ranks alone."""
     if not run.whole:
         A, B = A[run.low : run.high], B[run.low : run.high]
         s = s if isinstance(s, float) else s[run.low : run.high]
-    if cut and run.rank is not None:
-        A, B = A[:, : run.rank], B[:, :, : run.rank]
+    if run.ranks is not None:
+        first, last = run.ranks
+        A, B = A[:, first:last], B[:, :, first:last]
     return A, B, s
 
 
-def _onto(run: Run, cut: bool, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+def _onto(run: Run, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
     """Add s (X A^T) B^T onto the run's rows of y (N, ..., d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
-    A, B, s = _factors(run, cut, A, B, s)
+    A, B, s = _factors(run, A, B, s)
     h = torch.bmm(A, _rows(run, X).mT)  # the long side inside, up to twice as fast
     if not isinstance(s, float):
         h.mul_(s)
@@ -90,12 +91,10 @@ class _ByRows(torch.autograd.Function):
     """y of the sorted batch X (N, ..., d_in); gradients reach X, A and B, exactly zero where a member has no row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor, runs: tuple[Run, ...], cut: bool
-    ) -> Tensor:
+    def forward(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor, runs: tuple[Run, ...]) -> Tensor:
         y = F.linear(X, W, b)
-        hs = [_onto(run, cut, y, X, A, B, s) for run in runs]
-        ctx.s, ctx.runs, ctx.cut = s, runs, cut
+        hs = [_onto(run, y, X, A, B, s) for run in runs]
+        ctx.s, ctx.runs = s, runs
         ctx.save_for_backward(X, W, b, A, B, *hs)
         return y
 
@@ -109,7 +108,7 @@ class _ByRows(torch.autograd.Function):
         dX = G @ W if to_X else None
         dA, dB = _Gathered(A), _Gathered(B.mT)
         for run, h in zip(ctx.runs, hs, strict=True):
-            own, out, s = _factors(run, ctx.cut, A, B, ctx.s)
+            own, out, s = _factors(run, A, B, ctx.s)
             g = _rows(run, G)  # (m, n, d_out)
             if to_X or to_A:
                 dh = (torch.bmm(out.mT, g.mT) * s).to(g.dtype)  # (m, r, n)
@@ -119,7 +118,7 @@ class _ByRows(torch.autograd.Function):
                     dA.put(run, torch.bmm(dh, _rows(run, X)))  # (m, r, d_in)
             if to_B:
                 dB.put(run, torch.bmm(h * s if isinstance(s, float) else h, g))  # (m, r, d_out)
-        return dX, None, None, dA.all() if to_A else None, dB.all().mT.contiguous() if to_B else None, None, None, None
+        return dX, None, None, dA.all() if to_A else None, dB.all().mT.contiguous() if to_B else None, None, None
 
 
 class _Gathered:
@@ -131,10 +130,11 @@ class _Gathered:
 
     def put(self, run: Run, g: Tensor) -> None:
         """A run's (m, r, d)."""
-        if run.whole and g.shape[1] == self.like.shape[1]:
+        if run.whole and run.ranks is None:
             self.made = g
         else:
-            self.all()[run.low : run.high, : g.shape[1]] = g
+            first = 0 if run.ranks is None else run.ranks[0]
+            self.all()[run.low : run.high, first : first + g.shape[1]] = g
 
     def all(self) -> Tensor:
         """(K, r, d)."""
@@ -147,16 +147,14 @@ def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Ten
     """The gradients by autograd over operations that make new tensors."""
     to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
     with torch.enable_grad():
-        y, parts, at = F.linear(X, W, b), [], 0
-        for run in sorted(ctx.runs, key=lambda run: run.start):
-            own, out, s = _factors(run, ctx.cut, A, B, ctx.s)
+        y = F.linear(X, W, b)
+        for run in ctx.runs:
+            own, out, s = _factors(run, A, B, ctx.s)
             rows = _rows(run, y)  # (m, n, d_out)
             h = (torch.bmm(own, _rows(run, X).mT) * s).to(X.dtype)  # (m, r, n)
-            added, stop = torch.baddbmm(rows, h.mT, out.mT), run.start + (run.high - run.low) * run.width
-            parts += [y[at : run.start], added.view(-1, *y.shape[1:])]
-            at = stop
-        y = torch.cat([*parts, y[at:]])
+            added = torch.baddbmm(rows, h.mT, out.mT).view(-1, *y.shape[1:])
+            y = torch.slice_scatter(y, added, 0, run.start, run.start + added.shape[0])
         given = [t for t, to in zip((X, A, B), (to_X, to_A, to_B), strict=True) if to]
         found = iter(torch.autograd.grad(y, given, G, create_graph=True, materialize_grads=True))
     dX, dA, dB = (next(found) if to else None for to in (to_X, to_A, to_B))
-    return dX, None, None, dA, dB, None, None, None
+    return dX, None, None, dA, dB, None, None

@@ -1,0 +1,152 @@
+"""The layout of a batch's rows by adapter: sorted once, cut into runs of like members. Ints and index tensors alone.
+
+A run is a range of members with as many rows each: its leaves are a view of the stack, its rows a view of the sorted batch, so no
+adapter is ever copied for a row. A member with fewer rows than its run repeats its own; what comes of the repeats is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bands import bands
+
+__all__ = ["Run", "Table", "laid_out", "traced"]
+
+_CALL, _MEMBER = 20, 3
+"""What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
+
+
+class Run(NamedTuple):
+    """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch.
+
+    Attributes:
+        ranks: (first, last) of theirs that it is of; None for all that they have.
+        whole: it is all of the stack and all of the sorted batch.
+    """
+
+    low: int
+    high: int
+    width: int
+    start: int
+    ranks: tuple[int, int] | None = None
+    whole: bool = False
+
+
+class Table(NamedTuple):
+    """The layout of a batch.
+
+    Attributes:
+        runs: in the order of the sorted batch, each row in one; where it is banded in several, each of other ranks.
+        bare: (start, stop) of the rows without an adapter in the sorted batch.
+        take: (n,) which row goes where in the sorted batch; None where it is the batch itself.
+        back: (N,) where each row is in the sorted batch; None likewise.
+        members: (C,) whose leaves each of the one run's rows take, where they are gathered; None where runs are views.
+        without: (N,) which rows have no adapter, beside `members`.
+    """
+
+    runs: tuple[Run, ...]
+    bare: tuple[int, int]
+    take: Tensor | None = None
+    back: Tensor | None = None
+    members: Tensor | None = None
+    without: Tensor | None = None
+
+
+# --------------------------------------------------------------------------------------------------------- known ids
+def laid_out(ids: Sequence[int], members: int, tokens: int, idle: bool, device: torch.device, ranks: Sequence[int] | None) -> Table:
+    """Runs of views for ids that are known.
+
+    Args:
+        ids: (N,).
+        members: of the stack.
+        tokens: per row.
+        idle: whether a run may span members without rows (not where gradients are taken: theirs must be exactly zero).
+        device: of the index tensors.
+        ranks: of the members, where runs are to be cut by them.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, member in enumerate(ids):
+        groups.setdefault(member, []).append(row)
+    bare = groups.pop(-1, [])
+    used = sorted(groups)
+    chosen = _runs(used, [len(groups[k]) for k in used], tokens, idle)
+    first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
+    order: list[int] = list(bare) if first else []
+    back = [0] * len(ids)
+    runs: list[Run] = []
+    for low, high, width in chosen:
+        run = Run(low, high, width, len(order))
+        runs += [run] if ranks is None else _banded(run, ranks, tokens)
+        for member in range(low, high):
+            own = groups.get(member, ())
+            for row in own:
+                back[row] = len(order)
+                order.append(row)
+            order.extend([own[0] if own else 0] * (width - len(own)))
+    start = 0 if first else len(order)
+    if not first:
+        order.extend(bare)
+    for i, row in enumerate(bare):
+        back[row] = start + i
+    span = (start, start + len(bare))
+    if not bare and chosen and chosen[0][:2] == (0, members):
+        runs = [run._replace(whole=(run.low, run.high) == (0, members)) for run in runs]
+    if order == list(range(len(ids))):
+        return Table(tuple(runs), span)
+    take, place = (torch.tensor(t, dtype=torch.int64, device=device) for t in (order, back))
+    return Table(tuple(runs), span, take, None if back == list(range(len(order))) else place)
+
+
+def _runs(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool) -> list[tuple[int, int, int]]:
+    """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
+    runs: list[tuple[int, int, int]] = []
+    for member, count in zip(used, counts, strict=True):
+        if runs:
+            low, high, width = runs[-1]
+            wide = max(width, count)
+            apart = _cost(high - low, width, tokens) + _cost(1, count, tokens)
+            if (idle or member == high) and _cost(member + 1 - low, wide, tokens) <= apart:
+                runs[-1] = (low, member + 1, wide)
+                continue
+        runs.append((member, member + 1, count))
+    return runs
+
+
+def _cost(members: int, width: int, tokens: int) -> int:
+    return _CALL + members * (_MEMBER + width * tokens)
+
+
+def _banded(run: Run, ranks: Sequence[int], tokens: int) -> list[Run]:
+    """A run as runs on its rows, cut by ranks."""
+    return [
+        Run(band.low, band.high, run.width, run.start + (band.low - run.low) * run.width, (band.first, band.last))
+        for band in bands(ranks, run.low, run.high, run.width * tokens)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- unknown ids
+def traced(ids: Tensor, members: int) -> Table:
+    """One run for ids whose values aren't to be had: shapes depend on the numbers of rows and members alone, so one graph serves
+    every mix. Each `width` rows of a member are one of the run's, and leaves are gathered for those."""
+    rows = ids.shape[0]
+    safe = ids.clamp(min=0)
+    width = max(1, rows // members)
+    if width == 1:
+        return Table((Run(0, rows, 1, 0),), (0, 0), members=safe, without=ids < 0)
+    parts = rows // width + min(members, rows)  # as many as there can be
+    order = torch.argsort(safe, stable=True)
+    counts = torch.zeros(members, dtype=torch.int64, device=ids.device).scatter_add(0, safe, torch.ones_like(safe))
+    each = (counts + width - 1) // width
+    whole = each.cumsum(0)
+    first, before = counts.cumsum(0) - counts, whole - each
+    inside = safe[order]
+    place = before[inside] * width + torch.arange(rows, device=ids.device) - first[inside]  # (N,) in the sorted batch
+    owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(max=members - 1)
+    own = order[first[owner].clamp(max=rows - 1)]  # a row of the same member to repeat
+    take = own.repeat_interleave(width, output_size=parts * width).scatter(0, place, order)
+    back = torch.zeros_like(order).scatter(0, order, place)
+    return Table((Run(0, parts, width, 0),), (0, 0), take, back, owner, ids < 0)
