@@ -39,7 +39,7 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     q, site = unfolded(p, op.site)
     A, B, s = op.variant.factors(op.cfg, q, site)
     cut = plan.ranks is not None and A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
-    table = plan.table(x, site.path, banded=cut)
+    table = plan.table(x, site.path, in_place=True, banded=cut)
     take = table.take
     each = take is None or take.shape[0] == x.shape[0]  # no row stands in several places
     if graph and not (each and (isinstance(s, float) or not s.requires_grad)):
@@ -48,53 +48,86 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
         s = s.expand(A.shape[0]).view(-1, 1, 1)
     runs = tuple(run for run in table.runs if run.ranks is None or run.ranks[0] < site.r) if cut else table.runs
     X = shared(x, table)
-    y: Tensor
+    each_row = 1
+    if len(runs) > 1 and X.ndim > 2:  # made flat once, not in each run
+        each_row = X[0].numel() // X.shape[-1]
+        X = X.view(-1, X.shape[-1])
     if graph:
-        y = _ByRows.apply(X, W, b, A, B, s, runs)
-    else:
-        y = F.linear(X, W, b) if each else F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
+        y: Tensor = _ByRows.apply(X, W, b, A, B, s, runs, each_row)
+    elif each:
+        y = F.linear(X, W, b)
         for run in runs:
-            _onto(run, y, X, A, B, s)
+            _onto(run, each_row, y, X, A, B, s)
+    else:
+        assert table.back is not None
+        update = X.new_zeros(*X.shape[:-1], W.shape[0])  # of a batch that repeats rows the update alone
+        for run in runs:
+            _onto(run, each_row, update, X, A, B, s)
+        return F.linear(x, W, b).add_(update.view(-1, *x.shape[1:-1], W.shape[0]).index_select(0, table.back))
+    if y.ndim != x.ndim:
+        y = y.view(*x.shape[:-1], -1)
     return y if table.back is None else y.index_select(0, table.back)
 
 
-def _rows(run: Run, t: Tensor) -> Tensor:
-    """The run's rows of a tensor (N, ..., d), as (m, n, d): a view."""
+def _rows(run: Run, tokens: int, t: Tensor) -> Tensor:
+    """The run's rows of a sorted batch (N tokens, ..., d): a view (m, n, d), of one member (n, d)."""
     members = run.high - run.low
     if not run.whole:
-        t = t[run.start : run.start + members * run.width]
+        t = t.narrow(0, run.start * tokens, members * run.width * tokens)
+    if members == 1:
+        return t if t.ndim == 2 else t.view(-1, t.shape[-1])
     return t if run.width == 1 and t.ndim == 3 else t.view(members, -1, t.shape[-1])
 
 
-def _factors(run: Run, A: Tensor, B: Tensor, s: float | Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    """The run's members' A (m, r, d_in), B (m, d_out, r), and s, a float or (m, 1, 1); r are the run's ranks alone."""
-    if not run.whole:
-        A, B = A[run.low : run.high], B[run.low : run.high]
-        s = s if isinstance(s, float) else s[run.low : run.high]
+def _own(run: Run, leaves: Tensor) -> Tensor:
+    """The run's of leaves (K, r, d), its ranks alone: a view (m, r, d), of one member (r, d)."""
+    if run.high - run.low == 1:
+        leaves = leaves.select(0, run.low)
+    elif not run.whole:
+        leaves = leaves.narrow(0, run.low, run.high - run.low)
     if run.ranks is not None:
         first, last = run.ranks
-        A, B = A[:, first:last], B[:, :, first:last]
-    return A, B, s
+        leaves = leaves.narrow(-2, first, min(last, leaves.shape[-2]) - first)
+    return leaves
 
 
-def _onto(run: Run, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
-    """Add s (X A^T) B^T onto the run's rows of y (N, ..., d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
-    A, B, s = _factors(run, A, B, s)
-    h = torch.bmm(A, _rows(run, X).mT)  # the long side inside, up to twice as fast
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, or several; without what torch.matmul asks first."""
+    return torch.mm(a, b, out=out) if a.ndim == 2 else torch.bmm(a, b, out=out)
+
+
+def _add(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """y + alpha a b in place, or several."""
+    if y.ndim == 2:
+        y.addmm_(a, b, alpha=alpha)
+    else:
+        y.baddbmm_(a, b, alpha=alpha)
+
+
+def _onto(run: Run, tokens: int, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+    """Add s (X A^T) B^T onto the run's rows of y (N tokens, d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
+    h = _product(_own(run, A), _rows(run, tokens, X).mT)  # the long side inside, up to twice as fast
     if not isinstance(s, float):
-        h.mul_(s)
-    _rows(run, y).baddbmm_(h.mT, B.mT, alpha=s if isinstance(s, float) else 1.0)
+        h.mul_(_own_scale(run, s))
+    _add(_rows(run, tokens, y), h.mT, _own(run, B.mT), s if isinstance(s, float) else 1.0)
     return h
 
 
+def _own_scale(run: Run, s: Tensor) -> Tensor:
+    """The run's of scales (K, 1, 1)."""
+    return s.select(0, run.low) if run.high - run.low == 1 else s[run.low : run.high]
+
+
 class _ByRows(torch.autograd.Function):
-    """y of the sorted batch X (N, ..., d_in); gradients reach X, A and B, exactly zero where a member has no row."""
+    """y of the sorted batch X (N tokens, d_in); gradients reach X, A and B, exactly zero where a member has no row."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor, runs: tuple[Run, ...]) -> Tensor:
+    def forward(
+        ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor, runs: tuple[Run, ...], tokens: int
+    ) -> Tensor:
         y = F.linear(X, W, b)
-        hs = [_onto(run, y, X, A, B, s) for run in runs]
-        ctx.s, ctx.runs = s, runs
+        hs = [_onto(run, tokens, y, X, A, B, s) for run in runs]
+        ctx.s, ctx.runs, ctx.tokens = s, runs, tokens
         ctx.save_for_backward(X, W, b, A, B, *hs)
         return y
 
@@ -104,43 +137,36 @@ class _ByRows(torch.autograd.Function):
         to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
         if not may_overwrite(G):
             return _plainly(ctx, X, W, b, A, B, G)
-        G = G.contiguous()
+        G, s, tokens = G.contiguous(), ctx.s, ctx.tokens
         dX = G @ W if to_X else None
-        dA, dB = _Gathered(A), _Gathered(B.mT)
+        dA, dBt = _Gathered(A, ctx.runs), _Gathered(B.mT, ctx.runs)
         for run, h in zip(ctx.runs, hs, strict=True):
-            own, out, s = _factors(run, A, B, ctx.s)
-            g = _rows(run, G)  # (m, n, d_out)
+            g = _rows(run, tokens, G)  # (m, n, d_out)
             if to_X or to_A:
-                dh = (torch.bmm(out.mT, g.mT) * s).to(g.dtype)  # (m, r, n)
+                dh = _product(_own(run, B.mT), g.mT)  # (m, r, n)
+                dh.mul_(s if isinstance(s, float) else _own_scale(run, s))
                 if dX is not None:
-                    _rows(run, dX).baddbmm_(dh.mT, own)
+                    _add(_rows(run, tokens, dX), dh.mT, _own(run, A))
                 if to_A:
-                    dA.put(run, torch.bmm(dh, _rows(run, X)))  # (m, r, d_in)
+                    dA.put(run, dh, _rows(run, tokens, X))  # (m, r, d_in)
             if to_B:
-                dB.put(run, torch.bmm(h * s if isinstance(s, float) else h, g))  # (m, r, d_out)
-        return dX, None, None, dA.all() if to_A else None, dB.all().mT.contiguous() if to_B else None, None, None
+                dBt.put(run, h * s if isinstance(s, float) else h, g)  # (m, r, d_out)
+        return dX, None, None, dA.made if to_A else None, dBt.made.mT.contiguous() if to_B else None, None, None, None
 
 
 class _Gathered:
     """Gradients of leaves (K, r, d), run by run; zero where no run is."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.made: Tensor | None = None
+    def __init__(self, like: Tensor, runs: tuple[Run, ...]) -> None:
+        self.alone = len(runs) == 1 and runs[0].whole and runs[0].ranks is None and like.shape[0] > 1
+        self.made = like if self.alone else like.new_zeros(like.shape)
 
-    def put(self, run: Run, g: Tensor) -> None:
-        """A run's (m, r, d)."""
-        if run.whole and run.ranks is None:
-            self.made = g
+    def put(self, run: Run, a: Tensor, b: Tensor) -> None:
+        """A run's, a b."""
+        if self.alone:
+            self.made = torch.bmm(a, b)
         else:
-            first = 0 if run.ranks is None else run.ranks[0]
-            self.all()[run.low : run.high, first : first + g.shape[1]] = g
-
-    def all(self) -> Tensor:
-        """(K, r, d)."""
-        if self.made is None:
-            self.made = self.like.new_zeros(self.like.shape)
-        return self.made
+            _product(a, b, out=_own(run, self.made))
 
 
 def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor) -> tuple[Tensor | None, ...]:
@@ -149,12 +175,12 @@ def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Ten
     with torch.enable_grad():
         y = F.linear(X, W, b)
         for run in ctx.runs:
-            own, out, s = _factors(run, A, B, ctx.s)
-            rows = _rows(run, y)  # (m, n, d_out)
-            h = (torch.bmm(own, _rows(run, X).mT) * s).to(X.dtype)  # (m, r, n)
-            added = torch.baddbmm(rows, h.mT, out.mT).view(-1, *y.shape[1:])
-            y = torch.slice_scatter(y, added, 0, run.start, run.start + added.shape[0])
+            s = ctx.s if isinstance(ctx.s, float) else _own_scale(run, ctx.s)
+            h = (_product(_own(run, A), _rows(run, ctx.tokens, X).mT) * s).to(X.dtype)  # (m, r, n)
+            added = (_rows(run, ctx.tokens, y) + _product(h.mT, _own(run, B.mT))).view(-1, y.shape[-1])
+            start = run.start * ctx.tokens
+            y = torch.slice_scatter(y, added, 0, start, start + added.shape[0])
         given = [t for t, to in zip((X, A, B), (to_X, to_A, to_B), strict=True) if to]
         found = iter(torch.autograd.grad(y, given, G, create_graph=True, materialize_grads=True))
     dX, dA, dB = (next(found) if to else None for to in (to_X, to_A, to_B))
-    return dX, None, None, dA, dB, None, None
+    return dX, None, None, dA, dB, None, None, None

@@ -50,7 +50,7 @@ class Plan:
         self.ids, self.members, self.rows = ids, members, ids.shape[0]
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
         self._ids = None if known is None else tuple(known)
-        self._tables: dict[tuple[int, bool, bool, torch.device], Table] = {}
+        self._tables: dict[tuple[int, bool, bool, bool, torch.device], Table] = {}
         self._parts: dict[tuple[int, torch.device], Parts] = {}
 
     @property
@@ -74,12 +74,13 @@ class Plan:
         known = None if self._ids is None else [self._ids[row] for row in rows]
         return Plan(torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks)
 
-    def table(self, x: Tensor, path: str, banded: bool = False) -> Table:
+    def table(self, x: Tensor, path: str, in_place: bool = False, banded: bool = False) -> Table:
         """The layout for a site's input.
 
         Args:
             x: (N, ..., d_in).
             path: the site's, for the message.
+            in_place: whether runs are written onto the batch: then members whose rows are as many share one, unless rows are few.
             banded: whether members of unlike ranks may be in runs of their own, and their rows in several, by bands of ranks.
 
         Raises:
@@ -95,9 +96,9 @@ class Plan:
         size = x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel()
         half = size.bit_length() // 2  # one table serves sizes of a kind
         ranks = self.ranks if banded else None
-        key = (half, torch.is_grad_enabled(), ranks is not None, x.device)
+        key = (half, torch.is_grad_enabled(), in_place, ranks is not None, x.device)
         if key not in self._tables:
-            self._tables[key] = laid_out(self._ids, self.members, 1 << (2 * half), not key[1], x.device, ranks)
+            self._tables[key] = laid_out(self._ids, self.members, 1 << (2 * half), not key[1], x.device, in_place, ranks)
         return self._tables[key]
 
 

@@ -16,8 +16,11 @@ from .bands import bands
 
 __all__ = ["Run", "Table", "laid_out", "traced"]
 
-_CALL, _MEMBER = 20, 3
+_CALL, _MEMBER = 60, 3
 """What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
+
+_COPIES = 3
+"""So many copies of a row's token, out of the batch or back, cost what an adapter on it does (measured on a CPU, 1 to 16 tokens a row)."""
 
 
 class Run(NamedTuple):
@@ -57,7 +60,15 @@ class Table(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------------- known ids
-def laid_out(ids: Sequence[int], members: int, tokens: int, idle: bool, device: torch.device, ranks: Sequence[int] | None) -> Table:
+def laid_out(
+    ids: Sequence[int],
+    members: int,
+    tokens: int,
+    idle: bool,
+    device: torch.device,
+    in_place: bool = False,
+    ranks: Sequence[int] | None = None,
+) -> Table:
     """Runs of views for ids that are known.
 
     Args:
@@ -66,6 +77,7 @@ def laid_out(ids: Sequence[int], members: int, tokens: int, idle: bool, device: 
         tokens: per row.
         idle: whether a run may span members without rows (not where gradients are taken: theirs must be exactly zero).
         device: of the index tensors.
+        in_place: whether runs are written onto the batch, so that repeated rows would cost passes over all of it.
         ranks: of the members, where runs are to be cut by them.
     """
     groups: dict[int, list[int]] = {}
@@ -73,7 +85,13 @@ def laid_out(ids: Sequence[int], members: int, tokens: int, idle: bool, device: 
         groups.setdefault(member, []).append(row)
     bare = groups.pop(-1, [])
     used = sorted(groups)
-    chosen = _runs(used, [len(groups[k]) for k in used], tokens, idle)
+    counts = [len(groups[k]) for k in used]
+    chosen = _joined(used, counts, tokens, idle)
+    if in_place:
+        alike, slots = _alike(used, counts), sum((high - low) * width for low, high, width in chosen)
+        copies = (slots + len(ids)) * tokens // _COPIES
+        if not idle or _total(alike, tokens) <= _total(chosen, tokens) + copies:  # gradients of repeats would go by the phases
+            chosen = alike
     first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
     order: list[int] = list(bare) if first else []
     back = [0] * len(ids)
@@ -101,23 +119,33 @@ def laid_out(ids: Sequence[int], members: int, tokens: int, idle: bool, device: 
     return Table(tuple(runs), span, take, None if back == list(range(len(order))) else place)
 
 
-def _runs(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool) -> list[tuple[int, int, int]]:
+def _joined(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool) -> list[tuple[int, int, int]]:
     """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
     runs: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
         if runs:
             low, high, width = runs[-1]
-            wide = max(width, count)
-            apart = _cost(high - low, width, tokens) + _cost(1, count, tokens)
-            if (idle or member == high) and _cost(member + 1 - low, wide, tokens) <= apart:
-                runs[-1] = (low, member + 1, wide)
+            joined = (low, member + 1, max(width, count))
+            if (idle or member == high) and _total([joined], tokens) <= _total([runs[-1], (member, member + 1, count)], tokens):
+                runs[-1] = joined
                 continue
         runs.append((member, member + 1, count))
     return runs
 
 
-def _cost(members: int, width: int, tokens: int) -> int:
-    return _CALL + members * (_MEMBER + width * tokens)
+def _alike(used: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """[(low, high, width)]: neighbours share a run where they have as many rows, so that none is repeated."""
+    runs: list[tuple[int, int, int]] = []
+    for member, count in zip(used, counts, strict=True):
+        if runs and runs[-1][1:] == (member, count):
+            runs[-1] = (runs[-1][0], member + 1, count)
+        else:
+            runs.append((member, member + 1, count))
+    return runs
+
+
+def _total(runs: Sequence[tuple[int, int, int]], tokens: int) -> int:
+    return sum(_CALL + (high - low) * (_MEMBER + width * tokens) for low, high, width in runs)
 
 
 def _banded(run: Run, ranks: Sequence[int], tokens: int) -> list[Run]:
