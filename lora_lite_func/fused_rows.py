@@ -46,7 +46,7 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
         return None
     if isinstance(s, Tensor):
         s = s.expand(A.shape[0]).view(-1, 1, 1)
-    X = shared(x, table)
+    X = shared(x, table, op.site.path)
     cut = A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
     y: Tensor
     if graph:
