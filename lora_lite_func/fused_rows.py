@@ -144,9 +144,13 @@ class _Gathered:
 
 
 def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by autograd over operations that make new tensors."""
+    """The gradients by autograd over operations that make new tensors.
+
+    Of tensors of their own: X may depend on A and B, where the layer was called before.
+    """
     to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
     with torch.enable_grad():
+        X, A, B = (t.view_as(t) for t in (X, A, B))
         y, parts, at = F.linear(X, W, b), [], 0
         for run in sorted(ctx.runs, key=lambda run: run.start):
             own, out, s = _factors(run, ctx.cut, A, B, ctx.s)

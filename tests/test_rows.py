@@ -360,6 +360,26 @@ def test_memory_that_others_write_on_is_read_again_in_each_call() -> None:
             close(kept(x), fresh(x.clone()), 1e-12)
 
 
+def test_a_layer_called_twice_has_one_gradient_with_and_without_a_graph_of_it() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.tanh(self.inner(x)))
+
+    model = Twice()
+    members = [moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2, 3)]
+    bound = ll.bind(model, ll.rows(ll.stack(members), [0, 1, 2, 2, 2, 2]))
+    tensors = [p for p in bound.parameters() if p.requires_grad]
+    y = bound(batch(6, 8)).square().sum(1)
+    wanted = torch.autograd.grad(y.sum(), tensors, retain_graph=True)
+    close(torch.autograd.grad(y.sum(), tensors, create_graph=True), wanted, 1e-12)
+    each = torch.autograd.grad(y, tensors, torch.eye(6, dtype=torch.float64), is_grads_batched=True)
+    close([t.sum(0) for t in each], wanted, 1e-12)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_inputs_die_when_nobody_holds_them(grad: bool) -> None:
     kept, _ = unsorted()
