@@ -281,6 +281,13 @@ def test_one_graph_serves_every_value_of_rows() -> None:
     assert counter.frame_count == 1
 
 
+def test_a_compiled_call_may_have_its_ids_as_numbers() -> None:
+    model, members = several(CASES[0], 3)
+    stack, x = ll.stack(members), batch(4, 2, 16)
+    step = torch.compile(lambda s, x: ll.apply(model, ll.rows(s, [2, 0, None, 0]), x), fullgraph=True, backend="eager")
+    close(step(stack, x), looped(model, members, [2, 0, -1, 0], x), 1e-9)
+
+
 def test_rows_is_a_tree_and_ids_may_be_mapped() -> None:
     model, members = several(CASES[0], 3)
     stack, x = ll.stack(members), batch(4, 16)
