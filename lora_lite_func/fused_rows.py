@@ -51,6 +51,7 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     y: Tensor
     if graph:
         y = _ByRows.apply(X, W, b, A, B, s, table.runs, cut)
+        y = y if X.ndim == 2 else y.view(*X.shape[:-1], W.shape[0])  # not inside: autograd lets nobody write on a view that a function gives
     else:
         y = F.linear(X, W, b) if each else F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
         for run in table.runs:
@@ -87,14 +88,15 @@ def _onto(run: Run, cut: bool, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: fl
 
 
 class _ByRows(torch.autograd.Function):
-    """y of the sorted batch X (N, ..., d_in); gradients reach X, A and B, exactly zero where a member has no row."""
+    """y (T, d_out) of the sorted batch X (N, ..., d_in); gradients reach X, A and B, exactly zero where a member has no row."""
 
     @staticmethod
     def forward(
         ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor, runs: tuple[Run, ...], cut: bool
     ) -> Tensor:
-        y = F.linear(X, W, b)
-        hs = [_onto(run, cut, y, X, A, B, s) for run in runs]
+        y = F.linear(X.flatten(0, -2), W, b)  # (T, d_out)
+        Y = y.view(*X.shape[:-1], W.shape[0])
+        hs = [_onto(run, cut, Y, X, A, B, s) for run in runs]
         ctx.s, ctx.runs, ctx.cut = s, runs, cut
         ctx.save_for_backward(X, W, b, A, B, *hs)
         return y
@@ -103,7 +105,8 @@ class _ByRows(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         X, W, b, A, B, *hs = ctx.saved_tensors
         to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
-        if not may_overwrite(G):
+        overwrites, G = may_overwrite(G), G.reshape(*X.shape[:-1], W.shape[0])
+        if not overwrites:
             return _plainly(ctx, X, W, b, A, B, G)
         G = G.contiguous()
         dX = G @ W if to_X else None
