@@ -51,7 +51,8 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     y: Tensor
     if graph:
         y = _ByRows.apply(X, W, b, A, B, s, table.runs, cut)
-        y = y if X.ndim == 2 else y.view(*X.shape[:-1], W.shape[0])  # not inside: autograd lets nobody write on a view that a function gives
+        if X.ndim != 2:  # not inside: autograd lets nobody write on a view that a function gives
+            y = y.view(*X.shape[:-1], W.shape[0])
     else:
         y = F.linear(X, W, b) if each else F.linear(x, W, b).index_select(0, take)  # type: ignore[arg-type]
         for run in table.runs:
