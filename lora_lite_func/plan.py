@@ -6,16 +6,20 @@ adapter is ever copied for a row. A member with fewer rows than its run repeats 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .errors import StructureError, UnsupportedError
-from .modes import is_traced
+from .modes import is_traced, is_watched
 
 __all__ = ["Parts", "Plan", "Run", "Table", "not_rows", "parted"]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _CALL, _MEMBER = 20, 3
 """What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
@@ -148,12 +152,22 @@ class Plan:
     def _known(self, x: Tensor, tokens: int, ranked: bool) -> Table:
         """The layout for `tokens` tokens a row, where ids are known; one serves sizes of a kind."""
         key = (tokens.bit_length() // 2, torch.is_grad_enabled(), ranked, x.device)
-        table = self._tables.get(key)
-        if table is None:
-            assert self._ids is not None
-            table = _laid_out(self._ids, self.members, 1 << (2 * key[0]), not key[1], x.device, self.ranks if ranked else None)
-            self._tables[key] = table
-        return table
+        ids, ranks = self._ids, self.ranks if ranked else None
+        assert ids is not None
+        return _once(self._tables, key, lambda: _laid_out(ids, self.members, 1 << (2 * key[0]), not key[1], x.device, ranks))
+
+
+def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is made once for a key. It serves calls of every kind: its tensors are no inference mode's, of no transform, and made for the
+    call alone where something sees each operation (and may put tensors of its own in their place)."""
+    watched = is_watched()
+    found = None if watched else made.get(key)
+    if found is None:
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+            found = make()
+        if not watched:
+            made[key] = found
+    return found
 
 
 def _check_rows(plan: Plan, x: Tensor, path: str) -> None:
@@ -188,10 +202,7 @@ def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
     first = plans[0]
     if any(plan is not first for plan in plans):
         return _parts(list(zip(*known, strict=True)), len(plans), device)
-    key = (len(plans), device)
-    if key not in first._parts:
-        first._parts[key] = _parts(list(zip(*known, strict=True)), len(plans), device)
-    return first._parts[key]
+    return _once(first._parts, (len(plans), device), lambda: _parts(list(zip(*known, strict=True)), len(plans), device))
 
 
 def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> Parts:
