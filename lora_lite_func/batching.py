@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import UnsupportedError
 from .layers import autocasts
+from .modes import is_transformed
 from .ops import Op, unfolded
 from .plan import not_rows
 from .runs import Run, Table
@@ -110,7 +111,7 @@ def by_rows(op: Op, p: Params, layer: Any, training: bool, inner: Callable[[Tens
     if not table.runs:
         return inner(x)
     rows = _Rows(op, p, layer, table)
-    X = shared(x, table)
+    X = shared(x, table, path)
     y = inner(x if variant.inputs is None else _joined(rows.call(variant.inputs, table, X), table, X, x))
     if variant.outputs is None:
         return y
@@ -140,23 +141,33 @@ def _joined(made: list[Tensor], table: Table, sorted_batch: Tensor, batch: Tenso
 
 
 # ---------------------------------------------------------------------------------------------------- one sort for many
-_SORTED: dict[int, tuple[Any, int, Tensor, bool, Tensor]] = {}
-"""By a tensor's id: what layers that get the very same input (query, key and value) share. Gone with the input."""
+_SORTED: dict[int, tuple[Any, int, Tensor, set[str], Tensor]] = {}
+"""By a tensor's id: what layers that get the very same input (query, key and value) share, and which have had it. Gone with the input."""
 
 
-def shared(x: Tensor, table: Table) -> Tensor:
-    """The sorted batch, made once for the layers that share an input."""
+def shared(x: Tensor, table: Table, path: str) -> Tensor:
+    """The sorted batch, made once for the layers that share an input in one call of the model.
+
+    A site that asks again is in another call, and before that x may have been written on unseen (memory that numpy has, `.data`). What
+    has a graph isn't shared: it would keep a leaf alive for good, and one layer's backward pass would reach into another's.
+
+    Args:
+        x: (N, ..., d).
+        table: the layout.
+        path: the site's.
+    """
     take = table.take
     if take is None:
         return x
-    if torch.compiler.is_compiling() or x.is_inference():
+    if torch.compiler.is_compiling() or is_transformed() or x.is_inference() or (x.requires_grad and torch.is_grad_enabled()):
         return x.index_select(0, take)
-    key, grad = id(x), torch.is_grad_enabled()
+    key = id(x)
     found = _SORTED.get(key)
-    if found is not None and found[0]() is x and found[1] == x._version and found[2] is take and found[3] == grad:
+    if found is not None and found[0]() is x and found[1] == x._version and found[2] is take and path not in found[3]:
+        found[3].add(path)
         return found[4]
     made = x.index_select(0, take)
-    _SORTED[key] = (weakref.ref(x, lambda _: _SORTED.pop(key, None)), x._version, take, grad, made)
+    _SORTED[key] = (weakref.ref(x, lambda _: _SORTED.pop(key, None)), x._version, take, {path}, made)
     return made
 
 

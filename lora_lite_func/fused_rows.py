@@ -47,26 +47,20 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     if isinstance(s, Tensor):
         s = s.expand(A.shape[0]).view(-1, 1, 1)
     runs = tuple(run for run in table.runs if run.ranks is None or run.ranks[0] < site.r) if cut else table.runs
-    X = shared(x, table)
-    each_row = 1
-    if len(runs) > 1 and X.ndim > 2:  # made flat once, not in each run
-        each_row = X[0].numel() // X.shape[-1]
-        X = X.view(-1, X.shape[-1])
+    X, tokens = shared(x, table, site.path), 1
+    if X.ndim > 2 and (graph or len(runs) > 1):  # made flat once, not in each run
+        X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
     if graph:
-        y: Tensor = _ByRows.apply(X, W, b, A, B, s, runs, each_row)
-    elif each:
-        y = F.linear(X, W, b)
+        y: Tensor = _ByRows.apply(X, W, b, A, B, s, runs, tokens)
+    else:  # where rows are repeated the update alone is made for them
+        y = F.linear(X, W, b) if each else X.new_zeros(*X.shape[:-1], W.shape[0])
         for run in runs:
-            _onto(run, each_row, y, X, A, B, s)
-    else:
-        assert table.back is not None
-        update = X.new_zeros(*X.shape[:-1], W.shape[0])  # of a batch that repeats rows the update alone
-        for run in runs:
-            _onto(run, each_row, update, X, A, B, s)
-        return F.linear(x, W, b).add_(update.view(-1, *x.shape[1:-1], W.shape[0]).index_select(0, table.back))
-    if y.ndim != x.ndim:
-        y = y.view(*x.shape[:-1], -1)
-    return y if table.back is None else y.index_select(0, table.back)
+            _onto(run, tokens, y, X, A, B, s)
+    if y.ndim != x.ndim:  # not inside: autograd lets nobody write on a view that a function gives
+        y = y.view(y.shape[0] // tokens, *x.shape[1:-1], W.shape[0])
+    if table.back is not None:
+        y = y.index_select(0, table.back)
+    return y if each else F.linear(x, W, b).add_(y)
 
 
 def _rows(run: Run, tokens: int, t: Tensor) -> Tensor:
@@ -119,7 +113,7 @@ def _own_scale(run: Run, s: Tensor) -> Tensor:
 
 
 class _ByRows(torch.autograd.Function):
-    """y of the sorted batch X (N tokens, d_in); gradients reach X, A and B, exactly zero where a member has no row."""
+    """y (N tokens, d_out) of the sorted batch X (N tokens, d_in); gradients reach X, A and B, exactly zero where a member has no row."""
 
     @staticmethod
     def forward(
@@ -170,9 +164,13 @@ class _Gathered:
 
 
 def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by autograd over operations that make new tensors."""
+    """The gradients by autograd over operations that make new tensors.
+
+    Of tensors of their own: X may depend on A and B, where the layer was called before.
+    """
     to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
     with torch.enable_grad():
+        X, A, B = (t.view_as(t) for t in (X, A, B))
         y = F.linear(X, W, b)
         for run in ctx.runs:
             s = ctx.s if isinstance(ctx.s, float) else _own_scale(run, ctx.s)

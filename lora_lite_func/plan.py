@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .errors import StructureError, UnsupportedError
-from .modes import is_traced
+from .modes import is_traced, is_watched
 from .runs import Table, laid_out, traced
 
 __all__ = ["Parts", "Plan", "not_rows", "parted"]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Parts(NamedTuple):
@@ -89,17 +93,31 @@ class Plan:
         """
         if is_traced():
             raise _untraceable(f"site {path!r}: ")
-        if x.ndim == 0 or x.shape[0] != self.rows:
+        if x.ndim < 1 + x.is_floating_point() or x.shape[0] != self.rows:
             raise not_rows(path, x, self.rows)
         if self._ids is None or torch.compiler.is_compiling():
             return traced(self.ids.to(x.device), self.members)
         size = x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel()
         half = size.bit_length() // 2  # one table serves sizes of a kind
-        ranks = self.ranks if banded else None
-        key = (half, torch.is_grad_enabled(), in_place, ranks is not None, x.device)
-        if key not in self._tables:
-            self._tables[key] = laid_out(self._ids, self.members, 1 << (2 * half), not key[1], x.device, in_place, ranks)
-        return self._tables[key]
+        ids, graph, device, ranks = self._ids, torch.is_grad_enabled(), x.device, self.ranks if banded else None
+
+        def make() -> Table:
+            return laid_out(ids, self.members, 1 << (2 * half), not graph, device, in_place, ranks)
+
+        return _once(self._tables, (half, graph, in_place, ranks is not None, device), make)
+
+
+def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What is made once for a key. It serves calls of every kind: its tensors are no inference mode's, of no transform, and made for the
+    call alone where something sees each operation (and may put tensors of its own in their place)."""
+    watched = is_watched()
+    found = None if watched else made.get(key)
+    if found is None:
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+            found = make()
+        if not watched:
+            made[key] = found
+    return found
 
 
 def _untraceable(where: str = "") -> UnsupportedError:
@@ -129,10 +147,7 @@ def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
     first = plans[0]
     if any(plan is not first for plan in plans):
         return _parts(list(zip(*known, strict=True)), len(plans), device)
-    key = (len(plans), device)
-    if key not in first._parts:
-        first._parts[key] = _parts(list(zip(*known, strict=True)), len(plans), device)
-    return first._parts[key]
+    return _once(first._parts, (len(plans), device), lambda: _parts(list(zip(*known, strict=True)), len(plans), device))
 
 
 def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> Parts:

@@ -23,8 +23,9 @@ def one_product(make: Make, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         x: (..., d_in).
         tensors: all that W' and b' depend on.
     """
-    y: Tensor = _OneProduct.apply(make, x, *tensors)
-    return y
+    flat = x if x.ndim <= 2 else x.flatten(0, -2)  # (T, d_in)
+    y: Tensor = _OneProduct.apply(make, flat, *tensors)
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])  # not inside: autograd lets nobody write on a view that a function gives
 
 
 class _OneProduct(torch.autograd.Function):

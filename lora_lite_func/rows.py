@@ -72,7 +72,7 @@ def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
     for row, i in enumerate(known):
         if not BARE <= i < count:
             raise StructureError(f"rows: row {row} has id {i}, expected -1 (the bare base) to {count - 1}: the stack has {count} members")
-    each = [max((site.r for site in stack.layout.member(i).sites.values()), default=0) for i in range(count)]
+    each = [max([0, *(site.r for site in stack.layout.member(i).sites.values())]) for i in range(count)]
     return Rows(stack, Plan(ids.long() if isinstance(ids, Tensor) else torch.tensor(known, dtype=torch.int64), count, known, each))
 
 

@@ -80,6 +80,6 @@ class Underneath:
                 f"row ({mixed.variant.name} by rows); put it first, so that the rows' own adapters are outside"
             )
         module = self.module
-        layer = module._ll_frozen if hasattr(type(module), "_ll_frozen") else module.forward  # a site, or its plain twin
+        layer = module._ll_frozen if hasattr(module, "_ll_frozen") else module.forward  # a site, or its plain twin
         y: Tensor = self.phases(self.ops, self.count, layer, module, x.to(compute_dtype(module)))
         return y

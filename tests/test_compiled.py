@@ -42,6 +42,15 @@ def test_dynamic_shapes(cfg: ll.AdapterConfig) -> None:
         close(step(params, x), ll.apply(model, params, x), 1e-12)
 
 
+@pytest.mark.parametrize("cfg", [ll.DoRAConfig(r=4), ll.BOFTConfig(block_size=4)], ids=lambda cfg: type(cfg).__name__)
+def test_a_method_that_reads_the_layer_with_another_adapter_in(cfg: ll.AdapterConfig) -> None:
+    torch._dynamo.reset()
+    model, x = net(), batches()[0]
+    both = (moved(ll.init(model, ll.LoRAConfig(r=2)), 1), moved(ll.init(model, cfg), 2))
+    step: Any = torch.compile(lambda p, x: ll.apply(model, p, x), fullgraph=True, backend="eager")
+    close(step(both, x), ll.apply(model, both, x), 1e-12)
+
+
 def test_models_of_any_width(cfg: ll.AdapterConfig) -> None:
     step: Any = torch.compile(lambda m, p, x: ll.apply(m, p, x), fullgraph=True, backend="eager")
     for width in (16, 24, 32):

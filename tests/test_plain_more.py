@@ -124,6 +124,22 @@ def test_what_follows_may_write_on_the_output_in_place(shape: tuple[int, ...], b
     close(gradients[0], gradients[1], 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=4), ll.OFTConfig(block_size=4), ll.SHiRAConfig(r=4)], ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize("mixed", [False, True], ids=["one", "rows"])
+def test_what_follows_any_form_may_write_on_the_output_in_place(mixed: bool, cfg: ll.AdapterConfig, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 16)).double()
+    members = [moved(ll.init(model, cfg), seed) for seed in range(3)]
+    params = ll.rows(ll.stack(members), [0, 1, 2]) if mixed else members[0]
+    gradients = []
+    for inplace in (True, False):
+        model[1].inplace = inplace
+        bound, x = ll.bind(model, params), rows(*shape).requires_grad_()
+        bound(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in bound.parameters() if p.requires_grad)])
+    close(gradients[0], gradients[1], 1e-12)
+
+
 def test_several_gradients_at_once_share_the_mask() -> None:
     model, params = wet()
     x = rows(5)

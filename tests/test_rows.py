@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import hypothesis.strategies as st
@@ -280,6 +281,13 @@ def test_one_graph_serves_every_value_of_rows() -> None:
     assert counter.frame_count == 1
 
 
+def test_a_compiled_call_may_have_its_ids_as_numbers() -> None:
+    model, members = several(CASES[0], 3)
+    stack, x = ll.stack(members), batch(4, 2, 16)
+    step = torch.compile(lambda s, x: ll.apply(model, ll.rows(s, [2, 0, None, 0]), x), fullgraph=True, backend="eager")
+    close(step(stack, x), looped(model, members, [2, 0, -1, 0], x), 1e-9)
+
+
 def test_rows_is_a_tree_and_ids_may_be_mapped() -> None:
     model, members = several(CASES[0], 3)
     stack, x = ll.stack(members), batch(4, 16)
@@ -330,6 +338,63 @@ def test_layers_that_share_an_input_sort_it_once_and_see_it_change() -> None:
     with torch.no_grad():
         wanted = torch.cat([ll.apply(model, members[i], x[n : n + 1].clone()) for n, i in enumerate(ids)])
         close(ll.apply(model, ll.rows(ll.stack(members), ids), x.clone()), wanted, 1e-10)
+
+
+def unsorted() -> tuple[nn.Module, nn.Module]:
+    """A linear layer bound with rows of unlike members in no order, and the same bound for each call anew."""
+    model = nn.Linear(8, 8).double()
+    mixed = ll.rows(ll.stack([moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2, 3)]), [2, 0, 1, 0])
+    return ll.bind(model, mixed), ll.bind(model, mixed)
+
+
+def test_a_sorted_input_that_comes_to_need_a_gradient_gets_all_of_it() -> None:
+    kept, fresh = unsorted()
+    x = batch(4, 8)
+    kept(x)
+    kept(x.requires_grad_()).sum().backward()
+    again = x.detach().clone().requires_grad_()
+    fresh(again).sum().backward()
+    close(x.grad, again.grad, 1e-12)
+
+
+def test_memory_that_others_write_on_is_read_again_in_each_call() -> None:
+    kept, fresh = unsorted()
+    memory = batch(4, 8).numpy()
+    x = torch.from_numpy(memory)
+    with torch.no_grad():
+        for _ in range(3):
+            memory += 1.0
+            close(kept(x), fresh(x.clone()), 1e-12)
+
+
+def test_a_layer_called_twice_has_one_gradient_with_and_without_a_graph_of_it() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.tanh(self.inner(x)))
+
+    model = Twice()
+    members = [moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2, 3)]
+    bound = ll.bind(model, ll.rows(ll.stack(members), [0, 1, 2, 2, 2, 2]))
+    tensors = [p for p in bound.parameters() if p.requires_grad]
+    y = bound(batch(6, 8)).square().sum(1)
+    wanted = torch.autograd.grad(y.sum(), tensors, retain_graph=True)
+    close(torch.autograd.grad(y.sum(), tensors, create_graph=True), wanted, 1e-12)
+    each = torch.autograd.grad(y, tensors, torch.eye(6, dtype=torch.float64), is_grads_batched=True)
+    close([t.sum(0) for t in each], wanted, 1e-12)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_inputs_die_when_nobody_holds_them(grad: bool) -> None:
+    kept, _ = unsorted()
+    x = batch(4, 8).requires_grad_(grad)
+    kept(x).sum().backward()
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- storages

@@ -14,6 +14,7 @@ from helpers import close, leaves, moved, same_state, snapshot
 from test_kinds import Experts, Mixing, Own, Scaled, Transposed, features, method, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_lite_func as ll
 
@@ -178,6 +179,28 @@ def test_one_graph_serves_every_mix(case: Case, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- beside the law
+@pytest.mark.parametrize("how", ["inference", "inference_grad", "fake", "grad"])
+@pytest.mark.parametrize("name", ["conv2", "layer_norm", "own", "out_proj"])
+def test_rows_that_were_first_seen_in_another_mode_train(name: str, how: str) -> None:
+    case = next(case for case in CASES if case.name == ("ln_tuning" if name == "layer_norm" else "lora"))
+    (model, members), x = several(case, name), PLACES[name][2](4)
+    mixed = [ll.rows(ll.stack(members), [2, 0, -1, 0]) for _ in range(2)]
+    kept, fresh = (ll.bind(model, m) for m in mixed)
+    if how == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            kept(fake.from_tensor(x))
+    elif how == "grad":
+        torch.func.grad(lambda m: ll.apply(model, m, x).sum())(mixed[0])
+    else:
+        with torch.inference_mode(), torch.set_grad_enabled(how == "inference_grad"):
+            kept(x)
+    gradients = []
+    for bound in (kept, fresh):
+        tensors = [p for p in bound.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(bound(x).square().sum(), tensors))
+    close(gradients[0], gradients[1], 1e-12)
+
+
 def test_two_stacks_of_other_rows_and_a_plain_adapter_compose_in_order() -> None:
     model, x = seeded(Attention(False)), features(4, 3, 16)
     turned = [moved(ll.init(model, ll.LoRAConfig(r=2, target_parameters="in_proj_weight"), seed=s), s) for s in range(3)]
