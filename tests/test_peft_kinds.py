@@ -362,3 +362,34 @@ def test_what_peft_can_not_hold_is_refused_by_name(tmp_path: Path) -> None:
     unlike = moved(ll.init(Convs(2).eval(), ll.IA3FFConfig(target_names=("^conv$",), target_kinds=("conv",))))
     with pytest.raises(ll.UnsupportedError, match="'conv': PEFT's IA3 has one gate per input channel"):
         ll.to_peft(unlike, Convs(2), tmp_path / "none")
+
+
+class Headed(nn.Module):
+    """A table and a head that PEFT knows by name, the head with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.embed_tokens(ids))
+
+
+def test_the_base_layers_that_a_file_has_copies_of_are_known_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Headed().eval()
+    theirs = saved(peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]), model, tmp_path, x=IDS)
+    assert {key.rpartition(".")[2] for key in load_file(tmp_path) if ".base_layer." in key} == {"weight", "bias"}
+    close(ll.apply(model, ll.from_peft(tmp_path, model), IDS), theirs, 1e-5)
+    with torch.no_grad():
+        model.lm_head.bias += 1.0
+    with pytest.raises(ll.CheckpointError, match=r"unexpected tensor 'lm_head.base_layer.bias'.*a copy of another base"):
+        ll.from_peft(tmp_path, model)
+    with pytest.raises(ll.CheckpointError, match=r"'\w+.base_layer.weight'.*give the base model"):
+        ll.from_peft(tmp_path)

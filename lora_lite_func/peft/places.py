@@ -152,10 +152,10 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
             biases[bare] = t
         elif name == "trainable_tokens_delta":
             tokens[path.removesuffix(".token_adapter")] = t
-        elif name == "weight" and _is_the_base(model, bare, t):
-            pass  # PEFT copies an embedding that it adapts into the file
+        elif name in ("weight", "bias") and _is_the_base(model, bare, name, t):
+            pass  # PEFT copies an embedding that it adapts into the file, and the head beside it
         else:
-            raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
+            raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; {_unknown(model, path, bare)}")
     if (whole or biases or tokens) and not isinstance(model, nn.Module):
         raise CheckpointError(f"{says.where}: {shown(next(iter(rest)))} replaces a tensor of the base; give the base model too")
     _check_saved(says, saved, whole, model)
@@ -192,10 +192,19 @@ def _in_one_of(names: list[str], path: str) -> bool:
     return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
 
 
-def _is_the_base(model: Any, path: str, t: Tensor) -> bool:
+def _is_the_base(model: Any, path: str, name: str, t: Tensor) -> bool:
     module = dict(model.named_modules()).get(path) if isinstance(model, nn.Module) else None
-    base = None if module is None else stored(module, "weight")
-    return isinstance(base, Tensor) and base.shape == t.shape and torch.equal(held(module).to(t), t)
+    base = None if module is None else stored(module, name)
+    return isinstance(base, Tensor) and base.shape == t.shape and torch.equal(held(module, name).to(t), t)
+
+
+def _unknown(model: Any, path: str, bare: str) -> str:
+    """What to say of a tensor that isn't the base's own."""
+    if not path.endswith(WRAPPED):
+        return "nothing here corresponds to it"
+    if not isinstance(model, nn.Module):
+        return "if it is PEFT's copy of the base's, give the base model too"
+    return f"it isn't what {shown(bare)} of this model has: a copy of another base, or of one that was trained or resized"
 
 
 def _whole(says: Says, path: str, t: Tensor, site: Site, module: Any) -> tuple[Place, Part]:
