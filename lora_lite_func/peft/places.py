@@ -31,7 +31,7 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
         _check_targeted(says, {path: path for path in sites})
         if method.sizes is None:
             return {path: Place(path, shared) for path in sites}
-        return {path: Place(path, shared, _sized(path, method.sizes(own), own)) for path, own in sites.items()}
+        return {path: Place(path, shared, _sized(path, method.sizes(path, own), own)) for path, own in sites.items()}
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
