@@ -8,6 +8,7 @@ y = ll.apply(model, params, x)
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import adalora
@@ -177,7 +178,7 @@ _ON_USE = {"from_diffusion": "diffusion", "from_lora_lite": "lora_lite", "from_p
 
 def __getattr__(name: str) -> Any:
     if name not in _ON_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     return getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
 
 

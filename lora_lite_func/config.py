@@ -94,7 +94,8 @@ class AdapterConfig:
             raise ConfigError(f"{cls.__name__} takes keywords only, found {len(args)} positional; fields: {', '.join(known)}")
         for name in kwargs:
             if name not in known:
-                raise ConfigError(f"{cls.__name__} has no field {shown(name)}; {nearest(name, known, first=len(known))}")
+                hint = _ELSEWHERE.get(name) or nearest(name, known, first=len(known))
+                raise ConfigError(f"{cls.__name__} has no field {shown(name)}; {hint}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -121,6 +122,19 @@ class AdapterConfig:
     def alpha_at(self, path: str) -> float:
         """The alpha at a site."""
         return next((a for pattern, a in self.alpha_pattern if re.search(pattern, path)), self.alpha)
+
+
+_ELSEWHERE = {  # PEFT's fields whose nearest word here is another thing
+    "rank": "it is 'r' here",
+    "target_modules": "it is 'target_names' here, regular expressions: r'\\.q_proj$'",
+    "exclude_modules": "it is 'exclude_names' here, regular expressions",
+    "layers_to_transform": "it is 'layers' here",
+    "bias": "biases are learned by an ll.BitFitConfig, applied beside this adapter",
+    "modules_to_save": "parameters are trained whole by an ll.FullConfig, applied beside this adapter",
+    "trainable_token_indices": "rows of an embedding are trained by an ll.TokensConfig, applied beside this adapter",
+    "use_dora": "it is a method of its own, ll.DoRAConfig",
+    "init_lora_weights": "a start is a method of its own: ll.PiSSAConfig, ll.OLoRAConfig, ll.EVAConfig, ll.CorDAConfig, ll.LoRAGAConfig",
+}
 
 
 def probability(value: float, where: str) -> None:

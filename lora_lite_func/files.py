@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,6 +71,20 @@ def _created(path: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
+def _regular(where: str) -> None:
+    """Refuse what would never end, or never begin: a pipe, a device.
+
+    Raises:
+        CheckpointError: neither a file nor a folder.
+    """
+    try:
+        mode = os.stat(where).st_mode
+    except (OSError, ValueError):
+        return  # which opening it says in words
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CheckpointError(f"{where}: expected a file, found a pipe or a device; copy what it gives to a file first")
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file, every tensor in memory of its own.
 
@@ -77,6 +92,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         CheckpointError: it isn't one, or can't be read.
     """
     where = os.fsdecode(path)
+    _regular(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             # clones: aligned, so that products are bit-equal to those before the save, and independent of the file from here on
@@ -92,6 +108,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: it holds anything but a flat mapping of tensors, is compressed, or can't be read.
     """
     where = os.fsdecode(path)
+    _regular(where)
     try:
         with zipfile.ZipFile(where) as archive:
             for entry in archive.infolist():
@@ -120,6 +137,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         CheckpointError: it can't be read, is huge, isn't JSON, or says a key twice.
     """
     where = os.fsdecode(path)
+    _regular(where)
     try:
         with open(where, "rb") as file:
             raw = file.read(_LONGEST_JSON + 1)

@@ -5,6 +5,7 @@ Questions about shape, dtype or device cost nothing. While a site's own call run
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,15 @@ class Adapted:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__")  # these two hand what is a tensor to C++, which takes their word for it
+        if caller == "torch.utils.checkpoint":
+            return Adapted
+        if caller == "torch._functorch.utils":
+            raise UnsupportedError(
+                f"{self._path!r} is the weight with an adapter in, made when it is used, and a torch.autograd.Function (a fused kernel, "
+                "reentrant checkpointing) takes finished tensors; leave the layer out with exclude_names, checkpoint with "
+                "use_reentrant=False, or merge (ll.merged; in training ll.functional_call(model, (), args, base=ll.merge(model, params)))"
+            )
         return type(self._stored)
 
     @property
@@ -109,6 +119,8 @@ def _read_only(value: Adapted, name: str) -> UnsupportedError:
 
 
 def _tensor(value: Adapted) -> Tensor:
+    if torch.is_grad_enabled():  # made for each use: a block that is run again in the backward pass must find what its first run found
+        return value._make()
     if value._made is None:
         object.__setattr__(value, "_made", value._make())
     return value._made

@@ -303,6 +303,23 @@ def test_equality_is_about_the_maths(cls: Any, data: st.DataObject) -> None:
     assert provenance <= {f.name for f in dataclasses.fields(cls) if not f.compare}
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("rank", "it is 'r' here"),
+        ("target_modules", r"it is 'target_names' here, regular expressions: r'\\.q_proj\$'"),
+        ("layers_to_transform", "it is 'layers' here"),
+        ("use_dora", "ll.DoRAConfig"),
+        ("init_lora_weights", "ll.PiSSAConfig"),
+        ("modules_to_save", "ll.FullConfig"),
+        ("lora_alpha", "did you mean 'alpha'"),
+    ],
+)
+def test_another_library_s_word_for_a_field_is_answered_with_the_one_here(name: str, hint: str) -> None:
+    with pytest.raises(ll.ConfigError, match=f"LoRAConfig has no field '{name}'; .*{hint}"):
+        ll.LoRAConfig(**{name: 1})
+
+
 def test_replace_checks_again() -> None:
     with pytest.raises(ll.ConfigError, match=r"LoRAConfig\.r: expected at least 1, found 0"):
         dataclasses.replace(ll.LoRAConfig(), r=0)

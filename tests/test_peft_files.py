@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,29 @@ def test_what_can_not_be_honoured_is_refused_by_name(fields: dict[str, Any], mes
     saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path)
     with pytest.raises(ll.CheckpointError, match=message):
         ll.from_peft(changed(tmp_path, **fields), model)
+
+
+def test_what_is_no_folder_of_an_adapter(tmp_path: Path) -> None:
+    model = base()
+    saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path / "it")
+    for name in ("someone/adapter", tmp_path / "its"):
+        with pytest.raises(ll.CheckpointError, match=r"no such folder; what is on a hub is downloaded first"):
+            ll.from_peft(name, model)
+    assert ll.from_peft(tmp_path / "it" / "adapter_config.json", model).config.r == 3  # the other file of the folder
+    tensors = {key: t for key, t in load_file(tmp_path / "it").items() if key != "base_model.model.layers.0.up.lora_A.weight"}
+    with pytest.raises(ll.CheckpointError, match=r"'layers.0.up': expected a pair"):
+        ll.from_peft(tensors, config=tmp_path / "it" / "adapter_config.json")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    saved(peft.LoraConfig(r=3, target_modules=BOTH), base(), tmp_path)
+    if name.startswith("adapter_model"):
+        (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ll.CheckpointError, match=rf"{name}: expected a file, found a pipe"):
+        ll.from_peft(tmp_path)
 
 
 def test_other_ways_to_give_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,3 +363,76 @@ def test_what_peft_can_not_hold_is_refused_by_name(tmp_path: Path) -> None:
     unlike = moved(ll.init(Convs(2).eval(), ll.IA3FFConfig(target_names=("^conv$",), target_kinds=("conv",))))
     with pytest.raises(ll.UnsupportedError, match="'conv': PEFT's IA3 has one gate per input channel"):
         ll.to_peft(unlike, Convs(2), tmp_path / "none")
+
+
+class Headed(nn.Module):
+    """A table and a head that PEFT knows by name, the head with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.embed_tokens(ids))
+
+
+def test_the_base_layers_that_a_file_has_copies_of_are_known_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Headed().eval()
+    theirs = saved(peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]), model, tmp_path, x=IDS)
+    assert {key.rpartition(".")[2] for key in load_file(tmp_path) if ".base_layer." in key} == {"weight", "bias"}
+    close(ll.apply(model, ll.from_peft(tmp_path, model), IDS), theirs, 1e-5)
+    with torch.no_grad():
+        model.lm_head.bias += 1.0
+    with pytest.raises(ll.CheckpointError, match=r"unexpected tensor 'lm_head.base_layer.bias'.*a copy of another base"):
+        ll.from_peft(tmp_path, model)
+    with pytest.raises(ll.CheckpointError, match=r"'\w+.base_layer.weight'.*give the base model"):
+        ll.from_peft(tmp_path)
+
+
+FULL_HEAD = ll.FullConfig(target_parameters=("head.weight",))
+TIED = {
+    "modules_to_save": {"target_modules": ["back"], "modules_to_save": ["head"]},
+    "both_saved": {"target_modules": ["back"], "modules_to_save": ["head", "embed_tokens"]},
+    "target_parameters": {"target_modules": ["back"], "target_parameters": ["head.weight"]},
+    "pissa": {"target_modules": ["head"], "init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_what_peft_replaces_in_one_of_two_places_that_share_it_is_refused(name: str, tmp_path: Path) -> None:
+    model = mixed()
+    theirs = saved(peft.LoraConfig(r=3, **TIED[name]), model, tmp_path, x=IDS)
+    close(ll.apply(model, ll.from_peft(tmp_path, model), IDS), theirs, 1e-5)
+    model.head.weight = model.embed_tokens.weight
+    with pytest.raises(ll.CheckpointError, match=r"'(head|embed_tokens)\.weight', which is '(embed_tokens|head)\.weight' too.*untie them"):
+        ll.from_peft(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "says", [{"modules_to_save": ["head", "embed_tokens"]}, {"modules_to_save": ["head"], "ensure_weight_tying": True}]
+)
+def test_equal_copies_of_a_tied_tensor_are_one(says: dict[str, Any], tmp_path: Path) -> None:
+    model = mixed()
+    model.head.weight = model.embed_tokens.weight
+    ll.to_peft((ll.init(model, ll.LoRAConfig(r=2, target_names=("back",))), ll.init(model, FULL_HEAD)), model, tmp_path)
+    tensors = load_file(tmp_path)
+    new = torch.randn_like(tensors["base_model.model.head.weight"])
+    tensors |= {f"base_model.model.{name}.weight": new.clone() for name in ("head", "embed_tokens")}
+    config = tmp_path / "adapter_config.json"
+    params = ll.from_peft(tensors, model, config=json.loads(config.read_text()) | says)
+    dense = ll.merged(model, params)
+    assert torch.equal(dense.head.weight, new)
+    assert dense.head.weight is dense.embed_tokens.weight
+
+
+def test_a_tied_parameter_trained_whole_goes_to_peft_in_both_places(tmp_path: Path) -> None:
+    model = mixed()
+    model.head.weight = model.embed_tokens.weight
+    written((moved(ll.init(model, ll.LoRAConfig(r=2, target_names=("back",)))), moved(ll.init(model, FULL_HEAD))), model, tmp_path, IDS)

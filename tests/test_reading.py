@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import close, leaves, moved
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
 
@@ -180,3 +181,46 @@ def test_a_method_without_a_dense_form_says_so(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ll.UnsupportedError, match="'layer': call_only has no dense equivalent"):
         ll.apply(model, ll.init(model, config()), X)
     assert leaves(ll.init(model, config()))[0].shape == (16,)
+
+
+class Checkpointed(nn.Module):
+    """Blocks that are run again in the backward pass and share a table's weight, which is read before them."""
+
+    def __init__(self, through: str) -> None:
+        super().__init__()
+        self.through, self.table = through, nn.Embedding(5, 16, dtype=torch.float64)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.table.weight
+        for block in self.blocks:
+
+            def run(x: Tensor, W: Tensor = W, block: nn.Module = block) -> Tensor:
+                return x + torch.tanh(block(x)) @ W.mT @ W
+
+            if self.through == "plain":
+                x = run(x)
+            else:
+                given = (x, W) if "arguments" in self.through else (x,)
+                x = checkpoint(run, *given, use_reentrant="reentrant" in self.through)
+        return x
+
+
+@pytest.mark.parametrize("through", ["closure", "arguments", "reentrant"])
+def test_a_weight_read_before_a_checkpoint_is_made_in_each_run_of_it(through: str) -> None:
+    torch.manual_seed(0)
+    model = Checkpointed("plain")
+    params = moved(ll.init(model, ll.LoRAConfig(r=2, target_kinds=("embedding", "linear"))))
+    x, grads = X.clone().requires_grad_(), []
+    for model.through in ("plain", through):
+        bound = ll.bind(model, params)
+        bound(x).square().mean().backward()
+        grads.append({n: p.grad for n, p in bound.named_parameters() if p.requires_grad})
+    close(grads[1], grads[0], 1e-12)
+
+
+def test_a_weight_that_an_autograd_function_would_take_is_refused() -> None:
+    model = Checkpointed("reentrant arguments")
+    params = ll.init(model, ll.LoRAConfig(r=2, target_kinds=("embedding",)))
+    with pytest.raises(ll.UnsupportedError, match=r"'table.weight' is the weight with an adapter in.*autograd.Function.*exclude_names"):
+        ll.apply(model, params, X)

@@ -16,6 +16,7 @@ from .says import Says
 __all__ = ["CONFIG", "TENSORS", "split", "unpack"]
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PICKLES = (".bin", ".pt", ".pth")
 _PREFIX, _SHARED = "base_model.model.", "base_model."
 
 
@@ -34,13 +35,17 @@ def unpack(source: Any, config: Any) -> tuple[Says, dict[str, Tensor]]:
     try:
         path = Path(os.fsdecode(source))
         folder = path if path.is_dir() else path.parent
-        files = [path] if folder is not path else [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
+        lost = not path.exists() and path.suffix not in (".safetensors", *_PICKLES)
+        chosen = [path] if folder is not path and path.name != CONFIG else []
+        files = chosen or [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{shown(source)}: not a path: {error}") from None
+    if lost:
+        raise CheckpointError(f"{path}: no such folder; what is on a hub is downloaded first (huggingface_hub.snapshot_download)")
     if not files:
         raise CheckpointError(f"{path}: expected {TENSORS} or {PICKLE} in this folder, found neither")
     says = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
-    return says, read_pickle(files[0]) if files[0].suffix in (".bin", ".pt", ".pth") else read_safetensors(files[0])[0]
+    return says, read_pickle(files[0]) if files[0].suffix in _PICKLES else read_safetensors(files[0])[0]
 
 
 def _config(config: Any, where: str) -> Says:

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, UnsupportedError, shown
 from ..kinds import KINDS
 from ..spec import Site
 
-__all__ = ["WRAPPED", "Homes", "attention", "homes_of", "ties"]
+__all__ = ["WRAPPED", "Homes", "attention", "elsewhere", "homes_of", "ties"]
 
 WRAPPED = ".base_layer"
 
@@ -57,6 +57,16 @@ def ties(model: Any, table: Any) -> bool:
     """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what the model's config says alone."""
     config, found = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
     return bool(getattr(config, "tie_word_embeddings", False)) and callable(found) and found() is table
+
+
+def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
+    """The other names of a parameter: where other modules hold the same tensor."""
+    home, _, leaf = path.rpartition(".")
+    tensor = None if home not in modules else modules[home]._parameters.get(leaf)
+    if tensor is None:
+        return []
+    others = ((other, module) for other, module in modules.items() if module is not modules[home])
+    return [f"{other}.{name}" if other else name for other, module in others for name, t in module._parameters.items() if t is tensor]
 
 
 def homes_of(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: str) -> Homes:
@@ -110,12 +120,10 @@ def _parameters(made: Homes, home: str, paths: list[str], modules: Mapping[str, 
 
 def _unmistakable(path: str, modules: Mapping[str, Any]) -> None:
     """Refuse a parameter whose name PEFT would find elsewhere too, or that is held in two places, of which it adapts one."""
-    home, _, leaf = path.rpartition(".")
-    tensor = modules[home]._parameters[leaf]
     for other, module in modules.items():
-        for name, t in module._parameters.items():
+        for name in module._parameters:
             full = f"{other}.{name}" if other else name
             if full.endswith("." + path):
                 raise UnsupportedError(f"to_peft: PEFT's target_parameters can't name {path!r} without {full!r}; merge it")
-            if t is tensor and (other, name) != (home, leaf) and module is not modules[home]:
-                raise UnsupportedError(f"to_peft: {path!r} is {full!r} too, of which PEFT would adapt one; merge it")
+    for full in elsewhere(modules, path):
+        raise UnsupportedError(f"to_peft: {path!r} is {full!r} too, of which PEFT would adapt one; merge it")

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, UnsupportedError, shown
 from ..kinds import restored
 from ..layers import held as held_tensor
 from ..layers import stored
-from .homes import Homes, ties
+from .homes import Homes, elsewhere, ties
 
 __all__ = ["biases", "tokens", "whole"]
 
@@ -26,6 +26,7 @@ def whole(adapters: Sequence[Adapter], modules: Mapping[str, Any], sites: Iterab
         UnsupportedError: a parameter of the outermost module, or a module with another adapter in it.
     """
     trained = {path: (a.sites[path], held["lora_W"]) for a in adapters for path, held in a.items()}
+    trained |= {other: trained[path] for path in trained for other in elsewhere(modules, path)}  # a tied one is one tensor here
     homes = {path.rpartition(".")[0] for path in trained}
     for path in trained:
         home, _, name = path.rpartition(".")

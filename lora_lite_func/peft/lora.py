@@ -129,9 +129,9 @@ def _dora(
     return Part(DoRAConfig, dora, fields, r, scale * r), m / norm
 
 
-def sizes(held: Mapping[str, Tensor]) -> tuple[int, int]:
+def sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
     """(d_in, d_out) of the pair."""
-    A, B = factors(Place("", {}), held)
+    A, B = factors(Place(path, {}), held)
     return A.shape[1], B.shape[0]
 
 

@@ -119,7 +119,7 @@ class Method:
         understood: fields of its config that `read` honours.
         read: (says, place, {suffix: tensor}) -> parts.
         write: (adapters, paths' modules) -> Written; the adapters' configs are among `configs`, their sites differ.
-        sizes: {suffix: tensor} -> (d_in, d_out), where the tensors alone tell; None where they don't.
+        sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where they don't.
         shared: names of tensors that stand beside the modules.
         rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern` override.
         ignored: fields without a part in a loaded adapter.
@@ -133,7 +133,7 @@ class Method:
     understood: str
     read: Callable[[Says, Place, Mapping[str, Tensor]], Sequence[Part]]
     write: Callable[[Sequence[Adapter], Mapping[str, Any]], Written]
-    sizes: Callable[[Mapping[str, Tensor]], tuple[int, int]] | None = None
+    sizes: Callable[[str, Mapping[str, Tensor]], tuple[int, int]] | None = None
     shared: tuple[str, ...] = ()
     rank: str = "r"
     alpha: str = "lora_alpha"

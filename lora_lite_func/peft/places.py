@@ -14,7 +14,7 @@ from ..kinds import KINDS, facts, kind_of, matrix
 from ..layers import held, refuse_uncopyable, stored
 from ..spec import Site
 from ..variants import BitFitConfig, DoRAConfig, FullConfig, HiRAConfig, LoRAConfig, TokensConfig
-from .homes import WRAPPED, attention, ties
+from .homes import WRAPPED, attention, elsewhere, ties
 from .method import Method, Part, Place
 from .says import Says
 
@@ -31,7 +31,7 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
         _check_targeted(says, {path: path for path in sites})
         if method.sizes is None:
             return {path: Place(path, shared) for path in sites}
-        return {path: Place(path, shared, _sized(path, method.sizes(own), own)) for path, own in sites.items()}
+        return {path: Place(path, shared, _sized(path, method.sizes(path, own), own)) for path, own in sites.items()}
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -46,6 +46,10 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
     if missing is not None and method.suffixes and method.peft_type != "ADALORA":  # which leaves out what it pruned
         raise CheckpointError(f"{says.where}: target_modules name {shown(missing)}, for which there is no tensor")
     places = {path: Place(found, shared, *known[found]) for path, found in where.items()}
+    start = str(says.get("init_lora_weights")) if method.peft_type == "LORA" else ""
+    for place in places.values():  # PEFT changes one of two places here, or both where the start was meant for one
+        if KINDS[place.kind].bare or (place.kind == "linear" and start in ("pissa", "olora")):
+            _refuse_tied(says, modules, place.path if KINDS[place.kind].bare else f"{place.path}.weight")
     for place in places.values():
         home = attention(modules, place.path)
         if home is not None:  # PEFT (0.21 at least) adds out_proj's update twice in each call, so its adapters were trained that way
@@ -56,6 +60,21 @@ def places_of(model: Any, says: Says, method: Method, sites: Mapping[str, Any], 
             f"{says.where}: where layers are stored transposed ({across}), PEFT turns the update of attention's out_proj around"
         )
     return places
+
+
+def _refuse_tied(says: Says, modules: Mapping[str, Any], path: str, known: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse a change of a parameter that is held elsewhere too, as PEFT changes it in one place; equal copies in all places are one.
+
+    Raises:
+        CheckpointError: with both names.
+    """
+    known = known or {}
+    for other in elsewhere(modules, path):
+        if path not in known or other not in known or not torch.equal(known[path], known[other]):
+            raise CheckpointError(
+                f"{says.where}: changes {shown(path)}, which is {shown(other)} too: PEFT doesn't change both alike, and here they are one "
+                "tensor; untie them in the model first (layer.weight = nn.Parameter(layer.weight.detach().clone()))"
+            )
 
 
 def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
@@ -138,6 +157,8 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
         CheckpointError: a tensor that is neither, one that needs the model and there is none, or none of a module that was trained whole.
     """
     learned, saved = says.get("bias", "none") not in ("none", None), says.names("modules_to_save")
+    modules = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
+    tying = says.flag("ensure_weight_tying")  # PEFT keeps a copy of what shares a tensor with a module trained whole, too
     whole: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
@@ -146,20 +167,22 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
         bare = path.removesuffix(WRAPPED) if _has(model, path.removesuffix(WRAPPED)) else path.replace(WRAPPED, "")
         if ".original_module." in key and _in_one_of(saved, path):
             pass  # bias="all" keeps what a copy replaces, too
-        elif _in_one_of(saved, path):
+        elif _in_one_of(saved, path) or (tying and any(_in_one_of(saved, other.rpartition(".")[0]) for other in elsewhere(modules, key))):
             whole[key.replace(".modules_to_save.", ".")] = t
         elif name == "bias" and learned:
             biases[bare] = t
         elif name == "trainable_tokens_delta":
             tokens[path.removesuffix(".token_adapter")] = t
-        elif name == "weight" and _is_the_base(model, bare, t):
-            pass  # PEFT copies an embedding that it adapts into the file
+        elif name in ("weight", "bias") and _is_the_base(model, bare, name, t):
+            pass  # PEFT copies an embedding that it adapts into the file, and the head beside it
         else:
-            raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; nothing here corresponds to it")
+            raise CheckpointError(f"{says.where}: unexpected tensor {shown(key)}; {_unknown(model, path, bare)}")
     if (whole or biases or tokens) and not isinstance(model, nn.Module):
         raise CheckpointError(f"{says.where}: {shown(next(iter(rest)))} replaces a tensor of the base; give the base model too")
     _check_saved(says, saved, whole, model)
     known = adaptable(model, [*whole, *biases]) if whole or biases else {}
+    for path in whole:
+        _refuse_tied(says, modules, path, whole)
     found = [_whole(says, path, t, *known[path]) for path, t in whole.items()]
     found += [_bias(says, path, t, *known[path]) for path, t in biases.items()]
     return found + [part for path, t in tokens.items() for part in _tokens(says, path, t, model)]
@@ -192,10 +215,19 @@ def _in_one_of(names: list[str], path: str) -> bool:
     return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
 
 
-def _is_the_base(model: Any, path: str, t: Tensor) -> bool:
+def _is_the_base(model: Any, path: str, name: str, t: Tensor) -> bool:
     module = dict(model.named_modules()).get(path) if isinstance(model, nn.Module) else None
-    base = None if module is None else stored(module, "weight")
-    return isinstance(base, Tensor) and base.shape == t.shape and torch.equal(held(module).to(t), t)
+    base = None if module is None else stored(module, name)
+    return isinstance(base, Tensor) and base.shape == t.shape and torch.equal(held(module, name).to(t), t)
+
+
+def _unknown(model: Any, path: str, bare: str) -> str:
+    """What to say of a tensor that isn't the base's own."""
+    if not path.endswith(WRAPPED):
+        return "nothing here corresponds to it"
+    if not isinstance(model, nn.Module):
+        return "if it is PEFT's copy of the base's, give the base model too"
+    return f"it isn't what {shown(bare)} of this model has: a copy of another base, or of one that was trained or resized"
 
 
 def _whole(says: Says, path: str, t: Tensor, site: Site, module: Any) -> tuple[Place, Part]:

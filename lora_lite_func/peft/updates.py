@@ -26,7 +26,7 @@ def _renamed(held: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
 
 def _columns_rows(a: str, b: str) -> Any:
     """Sizes of a pair stored as a (r, d_in) and b (d_out, r)."""
-    return lambda held: (held[a].shape[-1], held[b].shape[0])
+    return lambda path, held: (held[a].shape[-1], held[b].shape[0])
 
 
 # --------------------------------------------------------------------------------------------------------------- LyCORIS
@@ -64,7 +64,7 @@ def _write_lokr(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     return Written({"decompose_factor": said["factor"], "decompose_both": said["decompose_both"]}, tensors, {}, r, alpha)
 
 
-def _lokr_sizes(held: Mapping[str, Tensor]) -> tuple[int, int]:
+def _lokr_sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
     def shape(name: str) -> tuple[int, int]:
         full = held.get(name)
         if full is not None:
@@ -293,6 +293,9 @@ C3A = Method(
     "block_size block_size_pattern",
     _read_c3a,
     _write_c3a,
-    lambda held: (held["c3a_kernel"].shape[1] * held["c3a_kernel"].shape[2], held["c3a_kernel"].shape[0] * held["c3a_kernel"].shape[2]),
+    lambda path, held: (
+        held["c3a_kernel"].shape[1] * held["c3a_kernel"].shape[2],
+        held["c3a_kernel"].shape[0] * held["c3a_kernel"].shape[2],
+    ),
     biased="c3a_only",
 )
