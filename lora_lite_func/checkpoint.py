@@ -39,6 +39,10 @@ def save(params: Saved, path: str | os.PathLike[str]) -> None:
 
     Frozen tensors that several sites share are stored once.
 
+    Args:
+        params: what to save; of a dict, names without "/".
+        path: the file; an old one is replaced when the new one is whole.
+
     Raises:
         CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or of a transform), or the file can't be
             written.

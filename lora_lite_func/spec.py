@@ -14,7 +14,20 @@ from .config import AdapterConfig
 from .errors import ConfigError, nearest, shown
 from .rng import Draw
 
-__all__ = ["MATRICES", "Layer", "ParamSpec", "Params", "Site", "Variant", "lookup", "register", "variants"]
+__all__ = [
+    "MATRICES",
+    "Layer",
+    "ParamSpec",
+    "Params",
+    "Site",
+    "Variant",
+    "fits",
+    "leaf_dtype",
+    "lookup",
+    "register",
+    "site_for",
+    "variants",
+]
 
 MATRICES = ("linear", "conv", "parameter")
 """The kinds that a dense equivalent is all it takes for."""

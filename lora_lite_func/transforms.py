@@ -15,7 +15,7 @@ from .config import real
 from .errors import ConfigError, StructureError, UnsupportedError, shown
 from .layout import FACTOR
 
-__all__ = ["cast", "combine", "num_params", "partition", "project", "scale", "summary"]
+__all__ = ["cast", "check_adapter", "combine", "differing", "num_params", "partition", "project", "scale", "summary"]
 
 
 def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -> tuple[Adapter, Adapter]:
@@ -173,7 +173,11 @@ def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
 
 
 def summary(params: Adapter) -> str:
-    """The adapter as a table: what `print(params)` shows."""
+    """The adapter as a table: what `print(params)` shows.
+
+    Raises:
+        StructureError: not an Adapter.
+    """
     check_adapter(params, "summary")
     return repr(params)
 

@@ -17,8 +17,8 @@ __all__ = ["verified"]
 def verified(variant: Variant) -> Variant:
     """The same method, whose `inputs` and `outputs` have to give what came to them in shape and dtype, and `factors` two factors.
 
-    Its phases raise ConfigError, with the site, the phase and what it gave; also where a phase has a wrong signature, or asks for
-    a tensor or an attribute that there isn't.
+    Its phases raise ConfigError where they don't, with the site, the phase and what it gave; also where a phase has another signature,
+    or asks for a tensor or an attribute that there isn't.
     """
     name = variant.name
 
