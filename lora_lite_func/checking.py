@@ -15,7 +15,7 @@ from .calibration import quiet
 from .comparison import allowed, apart, run
 from .config import AdapterConfig
 from .dense import merged
-from .errors import LoraLiteError
+from .errors import ConfigError, LoraLiteError
 from .kinds import KINDS
 from .report import Report
 from .site import Op
@@ -66,6 +66,8 @@ def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **k
         return recorder.report(model, unmerged="the output holds no floating tensor")
     try:
         dense = merged(model, params)
+    except ConfigError:  # the method's own mistake
+        raise
     except LoraLiteError as error:
         return recorder.report(model, effect=effect, unmerged=str(error))
     difference, size, eps = apart(y, run(copy_tree(dense, {}, quiet), example))

@@ -27,11 +27,12 @@ from .kinds import KINDS, misfit, place
 from .layout import Layout, Stacked
 from .spec import fits
 
-__all__ = ["load", "save"]
+__all__ = ["Saved", "load", "save"]
 
 _KEY = "lora_lite_func"
 
 Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
+"""What a file may hold."""
 
 
 def save(params: Saved, path: str | os.PathLike[str]) -> None:

@@ -137,6 +137,8 @@ def _default_factor(cfg: AdapterConfig, site: Site) -> float:
 class Variant:
     """One method: a record of pure functions. `p` is the site's {lora_name: tensor}, `d` what `prepare` returned.
 
+    None of them may write on what it is given: x, W and b can be the model's own.
+
     Attributes:
         name: how files and tables call it.
         config: its config class.

@@ -149,6 +149,8 @@ def test_dense_equivalents(made: Any, weight: Any, message: str) -> None:
     cfg = dataclasses.replace(made(weight=weight), target_names=("up",))
     with pytest.raises(ll.ConfigError, match=rf"'layers.0.up': theirs.{message}"):
         ll.merge(MODEL, trained(cfg))
+    with pytest.raises(ll.ConfigError, match=rf"'layers.0.up': theirs.{message}"):  # no reason to compare less
+        ll.check(MODEL, trained(cfg), X)
 
 
 def test_a_bias_that_is_lost(made: Any) -> None:
