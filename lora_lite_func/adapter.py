@@ -17,7 +17,7 @@ from .layout import Layout, describe, described
 from .spec import Site
 from .summary import render
 
-__all__ = ["ABSENT", "Adapter", "Layout"]
+__all__ = ["ABSENT", "Adapter", "Layout", "check_shapes", "keys", "leaves", "member", "members_of", "rebuild", "replace"]
 
 
 class _Absent:

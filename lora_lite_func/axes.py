@@ -93,7 +93,9 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
     odd = next((value for value in flat if not isinstance(value, (Tensor, *PLAIN))), None)
     if odd is not None or not tensors:
         what = "no tensor" if odd is None else f"a {type(odd).__name__}"
-        raise UnsupportedError(f"{module._ll_path!r} ({type(module).__name__}): is given {what}, {_INPUT}")
+        raise UnsupportedError(
+            f"{module._ll_path!r} ({type(module).__name__}): is given {what}, in which rows can't be told apart; {_LEAVE}"
+        )
     x, least = tensors[0], _least(module)
     if x.ndim < (least or 1):
         raise _unbatched(module, x)
@@ -104,7 +106,7 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
     return [None if not isinstance(t, Tensor) else _FIRST if t is x else _of_stranger(module, t, x, rows) for t in flat]
 
 
-_INPUT = "in which rows can't be told apart; leave it out with exclude_names, or call the model once per adapter"
+_LEAVE = "leave it out with exclude_names, or call the model once per adapter"
 
 
 def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
@@ -116,7 +118,7 @@ def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
         return None if inner else _FIRST
     raise UnsupportedError(
         f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(t.shape)} beside one of shape "
-        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} rows; {_INPUT}"
+        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} rows; {_LEAVE}"
     )
 
 

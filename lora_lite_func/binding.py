@@ -32,6 +32,10 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     `params`: training the bound module trains them. Frozen ones are buffers. Base weights share storage with the model's and don't
     require gradients. The user's model isn't changed, whatever is done to the bound one (train(), to(), half(), hooks ...).
 
+    Args:
+        model: the frozen base; one that is bound already is adapted once more, outside what it has.
+        params: as in `apply`; of `ll.rows` each call's batch has those rows.
+
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the model can't be copied, or `params` is what torch.func.grad or jvp differentiates.
@@ -78,6 +82,10 @@ def prepared(model: nn.Module, params: Adapters) -> nn.Module:
     adapter's tensors, none trainable, and the base should stay as it is; `.to(device)` moves all of it. Where tensors of a layer are
     replaced, loaded, written on (in place, not through `.data`), offloaded or made trainable, in another dtype, in training mode, for rows
     of a stack and layers whose weight is adapted everything is made in each call as ever. A compiled call notices loading alone.
+
+    Args:
+        model: the frozen base.
+        params: as in `apply`.
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.

@@ -140,7 +140,11 @@ class _Recorder:
                 self.moments[site.path] = start[key]
 
     def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
-        """One batch through the model, and back if gradients are wanted."""
+        """One batch through the model, and back if gradients are wanted.
+
+        Raises:
+            ConfigError: the model can't take the batch, or the loss is no scalar of the chosen layers.
+        """
         args, kwargs = arguments(copy, batch, loss_fn is not None)
         mask = kwargs.get("attention_mask")
         self.mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim <= 2 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .calibration import quiet
 from .comparison import allowed, apart, run
 from .config import AdapterConfig
 from .dense import merged
-from .errors import LoraLiteError
+from .errors import ConfigError, LoraLiteError
 from .kinds import KINDS
 from .report import Report
 from .site import Op
@@ -23,6 +23,7 @@ from .skeleton import constant, copy_tree
 from .spec import Params, Site, Variant, lookup
 from .targets import find
 from .tied import everywhere
+from .verified import verified
 
 __all__ = ["check"]
 
@@ -37,6 +38,7 @@ def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **k
     Runs copies of the model on the example, in eval mode: nothing is written on it. Tells which sites are never called, or several
     times, whose weight is read without calling the layer (there the adapter is missed) or is tied to another's, and whether
     `apply` agrees with `merged`, and from which site on it doesn't. A config, before `init`, is checked for its sites alone.
+    What a method's phases give is held to what `ll.Variant` says of them, so a method of your own is best checked first.
 
     Args:
         model: the frozen base.
@@ -48,6 +50,7 @@ def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **k
         TargetError: a config's pattern, role or layer index selects nothing.
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the model can't be copied, or the method can't adapt a chosen layer.
+        ConfigError: a phase of a method gives something of another shape or dtype than it should; with the site.
     """
     example = (args, kwargs)
     if isinstance(params, AdapterConfig):
@@ -56,12 +59,15 @@ def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **k
         return recorder.report(model, unmerged="a config has no weights yet; check the adapter that init makes of it")
     ops = ops_of(params)
     recorder = _Recorder({path: here[-1].site for path, here in ops.items()})
-    y = recorder.run(model, ops, example)
+    recorder.run(model, ops, example)
+    y = run(copy_tree(model, everywhere(model, ops), quiet), example)  # as `apply` makes it, without the recorder
     effect, size, _ = apart(y, run(copy_tree(model, {}, quiet), example))
     if size < 0:
         return recorder.report(model, unmerged="the output holds no floating tensor")
     try:
         dense = merged(model, params)
+    except ConfigError:  # the method's own mistake
+        raise
     except LoraLiteError as error:
         return recorder.report(model, effect=effect, unmerged=str(error))
     difference, size, eps = apart(y, run(copy_tree(dense, {}, quiet), example))
@@ -107,7 +113,7 @@ class _Recorder(TorchFunctionMode):
         cfg = AdapterConfig()
         tree = copy_tree(
             model,
-            everywhere(model, {path: [*ops.get(path, ()), Op(record, cfg, site, {}, 0.0)] for path, site in self.sites.items()}),
+            everywhere(model, {path: [*_strict(ops.get(path, ())), Op(record, cfg, site, {}, 0.0)] for path, site in self.sites.items()}),
             self._own,
         )
         with self:
@@ -167,6 +173,10 @@ class _Recorder(TorchFunctionMode):
         return Report(
             calls=self.calls, weights=tuple(self.by_weight), escaped=tuple(self.escaped), reads=reads, tied=tied, shared=shared, **found
         )
+
+
+def _strict(ops: Iterable[Op]) -> list[Op]:
+    return [op._replace(variant=verified(op.variant)) for op in ops]
 
 
 def _name(func: Any) -> str:

@@ -27,17 +27,22 @@ from .kinds import KINDS, misfit, place
 from .layout import Layout, Stacked
 from .spec import fits
 
-__all__ = ["load", "save"]
+__all__ = ["Saved", "load", "save"]
 
 _KEY = "lora_lite_func"
 
 Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
+"""What a file may hold."""
 
 
 def save(params: Saved, path: str | os.PathLike[str]) -> None:
     """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file: atomic, exact for every dtype.
 
     Frozen tensors that several sites share are stored once.
+
+    Args:
+        params: what to save; of a dict, names without "/".
+        path: the file; an old one is replaced when the new one is whole.
 
     Raises:
         CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or of a transform), or the file can't be

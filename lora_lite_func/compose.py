@@ -71,7 +71,8 @@ def combine_adapters(
         seed: of dare's draws, which depend on (seed, path, number of the adapter) alone.
 
     Raises:
-        StructureError: no adapters, a stack, weights that don't fit, an unknown way, ranks that differ where they may not.
+        StructureError: no adapters, a stack, weights that don't fit, an unknown way or sign, a density or rank out of range, ranks that
+            differ where they may not, or sites that do.
         UnsupportedError: a method whose update isn't two factors.
     """
     several = list(adapters)
@@ -84,6 +85,10 @@ def combine_adapters(
         raise StructureError(f"combine_adapters: expected {len(several)} weights, found {len(numbers)}")
     if not 0.0 < density <= 1.0:
         raise StructureError(f"combine_adapters: expected a density in (0, 1], found {density}")
+    if majority_sign not in ("total", "frequency"):
+        raise StructureError(f"combine_adapters: majority_sign: expected 'total' or 'frequency', found {shown(majority_sign)}")
+    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
+        raise StructureError(f"combine_adapters: r: expected at least 1, found {shown(r)}")
     for i, adapter in enumerate(several):
         check_adapter(adapter, f"combine_adapters: number {i}")
         check_shapes(adapter)
@@ -127,7 +132,11 @@ class _Recipe:
         self.r, self.density, self.majority_sign, self.seed = r, density, majority_sign, seed
 
     def at(self, site: Site, parts: Sequence[tuple[float, Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-        """(A, B) of (weight, A_i, B_i, s_i)."""
+        """(A (r, d_in), B (d_out, r)) of (weight, A_i, B_i, s_i).
+
+        Raises:
+            StructureError: ranks differ where factors are added one by one.
+        """
         if self.name == "cat":
             return torch.cat([A for _, A, _, _ in parts], dim=-2), torch.cat([B * (w * s) for w, _, B, s in parts], dim=-1)
         weights = [w for w, _, _, _ in parts]

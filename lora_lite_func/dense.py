@@ -64,6 +64,11 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
     Parameters that no site touches share storage with the model's (`copy.deepcopy` it for independence). Flags stay as they were.
     With `dequantize` a packed site becomes a dense layer, at the cost that `merge` tells.
 
+    Args:
+        model: the frozen base.
+        params: as in `apply`.
+        dequantize: as in `merge`.
+
     Raises:
         StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp differentiates.
     """

@@ -163,12 +163,31 @@ def _specs(variant: Variant, cfg: AdapterConfig, site: Site) -> Mapping[str, Par
     specs = variant.param_specs(cfg, site)
     if not isinstance(specs, Mapping) or not all(isinstance(s, ParamSpec) for s in specs.values()):
         raise ConfigError(f"{variant.name}.param_specs: expected a mapping of names to ParamSpecs, found {shown(specs)}")
+    if not specs:
+        raise ConfigError(f"{variant.name}.param_specs: expected at least one tensor, found {{}}")
     for name, spec in specs.items():
         if not isinstance(name, str) or not name.startswith("lora_") or "." in name:
             raise ConfigError(f"{variant.name} names a tensor {name!r}; expected a name that begins with 'lora_', without dots")
         if spec.init not in ("zeros", "ones") and not callable(spec.init):
             raise ConfigError(f"{variant.name}: {name} starts as {spec.init!r}; expected 'zeros', 'ones' or a draw")
+        _check_spec(spec, f"{variant.name}: {name}")
     return specs
+
+
+def _check_spec(spec: ParamSpec, where: str) -> None:
+    shape, dtype, axis = spec.shape, spec.dtype, spec.rank_axis
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ConfigError(f"{where} has the shape {shown(shape)}; expected a tuple of sizes")
+    if axis is not None and not 0 <= axis < len(shape):
+        raise ConfigError(f"{where} has rank_axis={axis}; expected one of its {len(shape)} axes, counted from 0")
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{where} is {shown(dtype)}; expected a torch.dtype or None")
+    if dtype.is_complex:
+        raise ConfigError(f"{where} is {dtype}; expected a real dtype (a complex tensor is two, or one with a last axis of 2)")
+    if spec.trainable and not dtype.is_floating_point:
+        raise ConfigError(f"{where} is {dtype} and trainable; expected a floating dtype, or trainable=False")
 
 
 def _check_given(variant: Variant, specs: Mapping[str, ParamSpec], given: Any) -> None:
@@ -184,4 +203,7 @@ def _drawn(spec: ParamSpec, draw: Callable[[str], torch.Generator], name: str, d
         return torch.zeros(spec.shape, dtype=dtype, device=device)
     if spec.init == "ones":
         return torch.ones(spec.shape, dtype=dtype, device=device)
-    return spec.init(spec.shape, draw(name))
+    value = spec.init(spec.shape, draw(name))
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"the draw of {name} gave {shown(value)}, expected a tensor")
+    return value

@@ -22,11 +22,13 @@ __all__ = [
     "compute_dtype",
     "dense_weight",
     "device_of",
+    "held",
     "how_to_bake",
     "is_dense",
     "is_linear_like",
     "is_packed",
     "refusal",
+    "refuse_uncopyable",
     "stored",
 ]
 

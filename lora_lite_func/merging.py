@@ -23,7 +23,7 @@ from .opening import open_adapter
 from .ops import Op, merge_site
 from .shards import Shards, skeleton
 
-__all__ = ["merge_folder"]
+__all__ = ["bar", "merge_folder"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 

@@ -10,14 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .checkpoint import load
+from .checkpoint import Saved, load
 from .errors import CheckpointError
 from .peft import from_peft
 from .peft.folder import CONFIG, unpack
 
 __all__ = ["form_of", "open_adapter"]
-
-Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 
 
 def form_of(path: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig, dropout_of
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .hidden import Prompt
 from .kinds import KINDS, matrix, restored
 from .layers import autocasts
@@ -169,6 +169,8 @@ def check_dense(op: Op) -> None:
     Raises:
         UnsupportedError: it has no dense equivalent, or another adapter for each row.
     """
+    if op.variant.weight is None and not op.variant.has_phases:
+        raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has neither `inputs`, `outputs` nor `weight` in its Variant")
     if op.variant.weight is None:
         raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} has no dense equivalent, so it can't be merged there")
     if op.plan is not None:
@@ -214,8 +216,27 @@ def _dense(op: Op, p: Params, M: Tensor, b: Tensor | None) -> tuple[Tensor, Tens
     weight: Any = op.variant.weight
     p, site = unfolded(p, op.site)
     if not site.stack:
-        M, moved = weight(op.cfg, p, site, M, b)
-        if moved is not None and KINDS[op.site.kind].bare:
-            raise UnsupportedError(f"{op.site.path!r}: {op.variant.name} moves a bias, which a bare parameter hasn't")
-        return M, moved
-    return torch.func.vmap(lambda p, M: weight(op.cfg, p, site, M, None)[0])(dict(p), M), b
+        return _checked(op, weight(op.cfg, p, site, M, b), M)
+    return torch.func.vmap(lambda p, M: _checked(op, weight(op.cfg, p, site, M, None), M)[0])(dict(p), M), b
+
+
+def _checked(op: Op, made: Any, M: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a variant's `weight` gave, if it is the dense equivalent that it should be.
+
+    Raises:
+        ConfigError: another type or shape.
+        UnsupportedError: a bias where none can be.
+    """
+    where, size = f"{op.site.path!r}: {op.variant.name}", M.shape[:1]
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ConfigError(f"{where}.weight gave {type(made).__name__}, expected (W', b')")
+    for name, new, shape in (("W'", made[0], M.shape), ("b'", made[1], size)):
+        if (new is not None or name == "W'") and (not isinstance(new, Tensor) or new.shape != shape):
+            found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ConfigError(f"{where}.weight gave {found} for {name} {tuple(shape)}")
+    if made[1] is not None and KINDS[op.site.kind].bare:
+        raise UnsupportedError(
+            f"{where} moves a bias, which a bare parameter hasn't; choose other parameters (a method that always moves one says in its "
+            "`sites` what it can adapt)"
+        )
+    return made

@@ -29,7 +29,11 @@ class PairRecorder:
         self.mask: Tensor | None = None
 
     def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
-        """One batch (positive, negative), each of what the model takes, row k of the one the counterpart of row k of the other."""
+        """One batch (positive, negative), each of what the model takes, row k of the one the counterpart of row k of the other.
+
+        Raises:
+            ConfigError: no pair, or sides of different numbers of rows.
+        """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ConfigError(f"calibration data: expected pairs (positive, negative), found {type(batch).__name__}")
         sides = []

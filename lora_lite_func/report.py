@@ -16,6 +16,7 @@ class Report:
 
     Attributes:
         calls: {site: how often the example reached it}, by a call of the layer or through its adapted weight.
+        weights: the sites whose adapted weight was taken, in a call of the layer that goes by it or without a call.
         reads: {site: the torch functions that took its bare weight without calling the layer}; there the adapter is missed.
         escaped: the sites whose module, or tensors, the model uses through a reference that can't be followed to the adapted copy.
         tied: {site: other names of its tensors}; an adapter is its layer's own, it doesn't reach what is tied to it.

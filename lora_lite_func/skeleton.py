@@ -1,4 +1,4 @@
-"""A copy of the module tree, made for one call (or kept, for `bind`): the only file that goes through the user's modules.
+"""A copy of the module tree, made for one call (or kept, for `bind`).
 
 Every module of the copy is a new object of the same class with the same attributes; parameters and buffers are shared with the
 user's model, never written. Nothing is cached between calls, so flags, dtypes, devices and replaced layers are always current.

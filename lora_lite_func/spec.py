@@ -14,7 +14,20 @@ from .config import AdapterConfig
 from .errors import ConfigError, nearest, shown
 from .rng import Draw
 
-__all__ = ["MATRICES", "Layer", "ParamSpec", "Params", "Site", "Variant", "lookup", "register", "variants"]
+__all__ = [
+    "MATRICES",
+    "Layer",
+    "ParamSpec",
+    "Params",
+    "Site",
+    "Variant",
+    "fits",
+    "leaf_dtype",
+    "lookup",
+    "register",
+    "site_for",
+    "variants",
+]
 
 MATRICES = ("linear", "conv", "parameter")
 """The kinds that a dense equivalent is all it takes for."""
@@ -82,7 +95,7 @@ class ParamSpec:
 
     Attributes:
         shape: its shape.
-        init: "zeros", "ones", or a draw (shape, generator) -> float32 tensor.
+        init: "zeros", "ones", or a draw (shape, generator) -> float32 CPU tensor, by that torch.Generator alone.
         trainable: False for a tensor that is part of the adapter but never learned.
         dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates, angles, magnitudes);
             an integer dtype is taken as it is.
@@ -124,6 +137,8 @@ def _default_factor(cfg: AdapterConfig, site: Site) -> float:
 class Variant:
     """One method: a record of pure functions. `p` is the site's {lora_name: tensor}, `d` what `prepare` returned.
 
+    None of them may write on what it is given: x, W and b can be the model's own.
+
     Attributes:
         name: how files and tables call it.
         config: its config class.
@@ -133,21 +148,25 @@ class Variant:
             say; may return some of the tensors. `weight` is the dense (d_out, d_in) float weight if "weight" is in
             `needs`, else None; `generator(name)` gives the torch.Generator of a tensor.
         prepare: (cfg, p, site, layer) -> d, small tensors that the phases share.
-        inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in).
-        outputs: (cfg, p, d, x, y, site) -> y', after it; x is what came to this adapter, y what the layer gave.
-        weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and (d_out,) or None.
+        inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in), in x's dtype (which needn't be p's: a spec's
+            own dtype may be wider).
+        outputs: (cfg, p, d, x, y, site) -> y' (..., d_out), after it, in y's dtype; x is what came to this adapter, y what the layer gave.
+        weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and (d_out,) or None; W and b are float32
+            at least, whatever the layer's dtype. b is None where the layer has no bias; a b' then gives it one, an embedding adds it to
+            every row of its table, and a bare parameter ("parameter", "vector") refuses it.
         dense: (cfg, site, tokens) -> bool: whether, for that many rows of input, one product with `weight`'s W' costs less than the
             frozen layer and the phases; by sizes (and grad mode, as training pays for a gradient of W') alone. The runtime then takes
             it at plain dense layers where nothing would be rounded away; by default it never does.
-        scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing.
-        project: (cfg, p) -> p', the nearest parameters that a constraint of the method allows; for `ll.project`, after a step.
+        scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing. What p' leaves out stays.
+        project: (cfg, p) -> p' likewise, the nearest parameters that a constraint of the method allows; for `ll.project`, after a step.
         factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
         needs: what init may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
         needs_by: cfg -> which of these it needs under a config; None for all.
         plan: (cfg, sites, seen) -> cfg', from what all sites saw; for ranks that are shared out among them.
         sites: kinds of site it can adapt, the one that it takes when the config names none first. By default `MATRICES` for a method
-            with `weight` whose start needs no data, else linear layers.
-        factors: (cfg, p, site) -> (A (k, d_in), B (d_out, k), s), where the update is s B A and nothing else.
+            with `weight` whose start needs no data, else linear layers; so a `weight` that always moves the bias needs them named.
+        factors: (cfg, p, site) -> (A (k, d_in), B (d_out, k), s), where the update is s B A and nothing else; a plain linear layer then
+            goes by them instead of the phases, and `ll.combine_adapters` and the files of others take them.
         leading: its phases take several members at once as they are, leaves (m, ...) and x (m, n, ..., d_in), and `site.scale`
             may be (m,); otherwise they are mapped over the members.
     """
@@ -173,8 +192,10 @@ class Variant:
     leading: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.needs, set):
+            object.__setattr__(self, "needs", frozenset(self.needs))
         if not self.sites:
-            object.__setattr__(self, "sites", MATRICES if self.weight is not None and self.needs <= {"weight"} else MATRICES[:1])
+            object.__setattr__(self, "sites", MATRICES if self.weight is not None and set(self.needs) <= {"weight"} else MATRICES[:1])
         if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
             object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda kind: (kind != "linear", kind))))
 
@@ -193,6 +214,7 @@ class Variant:
 
 _REGISTRY: dict[type[AdapterConfig], Variant] = {}
 _NEEDS = frozenset({"weight", "inputs", "gradients", "pairs"})
+_OPTIONAL = ("init", "prepare", "inputs", "outputs", "weight", "dense", "scale", "project", "needs_by", "plan", "factors")
 
 
 def register(variant: Variant) -> Variant:
@@ -208,8 +230,7 @@ def register(variant: Variant) -> Variant:
         raise ConfigError(f"variant {name!r}: expected a name")
     if not isinstance(config, type) or not issubclass(config, AdapterConfig):
         raise ConfigError(f"variant {name!r}: expected a subclass of AdapterConfig for its config, found {config!r}")
-    if variant.dense is not None and variant.weight is None:
-        raise ConfigError(f"variant {name!r} has `dense`, which asks for a product with `weight`'s W', but no `weight`")
+    _check_fields(variant)
     odd = set(variant.needs) - _NEEDS
     if odd:
         raise ConfigError(f"variant {name!r} needs {', '.join(sorted(map(str, odd)))}; known are {', '.join(sorted(_NEEDS))}")
@@ -218,6 +239,20 @@ def register(variant: Variant) -> Variant:
             raise ConfigError(f"variant {name!r} ({config.__name__}): {known.name!r} has that name or config already")
     _REGISTRY[config] = variant
     return variant
+
+
+def _check_fields(variant: Variant) -> None:
+    where = f"variant {variant.name!r}"
+    for field in ("param_specs", "factor", *_OPTIONAL):
+        value = getattr(variant, field)
+        if not callable(value) and not (value is None and field in _OPTIONAL):
+            raise ConfigError(f"{where}: {field}: expected a function, found {shown(value)}")
+    if isinstance(variant.needs, str):
+        raise ConfigError(f"{where}: needs: expected a set of names, found {shown(variant.needs)}")
+    if isinstance(variant.sites, str):
+        raise ConfigError(f"{where}: sites: expected a tuple of names, found {shown(variant.sites)}")
+    if variant.dense is not None and variant.weight is None:
+        raise ConfigError(f"{where} has `dense`, which asks for a product with `weight`'s W', but no `weight`")
 
 
 def variants() -> dict[str, Variant]:

@@ -68,13 +68,22 @@ def num_members(stacked: Adapter) -> int:
 
 
 def names(stacked: Adapter) -> tuple[str, ...] | None:
-    """The names of a stack's members, in order; None if they have none."""
+    """The names of a stack's members, in order; None if they have none.
+
+    Raises:
+        StructureError: not an Adapter.
+    """
     check_adapter(stacked, "names")
     return stacked.layout.labels if isinstance(stacked.layout, Stacked) else None
 
 
 def update(stacked: Adapter, which: int | str, adapter: Adapter) -> Adapter:
     """The stack with another adapter in one member's place. Pure.
+
+    Args:
+        stacked: the stack.
+        which: the member's number (negative ones count from the end), or its name.
+        adapter: one adapter that stacks with the others; its rank and strength may differ.
 
     Raises:
         StructureError: no such member, or the adapter doesn't stack with the others.

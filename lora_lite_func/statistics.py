@@ -80,14 +80,22 @@ class SiteStatistics:
 
     @property
     def gradient(self) -> Tensor:
-        """(d_out, d_in) mean over batches of the gradient of the loss in the weight."""
+        """(d_out, d_in) mean over batches of the gradient of the loss in the weight.
+
+        Raises:
+            ConfigError: none was recorded.
+        """
         if self.slope is None:
             raise ConfigError("these statistics have no gradient; calibrate with a method that needs it, and a loss_fn")
         return self.slope / self.batches
 
     @property
     def pairs(self) -> Tensor:
-        """(2, n, d_in): inputs at the last token, of positive texts and of their counterparts."""
+        """(2, n, d_in): inputs at the last token, of positive texts and of their counterparts.
+
+        Raises:
+            ConfigError: none were recorded.
+        """
         if self.points is None:
             raise ConfigError("these statistics have no pairs; calibrate with a method that starts from contrastive pairs")
         return self.points

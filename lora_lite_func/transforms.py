@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
 from .config import real
-from .errors import ConfigError, StructureError, UnsupportedError
+from .errors import ConfigError, StructureError, UnsupportedError, shown
 from .layout import FACTOR
 
-__all__ = ["cast", "combine", "num_params", "partition", "project", "scale", "summary"]
+__all__ = ["cast", "check_adapter", "combine", "differing", "num_params", "partition", "project", "scale", "summary"]
 
 
 def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -> tuple[Adapter, Adapter]:
@@ -74,7 +74,7 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     Raises:
         UnsupportedError: the method has no such path.
         StructureError: a part of a partition, or a vector of strengths for something that isn't a stack of as many adapters.
-        ConfigError: a strength that is neither a finite number nor a tensor.
+        ConfigError: a strength that is neither a finite number nor a tensor, or a method's `scale` gives something else than its tensors.
     """
     check_adapter(params, "scale")
     real(strength, "scale: strength")
@@ -92,15 +92,25 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
             raise StructureError(f"scale: expected one strength or {count}, one per member of the stack, found {tuple(strength.shape)}")
         return torch.func.vmap(scale)(params, strength)
 
-    def one(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        return change(layout.config, tensors, strength)
+    def scaled(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def one(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+            return _own(change(layout.config, tensors, strength), tensors, f"site {path!r}: {layout.variant.name}.scale")
 
-    def scaled(tensors: Mapping[str, Tensor], stack: int) -> dict[str, Tensor]:
         own = {name: t for name, t in tensors.items() if name != FACTOR}  # a member's own scale is no part of the method's tensors
-        changed = {**tensors, **(one(own) if not stack else torch.func.vmap(one)(own))}
+        changed = {**tensors, **(one(own) if not layout.sites[path].stack else torch.func.vmap(one)(own))}
         return {name: changed[name].to(t.dtype) for name, t in tensors.items()}  # a wide strength widens a 0-dim tensor
 
-    return replace(params, {path: scaled(tensors, layout.sites[path].stack) for path, tensors in params._data.items()})
+    return replace(params, {path: scaled(path, tensors) for path, tensors in params._data.items()})
+
+
+def _own(made: Any, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    """What a method made of its tensors, all of it under their names; what it left out is as it was."""
+    if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
+        raise ConfigError(f"{where}: expected a mapping of names to tensors, found {shown(made)}")
+    odd = [name for name in made if name not in tensors]
+    if odd:
+        raise ConfigError(f"{where} gave {shown(odd[0])}, the adapter has {', '.join(tensors)}")
+    return made
 
 
 def project(params: Adapter) -> Adapter:
@@ -109,6 +119,7 @@ def project(params: Adapter) -> Adapter:
     Raises:
         UnsupportedError: the method has no constraint.
         StructureError: not an Adapter, or a part of a partition.
+        ConfigError: a method's `project` gives something else than its tensors.
     """
     check_adapter(params, "project")
     layout = params.layout
@@ -117,7 +128,12 @@ def project(params: Adapter) -> Adapter:
         raise UnsupportedError(f"{layout.variant.name} has no constraint that its parameters could be projected to")
     if any(leaf is ABSENT for leaf in leaves(params)):
         raise StructureError("project: this is one part of a partition; project the whole, ll.combine(trainable, frozen)")
-    return replace(params, {path: {**tensors, **constrained(layout.config, tensors)} for path, tensors in params._data.items()})
+
+    def nearest(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        where = f"site {path!r}: {layout.variant.name}.project"
+        return {**tensors, **_own(constrained(layout.config, tensors), tensors, where)}
+
+    return replace(params, {path: nearest(path, tensors) for path, tensors in params._data.items()})
 
 
 def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
@@ -157,7 +173,11 @@ def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
 
 
 def summary(params: Adapter) -> str:
-    """The adapter as a table: what `print(params)` shows."""
+    """The adapter as a table: what `print(params)` shows.
+
+    Raises:
+        StructureError: not an Adapter.
+    """
     check_adapter(params, "summary")
     return repr(params)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_methods_do_not_import_methods_and_know_nothing_of_modules() -> None:
         if home == "variants" and leaf != "__init__":
             shared = {m for m in imported if m.startswith("variants._")} - {"variants.__init__"}
             assert imported - shared <= below, f"{name} imports {sorted(imported - shared - below)}"
+
+
+def test_what_a_file_takes_from_another_is_in_its_all() -> None:
+    for name, path in FILES.items():
+        home = name.split(".")[:-1]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                other = ".".join([*home[: len(home) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+                said = getattr(importlib.import_module(f"lora_lite_func.{other}"), "__all__", None) if other in FILES else None
+                odd = [] if said is None else [alias.name for alias in node.names if alias.name not in said]
+                assert not odd, f"{name} takes {', '.join(odd)} from {other}, whose __all__ hasn't it"
 
 
 def test_the_core_imports_no_method() -> None:

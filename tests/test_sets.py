@@ -215,6 +215,12 @@ def test_dare_keeps_everything_at_density_1_and_draws_by_seed(how: Any) -> None:
         (lambda a, b: ll.combine_adapters([]), "expected at least one adapter"),
         (lambda a, b: ll.combine_adapters([a], [1.0, 2.0]), "expected 1 weights, found 2"),
         (lambda a, b: ll.combine_adapters([a], how="mean"), "expected one of cat, svd, .* found 'mean'"),
+        (
+            lambda a, b: ll.combine_adapters([a], how="ties", majority_sign="totl"),
+            "majority_sign: expected 'total' or 'frequency', found 'totl'",
+        ),
+        (lambda a, b: ll.combine_adapters([a], how="svd", r=0), "r: expected at least 1, found 0"),
+        (lambda a, b: ll.combine_adapters([a], how="svd", r=2.0), r"r: expected at least 1, found 2\.0"),
         (lambda a, b: ll.combine_adapters([a], density=0.0), r"expected a density in \(0, 1\], found 0.0"),
         (lambda a, b: ll.combine_adapters([a, b], how="linear"), r"'layers.0.up' has ranks \[2, 4\]; 'linear' adds factor by factor"),
         (lambda a, b: ll.combine_adapters([3]), "number 0: expected an Adapter, found int"),

@@ -25,6 +25,7 @@ class Homes:
         names: {our path: what target_modules, target_parameters and the patterns call it}.
         parameters: the names among them that are bare parameters.
         wraps: {module path: wrappers around that module}.
+        bare: {our path: what stands in front of its keys}, of bare parameters and attention's in_proj_weight.
     """
 
     names: dict[str, str] = field(default_factory=dict)

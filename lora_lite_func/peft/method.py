@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,8 +179,3 @@ def shifts_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
             for path, held in a.items():
                 found[path] = found[path] + held["lora_b"] if path in found else held["lora_b"]
     return found
-
-
-def replaced(part: Part, **changes: Any) -> Part:
-    """The part with other attributes."""
-    return dataclasses.replace(part, **changes)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..config import LARGEST
-from ..errors import CheckpointError, nearest, shown
+from ..errors import CheckpointError, shown
 
 __all__ = ["Says", "literal"]
 
@@ -178,16 +178,6 @@ class Says(Mapping[str, Any]):
             if parts[i].isdecimal() and (any(above.endswith("." + name) for name in names) if names else i >= 2):
                 return int(parts[i]) in numbers
         return False
-
-    def unmatched(self, paths: Iterable[str]) -> str | None:
-        """The first entry of a list of targets that no path has."""
-        paths = list(paths)
-        if isinstance(self.get("target_modules"), str):
-            return None
-        for entry in self.names("target_modules"):
-            if not any(path == entry or path.endswith("." + entry) for path in paths):
-                return f"{shown(entry)}; {nearest(entry, sorted({path.rpartition('.')[2] for path in paths}))}"
-        return None
 
 
 def literal(key: str) -> bool:

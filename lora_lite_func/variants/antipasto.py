@@ -59,7 +59,11 @@ class AntiPaSTOConfig(AdapterConfig):
 
 
 def param_specs(cfg: AntiPaSTOConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_delta_s (r,), lora_rot (r / b, b (b - 1) / 2) unless basis is "none"; frozen lora_U, lora_S, lora_Vh."""
+    """Trainable lora_delta_s (r,), lora_rot (r / b, b (b - 1) / 2) unless basis is "none"; frozen lora_U, lora_S, lora_Vh.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "AntiPaSTO")
     specs = {
         "lora_delta_s": ParamSpec((site.r,), dtype=torch.float32),
@@ -80,7 +84,11 @@ def init(
     stats: _calibrated.Seen | None,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The chosen r singular triplets, in order of their singular values."""
+    """The chosen r singular triplets, in order of their singular values.
+
+    Raises:
+        ConfigError: fewer tokens than directions, or inputs that are all zero.
+    """
     if cfg.select == "top":
         U, S, Vh = _lowrank.top_svd(weight, site.r, None, generator("lora_U"))
         return {"lora_U": U, "lora_S": S, "lora_Vh": Vh}

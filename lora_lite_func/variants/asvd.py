@@ -46,7 +46,11 @@ class ASVDConfig(AdapterConfig):
 
 
 def param_specs(cfg: ASVDConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_A, lora_B and their frozen starts."""
+    """Trainable lora_A, lora_B and their frozen starts.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "ASVD")
     return _subtracted.param_specs(site)
 
@@ -59,7 +63,11 @@ def init(
     stats: _calibrated.Seen,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The top r singular triplets of W M."""
+    """The top r singular triplets of W M.
+
+    Raises:
+        ConfigError: fewer tokens than directions, or inputs that are all zero.
+    """
     _calibrated.check_tokens(stats, site.r, "ASVD")
     W = _calibrated.wide(weight)
     if cfg.weighting == "magnitude":

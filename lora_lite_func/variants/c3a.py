@@ -43,7 +43,11 @@ class C3AConfig(AdapterConfig):
 
 
 def param_specs(cfg: C3AConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_w (d_out / b, d_in / b, b)."""
+    """lora_w (d_out / b, d_in / b, b).
+
+    Raises:
+        UnsupportedError: d_in or d_out isn't divisible by block_size.
+    """
     b = cfg.block_size
     _blocks.check_divides("C3A", "block_size", b, site.d_in, "d_in")
     _blocks.check_divides("C3A", "block_size", b, site.d_out, "d_out")

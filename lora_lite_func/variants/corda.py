@@ -42,7 +42,11 @@ class CorDAConfig(AdapterConfig):
 
 
 def param_specs(cfg: CorDAConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_A, lora_B and their frozen starts."""
+    """Trainable lora_A, lora_B and their frozen starts.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "CorDA")
     return _subtracted.param_specs(site)
 
@@ -55,7 +59,11 @@ def init(
     stats: _calibrated.Seen,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The top or bottom r singular triplets of W C."""
+    """The top or bottom r singular triplets of W C.
+
+    Raises:
+        ConfigError: fewer tokens than directions, or inputs that are all zero.
+    """
     _calibrated.check_tokens(stats, site.r, "CorDA")
     W, C = _calibrated.wide(weight), _calibrated.wide(stats.second)
     C = C + _DAMP * C.diagonal().mean() * torch.eye(site.d_in, dtype=C.dtype, device=C.device)

@@ -69,7 +69,11 @@ def init(
     stats: _calibrated.Seen,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """The top r eigenvectors of the second moment, each with its largest entry positive."""
+    """The top r eigenvectors of the second moment, each with its largest entry positive.
+
+    Raises:
+        ConfigError: fewer tokens than directions, or inputs that are all zero.
+    """
     _calibrated.check_tokens(stats, site.r, "EVA")
     C = _moment(cfg, stats)
     values, vectors = torch.linalg.eigh(C)  # ascending
@@ -91,7 +95,11 @@ def _moment(cfg: EVAConfig, seen: _calibrated.Seen) -> Tensor:
 
 
 def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, _calibrated.Seen]) -> EVAConfig:
-    """The config with the ranks shared out anew."""
+    """The config with the ranks shared out anew.
+
+    Raises:
+        ConfigError: fewer tokens than directions, or inputs that are all zero.
+    """
     if cfg.rho == 1.0:
         return cfg
     shares: list[Tensor] = []

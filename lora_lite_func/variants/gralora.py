@@ -43,7 +43,11 @@ class GraLoRAConfig(AdapterConfig):
 
 
 def param_specs(cfg: GraLoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_A (k, r, d_in / k), lora_B (k, d_out / k, r); with hybrid_r also lora_A_whole, lora_B_whole."""
+    """lora_A (k, r, d_in / k), lora_B (k, d_out / k, r); with hybrid_r also lora_A_whole, lora_B_whole.
+
+    Raises:
+        UnsupportedError: a width or the rank isn't divisible by k.
+    """
     k, r = cfg.k, site.r
     for width, what in ((r, "r"), (site.d_in, "d_in"), (site.d_out, "d_out")):
         _blocks.check_divides("GraLoRA", "k", k, width, what)

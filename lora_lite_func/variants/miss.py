@@ -46,7 +46,11 @@ class MiSSConfig(AdapterConfig):
 
 
 def param_specs(cfg: MiSSConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_D (r, d_out), (r, mini_r) or (d_out / r, r, r) by mode."""
+    """lora_D (r, d_out), (r, mini_r) or (d_out / r, r, r) by mode.
+
+    Raises:
+        UnsupportedError: a width isn't divisible by what the mode cuts it into.
+    """
     if cfg.mode == "bat":
         for width, what in ((site.d_in, "d_in"), (site.d_out, "d_out")):
             _blocks.check_divides("MiSS in mode 'bat'", "r", site.r, width, what)

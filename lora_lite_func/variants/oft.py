@@ -51,7 +51,11 @@ class OFTConfig(AdapterConfig):
 
 
 def param_specs(cfg: OFTConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_oft_q (n, b (b - 1) / 2), strict upper triangles; n = 1 where the blocks share."""
+    """lora_oft_q (n, b (b - 1) / 2), strict upper triangles; n = 1 where the blocks share.
+
+    Raises:
+        UnsupportedError: d_in isn't divisible by block_size.
+    """
     _blocks.check_divides("OFT", "block_size", cfg.block_size, site.d_in, "d_in")
     n = 1 if cfg.block_share else site.d_in // cfg.block_size
     return {"lora_oft_q": ParamSpec((n, _cayley.pairs(cfg.block_size)), dtype=torch.float32)}

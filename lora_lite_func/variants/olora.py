@@ -36,7 +36,11 @@ class OLoRAConfig(AdapterConfig):
 
 
 def param_specs(cfg: OLoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_A, lora_B and their frozen starts."""
+    """Trainable lora_A, lora_B and their frozen starts.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "OLoRA")
     return _subtracted.param_specs(site)
 

@@ -41,7 +41,11 @@ class PiSSAConfig(AdapterConfig):
 
 
 def param_specs(cfg: PiSSAConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_A, lora_B and their frozen starts."""
+    """Trainable lora_A, lora_B and their frozen starts.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "PiSSA")
     return _subtracted.param_specs(site)
 

@@ -65,7 +65,11 @@ def _ends(cfg: _ReFTConfig) -> int:
 
 
 def loreft_specs(cfg: LoReFTConfig, site: Site) -> dict[str, ParamSpec]:
-    """M lora_R, W - R0 lora_W (k, r, d), lora_b (k, r), frozen M0 lora_R0 (k, r, d); k = 2 where the ends aren't tied, else 1."""
+    """M lora_R, W - R0 lora_W (k, r, d), lora_b (k, r), frozen M0 lora_R0 (k, r, d); k = 2 where the ends aren't tied, else 1.
+
+    Raises:
+        UnsupportedError: r is above the hidden width.
+    """
     _lowrank.check_rank(site, "LoReFT")
     shape = (_ends(cfg), site.r, site.d_out)
     frozen = ParamSpec(shape, trainable=False)

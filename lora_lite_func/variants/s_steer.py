@@ -35,7 +35,11 @@ class SSteerConfig(AdapterConfig):
 
 
 def param_specs(cfg: SSteerConfig, site: Site) -> dict[str, ParamSpec]:
-    """Frozen lora_U (d_out, r), lora_S (r,), lora_Vh (r, d_in), lora_delta (r,): nothing is learned."""
+    """Frozen lora_U (d_out, r), lora_S (r,), lora_Vh (r, d_in), lora_delta (r,): nothing is learned.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "S-steer")
     vector = ParamSpec((site.r,), trainable=False, dtype=torch.float32)
     return {

@@ -42,7 +42,11 @@ class SSVDConfig(AdapterConfig):
 
 
 def param_specs(cfg: SSVDConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_delta_s (k,), lora_rot_K (k (k - 1) / 2,); frozen lora_U, lora_S, lora_Vh."""
+    """Trainable lora_delta_s (k,), lora_rot_K (k (k - 1) / 2,); frozen lora_U, lora_S, lora_Vh.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
     _lowrank.check_rank(site, "SSVD")
     return {
         "lora_delta_s": ParamSpec((site.r,), dtype=torch.float32),
