@@ -68,6 +68,27 @@ def mixed(suite: Suite) -> Iterator[Row]:
     yield Row("unsorted rows", result.over("K=64 unsorted", "K=64"), "sorted rows", 1.03, guard=result.guard)
 
 
+def ragged(suite: Suite) -> Iterator[Row]:
+    """64 rows of 16 adapters at random, 1 to 10 rows each: served with 1 and 16 tokens, trained with 16; beside 4 rows each in order."""
+    base, count, rows = llama(4), 16, 64
+    stack, who = stack_of(base, [8] * count), torch.randint(0, count, (rows,), generator=torch.Generator().manual_seed(0))
+    other, names = peft_of(base, count), [str(i) for i in who.tolist()]
+    even, mixed = ll.bind(base, ll.rows(stack, torch.arange(rows) // 4)), ll.bind(base, ll.rows(stack, who))
+    for tokens in (1, 16):
+        ids = torch.randint(0, 1024, (rows, tokens))
+        with torch.no_grad():
+            calls = {"base": lambda ids=ids: base(ids), "even": lambda ids=ids: even(ids), "random": lambda ids=ids: mixed(ids)}
+            calls["PEFT"] = lambda ids=ids: other(input_ids=ids, adapter_names=names)
+            result = suite.compare(calls)
+        what, peers = f"{rows} rows x {tokens} token{'s' * (tokens > 1)}, 16 adapters", {"PEFT": result.ratios["PEFT"]}
+        yield Row(f"{what}, 4 rows each", result.ratios["even"], "base", guard=result.guard)
+        yield Row(f"{what}, at random", result.ratios["random"], "base", guard=result.guard, peers=peers)
+    limit = _Base(base)
+    result = suite.compare({"base": lambda: limit(ids), "even": lambda: _step(even, ids), "random": lambda: _step(mixed, ids)})
+    yield Row("train 16 adapters, 64 rows x 16 tokens, 4 rows each", result.ratios["even"], "base", guard=result.guard)
+    yield Row("train 16 adapters, 64 rows x 16 tokens, at random", result.ratios["random"], "base", guard=result.guard)
+
+
 def ranks(suite: Suite) -> Iterator[Row]:
     """16 adapters of ranks 4 to 64 in one batch against 16 of the mean rank; 64 rows x 16 tokens."""
     base, wide = llama(4), [4, 8, 16, 64] * 4
@@ -197,5 +218,5 @@ def memory(suite: Suite) -> Iterator[Row]:
 
 def area(suite: Suite) -> Iterator[Row]:
     """Every figure."""
-    for part in (mixed, ranks, train, optimizer, samples, graphs, memory):
+    for part in (mixed, ragged, ranks, train, optimizer, samples, graphs, memory):
         yield from part(suite)

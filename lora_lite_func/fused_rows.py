@@ -14,7 +14,7 @@ from torch import Tensor
 from .batching import shared
 from .modes import may_overwrite
 from .ops import Op, unfolded
-from .runs import Run
+from .runs import Run, Table
 from .spec import Params
 
 __all__ = ["low_rank_by_rows"]
@@ -52,15 +52,29 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
         X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
     if graph:
         y: Tensor = _ByRows.apply(X, W, b, A, B, s, runs, tokens)
-    else:  # where rows are repeated the update alone is made for them
-        y = F.linear(X, W, b) if each else X.new_zeros(*X.shape[:-1], W.shape[0])
+    elif each:
+        y = F.linear(X, W, b)
         for run in runs:
             _onto(run, tokens, y, X, A, B, s)
+    else:
+        y = _update(table, runs, tokens, X, A, B, s)
     if y.ndim != x.ndim:  # not inside: autograd lets nobody write on a view that a function gives
         y = y.view(y.shape[0] // tokens, *x.shape[1:-1], W.shape[0])
     if table.back is not None:
         y = y.index_select(0, table.back)
     return y if each else F.linear(x, W, b).add_(y)
+
+
+def _update(table: Table, runs: tuple[Run, ...], tokens: int, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
+    """The update alone, (N tokens, ..., d_out): for a batch that repeats rows, whose layer runs on the batch as it came."""
+    start, stop = table.bare
+    banded = any(run.ranks is not None for run in runs)
+    y = X.new_zeros(*X.shape[:-1], B.shape[1]) if banded else X.new_empty(*X.shape[:-1], B.shape[1])
+    if stop > start:
+        y[start * tokens : stop * tokens] = 0.0
+    for run in runs:
+        _onto(run, tokens, y, X, A, B, s, 1.0 if banded else 0.0)
+    return y
 
 
 def _rows(run: Run, tokens: int, t: Tensor) -> Tensor:
@@ -90,20 +104,20 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out=out) if a.ndim == 2 else torch.bmm(a, b, out=out)
 
 
-def _add(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """y + alpha a b in place, or several."""
+def _add(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """beta y + alpha a b in place, or several."""
     if y.ndim == 2:
-        y.addmm_(a, b, alpha=alpha)
+        y.addmm_(a, b, alpha=alpha, beta=beta)
     else:
-        y.baddbmm_(a, b, alpha=alpha)
+        y.baddbmm_(a, b, alpha=alpha, beta=beta)
 
 
-def _onto(run: Run, tokens: int, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
-    """Add s (X A^T) B^T onto the run's rows of y (N tokens, d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
+def _onto(run: Run, tokens: int, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor, beta: float = 1.0) -> Tensor:
+    """Add s (X A^T) B^T onto the run's rows of beta y (N tokens, d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
     h = _product(_own(run, A), _rows(run, tokens, X).mT)  # the long side inside, up to twice as fast
     if not isinstance(s, float):
         h.mul_(_own_scale(run, s))
-    _add(_rows(run, tokens, y), h.mT, _own(run, B.mT), s if isinstance(s, float) else 1.0)
+    _add(_rows(run, tokens, y), h.mT, _own(run, B.mT), s if isinstance(s, float) else 1.0, beta)
     return h
 
 
