@@ -128,6 +128,44 @@ def test_a_module_trained_whole_that_a_file_has_lost_is_missed(tmp_path: Path) -
         ll.from_peft(tmp_path, model)
 
 
+def _lose(folder: Path, what: str) -> None:
+    """A file without its tensors of that name."""
+    kept = {name: t for name, t in load_file(folder).items() if what not in name}
+    safetensors.torch.save_file(kept, folder / "adapter_model.safetensors")
+
+
+def test_what_else_a_file_has_lost_is_missed(tmp_path: Path) -> None:
+    saved(peft.LoraConfig(r=2, target_modules=BOTH, bias="all"), base(), tmp_path / "bias")
+    _lose(tmp_path / "bias", "bias")
+    with pytest.raises(ll.CheckpointError, match="bias is 'all', and there is no tensor of a bias, such as that of 'layers.0.norm'"):
+        ll.from_peft(tmp_path / "bias", base())
+    saved(peft.LoraConfig(r=2, target_modules=["up"], target_parameters=["layers.1.down.weight"]), base(), tmp_path / "parameter")
+    _lose(tmp_path / "parameter", "layers.1.down")
+    with pytest.raises(ll.CheckpointError, match=r"target_parameters name 'layers.1.down.weight', for which there is no tensor"):
+        ll.from_peft(tmp_path / "parameter", base())
+    model = nn.Sequential()
+    model.add_module("table", nn.Embedding(7, 6))
+    model.add_module("up", nn.Linear(6, 6))
+    saved(
+        peft.LoraConfig(r=2, target_modules=["up"], trainable_token_indices={"table": [1, 3]}),
+        model,
+        tmp_path / "tokens",
+        x=torch.tensor([[1, 3]]),
+    )
+    _lose(tmp_path / "tokens", "token")
+    with pytest.raises(ll.CheckpointError, match="trainable_token_indices name tokens, and there is no tensor of them"):
+        ll.from_peft(tmp_path / "tokens", model)
+
+
+@pytest.mark.parametrize("value", ["lora", "All", True, ["all"]])
+def test_a_bias_that_peft_does_not_know_is_refused(tmp_path: Path, value: Any) -> None:
+    saved(peft.LoraConfig(r=2, target_modules=BOTH), base(), tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"bias": value}))
+    with pytest.raises(ll.CheckpointError, match="bias: expected 'none' or 'all' or 'lora_only', found"):
+        ll.from_peft(tmp_path, base())
+
+
 def in_order(patterns: dict[str, int]) -> dict[str, int]:
     """As the file has them: PEFT sorts the keys of its config, so the first match may be another one after loading."""
     return dict(sorted(patterns.items()))

@@ -17,9 +17,10 @@ from ..layout import Layout
 from ..spec import ParamSpec, fits, leaf_dtype, lookup, site_for
 from .folder import split, unpack
 from .method import Method, Part, Place
-from .places import beside, check_padding, places_of
+from .places import check_padding, places_of
 from .says import Says
 from .table import METHODS
+from .trained import beside
 
 __all__ = ["assemble", "check_tensors", "from_peft"]
 
@@ -59,6 +60,8 @@ def from_peft(
     try:
         if not sites and not rest:
             raise CheckpointError(f"{says.where}: no tensor of a {kind} adapter beside it")
+        if says.get("bias") not in (None, "none", "all", method.biased):
+            raise says.refuse("bias", " or ".join(map(repr, filter(None, ("none", "all", method.biased)))))
         places = places_of(model, says, method, sites, shared)
         parts = [(place, part) for p, place in places.items() for part in _parts(says, method, place, _plain(sites[p]))]
         parts += beside(says, rest, model)
