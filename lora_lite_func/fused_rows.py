@@ -47,7 +47,8 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     if isinstance(s, Tensor):
         s = s.expand(A.shape[0]).view(-1, 1, 1)
     runs = tuple(run for run in table.runs if run.ranks is None or run.ranks[0] < site.r) if cut else table.runs
-    X, tokens = shared(x, table, site.path), 1
+    sort = graph and take is not None
+    X, tokens = _Sorted.apply(x, take, table.back) if sort else shared(x, table, site.path), 1
     if X.ndim > 2 and (graph or len(runs) > 1):  # made flat once, not in each run
         X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
     if graph:
@@ -61,7 +62,7 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     if y.ndim != x.ndim:  # not inside: autograd lets nobody write on a view that a function gives
         y = y.view(y.shape[0] // tokens, *x.shape[1:-1], W.shape[0])
     if table.back is not None:
-        y = y.index_select(0, table.back)
+        y = _Sorted.apply(y, table.back, take) if sort else y.index_select(0, table.back)
     return y if each else F.linear(x, W, b).add_(y)
 
 
@@ -124,6 +125,19 @@ def _onto(run: Run, tokens: int, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: 
 def _own_scale(run: Run, s: Tensor) -> Tensor:
     """The run's of scales (K, 1, 1)."""
     return s.select(0, run.low) if run.high - run.low == 1 else s[run.low : run.high]
+
+
+class _Sorted(torch.autograd.Function):
+    """Rows in another order. Their gradient is that in the old one: index_select's own adds it up, entry by entry, onto zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return t.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None]:
+        return G.index_select(0, ctx.back), None, None
 
 
 class _ByRows(torch.autograd.Function):
