@@ -21,7 +21,7 @@ __all__ = ["low_rank_by_rows"]
 
 
 def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) -> Tensor | None:
-    """y (N, ..., d_out) with each row's own adapter in; None where it is to be differentiated and phases have to make it.
+    """y (N, ..., d_out) with each row's own adapter in; None where a scale is to be differentiated too, which phases have to do.
 
     Args:
         op: the method at the site, with `factors` that take several members at once, and the plan of the rows.
@@ -40,34 +40,50 @@ def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) 
     A, B, s = op.variant.factors(op.cfg, q, site)
     cut = plan.ranks is not None and A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
     table = plan.table(x, site.path, in_place=True, banded=cut)
-    take = table.take
-    each = take is None or take.shape[0] == x.shape[0]  # no row stands in several places
-    if graph and not (each and (isinstance(s, float) or not s.requires_grad)):
-        return None
-    if isinstance(s, Tensor):
-        s = s.expand(A.shape[0]).view(-1, 1, 1)
     runs = tuple(run for run in table.runs if run.ranks is None or run.ranks[0] < site.r) if cut else table.runs
-    sort = graph and take is not None
-    X, tokens = _Sorted.apply(x, take, table.back) if sort else shared(x, table, site.path), 1
-    if X.ndim > 2 and (graph or len(runs) > 1):  # made flat once, not in each run
-        X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
+    if isinstance(s, Tensor):
+        if graph and s.requires_grad:
+            return None
+        s = s.expand(A.shape[0]).view(-1, 1, 1)
     if graph:
-        y: Tensor = _ByRows.apply(X, W, b, A, B, s, runs, tokens)
-    elif each:
+        return _trained(table, runs, x, W, b, A, B, s)
+    return _served(table, runs, x, shared(x, table, site.path), W, b, A, B, s)
+
+
+def _trained(
+    table: Table, runs: tuple[Run, ...], x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor
+) -> Tensor:
+    """y where it is to be differentiated: no row of the sorted batch is repeated."""
+    take, back = table.take, table.back
+    X: Tensor = x if take is None else _Sorted.apply(x, take, back)
+    y: Tensor = _ByRows.apply(X.view(-1, X.shape[-1]), W, b, A, B, s, runs, X[0].numel() // X.shape[-1])
+    y = y.view(*x.shape[:-1], W.shape[0])  # not inside: autograd lets nobody write on a view that a function gives
+    return y if take is None else _Sorted.apply(y, back, take)
+
+
+def _served(
+    table: Table, runs: tuple[Run, ...], x: Tensor, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor
+) -> Tensor:
+    """y where it isn't. Where rows are repeated in the sorted batch X, the layer runs on x as it came and the update alone on X."""
+    rows, tokens = X.shape[0], 1
+    if X.ndim > 2 and len(runs) > 1:  # made flat once, not in each run
+        X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
+    repeats = rows != x.shape[0]
+    if repeats:
+        y = _update(table, runs, tokens, X, A, B, s)
+    else:
         y = F.linear(X, W, b)
         for run in runs:
             _onto(run, tokens, y, X, A, B, s)
-    else:
-        y = _update(table, runs, tokens, X, A, B, s)
-    if y.ndim != x.ndim:  # not inside: autograd lets nobody write on a view that a function gives
-        y = y.view(y.shape[0] // tokens, *x.shape[1:-1], W.shape[0])
+    if y.ndim != x.ndim:
+        y = y.view(rows, *x.shape[1:-1], W.shape[0])
     if table.back is not None:
-        y = _Sorted.apply(y, table.back, take) if sort else y.index_select(0, table.back)
-    return y if each else F.linear(x, W, b).add_(y)
+        y = y.index_select(0, table.back)
+    return F.linear(x, W, b).add_(y) if repeats else y
 
 
 def _update(table: Table, runs: tuple[Run, ...], tokens: int, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
-    """The update alone, (N tokens, ..., d_out): for a batch that repeats rows, whose layer runs on the batch as it came."""
+    """The update alone, (N tokens, ..., d_out), of a batch that repeats rows; zero where a row has no adapter."""
     start, stop = table.bare
     banded = any(run.ranks is not None for run in runs)
     y = X.new_zeros(*X.shape[:-1], B.shape[1]) if banded else X.new_empty(*X.shape[:-1], B.shape[1])

@@ -137,7 +137,7 @@ def _lose(folder: Path, what: str) -> None:
 def test_what_else_a_file_has_lost_is_missed(tmp_path: Path) -> None:
     saved(peft.LoraConfig(r=2, target_modules=BOTH, bias="all"), base(), tmp_path / "bias")
     _lose(tmp_path / "bias", "bias")
-    with pytest.raises(ll.CheckpointError, match="bias is 'all', and there is no tensor of a bias, such as that of 'layers.0.norm'"):
+    with pytest.raises(ll.CheckpointError, match=r"bias is 'all', and there is no tensor of a bias, such as that of 'layers\.0\.norm'"):
         ll.from_peft(tmp_path / "bias", base())
     saved(peft.LoraConfig(r=2, target_modules=["up"], target_parameters=["layers.1.down.weight"]), base(), tmp_path / "parameter")
     _lose(tmp_path / "parameter", "layers.1.down")
