@@ -104,12 +104,16 @@ def _rows(run: Run, tokens: int, t: Tensor) -> Tensor:
     return t if run.width == 1 and t.ndim == 3 else t.view(members, -1, t.shape[-1])
 
 
+def _members(run: Run, t: Tensor) -> Tensor:
+    """The run's of a tensor (K, ...): a view (m, ...), of one member (...)."""
+    if run.high - run.low == 1:
+        return t.select(0, run.low)
+    return t if run.whole else t.narrow(0, run.low, run.high - run.low)
+
+
 def _own(run: Run, leaves: Tensor) -> Tensor:
     """The run's of leaves (K, r, d), its ranks alone: a view (m, r, d), of one member (r, d)."""
-    if run.high - run.low == 1:
-        leaves = leaves.select(0, run.low)
-    elif not run.whole:
-        leaves = leaves.narrow(0, run.low, run.high - run.low)
+    leaves = _members(run, leaves)
     if run.ranks is not None:
         first, last = run.ranks
         leaves = leaves.narrow(-2, first, min(last, leaves.shape[-2]) - first)
@@ -133,14 +137,9 @@ def _onto(run: Run, tokens: int, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: 
     """Add s (X A^T) B^T onto the run's rows of beta y (N tokens, d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
     h = _product(_own(run, A), _rows(run, tokens, X).mT)  # the long side inside, up to twice as fast
     if not isinstance(s, float):
-        h.mul_(_own_scale(run, s))
+        h.mul_(_members(run, s))
     _add(_rows(run, tokens, y), h.mT, _own(run, B.mT), s if isinstance(s, float) else 1.0, beta)
     return h
-
-
-def _own_scale(run: Run, s: Tensor) -> Tensor:
-    """The run's of scales (K, 1, 1)."""
-    return s.select(0, run.low) if run.high - run.low == 1 else s[run.low : run.high]
 
 
 class _Sorted(torch.autograd.Function):
@@ -182,7 +181,7 @@ class _ByRows(torch.autograd.Function):
             g = _rows(run, tokens, G)  # (m, n, d_out)
             if to_X or to_A:
                 dh = _product(_own(run, B.mT), g.mT)  # (m, r, n)
-                dh.mul_(s if isinstance(s, float) else _own_scale(run, s))
+                dh.mul_(s if isinstance(s, float) else _members(run, s))
                 if dX is not None:
                     _add(_rows(run, tokens, dX), dh.mT, _own(run, A))
                 if to_A:
@@ -217,7 +216,7 @@ def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Ten
         X, A, B = (t.view_as(t) for t in (X, A, B))
         y = F.linear(X, W, b)
         for run in ctx.runs:
-            s = ctx.s if isinstance(ctx.s, float) else _own_scale(run, ctx.s)
+            s = ctx.s if isinstance(ctx.s, float) else _members(run, ctx.s)
             h = (_product(_own(run, A), _rows(run, ctx.tokens, X).mT) * s).to(X.dtype)  # (m, r, n)
             added = (_rows(run, ctx.tokens, y) + _product(h.mT, _own(run, B.mT))).view(-1, y.shape[-1])
             start = run.start * ctx.tokens

@@ -35,7 +35,7 @@ def beside(says: Says, rest: Mapping[str, Tensor], model: Any) -> list[tuple[Pla
     tokens: dict[str, Tensor] = {}
     for key, t in rest.items():
         path, _, name = key.rpartition(".")
-        bare = path.removesuffix(WRAPPED) if _has(model, path.removesuffix(WRAPPED)) else path.replace(WRAPPED, "")
+        bare = path.removesuffix(WRAPPED) if path.removesuffix(WRAPPED) in modules else path.replace(WRAPPED, "")
         if ".original_module." in key and in_one_of(saved, path):
             pass  # bias="all" keeps what a copy replaces, too
         elif in_one_of(saved, path) or (tying and any(in_one_of(saved, other.rpartition(".")[0]) for other in elsewhere(modules, key))):
@@ -90,10 +90,6 @@ def _check_learned(says: Says, biases: Iterable[str], tokens: Iterable[str], mod
         )
     if says.get("trainable_token_indices") and not tokens:
         raise CheckpointError(f"{says.where}: trainable_token_indices name tokens, and there is no tensor of them; take the whole folder")
-
-
-def _has(model: Any, path: str) -> bool:
-    return isinstance(model, nn.Module) and path in dict(model.named_modules(remove_duplicate=False))
 
 
 def _is_the_base(model: Any, path: str, name: str, t: Tensor) -> bool:

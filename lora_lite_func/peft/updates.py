@@ -293,9 +293,6 @@ C3A = Method(
     "block_size block_size_pattern",
     _read_c3a,
     _write_c3a,
-    lambda path, held: (
-        held["c3a_kernel"].shape[1] * held["c3a_kernel"].shape[2],
-        held["c3a_kernel"].shape[0] * held["c3a_kernel"].shape[2],
-    ),
+    lambda path, held: ((w := held["c3a_kernel"]).shape[1] * w.shape[2], w.shape[0] * w.shape[2]),
     biased="c3a_only",
 )
