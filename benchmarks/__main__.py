@@ -21,20 +21,51 @@ import torch
 from . import results
 from .harness import Row, Suite, machine, versions
 
-AREAS = ("forward", "train", "sets", "methods", "memory", "files", "compile", "growth", "import_time")
+AREAS = (
+    "forward",
+    "train",
+    "sets",
+    "methods",
+    "memory",
+    "files",
+    "compile",
+    "growth",
+    "import_time",
+)
 """Modules of this package with a function `area(suite: Suite) -> Iterator[Row]`."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=AREAS, default=AREAS, metavar="NAME", help=f"of {', '.join(AREAS)}")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=AREAS,
+        default=AREAS,
+        metavar="NAME",
+        help=f"of {', '.join(AREAS)}",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds and small sizes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lora-lite", type=Path, help="a checkout of lora-lite to measure beside")
-    parser.add_argument("--json", type=Path, help="where to write the figures, with versions and machine")
-    parser.add_argument("--report", nargs=2, type=Path, metavar=("JSON", "README"), help="no run: rewrite README's table from a run's JSON")
-    parser.add_argument("--plots", type=Path, help="a folder for plots of the growth, with --json or --report")
+    parser.add_argument(
+        "--json", type=Path, help="where to write the figures, with versions and machine"
+    )
+    parser.add_argument(
+        "--report",
+        nargs=2,
+        type=Path,
+        metavar=("JSON", "README"),
+        help="no run: rewrite README's table from a run's JSON",
+    )
+    parser.add_argument(
+        "--plots", type=Path, help="a folder for plots of the growth, with --json or --report"
+    )
     return parser.parse_args(arguments)
 
 
@@ -44,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
     if given.report:
         source, readme = given.report
         result = json.loads(source.read_text(encoding="utf-8"))
-        readme.write_text(results.rewritten(readme.read_text(encoding="utf-8"), result), encoding="utf-8")
+        readme.write_text(
+            results.rewritten(readme.read_text(encoding="utf-8"), result), encoding="utf-8"
+        )
         if given.plots:
             results.plots(given.plots, results.rows_of(result))
         return results.rows_of(result)
@@ -60,7 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
             print(results.line(name, row), flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     if given.json:
-        results.write(given.json, rows, {"versions": versions(), "machine": machine(given.device), "quick": given.quick})
+        results.write(
+            given.json,
+            rows,
+            {"versions": versions(), "machine": machine(given.device), "quick": given.quick},
+        )
     if given.plots:
         results.plots(given.plots, rows)
     return rows

@@ -32,7 +32,9 @@ LR, HEAD_LR, PENALTY = 1e-2, 3e-3, 0.1
 
 @dataclass
 class History:
-    """What happened: per step the loss, the budget and how many triplets were left; the ranks at the end per site."""
+    """What happened: per step the loss, the budget and how many triplets were left; the ranks at
+    the end per site.
+    """
 
     losses: list[float] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     small, seen = run(task, schedule, r=args.r)
     args.out.mkdir(parents=True, exist_ok=True)
     ll.save(small, args.out / "adalora.safetensors")
-    numbers = {k: v for k, v in vars(seen).items() if k != "facts"} | {"checks": [f._asdict() for f in seen.facts]}
+    numbers = {k: v for k, v in vars(seen).items() if k != "facts"} | {
+        "checks": [f._asdict() for f in seen.facts]
+    }
     (args.out / "result.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     _plot(args.out / "budget.png", seen, schedule)
     print(f"\n{_table(seen)}\n\n{_ranks(seen.ranks)}\n")
@@ -74,28 +78,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(task: Any, schedule: ll.adalora.Schedule, *, r: int) -> tuple[ll.Adapter, History]:
-    """Train an adapter that starts with rank r under a schedule; the pruned adapter, and what happened.
+    """Train an adapter that starts with rank r under a schedule; the pruned adapter, and what
+    happened.
 
     Args:
         task: model, batches, loss, evaluate and head, as of `benchmarks.sentiment`.
         schedule: its total_steps are taken.
         r: rank of every site at the start.
     """
-    cfg = ll.AdaLoRAConfig(r=r, alpha=2.0 * r, target_names=(sentiment.TARGETS,), dtype=torch.float32)
+    cfg = ll.AdaLoRAConfig(
+        r=r, alpha=2.0 * r, target_names=(sentiment.TARGETS,), dtype=torch.float32
+    )
     params, head, seen = ll.init(task.model, cfg, seed=0), task.head(), History()
     state = ll.adalora.start(params, schedule)
     leaves = pytree.tree_leaves((params, head))
     optimizer = torch.optim.AdamW(
-        [{"params": pytree.tree_leaves(params), "lr": LR}, {"params": list(head.values()), "lr": HEAD_LR}], weight_decay=0.0
+        [
+            {"params": pytree.tree_leaves(params), "lr": LR},
+            {"params": list(head.values()), "lr": HEAD_LR},
+        ],
+        weight_decay=0.0,
     )
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, schedule.total_steps))
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step, schedule.total_steps)
+    )
 
     def loss_of(live: tuple[ll.Adapter, dict[str, Tensor]], batch: Any) -> tuple[Tensor, Tensor]:
         rating = task.loss(*live, batch)
         return rating + PENALTY * ll.adalora.orthogonality(live[0]), rating
 
     total = sum(site.r for site in params.sites.values())
-    for step, batch in enumerate(tqdm(_endless(task, schedule.total_steps), total=schedule.total_steps, desc="adalora", unit="step"), 1):
+    for step, batch in enumerate(
+        tqdm(
+            _endless(task, schedule.total_steps),
+            total=schedule.total_steps,
+            desc="adalora",
+            unit="step",
+        ),
+        1,
+    ):
         grads, rating = torch.func.grad(loss_of, has_aux=True)((params, head), batch)
         for leaf, g in zip(leaves, pytree.tree_leaves(grads), strict=True):
             leaf.grad = g
@@ -103,7 +124,9 @@ def run(task: Any, schedule: ll.adalora.Schedule, *, r: int) -> tuple[ll.Adapter
         optimizer.step()
         rate.step()
         chosen, state = ll.adalora.allocate(params, grads[0], state, step)
-        pytree.tree_map(lambda t, v: t.copy_(v), params, chosen)  # the optimizer holds these tensors
+        pytree.tree_map(
+            lambda t, v: t.copy_(v), params, chosen
+        )  # the optimizer holds these tensors
         seen.losses.append(rating.item())
         seen.budgets.append(ll.adalora.budget(schedule, total, len(params), step))
         seen.left.append(sum(int(keep.sum()) for keep in state.keep.values()))
@@ -123,7 +146,7 @@ def _endless(task: Any, steps: int) -> Any:
         epoch += 1
 
 
-# --------------------------------------------------------------------------------------------------------------- facts
+# -------------------------------------------------------------------------------------------- facts
 def _budget_fact(seen: History, schedule: ll.adalora.Schedule, total: int) -> Fact:
     """After each choice exactly the budget is left; between two the last choice's number."""
     first, last = schedule.initial_steps, schedule.total_steps - schedule.final_steps
@@ -134,7 +157,12 @@ def _budget_fact(seen: History, schedule: ll.adalora.Schedule, total: int) -> Fa
             expected = budget
         wrong += left != expected
     ends = f"{seen.left[0]} triplets at first, {seen.left[-1]} from step {last + 1} on"
-    return Fact("budget", wrong == 0, f"budget: {len(seen.left) - wrong} of {len(seen.left)} steps keep what the cubic allows; {ends}")
+    return Fact(
+        "budget",
+        wrong == 0,
+        f"budget: {len(seen.left) - wrong} of {len(seen.left)} steps keep what the cubic allows; "
+        f"{ends}",
+    )
 
 
 def _prune_fact(task: Any, params: ll.Adapter, small: ll.Adapter, head: dict[str, Tensor]) -> Fact:
@@ -143,10 +171,15 @@ def _prune_fact(task: Any, params: ll.Adapter, small: ll.Adapter, head: dict[str
     difference = (whole.outputs - pruned.outputs).abs().max().item()
     numbers = f"{ll.num_params(params):,} numbers became {ll.num_params(small):,}"
     text = f"pruned: {numbers}, {len(whole.outputs)} predictions differ by at most {difference:.1e}; {task.metric} {pruned.score:.3f}"
-    return Fact("prune", difference <= TOLERANCE * 10 and ll.num_params(small) < ll.num_params(params), text, difference)
+    return Fact(
+        "prune",
+        difference <= TOLERANCE * 10 and ll.num_params(small) < ll.num_params(params),
+        text,
+        difference,
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 def _table(seen: History) -> str:
     """Every tenth of the run: budget, triplets left, mean loss."""
     steps, width = len(seen.losses), max(1, len(seen.losses) // 10)
@@ -160,7 +193,9 @@ def _table(seen: History) -> str:
 def _ranks(ranks: dict[str, int]) -> str:
     """The rank that each site is left with."""
     wide = max(map(len, ranks))
-    return "\n".join([f"{'site':<{wide}}  rank", *(f"{path:<{wide}}  {r}" for path, r in ranks.items())])
+    return "\n".join(
+        [f"{'site':<{wide}}  rank", *(f"{path:<{wide}}  {r}" for path, r in ranks.items())]
+    )
 
 
 def _plot(file: Path, seen: History, schedule: ll.adalora.Schedule) -> None:
@@ -174,7 +209,9 @@ def _plot(file: Path, seen: History, schedule: ll.adalora.Schedule) -> None:
     steps = range(1, len(seen.left) + 1)
     left.plot(steps, seen.budgets, color="0.6", linewidth=1.2, label="the cubic's budget")
     left.step(steps, seen.left, where="post", color="C0", linewidth=1.6, label="triplets left")
-    left.set(xlabel="step", ylabel="triplets over all sites", xlim=(0, len(seen.left)), ylim=(0, None))
+    left.set(
+        xlabel="step", ylabel="triplets over all sites", xlim=(0, len(seen.left)), ylim=(0, None)
+    )
     left.legend(frameon=False)
     right.bar(range(len(seen.ranks)), list(seen.ranks.values()), color="C0")
     right.axhline(schedule.target_r, color="0.45", linestyle="--", linewidth=1.0)
@@ -187,7 +224,9 @@ def _plot(file: Path, seen: History, schedule: ll.adalora.Schedule) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.adalora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.adalora",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--steps", type=int, default=200, help="optimizer steps (default 200)")
@@ -195,7 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--target-r", type=int, default=4, help="average rank at the end (default 4)")
     add("--batch", type=int, default=32, help="examples per step (default 32)")
     add("--seed", type=int, default=0, help="of split and order (default 0)")
-    add("--out", type=Path, default=Path("runs/adalora"), help="folder for what is written (default runs/adalora)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/adalora"),
+        help="folder for what is written (default runs/adalora)",
+    )
     add("--limit", type=int, help=argparse.SUPPRESS)
     return parser
 

@@ -40,7 +40,9 @@ Pair = tuple[str, str]
 
 @dataclass
 class CausalTask:
-    """Prompt and response pairs: cross-entropy on the response and the end token, greedy generation for the score."""
+    """Prompt and response pairs: cross-entropy on the response and the end token, greedy generation
+    for the score.
+    """
 
     model: Any
     tokenizer: Any
@@ -62,7 +64,9 @@ class CausalTask:
 
     def batches(self, epoch: int) -> list[Batch]:
         """The training pairs, shuffled by (seed, epoch), encoded."""
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch)).tolist()
+        order = torch.randperm(
+            len(self.train), generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        ).tolist()
         rows = [self.train[i] for i in order]
         return [self._encoded(rows[i : i + self.batch]) for i in range(0, len(rows), self.batch)]
 
@@ -73,7 +77,9 @@ class CausalTask:
     def calibration(self) -> dict[str, Any]:
         """Training batches and their loss."""
         batches = self.batches(0)[:CALIBRATION]
-        inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+        inputs = [
+            {name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches
+        ]
 
         def loss(output: Any, batch: Any) -> Tensor:
             logits = output.logits[:, :-1].float().transpose(1, 2)  # (n, vocabulary, tokens - 1)
@@ -85,10 +91,20 @@ class CausalTask:
         return {k: t.to(self.device) for k, t in masked(self.tokenizer, rows).items()}
 
     def _token_losses(self, params: Params, batch: Batch) -> Tensor:
-        """Cross-entropy of every token from the second on, (n, tokens - 1); 0 where the label is ignored."""
-        output = ll.apply(self.model, params, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        """Cross-entropy of every token from the second on, (n, tokens - 1); 0 where the label is
+        ignored.
+        """
+        output = ll.apply(
+            self.model,
+            params,
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+        )
         logits = output.logits[:, :-1].float()  # (n, tokens - 1, vocabulary)
-        return F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
+        return F.cross_entropy(
+            logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none"
+        )
 
     def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """Mean cross-entropy of the response tokens."""
@@ -96,7 +112,9 @@ class CausalTask:
 
     @torch.no_grad()
     def evaluate(self, params: Params, head: dict[str, Tensor]) -> Evaluation:
-        """The part of the held-out prompts whose generated answer ends in the right number; outputs are the responses' mean losses."""
+        """The part of the held-out prompts whose generated answer ends in the right number; outputs
+        are the responses' mean losses.
+        """
         texts, losses = [], []
         bound = ll.bind(self.model, params)
         for i in range(0, len(self.held_out), EVAL_BATCH):
@@ -105,15 +123,28 @@ class CausalTask:
             batch = self._encoded(rows)
             counts = (batch["labels"][:, 1:] != IGNORED).sum(1)
             losses.append(self._token_losses(params, batch).sum(1) / counts)
-        right = [_same(final_number(text), final_number(response)) for text, (_, response) in zip(texts, self.held_out, strict=True)]
+        right = [
+            _same(final_number(text), final_number(response))
+            for text, (_, response) in zip(texts, self.held_out, strict=True)
+        ]
         return Evaluation(sum(right) / len(right), torch.cat(losses).cpu(), texts)
 
     def _generated(self, bound: Any, prompts: list[str]) -> list[str]:
         """Greedy continuations."""
-        inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(self.device)
-        limits = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
-        tokens = bound.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limits)
-        return self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(
+            self.device
+        )
+        limits = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": False,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        tokens = bound.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **limits
+        )
+        return self.tokenizer.batch_decode(
+            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     def fresh(self) -> CausalTask:
         """The same pairs around a model loaded again."""
@@ -132,12 +163,14 @@ def load(
     max_new_tokens: int = 300,
     limit: int | None = None,
 ) -> CausalTask:
-    """The task, with the model of a folder in eval mode and in the dtype of its files; its parameters keep requires_grad.
+    """The task, with the model of a folder in eval mode and in the dtype of its files; its
+    parameters keep requires_grad.
 
     Args:
         source: folder of a causal language model's files.
         file: JSON lines to learn.
-        held_out: JSON lines for the score; without it the last fifth of `file`, shuffled by the seed, is held out.
+        held_out: JSON lines for the score; without it the last fifth of `file`, shuffled by the
+            seed, is held out.
         batch: pairs per step.
         seed: of the split and the order.
         device: where the model goes.
@@ -149,17 +182,33 @@ def load(
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.eos_token_id is None:
-        raise SystemExit(f"the tokenizer of {source} has no end token, which a response must learn to end with")
+        raise SystemExit(
+            f"the tokenizer of {source} has no end token, which a response must learn to end with"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows = _short(tokenizer, pairs(file), max_tokens)
-    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()][:limit]
+    rows = [
+        rows[i]
+        for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    ][:limit]
     cut = len(rows) if held_out else round((1.0 - HELD_OUT) * len(rows))
     test = pairs(held_out)[:limit] if held_out else rows[cut:]
     if not rows[:cut] or not test:
         raise SystemExit(f"{file}: {cut} pairs to learn and {len(test)} held out are too few")
     title = f"Responses to prompts: {cut:,} pairs to learn, {len(test):,} held out"
-    return CausalTask(_model(source, device), tokenizer, source, rows[:cut], test, batch, seed, device, max_new_tokens, title)
+    return CausalTask(
+        _model(source, device),
+        tokenizer,
+        source,
+        rows[:cut],
+        test,
+        batch,
+        seed,
+        device,
+        max_new_tokens,
+        title,
+    )
 
 
 def _model(source: Path, device: str) -> Any:
@@ -168,7 +217,7 @@ def _model(source: Path, device: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval().to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 def pairs(file: Path) -> list[Pair]:
     """The (prompt, response) pairs of a file of JSON lines.
 
@@ -183,17 +232,33 @@ def pairs(file: Path) -> list[Pair]:
             row = json.loads(line)
         except ValueError as error:
             raise SystemExit(f"{file}, line {number}: not JSON: {error}") from None
-        fields = next((f for f in FIELDS if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in f)), None)
+        fields = next(
+            (
+                f
+                for f in FIELDS
+                if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in f)
+            ),
+            None,
+        )
         if fields is None:
-            raise SystemExit(f"{file}, line {number}: expected an object with the texts {' or '.join(' and '.join(f) for f in FIELDS)}")
+            raise SystemExit(
+                f"{file}, line {number}: expected an object with the texts "
+                f"{' or '.join(' and '.join(f) for f in FIELDS)}"
+            )
         prompt, response = (row[name] for name in fields)
-        found.append((prompt, response) if fields == FIELDS[0] else (TEMPLATE.format(prompt), " " + response))
+        found.append(
+            (prompt, response) if fields == FIELDS[0] else (TEMPLATE.format(prompt), " " + response)
+        )
     return found
 
 
 def _short(tokenizer: Any, rows: list[Pair], most: int) -> list[Pair]:
     """The pairs of at most `most` tokens."""
-    return [(p, r) for p, r in rows if len(tokenizer(p)["input_ids"]) + len(_ids(tokenizer, r)) + 1 <= most]
+    return [
+        (p, r)
+        for p, r in rows
+        if len(tokenizer(p)["input_ids"]) + len(_ids(tokenizer, r)) + 1 <= most
+    ]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -201,11 +266,16 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def masked(tokenizer: Any, rows: Sequence[Pair]) -> Batch:
-    """input_ids, attention_mask and labels, (n, tokens) each: prompt, response, end token, padding on the right.
+    """input_ids, attention_mask and labels, (n, tokens) each: prompt, response, end token, padding
+    on the right.
 
-    The labels are the tokens of the response and the end token; IGNORED on the prompt and the padding.
+    The labels are the tokens of the response and the end token; IGNORED on the prompt and the
+    padding.
     """
-    encoded = [(list(tokenizer(prompt)["input_ids"]), [*_ids(tokenizer, response), tokenizer.eos_token_id]) for prompt, response in rows]
+    encoded = [
+        (list(tokenizer(prompt)["input_ids"]), [*_ids(tokenizer, response), tokenizer.eos_token_id])
+        for prompt, response in rows
+    ]
     longest = max(len(p) + len(r) for p, r in encoded)
     batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for prompt, response in encoded:
@@ -216,9 +286,10 @@ def masked(tokenizer: Any, rows: Sequence[Pair]) -> Batch:
     return {name: torch.tensor(ids) for name, ids in batch.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- score
+# -------------------------------------------------------------------------------------------- score
 def final_number(text: str) -> Decimal | None:
-    """The number a text ends with: the first after "####" or "The answer is:", else the last of all; None where there is none.
+    """The number a text ends with: the first after "####" or "The answer is:", else the last of
+        all; None where there is none.
 
     >>> final_number("2 + 2 = 4, so 4 * 300. #### 1,200")
     Decimal('1200')

@@ -29,9 +29,11 @@ class Fact(NamedTuple):
     difference: float | None = None
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 def save(run: Run, out: Path) -> list[str]:
-    """Write the adapter to <method>.safetensors and the head to <method>.head.safetensors; their names."""
+    """Write the adapter to <method>.safetensors and the head to <method>.head.safetensors; their
+    names.
+    """
     names = []
     if run.params:
         ll.save(run.params, out / f"{run.method}.safetensors")
@@ -44,12 +46,18 @@ def save(run: Run, out: Path) -> list[str]:
 
 
 def reload_fact(task: Task, run: Run, out: Path) -> Fact:
-    """Whether the files, on a base loaded again, give the outputs (and texts) that the trained adapter gave."""
+    """Whether the files, on a base loaded again, give the outputs (and texts) that the trained
+    adapter gave.
+    """
     assert run.final is not None
     fresh = task.fresh()
     device = next(fresh.model.parameters()).device
     adapter = ll.load(out / f"{run.method}.safetensors", model=fresh.model)
-    head = safetensors.torch.load_file(out / f"{run.method}.head.safetensors", device=str(device)) if run.head else {}
+    head = (
+        safetensors.torch.load_file(out / f"{run.method}.head.safetensors", device=str(device))
+        if run.head
+        else {}
+    )
     again = fresh.evaluate(_to(adapter, device), head)
     return _compared(run.method, run.final, again)
 
@@ -68,16 +76,24 @@ def _compared(method: str, first: Evaluation, again: Evaluation) -> Fact:
     return Fact(method, difference <= TOLERANCE and texts == 0, text, difference)
 
 
-# ---------------------------------------------------------------------------------------------------------------- base
+# --------------------------------------------------------------------------------------------- base
 def untold(model: nn.Module, source: Path) -> dict[str, Tensor]:
-    """Copies of the model's tensors that its files don't hold, to compare with later; most models have none."""
+    """Copies of the model's tensors that its files don't hold, to compare with later; most models
+    have none.
+    """
     told = {name for name, _ in _matched(model, source)}
     places = {t.data_ptr() for name, t in model.state_dict().items() if name in told}
-    return {name: t.clone() for name, t in model.state_dict().items() if name not in told and t.data_ptr() not in places}
+    return {
+        name: t.clone()
+        for name, t in model.state_dict().items()
+        if name not in told and t.data_ptr() not in places
+    }
 
 
 def base_fact(model: nn.Module, source: Path, before: dict[str, Tensor], after: str) -> Fact:
-    """Whether every tensor of the base is, bit for bit, what its files hold (and what `untold` copied)."""
+    """Whether every tensor of the base is, bit for bit, what its files hold (and what `untold`
+    copied).
+    """
     state = model.state_dict()
     pairs = [*((name, t) for name, t in _matched(model, source)), *before.items()]
     changed = [name for name, t in pairs if not _same_bits(state[name], t)]
@@ -92,21 +108,31 @@ def base_fact(model: nn.Module, source: Path, before: dict[str, Tensor], after: 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    )
 
 
 def _matched(model: nn.Module, source: Path) -> Iterator[tuple[str, Tensor]]:
-    """(the model's name, the file's tensor) for the tensors of both; files may leave out or add the base model's prefix."""
+    """(the model's name, the file's tensor) for the tensors of both; files may leave out or add the
+    base model's prefix.
+    """
     state = model.state_dict()
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, tensor in original_tensors(source):
-        known = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in state), None)
+        known = next(
+            (n for n in (name, name.removeprefix(prefix), prefix + name) if n in state), None
+        )
         if known is not None:
             yield known, tensor
 
 
 def original_tensors(source: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a folder's weights: safetensors, in one file or in shards, else pytorch_model.bin."""
+    """(name, tensor) of a folder's weights: safetensors, in one file or in shards, else
+    pytorch_model.bin.
+    """
     index = source / "model.safetensors.index.json"
     if index.exists():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -116,4 +142,6 @@ def original_tensors(source: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         yield from safetensors.torch.load_file(file).items()
     if not files and (source / "pytorch_model.bin").exists():
-        yield from torch.load(source / "pytorch_model.bin", map_location="cpu", weights_only=True).items()
+        yield from torch.load(
+            source / "pytorch_model.bin", map_location="cpu", weights_only=True
+        ).items()

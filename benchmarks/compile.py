@@ -16,7 +16,9 @@ from .train import embedded
 
 
 def area(suite: Suite) -> Iterator[Row]:
-    """A Llama of two layers, 512 tokens, LoRA r=8; the adapter is an argument of the compiled function."""
+    """A Llama of two layers, 512 tokens, LoRA r=8; the adapter is an argument of the compiled
+    function.
+    """
     base = llama(1 if suite.quick else 2, device=suite.device)
     x = embedded(base, 512, suite.device)
     adapters = [lora(base) for _ in range(4)]
@@ -42,7 +44,13 @@ def _timed(suite: Suite, base: Any, x: Tensor, params: ll.Adapter) -> Iterator[R
             "eager": lambda: with_adapter(params, x),
         }
         found = suite.compare(calls)
-    yield Row("forward, 512 tokens", found.ratios["ours"], "compiled base", guard=found.guard, peers={"ours eager": found.ratios["eager"]})
+    yield Row(
+        "forward, 512 tokens",
+        found.ratios["ours"],
+        "compiled base",
+        guard=found.guard,
+        peers={"ours eager": found.ratios["eager"]},
+    )
     leaves = [t.requires_grad_() for at in params.values() for t in at.values()]
     calls = {
         "compiled base": lambda: torch.autograd.grad(bare(x).mean(), [x]),
@@ -51,7 +59,11 @@ def _timed(suite: Suite, base: Any, x: Tensor, params: ll.Adapter) -> Iterator[R
     }
     found = suite.compare(calls)
     yield Row(
-        "training step, 512 tokens", found.ratios["ours"], "compiled base", guard=found.guard, peers={"ours eager": found.ratios["eager"]}
+        "training step, 512 tokens",
+        found.ratios["ours"],
+        "compiled base",
+        guard=found.guard,
+        peers={"ours eager": found.ratios["eager"]},
     )
 
 
@@ -64,7 +76,9 @@ def graphs(base: Any, x: Tensor, adapters: list[ll.Adapter]) -> int:
         made.append(graph)
         return graph.forward
 
-    call = torch.compile(lambda p, x: ll.apply(base, p, inputs_embeds=x).logits, backend=backend, fullgraph=True)
+    call = torch.compile(
+        lambda p, x: ll.apply(base, p, inputs_embeds=x).logits, backend=backend, fullgraph=True
+    )
     for params in adapters:
         call(params, x)
     return len(made)

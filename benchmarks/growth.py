@@ -52,18 +52,34 @@ def _sites(suite: Suite) -> Iterator[Row]:
             found = suite.compare(calls, inner=max(1, 200 // count))
         curve = ("forward against the number of sites", "sites of width 64", float(count))
         peers = {"apply": found.ratios["apply"]}
-        yield Row("bound", found.ratios["bound"], "time over the base's", guard=found.guard, peers=peers, curve=curve)
+        yield Row(
+            "bound",
+            found.ratios["bound"],
+            "time over the base's",
+            guard=found.guard,
+            peers=peers,
+            curve=curve,
+        )
 
 
 def _rank(suite: Suite, base: Any) -> Iterator[Row]:
     ids = _ids(suite, 512)
     for r in (2, 32) if suite.quick else (2, 8, 32, 128, 256):
         bound, other = ll.bind(base, lora(base, r)), peft_lora(base, r)
-        calls = {"base": lambda: base(ids), "bound": lambda m=bound: m(ids), "PEFT": lambda m=other: m(ids)}
+        calls = {
+            "base": lambda: base(ids),
+            "bound": lambda m=bound: m(ids),
+            "PEFT": lambda m=other: m(ids),
+        }
         found = suite.compare(calls)
         curve = ("forward of 512 tokens against the rank", "rank", float(r))
         yield Row(
-            "bound", found.ratios["bound"], "time over the base's", guard=found.guard, peers={"PEFT": found.ratios["PEFT"]}, curve=curve
+            "bound",
+            found.ratios["bound"],
+            "time over the base's",
+            guard=found.guard,
+            peers={"PEFT": found.ratios["PEFT"]},
+            curve=curve,
         )
 
 
@@ -71,11 +87,20 @@ def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
     bound, other = ll.bind(base, lora(base)), peft_lora(base)
     for tokens in (1, 64) if suite.quick else (1, 8, 64, 256, 1024):
         ids = _ids(suite, tokens)
-        calls = {"base": lambda ids=ids: base(ids), "bound": lambda ids=ids: bound(ids), "PEFT": lambda ids=ids: other(ids)}
+        calls = {
+            "base": lambda ids=ids: base(ids),
+            "bound": lambda ids=ids: bound(ids),
+            "PEFT": lambda ids=ids: other(ids),
+        }
         found = suite.compare(calls, inner=5 if tokens < 64 else 1)
         curve = ("forward of LoRA r=8 against the tokens", "tokens", float(tokens))
         yield Row(
-            "bound", found.ratios["bound"], "time over the base's", guard=found.guard, peers={"PEFT": found.ratios["PEFT"]}, curve=curve
+            "bound",
+            found.ratios["bound"],
+            "time over the base's",
+            guard=found.guard,
+            peers={"PEFT": found.ratios["PEFT"]},
+            curve=curve,
         )
 
 
@@ -86,18 +111,38 @@ def _members(suite: Suite, base: Any) -> Iterator[Row]:
     for count in (1, 8) if suite.quick else (1, 16, 64, 256, 1024):
         bound = ll.bind(base, ll.rows(ll.stack([one] * count), torch.arange(rows) * count // rows))
         found = suite.compare({"base": lambda: base(ids), "rows": lambda m=bound: m(ids)})
-        curve = (f"decode of {rows} rows against the adapters in the batch", "adapters", float(count))
-        yield Row("rows, bound", found.ratios["rows"], "time over the base's", guard=found.guard, curve=curve)
+        curve = (
+            f"decode of {rows} rows against the adapters in the batch",
+            "adapters",
+            float(count),
+        )
+        yield Row(
+            "rows, bound",
+            found.ratios["rows"],
+            "time over the base's",
+            guard=found.guard,
+            curve=curve,
+        )
 
 
 def _held(suite: Suite, base: Any) -> Iterator[Row]:
     ids, params, held = _ids(suite, 1), lora(base), []
     for count in (1, 8) if suite.quick else (1, 64, 512):
         held += [lora(base) for _ in range(count - len(held))]
-        found = suite.compare({"base": lambda: base(ids), "apply": lambda: ll.apply(base, params, ids)}, inner=5)
+        found = suite.compare(
+            {"base": lambda: base(ids), "apply": lambda: ll.apply(base, params, ids)}, inner=5
+        )
         curve = ("apply against the adapters in memory", "adapters in the process", float(count))
-        yield Row("apply, 1 token", found.ratios["apply"], "time over the base's", guard=found.guard, curve=curve)
+        yield Row(
+            "apply, 1 token",
+            found.ratios["apply"],
+            "time over the base's",
+            guard=found.guard,
+            curve=curve,
+        )
 
 
 def _ids(suite: Suite, tokens: int) -> torch.Tensor:
-    return torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(suite.device)
+    return torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
+        suite.device
+    )

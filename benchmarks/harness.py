@@ -33,7 +33,9 @@ class Result:
 
     def over(self, one: str, other: str) -> float:
         """The median of one contestant's time over another's, round by round."""
-        return statistics.median(a / b for a, b in zip(self.times[one], self.times[other], strict=True))
+        return statistics.median(
+            a / b for a, b in zip(self.times[one], self.times[other], strict=True)
+        )
 
     @property
     def void(self) -> bool:
@@ -55,9 +57,17 @@ class Suite:
     lora_lite: Path | None = None
 
     def compare(self, contestants: Mapping[str, Callable[[], Any]], *, inner: int = 1) -> Result:
-        """`compare` with this run's rounds and device; what the guard voids is done again, up to three times."""
+        """`compare` with this run's rounds and device; what the guard voids is done again, up to
+        three times.
+        """
         for _ in range(1 if self.quick else 3):
-            result = compare(contestants, rounds=3 if self.quick else 15, inner=inner, warmup=1 if self.quick else 3, device=self.device)
+            result = compare(
+                contestants,
+                rounds=3 if self.quick else 15,
+                inner=inner,
+                warmup=1 if self.quick else 3,
+                device=self.device,
+            )
             if not result.void:
                 break
         return result
@@ -75,7 +85,8 @@ class Row:
         at_least: whether more is better.
         guard: base against base in the same run; None where nothing was timed.
         peers: {name: the same figure for another implementation}.
-        curve: (title, x name, x) of a figure that belongs to a line in a plot; `what` then names the line.
+        curve: (title, x name, x) of a figure that belongs to a line in a plot; `what` then names
+            the line.
     """
 
     what: str
@@ -94,13 +105,23 @@ class Row:
             return "void"
         if self.target is None:
             return ""
-        return "reached" if (self.value >= self.target if self.at_least else self.value <= self.target) else "missed"
+        return (
+            "reached"
+            if (self.value >= self.target if self.at_least else self.value <= self.target)
+            else "missed"
+        )
 
 
 def compare(
-    contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 21, inner: int = 1, warmup: int = 3, device: str | torch.device = "cpu"
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 21,
+    inner: int = 1,
+    warmup: int = 3,
+    device: str | torch.device = "cpu",
 ) -> Result:
-    """Time each contestant once a round, in turn; the first is the base, and runs twice (A/A guard).
+    """Time each contestant once a round, in turn; the first is the base, and runs twice (A/A
+    guard).
 
     Args:
         contestants: {name: a call}; all must be ready to run.
@@ -124,18 +145,27 @@ def compare(
             spent = (time.perf_counter() - start) / inner
             if turn >= warmup:
                 times[name].append(spent)
-    ratios = {n: statistics.median(t / b for t, b in zip(ts, times[base], strict=True)) for n, ts in times.items()}
+    ratios = {
+        n: statistics.median(t / b for t, b in zip(ts, times[base], strict=True))
+        for n, ts in times.items()
+    }
     guard = ratios.pop("\0guard")
     return Result(ratios, {n: statistics.median(times[n]) for n in ratios}, guard, times)
 
 
 @functools.cache
 def _keep_memory() -> None:
-    """Let the C library keep what is freed, as a long-lived process ends up doing by itself: otherwise pages are handed back and
-    faulted in again by whoever allocates next, and ratios tell of that (seen: a factor of ten in an elementwise operation)."""
+    """Let the C library keep what is freed, as a long-lived process ends up doing by itself:
+    otherwise pages are handed back and faulted in again by whoever allocates next, and ratios tell
+    of that (seen: a factor of ten in an elementwise operation).
+    """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for option, size in ((-3, 1 << 25), (-1, (1 << 31) - 1), (-2, 1 << 26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, size in (
+            (-3, 1 << 25),
+            (-1, (1 << 31) - 1),
+            (-2, 1 << 26),
+        ):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, size)
 
 
@@ -150,19 +180,37 @@ def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
     """What the numbers were taken on."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"system": platform.platform(), "device": name, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+    return {
+        "system": platform.platform(),
+        "device": name,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that have a part in the numbers, where they are installed."""
+    """Python's version and those of the packages that have a part in the numbers, where they are
+    installed.
+    """
     found = {"python": platform.python_version()}
-    for name in ("lora-lite-func", "torch", "optree", "safetensors", "transformers", "peft", "numpy"):
+    for name in (
+        "lora-lite-func",
+        "torch",
+        "optree",
+        "safetensors",
+        "transformers",
+        "peft",
+        "numpy",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -171,7 +219,9 @@ def versions() -> dict[str, str]:
 
 
 def llama(layers: int, hidden: int = 512, seed: int = 0, device: str = "cpu") -> Any:
-    """A random-weight Llama decoder: ffn 1376 at hidden 512, 8 heads, vocabulary 1024, eval mode, base not trainable."""
+    """A random-weight Llama decoder: ffn 1376 at hidden 512, 8 heads, vocabulary 1024, eval mode,
+    base not trainable.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -189,7 +239,9 @@ def llama(layers: int, hidden: int = 512, seed: int = 0, device: str = "cpu") ->
 
 
 def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
-    """Bytes that a forward keeps for the backward pass, in distinct storages other than those of `held`."""
+    """Bytes that a forward keeps for the backward pass, in distinct storages other than those of
+    `held`.
+    """
     known = {t.untyped_storage().data_ptr() for t in held}
     found: dict[int, int] = {}
 
@@ -197,7 +249,9 @@ def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
-        return t.detach()  # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself for good
+        # keeps the storage alive, so no address comes twice, but no graph: a node would hold itself
+        # for good
+        return t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         kept = call()

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 
 from .harness import Row, Suite
 
-PROGRAMS = {"torch": "import torch", "again": "import torch", "ours": "import lora_lite_func", "PEFT": "import peft"}
+PROGRAMS = {
+    "torch": "import torch",
+    "again": "import torch",
+    "ours": "import lora_lite_func",
+    "PEFT": "import peft",
+}
 
 
 def area(suite: Suite) -> Iterator[Row]:
@@ -26,4 +31,11 @@ def area(suite: Suite) -> Iterator[Row]:
         return statistics.median(a - b for a, b in zip(spent[name], spent["torch"], strict=True))
 
     guard = statistics.median(a / b for a, b in zip(spent["again"], spent["torch"], strict=True))
-    yield Row("import, seconds more than torch's", over("ours"), "seconds", 0.1, guard=guard, peers={"PEFT": over("PEFT")})
+    yield Row(
+        "import, seconds more than torch's",
+        over("ours"),
+        "seconds",
+        0.1,
+        guard=guard,
+        peers={"PEFT": over("PEFT")},
+    )

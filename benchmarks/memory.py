@@ -16,7 +16,9 @@ from .train import embedded
 
 
 def area(suite: Suite) -> Iterator[Row]:
-    """Saved bytes at 512 tokens of LoRA, of its dropout, of HRA and DoRA; the storage census of 16 adapters."""
+    """Saved bytes at 512 tokens of LoRA, of its dropout, of HRA and DoRA; the storage census of 16
+    adapters.
+    """
     base = llama(1 if suite.quick else 4, device=suite.device)
     x = embedded(base, 512, suite.device)
     bare = _kept(base, x)
@@ -33,11 +35,22 @@ def area(suite: Suite) -> Iterator[Row]:
     names = tuple(PROJECTIONS)
     for name, config, target, theirs in (
         ("HRA", ll.HRAConfig(r=8, target_names=names), 1.0, ("HRAConfig", {"r": 8})),
-        ("DoRA", ll.DoRAConfig(r=8, target_names=names), 1.4, ("LoraConfig", {"r": 8, "use_dora": True})),
+        (
+            "DoRA",
+            ll.DoRAConfig(r=8, target_names=names),
+            1.4,
+            ("LoraConfig", {"r": 8, "use_dora": True}),
+        ),
     ):
         kept = _ours(base, noisy(ll.init(base, config)), x)
         other = _kept(peft_adapted(base, theirs[0], **theirs[1]), x)
-        yield Row(f"{name} r=8, saved bytes", kept / plain, "our LoRA", target, peers={"PEFT": other / plain})
+        yield Row(
+            f"{name} r=8, saved bytes",
+            kept / plain,
+            "our LoRA",
+            target,
+            peers={"PEFT": other / plain},
+        )
     yield _census(base)
 
 
@@ -50,9 +63,15 @@ def _kept(model: Any, x: Tensor) -> int:
 
 
 def own_bytes(models: Iterable[torch.nn.Module], base: torch.nn.Module) -> int:
-    """Bytes in distinct storages that the models hold and the base doesn't; buffers that a copy has for itself don't count."""
+    """Bytes in distinct storages that the models hold and the base doesn't; buffers that a copy has
+    for itself don't count.
+    """
     shared = {p.untyped_storage().data_ptr() for p in base.parameters()}
-    found = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
+    found = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for m in models
+        for p in m.parameters()
+    }
     return sum(size for start, size in found.items() if start not in shared)
 
 
@@ -60,4 +79,9 @@ def _census(base: torch.nn.Module, count: int = 16) -> Row:
     adapters = [lora(base) for _ in range(count)]
     size = sum(t.nbytes for at in adapters[0].values() for t in at.values())
     held = own_bytes([ll.bind(base, params) for params in adapters], base)
-    return Row(f"{count} bound adapters, bytes that aren't the base's", held / (count * size), "adapters' own", 1.0)
+    return Row(
+        f"{count} bound adapters, bytes that aren't the base's",
+        held / (count * size),
+        "adapters' own",
+        1.0,
+    )

@@ -22,7 +22,12 @@ from .peers import peft_adapted
 
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
 
-OURS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 16}, "gralora": {"k": 2}, "ssvd": {"r": 64}, "antipasto": {"r": 64}}
+OURS: dict[str, dict[str, Any]] = {
+    "c3a": {"block_size": 16},
+    "gralora": {"k": 2},
+    "ssvd": {"r": 64},
+    "antipasto": {"r": 64},
+}
 """Sizes other than a config's own: a circulant block has to divide 1376 and 512."""
 
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,7 +71,11 @@ def measure(suite: Suite, base: Any, name: str, ids: Tensor) -> tuple[Result, in
     """(ratios over the base, bytes saved for backward)."""
     params = start(base, name, ids)
     once = ll.prepared(base, params)
-    calls = {"base": lambda: base(ids), "ours": lambda: ll.apply(base, params, ids), "prepared": lambda: once(ids)}
+    calls = {
+        "base": lambda: base(ids),
+        "ours": lambda: ll.apply(base, params, ids),
+        "prepared": lambda: once(ids),
+    }
     if name in PEFT:
         config, fields = PEFT[name]
         other = peft_adapted(base, config, **fields)
@@ -88,18 +97,39 @@ _FASTER = {"hra": 7.0, "boft": 1.5, "loha": 1.5, "lokr": 1.5, "fourierft": 1.5}
 
 
 def area(suite: Suite, names: Sequence[str] = ()) -> Iterator[Row]:
-    """Of every method the forward of 512 tokens over the base, prepared too, PEFT's over ours, and what is saved over LoRA's."""
+    """Of every method the forward of 512 tokens over the base, prepared too, PEFT's over ours, and
+    what is saved over LoRA's.
+    """
     base = llama(1 if suite.quick else LAYERS, HIDDEN, device=suite.device)
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(suite.device)
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(
+        suite.device
+    )
     reference = 0
     for name in dict.fromkeys(("lora", *(names or ll.variants()))):
         result, kept = measure(suite, base, name, ids)
         reference, ratios = reference or kept, result.ratios
-        peers = {"prepared": ratios["prepared"], **({"PEFT": ratios["peft"]} if "peft" in ratios else {})}
-        yield Row(f"{name}, {TOKENS} tokens", ratios["ours"], "base", None if name in _FREE else 1.15, guard=result.guard, peers=peers)
+        peers = {
+            "prepared": ratios["prepared"],
+            **({"PEFT": ratios["peft"]} if "peft" in ratios else {}),
+        }
+        yield Row(
+            f"{name}, {TOKENS} tokens",
+            ratios["ours"],
+            "base",
+            None if name in _FREE else 1.15,
+            guard=result.guard,
+            peers=peers,
+        )
         if name in _FASTER:
             faster = result.over("peft", "ours")
-            yield Row(f"{name}, PEFT's time over ours", faster, "ours", _FASTER[name], at_least=True, guard=result.guard)
+            yield Row(
+                f"{name}, PEFT's time over ours",
+                faster,
+                "ours",
+                _FASTER[name],
+                at_least=True,
+                guard=result.guard,
+            )
         yield Row(f"{name}, saved bytes", kept / reference, "LoRA's", 1.4)
 
 

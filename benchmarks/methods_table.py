@@ -5,31 +5,53 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lora_lite_func.kinds import KINDS
+from lora_lite_func.layers.kinds import KINDS
 from lora_lite_func.variants import TABLE
 
 BEGIN, END = "<!-- methods: rendered by benchmarks/methods_table.py -->", "<!-- end of methods -->"
-BEGIN_KINDS, END_KINDS = "<!-- kinds: rendered by benchmarks/methods_table.py -->", "<!-- end of kinds -->"
+BEGIN_KINDS, END_KINDS = (
+    "<!-- kinds: rendered by benchmarks/methods_table.py -->",
+    "<!-- end of kinds -->",
+)
 
 
 def render() -> str:
-    """The table: config, name in files, what it does, on which side of the layer it acts, what it reads, paper."""
+    """The table: config, name in files, what it does, on which side of the layer it acts, what it
+    reads, paper.
+    """
     rows = ["| config | name | what | acts on | reads | paper |", "|---|---|---|---|---|---|"]
     for variant in sorted(TABLE, key=lambda v: v.name):
-        doc = (sys.modules[variant.param_specs.__module__].__doc__ or "").splitlines()[0].rstrip(".")
+        doc = (
+            (sys.modules[variant.param_specs.__module__].__doc__ or "").splitlines()[0].rstrip(".")
+        )
         what = doc.split(": ", 1)[-1]
-        side = " and ".join(s for s, f in (("input", variant.inputs), ("output", variant.outputs)) if f is not None) or "weight"
+        side = (
+            " and ".join(
+                s
+                for s, f in (("input", variant.inputs), ("output", variant.outputs))
+                if f is not None
+            )
+            or "weight"
+        )
         reads = ", ".join(sorted(variant.needs)) or "nothing"
-        rows.append(f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {side} | {reads} | {variant.paper} |")
+        rows.append(
+            f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {side} | {reads} | "
+            f"{variant.paper} |"
+        )
     return "\n".join(rows)
 
 
 def render_kinds() -> str:
-    """The second table: which kinds of place each method can adapt; the one that it takes when nothing is said in bold."""
+    """The second table: which kinds of place each method can adapt; the one that it takes when
+    nothing is said in bold.
+    """
     rows = [f"| name | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
     groups: dict[tuple[str, ...], list[str]] = {}
     for variant in sorted(TABLE, key=lambda v: v.name):
-        marks = tuple("" if kind not in variant.sites else "**yes**" if kind == variant.sites[0] else "yes" for kind in KINDS)
+        marks = tuple(
+            "" if kind not in variant.sites else "**yes**" if kind == variant.sites[0] else "yes"
+            for kind in KINDS
+        )
         groups.setdefault(marks, []).append(f"`{variant.name}`")
     rows += [f"| {' '.join(names)} | {' | '.join(marks)} |" for marks, names in groups.items()]
     return "\n".join(rows)

@@ -91,9 +91,14 @@ say(version=importlib.metadata.version("qwix"), methods=methods(qwix), identity=
 def ours() -> dict[str, Any]:
     """The same of this library."""
     torch.manual_seed(0)
-    net = nn.Sequential(*(part for _ in range(LAYERS) for part in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()))).requires_grad_(False)
+    net = nn.Sequential(
+        *(part for _ in range(LAYERS) for part in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()))
+    ).requires_grad_(False)
     x, cfg = torch.randn(ROWS, WIDTH), ll.LoRAConfig(r=RANK)
-    made = [torch.utils._pytree.tree_map(lambda t: t + 0.01, ll.init(net, cfg, seed=s)) for s in range(3)]
+    made = [
+        torch.utils._pytree.tree_map(lambda t: t + 0.01, ll.init(net, cfg, seed=s))
+        for s in range(3)
+    ]
     with torch.no_grad():
         each = torch.stack([ll.apply(net, p, x) for p in made])
         mapped = torch.func.vmap(lambda p: ll.apply(net, p, x))(ll.stack(made))
@@ -112,7 +117,9 @@ def probed(python: str, name: str) -> dict[str, Any]:
     Raises:
         RuntimeError: the program failed; with the end of what it said.
     """
-    done = subprocess.run([python, "-c", PROGRAMS[name]], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [python, "-c", PROGRAMS[name]], capture_output=True, text=True, timeout=600, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{name} by {python}: {done.stderr.strip().splitlines()[-1:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -123,7 +130,9 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
     """The rows as markdown."""
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for key, what in WHAT.items():
-        lines.append(f"| {what} | {' | '.join(_shown(column[key]) for column in columns.values())} |")
+        lines.append(
+            f"| {what} | {' | '.join(_shown(column[key]) for column in columns.values())} |"
+        )
     return "\n".join(lines)
 
 
@@ -133,10 +142,14 @@ def _shown(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Probe what is there, print the table, write it where it is kept."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.others", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.others", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--lorax", metavar="PYTHON", help="an interpreter that has jax-lorax")
     parser.add_argument("--qwix", metavar="PYTHON", help="an interpreter that has qwix")
-    parser.add_argument("--report", type=Path, metavar="README", help="put the table between its marks there")
+    parser.add_argument(
+        "--report", type=Path, metavar="README", help="put the table between its marks there"
+    )
     given = parser.parse_args(argv)
     torch.set_num_threads(2)
     columns = {"here": ours()}
@@ -150,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.report:
         text = given.report.read_text(encoding="utf-8")
         head, rest = text.split(START)
-        given.report.write_text(f"{head}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        given.report.write_text(
+            f"{head}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -21,14 +21,18 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def lora(base: Any, r: int = 8, **config: Any) -> ll.Adapter:
     """Our LoRA on every projection, with noise on B so that nothing is zero."""
-    return noisy(ll.init(base, ll.LoRAConfig(r=r, alpha=16, target_names=tuple(PROJECTIONS), **config)))
+    return noisy(
+        ll.init(base, ll.LoRAConfig(r=r, alpha=16, target_names=tuple(PROJECTIONS), **config))
+    )
 
 
 def noisy(params: ll.Adapter) -> ll.Adapter:
     """An adapter as if trained: its start with noise on what is trainable."""
     trainable, frozen = ll.partition(params)
     gen = torch.Generator().manual_seed(1)
-    moved: Any = optree.tree_map(lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen).to(t), cast("Any", trainable))
+    moved: Any = optree.tree_map(
+        lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen).to(t), cast("Any", trainable)
+    )
     return ll.combine(moved, frozen)
 
 
@@ -36,7 +40,9 @@ def peft_adapted(base: Any, config: str, **fields: Any) -> Any:
     """The same base under PEFT's layers, the config's class by name."""
     import peft
 
-    return peft.get_peft_model(copy.deepcopy(base), getattr(peft, config)(target_modules=PROJECTIONS, **fields)).eval()
+    return peft.get_peft_model(
+        copy.deepcopy(base), getattr(peft, config)(target_modules=PROJECTIONS, **fields)
+    ).eval()
 
 
 def peft_lora(base: Any, r: int = 8, **fields: Any) -> Any:
@@ -53,5 +59,8 @@ def lora_lite(base: Any, checkout: Path | None, r: int = 8) -> Any:
         sys.path.insert(0, str(source))
     package = importlib.import_module("lora_lite")
     model = copy.deepcopy(base)
-    package.attach(model, package.LoRAConfig(r=r, alpha=16, dtype=torch.float32, target_names=tuple(PROJECTIONS)))
+    package.attach(
+        model,
+        package.LoRAConfig(r=r, alpha=16, dtype=torch.float32, target_names=tuple(PROJECTIONS)),
+    )
     return model

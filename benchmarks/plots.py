@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import lora_lite_func as ll
-from lora_lite_func.inspecting import delta_norm
-from lora_lite_func.opening import open_adapter
-from lora_lite_func.targets import layer_index
+from lora_lite_func.cli.inspect import delta_norm
+from lora_lite_func.interop.open import open_adapter
+from lora_lite_func.layers.targeting import layer_index
 
 _MOST = 12  # singular values of a site that are drawn
 
@@ -36,23 +36,34 @@ def drawn(source: Path, out: Path) -> list[Path]:
     name = source.parent.name + "_" + source.stem if source.suffix else source.name
     if source.suffix == ".json" and source.name != "adapter_config.json":
         results = json.loads(source.read_text(encoding="utf-8"))
-        return [curves(results, out / f"{name}_curves.png"), quality(results, out / f"{name}_quality.png")]
+        return [
+            curves(results, out / f"{name}_curves.png"),
+            quality(results, out / f"{name}_quality.png"),
+        ]
     params = open_adapter(source)
-    parts = [params] if isinstance(params, ll.Adapter) else list(params.values() if isinstance(params, Mapping) else params)
+    parts = (
+        [params]
+        if isinstance(params, ll.Adapter)
+        else list(params.values() if isinstance(params, Mapping) else params)
+    )
     made = []
     for i, adapter in enumerate(parts):
         tail = f"_{i}" if len(parts) > 1 else ""
         if all(delta_norm(adapter, path) is None for path in adapter):
             print(
-                f"{source}: what {adapter.layout.variant.name} changes depends on the base (or is a stack's); nothing to draw",
+                f"{source}: what {adapter.layout.variant.name} changes depends on the base (or "
+                f"is a stack's); nothing to draw",
                 file=sys.stderr,
             )
             continue
-        made += [norms(adapter, out / f"{name}{tail}_norms.png"), spectra(adapter, out / f"{name}{tail}_spectra.png")]
+        made += [
+            norms(adapter, out / f"{name}{tail}_norms.png"),
+            spectra(adapter, out / f"{name}{tail}_spectra.png"),
+        ]
     return made
 
 
-# --------------------------------------------------------------------------------------------------------------- adapters
+# ----------------------------------------------------------------------------------------- adapters
 def _modules(adapter: ll.Adapter) -> tuple[list[str], list[int]]:
     """(what follows the layer's number in the paths, the numbers)."""
     tails = {_tail(path): None for path in adapter}
@@ -73,8 +84,12 @@ def norms(adapter: ll.Adapter, file: Path) -> Path:
     table = torch.full((len(tails), len(layers)), math.nan)
     for path in adapter:
         norm = delta_norm(adapter, path)
-        table[tails.index(_tail(path)), layers.index(layer_index(path) or 0)] = math.nan if norm is None else norm
-    figure, axis = plt.subplots(figsize=(2.6 + 0.62 * len(layers), 1.5 + 0.42 * len(tails)), layout="constrained")
+        table[tails.index(_tail(path)), layers.index(layer_index(path) or 0)] = (
+            math.nan if norm is None else norm
+        )
+    figure, axis = plt.subplots(
+        figsize=(2.6 + 0.62 * len(layers), 1.5 + 0.42 * len(tails)), layout="constrained"
+    )
     colours = plt.get_cmap("viridis").copy()
     colours.set_bad("0.85")
     image = axis.imshow(table.numpy(), cmap=colours, aspect="auto", vmin=0.0)
@@ -87,7 +102,15 @@ def norms(adapter: ll.Adapter, file: Path) -> Path:
         for j in range(len(layers)):
             value = float(table[i, j])
             if not math.isnan(value) and len(layers) <= 40:
-                axis.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=7, color="white" if value < middle else "black")
+                axis.text(
+                    j,
+                    i,
+                    f"{value:.2g}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if value < middle else "black",
+                )
     figure.colorbar(image, ax=axis, shrink=0.9)
     return _saved(figure, file)
 
@@ -109,7 +132,14 @@ def spectra(adapter: ll.Adapter, file: Path) -> Path:
     tails, layers = _modules(adapter)
     wide = min(len(tails), 3)
     high = -(-len(tails) // wide)
-    figure, axes = plt.subplots(high, wide, figsize=(1.2 + 3.1 * wide, 0.6 + 2.4 * high), squeeze=False, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        high,
+        wide,
+        figsize=(1.2 + 3.1 * wide, 0.6 + 2.4 * high),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
     colours = plt.get_cmap("viridis")
     for i, axis in enumerate(axes.flat):
         axis.set_visible(i < len(tails))
@@ -120,7 +150,13 @@ def spectra(adapter: ll.Adapter, file: Path) -> Path:
             if values is not None:
                 n = layers.index(layer_index(path) or 0)
                 top = values[: min(_MOST, max(adapter.sites[path].r, 2))]
-                axis.plot(range(1, len(top) + 1), top, color=colours(n / max(len(layers) - 1, 1)), marker=".", linewidth=1)
+                axis.plot(
+                    range(1, len(top) + 1),
+                    top,
+                    color=colours(n / max(len(layers) - 1, 1)),
+                    marker=".",
+                    linewidth=1,
+                )
         axis.set_title(tails[i], fontsize=9)
         axis.grid(alpha=0.3)
         if i % wide == 0:
@@ -133,11 +169,13 @@ def spectra(adapter: ll.Adapter, file: Path) -> Path:
     return _saved(figure, file)
 
 
-# ---------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 def _rows(results: Any) -> list[Mapping[str, Any]]:
     methods = results.get("methods") if isinstance(results, Mapping) else None
     if not isinstance(methods, Mapping) or not methods:
-        raise ll.CheckpointError("expected the result.json of benchmarks.finetune, which has methods")
+        raise ll.CheckpointError(
+            "expected the result.json of benchmarks.finetune, which has methods"
+        )
     return [{**numbers, "method": name} for name, numbers in methods.items()]
 
 
@@ -157,7 +195,14 @@ def curves(results: Any, file: Path) -> Path:
         scores, epochs = row["scores"], len(row["scores"])
         (line,) = axis.plot(range(1, epochs + 1), scores, marker="o", markersize=4)
         height = max(height + apart, scores[-1])  # names that would cover each other move up
-        axis.text(epochs + 0.06 * epochs, height, row["method"], va="center", fontsize=8, color=line.get_color())
+        axis.text(
+            epochs + 0.06 * epochs,
+            height,
+            row["method"],
+            va="center",
+            fontsize=8,
+            color=line.get_color(),
+        )
     most = max(len(row["scores"]) for row in rows)
     axis.set_xlim(1 - 0.1 * most, 1.35 * most)
     axis.set_xticks(range(1, most + 1))
@@ -174,7 +219,13 @@ def quality(results: Any, file: Path) -> Path:
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for row in _rows(results):
         axis.scatter(row["trainable"], row["scores"][-1], s=24)
-        axis.annotate(row["method"], (row["trainable"], row["scores"][-1]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(
+            row["method"],
+            (row["trainable"], row["scores"][-1]),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axis.set_xscale("log")
     axis.margins(x=0.15, y=0.1)
     axis.set_xlabel("trainable parameters")
@@ -193,7 +244,9 @@ def _saved(figure: Any, file: Path) -> Path:
 
 def main() -> int:
     """Draw; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("plots"))
     given = parser.parse_args()

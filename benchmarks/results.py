@@ -13,11 +13,16 @@ from .harness import Row
 
 __all__ = ["BEGIN", "END", "HEADER", "line", "plots", "rewritten", "rows_of", "table", "write"]
 
-BEGIN, END = "<!-- performance: rendered by python -m benchmarks --report -->", "<!-- end of performance -->"
-HEADER = f"{'area':11} {'what':46} {'value':>7} {'target':>8} {'verdict':8} {'guard':>6}  over; peers"
+BEGIN, END = (
+    "<!-- performance: rendered by python -m benchmarks --report -->",
+    "<!-- end of performance -->",
+)
+HEADER = (
+    f"{'area':11} {'what':46} {'value':>7} {'target':>8} {'verdict':8} {'guard':>6}  over; peers"
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------- lines
+# -------------------------------------------------------------------------------------------- lines
 def line(area: str, row: Row) -> str:
     """A row as a line of the table on stdout."""
     guard = "" if row.guard is None else f"{row.guard:.3f}"
@@ -34,13 +39,22 @@ def number(value: float) -> str:
     """Three or four digits of it, whatever its size."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100 or value == int(value)
+        else f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.3f}"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- json
+# --------------------------------------------------------------------------------------------- json
 def write(file: Path, rows: Mapping[str, Sequence[Row]], facts: Mapping[str, Any]) -> None:
     """The rows by area, with the facts of the run (versions, machine)."""
-    areas = {name: [dataclasses.asdict(row) | {"verdict": row.verdict} for row in found] for name, found in rows.items()}
+    areas = {
+        name: [dataclasses.asdict(row) | {"verdict": row.verdict} for row in found]
+        for name, found in rows.items()
+    }
     file.write_text(json.dumps({**facts, "areas": areas}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -54,10 +68,13 @@ def _row(found: Mapping[str, Any]) -> Row:
     return Row(**{**fields, "curve": tuple(fields["curve"]) if fields["curve"] else None})
 
 
-# --------------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------- README
 def table(result: Mapping[str, Any]) -> str:
     """README's table: every figure that isn't a point of a curve, and what it was taken on."""
-    lines = ["| area | what | over | lora_lite_func | others | target |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| area | what | over | lora_lite_func | others | target |",
+        "|---|---|---|---|---|---|",
+    ]
     for area, rows in rows_of(result).items():
         for row in rows:
             if row.curve is None:
@@ -65,7 +82,10 @@ def table(result: Mapping[str, Any]) -> str:
                 peers = ", ".join(f"{name} {number(v)}" for name, v in row.peers.items())
                 target = _target(row).replace("<= ", "≤ ").replace(">= ", "≥ ")
                 value = f"**{value}** (missed)" if row.verdict == "missed" else value
-                lines.append(f"| {area.replace('_', ' ')} | {row.what} | {row.over} | {value} | {peers} | {target} |")
+                lines.append(
+                    f"| {area.replace('_', ' ')} | {row.what} | {row.over} | {value} | {peers} | "
+                    f"{target} |"
+                )
     return "\n".join([*lines, "", _taken_on(result)])
 
 
@@ -82,13 +102,15 @@ def rewritten(text: str, result: Mapping[str, Any]) -> str:
         ValueError: the run was a quick one, whose figures are nothing to report.
     """
     if result.get("quick"):
-        raise ValueError("expected a run without --quick, found a quick one: its figures aren't to be reported")
+        raise ValueError(
+            "expected a run without --quick, found a quick one: its figures aren't to be reported"
+        )
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table(result)}\n{END}{after}" if begin and end else text
 
 
-# ---------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 def plots(folder: Path, rows: Mapping[str, Sequence[Row]]) -> list[Path]:
     """A PNG for each title among the curves; its lines are the rows of one `what`, and their peers."""
     import matplotlib

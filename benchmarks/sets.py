@@ -47,11 +47,17 @@ def peft_of(base: Any, count: int, r: int = 8) -> Any:
 def mixed(suite: Suite) -> Iterator[Row]:
     """64 rows x 1 token: 1, 8 and 64 adapters, sorted and not; PEFT's mixed batch."""
     base, rows = llama(8), 64
-    stack, order = stack_of(base, [8] * 64), torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    stack, order = (
+        stack_of(base, [8] * 64),
+        torch.randperm(64, generator=torch.Generator().manual_seed(0)),
+    )
     other, ids = peft_of(base, 64), torch.randint(0, 1024, (rows, 1))
     eight = ll.stack([stack[i] for i in range(8)])
     one = ll.bind(base, ll.rows(ll.stack([stack[0]]), [0] * rows))
-    bound = {"K=8": ll.bind(base, ll.rows(eight, torch.arange(rows) // 8)), "K=64": ll.bind(base, ll.rows(stack, range(rows)))}
+    bound = {
+        "K=8": ll.bind(base, ll.rows(eight, torch.arange(rows) // 8)),
+        "K=64": ll.bind(base, ll.rows(stack, range(rows))),
+    }
     bound["K=64 unsorted"] = ll.bind(base, ll.rows(stack, order))
     names = [str(i) for i in range(rows)]
     with torch.no_grad():
@@ -60,33 +66,92 @@ def mixed(suite: Suite) -> Iterator[Row]:
         calls["PEFT K=64"] = lambda: other(input_ids=ids, adapter_names=names)
         result = suite.compare(calls)
     peers = {"PEFT": result.ratios["PEFT K=64"]}
-    yield Row("64 rows x 1 token, 64 adapters", result.ratios["K=64"], "base", 1.15, guard=result.guard, peers=peers)
+    yield Row(
+        "64 rows x 1 token, 64 adapters",
+        result.ratios["K=64"],
+        "base",
+        1.15,
+        guard=result.guard,
+        peers=peers,
+    )
     yield Row("64 rows x 1 token, 8 adapters", result.ratios["K=8"], "base", guard=result.guard)
     yield Row("64 rows x 1 token, 1 adapter", result.ratios["K=1"], "base", guard=result.guard)
-    yield Row("64 adapters", result.over("PEFT K=64", "K=64"), "PEFT's time over ours", 5.0, at_least=True, guard=result.guard)
-    yield Row("64 adapters", result.over("K=64", "K=1"), "one adapter in 64 rows", 1.05, guard=result.guard)
-    yield Row("unsorted rows", result.over("K=64 unsorted", "K=64"), "sorted rows", 1.03, guard=result.guard)
+    yield Row(
+        "64 adapters",
+        result.over("PEFT K=64", "K=64"),
+        "PEFT's time over ours",
+        5.0,
+        at_least=True,
+        guard=result.guard,
+    )
+    yield Row(
+        "64 adapters",
+        result.over("K=64", "K=1"),
+        "one adapter in 64 rows",
+        1.05,
+        guard=result.guard,
+    )
+    yield Row(
+        "unsorted rows",
+        result.over("K=64 unsorted", "K=64"),
+        "sorted rows",
+        1.03,
+        guard=result.guard,
+    )
 
 
 def ragged(suite: Suite) -> Iterator[Row]:
-    """64 rows of 16 adapters at random, 1 to 10 rows each: served with 1 and 16 tokens, trained with 16; beside 4 rows each in order."""
+    """64 rows of 16 adapters at random, 1 to 10 rows each: served with 1 and 16 tokens, trained
+    with 16; beside 4 rows each in order.
+    """
     base, count, rows = llama(4), 16, 64
-    stack, who = stack_of(base, [8] * count), torch.randint(0, count, (rows,), generator=torch.Generator().manual_seed(0))
+    stack, who = (
+        stack_of(base, [8] * count),
+        torch.randint(0, count, (rows,), generator=torch.Generator().manual_seed(0)),
+    )
     other, names = peft_of(base, count), [str(i) for i in who.tolist()]
-    even, mixed = ll.bind(base, ll.rows(stack, torch.arange(rows) // 4)), ll.bind(base, ll.rows(stack, who))
+    even, mixed = (
+        ll.bind(base, ll.rows(stack, torch.arange(rows) // 4)),
+        ll.bind(base, ll.rows(stack, who)),
+    )
     for tokens in (1, 16):
         ids = torch.randint(0, 1024, (rows, tokens))
         with torch.no_grad():
-            calls = {"base": lambda ids=ids: base(ids), "even": lambda ids=ids: even(ids), "random": lambda ids=ids: mixed(ids)}
+            calls = {
+                "base": lambda ids=ids: base(ids),
+                "even": lambda ids=ids: even(ids),
+                "random": lambda ids=ids: mixed(ids),
+            }
             calls["PEFT"] = lambda ids=ids: other(input_ids=ids, adapter_names=names)
             result = suite.compare(calls)
-        what, peers = f"{rows} rows x {tokens} token{'s' * (tokens > 1)}, 16 adapters", {"PEFT": result.ratios["PEFT"]}
+        what, peers = (
+            f"{rows} rows x {tokens} token{'s' * (tokens > 1)}, 16 adapters",
+            {"PEFT": result.ratios["PEFT"]},
+        )
         yield Row(f"{what}, 4 rows each", result.ratios["even"], "base", guard=result.guard)
-        yield Row(f"{what}, at random", result.ratios["random"], "base", guard=result.guard, peers=peers)
+        yield Row(
+            f"{what}, at random", result.ratios["random"], "base", guard=result.guard, peers=peers
+        )
     limit = _Base(base)
-    result = suite.compare({"base": lambda: limit(ids), "even": lambda: _step(even, ids), "random": lambda: _step(mixed, ids)})
-    yield Row("train 16 adapters, 64 rows x 16 tokens, 4 rows each", result.ratios["even"], "base", guard=result.guard)
-    yield Row("train 16 adapters, 64 rows x 16 tokens, at random", result.ratios["random"], "base", guard=result.guard)
+    result = suite.compare(
+        {
+            "base": lambda: limit(ids),
+            "even": lambda: _step(even, ids),
+            "random": lambda: _step(mixed, ids),
+        }
+    )
+    yield Row(
+        "train 16 adapters, 64 rows x 16 tokens, 4 rows each",
+        result.ratios["even"],
+        "base",
+        guard=result.guard,
+    )
+    yield Row(
+        "train 16 adapters, 64 rows x 16 tokens, at random",
+        result.ratios["random"],
+        "base",
+        guard=result.guard,
+    )
 
 
 def ranks(suite: Suite) -> Iterator[Row]:
@@ -98,7 +163,13 @@ def ranks(suite: Suite) -> Iterator[Row]:
     several = ll.bind(base, ll.rows(stack_of(base, wide), who))
     with torch.no_grad():
         result = suite.compare({"uniform": lambda: uniform(ids), "mixed": lambda: several(ids)})
-    yield Row("ranks 4 to 64 in one batch", result.ratios["mixed"], "16 adapters of the mean rank", 1.10, guard=result.guard)
+    yield Row(
+        "ranks 4 to 64 in one batch",
+        result.ratios["mixed"],
+        "16 adapters of the mean rank",
+        1.10,
+        guard=result.guard,
+    )
 
 
 def _step(model: Any, ids: Tensor) -> None:
@@ -118,24 +189,47 @@ class _Base:
     def __call__(self, ids: Tensor) -> None:
         x = self.base.get_input_embeddings()(ids).detach().requires_grad_()
         logits = self.base(inputs_embeds=x).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ).backward()
 
 
 def train(suite: Suite) -> Iterator[Row]:
     """16 adapters x 16 tokens at once, against the base's one step and 16 steps of PEFT's."""
     base, count = llama(4), 16
     ids = torch.randint(0, 1024, (count, 16))
-    bound, other, limit = ll.bind(base, ll.rows(stack_of(base, [8] * count), range(count))), peft_of(base, 1).train(), _Base(base)
+    bound, other, limit = (
+        ll.bind(base, ll.rows(stack_of(base, [8] * count), range(count))),
+        peft_of(base, 1).train(),
+        _Base(base),
+    )
 
     def after_another() -> None:
         for row in ids:
             _step(other, row[None])
 
-    calls = {"base": lambda: limit(ids), "K=16 at once": lambda: _step(bound, ids), "16 PEFT steps": after_another}
+    calls = {
+        "base": lambda: limit(ids),
+        "K=16 at once": lambda: _step(bound, ids),
+        "16 PEFT steps": after_another,
+    }
     result = suite.compare(calls)
-    yield Row("train 16 adapters x 16 tokens at once", result.ratios["K=16 at once"], "base", 1.15, guard=result.guard)
+    yield Row(
+        "train 16 adapters x 16 tokens at once",
+        result.ratios["K=16 at once"],
+        "base",
+        1.15,
+        guard=result.guard,
+    )
     faster = result.over("16 PEFT steps", "K=16 at once")
-    yield Row("train 16 adapters x 16 tokens at once", faster, "16 PEFT steps over it", 3.5, at_least=True, guard=result.guard)
+    yield Row(
+        "train 16 adapters x 16 tokens at once",
+        faster,
+        "16 PEFT steps over it",
+        3.5,
+        at_least=True,
+        guard=result.guard,
+    )
 
 
 def optimizer(suite: Suite) -> Iterator[Row]:
@@ -143,7 +237,9 @@ def optimizer(suite: Suite) -> Iterator[Row]:
     base, count = llama(4), 64
     stack = stack_of(base, [8] * count)
     leaves = [t.clone().requires_grad_() for t in pytree.tree_leaves(stack)]
-    alone = [[t[i].clone().requires_grad_() for t in pytree.tree_leaves(stack)] for i in range(count)]
+    alone = [
+        [t[i].clone().requires_grad_() for t in pytree.tree_leaves(stack)] for i in range(count)
+    ]
     for t in (*leaves, *(t for ts in alone for t in ts)):
         t.grad = torch.randn_like(t)
     one, many = torch.optim.AdamW(leaves, fused=True), [torch.optim.AdamW(ts) for ts in alone]
@@ -154,20 +250,41 @@ def optimizer(suite: Suite) -> Iterator[Row]:
         for o in many:
             o.step()
 
-    calls = {"one fused": one.step, "ll.adamw": lambda: pure.update(stack, state, stack), "64 AdamW": all_of_them}
+    calls = {
+        "one fused": one.step,
+        "ll.adamw": lambda: pure.update(stack, state, stack),
+        "64 AdamW": all_of_them,
+    }
     result = suite.compare(calls)
-    yield Row("one fused AdamW on 64 adapters", result.ratios["64 AdamW"], "64 AdamW over it", 8.0, at_least=True, guard=result.guard)
-    yield Row("ll.adamw on 64 adapters", result.over("64 AdamW", "ll.adamw"), "64 AdamW over it", at_least=True, guard=result.guard)
+    yield Row(
+        "one fused AdamW on 64 adapters",
+        result.ratios["64 AdamW"],
+        "64 AdamW over it",
+        8.0,
+        at_least=True,
+        guard=result.guard,
+    )
+    yield Row(
+        "ll.adamw on 64 adapters",
+        result.over("64 AdamW", "ll.adamw"),
+        "64 AdamW over it",
+        at_least=True,
+        guard=result.guard,
+    )
     yield Row("tensors of 64 adapters", len(leaves) / len(alone[0]), "tensors of one", 1.0)
 
 
 def samples(suite: Suite) -> Iterator[Row]:
-    """Gradients of 16 and 64 samples of 32 tokens, against the batch's one gradient and against one after another."""
+    """Gradients of 16 and 64 samples of 32 tokens, against the batch's one gradient and against one
+    after another.
+    """
     base = llama(4)
     params = stack_of(base, [8])[0]
 
     def losses(y: Any, ids: Tensor) -> Tensor:
-        own = torch.nn.functional.cross_entropy(y.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        own = torch.nn.functional.cross_entropy(
+            y.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+        )
         return own.mean(1)
 
     bound = ll.bind(base, params)
@@ -185,8 +302,12 @@ def samples(suite: Suite) -> Iterator[Row]:
         }
         result = suite.compare(calls)
         what = f"per-sample gradients, {count} x 32 tokens"
-        yield Row(what, result.ratios["per sample"], "the batch's gradient", 1.05, guard=result.guard)
-        yield Row(what, result.over("per sample", "loop"), f"{count} backwards", 0.6, guard=result.guard)
+        yield Row(
+            what, result.ratios["per sample"], "the batch's gradient", 1.05, guard=result.guard
+        )
+        yield Row(
+            what, result.over("per sample", "loop"), f"{count} backwards", 0.6, guard=result.guard
+        )
 
 
 def graphs(suite: Suite) -> Iterator[Row]:
@@ -195,7 +316,11 @@ def graphs(suite: Suite) -> Iterator[Row]:
 
     base, counter = llama(2), CompileCounter()
     stack, ids = stack_of(base, [8] * 16), torch.randint(0, 1024, (16, 4))
-    step = torch.compile(lambda s, who, ids: ll.apply(base, ll.rows(s, who), ids).logits, fullgraph=True, backend=counter)
+    step = torch.compile(
+        lambda s, who, ids: ll.apply(base, ll.rows(s, who), ids).logits,
+        fullgraph=True,
+        backend=counter,
+    )
     gen = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(8):
@@ -204,16 +329,22 @@ def graphs(suite: Suite) -> Iterator[Row]:
 
 
 def memory(suite: Suite) -> Iterator[Row]:
-    """Bytes of 64 adapters bound in rows, over 64 times one's; storages of the base that the bound model doesn't share."""
+    """Bytes of 64 adapters bound in rows, over 64 times one's; storages of the base that the bound
+    model doesn't share.
+    """
     base = llama(4)
     stack = stack_of(base, [8] * 64)
     bound = ll.bind(base, ll.rows(stack, range(64)))
     mine = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*bound.parameters()]}
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*bound.parameters()]
+    }
     own = sum(n for at, n in held.items() if at not in mine)
     one = sum(t.nbytes for t in pytree.tree_leaves(stack[0]))
     yield Row("64 adapters in rows", own / (64 * one), "64 x an adapter's bytes", 1.0)
-    yield Row("storages of the base that it doesn't share", len(mine.keys() - held.keys()), "tensors", 0.0)
+    yield Row(
+        "storages of the base that it doesn't share", len(mine.keys() - held.keys()), "tensors", 0.0
+    )
 
 
 def area(suite: Suite) -> Iterator[Row]:

@@ -51,14 +51,19 @@ LEARNING_RATES = {
 
 FIXED: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 128},  # must divide the widths
-    "tokens": {"token_ids": range(2000, 30000), "target_names": "word_embeddings"},  # BERT's whole words and their ends
+    "tokens": {
+        "token_ids": range(2000, 30000),
+        "target_names": "word_embeddings",
+    },  # BERT's whole words and their ends
 }
 
 
 def config(method: str, *, r: int, targets: str) -> ll.AdapterConfig:
-    """A method's config: rank r and alpha 2 r where these mean what they do for LoRA, its own defaults elsewhere.
+    """A method's config: rank r and alpha 2 r where these mean what they do for LoRA, its own
+    defaults elsewhere.
 
-    Methods that adapt something else than linear layers have places of their own: the norms of all layers, the blocks, or the weights
+    Methods that adapt something else than linear layers have places of their own: the norms of all
+        layers, the blocks, or the weights
     of the targets as parameters.
     """
     variant = ll.variants()[method]

@@ -49,24 +49,36 @@ def batches(task: SentimentTask, seed: int, steps: int) -> list[list[tuple[str, 
 def pooled(model: Any, params: Any, batch: Batch) -> Tensor:
     """Mean-pooled hidden states, (n, width)."""
     inputs = {k: t for k, t in batch.items() if k != "ratings"}
-    hidden = (ll.apply(model, params, **inputs) if params is not None else model(**inputs)).last_hidden_state
+    hidden = (
+        ll.apply(model, params, **inputs) if params is not None else model(**inputs)
+    ).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def start(task: SentimentTask, grid: tuple[tuple[float, int, int], ...]) -> tuple[ll.Adapter, Heads]:
+def start(
+    task: SentimentTask, grid: tuple[tuple[float, int, int], ...]
+) -> tuple[ll.Adapter, Heads]:
     """The stack (ranks padded) and its heads, weight (K, width), bias (K,)."""
-    made = [ll.init(task.model, ll.LoRAConfig(r=r, alpha=2.0 * r, target_names=TARGETS), seed=seed) for _, r, seed in grid]
+    made = [
+        ll.init(task.model, ll.LoRAConfig(r=r, alpha=2.0 * r, target_names=TARGETS), seed=seed)
+        for _, r, seed in grid
+    ]
     names = [f"lr {lr:g}, r {r}, seed {seed}" for lr, r, seed in grid]
-    heads = {"weight": torch.zeros(len(grid), task.head()["weight"].shape[1]), "bias": torch.zeros(len(grid))}
+    heads = {
+        "weight": torch.zeros(len(grid), task.head()["weight"].shape[1]),
+        "bias": torch.zeros(len(grid)),
+    }
     return ll.stack(dict(zip(names, made, strict=True))), heads
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 class Together:
     """The adapters of a grid as one stack: one forward, one backward, one optimizer a step."""
 
-    def __init__(self, task: SentimentTask, grid: tuple[tuple[float, int, int], ...], steps: int) -> None:
+    def __init__(
+        self, task: SentimentTask, grid: tuple[tuple[float, int, int], ...], steps: int
+    ) -> None:
         self.task, self.grid, self.steps, self.step = task, grid, steps, 0
         self.words = [batches(task, seed, steps) for _, _, seed in grid]
         stack, self.heads = start(task, grid)
@@ -74,21 +86,31 @@ class Together:
         self.rates = torch.tensor([lr for lr, _, _ in grid])
         self.optimizer = ll.adamw(self.rates)
         self.state = self.optimizer.init(self.trainable)
-        self.head_optimizer = torch.optim.AdamW(list(self.heads.values()), lr=HEAD_RATE, weight_decay=0.0)
+        self.head_optimizer = torch.optim.AdamW(
+            list(self.heads.values()), lr=HEAD_RATE, weight_decay=0.0
+        )
         self.ids = torch.arange(len(grid)).repeat_interleave(WORDS)
 
     def __call__(self) -> None:
         """One step of every adapter."""
-        batch = self.task._encoded([word for words in self.words for word in words[self.step % self.steps]])
+        batch = self.task._encoded(
+            [word for words in self.words for word in words[self.step % self.steps]]
+        )
         live = pytree.tree_map(lambda t: t.detach().requires_grad_(), self.trainable)
         for head in self.heads.values():
             head.requires_grad_().grad = None
-        hidden = pooled(self.task.model, ll.rows(ll.combine(live, self.frozen), self.ids), batch).unflatten(0, (-1, WORDS))
-        found = (hidden * self.heads["weight"].unsqueeze(1)).sum(-1) + self.heads["bias"].unsqueeze(1)  # (K, words)
+        hidden = pooled(
+            self.task.model, ll.rows(ll.combine(live, self.frozen), self.ids), batch
+        ).unflatten(0, (-1, WORDS))
+        found = (hidden * self.heads["weight"].unsqueeze(1)).sum(-1) + self.heads["bias"].unsqueeze(
+            1
+        )  # (K, words)
         (found - batch["ratings"].unflatten(0, (-1, WORDS))).square().mean(1).sum().backward()
         factor = cosine(self.step, self.steps)
         grads, _ = ll.clip_grads(pytree.tree_map(lambda t: t.grad, live), 1.0)
-        self.trainable, self.state = self.optimizer.update(grads, self.state, self.trainable, lr=self.rates * factor)
+        self.trainable, self.state = self.optimizer.update(
+            grads, self.state, self.trainable, lr=self.rates * factor
+        )
         self.head_optimizer.param_groups[0]["lr"] = HEAD_RATE * factor
         self.head_optimizer.step()
         self.step += 1
@@ -107,7 +129,10 @@ class Alone:
         self.words = batches(task, seed, steps)
         self.head = task.head()
         self.leaves = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": self.leaves, "lr": lr}, {"params": list(self.head.values()), "lr": HEAD_RATE}]
+        groups = [
+            {"params": self.leaves, "lr": lr},
+            {"params": list(self.head.values()), "lr": HEAD_RATE},
+        ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
     def __call__(self) -> None:
@@ -116,7 +141,9 @@ class Alone:
         for head in self.head.values():
             head.requires_grad_()
         self.optimizer.zero_grad()
-        found = F.linear(pooled(self.model, None, batch), self.head["weight"], self.head["bias"]).squeeze(-1)
+        found = F.linear(
+            pooled(self.model, None, batch), self.head["weight"], self.head["bias"]
+        ).squeeze(-1)
         F.mse_loss(found, batch["ratings"]).backward()
         torch.nn.utils.clip_grad_norm_(self.leaves, 1.0)
         for group, lr in zip(self.optimizer.param_groups, (self.lr, HEAD_RATE), strict=True):
@@ -129,40 +156,73 @@ def peft_model(task: SentimentTask, r: int) -> Any:
     """The encoder under PEFT's LoRA of the same rank."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(copy.deepcopy(task.model), LoraConfig(r=r, lora_alpha=2 * r, target_modules=".*" + TARGETS))
+    return get_peft_model(
+        copy.deepcopy(task.model), LoraConfig(r=r, lora_alpha=2 * r, target_modules=".*" + TARGETS)
+    )
 
 
 def speed(task: SentimentTask, rounds: int) -> None:
     """Print a step of all 16 at once over 16 steps one after another, in turn on the same batches."""
     steps = 3 * rounds
     together = Together(task, GRID, steps)
-    bound = {r: ll.init(task.model, ll.LoRAConfig(r=r, alpha=2.0 * r, target_names=TARGETS)) for r in RANKS}
-    ours = [Alone(task, ll.bind(task.model, pytree.tree_map(torch.clone, bound[r])), lr, seed, steps) for lr, r, seed in GRID]
-    theirs = {r: peft_model(task, r) for r in RANKS}  # a model per rank: 16 copies of the encoder would be PEFT's loss, not its pace
+    bound = {
+        r: ll.init(task.model, ll.LoRAConfig(r=r, alpha=2.0 * r, target_names=TARGETS))
+        for r in RANKS
+    }
+    ours = [
+        Alone(task, ll.bind(task.model, pytree.tree_map(torch.clone, bound[r])), lr, seed, steps)
+        for lr, r, seed in GRID
+    ]
+    theirs = {
+        r: peft_model(task, r) for r in RANKS
+    }  # a model per rank: 16 copies of the encoder would be PEFT's loss, not its pace
     peft = [Alone(task, theirs[r], lr, seed, steps) for lr, r, seed in GRID]
     times: dict[str, list[float]] = {"together": [], "ours": [], "PEFT": [], "again": []}
     for turn in range(rounds + 2):
-        for name, runs in (("together", [together]), ("ours", ours), ("PEFT", peft), ("again", [together])):
+        for name, runs in (
+            ("together", [together]),
+            ("ours", ours),
+            ("PEFT", peft),
+            ("again", [together]),
+        ):
             begin = time.perf_counter()
             for run in runs:
                 run()
             if turn > 1:
                 times[name].append(time.perf_counter() - begin)
-    ratio = {name: statistics.median(t / b for t, b in zip(ts, times["together"], strict=True)) for name, ts in times.items()}
-    print(f"\na step of 16 adapters x {WORDS} words: at once {statistics.median(times['together']) * 1e3:.0f} ms")
-    print(f"one after another: ours {ratio['ours']:.2f}x that, PEFT's {ratio['PEFT']:.2f}x (at once again {ratio['again']:.2f}x)")
+    ratio = {
+        name: statistics.median(t / b for t, b in zip(ts, times["together"], strict=True))
+        for name, ts in times.items()
+    }
+    print(
+        f"\na step of 16 adapters x {WORDS} words: at once "
+        f"{statistics.median(times['together']) * 1e3:.0f} ms"
+    )
+    print(
+        f"one after another: ours {ratio['ours']:.2f}x that, PEFT's {ratio['PEFT']:.2f}x (at "
+        f"once again {ratio['again']:.2f}x)"
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 @torch.no_grad()
-def predictions(task: SentimentTask, stack: ll.Adapter, heads: Heads, limit: int) -> tuple[Tensor, Tensor]:
+def predictions(
+    task: SentimentTask, stack: ll.Adapter, heads: Heads, limit: int
+) -> tuple[Tensor, Tensor]:
     """(K, n) ratings of the held-out words by every adapter, and what people said (n,)."""
     held_out = task.held_out[:limit]
     found = []
     for i, adapter in enumerate(ll.unstack(stack)):
         bound = ll.merged(task.model, adapter)
         parts = [task._encoded(held_out[j : j + 256]) for j in range(0, len(held_out), 256)]
-        found.append(torch.cat([pooled(bound, None, part) @ heads["weight"][i] + heads["bias"][i] for part in parts]))
+        found.append(
+            torch.cat(
+                [
+                    pooled(bound, None, part) @ heads["weight"][i] + heads["bias"][i]
+                    for part in parts
+                ]
+            )
+        )
     return torch.stack(found), torch.tensor([rating for _, rating in held_out])
 
 
@@ -182,10 +242,16 @@ def report(found: Tensor, asked: Tensor, plot: Path) -> None:
     mean, spread = found[best].mean(0), found[best].std(0)
     error = (mean - asked).abs()
     middle = statistics.mean(scores[i] for i in best)
-    print(f"\nbest alone {max(scores):.3f}; the best 8 alone {middle:.3f} on average, as an ensemble {pearson(mean, asked):.3f}")
+    print(
+        f"\nbest alone {max(scores):.3f}; the best 8 alone {middle:.3f} on average, as an "
+        f"ensemble {pearson(mean, asked):.3f}"
+    )
     parts = [p.tolist() for p in torch.arange(len(spread))[spread.argsort()].chunk(8)]
     xs, ys = ([values[p].mean().item() for p in parts] for values in (spread, error))
-    print(f"mean error, from the eighth of words where the 8 agree most to where least: {'  '.join(f'{y:.2f}' for y in ys)}")
+    print(
+        f"mean error, from the eighth of words where the 8 agree most to where least: "
+        f"{'  '.join(f'{y:.2f}' for y in ys)}"
+    )
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,7 +260,11 @@ def report(found: Tensor, asked: Tensor, plot: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     axes.scatter(spread, error, s=6, alpha=0.25, linewidths=0, label="a held-out word")
     axes.plot(xs, ys, "o-", color="black", label="mean of an eighth of them")
-    axes.set(xlabel="spread of 8 adapters' ratings", ylabel="error of their mean", title="An ensemble's spread against its error")
+    axes.set(
+        xlabel="spread of 8 adapters' ratings",
+        ylabel="error of their mean",
+        title="An ensemble's spread against its error",
+    )
     axes.legend()
     figure.savefig(plot, dpi=120)
     print(f"drawn: {plot}")
@@ -210,7 +280,11 @@ def serve(task: SentimentTask, stack: ll.Adapter, heads: Heads) -> None:
     single = task._encoded([(word, rating)])
     states = torch.cat([pooled(task.model, adapter, single) for adapter in ll.unstack(stack)])
     loop = (states * heads["weight"]).sum(-1) + heads["bias"]
-    print(f"\none batch, a row per adapter: {word!r}, rated {rating:.1f} by people: {mixed.min():.2f} to {mixed.max():.2f}; ", end="")
+    print(
+        f"\none batch, a row per adapter: {word!r}, rated {rating:.1f} by people: "
+        f"{mixed.min():.2f} to {mixed.max():.2f}; ",
+        end="",
+    )
     print(f"one after another differs by at most {(mixed - loop).abs().max():.1e}")
 
 
@@ -220,13 +294,19 @@ def gathered(stack: ll.Adapter, heads: Heads) -> tuple[ll.Adapter, Heads]:
         return stack, heads
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (stack, {n: t.detach() for n, t in heads.items()}))
-    return ll.concatenate([s for s, _ in parts]), {n: torch.cat([h[n] for _, h in parts]) for n in heads}
+    return ll.concatenate([s for s, _ in parts]), {
+        n: torch.cat([h[n] for _, h in parts]) for n in heads
+    }
 
 
 def main() -> None:
     """Train, time, tell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few steps and words: shows that it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps and words: shows that it runs"
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--plot", type=Path, default=Path("sweep.png"))
     given = parser.parse_args()
@@ -242,7 +322,10 @@ def main() -> None:
         run()
     stack, heads = gathered(run.stack, {n: t.detach() for n, t in run.heads.items()})
     if rank == 0:
-        print(f"{task.title}\n{len(GRID)} adapters x {steps} steps x {WORDS} words in {time.perf_counter() - begin:.0f} s by {world}")
+        print(
+            f"{task.title}\n{len(GRID)} adapters x {steps} steps x {WORDS} words in "
+            f"{time.perf_counter() - begin:.0f} s by {world}"
+        )
         found, asked = predictions(task, stack, heads, 64 if given.quick else 600)
         report(found, asked, given.plot)
         serve(task, stack, heads)

@@ -15,7 +15,9 @@ from .peers import PROJECTIONS, lora, noisy, peft_adapted, peft_lora
 
 
 def area(suite: Suite) -> Iterator[Row]:
-    """LoRA over the base and PEFT; DoRA over our LoRA and PEFT's; HRA over PEFT's, and how its cost grows with the rank."""
+    """LoRA over the base and PEFT; DoRA over our LoRA and PEFT's; HRA over PEFT's, and how its cost
+    grows with the rank.
+    """
     base = llama(1 if suite.quick else 4, device=suite.device)
     for tokens, r in ((64, 8), (512, 8), (512, 64), (2048, 8)):
         yield from _lora(suite, base, tokens, r)
@@ -24,7 +26,9 @@ def area(suite: Suite) -> Iterator[Row]:
 
 
 def embedded(base: Any, tokens: int, device: str) -> Tensor:
-    """Embeddings of random tokens (1, tokens, h), of which the step takes the gradient: so backward goes through every layer."""
+    """Embeddings of random tokens (1, tokens, h), of which the step takes the gradient: so backward
+    goes through every layer.
+    """
     ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     return base.get_input_embeddings()(ids).detach().requires_grad_()
 
@@ -47,25 +51,55 @@ def theirs(model: Any, x: Tensor) -> Callable[[], Any]:
 
 def _lora(suite: Suite, base: Any, tokens: int, r: int) -> Iterator[Row]:
     x = embedded(base, tokens, suite.device)
-    calls = {"base": step(base, x, []), "ours": ours(base, lora(base, r), x), "PEFT": theirs(peft_lora(base, r), x)}
+    calls = {
+        "base": step(base, x, []),
+        "ours": ours(base, lora(base, r), x),
+        "PEFT": theirs(peft_lora(base, r), x),
+    }
     found = suite.compare(calls)
     ratio, peft = found.ratios["ours"], found.ratios["PEFT"]
     limit = 1.06 if r == 8 else 1 + 3 * r / 512 + 0.03
     target = limit if tokens >= 512 else None
-    yield Row(f"LoRA r={r}, {tokens} tokens", ratio, "base", target, guard=found.guard, peers={"PEFT": peft})
+    yield Row(
+        f"LoRA r={r}, {tokens} tokens",
+        ratio,
+        "base",
+        target,
+        guard=found.guard,
+        peers={"PEFT": peft},
+    )
     if tokens >= 512 and r == 8:
-        yield Row(f"LoRA r={r}, {tokens} tokens", found.over("ours", "PEFT"), "PEFT", 0.75, guard=found.guard)
+        yield Row(
+            f"LoRA r={r}, {tokens} tokens",
+            found.over("ours", "PEFT"),
+            "PEFT",
+            0.75,
+            guard=found.guard,
+        )
 
 
 def _dora(suite: Suite, base: Any) -> Iterator[Row]:
     dora = noisy(ll.init(base, ll.DoRAConfig(r=8, alpha=16, target_names=tuple(PROJECTIONS))))
     for tokens in (64, 512):
         x = embedded(base, tokens, suite.device)
-        calls = {"LoRA": ours(base, lora(base), x), "DoRA": ours(base, dora, x), "PEFT": theirs(peft_lora(base, use_dora=True), x)}
+        calls = {
+            "LoRA": ours(base, lora(base), x),
+            "DoRA": ours(base, dora, x),
+            "PEFT": theirs(peft_lora(base, use_dora=True), x),
+        }
         found = suite.compare(calls)
         ratio, peft = found.ratios["DoRA"], found.ratios["PEFT"]
-        yield Row(f"DoRA r=8, {tokens} tokens", ratio, "our LoRA", 1.2, guard=found.guard, peers={"PEFT": peft})
-        yield Row(f"DoRA r=8, {tokens} tokens", found.over("DoRA", "PEFT"), "PEFT", 0.6, guard=found.guard)
+        yield Row(
+            f"DoRA r=8, {tokens} tokens",
+            ratio,
+            "our LoRA",
+            1.2,
+            guard=found.guard,
+            peers={"PEFT": peft},
+        )
+        yield Row(
+            f"DoRA r=8, {tokens} tokens", found.over("DoRA", "PEFT"), "PEFT", 0.6, guard=found.guard
+        )
 
 
 def _hra(suite: Suite, base: Any) -> Iterator[Row]:
@@ -73,11 +107,26 @@ def _hra(suite: Suite, base: Any) -> Iterator[Row]:
         return noisy(ll.init(base, ll.HRAConfig(r=r, target_names=tuple(PROJECTIONS))))
 
     x = embedded(base, 512, suite.device)
-    calls = {"r=2": ours(base, hra(2), x), "r=8": ours(base, hra(8), x), "r=32": ours(base, hra(32), x)}
+    calls = {
+        "r=2": ours(base, hra(2), x),
+        "r=8": ours(base, hra(8), x),
+        "r=32": ours(base, hra(32), x),
+    }
     found = suite.compare(calls)
     yield Row("HRA r=32, 512 tokens", found.ratios["r=32"], "its r=2", 1.3, guard=found.guard)
-    calls = {"base": step(base, x, []), "ours": calls["r=8"], "PEFT": theirs(peft_adapted(base, "HRAConfig", r=8), x)}
+    calls = {
+        "base": step(base, x, []),
+        "ours": calls["r=8"],
+        "PEFT": theirs(peft_adapted(base, "HRAConfig", r=8), x),
+    }
     found = suite.compare(calls)
     ratio, peft = found.ratios["ours"], found.ratios["PEFT"]
     yield Row("HRA r=8, 512 tokens", ratio, "base", guard=found.guard, peers={"PEFT": peft})
-    yield Row("HRA r=8, 512 tokens, PEFT's over ours", found.over("PEFT", "ours"), "ours", 7, at_least=True, guard=found.guard)
+    yield Row(
+        "HRA r=8, 512 tokens, PEFT's over ours",
+        found.over("PEFT", "ours"),
+        "ours",
+        7,
+        at_least=True,
+        guard=found.guard,
+    )

@@ -31,7 +31,9 @@ PAIRS = 20  # steps timed per method
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What held-out data gave: the score, a number per example, and for a language model the generated texts."""
+    """What held-out data gave: the score, a number per example, and for a language model the
+    generated texts.
+    """
 
     score: float
     outputs: Tensor
@@ -39,7 +41,8 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """A model and data. `params` is an adapter, or () for the bare base; `head` {name: tensor}, {} where there is none.
+    """A model and data. `params` is an adapter, or () for the bare base; `head` {name: tensor}, {}
+    where there is none.
 
     Attributes:
         model: the base, as it was loaded.
@@ -64,10 +67,14 @@ class Task(Protocol):
         """The training data in the epoch's order."""
 
     def calibration(self) -> dict[str, Any]:
-        """The keywords of `ll.init` for methods that start from data: a few training batches, and a loss for those that need gradients."""
+        """The keywords of `ll.init` for methods that start from data: a few training batches, and a
+        loss for those that need gradients.
+        """
 
     def pairs(self) -> dict[str, Any]:
-        """The keywords of `ll.init` for methods that start from contrastive pairs; {} where the data has none."""
+        """The keywords of `ll.init` for methods that start from contrastive pairs; {} where the
+        data has none.
+        """
 
     def loss(self, params: Params, head: dict[str, Tensor], batch: Batch) -> Tensor:
         """The mean loss of a batch."""
@@ -98,12 +105,17 @@ class Run:
     @property
     def trainable(self) -> int:
         """How many numbers are learned, head included."""
-        return (ll.num_params(self.params) if self.params else 0) + sum(t.numel() for t in self.head.values())
+        return (ll.num_params(self.params) if self.params else 0) + sum(
+            t.numel() for t in self.head.values()
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-def stepper(task: Task, run: Run, *, head_lr: float, steps: int, grad: Grad = "autograd") -> Callable[[Batch], Tensor]:
-    """A function that takes a batch, moves the leaves of `run.params` and `run.head` one AdamW step, and returns the loss.
+# ----------------------------------------------------------------------------------------- training
+def stepper(
+    task: Task, run: Run, *, head_lr: float, steps: int, grad: Grad = "autograd"
+) -> Callable[[Batch], Tensor]:
+    """A function that takes a batch, moves the leaves of `run.params` and `run.head` one AdamW
+    step, and returns the loss.
 
     Args:
         task: gives the loss.
@@ -122,7 +134,9 @@ def stepper(task: Task, run: Run, *, head_lr: float, steps: int, grad: Grad = "a
         return task.loss(ll.combine(adapter, frozen) if run.params else (), head, batch)
 
     groups = [{"params": leaves, "lr": run.lr}, {"params": head_leaves, "lr": head_lr}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)  # gates live near 1: decay would pull them to 0
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], weight_decay=0.0
+    )  # gates live near 1: decay would pull them to 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
     live = (trainable, run.head)
 
@@ -161,7 +175,9 @@ def _forward(task: Task, run: Run, batch: Batch) -> Tensor:
 
 
 def cosine(step: int, steps: int) -> float:
-    """The learning rate's factor: a linear rise over the first WARMUP of the steps, then half a cosine down to 0."""
+    """The learning rate's factor: a linear rise over the first WARMUP of the steps, then half a
+    cosine down to 0.
+    """
     rise = max(1, round(WARMUP * steps))
     if step < rise:
         return (step + 1) / rise
@@ -174,12 +190,16 @@ def train(task: Task, run: Run, *, epochs: int, head_lr: float, grad: Grad = "au
     if run.params or run.head:
         per_epoch = len(task.batches(0))
         step = stepper(task, run, head_lr=head_lr, steps=epochs * per_epoch, grad=grad)
-        with tqdm(total=epochs * per_epoch, desc=f"{run.method:10s}", unit="step", dynamic_ncols=True) as bar:
+        with tqdm(
+            total=epochs * per_epoch, desc=f"{run.method:10s}", unit="step", dynamic_ncols=True
+        ) as bar:
             for epoch in range(epochs):
                 for batch in task.batches(epoch):
                     run.losses.append(step(batch).item())
                     bar.update()
-                    bar.set_postfix_str(f"loss {run.losses[-1]:.3f}{_last(task, run)}", refresh=False)
+                    bar.set_postfix_str(
+                        f"loss {run.losses[-1]:.3f}{_last(task, run)}", refresh=False
+                    )
                 run.final = task.evaluate(run.params, run.head)
                 run.scores.append(run.final.score)
             bar.set_postfix_str(f"loss {run.losses[-1]:.3f}{_last(task, run)}")
@@ -194,11 +214,13 @@ def _last(task: Task, run: Run) -> str:
     return f", {task.metric} {run.scores[-1]:.3f}" if run.scores else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------- cost
+# --------------------------------------------------------------------------------------------- cost
 def measure(task: Task, run: Run, *, head_lr: float, grad: Grad = "autograd") -> None:
-    """Note on the run what a step costs: time, time over a step without an adapter, activations saved for the backward pass.
+    """Note on the run what a step costs: time, time over a step without an adapter, activations
+        saved for the backward pass.
 
-    Both kinds of step are timed in turn on the same batches, on copies: the run's own leaves don't move.
+    Both kinds of step are timed in turn on the same batches, on copies: the run's own leaves don't
+        move.
     """
     batches = task.batches(0)
     batches = (batches * (PAIRS // len(batches) + 1))[:PAIRS]
@@ -226,7 +248,9 @@ def _timed(step: Callable[[Batch], Tensor], batch: Batch) -> float:
 
 
 def saved_mib(task: Task, run: Run, batch: Batch) -> float:
-    """MiB that the forward pass keeps for the backward pass: distinct storages other than the base's, the adapter's and the head's."""
+    """MiB that the forward pass keeps for the backward pass: distinct storages other than the
+    base's, the adapter's and the head's.
+    """
     for leaf in _leaves((_parts(run.params)[0], run.head)):
         leaf.requires_grad_()
     return saved(lambda: task.loss(run.params, run.head, batch), _held(task.model, run)) / 2**20

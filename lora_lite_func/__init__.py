@@ -11,27 +11,35 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import adalora
-from .adapter import Adapter
-from .api import apply, functional_call
-from .binding import bind, prepared, unbind
-from .calibration import calibrate
-from .checking import check
-from .checkpoint import load, save
-from .compose import add, combine_adapters
-from .config import AdapterConfig
-from .dense import merge, merged
-from .errors import CheckpointError, ConfigError, LoraLiteError, StructureError, TargetError, UnsupportedError
-from .hidden import prompted
-from .initialization import init, targets
-from .optim import AdamW, AdamWState, adamw, clip_grads
-from .report import Report
-from .rows import Rows, rows
-from .samples import per_sample_grads
-from .spec import ParamSpec, Site, Variant, register
-from .stacks import concatenate, names, num_members, stack, unstack, update
-from .statistics import Statistics
-from .transforms import cast, combine, num_params, partition, project, scale, summary
+from .algebra import adalora
+from .algebra.adamw import AdamW, AdamWState, adamw, clip_grads
+from .algebra.combine import add, combine_adapters
+from .algebra.rows import Rows, rows
+from .algebra.stack import concatenate, names, num_members, stack, unstack, update
+from .algebra.tree import cast, combine, num_params, partition, project, scale, summary
+from .api.apply import apply, functional_call
+from .api.bind import bind, prepared, unbind
+from .api.calibrate import calibrate
+from .api.check import check
+from .api.init import init, targets
+from .api.merge import merge, merged
+from .api.per_sample import per_sample_grads
+from .api.report import Report
+from .core.adapter import Adapter
+from .core.config import AdapterConfig
+from .core.errors import (
+    CheckpointError,
+    ConfigError,
+    LoraLiteError,
+    StructureError,
+    TargetError,
+    UnsupportedError,
+)
+from .core.method import ParamSpec, Variant, register
+from .core.site import Site
+from .core.statistics import Statistics
+from .injection.prompt import prompted
+from .io.checkpoint import load, save
 from .variants import (
     AdaLoRAConfig,
     AntiPaSTOConfig,
@@ -70,13 +78,6 @@ from .variants import (
     VeRAConfig,
     variants,
 )
-
-if TYPE_CHECKING:
-    from .diffusion import from_diffusion
-    from .lora_lite import from_lora_lite
-    from .peft import from_peft, to_peft
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ASVDConfig",
@@ -172,13 +173,27 @@ __all__ = [
     "variants",
 ]
 
-_ON_USE = {"from_diffusion": "diffusion", "from_lora_lite": "lora_lite", "from_peft": "peft", "to_peft": "peft"}
+if TYPE_CHECKING:
+    from .interop.diffusion import from_diffusion
+    from .interop.lora_lite import from_lora_lite
+    from .interop.peft import from_peft, to_peft
+
+__version__ = "0.1.0"
+
+_ON_USE = {
+    "from_diffusion": "interop.diffusion",
+    "from_lora_lite": "interop.lora_lite",
+    "from_peft": "interop.peft",
+    "to_peft": "interop.peft",
+}
 """Readers and writers of other libraries' files, imported when they are first asked for."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ON_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
     return getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
 
 

@@ -20,10 +20,12 @@ class Case:
     Attributes:
         name: how the test is called.
         config: keywords -> config; r is even and at most 8, every width is divisible by 4.
-        exact: identity at the start is bit-exact in every dtype; else within `identity` (float32 units) of the base.
+        exact: identity at the start is bit-exact in every dtype; else within `identity` (float32
+            units) of the base.
         identity: tolerance of the identity where it isn't exact, in units of the dtype's epsilon.
         dead: trainable tensors whose gradient is zero at the start, and comes after one step.
-        differentiable: the gradient is that of the function (False where the method detaches a part by design).
+        differentiable: the gradient is that of the function (False where the method detaches a part
+            by design).
         linear: it adapts linear layers where nothing says otherwise.
         calibration: model -> keywords of `ll.init`, where the start depends on data.
     """
@@ -54,20 +56,31 @@ def _norms(**kw: Any) -> ll.AdapterConfig:
     names = {(): ("norm$",), ("up",): ("norm$",), ("down$",): ("norm$",)}
     given = kw.pop("target_names", ())
     given = (given,) if isinstance(given, str) else tuple(given)
-    return ll.LNTuningConfig(**kw) if "target_kinds" in kw else ll.LNTuningConfig(**kw, target_names=names.get(given, given))
+    return (
+        ll.LNTuningConfig(**kw)
+        if "target_kinds" in kw
+        else ll.LNTuningConfig(**kw, target_names=names.get(given, given))
+    )
 
 
 def _weights(**kw: Any) -> ll.AdapterConfig:
     """The weights of the layers that the laws name, as parameters."""
     every = r"(up|down|out_proj)\.weight$"
-    names = {(): (every,), ("up",): (r"up\.weight$",), ("down$",): (r"down\.weight$",), (r"layers\.0\.",): (r"layers\.0\." + every,)}
+    names = {
+        (): (every,),
+        ("up",): (r"up\.weight$",),
+        ("down$",): (r"down\.weight$",),
+        (r"layers\.0\.",): (r"layers\.0\." + every,),
+    }
     given = kw.pop("target_names", ())
     given = (given,) if isinstance(given, str) else tuple(given)
     return ll.FullConfig(keep_start=True, **{"target_parameters": names.get(given, given), **kw})
 
 
 def _randlora(**kw: Any) -> ll.AdapterConfig:
-    """Its random maps have entries of size 1, so that noise on lambda and gamma makes an update far larger than the weights."""
+    """Its random maps have entries of size 1, so that noise on lambda and gamma makes an update far
+    larger than the weights.
+    """
     return ll.RandLoRAConfig(**{**kw, "alpha": kw.get("alpha", 16.0) / 64})
 
 
@@ -78,11 +91,16 @@ def _data(model: nn.Module) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(11)
     like = next(model.parameters())
     xs = [torch.randn(2, 20, width, generator=gen, dtype=torch.float64).to(like) for _ in range(2)]
-    return {"calibration_data": [{"query": x, "key": x, "value": x} if attention else x for x in xs]}
+    return {
+        "calibration_data": [{"query": x, "key": x, "value": x} if attention else x for x in xs]
+    }
 
 
 def _data_and_loss(model: nn.Module) -> dict[str, Any]:
-    return {**_data(model), "loss_fn": lambda y, batch: (y[0] if isinstance(y, tuple) else y).square().mean()}
+    return {
+        **_data(model),
+        "loss_fn": lambda y, batch: (y[0] if isinstance(y, tuple) else y).square().mean(),
+    }
 
 
 def start(case: Case, model: nn.Module, cfg: ll.AdapterConfig, seed: int = 0) -> ll.Adapter:
@@ -100,7 +118,11 @@ CASES = (
     Case("pissa", _fixed(ll.PiSSAConfig)),
     Case("pissa_randomised", _fixed(ll.PiSSAConfig, svd_niter=2)),
     Case("delora", _fixed(ll.DeLoRAConfig)),
-    Case("delora_zero_B", _fixed(ll.DeLoRAConfig, init="zero_B"), dead=frozenset({"lora_A", "lora_lambda"})),
+    Case(
+        "delora_zero_B",
+        _fixed(ll.DeLoRAConfig, init="zero_B"),
+        dead=frozenset({"lora_A", "lora_lambda"}),
+    ),
     Case("ia3", _fixed(ll.IA3Config)),
     Case("ia3_ff", _fixed(ll.IA3FFConfig)),
     Case("dora", _fixed(ll.DoRAConfig), dead=A, differentiable=False),
@@ -112,7 +134,11 @@ CASES = (
     Case("olora", _fixed(ll.OLoRAConfig)),
     Case("loha", _fixed(ll.LoHaConfig), dead=frozenset({"lora_w1_a", "lora_w1_b", "lora_w2_a"})),
     Case("lokr", _fixed(ll.LoKrConfig), dead=W2),
-    Case("lokr_both", _set(ll.LoKrConfig, factor=8, decompose_both=True, r=2), dead=W2 | {"lora_w1_b"}),
+    Case(
+        "lokr_both",
+        _set(ll.LoKrConfig, factor=8, decompose_both=True, r=2),
+        dead=W2 | {"lora_w1_b"},
+    ),
     Case("vera", _fixed(ll.VeRAConfig), dead=frozenset({"lora_vera_d"})),
     Case("oft_2", _fixed(ll.OFTConfig, block_size=2)),
     Case("oft_4", _fixed(ll.OFTConfig, block_size=4)),
@@ -149,13 +175,22 @@ CASES = (
 
 CALIBRATED = (
     Case("eva", _fixed(ll.EVAConfig), dead=A, calibration=_data),
-    Case("eva_whitened", _fixed(ll.EVAConfig, center=True, whiten=True, rslora=True), dead=A, calibration=_data),
+    Case(
+        "eva_whitened",
+        _fixed(ll.EVAConfig, center=True, whiten=True, rslora=True),
+        dead=A,
+        calibration=_data,
+    ),
     Case("corda", _fixed(ll.CorDAConfig), calibration=_data),
     Case("corda_kpm", _fixed(ll.CorDAConfig, mode="kpm"), calibration=_data),
     Case("asvd", _fixed(ll.ASVDConfig), calibration=_data),
     Case("asvd_root", _fixed(ll.ASVDConfig, weighting="root"), calibration=_data),
     Case("shira_snip", _set(ll.SHiRAConfig, r=2, mask="snip"), calibration=_data_and_loss),
     Case("lora_ga", _set(ll.LoRAGAConfig, r=2), calibration=_data_and_loss),
-    Case("lora_ga_random", _set(ll.LoRAGAConfig, r=2, direction="random", scale="gd"), calibration=_data_and_loss),
+    Case(
+        "lora_ga_random",
+        _set(ll.LoRAGAConfig, r=2, direction="random", scale="gd"),
+        calibration=_data_and_loss,
+    ),
 )
 """Methods whose start depends on data."""

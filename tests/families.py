@@ -21,7 +21,12 @@ SOUND = torch.randn(2, 8, 32, generator=_GEN)
 TEXT = {"input_ids": IDS, "attention_mask": MASK}
 IMAGE = {"pixel_values": PIXELS}
 
-_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _DECODER = {**_SIZES, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -39,7 +44,8 @@ class Family:
         checkpoints: it has gradient checkpointing.
         config: what the config says beside, where not every linear layer and nothing else is meant.
         unread: sites that `output` doesn't depend on.
-        rows: how rows with adapters of their own are refused, where some site's inputs aren't rows; None where outputs aren't rows.
+        rows: how rows with adapters of their own are refused, where some site's inputs aren't rows;
+            None where outputs aren't rows.
     """
 
     build: Callable[[], nn.Module]
@@ -83,7 +89,9 @@ def _clip() -> nn.Module:
 
     text = {**_SIZES, "vocab_size": 64, "max_position_embeddings": 16, **_TOKENS}
     vision = {**_SIZES, "image_size": 16, "patch_size": 8}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    )
 
 
 def _minilm() -> nn.Module:
@@ -110,7 +118,9 @@ def _unet() -> Any:
 
 
 class _Residual(nn.Module):
-    """A block as ResNets and ConvNeXts have them: strided, grouped and depthwise convolutions, batch norm, squeeze and excitation."""
+    """A block as ResNets and ConvNeXts have them: strided, grouped and depthwise convolutions,
+    batch norm, squeeze and excitation.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -119,7 +129,13 @@ class _Residual(nn.Module):
         self.depthwise = nn.Conv2d(c_out, c_out, 3, 1, 2, dilation=2, groups=c_out)
         self.grouped = nn.Conv2d(c_out, c_out, (1, 3), 1, "same", groups=2)
         self.downsample = nn.Conv2d(c_in, c_out, 1, stride)
-        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c_out, 4, 1), nn.ReLU(), nn.Conv2d(4, c_out, 1), nn.Sigmoid())
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(c_out, 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, c_out, 1),
+            nn.Sigmoid(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -128,19 +144,52 @@ class _Residual(nn.Module):
 
 
 def _convnet() -> nn.Module:
-    stages = [_Residual(8, 16, 2), _Residual(16, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 24), nn.ReLU()]
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), *stages, nn.Linear(24, 5))
+    stages = [
+        _Residual(8, 16, 2),
+        _Residual(16, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 24),
+        nn.ReLU(),
+    ]
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), *stages, nn.Linear(24, 5)
+    )
 
 
 def _decoder(name: str, **more: Any) -> Callable[[], nn.Module]:
     return _hub(f"{name}ForCausalLM", f"{name}Config", **{**_DECODER, **_TOKENS, **more})
 
 
-_DEEPSEEK: dict[str, Any] = {"target_names": ("self_attn", "mlp"), "target_parameters": (r"experts\.\w+_proj$",)}
-_MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
-_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
+_DEEPSEEK: dict[str, Any] = {
+    "target_names": ("self_attn", "mlp"),
+    "target_parameters": (r"experts\.\w+_proj$",),
+}
+_MLA = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+}
 _deepseek = _decoder("DeepseekV3", **_MLA, **_ROUTED, first_k_dense_replace=1, n_shared_experts=1)
-_MAMBA2 = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64, "num_heads": 8, "head_dim": 8, "n_groups": 2}
+_MAMBA2 = {
+    "hidden_size": 32,
+    "state_size": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "num_heads": 8,
+    "head_dim": 8,
+    "n_groups": 2,
+}
 _MAMBA2 |= {"expand": 2, "chunk_size": 4}
 
 PROMPT = {"input_ids": IDS[:, :4]}
@@ -153,17 +202,38 @@ CONVOLUTIONS = {"target_kinds": ("linear", "conv")}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_decoder("Llama"), TEXT, _logits, 14, PROMPT),
-    "qwen3": Family(_decoder("Qwen3", head_dim=8, tie_word_embeddings=True), TEXT, _logits, 14, PROMPT),
+    "qwen3": Family(
+        _decoder("Qwen3", head_dim=8, tie_word_embeddings=True), TEXT, _logits, 14, PROMPT
+    ),
     "gemma2": Family(_decoder("Gemma2", head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT),
     "gemma3": Family(
-        _hub("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, **_TOKENS, head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT
+        _hub(
+            "Gemma3ForCausalLM",
+            "Gemma3TextConfig",
+            **_DECODER,
+            **_TOKENS,
+            head_dim=8,
+            sliding_window=4,
+        ),
+        TEXT,
+        _logits,
+        14,
+        PROMPT,
     ),
     "mistral": Family(_decoder("Mistral", sliding_window=4), TEXT, _logits, 14, PROMPT),
     "mixtral": Family(
-        _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2), TEXT, _logits, 12, PROMPT, config=EXPERTS, rows=FLATTENED
+        _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+        TEXT,
+        _logits,
+        12,
+        PROMPT,
+        config=EXPERTS,
+        rows=FLATTENED,
     ),
     "qwen3_moe": Family(
-        _decoder("Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+        _decoder(
+            "Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+        ),
         TEXT,
         _logits,
         12,
@@ -172,7 +242,9 @@ FAMILIES: dict[str, Family] = {
         rows=FLATTENED,
     ),
     "gpt_oss": Family(
-        _decoder("GptOss", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=4),
+        _decoder(
+            "GptOss", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=4
+        ),
         TEXT,
         _logits,
         12,
@@ -182,7 +254,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": Family(_deepseek, TEXT, _logits, 18, PROMPT, config=_DEEPSEEK, rows=FLATTENED),
     "gpt2": Family(
-        _hub("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, **_TOKENS),
+        _hub(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=64,
+            n_positions=64,
+            **_TOKENS,
+        ),
         TEXT,
         _logits,
         8,
@@ -196,7 +277,14 @@ FAMILIES: dict[str, Family] = {
         unread=frozenset({"pooler.dense"}),
     ),
     "albert": Family(
-        _hub("AlbertModel", "AlbertConfig", **_SIZES, embedding_size=16, vocab_size=64, max_position_embeddings=64),
+        _hub(
+            "AlbertModel",
+            "AlbertConfig",
+            **_SIZES,
+            embedding_size=16,
+            vocab_size=64,
+            max_position_embeddings=64,
+        ),
         TEXT,
         _hidden,
         7,
@@ -225,10 +313,23 @@ FAMILIES: dict[str, Family] = {
         TEXT,
     ),
     "vit": Family(
-        _hub("ViTModel", "ViTConfig", **_SIZES, image_size=16, patch_size=8), IMAGE, _hidden, 13, unread=frozenset({"pooler.dense"})
+        _hub("ViTModel", "ViTConfig", **_SIZES, image_size=16, patch_size=8),
+        IMAGE,
+        _hidden,
+        13,
+        unread=frozenset({"pooler.dense"}),
     ),
     "swin": Family(
-        _hub("SwinModel", "SwinConfig", image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        _hub(
+            "SwinModel",
+            "SwinConfig",
+            image_size=16,
+            patch_size=2,
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=4,
+        ),
         IMAGE,
         _hidden,
         14,
@@ -262,12 +363,21 @@ FAMILIES: dict[str, Family] = {
         {"input_features": SOUND},
     ),
     "mamba": Family(
-        _hub("MambaForCausalLM", "MambaConfig", hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=64, **_TOKENS),
+        _hub(
+            "MambaForCausalLM",
+            "MambaConfig",
+            hidden_size=32,
+            state_size=4,
+            num_hidden_layers=2,
+            vocab_size=64,
+            **_TOKENS,
+        ),
         {"input_ids": IDS},
         _logits,
         8,
         PROMPT,
-        rows="'backbone.layers.0.mixer.dt_proj': the weight itself is used here, one for the whole batch",
+        rows="'backbone.layers.0.mixer.dt_proj': the weight itself is used here, one for the "
+        "whole batch",
     ),
     "mamba2": Family(
         _hub("Mamba2ForCausalLM", "Mamba2Config", **_MAMBA2, **_TOKENS),
@@ -276,10 +386,17 @@ FAMILIES: dict[str, Family] = {
         6,
         PROMPT,
         config=CONVOLUTIONS,
-        rows="'backbone.layers.0.mixer.conv1d': the weight itself is used here, one for the whole batch",
+        rows="'backbone.layers.0.mixer.conv1d': the weight itself is used here, one for the "
+        "whole batch",
     ),
     "unet": Family(
-        _unet, {"sample": NOISE, "timestep": 3, "encoder_hidden_states": CONDITION}, lambda out: out.sample, 77, config=CONVOLUTIONS
+        _unet,
+        {"sample": NOISE, "timestep": 3, "encoder_hidden_states": CONDITION},
+        lambda out: out.sample,
+        77,
+        config=CONVOLUTIONS,
     ),
-    "convnet": Family(_convnet, {"input": PIXELS}, lambda out: out, 15, checkpoints=False, config=CONVOLUTIONS),
+    "convnet": Family(
+        _convnet, {"input": PIXELS}, lambda out: out, 15, checkpoints=False, config=CONVOLUTIONS
+    ),
 }

@@ -28,7 +28,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """A few blocks and an output head, which no config targets by default."""
 
-    def __init__(self, width: int = 16, inner: int = 24, depth: int = 2, out: int = 8, bias: bool = True) -> None:
+    def __init__(
+        self, width: int = 16, inner: int = 24, depth: int = 2, out: int = 8, bias: bool = True
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(width, inner, bias) for _ in range(depth))
         self.head = nn.Linear(width, out, bias=bias)
@@ -45,7 +47,10 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
     model = Net(**sizes).to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=gen, dtype=torch.float64) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5))
+            p.copy_(
+                torch.randn(p.shape, generator=gen, dtype=torch.float64)
+                * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
+            )
     return model
 
 
@@ -55,7 +60,9 @@ def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:
     trainable, frozen = ll.partition(params)
 
     def noisy(t: Tensor) -> Tensor:
-        return (t + size * torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t)).to(t.dtype)
+        return (t + size * torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t)).to(
+            t.dtype
+        )
 
     return ll.combine(pytree.tree_map(noisy, trainable), frozen)
 
@@ -75,25 +82,48 @@ def close(a: Any, b: Any, tol: float) -> None:
 
 
 def snapshot(model: nn.Module) -> tuple[Any, ...]:
-    """Everything a call could have written on a model: tensors, flags, gradients, hooks, attribute names, training modes."""
+    """Everything a call could have written on a model: tensors, flags, gradients, hooks, attribute
+    names, training modes.
+    """
     return tuple(_state(model))
 
 
 def _state(model: nn.Module) -> Iterator[Any]:
-    for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, t in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         yield name, id(t), t._version, t.requires_grad, t.grad is None, t.detach().clone()
     for name, module in model.named_modules(remove_duplicate=False):
-        hooks = [len(value) for name, value in sorted(module.__dict__.items()) if "hook" in name and hasattr(value, "__len__")]
+        hooks = [
+            len(value)
+            for name, value in sorted(module.__dict__.items())
+            if "hook" in name and hasattr(value, "__len__")
+        ]
         hooks.append(len(module._non_persistent_buffers_set))
-        yield name, type(module), id(module), module.training, sorted(module.__dict__), hooks, list(module._modules)
+        yield (
+            name,
+            type(module),
+            id(module),
+            module.training,
+            sorted(module.__dict__),
+            hooks,
+            list(module._modules),
+        )
 
 
 def same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Two snapshots are bit-equal."""
-    return len(a) == len(b) and all(_same(u, v) for s, t in zip(a, b, strict=True) for u, v in zip(s, t, strict=True))
+    return len(a) == len(b) and all(
+        _same(u, v) for s, t in zip(a, b, strict=True) for u, v in zip(s, t, strict=True)
+    )
 
 
 def _same(u: Any, v: Any) -> bool:
     if isinstance(u, Tensor):
-        return u.dtype == v.dtype and u.shape == v.shape and bool(((u == v) | (u != u) & (v != v)).all())
+        return (
+            u.dtype == v.dtype
+            and u.shape == v.shape
+            and bool(((u == v) | (u != u) & (v != v)).all())
+        )
     return u == v

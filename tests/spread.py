@@ -17,7 +17,9 @@ ROWS, STEPS = 8, 5
 
 def data() -> tuple[Tensor, Tensor]:
     gen = torch.Generator().manual_seed(3)
-    return torch.randn(STEPS, ROWS, 16, generator=gen, dtype=torch.float64), torch.randn(ROWS, 8, generator=gen, dtype=torch.float64)
+    return torch.randn(STEPS, ROWS, 16, generator=gen, dtype=torch.float64), torch.randn(
+        ROWS, 8, generator=gen, dtype=torch.float64
+    )
 
 
 def adapter(seed: int = 0) -> ll.Adapter:

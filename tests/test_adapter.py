@@ -19,7 +19,9 @@ from torch.func import vmap
 import lora_lite_func as ll
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
-ORDER = [f"layers.{i}.{m}.{n}" for i in (0, 1) for m in ("down", "up") for n in ("lora_A", "lora_B")]
+ORDER = [
+    f"layers.{i}.{m}.{n}" for i in (0, 1) for m in ("down", "up") for n in ("lora_A", "lora_B")
+]
 
 
 def lora(**fields: Any) -> ll.Adapter:
@@ -32,10 +34,15 @@ def pissa() -> ll.Adapter:
     return ll.init(net(), ll.PiSSAConfig(r=4))
 
 
-# -------------------------------------------------------------------------------------------------------------- mapping
+# ------------------------------------------------------------------------------------------ mapping
 def test_a_mapping_of_sorted_sites() -> None:
     params = ll.init(net(depth=11), ll.LoRAConfig(r=2, target_names="up"))
-    assert list(params) == sorted(f"layers.{i}.up" for i in range(11)) == list(params.keys()) == list(params.sites)
+    assert (
+        list(params)
+        == sorted(f"layers.{i}.up" for i in range(11))
+        == list(params.keys())
+        == list(params.sites)
+    )
     assert len(params) == 11
     assert "layers.3.up" in params
     assert "layers.3" not in params
@@ -47,7 +54,10 @@ def test_a_mapping_of_sorted_sites() -> None:
 def test_a_missing_site_names_the_nearest() -> None:
     with pytest.raises(KeyError, match=r"no site 'layers.0.upp'; did you mean 'layers.0.up'\?"):
         lora()["layers.0.upp"]
-    with pytest.raises(ll.StructureError, match=r"a member of a stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"a member of a stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)",
+    ):
         lora()[0]  # a number asks for a stack's member
 
 
@@ -93,11 +103,14 @@ def test_data_that_does_not_fit_the_layout() -> None:
         ll.Adapter(params.layout, {**data, "elsewhere": {}})
     with pytest.raises(ll.StructureError, match=r"site 'layers\.1\.up' is in the layout alone"):
         ll.Adapter(params.layout, {p: t for p, t in data.items() if p != "layers.1.up"})
-    with pytest.raises(ll.StructureError, match=r"'layers\.0\.up': expected tensors lora_A, lora_B, found lora_A, lora_C"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"'layers\.0\.up': expected tensors lora_A, lora_B, found lora_A, lora_C",
+    ):
         ll.Adapter(params.layout, {**data, "layers.0.up": {"lora_A": 1, "lora_C": 2}})
 
 
-# ---------------------------------------------------------------------------------------------------------------- trees
+# -------------------------------------------------------------------------------------------- trees
 @every
 def test_torch_and_optree_flatten_alike(case: Case) -> None:
     params = ll.init(net(), case.config(r=4))
@@ -107,7 +120,10 @@ def test_torch_and_optree_flatten_alike(case: Case) -> None:
     names = [f"{path}.{name}" for path, tensors in params.items() for name in tensors]
     assert [".".join(keys[0].key) for keys, _ in pytree.tree_flatten_with_path(params)[0]] == names
     assert [".".join(p[-1]) for p in optree.tree_paths(params)] == names
-    for again in (pytree.tree_unflatten(ours, pytree.tree_flatten(params)[1]), optree.tree_unflatten(optree.tree_structure(params), ours)):
+    for again in (
+        pytree.tree_unflatten(ours, pytree.tree_flatten(params)[1]),
+        optree.tree_unflatten(optree.tree_structure(params), ours),
+    ):
         assert isinstance(again, ll.Adapter)
         assert again.layout == params.layout
         assert all(a is b for a, b in zip(leaves(again), ours, strict=True))
@@ -120,7 +136,9 @@ def test_key_paths_lead_to_their_leaves() -> None:
         params["layers.0.upp", "lora_A"]
     for keys, leaf in pytree.tree_flatten_with_path(params)[0]:
         assert pytree.key_get(params, keys) is leaf
-    for accessor, leaf in zip(optree.tree_accessors(params), optree.tree_leaves(params), strict=True):
+    for accessor, leaf in zip(
+        optree.tree_accessors(params), optree.tree_leaves(params), strict=True
+    ):
         assert accessor(params) is leaf
 
 
@@ -136,7 +154,9 @@ def test_leaves_may_be_anything(tree_map: Any) -> None:
         assert "layers.{0-1}.up" in repr(filled)
     assert len(pytree.tree_leaves(tree_map(lambda _: None, params))) == len(ORDER)
     assert optree.tree_leaves(tree_map(lambda _: None, params)) == []
-    assert len(optree.tree_leaves(tree_map(lambda _: None, params), none_is_leaf=True)) == len(ORDER)
+    assert len(optree.tree_leaves(tree_map(lambda _: None, params), none_is_leaf=True)) == len(
+        ORDER
+    )
     pairs = tree_map(lambda a, b: (a, b), params, params)
     assert pairs["layers.0.up"]["lora_A"][0] is params["layers.0.up"]["lora_A"]
 
@@ -152,7 +172,9 @@ def test_inside_other_trees() -> None:
     tree = {"b": [lora(), None], "a": (pissa(), {"x": torch.ones(1)})}
     doubled = optree.tree_map(lambda t: t * 2, tree)
     assert isinstance(doubled["b"][0], ll.Adapter)
-    assert torch.equal(doubled["a"][0]["layers.0.up"]["lora_A0"], 2 * tree["a"][0]["layers.0.up"]["lora_A0"])
+    assert torch.equal(
+        doubled["a"][0]["layers.0.up"]["lora_A0"], 2 * tree["a"][0]["layers.0.up"]["lora_A0"]
+    )
     assert len(optree.tree_leaves(tree)) == 8 + 16 + 1
 
 
@@ -165,16 +187,25 @@ def test_an_adapter_of_axes() -> None:
     axes = pytree.tree_map_with_path(lambda k, t: 0 if k[0].key[1] == "lora_B" else None, params)
     y = vmap(lambda p: ll.apply(model, p, x), in_dims=(axes,))(mixed)
     for i in range(3):
-        one = pytree.tree_map_with_path(lambda k, t, i=i: t[i] if k[0].key[1] == "lora_B" else t, mixed)
+        one = pytree.tree_map_with_path(
+            lambda k, t, i=i: t[i] if k[0].key[1] == "lora_B" else t, mixed
+        )
         assert torch.allclose(y[i], ll.apply(model, one, x), atol=1e-12)
     moved_axis = vmap(lambda p: p, out_dims=pytree.tree_map(lambda _: 1, params))(stacked)
-    assert torch.equal(moved_axis["layers.0.up"]["lora_A"][:, 2], several[2]["layers.0.up"]["lora_A"])
+    assert torch.equal(
+        moved_axis["layers.0.up"]["lora_A"][:, 2], several[2]["layers.0.up"]["lora_A"]
+    )
 
 
 def test_absent_leaves_are_no_leaves() -> None:
     trainable, frozen = ll.partition(pissa())
     for part, kept in ((trainable, {"lora_A", "lora_B"}), (frozen, {"lora_A0", "lora_B0"})):
-        assert len(pytree.tree_leaves(part)) == len(optree.tree_leaves(part)) == len(optree.tree_leaves(part, none_is_leaf=True)) == 8
+        assert (
+            len(pytree.tree_leaves(part))
+            == len(optree.tree_leaves(part))
+            == len(optree.tree_leaves(part, none_is_leaf=True))
+            == 8
+        )
         again = optree.tree_map(lambda t: t + 1, pytree.tree_map(lambda t: t - 1, part))
         assert {n for n, t in again["layers.0.up"].items() if isinstance(t, Tensor)} == kept
         for twin in (copy.copy(part), copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
@@ -182,21 +213,35 @@ def test_absent_leaves_are_no_leaves() -> None:
             assert pytree.tree_structure(twin) == pytree.tree_structure(part)
             assert optree.tree_structure(twin) == optree.tree_structure(part)
         optree.tree_map(torch.add, part, copy.deepcopy(part))
-    assert repr(next(t for t in trainable["layers.0.up"].values() if not isinstance(t, Tensor))) == "absent"
+    assert (
+        repr(next(t for t in trainable["layers.0.up"].values() if not isinstance(t, Tensor)))
+        == "absent"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- printing
+# ----------------------------------------------------------------------------------------- printing
 def test_the_table() -> None:
     assert repr(pissa()).splitlines() == [
         "Adapter(pissa: 4 sites, 640 trainable parameters, 640 frozen*)",
-        "  layers.{0-1}.down  24 -> 16  lora_A (4, 24) float64  lora_A0* (4, 24) float64  lora_B (16, 4) float64  lora_B0* (16, 4) float64",
-        "  layers.{0-1}.up    16 -> 24  lora_A (4, 16) float64  lora_A0* (4, 16) float64  lora_B (24, 4) float64  lora_B0* (24, 4) float64",
+        "  layers.{0-1}.down  24 -> 16  lora_A (4, 24) float64  lora_A0* (4, 24) float64  lora_B "
+        "(16, 4) float64  lora_B0* (16, 4) float64",
+        "  layers.{0-1}.up    16 -> 24  lora_A (4, 16) float64  lora_A0* (4, 16) float64  lora_B "
+        "(24, 4) float64  lora_B0* (24, 4) float64",
     ]
-    some = ll.init(net(depth=5), ll.LoRAConfig(r=4, layers=(0, 1, 3), target_names="up", rank_pattern={r"\.3\.": 2}))
-    assert [line.split()[0] for line in repr(some).splitlines()[1:]] == ["layers.{0-1}.up", "layers.3.up"]
+    some = ll.init(
+        net(depth=5),
+        ll.LoRAConfig(r=4, layers=(0, 1, 3), target_names="up", rank_pattern={r"\.3\.": 2}),
+    )
+    assert [line.split()[0] for line in repr(some).splitlines()[1:]] == [
+        "layers.{0-1}.up",
+        "layers.3.up",
+    ]
     gaps = ll.init(net(depth=5), ll.LoRAConfig(r=4, layers=(0, 1, 3), target_names="up"))
     assert [line.split()[0] for line in repr(gaps).splitlines()[1:]] == ["layers.{0-1,3}.up"]
-    assert repr(ll.partition(pissa())[0]).splitlines()[0] == "Adapter(pissa: 4 sites, 640 trainable parameters)"
+    assert (
+        repr(ll.partition(pissa())[0]).splitlines()[0]
+        == "Adapter(pissa: 4 sites, 640 trainable parameters)"
+    )
     assert "lora_A0* absent" in repr(ll.partition(pissa())[0])
 
 
@@ -205,13 +250,17 @@ def test_a_site_with_braces_prints(name: str) -> None:
     assert name in repr(ll.init(nn.ModuleDict({name: nn.Linear(2, 2)}), ll.LoRAConfig(r=1)))
 
 
-@pytest.mark.parametrize("names", [("{}", "3"), ("007", "7"), ("1" * 5000, "2")], ids=["braces", "zeros", "digits"])
+@pytest.mark.parametrize(
+    "names", [("{}", "3"), ("007", "7"), ("1" * 5000, "2")], ids=["braces", "zeros", "digits"]
+)
 def test_odd_numbers_print_as_they_are(names: tuple[str, ...]) -> None:
-    text = repr(ll.init(nn.ModuleDict({name: nn.Linear(2, 2) for name in names}), ll.LoRAConfig(r=1)))
+    text = repr(
+        ll.init(nn.ModuleDict({name: nn.Linear(2, 2) for name in names}), ll.LoRAConfig(r=1))
+    )
     assert all(f"  {name} " in text for name in names)
 
 
-# -------------------------------------------------------------------------------------------------------- files, exports
+# ----------------------------------------------------------------------------------- files, exports
 def test_torch_save_and_load() -> None:
     model, params = net(), moved(pissa())
     file = io.BytesIO()
@@ -257,4 +306,6 @@ def test_the_static_data_has_a_json_form(case: Case) -> None:
     flat, spec = pytree.tree_flatten({"one": params, "parts": ll.partition(params)})
     again = pytree.tree_unflatten(flat, pytree.treespec_loads(pytree.treespec_dumps(spec)))
     assert again["one"].layout == params.layout
-    assert all(a is b for a, b in zip(leaves(ll.combine(*again["parts"])), leaves(params), strict=True))
+    assert all(
+        a is b for a, b in zip(leaves(ll.combine(*again["parts"])), leaves(params), strict=True)
+    )

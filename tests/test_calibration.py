@@ -19,9 +19,17 @@ import lora_lite_func as ll
 UP = "layers.1.up"
 
 
-def data(count: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (2, 8, 16)) -> list[Tensor]:
+def data(
+    count: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    shape: tuple[int, ...] = (2, 8, 16),
+) -> list[Tensor]:
     gen = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=gen, dtype=torch.float64) + 0.5).to(dtype) for _ in range(count)]
+    return [
+        (torch.randn(shape, generator=gen, dtype=torch.float64) + 0.5).to(dtype)
+        for _ in range(count)
+    ]
 
 
 def mean_square(y: Any, batch: Any) -> Tensor:
@@ -31,7 +39,9 @@ def mean_square(y: Any, batch: Any) -> Tensor:
 def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
     """Every input row that came to a layer, collected by a hook on a model of this test's own."""
     rows: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1])))
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
     with torch.no_grad():
         for batch in batches:
             model(batch)
@@ -39,17 +49,25 @@ def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("cfg", [ll.EVAConfig(r=4), ll.CorDAConfig(r=4)], ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize(
+    "cfg", [ll.EVAConfig(r=4), ll.CorDAConfig(r=4)], ids=lambda cfg: type(cfg).__name__
+)
 def test_the_input_of_a_pair_is_the_batch(cfg: ll.AdapterConfig) -> None:
     model, xs = net(), data()
     wanted = leaves(ll.init(model, cfg, calibration_data=xs))
     joined, labels = torch.cat(xs), torch.arange(6)
-    pairs: list[Any] = [[(x, torch.ones(2)) for x in xs], [({"x": x}, 1) for x in xs], [[(x,), None] for x in xs]]
+    pairs: list[Any] = [
+        [(x, torch.ones(2)) for x in xs],
+        [({"x": x}, 1) for x in xs],
+        [[(x,), None] for x in xs],
+    ]
     for batches in (*pairs, DataLoader(TensorDataset(joined, labels), batch_size=2)):
         close(leaves(ll.init(model, cfg, calibration_data=batches)), wanted, 1e-12)
     attention = Attention()  # which takes two
     tokens, mask = data(1, shape=(2, 5, 8))[0], torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    apart = ll.init(attention, cfg, calibration_data=[{"hidden": tokens, "attention_mask": mask.bool()}])
+    apart = ll.init(
+        attention, cfg, calibration_data=[{"hidden": tokens, "attention_mask": mask.bool()}]
+    )
     assert ll.init(attention, cfg, calibration_data=[(tokens, mask)]).keys() == apart.keys()
 
 
@@ -58,7 +76,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int = 8, labels: bool = False) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, dtype=torch.float64) for _ in range(4))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(width, width, dtype=torch.float64) for _ in range(4)
+        )
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         scores = self.q(hidden) @ self.k(hidden).mT
@@ -67,7 +87,7 @@ class Attention(nn.Module):
         return self.o(scores.softmax(-1) @ self.v(hidden))
 
 
-# ----------------------------------------------------------------------------------------------------------- the sums
+# ----------------------------------------------------------------------------------------- the sums
 def test_sums_are_those_of_the_collected_inputs() -> None:
     model = net()
     found = ll.calibrate(model, ll.EVAConfig(r=4), data())
@@ -76,7 +96,11 @@ def test_sums_are_those_of_the_collected_inputs() -> None:
         X = seen_at(net(), path, data())
         seen = found[path]
         assert seen.count == len(X) == 48
-        close((seen.mean, seen.magnitude, seen.second), (X.mean(0), X.abs().mean(0), X.mT @ X / len(X)), 1e-12)
+        close(
+            (seen.mean, seen.magnitude, seen.second),
+            (X.mean(0), X.abs().mean(0), X.mT @ X / len(X)),
+            1e-12,
+        )
 
 
 @pytest.mark.parametrize("case", CALIBRATED, ids=repr)
@@ -97,7 +121,9 @@ def test_streaming_equals_one_large_batch(case: Case) -> None:
 def test_shards_add_up_to_the_whole(case: Case) -> None:
     model, cfg, batches = net(), case.config(r=4), data(5)
     whole = ll.calibrate(model, cfg, batches, loss_fn=mean_square)
-    first, second = (ll.calibrate(model, cfg, shard, loss_fn=mean_square) for shard in (batches[:2], batches[2:]))
+    first, second = (
+        ll.calibrate(model, cfg, shard, loss_fn=mean_square) for shard in (batches[:2], batches[2:])
+    )
     both = first + pickle.loads(pickle.dumps(second))
     for path in whole:
         assert (both[path].batches, both[path].calls) == (5, 5)
@@ -107,12 +133,19 @@ def test_shards_add_up_to_the_whole(case: Case) -> None:
         if whole[path].slope is not None:
             close(both[path].gradient, whole[path].gradient, 1e-12)
     direct = ll.init(model, cfg, calibration_data=batches, loss_fn=mean_square)
-    assert all(torch.equal(a, b) for a, b in zip(leaves(ll.init(model, cfg, calibration_data=whole)), leaves(direct), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            leaves(ll.init(model, cfg, calibration_data=whole)), leaves(direct), strict=True
+        )
+    )
 
 
 def test_shards_that_do_not_belong_together_are_refused() -> None:
     model = net()
-    some, other = (ll.calibrate(model, ll.EVAConfig(target_names=name), data()) for name in ("up", "down"))
+    some, other = (
+        ll.calibrate(model, ll.EVAConfig(target_names=name), data()) for name in ("up", "down")
+    )
     with pytest.raises(ll.StructureError, match=r"site 'layers.0.down' is in the second alone"):
         some + other
     gradients = ll.calibrate(model, ll.LoRAGAConfig(target_names="up"), data(), loss_fn=mean_square)
@@ -151,8 +184,15 @@ def test_layers_with_one_past_and_two_presents_do_not_share() -> None:
     close(found["b"].mean, x.mean(0) + 1.0 / 3.0, 1e-12)
     found = ll.calibrate(model, ll.EVAConfig(r=2), [(x, False, True)])
     close(found["b"].mean, 2.0 * x.mean(0), 1e-12)
-    with pytest.raises(ll.UnsupportedError, match="site 'a': the model changes its input in place afterwards"):
-        ll.calibrate(model, ll.LoRAGAConfig(r=2), [{"x": x, "far": False, "in_place": True}], loss_fn=mean_square)
+    with pytest.raises(
+        ll.UnsupportedError, match="site 'a': the model changes its input in place afterwards"
+    ):
+        ll.calibrate(
+            model,
+            ll.LoRAGAConfig(r=2),
+            [{"x": x, "far": False, "in_place": True}],
+            loss_fn=mean_square,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
@@ -185,15 +225,19 @@ def test_padding_does_not_count_in_flattened_tokens() -> None:
     close(found["up"].mean, x[mask > 0].mean(0), 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ gradients
+# ---------------------------------------------------------------------------------------- gradients
 def test_gradient_is_autograds_of_the_weight() -> None:
     model, batches = net(), data()
     found = ll.calibrate(model, ll.LoRAGAConfig(r=4), batches, loss_fn=mean_square)
     for path in found:
         weight = model.get_submodule(path).weight
-        expected = sum(torch.autograd.grad(model(x).square().mean(), weight)[0] for x in batches) / len(batches)
+        expected = sum(
+            torch.autograd.grad(model(x).square().mean(), weight)[0] for x in batches
+        ) / len(batches)
         close(found[path].gradient / expected.norm(), expected / expected.norm(), 1e-12)
-        assert (found[path].gradient / expected.norm() - expected / expected.norm()).abs().max() < 1e-12
+        assert (
+            found[path].gradient / expected.norm() - expected / expected.norm()
+        ).abs().max() < 1e-12
 
 
 def test_gradient_of_a_layer_called_twice_is_the_sum() -> None:
@@ -212,7 +256,7 @@ def test_gradient_of_a_layer_called_twice_is_the_sum() -> None:
     close(found["inner"].gradient / expected.norm(), expected / expected.norm(), 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------- batches of any form
+# ------------------------------------------------------------------------------ batches of any form
 def test_forms_of_a_batch() -> None:
     model, cfg, xs = net(), ll.EVAConfig(r=4), data(4, shape=(8, 16))
     expected = ll.calibrate(model, cfg, xs)
@@ -242,16 +286,27 @@ def test_labels_go_to_a_forward_that_takes_them_and_the_loss_gets_the_batch() ->
 
     model = WithLabels().double()
     x, labels = data(1)[0], torch.ones(8, dtype=torch.float64)
-    inside = ll.calibrate(model, ll.LoRAGAConfig(r=4), [{"x": x, "labels": labels}], loss_fn=lambda loss, batch: loss)
-    outside = ll.calibrate(model, ll.LoRAGAConfig(r=4), [(x, labels)], loss_fn=lambda y, batch: (y - batch[1]).square().mean())
+    inside = ll.calibrate(
+        model, ll.LoRAGAConfig(r=4), [{"x": x, "labels": labels}], loss_fn=lambda loss, batch: loss
+    )
+    outside = ll.calibrate(
+        model,
+        ll.LoRAGAConfig(r=4),
+        [(x, labels)],
+        loss_fn=lambda y, batch: (y - batch[1]).square().mean(),
+    )
     for path in inside:
         assert torch.equal(inside[path].gradient, outside[path].gradient)
 
 
-# ------------------------------------------------------------------------------------------------- nothing is written
+# ------------------------------------------------------------------------------- nothing is written
 @pytest.mark.parametrize("case", CALIBRATED, ids=repr)
 def test_the_model_is_never_written_and_runs_in_eval_mode(case: Case) -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.9), nn.Linear(16, 16)).double().train()
+    model = (
+        nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.9), nn.Linear(16, 16))
+        .double()
+        .train()
+    )
     cfg, batches = case.config(r=2), data(2, shape=(20, 16))
     before, state = snapshot(model), torch.random.get_rng_state()
     params = ll.init(model, cfg, calibration_data=batches, loss_fn=mean_square)
@@ -265,7 +320,12 @@ def test_the_model_is_never_written_and_runs_in_eval_mode(case: Case) -> None:
         with pytest.raises(ZeroDivisionError, match="inside the loss"):
             ll.init(model, cfg, calibration_data=batches, loss_fn=fails)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        ll.init(model, cfg, calibration_data=[torch.ones(3, 5, dtype=torch.float64)], loss_fn=mean_square)
+        ll.init(
+            model,
+            cfg,
+            calibration_data=[torch.ones(3, 5, dtype=torch.float64)],
+            loss_fn=mean_square,
+        )
     assert same_state(before, snapshot(model))
     model.eval()
     again = ll.init(model, cfg, calibration_data=batches, loss_fn=mean_square)
@@ -310,8 +370,13 @@ def test_half_precision_models_are_summed_in_float32(case: Case) -> None:
     for seen in found.values():
         assert (seen.slope if seen.moments is None else seen.second).dtype == torch.float32
     params = ll.init(model, cfg, calibration_data=found)
-    least = params.layout.least
-    assert {t.dtype for path, ts in params.items() for name, t in ts.items() if least[path][name] is None} == {torch.bfloat16}
+    specs = params.layout.specs
+    assert {
+        t.dtype
+        for path, ts in params.items()
+        for name, t in ts.items()
+        if specs[path][name].dtype is None
+    } == {torch.bfloat16}
     x = data(1, seed=5, dtype=torch.bfloat16)[0]
     assert torch.equal(ll.apply(model, params, x), model(x))
 
@@ -332,29 +397,47 @@ def test_a_bound_model_is_calibrated_with_its_adapter_in(cfg: ll.AdapterConfig) 
     on_model = ll.init(model, cfg, calibration_data=data(), loss_fn=mean_square)
     assert all(p.grad is None for p in bound.parameters())
     close(leaves(on_bound), leaves(on_model), 1e-9)  # IA3 starts as the identity
-    moved_on = ll.calibrate(ll.bind(model, moved(ll.init(model, ll.IA3Config()))), ll.EVAConfig(), data())
-    assert (moved_on[UP].second - ll.calibrate(model, ll.EVAConfig(), data())[UP].second).abs().max() > 1e-3
+    moved_on = ll.calibrate(
+        ll.bind(model, moved(ll.init(model, ll.IA3Config()))), ll.EVAConfig(), data()
+    )
+    assert (
+        moved_on[UP].second - ll.calibrate(model, ll.EVAConfig(), data())[UP].second
+    ).abs().max() > 1e-3
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def test_missing_data_and_bad_data_are_named() -> None:
     model, eva, ga = net(), ll.EVAConfig(r=4), ll.LoRAGAConfig(r=2)
-    with pytest.raises(ll.ConfigError, match="eva starts from the layers' inputs: give calibration_data"):
+    with pytest.raises(
+        ll.ConfigError, match="eva starts from the layers' inputs: give calibration_data"
+    ):
         ll.init(model, eva)
-    with pytest.raises(ll.ConfigError, match="lora_ga starts from gradients: give calibration_data and loss_fn"):
+    with pytest.raises(
+        ll.ConfigError, match="lora_ga starts from gradients: give calibration_data and loss_fn"
+    ):
         ll.init(model, ga)
-    with pytest.raises(ll.ConfigError, match=r"lora_ga starts from gradients: give loss_fn, \(output, batch\)"):
+    with pytest.raises(
+        ll.ConfigError, match=r"lora_ga starts from gradients: give loss_fn, \(output, batch\)"
+    ):
         ll.init(model, ga, calibration_data=data())
-    for call in (lambda: ll.init(model, ll.PiSSAConfig(), calibration_data=data()), lambda: ll.calibrate(model, ll.PiSSAConfig(), data())):
+    for call in (
+        lambda: ll.init(model, ll.PiSSAConfig(), calibration_data=data()),
+        lambda: ll.calibrate(model, ll.PiSSAConfig(), data()),
+    ):
         with pytest.raises(ll.ConfigError, match="pissa takes no calibration data"):
             call()
     for empty in ([], iter(())):
         with pytest.raises(ll.ConfigError, match="expected at least one batch, found none"):
             ll.init(model, eva, calibration_data=empty)
     for one in (data()[0], {"x": data()[0]}, "text", 3):
-        with pytest.raises(ll.ConfigError, match=f"expected an iterable of batches, found {type(one).__name__}"):
+        with pytest.raises(
+            ll.ConfigError, match=f"expected an iterable of batches, found {type(one).__name__}"
+        ):
             ll.init(model, eva, calibration_data=one)
-    with pytest.raises(ll.ConfigError, match=r"Net.forward can't take a batch of 3 in a tuple: .*a pair is \(input, target\)"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"Net.forward can't take a batch of 3 in a tuple: .*a pair is \(input, target\)",
+    ):
         ll.init(model, eva, calibration_data=[(data()[0], 1, 2)])
     with pytest.raises(ll.ConfigError, match=r"Net.forward can't take a batch of a mapping with z"):
         ll.init(model, eva, calibration_data=[{"z": data()[0]}])
@@ -370,28 +453,48 @@ def test_sites_without_data_are_named() -> None:
 
     model = Half().double()
     x = data()
-    with pytest.raises(ll.ConfigError, match=r"site 'layers.1.up': no gradient of the loss reached it"):
+    with pytest.raises(
+        ll.ConfigError, match=r"site 'layers.1.up': no gradient of the loss reached it"
+    ):
         ll.init(model, ll.LoRAGAConfig(r=2), calibration_data=x, loss_fn=mean_square)
     for case in CALIBRATED:
         if "eva" not in case.name:
             continue
-        with pytest.raises(ll.ConfigError, match=r"site 'layers.0.up': EVA finds 8 directions .* found 3"):
-            ll.init(model, case.config(r=8), calibration_data=[torch.ones(3, 16, dtype=torch.float64)])
-    with pytest.raises(ll.ConfigError, match=r"site 'layers.0.up': CorDA finds 8 directions .* found 3"):
+        with pytest.raises(
+            ll.ConfigError, match=r"site 'layers.0.up': EVA finds 8 directions .* found 3"
+        ):
+            ll.init(
+                model, case.config(r=8), calibration_data=[torch.ones(3, 16, dtype=torch.float64)]
+            )
+    with pytest.raises(
+        ll.ConfigError, match=r"site 'layers.0.up': CorDA finds 8 directions .* found 3"
+    ):
         ll.init(model, ll.CorDAConfig(), calibration_data=[torch.ones(3, 16, dtype=torch.float64)])
-    with pytest.raises(ll.ConfigError, match=r"site 'layers.\d.\w+': LoRA-GA takes 2r = 8 directions of the gradient, found [123]"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"site 'layers.\d.\w+': LoRA-GA takes 2r = 8 directions of the gradient, found [123]",
+    ):
         ll.init(net(), ll.LoRAGAConfig(r=4), calibration_data=[x[0][0, :3]], loss_fn=mean_square)
     Half.forward = lambda self, x: self.head(self.layers[0](x))  # type: ignore[method-assign]
-    with pytest.raises(ll.ConfigError, match=r"site 'layers.1.up': no batch of the calibration data reached it"):
+    with pytest.raises(
+        ll.ConfigError, match=r"site 'layers.1.up': no batch of the calibration data reached it"
+    ):
         ll.init(model, ll.EVAConfig(r=2), calibration_data=x)
     nothing = [{"x": x[0], "attention_mask": torch.zeros(2, 8)}]
     Half.forward = lambda self, x, attention_mask: Net.forward(self, x)  # type: ignore[method-assign]
-    with pytest.raises(ll.ConfigError, match=r"site 'layers.0.up': every token of the calibration data was masked"):
+    with pytest.raises(
+        ll.ConfigError, match=r"site 'layers.0.up': every token of the calibration data was masked"
+    ):
         ll.init(model, ll.EVAConfig(r=2), calibration_data=nothing)
     Half.forward = Net.forward  # type: ignore[method-assign]
-    with pytest.raises(ll.ConfigError, match=r"site 'layers.0.up': its inputs on the calibration data aren't all finite"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"site 'layers.0.up': its inputs on the calibration data aren't all finite",
+    ):
         ll.init(model, ll.EVAConfig(r=2), calibration_data=[x[0] * float("inf")])
-    with pytest.raises(ll.ConfigError, match="site 'up': EVA: every input of the calibration data is zero here"):
+    with pytest.raises(
+        ll.ConfigError, match="site 'up': EVA: every input of the calibration data is zero here"
+    ):
         ll.init(Sole(), ll.EVAConfig(r=2), calibration_data=[torch.zeros(5, 8)])
 
 
@@ -437,12 +540,17 @@ def test_bad_losses_and_foreign_statistics_are_named() -> None:
     ):
         with pytest.raises(ll.ConfigError, match=match):
             config()
-    for cfg in (ll.EVAConfig(r=17), ll.CorDAConfig(r=17), ll.ASVDConfig(r=17), ll.LoRAGAConfig(r=9)):
+    for cfg in (
+        ll.EVAConfig(r=17),
+        ll.CorDAConfig(r=17),
+        ll.ASVDConfig(r=17),
+        ll.LoRAGAConfig(r=9),
+    ):
         with pytest.raises(ll.UnsupportedError, match="expected a rank of at most"):
             ll.init(model, cfg, calibration_data=x, loss_fn=mean_square)
 
 
-# -------------------------------------------------------------------------------------------------------------- oracles
+# ------------------------------------------------------------------------------------------ oracles
 def _span(A: Tensor) -> Tensor:
     """The projector onto the rows' span."""
     Q = torch.linalg.qr(A.mT)[0]
@@ -452,7 +560,10 @@ def _span(A: Tensor) -> Tensor:
 @pytest.mark.parametrize("center", [False, True])
 def test_eva_starts_at_the_right_singular_vectors_of_the_inputs(center: bool) -> None:
     model = net()
-    params, white = (ll.init(model, ll.EVAConfig(r=4, center=center, whiten=w), calibration_data=data()) for w in (False, True))
+    params, white = (
+        ll.init(model, ll.EVAConfig(r=4, center=center, whiten=w), calibration_data=data())
+        for w in (False, True)
+    )
     for path in params:
         X = seen_at(net(), path, data())
         X = X - X.mean(0) if center else X
@@ -486,7 +597,11 @@ def test_weighted_starts_are_their_dense_formulas() -> None:
             (ll.CorDAConfig(r=4, alpha=6.0, mode="kpm"), damped, slice(k - 4, k)),
             (ll.ASVDConfig(r=4, alpha=6.0), torch.diag(X.abs().mean(0) ** 0.5 + 1e-6), slice(0, 4)),
             (ll.ASVDConfig(r=4, alpha=6.0, power=0.0), eye, slice(0, 4)),
-            (ll.ASVDConfig(r=4, alpha=6.0, weighting="root"), torch.linalg.cholesky(C + 1e-12 * eye), slice(0, 4)),
+            (
+                ll.ASVDConfig(r=4, alpha=6.0, weighting="root"),
+                torch.linalg.cholesky(C + 1e-12 * eye),
+                slice(0, 4),
+            ),
         ):
             params = ll.init(model, cfg, calibration_data=batches)[path]
             A, B = _inverse_form(M, W, chosen, 1.5)
@@ -497,7 +612,12 @@ def test_weighted_starts_are_their_dense_formulas() -> None:
             assert torch.equal(params["lora_B"], params["lora_B0"])
 
 
-WEIGHTED = (ll.CorDAConfig(r=4), ll.CorDAConfig(r=4, mode="kpm"), ll.ASVDConfig(r=4), ll.ASVDConfig(r=4, weighting="root"))
+WEIGHTED = (
+    ll.CorDAConfig(r=4),
+    ll.CorDAConfig(r=4, mode="kpm"),
+    ll.ASVDConfig(r=4),
+    ll.ASVDConfig(r=4, weighting="root"),
+)
 
 
 @pytest.mark.parametrize("cfg", WEIGHTED)
@@ -507,7 +627,10 @@ def test_weights_of_low_rank_give_finite_starts(cfg: ll.AdapterConfig) -> None:
         with torch.no_grad():
             model.up.weight[kept:] = 0.0
             model.up.weight[:, 7] = 0.0
-        for x in (data(1, dtype=torch.float32, shape=(5, 8))[0], data(1, dtype=torch.float32, shape=(40, 8))[0]):
+        for x in (
+            data(1, dtype=torch.float32, shape=(5, 8))[0],
+            data(1, dtype=torch.float32, shape=(40, 8))[0],
+        ):
             params = ll.init(model, cfg, calibration_data=[x])
             assert all(t.isfinite().all() for t in leaves(params))
             assert torch.equal(ll.apply(model, params, x), model(x))
@@ -517,7 +640,10 @@ def test_weights_of_low_rank_give_finite_starts(cfg: ll.AdapterConfig) -> None:
 
 
 def test_the_root_of_the_second_moment_has_the_least_output_error() -> None:
-    model, batches = net(), [x * torch.linspace(0.1, 4.0, 16, dtype=torch.float64) for x in data(12)]
+    model, batches = (
+        net(),
+        [x * torch.linspace(0.1, 4.0, 16, dtype=torch.float64) for x in data(12)],
+    )
     errors: dict[str, float] = {}
     for name, cfg in {
         "pissa": ll.PiSSAConfig(r=4),
@@ -527,7 +653,7 @@ def test_the_root_of_the_second_moment_has_the_least_output_error() -> None:
     }.items():
         params = ll.init(model, cfg, **({} if name == "pissa" else {"calibration_data": batches}))
         W, X = model.get_submodule(UP).weight.detach(), seen_at(net(), UP, batches)  # type: ignore[operator]
-        low = params.sites[UP].factor * params[UP]["lora_B0"] @ params[UP]["lora_A0"]
+        low = params.sites[UP].scaling * params[UP]["lora_B0"] @ params[UP]["lora_A0"]
         errors[name] = float((X @ (W - low).mT).norm() / (X @ W.mT).norm())
     U, _, _ = torch.linalg.svd(W @ X.mT, full_matrices=False)
     best = float((X @ (W - U[:, :4] @ U[:, :4].mT @ W).mT).norm() / (X @ W.mT).norm())
@@ -543,14 +669,29 @@ def test_lora_gas_first_step_is_the_best_low_rank_step(direction: Any, scale: An
     cfg = ll.LoRAGAConfig(r=3, alpha=6.0, direction=direction, scale=scale)
     params = ll.init(model, cfg, calibration_data=batches, loss_fn=mean_square)
     trainable, frozen = ll.partition(params)
-    grads = torch.func.grad(lambda t: sum(mean_square(ll.apply(model, ll.combine(t, frozen), x), x) for x in batches) / 3)(trainable)
+    grads = torch.func.grad(
+        lambda t: (
+            sum(mean_square(ll.apply(model, ll.combine(t, frozen), x), x) for x in batches) / 3
+        )
+    )(trainable)
     for path, site in params.items():
-        G = torch.autograd.grad(sum(model(x).square().mean() for x in batches) / 3, model.get_submodule(path).weight)[0]
+        G = torch.autograd.grad(
+            sum(model(x).square().mean() for x in batches) / 3, model.get_submodule(path).weight
+        )[0]
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
         best = U[:, :6] @ torch.diag(S[:6]) @ Vh[:6]
-        A, B, size = site["lora_A"], site["lora_B"], {"stable": site["lora_B"].shape[0] ** 0.25 / 4.0, "gd": 0.5, "unit": 1.0}[scale]
-        step = grads[path]["lora_B"] @ A + B @ grads[path]["lora_A"]  # d(B A) of a gradient step, s = 2
-        assert float(nn.functional.cosine_similarity(step.flatten(), best.flatten(), dim=0)) > 1.0 - 1e-9
+        A, B, size = (
+            site["lora_A"],
+            site["lora_B"],
+            {"stable": site["lora_B"].shape[0] ** 0.25 / 4.0, "gd": 0.5, "unit": 1.0}[scale],
+        )
+        step = (
+            grads[path]["lora_B"] @ A + B @ grads[path]["lora_A"]
+        )  # d(B A) of a gradient step, s = 2
+        assert (
+            float(nn.functional.cosine_similarity(step.flatten(), best.flatten(), dim=0))
+            > 1.0 - 1e-9
+        )
         assert float((step - 2.0 * size**2 * best).norm() / best.norm()) < 1e-8
         gram = torch.eye(3, dtype=torch.float64) * size**2
         close(A @ A.mT, gram, 1e-10)
@@ -559,7 +700,10 @@ def test_lora_gas_first_step_is_the_best_low_rank_step(direction: Any, scale: An
 
 def test_random_halves_follow_the_seed() -> None:
     model, cfg = net(), ll.LoRAGAConfig(r=3, direction="random")
-    made = [ll.init(model, cfg, seed=s, calibration_data=data(), loss_fn=mean_square)[UP]["lora_A"] for s in (0, 0, 1, 2)]
+    made = [
+        ll.init(model, cfg, seed=s, calibration_data=data(), loss_fn=mean_square)[UP]["lora_A"]
+        for s in (0, 0, 1, 2)
+    ]
     assert torch.equal(made[0], made[1])
     assert not (torch.equal(made[0], made[2]) and torch.equal(made[0], made[3]))
 
@@ -570,34 +714,56 @@ def test_a_layer_without_a_dense_weight_starts_from_its_inputs() -> None:
 
         def __init__(self, dense: nn.Linear) -> None:
             super().__init__()
-            self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, None
+            self.in_features, self.out_features, self.bias = (
+                dense.in_features,
+                dense.out_features,
+                None,
+            )
             weight = dense.weight.detach()
             self.register_buffer("scales", weight.abs().amax(1) / 127)
-            self.weight = nn.Parameter((weight / self.scales[:, None]).round().to(torch.int8), requires_grad=False)
+            self.weight = nn.Parameter(
+                (weight / self.scales[:, None]).round().to(torch.int8), requires_grad=False
+            )
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scales[:, None].to(x.dtype))
+            return nn.functional.linear(
+                x, self.weight.to(x.dtype) * self.scales[:, None].to(x.dtype)
+            )
 
     model = nn.Sequential(Packed(nn.Linear(16, 16)), nn.Tanh(), Packed(nn.Linear(16, 16)))
     x = data(2, dtype=torch.float32)
     for cfg in (ll.EVAConfig(r=4), ll.LoRAGAConfig(r=4)):
         params = ll.init(model, cfg, calibration_data=x, loss_fn=mean_square)
         assert torch.equal(ll.apply(model, params, x[0]), model(x[0]))
-    dense: Any = nn.Sequential(*(nn.Linear(16, 16, bias=False) if isinstance(m, Packed) else m for m in model))
-    weights = {f"{i}.weight": (model[i].weight * model[i].scales[:, None]).requires_grad_() for i in (0, 2)}
+    dense: Any = nn.Sequential(
+        *(nn.Linear(16, 16, bias=False) if isinstance(m, Packed) else m for m in model)
+    )
+    weights = {
+        f"{i}.weight": (model[i].weight * model[i].scales[:, None]).requires_grad_() for i in (0, 2)
+    }
     found = ll.calibrate(model, ll.LoRAGAConfig(r=4), x[:1], loss_fn=mean_square)
-    expected = torch.autograd.grad(functional_call(dense, weights, (x[0],)).square().mean(), list(weights.values()))
+    expected = torch.autograd.grad(
+        functional_call(dense, weights, (x[0],)).square().mean(), list(weights.values())
+    )
     close([found[i].gradient for i in ("0", "2")], list(expected), 1e-6)
     with torch.no_grad():
         for i in (0, 2):
             dense[i].weight.copy_(weights[f"{i}.weight"])
-    one, other = (ll.init(m, ll.CorDAConfig(r=16), calibration_data=x) for m in (model, dense))  # from the values it multiplies by
-    close(one["0", "lora_B0"] @ one["0", "lora_A0"], other["0", "lora_B0"] @ other["0", "lora_A0"], 1e-4)
+    one, other = (
+        ll.init(m, ll.CorDAConfig(r=16), calibration_data=x) for m in (model, dense)
+    )  # from the values it multiplies by
+    close(
+        one["0", "lora_B0"] @ one["0", "lora_A0"],
+        other["0", "lora_B0"] @ other["0", "lora_A0"],
+        1e-4,
+    )
 
 
 def test_a_packed_layer_keeps_its_mode() -> None:
     class Repacks(nn.Linear):
-        """Like bitsandbytes' 4-bit layer on some CPUs: in eval mode its first call rewrites the weight."""
+        """Like bitsandbytes' 4-bit layer on some CPUs: in eval mode its first call rewrites the
+        weight.
+        """
 
         def forward(self, x: Tensor) -> Tensor:
             if not self.training:
@@ -605,11 +771,17 @@ def test_a_packed_layer_keeps_its_mode() -> None:
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
     model = nn.Sequential(Repacks(16, 16), nn.Dropout(), nn.Linear(16, 16))
-    model[0].weight = nn.Parameter(torch.randint(-9, 9, (16, 16), dtype=torch.int8), requires_grad=False)
+    model[0].weight = nn.Parameter(
+        torch.randint(-9, 9, (16, 16), dtype=torch.int8), requires_grad=False
+    )
     before, x = snapshot(model), data(2, dtype=torch.float32, shape=(40, 16))
     for cfg in (ll.EVAConfig(r=4), ll.LoRAGAConfig(r=4)):
-        first, second = (ll.init(model, cfg, calibration_data=x, loss_fn=mean_square) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))  # no dropout
+        first, second = (
+            ll.init(model, cfg, calibration_data=x, loss_fn=mean_square) for _ in range(2)
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True)
+        )  # no dropout
     assert same_state(before, snapshot(model))
 
 
@@ -618,7 +790,9 @@ def test_a_packed_layer_keeps_its_mode() -> None:
 def test_bitsandbytes_layers(kind: str) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    options: dict[str, Any] = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
+    options: dict[str, Any] = (
+        {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
+    )
     model = nn.Sequential(*(getattr(bnb.nn, kind)(64, 64, **options) for _ in range(2))).to("cpu")
     x = data(2, dtype=torch.float32, shape=(40, 64))
     y = model(x[0])
@@ -626,30 +800,46 @@ def test_bitsandbytes_layers(kind: str) -> None:
         params = ll.init(model, cfg, calibration_data=x, loss_fn=mean_square)
         assert torch.equal(model(x[0]), y)
         assert torch.equal(ll.apply(model, params, x[0]), y)
-    assert torch.equal(ll.apply(model, ll.init(model, ll.CorDAConfig(r=4), calibration_data=x), x[0]), y)
+    assert torch.equal(
+        ll.apply(model, ll.init(model, ll.CorDAConfig(r=4), calibration_data=x), x[0]), y
+    )
 
 
-# --------------------------------------------------------------------------------------------------- a real architecture
+# ------------------------------------------------------------------------------ a real architecture
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_language_model_with_padding_and_labels() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=64, head_dim=8, **sizes)).train()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(vocab_size=64, head_dim=8, **sizes)
+    ).train()
     ids, mask = torch.randint(0, 64, (3, 10)), torch.ones(3, 10, dtype=torch.int64)
     mask[1, 6:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     before = snapshot(model)
     found = ll.calibrate(model, ll.EVAConfig(r=4), [batch])
     assert {seen.count for seen in found.values()} == {26}
-    assert len({id(seen.moments) for seen in found.values()}) == 8  # q, k, v share one; gate and up another
+    assert (
+        len({id(seen.moments) for seen in found.values()}) == 8
+    )  # q, k, v share one; gate and up another
     cfg = ll.LoRAGAConfig(r=4)
     slopes = ll.calibrate(model, cfg, [batch], loss_fn=lambda out, batch: out.loss)
     params = ll.init(model, cfg, calibration_data=slopes)
     assert same_state(before, snapshot(model))
     assert torch.equal(ll.apply(model, params, **batch).logits, model(**batch).logits)
     weights = {path: model.get_submodule(path).weight for path in slopes}
-    for (path, weight), g in zip(weights.items(), torch.autograd.grad(model(**batch).loss, list(weights.values())), strict=True):
+    for (path, weight), g in zip(
+        weights.items(),
+        torch.autograd.grad(model(**batch).loss, list(weights.values())),
+        strict=True,
+    ):
         assert g.shape == weight.shape
         close(slopes[path].gradient / g.norm(), g / g.norm(), 1e-6)

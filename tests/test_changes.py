@@ -21,7 +21,13 @@ from torch.nn.utils import parametrizations, parametrize
 import lora_lite_func as ll
 
 SITES = ("layers.0.down", "layers.0.up", "layers.1.down", "layers.1.up")
-CONFIGS = [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.HRAConfig(r=2), ll.BitFitConfig(), ll.PiSSAConfig(r=2)]
+CONFIGS = [
+    ll.LoRAConfig(r=2),
+    ll.DoRAConfig(r=2),
+    ll.HRAConfig(r=2),
+    ll.BitFitConfig(),
+    ll.PiSSAConfig(r=2),
+]
 
 
 def x16() -> Tensor:
@@ -29,17 +35,28 @@ def x16() -> Tensor:
 
 
 def dense(model: nn.Module, params: ll.Adapter) -> nn.Module:
-    """The adapter in plain weights: each site a fresh nn.Linear that holds what the method's formula gives for the layer's weight now."""
+    """The adapter in plain weights: each site a fresh nn.Linear that holds what the method's
+    formula gives for the layer's weight now.
+    """
     made = copy.deepcopy(model)
     for path, tensors in params.items():
         old: Any = made.get_submodule(path)
         with torch.no_grad():
-            W, b = old.weight.detach().clone(), None if old.bias is None else old.bias.detach().clone()
+            W, b = (
+                old.weight.detach().clone(),
+                None if old.bias is None else old.bias.detach().clone(),
+            )
             wide = torch.promote_types(W.dtype, torch.float32)
             variant, cfg, site = params.layout.variant, params.config, params.sites[path]
             assert variant.weight is not None
             W, b = variant.weight(cfg, tensors, site, W.to(wide), None if b is None else b.to(wide))
-        new = nn.Linear(W.shape[1], W.shape[0], bias=b is not None, dtype=old.weight.dtype, device=old.weight.device)
+        new = nn.Linear(
+            W.shape[1],
+            W.shape[0],
+            bias=b is not None,
+            dtype=old.weight.dtype,
+            device=old.weight.device,
+        )
         with torch.no_grad():
             new.weight.copy_(W)
             if b is not None:
@@ -52,7 +69,9 @@ def dense(model: nn.Module, params: ll.Adapter) -> nn.Module:
 
 
 class Changing(RuleBasedStateMachine):
-    """A model under an adapter, changed in any order; after every change apply, bind and merged agree with the oracle, or say why not."""
+    """A model under an adapter, changed in any order; after every change apply, bind and merged
+    agree with the oracle, or say why not.
+    """
 
     @initialize(cfg=st.sampled_from(CONFIGS))
     def start(self, cfg: ll.AdapterConfig) -> None:
@@ -63,7 +82,9 @@ class Changing(RuleBasedStateMachine):
 
     @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     def to(self, dtype: torch.dtype) -> None:
-        if dtype == torch.bfloat16 and any(parametrize.is_parametrized(self.model.get_submodule(path)) for path in SITES):
+        if dtype == torch.bfloat16 and any(
+            parametrize.is_parametrized(self.model.get_submodule(path)) for path in SITES
+        ):
             return  # torch computes no orthogonal weight in it
         self.model.to(dtype)
         self.dtype = dtype
@@ -85,21 +106,35 @@ class Changing(RuleBasedStateMachine):
         else:
             layer.weight = nn.Parameter(other.weight.detach().to(self.dtype))
 
-    @rule(path=st.sampled_from(SITES), bias=st.booleans(), kind=st.sampled_from([nn.Linear, type("Own", (nn.Linear,), {})]))
+    @rule(
+        path=st.sampled_from(SITES),
+        bias=st.booleans(),
+        kind=st.sampled_from([nn.Linear, type("Own", (nn.Linear,), {})]),
+    )
     def replaced(self, path: str, bias: bool, kind: Any) -> None:
         parent, _, name = path.rpartition(".")
         site = self.params.sites[path]
         if isinstance(self.params.config, ll.BitFitConfig):
             bias = True  # the other way is refused at merge, elsewhere
-        setattr(self.model.get_submodule(parent), name, kind(site.d_in, site.d_out, bias=bias, dtype=self.dtype))
+        setattr(
+            self.model.get_submodule(parent),
+            name,
+            kind(site.d_in, site.d_out, bias=bias, dtype=self.dtype),
+        )
 
-    @rule(path=st.sampled_from(SITES), wrap=st.sampled_from([parametrizations.weight_norm, parametrizations.orthogonal]))
+    @rule(
+        path=st.sampled_from(SITES),
+        wrap=st.sampled_from([parametrizations.weight_norm, parametrizations.orthogonal]),
+    )
     def parametrized(self, path: str, wrap: Any) -> None:
         layer = self.model.get_submodule(path)
         if parametrize.is_parametrized(layer):
             layer.requires_grad_(True)  # or torch leaves a buffer behind
             parametrize.remove_parametrizations(layer, "weight")
-        elif self.dtype != torch.bfloat16 and self.model.layers[0].up.weight is not self.model.layers[1].up.weight:
+        elif (
+            self.dtype != torch.bfloat16
+            and self.model.layers[0].up.weight is not self.model.layers[1].up.weight
+        ):
             wrap(layer)
 
     @rule(flag=st.booleans())
@@ -111,7 +146,11 @@ class Changing(RuleBasedStateMachine):
         if self.hooks and not double:
             self.hooks.pop().remove()
         else:
-            self.hooks.append(self.model.get_submodule(path).register_forward_hook(lambda module, args, out: out * 1.5))
+            self.hooks.append(
+                self.model.get_submodule(path).register_forward_hook(
+                    lambda module, args, out: out * 1.5
+                )
+            )
 
     @rule()
     def tied(self) -> None:
@@ -138,7 +177,10 @@ class Changing(RuleBasedStateMachine):
             close(y, expected, tolerance)
             close(ll.bind(self.model, self.params)(x), y, 1e-12)
             if any(parametrize.is_parametrized(self.model.get_submodule(path)) for path in SITES):
-                with pytest.raises(ll.UnsupportedError, match=r"'layers\.\d\.\w+' .*: its weight is computed, not a parameter"):
+                with pytest.raises(
+                    ll.UnsupportedError,
+                    match=r"'layers\.\d\.\w+' .*: its weight is computed, not a parameter",
+                ):
                     ll.merged(self.model, self.params)
             else:
                 close(ll.merged(self.model, self.params)(x), expected, tolerance)
@@ -149,7 +191,7 @@ TestChanging = Changing.TestCase
 TestChanging.settings = hypothesis.settings(max_examples=15, stateful_step_count=8, deadline=None)
 
 
-# ----------------------------------------------------------------------------------------------------- refused by name
+# ---------------------------------------------------------------------------------- refused by name
 def _set(path: str, module: nn.Module) -> Callable[[Any], None]:
     def change(model: Any) -> None:
         parent, _, name = path.rpartition(".")
@@ -192,14 +234,18 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         r"'layers\.0' \(DataParallel\).*bind first, then wrap",
     ),
     "a forward nobody can look into": (
-        lambda m: setattr(m.layers[0], "forward", type("Opaque", (), {"__call__": lambda self, x: x})()),
+        lambda m: setattr(
+            m.layers[0], "forward", type("Opaque", (), {"__call__": lambda self, x: x})()
+        ),
         r"'layers\.0': its own `forward` is a Opaque",
     ),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.HRAConfig(r=2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "cfg", [ll.LoRAConfig(r=2), ll.HRAConfig(r=2)], ids=lambda c: type(c).__name__
+)
 def test_what_no_longer_fits_is_refused_by_name(what: str, cfg: ll.AdapterConfig) -> None:
     change, message = REFUSED[what]
     model = net()
@@ -207,13 +253,17 @@ def test_what_no_longer_fits_is_refused_by_name(what: str, cfg: ll.AdapterConfig
     bound = ll.bind(model, params)
     expected = bound(x16())
     change(model)
-    for verb in (lambda: ll.apply(model, params, x16()), lambda: ll.bind(model, params), lambda: ll.check(model, params, x16())):
+    for verb in (
+        lambda: ll.apply(model, params, x16()),
+        lambda: ll.bind(model, params),
+        lambda: ll.check(model, params, x16()),
+    ):
         with pytest.raises((ll.StructureError, ll.UnsupportedError), match=message):
             verb()
     assert torch.equal(bound(x16()), expected)  # a bound module has a life of its own
 
 
-# ---------------------------------------------------------------------------------------------- a bound module's own life
+# ------------------------------------------------------------------------ a bound module's own life
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "train": lambda b: b.train(),
     "float": lambda b: b.float(),
@@ -223,7 +273,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "replaced head": lambda b: setattr(b, "head", nn.Identity()),
     "replaced block": lambda b: b.layers.__setitem__(0, nn.Identity()),
     "deleted block": lambda b: b.layers.__delitem__(1),
-    "new weight": lambda b: setattr(b.layers[0].up, "weight", nn.Parameter(torch.zeros(24, 16, dtype=torch.float64))),
+    "new weight": lambda b: setattr(
+        b.layers[0].up, "weight", nn.Parameter(torch.zeros(24, 16, dtype=torch.float64))
+    ),
     "compiled": lambda b: b.compile(backend="eager"),
     "buffers": lambda b: b.register_buffer("seen", torch.zeros(())),
 }
@@ -244,7 +296,9 @@ def test_changes_of_a_bound_module_stay_its_own(name: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_bound_module_sees_values_written_on_the_base_and_not_what_is_put_in_their_place() -> None:
+def test_a_bound_module_sees_values_written_on_the_base_and_not_what_is_put_in_their_place() -> (
+    None
+):
     model: Any = net()
     params = moved(ll.init(model, ll.LoRAConfig(r=2)))
     bound = ll.bind(model, params)

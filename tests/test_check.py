@@ -20,7 +20,9 @@ LORA = ll.LoRAConfig(r=4)
 
 
 def x16(*batch: int) -> Tensor:
-    return torch.randn(*(batch or (5,)), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        *(batch or (5,)), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 class Program(nn.Module):
@@ -49,28 +51,48 @@ class Program(nn.Module):
         return x
 
 
-@given(st.lists(st.tuples(st.sampled_from(["call", "forward", "read", "matmul", "look"]), st.integers(0, 3)), max_size=6), st.booleans())
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["call", "forward", "read", "matmul", "look"]), st.integers(0, 3)
+        ),
+        max_size=6,
+    ),
+    st.booleans(),
+)
 def test_it_tells_what_the_model_does(steps: list[tuple[str, int]], training: bool) -> None:
     model, x = Program(steps).train(training), x16()
     params = moved(ll.init(model, LORA))
     before = snapshot(model)
     found = ll.check(model, params, x)
     assert same_state(before, snapshot(model))
-    assert dict(found.calls) == {f"layers.{i}": sum(j == i and how in ("call", "forward") for how, j in steps) for i in range(4)}
+    assert dict(found.calls) == {
+        f"layers.{i}": sum(j == i and how in ("call", "forward") for how, j in steps)
+        for i in range(4)
+    }
     assert set(found.weights) == {f"layers.{i}" for how, i in steps if how in ("read", "matmul")}
     assert not found.reads  # what is read without a call is the adapted weight
-    assert found.uncalled == tuple(path for path, n in found.calls.items() if not n and path not in found.weights)
+    assert found.uncalled == tuple(
+        path for path, n in found.calls.items() if not n and path not in found.weights
+    )
     assert found.repeated == {path: n for path, n in found.calls.items() if n > 1}
     assert found.agrees
     assert found.ok == (not found.uncalled)
     assert all(path in repr(found) for path in [*found.uncalled, *found.repeated, *found.weights])
     config = ll.check(model, LORA, x)
-    assert (config.calls, config.reads, config.difference, config.effect) == (found.calls, found.reads, None, None)
+    assert (config.calls, config.reads, config.difference, config.effect) == (
+        found.calls,
+        found.reads,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "cfg", [LORA, ll.HRAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3FFConfig(), ll.PiSSAConfig(r=4)], ids=lambda c: type(c).__name__
+    "cfg",
+    [LORA, ll.HRAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3FFConfig(), ll.PiSSAConfig(r=4)],
+    ids=lambda c: type(c).__name__,
 )
 def test_apply_and_merged_agree(cfg: ll.AdapterConfig, dtype: torch.dtype) -> None:
     model, x = net(dtype=dtype), x16().to(dtype)
@@ -89,7 +111,9 @@ def test_apply_and_merged_agree(cfg: ll.AdapterConfig, dtype: torch.dtype) -> No
 
 
 def cosine(self: nn.Linear, x: Tensor) -> Tensor:
-    """Not x W^T: a method that adds to the output and one that adds to the weight mean different things."""
+    """Not x W^T: a method that adds to the output and one that adds to the weight mean different
+    things.
+    """
     return F.linear(x, F.normalize(self.weight, dim=1), self.bias)
 
 

@@ -15,7 +15,7 @@ from helpers import close, leaves, moved, net
 from torch import nn
 
 import lora_lite_func as ll
-from lora_lite_func.commands import main
+from lora_lite_func.cli.main import main
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 
@@ -35,11 +35,16 @@ def written(model: nn.Module, folder: Path, shards: int = 2) -> Path:
     """A model as a folder of shards."""
     folder.mkdir()
     names = list(model.state_dict())
-    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    files = {
+        name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in sorted(set(files.values())):
         held = {n: model.state_dict()[n].contiguous() for n in names if files[n] == file}
         safetensors.torch.save_file(held, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
     (folder / "config.json").write_text('{"model_type": "net"}')
     (folder / "tokenizer.json").write_text("{}")
     return folder
@@ -60,7 +65,11 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model's folder."""
-    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in safetensors.torch.load_file(file).items()}
+    return {
+        k: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for k, t in safetensors.torch.load_file(file).items()
+    }
 
 
 def test_inspect(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +79,7 @@ def test_inspect(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture
     assert data["trainable"] == ll.num_params(params)
     for row in data["sites"]:
         p = params[row["site"]]
-        expected = (params.sites[row["site"]].factor * p["lora_B"] @ p["lora_A"]).norm().item()
+        expected = (params.sites[row["site"]].scaling * p["lora_B"] @ p["lora_A"]).norm().item()
         assert row["norm"] == pytest.approx(expected, rel=1e-5)
     assert main(["inspect", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
@@ -93,11 +102,43 @@ def test_diff(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "site layers.0.down: in the first alone" in text
 
 
-@pytest.mark.parametrize("method", [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.OFTConfig(block_size=4)], ids=str)
-def test_convert_there_and_back(method: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.OFTConfig(block_size=4)],
+    ids=str,
+)
+def test_convert_there_and_back(
+    method: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path
+) -> None:
     y = ll.apply(model, saved(model, tmp_path / "a", method), X)
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "peft"), "--to", "peft", "--model", str(base)]) == 0
-    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "b"), "--to", "ll", "--model", str(base)]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "a"),
+                str(tmp_path / "peft"),
+                "--to",
+                "peft",
+                "--model",
+                str(base),
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "peft"),
+                str(tmp_path / "b"),
+                "--to",
+                "ll",
+                "--model",
+                str(base),
+            ]
+        )
+        == 0
+    )
     close(ll.apply(model, ll.load(tmp_path / "b", model), X), y, 1e-5)
 
 
@@ -113,7 +154,9 @@ METHODS = [
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda c: type(c).__name__)
-def test_merge_is_merge(config: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path) -> None:
+def test_merge_is_merge(
+    config: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path
+) -> None:
     params = saved(model, tmp_path / "a", config)
     assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 0
     expected = ll.merged(model, params).state_dict()
@@ -121,14 +164,19 @@ def test_merge_is_merge(config: ll.AdapterConfig, model: nn.Module, base: Path, 
     assert found.keys() == expected.keys()
     for name, t in found.items():
         close(t, expected[name], 1e-6)
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(f.name for f in base.iterdir())
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
+        f.name for f in base.iterdir()
+    )
     assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
 
 
 def test_merge_of_kernels_of_both_directions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 4, 2, 2, groups=2), nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 4, 3)
+        nn.Conv2d(4, 8, 3, groups=2),
+        nn.ConvTranspose2d(8, 4, 2, 2, groups=2),
+        nn.ConvTranspose1d(4, 4, 3),
+        nn.Conv1d(4, 4, 3),
     )
     folder = written(model, tmp_path / "kernels")
     for config in (
@@ -137,22 +185,33 @@ def test_merge_of_kernels_of_both_directions(tmp_path: Path) -> None:
         ll.DoRAConfig(r=2, target_parameters="1.weight"),
     ):
         params = saved(model, tmp_path / "a", config)
-        assert main(["merge", str(folder), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]) == 0
+        assert (
+            main(["merge", str(folder), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]) == 0
+        )
         expected = ll.merged(model, params).state_dict()
-        close(state(tmp_path / "out"), {name: expected[name] for name in state(tmp_path / "out")}, 1e-6)
+        close(
+            state(tmp_path / "out"),
+            {name: expected[name] for name in state(tmp_path / "out")},
+            1e-6,
+        )
 
 
 def test_merge_of_a_peft_folder(model: nn.Module, base: Path, tmp_path: Path) -> None:
     for config in (ll.LoRAConfig(r=4), ll.DoRAConfig(r=2), ll.IA3Config()):
         params = moved(ll.init(model, config))
         ll.to_peft(params, model, tmp_path / "peft")
-        assert main(["merge", str(base), str(tmp_path / "peft"), str(tmp_path / "out"), "--force"]) == 0
+        assert (
+            main(["merge", str(base), str(tmp_path / "peft"), str(tmp_path / "out"), "--force"])
+            == 0
+        )
         expected = ll.merged(model, params).state_dict()
         for name, t in state(tmp_path / "out").items():
             close(t, expected[name], 1e-5)
 
 
-def test_merge_refuses(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_refuses(
+    model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     params = saved(model, tmp_path / "a")
 
     def refused(out: Path, message: str, *more: str, adapter: str = "a") -> None:
@@ -172,7 +231,14 @@ def test_merge_refuses(model: nn.Module, base: Path, tmp_path: Path, capsys: pyt
     refused(tmp_path / "out", "the model has", adapter="b")
     ll.save(moved(ll.init(net(dtype=torch.float32, depth=3), ll.LoRAConfig(r=2))), tmp_path / "c")
     refused(tmp_path / "out", "layers.2", adapter="c")
-    for bad in ("../../evil.safetensors", "/tmp/evil.safetensors", "sub/dir.safetensors", "..", 7, "gone.safetensors"):
+    for bad in (
+        "../../evil.safetensors",
+        "/tmp/evil.safetensors",
+        "sub/dir.safetensors",
+        "..",
+        7,
+        "gone.safetensors",
+    ):
         index = base / "model.safetensors.index.json"
         kept = index.read_text()
         index.write_text(json.dumps({"weight_map": {"layers.0.up.weight": bad}}))
@@ -182,7 +248,9 @@ def test_merge_refuses(model: nn.Module, base: Path, tmp_path: Path, capsys: pyt
     assert params
 
 
-def test_merge_copies_nothing_from_elsewhere(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_copies_nothing_from_elsewhere(
+    model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved(model, tmp_path / "a")
     (tmp_path / "secret").write_text("mine")
     (base / "notes.txt").symlink_to(tmp_path / "secret")
@@ -202,7 +270,9 @@ def test_merge_copies_nothing_from_elsewhere(model: nn.Module, base: Path, tmp_p
     assert "null byte" in capsys.readouterr().err
 
 
-def test_an_interrupted_merge_leaves_nothing(model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_merge_leaves_nothing(
+    model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved(model, tmp_path / "a")
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -213,7 +283,9 @@ def test_an_interrupted_merge_leaves_nothing(model: nn.Module, base: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_check(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check(
+    model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved(model, tmp_path / "a")
     assert said(capsys, "check", str(base), str(tmp_path / "a"))["fits"]
     saved(net(dtype=torch.float32, inner=20), tmp_path / "b")
@@ -221,18 +293,41 @@ def test_check(model: nn.Module, base: Path, tmp_path: Path, capsys: pytest.Capt
     assert "the model has 24 -> 16" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_no_adapter(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_holds_no_adapter(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", base):
         assert main(["inspect", str(folder)]) == 1
         assert "a folder without adapter_config.json" in capsys.readouterr().err
 
 
-def test_a_converted_adapter_differs_in_nothing_that_counts(model: nn.Module, base: Path, tmp_path: Path) -> None:
-    for config in (ll.LoRAConfig(r=4, rank_pattern={"up": 2}), ll.HRAConfig(r=4), ll.DoRAConfig(r=2)):
+def test_a_converted_adapter_differs_in_nothing_that_counts(
+    model: nn.Module, base: Path, tmp_path: Path
+) -> None:
+    for config in (
+        ll.LoRAConfig(r=4, rank_pattern={"up": 2}),
+        ll.HRAConfig(r=4),
+        ll.DoRAConfig(r=2),
+    ):
         saved(model, tmp_path / "a", config)
-        assert main(["convert", str(tmp_path / "a"), str(tmp_path / "peft"), "--to", "peft", "--model", str(base)]) == 0
-        assert main(["diff", str(tmp_path / "a"), str(tmp_path / "peft"), "--model", str(base)]) == 0
+        assert (
+            main(
+                [
+                    "convert",
+                    str(tmp_path / "a"),
+                    str(tmp_path / "peft"),
+                    "--to",
+                    "peft",
+                    "--model",
+                    str(base),
+                ]
+            )
+            == 0
+        )
+        assert (
+            main(["diff", str(tmp_path / "a"), str(tmp_path / "peft"), "--model", str(base)]) == 0
+        )
     changed = ll.init(model, ll.LoRAConfig(r=4, alpha=3.0))
     ll.save(ll.init(model, ll.LoRAConfig(r=4)), tmp_path / "a")
     ll.save(changed, tmp_path / "b")
@@ -262,26 +357,50 @@ PARTS = {
     "conv": (ll.LoRAConfig(r=2, target_kinds=("conv",)),),
     "parameters": (ll.LoRAConfig(r=2, target_names=(), target_parameters=("experts.up",)),),
     "tokens": (ll.TokensConfig(token_ids=(3, 5)),),
-    "tokens_and_lora": (ll.LoRAConfig(r=2, target_names=("fc",)), ll.TokensConfig(token_ids=(3, 5))),
-    "whole": (ll.LoRAConfig(r=2, target_names=("fc",)), ll.FullConfig(target_parameters=("head.weight", "norm.bias"))),
+    "tokens_and_lora": (
+        ll.LoRAConfig(r=2, target_names=("fc",)),
+        ll.TokensConfig(token_ids=(3, 5)),
+    ),
+    "whole": (
+        ll.LoRAConfig(r=2, target_names=("fc",)),
+        ll.FullConfig(target_parameters=("head.weight", "norm.bias")),
+    ),
     "bias": (ll.DoRAConfig(r=2, target_names=("fc",)), ll.BitFitConfig(target_names=("fc",))),
 }
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_other_kinds_convert_and_merge(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_kinds_convert_and_merge(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model, ids = Reader().eval(), torch.arange(9)[None]
     base = written(model, tmp_path / "base")
     parts = tuple(moved(ll.init(model, config), seed=i) for i, config in enumerate(PARTS[name]))
     ll.save(parts, tmp_path / "a")
     y = ll.apply(model, parts, ids)
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "peft"), "--to", "peft", "--model", str(base)]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "a"),
+                str(tmp_path / "peft"),
+                "--to",
+                "peft",
+                "--model",
+                str(base),
+            ]
+        )
+        == 0
+    )
     close(ll.apply(model, ll.from_peft(tmp_path / "peft", model), ids), y, 1e-5)
     assert main(["check", str(base), str(tmp_path / "peft")]) == 0
     assert main(["inspect", str(tmp_path / "peft"), "--model", str(base)]) == 0
     for adapter in ("a", "peft"):
-        assert main(["merge", str(base), str(tmp_path / adapter), str(tmp_path / "out"), "--force"]) == 0
+        assert (
+            main(["merge", str(base), str(tmp_path / adapter), str(tmp_path / "out"), "--force"])
+            == 0
+        )
         fresh = Reader().eval()
         fresh.load_state_dict(state(tmp_path / "out"))
         close(fresh(ids), y, 1e-5)
@@ -298,7 +417,10 @@ SAYS: list[tuple[dict[str, Any], bool]] = [
     ({"tie_word_embeddings": True, "architectures": ["GPT2LMHeadModel"], "vocab_size": 9}, True),
     ({"tie_word_embeddings": True}, True),
     ({"architectures": ["XForCausalLM"]}, True),
-    ({"tie_word_embeddings": True, "architectures": ["XForCausalLM"], "vocab_size": 8}, False),  # a table of positions
+    (
+        {"tie_word_embeddings": True, "architectures": ["XForCausalLM"], "vocab_size": 8},
+        False,
+    ),  # a table of positions
     ({"tie_word_embeddings": False, "architectures": ["XForCausalLM"]}, False),
     ({"tie_word_embeddings": True, "architectures": ["BertModel"]}, False),
     ({"model_type": "net"}, False),
@@ -320,8 +442,13 @@ def test_a_table_that_the_head_shares_is_not_merged(
     assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out"), "--force"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["explode"], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"]])
-def test_a_wrong_usage_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["explode"], ["inspect"], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"]],
+)
+def test_a_wrong_usage_is_explained(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: python -m lora_lite_func" in capsys.readouterr().err
@@ -329,7 +456,7 @@ def test_a_wrong_usage_is_explained(arguments: list[str], capsys: pytest.Capture
 
 PEAK = """
 import resource, sys
-from lora_lite_func.commands import main
+from lora_lite_func.cli.main import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert main(["merge", *sys.argv[1:]]) == 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -341,6 +468,8 @@ def test_merging_takes_the_memory_of_a_shard(tmp_path: Path) -> None:
     base = written(model, tmp_path / "base", shards=16)
     saved(model, tmp_path / "a", ll.LoRAConfig(r=2))
     command = [sys.executable, "-c", PEAK, str(base), str(tmp_path / "a"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(ll.__file__).parent.parent)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(ll.__file__).parent.parent
+    )
     assert int(done.stdout.split()[-1]) < 50 * 1024, done.stdout  # KiB: a few shards, not the model
     assert leaves(ll.load(tmp_path / "a"))

@@ -37,12 +37,16 @@ def batches(width: int = 16) -> list[Tensor]:
 def test_dynamic_shapes(cfg: ll.AdapterConfig) -> None:
     model = net()
     params = moved(ll.init(model, cfg))
-    step: Any = torch.compile(lambda p, x: ll.apply(model, p, x), fullgraph=True, backend="eager", dynamic=True)
+    step: Any = torch.compile(
+        lambda p, x: ll.apply(model, p, x), fullgraph=True, backend="eager", dynamic=True
+    )
     for x in batches():
         close(step(params, x), ll.apply(model, params, x), 1e-12)
 
 
-@pytest.mark.parametrize("cfg", [ll.DoRAConfig(r=4), ll.BOFTConfig(block_size=4)], ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize(
+    "cfg", [ll.DoRAConfig(r=4), ll.BOFTConfig(block_size=4)], ids=lambda cfg: type(cfg).__name__
+)
 def test_a_method_that_reads_the_layer_with_another_adapter_in(cfg: ll.AdapterConfig) -> None:
     torch._dynamo.reset()
     model, x = net(), batches()[0]
@@ -65,7 +69,9 @@ def test_a_bound_model_compiles_and_exports_for_any_batch(cfg: ll.AdapterConfig)
     params = moved(ll.init(model, cfg))
     bound = ll.bind(model, params)
     step: Any = torch.compile(bound, fullgraph=True, backend="eager")
-    sizes = ({0: torch.export.Dim("n", min=2, max=4096), 1: torch.export.Dim("t", min=2, max=4096)},)
+    sizes = (
+        {0: torch.export.Dim("n", min=2, max=4096), 1: torch.export.Dim("t", min=2, max=4096)},
+    )
     program = torch.export.export(bound, (batches()[0],), dynamic_shapes=sizes).module()
     for x in batches():
         for run in (step, program):
@@ -87,7 +93,9 @@ class Masked(nn.Module):
 def test_a_compiled_bound_model_knows_its_prompt() -> None:
     torch._dynamo.reset()
     model = Masked()
-    params = moved(ll.init(model, ll.LoReFTConfig(r=2, first=1, last=1, target_names=r"layers\.\d$")))
+    params = moved(
+        ll.init(model, ll.LoReFTConfig(r=2, first=1, last=1, target_names=r"layers\.\d$"))
+    )
     bound = ll.bind(model, params)
     step: Any = torch.compile(bound, fullgraph=True, backend="eager")
     x = batches()[0]

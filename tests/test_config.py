@@ -19,7 +19,7 @@ import torch
 from hypothesis import assume, given
 
 import lora_lite_func as ll
-from lora_lite_func.config import from_dict, record, to_dict
+from lora_lite_func.core.config import from_dict, record, to_dict
 
 METHODS = tuple(ll.variants().values())
 every = pytest.mark.parametrize("cls", [v.config for v in METHODS], ids=[v.name for v in METHODS])
@@ -34,7 +34,7 @@ class Outsider(ll.AdapterConfig):
     note: str = record("")
 
 
-# ------------------------------------------------------------------------------------------------------------ strategies
+# --------------------------------------------------------------------------------------- strategies
 def _values(hint: Any) -> st.SearchStrategy[Any]:
     """Values of a field's type that every method takes: even ints, floats inside (0, 1)."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -73,11 +73,16 @@ def _made(cls: Any, **fields: Any) -> Any:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def test_unknown_field_names_the_nearest() -> None:
-    with pytest.raises(ll.ConfigError, match=r"LoRAConfig has no field 'aplha'; did you mean 'alpha'\?"):
+    with pytest.raises(
+        ll.ConfigError, match=r"LoRAConfig has no field 'aplha'; did you mean 'alpha'\?"
+    ):
         ll.LoRAConfig(aplha=16)
-    with pytest.raises(ll.ConfigError, match=r"PiSSAConfig has no field 'rslora'; there are: 'r', 'alpha'.*'svd_niter'"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"PiSSAConfig has no field 'rslora'; there are: 'r', 'alpha'.*'svd_niter'",
+    ):
         ll.PiSSAConfig(rslora=True)
     with pytest.raises(ll.ConfigError, match="LoRAConfig has no field 'self'"):
         ll.LoRAConfig(self=1)
@@ -90,7 +95,10 @@ def test_a_field_called_cls_is_unknown_like_any_other() -> None:
 
 @every
 def test_keywords_only(cls: Any) -> None:
-    with pytest.raises(ll.ConfigError, match=rf"{cls.__name__} takes keywords only, found 1 positional; fields: r, alpha"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=rf"{cls.__name__} takes keywords only, found 1 positional; fields: r, alpha",
+    ):
         cls(8)
 
 
@@ -106,7 +114,10 @@ def test_keywords_only(cls: Any) -> None:
         ({"r": -4}, "LoRAConfig.r: expected at least 1, found -4"),
         ({"r": 2**31}, "LoRAConfig.r: expected at most 2147483647, found 2147483648"),
         ({"r": 10**5000}, "LoRAConfig.r: expected at most 2147483647, found a huge int"),
-        ({"rank_pattern": {"q": 2**40}}, r"LoRAConfig.rank_pattern\['q'\]: expected at most 2147483647"),
+        (
+            {"rank_pattern": {"q": 2**40}},
+            r"LoRAConfig.rank_pattern\['q'\]: expected at most 2147483647",
+        ),
         ({"alpha": False}, "LoRAConfig.alpha: expected float, found False"),
         ({"alpha": "16"}, "LoRAConfig.alpha: expected float, found '16'"),
         ({"alpha": 1j}, "LoRAConfig.alpha: expected float"),
@@ -116,12 +127,22 @@ def test_keywords_only(cls: Any) -> None:
         ({"rslora": None}, "LoRAConfig.rslora: expected bool, found None"),
         ({"dropout": 1.0}, r"LoRAConfig.dropout: expected a probability in \[0, 1\), found 1.0"),
         ({"dropout": float("nan")}, "LoRAConfig.dropout: expected a finite number"),
-        ({"init_A": "Kaiming"}, "LoRAConfig.init_A: expected one of 'kaiming', 'gaussian', 'orthogonal', found 'Kaiming'"),
+        (
+            {"init_A": "Kaiming"},
+            "LoRAConfig.init_A: expected one of 'kaiming', 'gaussian', 'orthogonal', found "
+            "'Kaiming'",
+        ),
         ({"init_A": ["kaiming"]}, "LoRAConfig.init_A: expected one of"),
         ({"init_A": "orthogonal", "r": 3}, "expected an even r"),
         ({"init_A": "orthogonal", "rank_pattern": {"q": 5}}, "expected an even r"),
-        ({"dtype": "flaot32"}, "LoRAConfig.dtype: expected a floating torch.dtype, found 'flaot32'"),
-        ({"dtype": torch.int8}, "LoRAConfig.dtype: expected a floating torch.dtype, found torch.int8"),
+        (
+            {"dtype": "flaot32"},
+            "LoRAConfig.dtype: expected a floating torch.dtype, found 'flaot32'",
+        ),
+        (
+            {"dtype": torch.int8},
+            "LoRAConfig.dtype: expected a floating torch.dtype, found torch.int8",
+        ),
         ({"dtype": torch.complex64}, "LoRAConfig.dtype: expected a floating torch.dtype"),
         ({"dtype": "nn"}, "LoRAConfig.dtype: expected a floating torch.dtype, found 'nn'"),
         ({"dtype": 32}, "LoRAConfig.dtype: expected a floating torch.dtype, found 32"),
@@ -129,15 +150,27 @@ def test_keywords_only(cls: Any) -> None:
         ({"target_names": b"q"}, "LoRAConfig.target_names: expected a sequence"),
         ({"target_names": ("q", 3)}, r"LoRAConfig.target_names\[1\]: expected str, found 3"),
         ({"target_names": {"q": 1}}, r"LoRAConfig.target_names\[0\]: expected str"),
-        ({"target_names": ("(q",)}, r"LoRAConfig.target_names: '\(q' is not a regular expression: missing \)"),
-        ({"exclude_names": ("*",)}, "LoRAConfig.exclude_names: .* is not a regular expression: nothing to repeat"),
-        ({"target_roles": ("reeder",)}, r"LoRAConfig.target_roles\[0\]: expected one of 'reader', 'writer', 'inner', found 'reeder'"),
+        (
+            {"target_names": ("(q",)},
+            r"LoRAConfig.target_names: '\(q' is not a regular expression: missing \)",
+        ),
+        (
+            {"exclude_names": ("*",)},
+            "LoRAConfig.exclude_names: .* is not a regular expression: nothing to repeat",
+        ),
+        (
+            {"target_roles": ("reeder",)},
+            r"LoRAConfig.target_roles\[0\]: expected one of 'reader', 'writer', 'inner', found 'reeder'",
+        ),
         ({"layers": 3}, "LoRAConfig.layers: expected a sequence, found 3"),
         ({"layers": "0-3"}, "LoRAConfig.layers: expected a sequence, found '0-3'"),
         ({"layers": (0, True)}, r"LoRAConfig.layers\[1\]: expected int, found True"),
         ({"layers": (0.0,)}, r"LoRAConfig.layers\[0\]: expected int, found 0.0"),
         ({"rank_pattern": {"q": 4.0}}, r"LoRAConfig.rank_pattern\[0\]: expected int, found 4.0"),
-        ({"rank_pattern": {"q": 0}}, r"LoRAConfig.rank_pattern\['q'\]: expected at least 1, found 0"),
+        (
+            {"rank_pattern": {"q": 0}},
+            r"LoRAConfig.rank_pattern\['q'\]: expected at least 1, found 0",
+        ),
         ({"rank_pattern": {"q(": 4}}, "LoRAConfig.rank_pattern: .* is not a regular expression"),
         ({"rank_pattern": [("q", 4, 5)]}, r"LoRAConfig.rank_pattern\[0\]: expected 2 values"),
         ({"rank_pattern": "q"}, "LoRAConfig.rank_pattern: expected a sequence, found 'q'"),
@@ -154,16 +187,37 @@ def test_a_wrong_value_is_named_with_its_field(fields: dict[str, Any], message: 
     ("make", "message"),
     [
         (lambda: ll.PiSSAConfig(alpha=0), "PiSSAConfig.alpha: .* expected a positive number"),
-        (lambda: ll.PiSSAConfig(alpha_pattern={"q": -1}), "PiSSAConfig.alpha: .* expected a positive number"),
-        (lambda: ll.PiSSAConfig(svd_niter=-1), "PiSSAConfig.svd_niter: expected None or at least 0, found -1"),
+        (
+            lambda: ll.PiSSAConfig(alpha_pattern={"q": -1}),
+            "PiSSAConfig.alpha: .* expected a positive number",
+        ),
+        (
+            lambda: ll.PiSSAConfig(svd_niter=-1),
+            "PiSSAConfig.svd_niter: expected None or at least 0, found -1",
+        ),
         (lambda: ll.DeLoRAConfig(lambda0=0), "DeLoRAConfig.lambda0: expected a positive strength"),
         (lambda: ll.HRAConfig(r=3), "HRAConfig.r: .* expected even, found 3"),
         (lambda: ll.HRAConfig(rank_pattern={"q": 5}), "HRAConfig.r: .* expected even, found 5"),
-        (lambda: ll.ROADConfig(group_size=0), "ROADConfig.group_size: expected an even number, found 0"),
-        (lambda: ll.ROADConfig(group_size=7), "ROADConfig.group_size: expected an even number, found 7"),
-        (lambda: ll.ROADConfig(mode="road_3"), "ROADConfig.mode: expected one of 'road_1', 'road_2', 'road_4', found 'road_3'"),
-        (lambda: from_dict(ll.LoRAConfig, ["r"]), "LoRAConfig: expected a mapping of field names, found list"),
-        (lambda: from_dict(ll.LoRAConfig, {3: 4}), "LoRAConfig: expected a mapping of field names, found dict"),
+        (
+            lambda: ll.ROADConfig(group_size=0),
+            "ROADConfig.group_size: expected an even number, found 0",
+        ),
+        (
+            lambda: ll.ROADConfig(group_size=7),
+            "ROADConfig.group_size: expected an even number, found 7",
+        ),
+        (
+            lambda: ll.ROADConfig(mode="road_3"),
+            "ROADConfig.mode: expected one of 'road_1', 'road_2', 'road_4', found 'road_3'",
+        ),
+        (
+            lambda: from_dict(ll.LoRAConfig, ["r"]),
+            "LoRAConfig: expected a mapping of field names, found list",
+        ),
+        (
+            lambda: from_dict(ll.LoRAConfig, {3: 4}),
+            "LoRAConfig: expected a mapping of field names, found dict",
+        ),
     ],
 )
 def test_methods_refuse_their_own(make: Callable[[], Any], message: str) -> None:
@@ -175,12 +229,22 @@ def test_methods_refuse_their_own(make: Callable[[], Any], message: str) -> None
     ("cls", "fields"),
     [
         pytest.param(ll.LoRAConfig, {"alpha": 10**400}, id="alpha too large: OverflowError"),
-        pytest.param(ll.LoRAConfig, {"target_names": ("a{99999999999999999999}",)}, id="repeat count: OverflowError"),
+        pytest.param(
+            ll.LoRAConfig,
+            {"target_names": ("a{99999999999999999999}",)},
+            id="repeat count: OverflowError",
+        ),
         pytest.param(ll.LoRAConfig, {"target_names": ("(" * 3000,)}, id="nesting: RecursionError"),
         pytest.param(ll.LoRAConfig, {"target_names": {"q", 1}}, id="set of mixed types: TypeError"),
-        pytest.param(ll.LoRAConfig, {"dtype": "has_mps"}, id="deprecated attribute of torch: a warning"),
-        pytest.param(ll.LoRAConfig, {"alpha_pattern": {"q": float("nan")}}, id="alpha_pattern nan: accepted"),
-        pytest.param(ll.LoRAConfig, {"alpha_pattern": {"q": float("inf")}}, id="alpha_pattern inf: accepted"),
+        pytest.param(
+            ll.LoRAConfig, {"dtype": "has_mps"}, id="deprecated attribute of torch: a warning"
+        ),
+        pytest.param(
+            ll.LoRAConfig, {"alpha_pattern": {"q": float("nan")}}, id="alpha_pattern nan: accepted"
+        ),
+        pytest.param(
+            ll.LoRAConfig, {"alpha_pattern": {"q": float("inf")}}, id="alpha_pattern inf: accepted"
+        ),
         pytest.param(ll.DeLoRAConfig, {"lambda0": float("nan")}, id="lambda0 nan: accepted"),
         pytest.param(ll.DeLoRAConfig, {"lambda0": float("inf")}, id="lambda0 inf: accepted"),
     ],
@@ -204,19 +268,28 @@ def test_a_role_may_stand_alone_like_a_name() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, "float8_e5m2"])
 def test_a_dtype_that_nothing_computes_in_is_refused(dtype: Any) -> None:
-    with pytest.raises(ll.ConfigError, match=r"expected a floating torch.dtype, found .*float8.*; 16 bits at least"):
+    with pytest.raises(
+        ll.ConfigError, match=r"expected a floating torch.dtype, found .*float8.*; 16 bits at least"
+    ):
         ll.LoRAConfig(dtype=dtype)
 
 
 def test_a_config_read_back_spells_out_every_field() -> None:
     written = to_dict(ll.LoRAConfig())
     del written["alpha"], written["rslora"]
-    with pytest.raises(ll.ConfigError, match="LoRAConfig: expected every field, missing: alpha, rslora"):
+    with pytest.raises(
+        ll.ConfigError, match="LoRAConfig: expected every field, missing: alpha, rslora"
+    ):
         from_dict(ll.LoRAConfig, written)
 
 
 def test_a_message_repeats_no_long_value() -> None:
-    for fields in ({"r": "9" * 10**6}, {"target_names": "(" + "a" * 10**6}, {"x" * 10**6: 1}, {"alpha": 10**5000}):
+    for fields in (
+        {"r": "9" * 10**6},
+        {"target_names": "(" + "a" * 10**6},
+        {"x" * 10**6: 1},
+        {"alpha": 10**5000},
+    ):
         with pytest.raises(ll.ConfigError, match="LoRAConfig") as caught:
             ll.LoRAConfig(**fields)
         assert len(str(caught.value)) < 1000
@@ -229,7 +302,7 @@ def test_an_error_is_also_the_builtin() -> None:
         ll.LoRAConfig(aplha=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- coercion
+# ----------------------------------------------------------------------------------------- coercion
 def test_what_is_meant_is_taken() -> None:
     cfg = ll.LoRAConfig(
         alpha=4,
@@ -261,12 +334,18 @@ def test_the_first_matching_pattern_wins() -> None:
     assert [cfg.alpha_at(p) for p in ("layers.0.up", "layers.1.upper")] == [3.0, 1.0]
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 @every
 def test_frozen(cls: Any) -> None:
     cfg = cls()
-    for change in (lambda: setattr(cfg, "r", 4), lambda: setattr(cfg, "new", 4), lambda: delattr(cfg, "r")):
-        with pytest.raises(dataclasses.FrozenInstanceError, match=r"cannot (assign to|delete) field"):
+    for change in (
+        lambda: setattr(cfg, "r", 4),
+        lambda: setattr(cfg, "new", 4),
+        lambda: delattr(cfg, "r"),
+    ):
+        with pytest.raises(
+            dataclasses.FrozenInstanceError, match=r"cannot (assign to|delete) field"
+        ):
             change()
 
 
@@ -277,7 +356,13 @@ def test_the_same_after_json_pickle_copy_and_replace(cls: Any, data: st.DataObje
     written = json.dumps(to_dict(cfg))
     again = from_dict(cls, json.loads(written))
     assert json.dumps(to_dict(again)) == written
-    for twin in (again, pickle.loads(pickle.dumps(cfg)), copy.copy(cfg), copy.deepcopy(cfg), dataclasses.replace(cfg)):
+    for twin in (
+        again,
+        pickle.loads(pickle.dumps(cfg)),
+        copy.copy(cfg),
+        copy.deepcopy(cfg),
+        dataclasses.replace(cfg),
+    ):
         assert type(twin) is cls
         assert twin == cfg
         assert hash(twin) == hash(cfg)
@@ -299,7 +384,15 @@ def test_equality_is_about_the_maths(cls: Any, data: st.DataObject) -> None:
         else:
             assert other == cfg, f.name
             assert hash(other) == hash(cfg), f.name
-    provenance = {"dtype", "target_names", "exclude_names", "target_roles", "layers", "rank_pattern", "alpha_pattern"}
+    provenance = {
+        "dtype",
+        "target_names",
+        "exclude_names",
+        "target_roles",
+        "layers",
+        "rank_pattern",
+        "alpha_pattern",
+    }
     assert provenance <= {f.name for f in dataclasses.fields(cls) if not f.compare}
 
 
@@ -315,7 +408,9 @@ def test_equality_is_about_the_maths(cls: Any, data: st.DataObject) -> None:
         ("lora_alpha", "did you mean 'alpha'"),
     ],
 )
-def test_another_library_s_word_for_a_field_is_answered_with_the_one_here(name: str, hint: str) -> None:
+def test_another_library_s_word_for_a_field_is_answered_with_the_one_here(
+    name: str, hint: str
+) -> None:
     with pytest.raises(ll.ConfigError, match=f"LoRAConfig has no field '{name}'; .*{hint}"):
         ll.LoRAConfig(**{name: 1})
 
@@ -332,7 +427,7 @@ def test_configs_of_different_methods_differ() -> None:
     assert len({v.config() for v in METHODS}) == len(METHODS)
 
 
-# ------------------------------------------------------------------------------------------------------------ outsiders
+# ---------------------------------------------------------------------------------------- outsiders
 @given(data=st.data())
 def test_an_outsiders_subclass_is_held_to_the_same(data: st.DataObject) -> None:
     cfg = data.draw(configs(Outsider))
@@ -345,11 +440,17 @@ def test_an_outsiders_subclass_is_held_to_the_same(data: st.DataObject) -> None:
 
 def test_an_outsiders_fields_are_checked() -> None:
     assert Outsider(widths=[3]).widths == (3,)
-    with pytest.raises(ll.ConfigError, match=r"Outsider has no field 'width'; did you mean 'widths'\?"):
+    with pytest.raises(
+        ll.ConfigError, match=r"Outsider has no field 'width'; did you mean 'widths'\?"
+    ):
         Outsider(width=3)
     with pytest.raises(ll.ConfigError, match=r"Outsider.widths\[0\]: expected int, found '3'"):
         Outsider(widths=["3"])
-    with pytest.raises(ll.ConfigError, match=r"Outsider\.mode: expected one of 'a', 'b', found 'c'"):
+    with pytest.raises(
+        ll.ConfigError, match=r"Outsider\.mode: expected one of 'a', 'b', found 'c'"
+    ):
         Outsider(mode="c")
-    with pytest.raises(ll.ConfigError, match="no variant is registered for Outsider; there are: 'LoRAConfig'"):
+    with pytest.raises(
+        ll.ConfigError, match="no variant is registered for Outsider; there are: 'LoRAConfig'"
+    ):
         ll.init(torch.nn.Linear(2, 2), Outsider())

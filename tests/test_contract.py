@@ -54,7 +54,9 @@ def build(case: Case, s: dict[str, Any], train: bool = True) -> tuple[Net, ll.Ad
     model = net(**s["model"])
     params = start(case, model, case.config(**s["config"]), seed=s["seed"])
     gen = torch.Generator().manual_seed(s["seed"] % 1000)
-    x = torch.randn(*s["batch"], s["model"]["width"], generator=gen, dtype=torch.float64).to(s["model"]["dtype"])
+    x = torch.randn(*s["batch"], s["model"]["width"], generator=gen, dtype=torch.float64).to(
+        s["model"]["dtype"]
+    )
     return model, moved(params) if train else params, x
 
 
@@ -62,14 +64,18 @@ def simple(case: Case, **config: Any) -> tuple[Net, ll.Adapter, Tensor]:
     """One fixed situation, for the laws that are slow or don't depend on sizes."""
     model = net(width=16, inner=24, depth=2)
     params = start(case, model, case.config(r=4, **config), seed=3)
-    return model, moved(params), torch.randn(6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (
+        model,
+        moved(params),
+        torch.randn(6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+    )
 
 
 def loss(model: nn.Module, params: Any, x: Tensor) -> Tensor:
     return ll.apply(model, params, x).square().sum()
 
 
-# ---------------------------------------------------------------------------------------------------------- the start
+# ---------------------------------------------------------------------------------------- the start
 @every
 @given(s=situations(DTYPES))
 def test_identity_at_init(case: Case, s: dict[str, Any]) -> None:
@@ -90,14 +96,21 @@ def test_dtype_in_is_dtype_out_and_leaves_have_theirs(case: Case, s: dict[str, A
         for name, t in tensors.items():
             assert name.startswith("lora_")
             assert t.is_contiguous()
-            assert not t.is_floating_point() or t.dtype in (x.dtype, torch.promote_types(torch.float32, x.dtype)), path
+            assert not t.is_floating_point() or t.dtype in (
+                x.dtype,
+                torch.promote_types(torch.float32, x.dtype),
+            ), path
 
 
 @every
 @given(s=situations(), data=st.data())
-def test_draws_depend_on_seed_path_and_name_alone(case: Case, s: dict[str, Any], data: st.DataObject) -> None:
+def test_draws_depend_on_seed_path_and_name_alone(
+    case: Case, s: dict[str, Any], data: st.DataObject
+) -> None:
     model, _, _ = build(case, s)
-    everything = start(case, model, case.config(**{**s["config"], "target_names": ()}), seed=s["seed"])
+    everything = start(
+        case, model, case.config(**{**s["config"], "target_names": ()}), seed=s["seed"]
+    )
     some = data.draw(st.lists(st.sampled_from(sorted(everything)), min_size=1, unique=True))
     state = torch.random.get_rng_state()
     names = tuple(f"^{p}$".replace(".", r"\.") for p in some)
@@ -109,7 +122,7 @@ def test_draws_depend_on_seed_path_and_name_alone(case: Case, s: dict[str, Any],
             assert torch.equal(t, everything[path][name])
 
 
-# ------------------------------------------------------------------------------------------------- one function, many forms
+# ------------------------------------------------------------------------- one function, many forms
 @every
 @given(s=situations())
 def test_merge_equals_apply(case: Case, s: dict[str, Any]) -> None:
@@ -136,7 +149,9 @@ def test_bound_equals_apply(case: Case, s: dict[str, Any]) -> None:
 
 
 @every
-@given(s=situations(), batch=st.sampled_from([(), (1,), (0,), (4,), (2, 3), (2, 0, 3), (1, 2, 1, 2)]))
+@given(
+    s=situations(), batch=st.sampled_from([(), (1,), (0,), (4,), (2, 3), (2, 0, 3), (1, 2, 1, 2)])
+)
 def test_any_batch_shape(case: Case, s: dict[str, Any], batch: tuple[int, ...]) -> None:
     model, params, _ = build(case, s)
     x = torch.randn(*batch, s["model"]["width"], dtype=torch.float64)
@@ -163,14 +178,20 @@ def test_attention_output_projection_goes_by_weight(case: Case) -> None:
         pytest.skip("it adapts something else: tests/test_kinds.py has it on every kind of place")
     model = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
     if case.calibration:
-        with pytest.raises(ll.UnsupportedError, match="site 'out_proj': its weight is used without calling the layer"):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match="site 'out_proj': its weight is used without calling the layer",
+        ):
             start(case, model, case.config(r=4))
         return
     params = moved(start(case, model, case.config(r=4)))
     assert list(params) == ["out_proj"]
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     for need_weights in (True, False):
-        y, base = (f(x, x, x, need_weights=need_weights)[0] for f in (lambda *a, **k: ll.apply(model, params, *a, **k), model))
+        y, base = (
+            f(x, x, x, need_weights=need_weights)[0]
+            for f in (lambda *a, **k: ll.apply(model, params, *a, **k), model)
+        )
         assert (y - base).abs().max() > 1e-3
         close(y, ll.merged(model, params)(x, x, x, need_weights=need_weights)[0], 1e-10)
         close(y, ll.bind(model, params)(x, x, x, need_weights=need_weights)[0], 1e-12)
@@ -178,7 +199,7 @@ def test_attention_output_projection_goes_by_weight(case: Case) -> None:
             close(y, ll.apply(model, params, x, x, x, need_weights=need_weights)[0], 1e-10)
 
 
-# ------------------------------------------------------------------------------------------------------------ gradients
+# ---------------------------------------------------------------------------------------- gradients
 @every
 def test_gradient_reaches_every_trainable_leaf_and_nothing_else(case: Case) -> None:
     model, _, x = simple(case)
@@ -220,7 +241,10 @@ def test_grads_of_bound_module_and_functional_agree(case: Case) -> None:
             if params.layout.trainable[path][name]:
                 close(held[f"adapter.0.{name}"].grad, g, 1e-10)
     assert {n for n, p in bound.named_parameters() if p.requires_grad} == {
-        f"{_home(params, path)}.adapter.0.{name}" for path in params for name in params[path] if params.layout.trainable[path][name]
+        f"{_home(params, path)}.adapter.0.{name}"
+        for path in params
+        for name in params[path]
+        if params.layout.trainable[path][name]
     }
     assert all(p.grad is None for p in model.parameters())
 
@@ -234,11 +258,17 @@ def test_gradient_equals_that_of_merged_weights(case: Case) -> None:
         for name, g in direct[path].items():
             if params.layout.trainable[path][name]:
                 close(g, through[path][name], 1e-9)
-    close(grad(lambda x: loss(model, params, x))(x), grad(lambda x: _dense(model, params, x).square().sum())(x), 1e-9)
+    close(
+        grad(lambda x: loss(model, params, x))(x),
+        grad(lambda x: _dense(model, params, x).square().sum())(x),
+        1e-9,
+    )
 
 
 def _dense(model: nn.Module, params: Any, x: Tensor) -> Tensor:
-    """The model on merged weights; a bias the layer hasn't is impossible here, the model has them all."""
+    """The model on merged weights; a bias the layer hasn't is impossible here, the model has them
+    all.
+    """
     return functional_call(model, ll.merge(model, params), (x,))
 
 
@@ -255,11 +285,13 @@ def test_jvp_is_a_finite_difference(case: Case) -> None:
 
     _, slope = jvp(f, (trainable,), (tangent,))
     h = 1e-5
-    ahead, behind = (f(pytree.tree_map(lambda t, v, s=s: t + s * v, trainable, tangent)) for s in (h, -h))
+    ahead, behind = (
+        f(pytree.tree_map(lambda t, v, s=s: t + s * v, trainable, tangent)) for s in (h, -h)
+    )
     close(slope, (ahead - behind) / (2 * h), 1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 @every
 def test_vmap_over_a_stack_is_a_loop(case: Case) -> None:
     model, params, x = simple(case)
@@ -292,7 +324,7 @@ def test_per_sample_gradients_are_a_loop(case: Case) -> None:
     close(per_sample, ll.stack([grad(lambda p, u=u: loss(model, p, u))(params) for u in x]), 1e-10)
 
 
-# -------------------------------------------------------------------------------------------------------------- compile
+# ------------------------------------------------------------------------------------------ compile
 @every
 def test_one_full_graph_serves_many_adapters(case: Case) -> None:
     torch._dynamo.reset()
@@ -300,18 +332,24 @@ def test_one_full_graph_serves_many_adapters(case: Case) -> None:
     counter = CompileCounter()
     compiled = torch.compile(lambda p, x: ll.apply(model, p, x), backend=counter, fullgraph=True)
     for alpha in (16.0, 8.0, 3.0):
-        params = moved(start(case, model, case.config(r=4, alpha=alpha), seed=int(alpha)), seed=int(alpha))
+        params = moved(
+            start(case, model, case.config(r=4, alpha=alpha), seed=int(alpha)), seed=int(alpha)
+        )
         close(compiled(params, x), ll.apply(model, params, x), 1e-10)
     assert counter.frame_count == 1
-    step = torch.compile(lambda p, x: grad(lambda p: loss(model, p, x))(p), backend="eager", fullgraph=True)
+    step = torch.compile(
+        lambda p, x: grad(lambda p: loss(model, p, x))(p), backend="eager", fullgraph=True
+    )
     close(step(params, x), grad(lambda p: loss(model, p, x))(params), 1e-10)
-    sweep = torch.compile(lambda s, x: vmap(lambda p: ll.apply(model, p, x))(s), backend="eager", fullgraph=True)
+    sweep = torch.compile(
+        lambda s, x: vmap(lambda p: ll.apply(model, p, x))(s), backend="eager", fullgraph=True
+    )
     stacked = ll.stack([params, moved(params)])
     close(sweep(stacked, x), vmap(lambda p: ll.apply(model, p, x))(stacked), 1e-10)
     torch._dynamo.reset()
 
 
-# ---------------------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 @every
 @given(s=situations(DTYPES))
 def test_save_then_load_is_bit_equal(case: Case, s: dict[str, Any], tmp_path_factory: Any) -> None:
@@ -330,7 +368,12 @@ def test_save_then_load_is_bit_equal(case: Case, s: dict[str, Any], tmp_path_fac
 def test_copies_pickles_and_trees(case: Case) -> None:
     model, params, x = simple(case)
     y = ll.apply(model, params, x)
-    for again in (copy.deepcopy(params), copy.copy(params), pickle.loads(pickle.dumps(params)), optree.tree_map(torch.clone, params)):
+    for again in (
+        copy.deepcopy(params),
+        copy.copy(params),
+        pickle.loads(pickle.dumps(params)),
+        optree.tree_map(torch.clone, params),
+    ):
         assert isinstance(again, ll.Adapter)
         assert again.layout == params.layout
         assert torch.equal(ll.apply(model, again, x), y)
@@ -343,7 +386,7 @@ def test_copies_pickles_and_trees(case: Case) -> None:
     assert torch.equal(bound(x), y)
 
 
-# ------------------------------------------------------------------------------------------------- nothing is written
+# ------------------------------------------------------------------------------- nothing is written
 @every
 @given(s=situations(DTYPES))
 def test_the_model_is_never_written(case: Case, s: dict[str, Any]) -> None:
@@ -368,7 +411,9 @@ def test_many_threads_at_once(case: Case) -> None:
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        wrong.extend(i for _ in range(20) if not torch.equal(ll.apply(model, several[i], x), expected[i]))
+        wrong.extend(
+            i for _ in range(20) if not torch.equal(ll.apply(model, several[i], x), expected[i])
+        )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for t in threads:
@@ -379,7 +424,7 @@ def test_many_threads_at_once(case: Case) -> None:
     assert same_state(before, snapshot(model))
 
 
-# --------------------------------------------------------------------------------------------------------------- autocast
+# ----------------------------------------------------------------------------------------- autocast
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(case: Case, dtype: torch.dtype) -> None:
@@ -394,5 +439,7 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
         grads = grad(lambda t: loss(model, ll.combine(t, frozen), x).float())(trainable)
     assert y.dtype == base.dtype == dtype
     close(y.float(), expected, 0.05)
-    assert all(torch.equal(inside[name], weights[name]) for name in weights)  # merging isn't the layer's call
+    assert all(
+        torch.equal(inside[name], weights[name]) for name in weights
+    )  # merging isn't the layer's call
     close(grads, grad(lambda t: loss(model, ll.combine(t, frozen), x))(trainable), 0.1)

@@ -21,7 +21,9 @@ peft = pytest.importorskip("peft")
 
 WIDTH, RANK = 24, 4
 DECAYS = {"flat": 0.75, "middle": 0.55, "steep": 0.4, "steeper": 0.3}
-"""By which each of a layer's directions is weaker than the one before: flat ones spread their variance over many."""
+"""By which each of a layer's directions is weaker than the one before: flat ones spread their
+variance over many.
+"""
 
 LAYERS = (*DECAYS, "twin")
 
@@ -66,7 +68,11 @@ def theirs(model: nn.Module, x: Tensor, **eva: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own
         made = peft.get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
-        how = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+        how = {
+            "prepare_model_inputs_fn": None,
+            "prepare_layer_inputs_fn": None,
+            "show_progress_bar": False,
+        }
         peft.initialize_lora_eva_weights(made, [{"x": x}], **how)
     return made
 
@@ -75,7 +81,9 @@ def theirs(model: nn.Module, x: Tensor, **eva: Any) -> Any:
 def test_ranks_directions_and_strengths_are_pefts(rho: float) -> None:
     model, x = Beside().eval(), batch()
     made = theirs(model, x, rho=rho)
-    cfg = ll.EVAConfig(r=RANK, alpha=8, rho=rho, center=True, target_names=(rf"^({'|'.join(LAYERS)})$",))
+    cfg = ll.EVAConfig(
+        r=RANK, alpha=8, rho=rho, center=True, target_names=(rf"^({'|'.join(LAYERS)})$",)
+    )
     params = ll.init(model, cfg, calibration_data=[x])
     layers = {path: made.base_model.model.get_submodule(path) for path in LAYERS}
     ranks = {path: layer.r["default"] for path, layer in layers.items() if hasattr(layer, "lora_A")}
@@ -85,6 +93,9 @@ def test_ranks_directions_and_strengths_are_pefts(rho: float) -> None:
     for path in ranks:
         A, other = params[path]["lora_A"], layers[path].lora_A["default"].weight.detach()
         close(A.mT @ A, other.mT @ other, 5e-3)  # one subspace
-        found, best = (((model.read(x, path) - model.read(x, path).mean(0)) @ t.mT).square().sum().item() for t in (other, A))
+        found, best = (
+            ((model.read(x, path) - model.read(x, path).mean(0)) @ t.mT).square().sum().item()
+            for t in (other, A)
+        )
         assert 1 - 1e-5 < found / best < 1 + 1e-5
         assert abs(params.layout.sites[path].scale - layers[path].scaling["default"]) < 1e-6

@@ -62,7 +62,9 @@ def test_every_site_is_reached_and_learns(name: str) -> None:
     found = ll.check(f.model, params, **f.inputs)
     assert found.ok, repr(found)
     grads = torch.func.grad(lambda p: loss(f, ll.apply(f.model, p, **f.inputs)))(params)
-    assert {path for path, ts in grads.items() if any(t.abs().max() == 0 for t in ts.values())} == f.unread
+    assert {
+        path for path, ts in grads.items() if any(t.abs().max() == 0 for t in ts.values())
+    } == f.unread
     assert all(p.grad is None for p in f.model.parameters())
 
 
@@ -100,7 +102,9 @@ def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
         if checkpointed:
             enable(bound)
             bound.train()
-            for module in bound.modules():  # training mode turns checkpointing on, and dropout, which isn't the question here
+            for module in (
+                bound.modules()
+            ):  # training mode turns checkpointing on, and dropout, which isn't the question here
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
         trainable = {n: p for n, p in bound.named_parameters() if p.requires_grad}
@@ -118,7 +122,9 @@ def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
 def test_generation_is_that_of_merged_weights(name: str, method: str) -> None:
     f, params = FAMILIES[name], trained(name, method)
     made = [ll.bind(f.model, params), ll.merged(f.model, params)]
-    tokens = [m.generate(**f.generate, max_new_tokens=5, min_new_tokens=5, do_sample=False) for m in made]  # type: ignore[operator]
+    tokens = [
+        m.generate(**f.generate, max_new_tokens=5, min_new_tokens=5, do_sample=False) for m in made
+    ]  # type: ignore[operator]
     assert torch.equal(*tokens)
     assert tokens[0].shape[1] >= 5
 
@@ -132,12 +138,17 @@ def half(name: str) -> Any:
 @method
 def test_bfloat16_and_autocast(name: str, method: str) -> None:
     f, params = FAMILIES[name], trained(name, method)
-    inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in f.inputs.items()}
+    inputs = {
+        k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in f.inputs.items()
+    }
     with torch.no_grad():
         wanted = f.output(ll.apply(f.model, params, **f.inputs))
         y, base = f.output(ll.apply(half(name), params, **inputs)), f.output(half(name)(**inputs))
         assert y.dtype == base.dtype
-        off = (base.float() - f.output(f.model(**f.inputs))).abs().max().item()  # what rounding the base alone costs
+        off = (
+            (base.float() - f.output(f.model(**f.inputs))).abs().max().item()
+        )  # what rounding the base alone costs
         assert (y.float() - wanted).abs().max() <= 4 * off + 0.05 * wanted.abs().max()
         fresh = ll.init(half(name), config(name, method))
         assert all(t.dtype in (torch.bfloat16, torch.float32) for t in leaves(fresh))

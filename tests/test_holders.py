@@ -78,7 +78,10 @@ HOLDERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Tensor]]]
     "its own new": (Single, lambda h, x: h.layer(x)),
     "long list of pairs": (lambda m: [(str(i), m) for i in range(300)], lambda h, x: h[-1][1](x)),
     "key of a dict": (lambda m: {m: 1.0}, lambda h, x: next(iter(h))(x) * h[next(iter(h))]),
-    "key of an ordered dict": (lambda m: collections.OrderedDict({m: m}), lambda h, x: h[next(iter(h))](x)),
+    "key of an ordered dict": (
+        lambda m: collections.OrderedDict({m: m}),
+        lambda h, x: h[next(iter(h))](x),
+    ),
     "weak proxy": (weakref.proxy, lambda h, x: h(x)),
     "weak reference": (weakref.ref, lambda h, x: h()(x)),
     "closure": (lambda m: lambda x: m(x), lambda h, x: h(x)),
@@ -92,7 +95,9 @@ class Holding(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
         make, self.call = HOLDERS[name]
-        self.__dict__["held"] = make(self.layer)  # not by setattr, which takes a proxy of a module for one
+        self.__dict__["held"] = make(
+            self.layer
+        )  # not by setattr, which takes a proxy of a module for one
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(self.held, x)
@@ -104,7 +109,10 @@ def test_an_adapted_layer_is_found_wherever_it_is_held(name: str) -> None:
     params = moved(ll.init(model, ll.LoRAConfig(r=2)))
     before = snapshot(model)
     dense = nn.Linear(4, 4)
-    dense.weight, dense.bias = nn.Parameter(ll.merge(model, params)["layer.weight"]), model.layer.bias
+    dense.weight, dense.bias = (
+        nn.Parameter(ll.merge(model, params)["layer.weight"]),
+        model.layer.bias,
+    )
     close(ll.apply(model, params, X), dense(X), 1e-5)
     close(ll.bind(model, params)(X), dense(X), 1e-5)
     assert ll.check(model, params, X).ok
@@ -179,7 +187,9 @@ def test_what_cannot_be_followed_is_told() -> None:
     found = ll.check(model, moved(ll.init(model, ll.LoRAConfig(r=2))), X)
     assert not found.ok
     assert found.escaped == found.uncalled == ("layer",)
-    assert "without the adapter: layer; something that can't be followed refers to them" in repr(found)
+    assert "without the adapter: layer; something that can't be followed refers to them" in repr(
+        found
+    )
 
 
 class Proxy(nn.Module):
@@ -200,11 +210,17 @@ class Proxy(nn.Module):
 
 
 def test_a_wrapper_that_answers_for_its_layer_is_no_second_site() -> None:
-    assert [site.path for site in ll.targets(nn.Sequential(Proxy()), ll.LoRAConfig(r=2))] == ["0.inner"]
+    assert [site.path for site in ll.targets(nn.Sequential(Proxy()), ll.LoRAConfig(r=2))] == [
+        "0.inner"
+    ]
 
 
 def test_complex_and_lazy_layers_are_refused_by_name() -> None:
-    with pytest.raises(ll.UnsupportedError, match="'0': its weight is complex, and adapters are real"):
+    with pytest.raises(
+        ll.UnsupportedError, match="'0': its weight is complex, and adapters are real"
+    ):
         ll.init(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), ll.LoRAConfig(r=2))
-    with pytest.raises(ll.UnsupportedError, match=r"'1' \(LazyBatchNorm1d\) is lazy.*call the model once"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'1' \(LazyBatchNorm1d\) is lazy.*call the model once"
+    ):
         ll.init(nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), ll.LoRAConfig(r=2))

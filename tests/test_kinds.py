@@ -36,11 +36,16 @@ class Experts(nn.Module):
     def __init__(self, count: int, d_in: int, d_out: int, is_transposed: bool) -> None:
         super().__init__()
         self.is_transposed = is_transposed
-        self.proj = nn.Parameter(torch.empty(count, *((d_in, d_out) if is_transposed else (d_out, d_in))))
+        self.proj = nn.Parameter(
+            torch.empty(count, *((d_in, d_out) if is_transposed else (d_out, d_in)))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         count = self.proj.shape[0]
-        parts = [F.linear(x[e::count], self.proj[e].mT if self.is_transposed else self.proj[e]) for e in range(count)]
+        parts = [
+            F.linear(x[e::count], self.proj[e].mT if self.is_transposed else self.proj[e])
+            for e in range(count)
+        ]
         return torch.cat(parts)
 
 
@@ -87,7 +92,10 @@ def seeded(model: nn.Module) -> Any:
     model = model.double().eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=gen, dtype=torch.float64) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5))
+            p.copy_(
+                torch.randn(p.shape, generator=gen, dtype=torch.float64)
+                * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
+            )
     return model
 
 
@@ -99,15 +107,35 @@ IDS = torch.tensor([[1, 3, 0], [5, 5, 14]])
 
 PLACES: dict[str, tuple[str, Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "transposed": ("linear", lambda: Transposed(16, 24), features(4, 24), {}),
-    "conv": ("conv", lambda: nn.Conv2d(8, 16, 2, stride=2, padding=1, padding_mode="circular", groups=2), features(2, 8, 5, 6), {}),
-    "deconv": ("conv", lambda: nn.ConvTranspose2d(8, 16, 2, 2, 1, 1, groups=2), features(2, 8, 5, 6), {}),
+    "conv": (
+        "conv",
+        lambda: nn.Conv2d(8, 16, 2, stride=2, padding=1, padding_mode="circular", groups=2),
+        features(2, 8, 5, 6),
+        {},
+    ),
+    "deconv": (
+        "conv",
+        lambda: nn.ConvTranspose2d(8, 16, 2, 2, 1, 1, groups=2),
+        features(2, 8, 5, 6),
+        {},
+    ),
     "embedding": ("embedding", lambda: nn.Embedding(16, 16, padding_idx=3), IDS, {}),
     "bounded": ("embedding", lambda: Scaled(16, 16, max_norm=1.0), IDS, {}),
     "own": ("embedding", lambda: Own(16, 16), IDS, {}),
     "norm": ("norm", lambda: nn.LayerNorm(16), features(3, 16), {}),
     "matrix": ("parameter", lambda: Mixing(16), features(3, 16), {"target_parameters": "mix"}),
-    "experts": ("parameter", lambda: Experts(3, 16, 8, False), features(6, 16), {"target_parameters": "proj"}),
-    "turned": ("parameter", lambda: Experts(2, 16, 8, True), features(4, 16), {"target_parameters": "proj"}),
+    "experts": (
+        "parameter",
+        lambda: Experts(3, 16, 8, False),
+        features(6, 16),
+        {"target_parameters": "proj"},
+    ),
+    "turned": (
+        "parameter",
+        lambda: Experts(2, 16, 8, True),
+        features(4, 16),
+        {"target_parameters": "proj"},
+    ),
     "vector": ("vector", lambda: Mixing(16), features(3, 16), {"target_parameters": "gain"}),
 }
 """By name: kind, model, input, how the site is chosen."""
@@ -120,7 +148,12 @@ def method(case: Case) -> str:
     return next(v.name for v in ll.variants().values() if v.config is type(cfg))
 
 
-ALL = [(case, name) for case in CASES for name, (kind, *_) in PLACES.items() if kind in ll.variants()[method(case)].sites]
+ALL = [
+    (case, name)
+    for case in CASES
+    for name, (kind, *_) in PLACES.items()
+    if kind in ll.variants()[method(case)].sites
+]
 every = pytest.mark.parametrize(("case", "name"), ALL, ids=lambda v: str(v))
 
 
@@ -136,7 +169,9 @@ def loss(model: nn.Module, params: Any, x: Tensor) -> Tensor:
 
 
 def dense(model: nn.Module, params: ll.Adapter, x: Tensor) -> Tensor:
-    """The model on merged weights; torch's own bound on a table's rows has no derivative, so that one is written out."""
+    """The model on merged weights; torch's own bound on a table's rows has no derivative, so that
+    one is written out.
+    """
     if getattr(model, "max_norm", None) is None:
         return functional_call(copy.deepcopy(model), ll.merge(model, params), (x,))
     rows = ll.merge(model, params)["weight"][x + 1]
@@ -144,7 +179,7 @@ def dense(model: nn.Module, params: ll.Adapter, x: Tensor) -> Tensor:
     return torch.where(norm > model.max_norm, rows * model.max_norm / (norm + 1e-7), rows) * 3.0
 
 
-# ------------------------------------------------------------------------------------------------------- every method
+# ------------------------------------------------------------------------------------- every method
 @every
 def test_identity_and_strength(case: Case, name: str) -> None:
     model, params, x = start(case, name)

@@ -20,8 +20,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
 
 import lora_lite_func as ll
-from lora_lite_func import ops
-from lora_lite_func.layout import Layout
+from lora_lite_func.core.layout import Layout
+from lora_lite_func.injection import dense_weight
 
 
 def lora(model: nn.Module, **chosen: Any) -> ll.Adapter:
@@ -43,7 +43,7 @@ def agree(model: nn.Module, params: Any, *args: Any, tol: float = 1e-10, **kwarg
     return y
 
 
-# ------------------------------------------------------------------------------------------------------------ convolutions
+# ------------------------------------------------------------------------------------- convolutions
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @given(data=st.data())
 @settings(max_examples=25)
@@ -53,10 +53,16 @@ def test_a_kernel_is_moved_by_its_matrix(data: st.DataObject) -> None:
     sizes = st.integers(1, 3)
     padding = data.draw(st.sampled_from(["same", "valid", 0, 1]))
     stride = 1 if padding == "same" else data.draw(sizes)
-    mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"] if n < 3 else ["zeros", "circular"]))
+    mode = data.draw(
+        st.sampled_from(
+            ["zeros", "reflect", "replicate", "circular"] if n < 3 else ["zeros", "circular"]
+        )
+    )
     kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[n]
     kernel = [data.draw(sizes) for _ in range(n)]
-    layer = kind(4, 8, kernel, stride, padding, data.draw(sizes), groups, data.draw(st.booleans()), mode)
+    layer = kind(
+        4, 8, kernel, stride, padding, data.draw(sizes), groups, data.draw(st.booleans()), mode
+    )
     model = seeded(layer)
     params = lora(model, target_kinds="conv")
     x = features(2, 4, *[7] * n)
@@ -69,11 +75,26 @@ def test_a_kernel_is_moved_by_its_matrix(data: st.DataObject) -> None:
 @given(data=st.data())
 @settings(max_examples=25)
 def test_a_transposed_kernel_has_a_row_for_each_output_channel(data: st.DataObject) -> None:
-    n, groups = data.draw(st.sampled_from([1, 2, 3]), "dimensions"), data.draw(st.sampled_from([1, 2, 4]), "groups")
+    n, groups = (
+        data.draw(st.sampled_from([1, 2, 3]), "dimensions"),
+        data.draw(st.sampled_from([1, 2, 4]), "groups"),
+    )
     stride, dilation = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
     kernel = [data.draw(st.integers(1, 3)) for _ in range(n)]
     kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[n]
-    model = seeded(kind(4, 8, kernel, stride, data.draw(st.integers(0, 1)), 0, groups, data.draw(st.booleans()), dilation))
+    model = seeded(
+        kind(
+            4,
+            8,
+            kernel,
+            stride,
+            data.draw(st.integers(0, 1)),
+            0,
+            groups,
+            data.draw(st.booleans()),
+            dilation,
+        )
+    )
     x = features(2, 4, *[4] * n)
     sizes = [s + data.draw(st.integers(0, stride - 1)) for s in model(x).shape[2:]]
     params = lora(model, target_kinds="conv")
@@ -82,8 +103,14 @@ def test_a_transposed_kernel_has_a_row_for_each_output_channel(data: st.DataObje
     update = 8.0 * params["", "lora_B"] @ params["", "lora_A"]
     for o in range(8):
         group, place = divmod(o, 8 // groups)
-        delta[group * 4 // groups : (group + 1) * 4 // groups, place] = update[o].view(4 // groups, *kernel)
-    close(y, functional_call(model, {"weight": model.weight + delta}, (x,), {"output_size": sizes}), 1e-12)
+        delta[group * 4 // groups : (group + 1) * 4 // groups, place] = update[o].view(
+            4 // groups, *kernel
+        )
+    close(
+        y,
+        functional_call(model, {"weight": model.weight + delta}, (x,), {"output_size": sizes}),
+        1e-12,
+    )
     gate = moved(ll.init(model, ll.IA3Config(target_kinds="conv")))
     g = gate["", "lora_g"].view(-1, *[1] * n)
     bias = 0.0 if model.bias is None else model.bias.view(-1, *[1] * n)
@@ -93,32 +120,51 @@ def test_a_transposed_kernel_has_a_row_for_each_output_channel(data: st.DataObje
 def test_transposed_convolutions_are_not_taken_for_others() -> None:
     model = seeded(nn.Sequential(nn.ConvTranspose1d(4, 4, 2), nn.Conv1d(4, 4, 2)))
     params = lora(model, target_kinds="conv")
-    assert [(s.d_in, s.d_out, s.transposed) for s in params.sites.values()] == [(8, 4, True), (8, 4, False)]
+    assert [(s.d_in, s.d_out, s.transposed) for s in params.sites.values()] == [
+        (8, 4, True),
+        (8, 4, False),
+    ]
     x = features(1, 4, 4)
     agree(model, params, x)
     agree(model, lora(model, target_parameters="0.weight"), x)
-    with pytest.raises(ll.StructureError, match=r"site '0': expected 8 -> 4, stored transposed, found Conv1d"):
+    with pytest.raises(
+        ll.StructureError, match=r"site '0': expected 8 -> 4, stored transposed, found Conv1d"
+    ):
         ll.apply(nn.Sequential(model[1], model[1]), lora(model[:1], target_kinds="conv"), x)
-    with pytest.raises(ll.StructureError, match=r"site '0': expected 8 -> 4, stored as it is, found ConvTranspose1d"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"site '0': expected 8 -> 4, stored as it is, found ConvTranspose1d",
+    ):
         ll.apply(model, lora(nn.Sequential(model[1]), target_kinds="conv"), x)
-    with pytest.raises(ll.UnsupportedError, match=r"to_peft: '0': PEFT has no adapter of a transposed convolution; merge it"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"to_peft: '0': PEFT has no adapter of a transposed convolution; merge it",
+    ):
         ll.to_peft(lora(model[:1], target_kinds="conv"), model, "nowhere")
 
 
-# --------------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("grads", [True, False])
 def test_attention_in_both_layouts(batch_first: bool, separate: bool, grads: bool) -> None:
     sizes = {"kdim": 6, "vdim": 10} if separate else {}
     model = seeded(nn.MultiheadAttention(8, 2, batch_first=batch_first, **sizes))
-    inputs = (features(3, 5, 8), features(3, 5, sizes.get("kdim", 8)), features(3, 5, sizes.get("vdim", 8)))
+    inputs = (
+        features(3, 5, 8),
+        features(3, 5, sizes.get("kdim", 8)),
+        features(3, 5, sizes.get("vdim", 8)),
+    )
     if not separate:
         inputs = (inputs[0],) * 3  # so that torch's fast path is open where gradients are off
     names = "[qkv]_proj_weight|out_proj.weight" if separate else "in_proj_weight"
     params = lora(model, target_parameters=names)
     assert len(params) == (4 if separate else 1)
-    both = (params, moved(ll.init(model, ll.IA3Config(target_names="out_proj")))) if not separate else params
+    both = (
+        (params, moved(ll.init(model, ll.IA3Config(target_names="out_proj"))))
+        if not separate
+        else params
+    )
     with torch.set_grad_enabled(grads):
         for weights in (True, False):
             agree(model, both, *inputs, need_weights=weights)
@@ -138,13 +184,13 @@ def test_an_encoder_layer_s_fast_path(norm_first: bool) -> None:
 
 def test_the_weight_is_made_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    real = ops.merge_site
+    real = dense_weight.merge_site
 
     def counting(module: Any, chain: Any, W: Tensor, b: Any) -> Any:
         made.append(chain[0].site.path)
         return real(module, chain, W, b)
 
-    monkeypatch.setattr("lora_lite_func.substitution.merge_site", counting)
+    monkeypatch.setattr("lora_lite_func.injection.weight_route.merge_site", counting)
     attention = seeded(nn.MultiheadAttention(8, 2, batch_first=True))
     x = features(2, 5, 8)
     for model, args, config in (
@@ -161,7 +207,7 @@ def test_the_weight_is_made_once_per_call(monkeypatch: pytest.MonkeyPatch) -> No
             assert made == list(params)
 
 
-# -------------------------------------------------------------------------------------------------------------- recurrence
+# --------------------------------------------------------------------------------------- recurrence
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_see_the_adapted_tensors(kind: Any) -> None:
     model = seeded(kind(6, 8, 2, batch_first=True, bidirectional=True))
@@ -170,7 +216,9 @@ def test_recurrent_layers_see_the_adapted_tensors(kind: Any) -> None:
     x = features(2, 5, 6)
     y = agree(model, params, x)
     direct = grad(lambda p: first(ll.apply(model, p, x)).square().sum())(params)
-    through = grad(lambda p: first(functional_call(model, ll.merge(model, p), (x,))).square().sum())(params)
+    through = grad(
+        lambda p: first(functional_call(model, ll.merge(model, p), (x,))).square().sum()
+    )(params)
     close(direct, through, 1e-9)
     bound = ll.bind(model, params)
     first(bound(x)).square().sum().backward()
@@ -196,7 +244,7 @@ def test_bilinear_goes_by_its_stack() -> None:
     agree(model, params, features(3, 5), features(3, 6))
 
 
-# ------------------------------------------------------------------------------------------------------------------- norms
+# -------------------------------------------------------------------------------------------- norms
 class Odd(nn.Module):
     """A norm that nobody calls one."""
 
@@ -206,7 +254,9 @@ class Odd(nn.Module):
         self.eps = 1e-6
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.weight * (hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.eps))
+        return self.weight * (
+            hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.eps)
+        )
 
 
 class Scale(nn.Module):
@@ -222,7 +272,14 @@ class Scale(nn.Module):
 
 def test_norms_are_known_by_what_they_do() -> None:
     model = nn.Sequential(
-        nn.LayerNorm(8), nn.RMSNorm(8), Odd(8), Plus(8), Scale(8), nn.PReLU(8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 8)
+        nn.LayerNorm(8),
+        nn.RMSNorm(8),
+        Odd(8),
+        Plus(8),
+        Scale(8),
+        nn.PReLU(8),
+        nn.LayerNorm(8, elementwise_affine=False),
+        nn.Linear(8, 8),
     )
     model.train()
     before = snapshot(model)
@@ -234,7 +291,14 @@ def test_norms_are_known_by_what_they_do() -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.InstanceNorm2d(6, affine=True), nn.LayerNorm((6, 4, 4)), nn.LayerNorm((4, 4))]
+    "layer",
+    [
+        nn.GroupNorm(2, 6),
+        nn.BatchNorm2d(6),
+        nn.InstanceNorm2d(6, affine=True),
+        nn.LayerNorm((6, 4, 4)),
+        nn.LayerNorm((4, 4)),
+    ],
 )
 def test_norms_over_other_dimensions(layer: nn.Module) -> None:
     model, x = seeded(layer), features(2, 6, 4, 4)
@@ -256,16 +320,24 @@ def test_a_bias_without_a_place_is_refused_in_the_first_call() -> None:
     model = seeded(nn.Sequential(nn.RMSNorm(8)))
     params = moved(ll.init(model, ll.BitFitConfig(target_kinds="norm")))
     for verb in (lambda: ll.apply(model, params, features(2, 8)), lambda: ll.merge(model, params)):
-        with pytest.raises(ll.UnsupportedError, match=r"'0' \(RMSNorm\): bitfit merges into a bias, and this layer has no parameter"):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match=r"'0' \(RMSNorm\): bitfit merges into a bias, and this layer has no parameter",
+        ):
             verb()
 
 
-# -------------------------------------------------------------------------------------------------------------- embeddings
+# --------------------------------------------------------------------------------------- embeddings
 def test_lora_on_an_embedding_leaves_unseen_rows_alone() -> None:
     model = seeded(nn.Embedding(16, 8, padding_idx=3))
     params = ll.init(model, ll.LoRAConfig(r=2, target_kinds="embedding"))
     g = grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)
-    assert set(g["", "lora_A"].abs().sum(0).nonzero().flatten().tolist()) == {0, 1, 5, 14}  # not 3, the padding
+    assert set(g["", "lora_A"].abs().sum(0).nonzero().flatten().tolist()) == {
+        0,
+        1,
+        5,
+        14,
+    }  # not 3, the padding
     params = moved(params)
     y = ll.apply(model, params, IDS)
     expected = model.weight + 8.0 * (params["", "lora_B"] @ params["", "lora_A"]).mT
@@ -274,7 +346,12 @@ def test_lora_on_an_embedding_leaves_unseen_rows_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: nn.Embedding(16, 8, max_norm=0.7), lambda: Scaled(16, 8, max_norm=0.7), lambda: nn.EmbeddingBag(16, 8, max_norm=0.7)]
+    "build",
+    [
+        lambda: nn.Embedding(16, 8, max_norm=0.7),
+        lambda: Scaled(16, 8, max_norm=0.7),
+        lambda: nn.EmbeddingBag(16, 8, max_norm=0.7),
+    ],
 )
 def test_a_bound_on_norms_never_writes_on_the_model(build: Any) -> None:
     model = nn.Sequential(seeded(build()))
@@ -294,7 +371,7 @@ def test_an_offset_and_bags() -> None:
     agree(seeded(Own(16, 8)), lora(seeded(Own(16, 8)), target_kinds="embedding"), IDS)
 
 
-# ------------------------------------------------------------------------------------------------------------------ stacks
+# ------------------------------------------------------------------------------------------- stacks
 def test_each_expert_has_its_own() -> None:
     model = seeded(Experts(3, 8, 6, False))
     params = lora(model, target_parameters="proj")
@@ -303,12 +380,18 @@ def test_each_expert_has_its_own() -> None:
     assert not torch.equal(A[0], A[1])
     delta = 8.0 * torch.einsum("eor,eri->eoi", B, A)
     x = features(6, 8)
-    close(ll.apply(model, params, x), functional_call(model, {"proj": model.proj + delta}, (x,)), 1e-12)
+    close(
+        ll.apply(model, params, x),
+        functional_call(model, {"proj": model.proj + delta}, (x,)),
+        1e-12,
+    )
     turned = seeded(Experts(3, 8, 6, True))
     site = ll.targets(turned, ll.LoRAConfig(target_parameters="proj"))[0]
-    assert (site.d_in, site.d_out, site.stack, site.transposed) == (8, 6, 3, True)
+    assert (site.d_in, site.d_out, site.num_experts, site.transposed) == (8, 6, 3, True)
     del turned.is_transposed
-    site = ll.targets(turned, ll.LoRAConfig(target_parameters="proj", transposed_parameters="proj"))[0]
+    site = ll.targets(
+        turned, ll.LoRAConfig(target_parameters="proj", transposed_parameters="proj")
+    )[0]
     assert (site.d_in, site.d_out, site.transposed) == (8, 6, True)
     assert "proj  3 x 8 -> 6  lora_A (3, 2, 8)" in repr(params)
 
@@ -316,11 +399,11 @@ def test_each_expert_has_its_own() -> None:
 def test_svd_starts_are_each_expert_s_own() -> None:
     model = seeded(Experts(3, 8, 6, True))
     params = ll.init(model, ll.PiSSAConfig(r=6, target_parameters="proj"))
-    start = params.sites["proj"].factor * params["proj", "lora_B0"] @ params["proj", "lora_A0"]
+    start = params.sites["proj"].scaling * params["proj", "lora_B0"] @ params["proj", "lora_A0"]
     close(start, model.proj.mT, 1e-10)
 
 
-# -------------------------------------------------------------------------------------------------------------- everything
+# --------------------------------------------------------------------------------------- everything
 class Everything(nn.Module):
     """One of each."""
 
@@ -342,14 +425,26 @@ class Everything(nn.Module):
         return self.head(self.lin(x))
 
 
-KINDS_OF_MODULE = {"target_kinds": ("linear", "conv", "embedding"), "target_parameters": ("in_proj_weight", "experts.proj")}
+KINDS_OF_MODULE = {
+    "target_kinds": ("linear", "conv", "embedding"),
+    "target_parameters": ("in_proj_weight", "experts.proj"),
+}
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap over attention's fused kernel
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # vmap over attention's fused kernel
 def test_one_adapter_over_all_kinds() -> None:
     model = seeded(Everything())
     params = lora(model, **KINDS_OF_MODULE)
-    assert set(params) == {"embed", "conv", "attention.out_proj", "lin", "attention.in_proj_weight", "experts.proj"}
+    assert set(params) == {
+        "embed",
+        "conv",
+        "attention.out_proj",
+        "lin",
+        "attention.in_proj_weight",
+        "experts.proj",
+    }
     y = agree(model, params, IDS)
     second = moved(ll.init(model, ll.DoRAConfig(r=2, **KINDS_OF_MODULE)), 4)
     two = ll.apply(model, (params, second), IDS)
@@ -361,7 +456,11 @@ def test_one_adapter_over_all_kinds() -> None:
     close(list(back), [params, second], 0.0)
     close(vmap(lambda p: ll.apply(model, p, IDS))(ll.stack([params, params]))[1], y, 1e-12)
     W = model.conv.weight * 2.0
-    close(ll.functional_call(model, params, IDS, base={"conv.weight": W}), ll.apply(_with(model, W), params, IDS), 1e-12)
+    close(
+        ll.functional_call(model, params, IDS, base={"conv.weight": W}),
+        ll.apply(_with(model, W), params, IDS),
+        1e-12,
+    )
 
 
 def _with(model: Any, W: Tensor) -> nn.Module:
@@ -380,7 +479,11 @@ def test_all_kinds_have_derivatives_and_threads_do_not_meet() -> None:
 
     def work(i: int) -> None:
         for _ in range(10):
-            wrong.extend(i for y in (ll.apply(model, several[i], IDS), bound[i](IDS)) if (y - expected[i]).abs().max() > 1e-12)
+            wrong.extend(
+                i
+                for y in (ll.apply(model, several[i], IDS), bound[i](IDS))
+                if (y - expected[i]).abs().max() > 1e-12
+            )
 
     threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
     for t in threads:
@@ -394,7 +497,14 @@ def test_all_kinds_have_derivatives_and_threads_do_not_meet() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         _, slope = torch.func.jvp(lambda p: ll.apply(model, p, IDS), (several[0],), (tangent,))
     h = 1e-6
-    ahead, behind = (ll.apply(model, torch.utils._pytree.tree_map(lambda t, v, s=s: t + s * v, several[0], tangent), IDS) for s in (h, -h))
+    ahead, behind = (
+        ll.apply(
+            model,
+            torch.utils._pytree.tree_map(lambda t, v, s=s: t + s * v, several[0], tangent),
+            IDS,
+        )
+        for s in (h, -h)
+    )
     close(slope, (ahead - behind) / (2 * h), 1e-5)
 
 
@@ -432,7 +542,7 @@ def test_one_graph_over_all_kinds() -> None:
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------------------------- what is said
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -441,22 +551,62 @@ def test_one_graph_over_all_kinds() -> None:
             ll.TargetError,
             r"'conv' matched none of 3 linear-like layers; it matches 1 of kind 'conv': add target_kinds=\('conv',\)",
         ),
-        ({"target_names": "embed"}, ll.TargetError, r"it matches 1 of kind 'embedding': add target_kinds=\('embedding',\)"),
-        ({"target_names": "experts"}, ll.TargetError, "it matches the parameter 'experts.proj': name it in target_parameters"),
+        (
+            {"target_names": "embed"},
+            ll.TargetError,
+            r"it matches 1 of kind 'embedding': add target_kinds=\('embedding',\)",
+        ),
+        (
+            {"target_names": "experts"},
+            ll.TargetError,
+            "it matches the parameter 'experts.proj': name it in target_parameters",
+        ),
         ({"target_kinds": "cnov"}, ll.TargetError, r"unknown kind 'cnov'; did you mean 'conv'\?"),
-        ({"target_kinds": "parameter"}, ll.TargetError, r"unknown kind 'parameter' \(name parameters in target_parameters\)"),
-        ({"target_kinds": "norm"}, ll.UnsupportedError, "lora adapts linear, conv, parameter, embedding, this asks for 'norm'"),
-        ({"target_parameters": "norm.weight"}, ll.UnsupportedError, "'norm.weight': lora adapts linear, .*, this is of kind 'vector'"),
-        ({"target_parameters": "experst"}, ll.TargetError, r"target_parameters: 'experst' matched none of \d+ parameters"),
+        (
+            {"target_kinds": "parameter"},
+            ll.TargetError,
+            r"unknown kind 'parameter' \(name parameters in target_parameters\)",
+        ),
+        (
+            {"target_kinds": "norm"},
+            ll.UnsupportedError,
+            "lora adapts linear, conv, parameter, embedding, this asks for 'norm'",
+        ),
+        (
+            {"target_parameters": "norm.weight"},
+            ll.UnsupportedError,
+            "'norm.weight': lora adapts linear, .*, this is of kind 'vector'",
+        ),
+        (
+            {"target_parameters": "experst"},
+            ll.TargetError,
+            r"target_parameters: 'experst' matched none of \d+ parameters",
+        ),
         (
             {"target_kinds": "conv", "target_parameters": "conv.weight"},
             ll.TargetError,
             "'conv.weight' is named by .* belongs to the site 'conv'",
         ),
-        ({"target_kinds": "conv", "dropout": 0.1}, ll.UnsupportedError, "'conv': dropout acts on features .*set dropout=0"),
-        ({"target_kinds": "embedding", "dropout": 0.1}, ll.UnsupportedError, "'embed': dropout acts on features .*this embedding"),
-        ({"target_parameters": "in_proj_weight", "dropout": 0.1}, ll.UnsupportedError, "'attention.in_proj_weight': dropout acts on"),
-        ({"target_names": "out_proj", "dropout": 0.1}, ll.UnsupportedError, "'attention.out_proj': dropout acts on features"),
+        (
+            {"target_kinds": "conv", "dropout": 0.1},
+            ll.UnsupportedError,
+            "'conv': dropout acts on features .*set dropout=0",
+        ),
+        (
+            {"target_kinds": "embedding", "dropout": 0.1},
+            ll.UnsupportedError,
+            "'embed': dropout acts on features .*this embedding",
+        ),
+        (
+            {"target_parameters": "in_proj_weight", "dropout": 0.1},
+            ll.UnsupportedError,
+            "'attention.in_proj_weight': dropout acts on",
+        ),
+        (
+            {"target_names": "out_proj", "dropout": 0.1},
+            ll.UnsupportedError,
+            "'attention.out_proj': dropout acts on features",
+        ),
     ],
 )
 def test_what_cannot_be_meant(fields: dict[str, Any], error: Any, message: str) -> None:
@@ -477,24 +627,44 @@ def test_dropout_is_never_left_out_of_training() -> None:
     for model, x in zip(places, (features(2, 8, 5), features(2, 8)), strict=True):
         kind = "conv" if isinstance(model, nn.Conv1d) else "linear"
         plain = lora(model, target_kinds=kind)
-        from_file = Layout(plain.layout.variant, ll.LoRAConfig(r=2, dropout=0.5), plain.sites.values())
+        from_file = Layout(
+            plain.layout.variant, ll.LoRAConfig(r=2, dropout=0.5), plain.sites.values()
+        )
         params = ll.Adapter(from_file, dict(plain))
         close(ll.apply(model, params, x), ll.apply(model, plain, x), 0.0)
         bound = ll.bind(model, params).train()
-        for call in (lambda b=bound, x=x: b(x), lambda m=model, p=params, x=x: ll.apply(m.train(), p, x)):
-            with pytest.raises(ll.UnsupportedError, match=r"'(lin)?': dropout acts on features .*in this model the weight itself is used"):
+        for call in (
+            lambda b=bound, x=x: b(x),
+            lambda m=model, p=params, x=x: ll.apply(m.train(), p, x),
+        ):
+            with pytest.raises(
+                ll.UnsupportedError,
+                match=r"'(lin)?': dropout acts on features .*in this model the weight itself is used",
+            ):
                 call()
-    with pytest.raises(ll.UnsupportedError, match=r"'': block_dropout acts on features .*this convolution .*set block_dropout=0"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"'': block_dropout acts on features .*this convolution .*set block_dropout=0",
+    ):
         ll.init(places[0], ll.OFTConfig(block_size=4, block_dropout=0.5, target_kinds="conv"))
 
 
 def test_default_exclusions_are_for_linear_layers() -> None:
     model = nn.ModuleDict(
-        {"embed_tokens": nn.Embedding(4, 4), "patch_embed": nn.Conv2d(3, 4, 2), "embed_proj": nn.Linear(4, 4), "q": nn.Linear(4, 4)}
+        {
+            "embed_tokens": nn.Embedding(4, 4),
+            "patch_embed": nn.Conv2d(3, 4, 2),
+            "embed_proj": nn.Linear(4, 4),
+            "q": nn.Linear(4, 4),
+        }
     )
     paths = lambda **kw: [site.path for site in ll.targets(model, ll.LoRAConfig(**kw))]  # noqa: E731
     assert paths() == ["q"]
-    assert paths(target_kinds=("linear", "embedding", "conv")) == ["embed_tokens", "patch_embed", "q"]
+    assert paths(target_kinds=("linear", "embedding", "conv")) == [
+        "embed_tokens",
+        "patch_embed",
+        "q",
+    ]
     assert paths(target_kinds="embedding", target_names="embed") == ["embed_tokens"]
 
 
@@ -504,13 +674,25 @@ def test_a_place_that_changed_is_named() -> None:
     x = IDS
     for path, new, message in (
         ("conv", nn.Conv1d(8, 4, 3), "site 'conv': expected 24 -> 8, found Conv1d .24 -> 4."),
-        ("embed", nn.Linear(8, 8), "site 'embed': expected 16 -> 8, found Linear .no embedding layer."),
+        (
+            "embed",
+            nn.Linear(8, 8),
+            "site 'embed': expected 16 -> 8, found Linear .no embedding layer.",
+        ),
         ("lin", nn.Linear(8, 8), "site 'lin': expected 8 -> 8, stored transposed"),
-        ("experts", Experts(3, 8, 8, True), r"site 'experts.proj': expected 2 x 8 -> 8, found Experts .proj of shape \(3, 8, 8\)"),
+        (
+            "experts",
+            Experts(3, 8, 8, True),
+            r"site 'experts.proj': expected 2 x 8 -> 8, found Experts .proj of shape \(3, 8, 8\)",
+        ),
     ):
         changed = seeded(Everything())
         setattr(changed, path, new.double())
-        for verb in (lambda c=changed: ll.apply(c, params, x), lambda c=changed: ll.merge(c, params), lambda c=changed: ll.bind(c, params)):
+        for verb in (
+            lambda c=changed: ll.apply(c, params, x),
+            lambda c=changed: ll.merge(c, params),
+            lambda c=changed: ll.bind(c, params),
+        ):
             with pytest.raises(ll.StructureError, match=message):
                 verb()
 
@@ -518,7 +700,9 @@ def test_a_place_that_changed_is_named() -> None:
 def test_a_weight_that_is_computed_cannot_be_substituted() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1)))
     params = ll.init(model, ll.LoRAConfig(r=2, target_kinds="conv"))
-    with pytest.raises(ll.UnsupportedError, match=r"'0' \(\w+\): its weight is computed, not a parameter"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'0' \(\w+\): its weight is computed, not a parameter"
+    ):
         ll.apply(model, params, torch.randn(1, 4, 3))
 
 
@@ -526,7 +710,10 @@ def test_a_tensor_is_adapted_as_one_thing() -> None:
     model = net()
     layer = lora(model, target_names="0.up")
     bare = lora(model, target_parameters="0.up.weight")
-    with pytest.raises(ll.UnsupportedError, match=r"'layers.0.up.weight' is adapted as a bare parameter and with its layer 'layers.0.up'"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"'layers.0.up.weight' is adapted as a bare parameter and with its layer 'layers.0.up'",
+    ):
         ll.apply(model, (layer, bare), features(2, 16))
     agree(model, bare, features(2, 16))
 
@@ -538,7 +725,7 @@ def test_bound_recurrent_layers_copy_and_pickle() -> None:
         close(twin(x)[0], bound(x)[0], 1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------------------- ties
+# --------------------------------------------------------------------------------------------- ties
 class Tied(nn.Module):
     """A language model in small: the head's weight is the table."""
 
@@ -563,7 +750,9 @@ def test_a_tied_parameter_is_adapted_in_every_use() -> None:
         assert not report.tied
         new = ll.merge(model, params)
         assert set(new) == {"embed.weight", "lm_head.weight"}
-        close(y, functional_call(model, {"embed.weight": new["embed.weight"]}, (IDS,)), 1e-12)  # torch spreads it over both
+        close(
+            y, functional_call(model, {"embed.weight": new["embed.weight"]}, (IDS,)), 1e-12
+        )  # torch spreads it over both
         merged: Any = ll.merged(model, params)
         assert merged.embed.weight is merged.lm_head.weight
         bound = ll.bind(model, params)
@@ -571,8 +760,16 @@ def test_a_tied_parameter_is_adapted_in_every_use() -> None:
         bound(IDS).square().sum().backward()
         (path,) = params
         direct = grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)
-        close([p.grad for p in bound.parameters() if p.requires_grad], [direct[path]["lora_A"], direct[path]["lora_B"]], 1e-9)
-        close(ll.apply(ll.bind(model, params), params, IDS), ll.apply(model, (params, params), IDS), 1e-10)
+        close(
+            [p.grad for p in bound.parameters() if p.requires_grad],
+            [direct[path]["lora_A"], direct[path]["lora_B"]],
+            1e-9,
+        )
+        close(
+            ll.apply(ll.bind(model, params), params, IDS),
+            ll.apply(model, (params, params), IDS),
+            1e-10,
+        )
 
 
 def test_an_adapted_layer_is_untied_from_the_others() -> None:
@@ -589,7 +786,7 @@ def test_an_adapted_layer_is_untied_from_the_others() -> None:
         assert report.tied == {path: (f"{other}.weight",)}
 
 
-# ----------------------------------------------------------------------------------------------------------- chosen tokens
+# ------------------------------------------------------------------------------------ chosen tokens
 def test_chosen_tokens_are_trained_alone() -> None:
     model = seeded(Tied())
     cfg = ll.TokensConfig(token_ids=(5, 1, 5))
@@ -602,47 +799,90 @@ def test_chosen_tokens_are_trained_alone() -> None:
     new = ll.merge(model, params)["embed.weight"]
     assert (new != model.embed.weight).any(1).nonzero().flatten().tolist() == [1, 5]
     close(new[[1, 5]] - model.embed.weight[[1, 5]], params["embed", "lora_rows"], 1e-12)
-    assert grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)["embed", "lora_rows"].any(1).all()
+    assert (
+        grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)["embed", "lora_rows"]
+        .any(1)
+        .all()
+    )
     close(vmap(lambda p: ll.apply(model, p, IDS))(ll.stack([params, params]))[0], y, 1e-12)
-    close(ll.apply(model, ll.scale(params, 0.5), IDS), ll.apply(model, moved(ll.init(model, cfg), size=0.05), IDS), 1e-12)
+    close(
+        ll.apply(model, ll.scale(params, 0.5), IDS),
+        ll.apply(model, moved(ll.init(model, cfg), size=0.05), IDS),
+        1e-12,
+    )
     untouched = torch.tensor([[0, 14]])
     assert torch.equal(ll.apply(model, params, untouched), model(untouched))
 
 
 def test_chosen_tokens_of_a_tied_table_are_scored_too() -> None:
     model = seeded(Tied())
-    params = moved(ll.init(model, ll.TokensConfig(token_ids=(1, 5), target_parameters="embed.weight")))
+    params = moved(
+        ll.init(model, ll.TokensConfig(token_ids=(1, 5), target_parameters="embed.weight"))
+    )
     y = agree(model, params, IDS)
-    close(y, functional_call(model, {"embed.weight": ll.merge(model, params)["embed.weight"]}, (IDS,)), 1e-12)
-    with pytest.raises(ll.UnsupportedError, match="'embed': tokens trains the rows of chosen ids, and none are chosen"):
+    close(
+        y,
+        functional_call(model, {"embed.weight": ll.merge(model, params)["embed.weight"]}, (IDS,)),
+        1e-12,
+    )
+    with pytest.raises(
+        ll.UnsupportedError,
+        match="'embed': tokens trains the rows of chosen ids, and none are chosen",
+    ):
         ll.init(model, ll.TokensConfig())
     with pytest.raises(ll.UnsupportedError, match="token id 16: the table has 16 rows"):
         ll.init(model, ll.TokensConfig(token_ids=(16,)))
     with pytest.raises(ll.ConfigError, match="expected ids of 0 and up, found -1"):
         ll.TokensConfig(token_ids=(-1,))
-    with pytest.raises(ll.UnsupportedError, match=r"'mid.weight': tokens are rows of an embedding's table"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'mid.weight': tokens are rows of an embedding's table"
+    ):
         ll.init(model, ll.TokensConfig(token_ids=(1,), target_parameters="mid.weight"))
 
 
-# ------------------------------------------------------------------------------------------------------- real architectures
+# ------------------------------------------------------------------------------- real architectures
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "GptOss", "GPT2"])
 def test_stacked_experts_and_transposed_linears_of_transformers(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
-    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
+    sizes |= {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     sizes |= {"moe_intermediate_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2}
     kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
-    model = kind(getattr(transformers, f"{family}Config")(**sizes)).eval()  # float32: the experts' grouped product has no double form
+    model = kind(
+        getattr(transformers, f"{family}Config")(**sizes)
+    ).eval()  # float32: the experts' grouped product has no double form
     ids = torch.randint(0, 32, (2, 7))
     if family == "GPT2":
         params = lora(model, target_names=r"\.(c_attn|c_proj|c_fc)$")
-        assert {(s.d_in, s.d_out) for s in params.sites.values()} == {(16, 48), (16, 16), (16, 64), (64, 16)}
+        assert {(s.d_in, s.d_out) for s in params.sites.values()} == {
+            (16, 48),
+            (16, 16),
+            (16, 64),
+            (64, 16),
+        }
     else:
         params = lora(model, target_parameters=r"experts\.(gate_up|down)_proj$")
         site = params.sites["model.layers.0.mlp.experts.gate_up_proj"]
-        assert (site.stack, site.d_in, site.d_out, site.transposed) == (4, 16, site.d_out, family == "GptOss")
+        assert (site.num_experts, site.d_in, site.d_out, site.transposed) == (
+            4,
+            16,
+            site.d_out,
+            family == "GptOss",
+        )
         assert site.d_out in (48, 2 * 24)
     y = ll.apply(model, params, ids).logits
     assert (y - model(ids).logits).abs().max() > 1e-3
@@ -668,7 +908,11 @@ class Pair(nn.Linear):
         return super().forward(input), None
 
 
-@pytest.mark.parametrize("config", [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.HRAConfig(r=2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config",
+    [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.HRAConfig(r=2)],
+    ids=lambda c: type(c).__name__,
+)
 def test_the_input_is_found_among_keywords_in_any_order(config: ll.AdapterConfig) -> None:
     class Caller(nn.Module):
         def __init__(self) -> None:
@@ -688,7 +932,10 @@ def test_the_input_is_found_among_keywords_in_any_order(config: ll.AdapterConfig
 
 def test_a_layer_that_returns_more_than_its_product() -> None:
     model, x = nn.Sequential(Pair(4, 4)), torch.randn(3, 4)
-    with pytest.raises(ll.UnsupportedError, match=r"'0' \(Pair\): expected a tensor from the layer's call, found tuple; leave it out"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"'0' \(Pair\): expected a tensor from the layer's call, found tuple; leave it out",
+    ):
         ll.apply(model, ll.init(model, ll.LoRAConfig(r=2)), x)
     for config in (ll.HRAConfig(r=2), ll.LoRAConfig(r=2, target_parameters=r"0\.weight")):
         params = moved(ll.init(model, config))

@@ -15,7 +15,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lora_lite_func as ll
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 class Doubling(nn.Linear):
@@ -47,16 +50,25 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(F.pad(input, [1, 1, 1, 1]), W, self.bias)
 
 
-# --------------------------------------------------------------------------------------------------- calls of their own
+# ------------------------------------------------------------------------------- calls of their own
 @pytest.mark.parametrize("cls", [Doubling, Cosine])
-def test_a_call_that_is_no_product_is_adapted_around_or_by_its_weight_and_never_merged_wrongly(cls: Any) -> None:
+def test_a_call_that_is_no_product_is_adapted_around_or_by_its_weight_and_never_merged_wrongly(
+    cls: Any,
+) -> None:
     model, x = seeded(nn.Sequential(cls(8, 8))), features(3, 8)
     before = snapshot(model)
     around = moved(ll.init(model, ll.LoRAConfig(r=2)))
     A, B = around["0", "lora_A"], around["0", "lora_B"]
     close(ll.apply(model, around, x), model(x) + 8.0 * x @ A.mT @ B.mT, 1e-12)
-    for merging in (lambda: ll.merge(model, around), lambda: ll.merged(model, around), lambda: ll.merge(ll.bind(model, around), around)):
-        with pytest.raises(ll.UnsupportedError, match=rf"'0' \({cls.__name__}\): its call isn't x W.*target_parameters='0.weight'"):
+    for merging in (
+        lambda: ll.merge(model, around),
+        lambda: ll.merged(model, around),
+        lambda: ll.merge(ll.bind(model, around), around),
+    ):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match=rf"'0' \({cls.__name__}\): its call isn't x W.*target_parameters='0.weight'",
+        ):
             merging()
     report = ll.check(model, around, x)
     assert "its call isn't x W^T + b" in repr(report)
@@ -86,12 +98,20 @@ def test_a_convolution_of_its_own() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ computed weights
+# --------------------------------------------------------------------------------- computed weights
 Bake = Callable[[nn.Module], Any]
 
 COMPUTED: dict[str, tuple[Callable[[nn.Module], nn.Module], str, Bake]] = {
-    "weight_norm": (torch.nn.utils.weight_norm, r"torch.nn.utils.remove_weight_norm\(layer\)", torch.nn.utils.remove_weight_norm),
-    "spectral_norm": (torch.nn.utils.spectral_norm, r"torch.nn.utils.remove_spectral_norm\(layer\)", torch.nn.utils.remove_spectral_norm),
+    "weight_norm": (
+        torch.nn.utils.weight_norm,
+        r"torch.nn.utils.remove_weight_norm\(layer\)",
+        torch.nn.utils.remove_weight_norm,
+    ),
+    "spectral_norm": (
+        torch.nn.utils.spectral_norm,
+        r"torch.nn.utils.remove_spectral_norm\(layer\)",
+        torch.nn.utils.remove_spectral_norm,
+    ),
     "pruned": (
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
         r"torch.nn.utils.prune.remove\(layer, 'weight'\)",
@@ -106,8 +126,12 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], nn.Module], str, Bake]] = {
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-@pytest.mark.parametrize("config", [ll.LoRAConfig, ll.PiSSAConfig, ll.DoRAConfig, ll.IA3Config, ll.HRAConfig])
-def test_computed_weights_are_adapted_around_and_baked_before_merging(name: str, config: Any) -> None:
+@pytest.mark.parametrize(
+    "config", [ll.LoRAConfig, ll.PiSSAConfig, ll.DoRAConfig, ll.IA3Config, ll.HRAConfig]
+)
+def test_computed_weights_are_adapted_around_and_baked_before_merging(
+    name: str, config: Any
+) -> None:
     compute, advice, bake = COMPUTED[name]
     model, baked = (nn.Sequential(compute(seeded(nn.Linear(8, 8)))).eval() for _ in range(2))
     x = features(3, 8)
@@ -118,7 +142,10 @@ def test_computed_weights_are_adapted_around_and_baked_before_merging(name: str,
     params = moved(ll.init(model, config(r=2)))
     y = ll.apply(model, params, x)
     close(ll.bind(model, params)(x), y, 1e-12)
-    with pytest.raises(ll.UnsupportedError, match=rf"'0' .*its weight is computed, not a parameter, .*bake it in first \({advice}"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=rf"'0' .*its weight is computed, not a parameter, .*bake it in first \({advice}",
+    ):
         ll.merge(model, params)
     assert ll.check(model, params, x).difference is None
     assert same_state(before, snapshot(model))
@@ -132,7 +159,10 @@ def test_computed_kernels_are_refused_with_the_way_out(name: str) -> None:
     compute, advice, bake = COMPUTED[name]
     model, x = nn.Sequential(compute(seeded(nn.Conv1d(4, 4, 1)))).eval(), features(2, 4, 3)
     params = moved(ll.init(model, ll.LoRAConfig(r=2, target_kinds="conv")))
-    with pytest.raises(ll.UnsupportedError, match=rf"'0' .*its weight is computed, not a parameter, so nothing can stand.*\({advice}"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=rf"'0' .*its weight is computed, not a parameter, so nothing can stand.*\({advice}",
+    ):
         ll.apply(model, params, x)
     bake(model[0])
     close(ll.merged(model, params)(x), ll.apply(model, params, x), 1e-12)
@@ -148,7 +178,10 @@ def test_layers_in_training_for_integers() -> None:
     qat = pytest.importorskip("torch.ao.nn.qat")
     settings = pytest.importorskip("torch.ao.quantization")
     torch.manual_seed(0)
-    model, x = nn.Sequential(qat.Linear(8, 8, qconfig=settings.get_default_qat_qconfig())).eval(), features(3, 8).float()
+    model, x = (
+        nn.Sequential(qat.Linear(8, 8, qconfig=settings.get_default_qat_qconfig())).eval(),
+        features(3, 8).float(),
+    )
     model(x)
     around = moved(ll.init(model, ll.LoRAConfig(r=2)))
     assert (ll.apply(model, around, x) - model(x)).abs().max() > 1e-3
@@ -160,19 +193,24 @@ def test_layers_in_training_for_integers() -> None:
     close(ll.merged(model, inside)(x), ll.apply(model, inside, x), 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- others
+# ------------------------------------------------------------------------------------------- others
 def test_layers_that_share_a_weight_or_are_one_layer() -> None:
     a, b = nn.Linear(8, 8), nn.Linear(8, 8)
     b.weight = a.weight
     x = features(3, 8)
-    for model, count in ((seeded(nn.Sequential(a, nn.Tanh(), b)), 2), (seeded(nn.Sequential(a, nn.Tanh(), a)), 1)):
+    for model, count in (
+        (seeded(nn.Sequential(a, nn.Tanh(), b)), 2),
+        (seeded(nn.Sequential(a, nn.Tanh(), a)), 1),
+    ):
         params = moved(ll.init(model, ll.LoRAConfig(r=2)))
         assert len(params) == count
         y = ll.apply(model, params, x)
         close(ll.merged(model, params)(x), y, 1e-12)
         close(ll.bind(model, params)(x), y, 1e-12)
         stack = ll.stack([params, moved(params, 2)])
-        looped = torch.cat([ll.apply(model, stack[i], x[n : n + 1]) for n, i in enumerate((1, 0, 1))])
+        looped = torch.cat(
+            [ll.apply(model, stack[i], x[n : n + 1]) for n, i in enumerate((1, 0, 1))]
+        )
         close(ll.apply(model, ll.rows(stack, [1, 0, 1]), x), looped, 1e-12)
 
 
@@ -184,7 +222,11 @@ def test_cells_of_recurrent_layers() -> None:
         close(ll.merged(model, params)(x), y, 1e-12)
         stack = ll.stack([params, moved(params, 2)])
         looped = [leaves(ll.apply(model, stack[i], x[n : n + 1])) for n, i in enumerate((1, 0, 1))]
-        for got, rows in zip(leaves(ll.apply(model, ll.rows(stack, [1, 0, 1]), x)), zip(*looped, strict=True), strict=True):
+        for got, rows in zip(
+            leaves(ll.apply(model, ll.rows(stack, [1, 0, 1]), x)),
+            zip(*looped, strict=True),
+            strict=True,
+        ):
             close(got, torch.cat(rows), 1e-12)
 
 
@@ -211,7 +253,9 @@ def test_cells_of_recurrent_layers() -> None:
         ),
     ],
 )
-def test_what_is_refused_by_name(model: nn.Module, config: dict[str, Any], error: Any, message: str) -> None:
+def test_what_is_refused_by_name(
+    model: nn.Module, config: dict[str, Any], error: Any, message: str
+) -> None:
     with pytest.raises(error, match=message):
         ll.init(model, ll.LoRAConfig(r=2, **config))
 

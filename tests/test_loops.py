@@ -38,24 +38,40 @@ def qwen3() -> Any:
     before = snapshot(model)
     yield model
     for before_it, after_it in zip(before, snapshot(model), strict=True):
-        if isinstance(before_it[-1], Tensor):  # a checkpoint loaded into a bound model writes the same values on the shared storage
+        if isinstance(
+            before_it[-1], Tensor
+        ):  # a checkpoint loaded into a bound model writes the same values on the shared storage
             before_it, after_it = (*before_it[:2], *before_it[3:]), (*after_it[:2], *after_it[3:])
         assert same_state((before_it,), (after_it,))
 
 
-def adapter(model: nn.Module, size: float = 0.1, cfg: ll.AdapterConfig = LORA, seed: int = 1) -> ll.Adapter:
+def adapter(
+    model: nn.Module, size: float = 0.1, cfg: ll.AdapterConfig = LORA, seed: int = 1
+) -> ll.Adapter:
     return moved(ll.init(model, cfg), seed, size)
 
 
-# ------------------------------------------------------------------------------------------------------------- the Trainer
-DATA = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (16, 8), generator=torch.Generator().manual_seed(0))]
+# -------------------------------------------------------------------------------------- the Trainer
+DATA = [
+    {"input_ids": row, "labels": row}
+    for row in torch.randint(3, 64, (16, 8), generator=torch.Generator().manual_seed(0))
+]
 
 
 def trainer(bound: nn.Module, folder: Path, **settings: Any) -> Any:
     import transformers
 
-    known = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "report_to": [], "use_cpu": True}
-    args = transformers.TrainingArguments(str(folder), disable_tqdm=True, logging_steps=100, **{**known, **settings})
+    known = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    args = transformers.TrainingArguments(
+        str(folder), disable_tqdm=True, logging_steps=100, **{**known, **settings}
+    )
     return transformers.Trainer(bound, args, train_dataset=DATA)
 
 
@@ -79,11 +95,22 @@ def test_trainer_with_checkpointing_accumulation_and_bfloat16(qwen3: Any, tmp_pa
     pytest.importorskip("accelerate")
     bound = ll.bind(qwen3, ll.init(qwen3, ll.HRAConfig(r=4)))
     before = [p.detach().clone() for p in bound.parameters() if p.requires_grad]
-    trainer(bound, tmp_path, gradient_checkpointing=True, bf16=True, gradient_accumulation_steps=2, save_strategy="no", max_steps=2).train()
-    assert all(not torch.equal(a, b) for a, b in zip(before, (p for p in bound.parameters() if p.requires_grad), strict=True))
+    trainer(
+        bound,
+        tmp_path,
+        gradient_checkpointing=True,
+        bf16=True,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        max_steps=2,
+    ).train()
+    assert all(
+        not torch.equal(a, b)
+        for a, b in zip(before, (p for p in bound.parameters() if p.requires_grad), strict=True)
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 5},
@@ -108,9 +135,13 @@ def test_generate(qwen3: Any, way: str) -> None:
 def test_pipeline(qwen3: Any) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w2"
+    )
     params = adapter(qwen3)
     texts = []
     for made in (ll.bind(qwen3, params), ll.merged(qwen3, params)):
@@ -127,7 +158,7 @@ def test_what_is_merged_is_saved_and_loaded_as_any_model(qwen3: Any, tmp_path: P
         close(loaded(IDS).logits, ll.apply(qwen3, params, IDS).logits, 1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- accelerate
+# --------------------------------------------------------------------------------------- accelerate
 def test_accelerator_prepares_and_keeps_state(qwen3: Any, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -152,7 +183,10 @@ def test_accelerator_prepares_and_keeps_state(qwen3: Any, tmp_path: Path) -> Non
 PLACES: dict[str, dict[str, str]] = {
     "dispatched": {"model": "cpu", "lm_head": "cpu"},
     "a layer on disk": {
-        **dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
+        **dict.fromkeys(
+            ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"),
+            "cpu",
+        ),
         "model.layers.1": "disk",
     },
     "offloaded": {},
@@ -165,13 +199,20 @@ def placed(model: nn.Module, place: str, folder: Path) -> Any:
 
     if not PLACES[place]:
         return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    settings = {"device_map": PLACES[place], "main_device": "cpu", "force_hooks": True, "offload_dir": str(folder)}
+    settings = {
+        "device_map": PLACES[place],
+        "main_device": "cpu",
+        "force_hooks": True,
+        "offload_dir": str(folder),
+    }
     return accelerate.dispatch_model(model, **settings)
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("order", ["bound first", "bound after"])
-def test_accelerates_hooks_around_either(qwen3: Any, place: str, order: str, tmp_path: Path) -> None:
+def test_accelerates_hooks_around_either(
+    qwen3: Any, place: str, order: str, tmp_path: Path
+) -> None:
     pytest.importorskip("accelerate")
     for cfg in (LORA, ll.DoRAConfig(r=4), ll.HRAConfig(r=4)):
         params = adapter(qwen3, cfg=cfg)
@@ -182,7 +223,10 @@ def test_accelerates_hooks_around_either(qwen3: Any, place: str, order: str, tmp
                 bound = placed(ll.bind(qwen3, params), place, folder)
                 for _ in range(2):
                     close(bound(IDS).logits, expected, 1e-5)
-                assert all(torch.equal(a, b) for a, b in zip(leaves(ll.unbind(bound)), leaves(params), strict=True))
+                assert all(
+                    torch.equal(a, b)
+                    for a, b in zip(leaves(ll.unbind(bound)), leaves(params), strict=True)
+                )
             else:
                 model = placed(copy.deepcopy(qwen3), place, folder)
                 close(ll.apply(model, params, IDS).logits, expected, 1e-5)
@@ -192,7 +236,7 @@ def test_accelerates_hooks_around_either(qwen3: Any, place: str, order: str, tmp
                 assert ("offloaded" in found.unmerged) == (place != "dispatched")
 
 
-# --------------------------------------------------------------------------------------------------- compile and export
+# ------------------------------------------------------------------------------- compile and export
 def test_the_default_backend() -> None:
     torch._dynamo.reset()
     model, x = net(depth=1, dtype=torch.float32), X.float()
@@ -210,7 +254,9 @@ def test_the_default_backend() -> None:
 
 
 class Exported(nn.Module):
-    """What an export takes: the adapter's tensors as plain inputs, so that the program needs nothing of this library."""
+    """What an export takes: the adapter's tensors as plain inputs, so that the program needs
+    nothing of this library.
+    """
 
     def __init__(self, model: nn.Module, layout: Any) -> None:
         super().__init__()
@@ -224,13 +270,19 @@ def plain(params: ll.Adapter) -> dict[str, dict[str, Tensor]]:
     return {path: dict(tensors) for path, tensors in params.items()}
 
 
-@pytest.mark.parametrize("cfg", [LORA, ll.DoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.OFTConfig(block_size=4)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "cfg",
+    [LORA, ll.DoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.OFTConfig(block_size=4)],
+    ids=lambda c: type(c).__name__,
+)
 def test_an_exported_program_takes_any_adapter(cfg: ll.AdapterConfig, tmp_path: Path) -> None:
     model = net()
     first, second = adapter(model, cfg=cfg), adapter(model, cfg=cfg, seed=7)
     batch = torch.export.Dim("batch")
     shapes = {"tensors": {path: dict.fromkeys(ts) for path, ts in first.items()}, "x": {0: batch}}
-    program = torch.export.export(Exported(model, first.layout), (plain(first), X), dynamic_shapes=shapes)
+    program = torch.export.export(
+        Exported(model, first.layout), (plain(first), X), dynamic_shapes=shapes
+    )
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()
     for params in (first, second):
@@ -248,7 +300,7 @@ def test_a_bound_model_exports_with_its_adapter_inside(qwen3: Any, tmp_path: Pat
     close(program.module()(input_ids=IDS, use_cache=False).logits, language(IDS).logits, 1e-6)  # type: ignore[operator]
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpointing
+# ------------------------------------------------------------------------------------ checkpointing
 class Checkpointed(nn.Module):
     """Blocks under torch.utils.checkpoint."""
 
@@ -263,11 +315,15 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("cfg", [LORA, ll.DoRAConfig(r=4), ll.HRAConfig(r=4)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "cfg", [LORA, ll.DoRAConfig(r=4), ll.HRAConfig(r=4)], ids=lambda c: type(c).__name__
+)
 def test_torchs_checkpoint(reentrant: bool, cfg: ll.AdapterConfig) -> None:
     model = Checkpointed(reentrant)
     trainable, frozen = ll.partition(adapter(model, cfg=cfg))
-    x = X.clone().requires_grad_()  # the re-entrant kind gives no gradients without one among its inputs, as torch warns
+    x = (
+        X.clone().requires_grad_()
+    )  # the re-entrant kind gives no gradients without one among its inputs, as torch warns
     tensors = [t.requires_grad_() for t in leaves(trainable)]
 
     def loss(y: Tensor) -> Tensor:
@@ -275,25 +331,35 @@ def test_torchs_checkpoint(reentrant: bool, cfg: ll.AdapterConfig) -> None:
 
     plain = model.net
     inner = ll.Adapter(
-        _moved_into(trainable.layout, "net."), {path.removeprefix("net."): ts for path, ts in ll.combine(trainable, frozen).items()}
+        _moved_into(trainable.layout, "net."),
+        {path.removeprefix("net."): ts for path, ts in ll.combine(trainable, frozen).items()},
     )
     wanted = torch.autograd.grad(loss(ll.apply(plain, inner, x)), [*tensors, x])
     loss(ll.apply(model, ll.combine(trainable, frozen), x)).backward()
     close([t.grad for t in [*tensors, x]], wanted, 1e-12)
     bound = ll.bind(model, ll.combine(trainable, frozen))
     loss(bound(x)).backward()
-    close([p.grad for p in bound.parameters() if p.requires_grad], [t.grad for t in _as_bound(trainable)], 1e-12)
+    close(
+        [p.grad for p in bound.parameters() if p.requires_grad],
+        [t.grad for t in _as_bound(trainable)],
+        1e-12,
+    )
 
 
 def _moved_into(layout: Any, prefix: str) -> Any:
     import dataclasses
 
-    sites = [dataclasses.replace(site, path=path.removeprefix(prefix)) for path, site in layout.sites.items()]
+    sites = [
+        dataclasses.replace(site, path=path.removeprefix(prefix))
+        for path, site in layout.sites.items()
+    ]
     return type(layout)(layout.variant, layout.config, sites)
 
 
 def _as_bound(trainable: ll.Adapter) -> list[Tensor]:
-    """The trainable tensors in the order of a bound model's parameters: that of the model's modules."""
+    """The trainable tensors in the order of a bound model's parameters: that of the model's
+    modules.
+    """
     paths = [name for name, _ in Checkpointed(False).named_modules() if name in trainable]
     return [t for path in paths for t in trainable[path].values() if isinstance(t, Tensor)]
 
@@ -304,14 +370,17 @@ def test_checkpoint_under_a_function_transform_is_refused_by_torch() -> None:
         torch.func.grad(lambda p: ll.apply(model, p, X).sum())(adapter(model))
 
 
-# ------------------------------------------------------------------------------------------------------- devices, processes
+# ------------------------------------------------------------------------------- devices, processes
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_the_meta_device_gives_shapes(case: Any) -> None:
     model = net(dtype=torch.bfloat16).to("meta")
     cfg = case.config(r=4)
     variant = ll.variants()[ll.init(net(), cfg).layout.variant.name]
     if "weight" in variant.needs_of(cfg):
-        with pytest.raises(ll.UnsupportedError, match=r"'layers\.0\.up(\.weight)?': .* reads the weight, which is on the meta device"):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match=r"'layers\.0\.up(\.weight)?': .* reads the weight, which is on the meta device",
+        ):
             ll.init(model, cfg)
         return
     params = ll.init(model, cfg)
@@ -334,7 +403,11 @@ class Across(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("lora", "hra", "ia3", "oft_4", "vera", "fourierft", "bitfit")], ids=repr)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("lora", "hra", "ia3", "oft_4", "vera", "fourierft", "bitfit")],
+    ids=repr,
+)
 def test_each_sites_tensors_follow_its_weight(case: Any) -> None:
     model, cfg = Across(("cpu", "meta", "cpu")), case.config(r=4)
     params = ll.init(model, cfg)
@@ -366,7 +439,11 @@ def test_copies_and_pickles_of_a_bound_model(qwen3: Any, tmp_path: Path) -> None
     with torch.no_grad():
         expected = bound(IDS).logits
         torch.save(bound, tmp_path / "bound.pt")
-        copies: list[Any] = [copy.deepcopy(bound), pickle.loads(pickle.dumps(bound)), torch.load(tmp_path / "bound.pt", weights_only=False)]
+        copies: list[Any] = [
+            copy.deepcopy(bound),
+            pickle.loads(pickle.dumps(bound)),
+            torch.load(tmp_path / "bound.pt", weights_only=False),
+        ]
         for other in copies:
             assert type(other) is type(qwen3)
             assert torch.equal(other(IDS).logits, expected)
@@ -413,13 +490,16 @@ def test_a_tensor_of_a_site_cannot_be_taken_out_once_it_is_an_attribute() -> Non
         del layer.weight  # a parameter, as ever
         layer.weight = stored.detach()  # as FullyShardedDataParallel sets its views
         with pytest.raises(
-            ll.UnsupportedError, match=r"'layers\.0\.up' \(Linear\): its weight.*FullyShardedDataParallel.*fully_shard\(ll\.bind"
+            ll.UnsupportedError,
+            match=r"'layers\.0\.up' \(Linear\): its weight.*FullyShardedDataParallel.*fully_shard\(ll\.bind",
         ):
             del layer.weight
 
 
 class Mixed(nn.Module):
-    """Layers of several kinds: lookups, convolutions, attention, recurrence, norms, plain linear ones."""
+    """Layers of several kinds: lookups, convolutions, attention, recurrence, norms, plain linear
+    ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -441,7 +521,12 @@ KINDS_OF_SITES = [
     ll.PiSSAConfig(r=2, target_names=("linear",)),
     ll.DoRAConfig(r=2, target_names=("linear",)),
     ll.HiRAConfig(r=2, target_names=("linear",)),
-    ll.LoRAConfig(r=2, target_names=("emb", "conv", "linear", "out_proj"), target_kinds=("embedding", "conv", "linear"), exclude_names=()),
+    ll.LoRAConfig(
+        r=2,
+        target_names=("emb", "conv", "linear", "out_proj"),
+        target_kinds=("embedding", "conv", "linear"),
+        exclude_names=(),
+    ),
     ll.LoRAConfig(r=2, target_parameters=(r"attention\.in_proj_weight", r"rnn\.weight_hh_l0")),
     ll.FullConfig(target_parameters=(r"norm\.weight", r"norm\.bias", r"linear\.bias")),
     ll.BitFitConfig(target_names=("linear", "conv"), target_kinds=("linear", "conv")),
@@ -449,9 +534,14 @@ KINDS_OF_SITES = [
 
 
 @pytest.mark.parametrize("cfg", KINDS_OF_SITES, ids=lambda cfg: type(cfg).__name__)
-def test_replicas_of_data_parallel_do_what_the_module_does(cfg: ll.AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_of_data_parallel_do_what_the_module_does(
+    cfg: ll.AdapterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replicating: Any = sys.modules["torch.nn.parallel.replicate"]
-    copied = lambda tensors, devices, detach: [[t.detach() * 1 if detach else t * 1 for t in tensors] for _ in devices]  # noqa: E731
+
+    def copied(tensors: Any, devices: Any, detach: bool) -> Any:
+        return [[t.detach() * 1 if detach else t * 1 for t in tensors] for _ in devices]
+
     monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", copied)
     model, ids = Mixed().double().eval(), torch.arange(6).view(2, 3)
     params = moved(ll.init(model, cfg))
@@ -462,7 +552,11 @@ def test_replicas_of_data_parallel_do_what_the_module_does(cfg: ll.AdapterConfig
             close(y, expected, 1e-12)
             assert (y - model(ids)).abs().max() > 1e-4
             if learned:
-                close(torch.autograd.grad(y.sum(), learned), torch.autograd.grad(expected.sum(), learned), 1e-12)
+                close(
+                    torch.autograd.grad(y.sum(), learned),
+                    torch.autograd.grad(expected.sum(), learned),
+                    1e-12,
+                )
 
 
 def test_what_computes_an_adapters_tensor_is_heeded() -> None:

@@ -71,7 +71,11 @@ class Case:
         p = {**self.lora(), "lora_lambda": torch.tensor(3.0), "lora_wnorm": self.W.norm(dim=0)}
         self.fields = {"lambda0": 0.1}
         strength = p["lora_lambda"] / R / (p["lora_A"].norm(dim=1) * p["lora_B"].norm(dim=0))
-        self.y = lambda x: x @ self.W.T + self.b + (((x * p["lora_wnorm"]) @ p["lora_A"].T) * strength) @ p["lora_B"].T
+        self.y = lambda x: (
+            x @ self.W.T
+            + self.b
+            + (((x * p["lora_wnorm"]) @ p["lora_A"].T) * strength) @ p["lora_B"].T
+        )
         return p
 
     def ia3(self) -> dict[str, Tensor]:
@@ -108,7 +112,10 @@ class Case:
         return {"lora_road_theta": theta, "lora_road_alpha": a}
 
     def antipasto(self, basis: str = "V") -> dict[str, Tensor]:
-        U, S, Vh = (t[..., :R] if i < 2 else t[:R] for i, t in enumerate(torch.linalg.svd(self.W, full_matrices=False)))
+        U, S, Vh = (
+            t[..., :R] if i < 2 else t[:R]
+            for i, t in enumerate(torch.linalg.svd(self.W, full_matrices=False))
+        )
         self.left = self.W - (U * S) @ Vh
         self.fields = {"block_size": 2, "max_rotation_angle": 0.5, "rotate_basis": basis}
         d, T = noise(R, seed=6), noise(R // 2, 1, seed=7, size=1.0)
@@ -125,7 +132,20 @@ class Case:
         return self.antipasto("U")
 
 
-NAMES = ["lora", "eva", "dora", "pissa", "pissa_early", "delora", "ia3", "ia3_ff", "hra", "road", "antipasto", "antipasto_U"]
+NAMES = [
+    "lora",
+    "eva",
+    "dora",
+    "pissa",
+    "pissa_early",
+    "delora",
+    "ia3",
+    "ia3_ff",
+    "hra",
+    "road",
+    "antipasto",
+    "antipasto_U",
+]
 ALONE = {"lora", "eva", "delora", "antipasto", "antipasto_U"}
 
 
@@ -135,10 +155,22 @@ def made(name: str, file: Path, base: nn.Module, **changes: Any) -> Case:
     case = Case(layer.weight.detach(), layer.bias.detach())
     tensors = getattr(case, name)()
     variant = name if name in ("ia3_ff",) else name.partition("_")[0]
-    common = {"r": R, "alpha": 6, "dtype": "float32", "target_roles": ["reader"], "target_names": [], "exclude_names": [], "layers": None}
+    common = {
+        "r": R,
+        "alpha": 6,
+        "dtype": "float32",
+        "target_roles": ["reader"],
+        "target_names": [],
+        "exclude_names": [],
+        "layers": None,
+    }
     metadata = {"cfg": json.dumps({"variant": variant, **common, **case.fields, **changes})}
-    metadata["base_fp"] = json.dumps({"block.up": f"{tuple(case.left.shape)}|{float(case.left.square().sum()):.6e}"})
-    safetensors.torch.save_file({f"block.up.{k}": t.contiguous() for k, t in tensors.items()}, file, metadata)
+    metadata["base_fp"] = json.dumps(
+        {"block.up": f"{tuple(case.left.shape)}|{float(case.left.square().sum()):.6e}"}
+    )
+    safetensors.torch.save_file(
+        {f"block.up.{k}": t.contiguous() for k, t in tensors.items()}, file, metadata
+    )
     return case
 
 
@@ -184,7 +216,9 @@ def test_another_base_is_found_out(name: str, tmp_path: Path) -> None:
         ({"variant_kwargs": [1]}, "variant_kwargs: expected an object"),
     ],
 )
-def test_what_is_not_understood_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_is_not_understood_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     made("lora", tmp_path / "a", model(), **changes)
     with pytest.raises(ll.CheckpointError, match=message):
         ll.from_lora_lite(tmp_path / "a")

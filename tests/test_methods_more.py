@@ -20,10 +20,12 @@ DENSE = [case for case in CASES if ll.spec.lookup(type(case.config(r=4))).dense 
 
 
 def rows(count: int, width: int = 16, seed: int = 5) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
-# ------------------------------------------------------------------------------------------- one product instead of several
+# ------------------------------------------------------------------- one product instead of several
 @pytest.mark.parametrize("case", DENSE, ids=repr)
 def test_many_tokens_go_through_one_product(case: Case) -> None:
     model, x = net(), rows(700)
@@ -35,9 +37,14 @@ def test_many_tokens_go_through_one_product(case: Case) -> None:
         few = torch.cat([ll.apply(model, params, part) for part in x.split(2)])
         close(ll.apply(model, params, x), few, 1e-12)
         close(ll.bind(model, params)(x), few, 1e-12)
-        assert any(variant.dense(params.config, site, 700) for site in params.sites.values()) or variant.name == "miss"
+        assert (
+            any(variant.dense(params.config, site, 700) for site in params.sites.values())
+            or variant.name == "miss"
+        )
     direct = grad(lambda p: ll.apply(model, p, x).square().mean())(params)
-    through = grad(lambda p: functional_call(model, ll.merge(model, p), (x,)).square().mean())(params)
+    through = grad(lambda p: functional_call(model, ll.merge(model, p), (x,)).square().mean())(
+        params
+    )
     close(ll.partition(direct)[0], ll.partition(through)[0], 1e-9)
 
 
@@ -50,7 +57,9 @@ def test_one_product_is_only_for_plain_layers_where_nothing_is_rounded() -> None
     params = moved(ll.init(model, ll.HiRAConfig(r=4, dropout=0.5)))
     with torch.no_grad():
         y = ll.apply(model, params, x)
-        close(ll.apply(model.double(), ll.cast(params, torch.float64), x.double()), y.double(), 1e-5)
+        close(
+            ll.apply(model.double(), ll.cast(params, torch.float64), x.double()), y.double(), 1e-5
+        )
         model.float().train()
         assert not torch.equal(ll.apply(model, params, x), y)  # dropout acts on the phases' input
         model.eval()
@@ -65,8 +74,16 @@ def test_one_product_is_only_for_plain_layers_where_nothing_is_rounded() -> None
         assert (ll.apply(half, nudged, x.bfloat16()) - half(x.bfloat16())).abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------------- shared starts
-@pytest.mark.parametrize("cfg", [ll.VeRAConfig(r=4), ll.RandLoRAConfig(r=4), ll.FourierFTConfig(n_frequency=9), ll.SHiRAConfig(r=2)])
+# ------------------------------------------------------------------------------------ shared starts
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ll.VeRAConfig(r=4),
+        ll.RandLoRAConfig(r=4),
+        ll.FourierFTConfig(n_frequency=9),
+        ll.SHiRAConfig(r=2),
+    ],
+)
 def test_sites_of_a_shape_share_their_frozen_start(cfg: ll.AdapterConfig, tmp_path: Path) -> None:
     params = ll.init(net(depth=3), cfg)
 
@@ -74,8 +91,16 @@ def test_sites_of_a_shape_share_their_frozen_start(cfg: ll.AdapterConfig, tmp_pa
         return {t.data_ptr() for t in leaves(ll.partition(adapter)[1])}
 
     layout = params.layout
-    drawn = {(name, site.d_out > site.d_in, layout.expected[p][name]) for p, site in params.sites.items() for name in params[p]}
-    expected = {(n, n[:9] == "lora_rand" or wide, shape) for n, wide, shape in drawn if not layout.trainable["layers.0.up"][n]}
+    drawn = {
+        (name, site.d_out > site.d_in, layout.specs[p][name].shape)
+        for p, site in params.sites.items()
+        for name in params[p]
+    }
+    expected = {
+        (n, n[:9] == "lora_rand" or wide, shape)
+        for n, wide, shape in drawn
+        if not layout.trainable["layers.0.up"][n]
+    }
     assert len(frozen(params)) == len(expected) < 6  # two shapes, three sites each
     ll.save(params, tmp_path / "a.safetensors")
     assert len(frozen(ll.load(tmp_path / "a.safetensors"))) == len(expected)
@@ -83,18 +108,29 @@ def test_sites_of_a_shape_share_their_frozen_start(cfg: ll.AdapterConfig, tmp_pa
     assert len({t.data_ptr() for t in trained}) == len(trained)
 
 
-# --------------------------------------------------------------------------------------------------- whole parameters
+# --------------------------------------------------------------------------------- whole parameters
 class Classifier(nn.Module):
     """A table, a norm and a head that is drawn anew for each model."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         body, head = (torch.Generator().manual_seed(s) for s in (0, seed))
-        self.embed, self.up, self.norm, self.classifier = nn.Embedding(11, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.embed, self.up, self.norm, self.classifier = (
+            nn.Embedding(11, 8),
+            nn.Linear(8, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
         self.double()
         with torch.no_grad():
             for name, p in self.named_parameters():
-                p.copy_(torch.randn(p.shape, generator=head if "classifier" in name else body, dtype=torch.float64))
+                p.copy_(
+                    torch.randn(
+                        p.shape,
+                        generator=head if "classifier" in name else body,
+                        dtype=torch.float64,
+                    )
+                )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.classifier(self.norm(torch.tanh(self.up(self.embed(ids)))).mean(-2))
@@ -103,22 +139,37 @@ class Classifier(nn.Module):
 def test_full_brings_a_new_head_back_in_one_file(tmp_path: Path) -> None:
     model, ids = Classifier(1), torch.arange(10).view(2, 5)
     lora = moved(ll.init(model, ll.LoRAConfig(r=2)))
-    whole = ll.init(model, ll.FullConfig(target_parameters=(r"^classifier\.", "norm", r"embed\.weight")))
-    assert sorted(whole) == ["classifier.bias", "classifier.weight", "embed.weight", "norm.bias", "norm.weight"]
+    whole = ll.init(
+        model, ll.FullConfig(target_parameters=(r"^classifier\.", "norm", r"embed\.weight"))
+    )
+    assert sorted(whole) == [
+        "classifier.bias",
+        "classifier.weight",
+        "embed.weight",
+        "norm.bias",
+        "norm.weight",
+    ]
     assert torch.equal(ll.apply(model, whole, ids), model(ids))
     whole = moved(whole)
     y = ll.apply(model, (lora, whole), ids)
     ll.save((lora, whole), tmp_path / "a.safetensors")
     close(ll.apply(Classifier(2), ll.load(tmp_path / "a.safetensors"), ids), y, 1e-12)
-    held = {path: p["lora_W"].mT if whole.sites[path].transposed else p["lora_W"] for path, p in whole.items()}
-    tensors = {path: t.reshape(dict(model.named_parameters())[path].shape) for path, t in held.items()}
+    held = {
+        path: p["lora_W"].mT if whole.sites[path].transposed else p["lora_W"]
+        for path, p in whole.items()
+    }
+    tensors = {
+        path: t.reshape(dict(model.named_parameters())[path].shape) for path, t in held.items()
+    }
     close(ll.apply(model, whole, ids), functional_call(model, tensors, (ids,)), 1e-12)
     with pytest.raises(ll.UnsupportedError, match=r"use FullConfig\(keep_start=True\)"):
         ll.scale(whole, 0.5)
 
 
 def test_full_without_a_name_is_refused() -> None:
-    with pytest.raises(ll.TargetError, match="full adapts bare parameters alone; name them in target_parameters"):
+    with pytest.raises(
+        ll.TargetError, match="full adapts bare parameters alone; name them in target_parameters"
+    ):
         ll.init(net(), ll.FullConfig())
 
 
@@ -159,10 +210,12 @@ def test_ln_tuning_agrees_with_peft() -> None:
         close(p.grad, found[path][f"lora_ln_{name.rpartition('.')[2][0]}"], 1e-10)
 
 
-# --------------------------------------------------------------------------------------------------- ranks shared out anew
+# ---------------------------------------------------------------------------- ranks shared out anew
 def inputs_at(model: nn.Module, path: str, batches: list[Tensor]) -> Tensor:
     seen: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
     with torch.no_grad():
         for batch in batches:
             model(batch)
@@ -186,7 +239,7 @@ def test_eva_shares_ranks_out_by_explained_variance(center: bool, tmp_path: Path
     expected = {path: best.count(path) for path in dict.fromkeys(best)}
     assert {path: site.r for path, site in params.sites.items()} == expected
     assert len(set(expected.values())) > 1
-    assert {site.factor for site in params.sites.values()} == {2.0}
+    assert {site.scaling for site in params.sites.values()} == {2.0}
     plain = ll.init(model, ll.EVAConfig(r=8, center=center), calibration_data=batches)
     for path, p in params.items():
         close(p["lora_A"], plain[path]["lora_A"][: expected[path]], 1e-10)
@@ -196,25 +249,35 @@ def test_eva_shares_ranks_out_by_explained_variance(center: bool, tmp_path: Path
 
 def test_eva_leaves_a_site_alone_that_explains_less_than_the_others() -> None:
     model = net(width=16, inner=16, depth=2)
-    one = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None] * rows(1)  # every input of the first layer on a line
+    one = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None] * rows(
+        1
+    )  # every input of the first layer on a line
     with torch.no_grad():
         model.layers[0].norm = nn.Identity()
         model.layers[0].down.weight.mul_(1e-3)
     params = ll.init(model, ll.EVAConfig(r=1, rho=3.0), calibration_data=[one])
     assert sum(site.r for site in params.sites.values()) == 4
     assert ll.apply(model, params, one).shape == (60, 8)
-    with pytest.raises(ll.ConfigError, match=r"EVAConfig.rho: a rank grows at most by this factor, expected at least 1, found 0.5"):
+    with pytest.raises(
+        ll.ConfigError,
+        match=r"EVAConfig.rho: a rank grows at most by this factor, expected at least 1, found 0.5",
+    ):
         ll.EVAConfig(rho=0.5)
-    with pytest.raises(ll.ConfigError, match="EVA finds 3 directions in the inputs, expected at least as many tokens, found 2"):
+    with pytest.raises(
+        ll.ConfigError,
+        match="EVA finds 3 directions in the inputs, expected at least as many tokens, found 2",
+    ):
         ll.init(model, ll.EVAConfig(r=1, rho=3.0), calibration_data=[one[:2]])
 
 
-# ------------------------------------------------------------------------------------------------------ masks, constraints
+# ------------------------------------------------------------------------------- masks, constraints
 @pytest.mark.parametrize("mask", ["grad", "snip"])
 def test_shira_masks_follow_the_gradient(mask: Any) -> None:
     model, batches = net(), [rows(20, seed=s) for s in range(2)]
     cfg = ll.SHiRAConfig(r=2, mask=mask)
-    params = ll.init(model, cfg, calibration_data=batches, loss_fn=lambda y, batch: y.square().mean())
+    params = ll.init(
+        model, cfg, calibration_data=batches, loss_fn=lambda y, batch: y.square().mean()
+    )
     copied = copy.deepcopy(model)
     sum(copied(batch).square().mean() for batch in batches).backward()  # type: ignore[union-attr]
     for path, p in params.items():
@@ -222,11 +285,15 @@ def test_shira_masks_follow_the_gradient(mask: Any) -> None:
         score = (W.grad if mask == "grad" else W * W.grad).abs().detach()
         chosen = score[p["lora_idx"][0].long(), p["lora_idx"][1].long()]
         assert chosen.min() >= score.flatten().sort(descending=True).values[chosen.numel() - 1]
-    with pytest.raises(ll.ConfigError, match="shira starts from gradients: give calibration_data and loss_fn"):
+    with pytest.raises(
+        ll.ConfigError, match="shira starts from gradients: give calibration_data and loss_fn"
+    ):
         ll.init(model, cfg)
     with pytest.raises(ll.ConfigError, match="shira takes no calibration data"):
         ll.init(model, ll.SHiRAConfig(r=2), calibration_data=batches)
-    assert ll.init(model.to("meta"), ll.SHiRAConfig(r=2))["layers.0.up"]["lora_v"].is_meta  # a random mask reads no weight
+    assert ll.init(model.to("meta"), ll.SHiRAConfig(r=2))["layers.0.up"][
+        "lora_v"
+    ].is_meta  # a random mask reads no weight
 
 
 def test_projected_rotations_are_no_longer_than_the_bound() -> None:
@@ -240,8 +307,13 @@ def test_projected_rotations_are_no_longer_than_the_bound() -> None:
         close(lengths[long], torch.full_like(lengths[long], 0.05 / n**0.5), 1e-12)
     close(ll.project(near), near, 1e-12)
     close(ll.project(ll.stack([params, near])), ll.stack([near, near]), 1e-12)
-    assert (ll.apply(model, near, x) - model(x)).abs().max() < (ll.apply(model, params, x) - model(x)).abs().max()
-    with pytest.raises(ll.UnsupportedError, match="lora has no constraint that its parameters could be projected to"):
+    assert (ll.apply(model, near, x) - model(x)).abs().max() < (
+        ll.apply(model, params, x) - model(x)
+    ).abs().max()
+    with pytest.raises(
+        ll.UnsupportedError,
+        match="lora has no constraint that its parameters could be projected to",
+    ):
         ll.project(ll.init(model, ll.LoRAConfig()))
 
 
@@ -250,7 +322,9 @@ def test_dropped_blocks_arent_rotated(share: bool) -> None:
     layer = nn.Linear(16, 16, bias=False, dtype=torch.float64)
     torch.nn.init.eye_(layer.weight)
     model = nn.Sequential(layer)
-    params = moved(ll.init(model, ll.OFTConfig(block_size=4, block_dropout=0.5, block_share=share)), size=0.5)
+    params = moved(
+        ll.init(model, ll.OFTConfig(block_size=4, block_dropout=0.5, block_share=share)), size=0.5
+    )
     x = rows(600)
     assert torch.equal(ll.apply(model.eval(), params, x), ll.apply(model, params, x))
     whole = ll.apply(model, params, x)

@@ -28,7 +28,10 @@ STATE = ADAMW.init(PARAMS)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ll.apply(nn.Linear, PARAMS, X), "expected an nn.Module, found the class Linear itself; give an instance"),
+        (
+            lambda: ll.apply(nn.Linear, PARAMS, X),
+            "expected an nn.Module, found the class Linear itself; give an instance",
+        ),
         (lambda: ll.apply(None, PARAMS, X), "expected an nn.Module, found NoneType"),
         (lambda: ll.bind(nn.Linear, PARAMS), "the class Linear itself"),
         (lambda: ll.merge(nn.Linear, PARAMS), "the class Linear itself"),
@@ -53,11 +56,16 @@ def test_what_is_no_model(call: Callable[[], Any], message: str) -> None:
     ],
 )
 def test_model_and_adapter_swapped(call: Callable[[], Any]) -> None:
-    with pytest.raises(ll.StructureError, match=r"expected an Adapter.*found Net; the model comes first, then its adapter"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"expected an Adapter.*found Net; the model comes first, then its adapter",
+    ):
         call()
 
 
-@pytest.mark.parametrize("call", [lambda: ll.init(MODEL, ll.LoRAConfig), lambda: ll.targets(MODEL, ll.LoRAConfig)])
+@pytest.mark.parametrize(
+    "call", [lambda: ll.init(MODEL, ll.LoRAConfig), lambda: ll.targets(MODEL, ll.LoRAConfig)]
+)
 def test_a_config_class(call: Callable[[], Any]) -> None:
     with pytest.raises(ll.ConfigError, match="give an instance of the config's class"):
         call()
@@ -68,23 +76,68 @@ def test_a_config_class(call: Callable[[], Any]) -> None:
     [
         (lambda: ll.unbind(PARAMS), "expected a module made by ll.bind, found Adapter"),
         (lambda: ll.summary(MODEL), "summary: expected an Adapter, found Net"),
-        (lambda: ll.per_sample_grads(PARAMS, MODEL, lambda y, b: y.sum(1), X), "per_sample_grads: expected an Adapter"),
-        (lambda: ll.functional_call(MODEL, PARAMS, X, base=3), "base: expected .parameter or buffer name: tensor., found int"),
-        (lambda: ll.functional_call(MODEL, PARAMS, X, base={"head.weight": "x"}), "base 'head.weight': expected a tensor, found str"),
+        (
+            lambda: ll.per_sample_grads(PARAMS, MODEL, lambda y, b: y.sum(1), X),
+            "per_sample_grads: expected an Adapter",
+        ),
+        (
+            lambda: ll.functional_call(MODEL, PARAMS, X, base=3),
+            "base: expected .parameter or buffer name: tensor., found int",
+        ),
+        (
+            lambda: ll.functional_call(MODEL, PARAMS, X, base={"head.weight": "x"}),
+            "base 'head.weight': expected a tensor, found str",
+        ),
         (lambda: ll.rows(STACK, {0: 1, 1: 2}), "rows: expected a sequence of ids, found dict"),
         (lambda: ll.rows(STACK, {0, 1}), "rows: expected a sequence of ids, found set"),
-        (lambda: ll.update(STACK, None, PARAMS), "update: expected a member's number or name, found NoneType"),
-        (lambda: ll.update(STACK, 1.0, PARAMS), "update: expected a member's number or name, found float"),
-        (lambda: ll.concatenate(None), "concatenate: expected a sequence of stacks, found NoneType"),
-        (lambda: ll.concatenate(STACK), "concatenate: expected a sequence of stacks, found Adapter"),
-        (lambda: ll.combine_adapters([PARAMS, PARAMS], "ab"), "combine_adapters: expected finite weights, found 'a'"),
-        (lambda: ll.combine_adapters([PARAMS, PARAMS], [1.0, float("nan")]), "combine_adapters: expected finite weights, found nan"),
-        (lambda: ADAMW.update(PARAMS, PARAMS, STATE), "expected update.grads, state, trainable., found Adapter for the state"),
-        (lambda: ADAMW.update(None, STATE, PARAMS), "adamw: gradients: expected an Adapter, found NoneType"),
-        (lambda: ADAMW.update(OTHER, STATE, PARAMS), "adamw: gradients: 'layers.1.down' lora_A is in the adapter alone"),
-        (lambda: ADAMW.update(PARAMS, STATE, OTHER), "adamw: gradients: 'layers.1.down' lora_A is in these alone"),
-        (lambda: ll.clip_grads(PARAMS, torch.ones(3)), "clip_grads: max_norm: 'layers.0.down' lora_A: expected .K, 4, 24., found .4, 24."),
-        (lambda: ll.clip_grads(STACK, torch.ones(2)), "clip_grads: max_norm: expected one number or 3"),
+        (
+            lambda: ll.update(STACK, None, PARAMS),
+            "update: expected a member's number or name, found NoneType",
+        ),
+        (
+            lambda: ll.update(STACK, 1.0, PARAMS),
+            "update: expected a member's number or name, found float",
+        ),
+        (
+            lambda: ll.concatenate(None),
+            "concatenate: expected a sequence of stacks, found NoneType",
+        ),
+        (
+            lambda: ll.concatenate(STACK),
+            "concatenate: expected a sequence of stacks, found Adapter",
+        ),
+        (
+            lambda: ll.combine_adapters([PARAMS, PARAMS], "ab"),
+            "combine_adapters: expected finite weights, found 'a'",
+        ),
+        (
+            lambda: ll.combine_adapters([PARAMS, PARAMS], [1.0, float("nan")]),
+            "combine_adapters: expected finite weights, found nan",
+        ),
+        (
+            lambda: ADAMW.update(PARAMS, PARAMS, STATE),
+            "expected update.grads, state, trainable., found Adapter for the state",
+        ),
+        (
+            lambda: ADAMW.update(None, STATE, PARAMS),
+            "adamw: gradients: expected an Adapter, found NoneType",
+        ),
+        (
+            lambda: ADAMW.update(OTHER, STATE, PARAMS),
+            "adamw: gradients: 'layers.1.down' lora_A is in the adapter alone",
+        ),
+        (
+            lambda: ADAMW.update(PARAMS, STATE, OTHER),
+            "adamw: gradients: 'layers.1.down' lora_A is in these alone",
+        ),
+        (
+            lambda: ll.clip_grads(PARAMS, torch.ones(3)),
+            "clip_grads: max_norm: 'layers.0.down' lora_A: expected .K, 4, 24., found .4, 24.",
+        ),
+        (
+            lambda: ll.clip_grads(STACK, torch.ones(2)),
+            "clip_grads: max_norm: expected one number or 3",
+        ),
     ],
 )
 def test_what_does_not_fit(call: Callable[[], Any], message: str) -> None:
@@ -95,24 +148,60 @@ def test_what_does_not_fit(call: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ll.scale(PARAMS, "1"), "scale: strength: expected a number or a tensor, found '1'"),
-        (lambda: ll.scale(PARAMS, float("nan")), "scale: strength: expected a finite number, found nan"),
-        (lambda: ll.scale(PARAMS, None), "scale: strength: expected a number or a tensor, found None"),
-        (lambda: ll.scale(STACK, [1.0, 2.0, 3.0]), r"scale: strength: expected a number or a tensor, found \[1"),
-        (lambda: ll.scale(STACK, np.ones(3)), "scale: strength: expected a number or a tensor, found array"),
+        (
+            lambda: ll.scale(PARAMS, "1"),
+            "scale: strength: expected a number or a tensor, found '1'",
+        ),
+        (
+            lambda: ll.scale(PARAMS, float("nan")),
+            "scale: strength: expected a finite number, found nan",
+        ),
+        (
+            lambda: ll.scale(PARAMS, None),
+            "scale: strength: expected a number or a tensor, found None",
+        ),
+        (
+            lambda: ll.scale(STACK, [1.0, 2.0, 3.0]),
+            r"scale: strength: expected a number or a tensor, found \[1",
+        ),
+        (
+            lambda: ll.scale(STACK, np.ones(3)),
+            "scale: strength: expected a number or a tensor, found array",
+        ),
         (lambda: ll.scale(PARAMS, 1j), "scale: strength: expected a number or a tensor, found 1j"),
-        (lambda: ll.scale(PARAMS, torch.tensor(1j)), "scale: strength: expected real numbers, found torch.complex64"),
+        (
+            lambda: ll.scale(PARAMS, torch.tensor(1j)),
+            "scale: strength: expected real numbers, found torch.complex64",
+        ),
         (lambda: ll.adamw("1"), "adamw: lr: expected a number or a tensor, found '1'"),
         (lambda: ll.adamw([1e-3] * 3), "adamw: lr: expected a number or a tensor"),
         (lambda: ll.adamw(-1e-3), "adamw: lr: expected a number of at least 0, found -0.001"),
         (lambda: ll.adamw(float("nan")), "adamw: lr: expected a number of at least 0, found nan"),
         (lambda: ll.adamw(1e-3, betas=0.9), "adamw: betas: expected two numbers, found 0.9"),
-        (lambda: ll.adamw(1e-3, betas=(1.5, 0.9)), r"adamw: betas: expected a probability in \[0, 1\), found 1.5"),
-        (lambda: ll.adamw(1e-3, eps=-1.0), "adamw: eps: expected a number of at least 0, found -1.0"),
-        (lambda: ll.adamw(1e-3, weight_decay=-1.0), "adamw: weight_decay: expected a number of at least 0, found -1.0"),
-        (lambda: ADAMW.update(PARAMS, STATE, PARAMS, lr="a"), "adamw: lr: expected a number or a tensor, found 'a'"),
-        (lambda: ll.clip_grads(PARAMS, None), "clip_grads: max_norm: expected a number or a tensor, found None"),
-        (lambda: ll.clip_grads(PARAMS, -1.0), "clip_grads: max_norm: expected a number of at least 0, found -1.0"),
+        (
+            lambda: ll.adamw(1e-3, betas=(1.5, 0.9)),
+            r"adamw: betas: expected a probability in \[0, 1\), found 1.5",
+        ),
+        (
+            lambda: ll.adamw(1e-3, eps=-1.0),
+            "adamw: eps: expected a number of at least 0, found -1.0",
+        ),
+        (
+            lambda: ll.adamw(1e-3, weight_decay=-1.0),
+            "adamw: weight_decay: expected a number of at least 0, found -1.0",
+        ),
+        (
+            lambda: ADAMW.update(PARAMS, STATE, PARAMS, lr="a"),
+            "adamw: lr: expected a number or a tensor, found 'a'",
+        ),
+        (
+            lambda: ll.clip_grads(PARAMS, None),
+            "clip_grads: max_norm: expected a number or a tensor, found None",
+        ),
+        (
+            lambda: ll.clip_grads(PARAMS, -1.0),
+            "clip_grads: max_norm: expected a number of at least 0, found -1.0",
+        ),
         (lambda: ll.register(ll.LoRAConfig), "register: expected a Variant, found <class"),
     ],
 )
@@ -143,7 +232,9 @@ def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
             assert torch.equal(member["layers.0.up", "lora_A"], STACK["layers.0.up", "lora_A"][1])
         assert ll.num_members(ll.update(STACK, one, PARAMS)) == 3
     half = ll.scale(PARAMS, np.float32(0.5))
-    assert torch.equal(half["layers.0.up", "lora_B"], ll.scale(PARAMS, 0.5)["layers.0.up", "lora_B"])
+    assert torch.equal(
+        half["layers.0.up", "lora_B"], ll.scale(PARAMS, 0.5)["layers.0.up", "lora_B"]
+    )
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
@@ -169,7 +260,10 @@ def test_a_table_on_the_meta_device() -> None:
             return out
 
     ids = torch.randint(0, 11, (3, 6))
-    for cfg in (ll.DoRAConfig(r=2, target_kinds=("embedding", "linear"), exclude_names=()), ll.LoReFTConfig(r=2, target_names="up")):
+    for cfg in (
+        ll.DoRAConfig(r=2, target_kinds=("embedding", "linear"), exclude_names=()),
+        ll.LoReFTConfig(r=2, target_names="up"),
+    ):
         model = Words()
         params = ll.init(model, cfg)
         there = torch.utils._pytree.tree_map(lambda t: t.to("meta"), params)
@@ -190,6 +284,13 @@ def test_gradients_that_would_not_come_through() -> None:
 
 def test_tensors_without_values() -> None:
     gone = torch.utils._pytree.tree_map(lambda t: t.to("meta"), PARAMS)
-    for call in (lambda: ll.apply(MODEL, gone, X), lambda: ll.bind(MODEL, gone), lambda: ll.merge(MODEL, gone)):
-        with pytest.raises(ll.StructureError, match="the adapter's tensors are on the meta device, so they have no values"):
+    for call in (
+        lambda: ll.apply(MODEL, gone, X),
+        lambda: ll.bind(MODEL, gone),
+        lambda: ll.merge(MODEL, gone),
+    ):
+        with pytest.raises(
+            ll.StructureError,
+            match="the adapter's tensors are on the meta device, so they have no values",
+        ):
             call()

@@ -14,7 +14,9 @@ class MixConfig(ll.AdapterConfig):
 
 def specs(cfg, site):
     if min(site.d_in, site.d_out) < 2:
-        raise ll.UnsupportedError(f"a direction needs two features, found {site.d_in} -> {site.d_out}; use exclude_names")
+        raise ll.UnsupportedError(
+            f"a direction needs two features, found {site.d_in} -> {site.d_out}; use exclude_names"
+        )
     start = lambda shape, gen: torch.randn(shape, generator=gen, dtype=torch.float32, device="cpu")  # noqa: E731
     return {"lora_v": ll.ParamSpec((site.d_in,), start), "lora_c": ll.ParamSpec((site.d_out,))}
 

@@ -12,7 +12,7 @@ from helpers import close, moved
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-from lora_lite_func.adapter import replace
+from lora_lite_func.core.adapter import replace
 
 Dense = tuple[Tensor, Tensor | None]
 
@@ -26,7 +26,7 @@ def layer(bias: bool = True, d_in: int = 16, d_out: int = 24) -> nn.Linear:
     return made
 
 
-# ------------------------------------------------------------------------------------------------------- the formulas
+# ------------------------------------------------------------------------------------- the formulas
 def lora(p: Any, W: Tensor, b: Tensor | None, s: float) -> Dense:
     dW = torch.zeros_like(W)
     for i in range(p["lora_A"].shape[0]):
@@ -89,7 +89,12 @@ def road(mode: str, group: int) -> Callable[..., Dense]:
                 cos_i, sin_i, cos_j, sin_j = {
                     "road_1": (pair, pair, pair, pair),
                     "road_2": (i, i, j, j),
-                    "road_4": (2 * g * group + k, (2 * g + 1) * group + k, 2 * g * group + k + half, (2 * g + 1) * group + k + half),
+                    "road_4": (
+                        2 * g * group + k,
+                        (2 * g + 1) * group + k,
+                        2 * g * group + k + half,
+                        (2 * g + 1) * group + k + half,
+                    ),
                 }[mode]
                 R[i, i] = a[cos_i] * torch.cos(theta[cos_i])
                 R[i, j] = -a[sin_i] * torch.sin(theta[sin_i])
@@ -118,8 +123,14 @@ ORACLES = [
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("cfg", "formula", "s"), ORACLES, ids=lambda v: f"{type(v).__name__}" if isinstance(v, ll.AdapterConfig) else "")
-def test_dense_formula(cfg: ll.AdapterConfig, formula: Callable[..., Dense], s: float, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("cfg", "formula", "s"),
+    ORACLES,
+    ids=lambda v: f"{type(v).__name__}" if isinstance(v, ll.AdapterConfig) else "",
+)
+def test_dense_formula(
+    cfg: ll.AdapterConfig, formula: Callable[..., Dense], s: float, bias: bool
+) -> None:
     model = layer(bias)
     params = moved(ll.init(model, cfg), size=0.2)
     x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -134,7 +145,7 @@ def test_dense_formula(cfg: ll.AdapterConfig, formula: Callable[..., Dense], s: 
     assert (expected - model(x)).abs().max() > 1e-2
 
 
-# ------------------------------------------------------------------------------------------------------- the starts
+# --------------------------------------------------------------------------------------- the starts
 def test_pissa_starts_at_the_principal_triplets_and_exports_as_rank_2r() -> None:
     model = layer()
     p = ll.init(model, ll.PiSSAConfig(r=4, alpha=6.0))[""]
@@ -143,7 +154,11 @@ def test_pissa_starts_at_the_principal_triplets_and_exports_as_rank_2r() -> None
     close(p["lora_B0"].norm(dim=0), p["lora_A0"].norm(dim=1), 1e-10)
     q = moved(ll.init(model, ll.PiSSAConfig(r=4, alpha=6.0)))[""]
     plain = torch.cat([q["lora_B"], -q["lora_B0"]], 1) @ torch.cat([q["lora_A"], q["lora_A0"]])
-    close(model.weight + 1.5 * plain, ll.merge(model, moved(ll.init(model, ll.PiSSAConfig(r=4, alpha=6.0))))["weight"], 1e-10)
+    close(
+        model.weight + 1.5 * plain,
+        ll.merge(model, moved(ll.init(model, ll.PiSSAConfig(r=4, alpha=6.0))))["weight"],
+        1e-10,
+    )
 
 
 def test_pissa_randomised_svd_is_close_to_the_full_one() -> None:
@@ -153,7 +168,9 @@ def test_pissa_randomised_svd_is_close_to_the_full_one() -> None:
 
 
 def test_delora_moves_gently_from_the_papers_start_and_jumps_from_zero_B() -> None:
-    """One Adam step of 1e-4: the subtracted start moves the weight by per mille, the zero-B one by lam / sqrt(r d_in)."""
+    """One Adam step of 1e-4: the subtracted start moves the weight by per mille, the zero-B one by
+    lam / sqrt(r d_in).
+    """
     model = layer(d_in=256, d_out=256)
     x = torch.randn(64, 256, dtype=torch.float64)
     moves = {}
@@ -163,7 +180,9 @@ def test_delora_moves_gently_from_the_papers_start_and_jumps_from_zero_B() -> No
         optimizer = torch.optim.Adam([p for p in bound.parameters() if p.requires_grad], lr=1e-4)
         bound(x).square().mean().backward()
         optimizer.step()
-        moves[init] = ((ll.merge(model, params)["weight"] - model.weight).norm() / model.weight.norm()).item()
+        moves[init] = (
+            (ll.merge(model, params)["weight"] - model.weight).norm() / model.weight.norm()
+        ).item()
     assert moves["subtract"] < 0.01
     assert abs(moves["zero_B"] - 15.0 / (8 * 256) ** 0.5) < 0.05
 
@@ -208,12 +227,17 @@ def test_scale_like_leaves_move_in_any_dtype(dtype: torch.dtype) -> None:
 def test_hra_strength_turns_each_pair_by_its_share() -> None:
     model = layer()
     params = moved(ll.init(model, ll.HRAConfig(r=2)), size=0.3)
-    R = {c: torch.linalg.lstsq(model.weight.detach(), ll.merge(model, ll.scale(params, c))["weight"]).solution for c in (1.0, 0.5, -1.0)}
+    R = {
+        c: torch.linalg.lstsq(
+            model.weight.detach(), ll.merge(model, ll.scale(params, c))["weight"]
+        ).solution
+        for c in (1.0, 0.5, -1.0)
+    }
     close(R[0.5] @ R[0.5], R[1.0], 1e-8)
     close(R[-1.0] @ R[1.0], torch.eye(16, dtype=torch.float64), 1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------- beside PEFT's layers
+# ----------------------------------------------------------------------------- beside PEFT's layers
 class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +252,12 @@ def flat(t: Tensor) -> Tensor:
 
 
 PEFT = [
-    ("LoraConfig", {"r": 4, "lora_alpha": 6}, ll.LoRAConfig(r=4, alpha=6), {"lora_A": "lora_A", "lora_B": "lora_B"}),
+    (
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 6},
+        ll.LoRAConfig(r=4, alpha=6),
+        {"lora_A": "lora_A", "lora_B": "lora_B"},
+    ),
     (
         "LoraConfig",
         {"r": 4, "lora_alpha": 6, "use_rslora": True},
@@ -263,23 +292,42 @@ PEFT = [
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many
-@pytest.mark.parametrize(("theirs", "settings", "cfg", "names"), PEFT, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
-def test_same_outputs_and_gradients_as_peft(theirs: str, settings: dict[str, Any], cfg: ll.AdapterConfig, names: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "settings", "cfg", "names"),
+    PEFT,
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_same_outputs_and_gradients_as_peft(
+    theirs: str, settings: dict[str, Any], cfg: ll.AdapterConfig, names: dict[str, str]
+) -> None:
     peft = pytest.importorskip("peft")
     model = Tiny()
     config = getattr(peft, theirs)(target_modules=["l"], **settings)
-    made = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False).double().eval()
+    made = (
+        peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+        .double()
+        .eval()
+    )
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in made.parameters():
             if p.requires_grad:
                 p += 0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64)
-    named = {n.split(".l.", 1)[1].replace(".default", "").removesuffix(".weight"): p for n, p in made.named_parameters() if ".l." in n}
+    named = {
+        n.split(".l.", 1)[1].replace(".default", "").removesuffix(".weight"): p
+        for n, p in made.named_parameters()
+        if ".l." in n
+    }
     trained = {n: p for n, p in named.items() if p.requires_grad}
     assert set(trained) == set(names)
     start = ll.init(model, cfg)
-    site = {our: (trained[their].mT if their == "hra_u" else trained[their]) for their, our in names.items()}
-    params = replace(start, {"l": {**start["l"], **{n: t.reshape(start["l"][n].shape) for n, t in site.items()}}})
+    site = {
+        our: (trained[their].mT if their == "hra_u" else trained[their])
+        for their, our in names.items()
+    }
+    params = replace(
+        start, {"l": {**start["l"], **{n: t.reshape(start["l"][n].shape) for n, t in site.items()}}}
+    )
     x = torch.randn(2, 5, 16, generator=gen, dtype=torch.float64).requires_grad_()
     g = torch.randn(2, 5, 24, generator=gen, dtype=torch.float64)
     expected, mine = made(x), ll.apply(model, params, x)

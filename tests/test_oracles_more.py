@@ -17,12 +17,22 @@ Oracle = Callable[[Any, Tensor, Tensor | None, Any], Dense]
 ORACLES: list[Any] = []
 
 
-def oracle(config: ll.AdapterConfig, d_in: int = 16, d_out: int = 24, **more: Any) -> Callable[[Oracle], Oracle]:
+def oracle(
+    config: ll.AdapterConfig, d_in: int = 16, d_out: int = 24, **more: Any
+) -> Callable[[Oracle], Oracle]:
     """A row: the formula below is what `config` does to a layer of these sizes."""
 
     def row(f: Oracle) -> Oracle:
         settings = ",".join(f"{k}={v}" for k, v in more.items())
-        ORACLES.append(pytest.param(f, config, d_in, d_out, id=f"{f.__name__[1:]}-{d_out}x{d_in}{settings and '-' + settings}"))
+        ORACLES.append(
+            pytest.param(
+                f,
+                config,
+                d_in,
+                d_out,
+                id=f"{f.__name__[1:]}-{d_out}x{d_in}{settings and '-' + settings}",
+            )
+        )
         return f
 
     return row
@@ -59,7 +69,7 @@ def cayley(Q: Tensor) -> Tensor:
     return (eye + Q) @ torch.linalg.inv(eye - Q)
 
 
-# ------------------------------------------------------------------------------------------------------- the formulas
+# ------------------------------------------------------------------------------------- the formulas
 @oracle(ll.OLoRAConfig(r=4, alpha=6.0))
 @oracle(ll.OLoRAConfig(r=4, alpha=6.0), d_in=24, d_out=16)
 def _olora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
@@ -110,7 +120,10 @@ def _oft(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 @oracle(ll.OFTConfig(block_size=8, cayley="neumann"))
 def _oft_neumann(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     eye = torch.eye(cfg.block_size, dtype=W.dtype)
-    blocks = [(eye + Q) @ (eye + Q + Q @ Q + Q @ Q @ Q) for Q in (skew(q, cfg.block_size) for q in p["lora_oft_q"])]
+    blocks = [
+        (eye + Q) @ (eye + Q + Q @ Q + Q @ Q @ Q)
+        for Q in (skew(q, cfg.block_size) for q in p["lora_oft_q"])
+    ]
     return W @ blockdiag(blocks).mT, b
 
 
@@ -152,7 +165,9 @@ def _bitfit(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 def _c3a(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     rows = []
     for kernels in p["lora_w"]:
-        circulants = [torch.stack([w.roll(shift) for shift in range(len(w))]) for w in kernels]  # the first row is w
+        circulants = [
+            torch.stack([w.roll(shift) for shift in range(len(w))]) for w in kernels
+        ]  # the first row is w
         rows.append(torch.cat(circulants, dim=1))
     return W + torch.cat(rows) / W.shape[1], b
 
@@ -244,7 +259,9 @@ def _randlora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 def _gralora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     A, B, k = p["lora_A"], p["lora_B"], cfg.k
     group = [slice(g * cfg.r // k, (g + 1) * cfg.r // k) for g in range(k)]
-    rows = [torch.cat([B[j][:, group[n]] @ A[n][group[j]] for n in range(k)], dim=1) for j in range(k)]
+    rows = [
+        torch.cat([B[j][:, group[n]] @ A[n][group[j]] for n in range(k)], dim=1) for j in range(k)
+    ]
     update = torch.cat(rows)
     if cfg.hybrid_r:
         update = update + p["lora_B_whole"] @ p["lora_A_whole"]
@@ -265,7 +282,9 @@ def _shira(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
         kept = torch.stack([W[o, i].abs() for o, i in places]).min()
         assert (W.abs() > kept).sum() < len(places)
     if cfg.mask == "struct":
-        touched = torch.zeros_like(W).index_put(tuple(p["lora_idx"].long()), torch.ones(len(places), dtype=W.dtype))
+        touched = torch.zeros_like(W).index_put(
+            tuple(p["lora_idx"].long()), torch.ones(len(places), dtype=W.dtype)
+        )
         assert touched.diagonal().all()
         assert touched.all(dim=0).sum() == touched.all(dim=1).sum() == cfg.r
     return new, b
@@ -276,17 +295,21 @@ def _hira(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return W * (1.0 + 1.5 * p["lora_B"] @ p["lora_A"]), b
 
 
-# -------------------------------------------------------------------------------------------------------------- tests
+# -------------------------------------------------------------------------------------------- tests
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("formula", "cfg", "d_in", "d_out"), ORACLES)
-def test_merged_and_applied_are_the_formula(formula: Oracle, cfg: ll.AdapterConfig, d_in: int, d_out: int, bias: bool) -> None:
+def test_merged_and_applied_are_the_formula(
+    formula: Oracle, cfg: ll.AdapterConfig, d_in: int, d_out: int, bias: bool
+) -> None:
     model = layer(d_in, d_out, bias)
     params = moved(ll.init(model, cfg, seed=7), size=0.3)
     W, b = formula(params[""], model.weight.detach(), model.bias.detach() if bias else None, cfg)
     assert (W - model.weight).abs().max() > 1e-3 or not isinstance(b, type(model.bias))
     merged = ll.merge(model, params)
     close(merged["weight"], W, 1e-10)
-    assert ("bias" in merged) == ((b is not None and (not bias or not torch.equal(b, model.bias))) or "bias" in merged)
+    assert ("bias" in merged) == (
+        (b is not None and (not bias or not torch.equal(b, model.bias))) or "bias" in merged
+    )
     if "bias" in merged:
         close(merged["bias"], b, 1e-10)
     x = torch.randn(2, 5, d_in, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -307,7 +330,10 @@ def test_coft_projection_bounds_every_block_and_leaves_short_ones() -> None:
     from lora_lite_func.variants.oft import project
 
     cfg = ll.OFTConfig(block_size=4, coft_eps=0.2)
-    q = torch.tensor([[1.0, 2.0, 0.0, 0.0, 0.0, 2.0], [0.01, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 6, [0.3] * 6], dtype=torch.float64)
+    q = torch.tensor(
+        [[1.0, 2.0, 0.0, 0.0, 0.0, 2.0], [0.01, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 6, [0.3] * 6],
+        dtype=torch.float64,
+    )
     done = project(cfg, {"lora_oft_q": q})["lora_oft_q"]
     norms = torch.stack([skew(row, 4).norm() for row in done])
     close(norms, torch.tensor([0.1, 0.01 * 2**0.5, 0.0, 0.1], dtype=torch.float64), 1e-12)
@@ -320,22 +346,36 @@ def test_coft_projection_bounds_every_block_and_leaves_short_ones() -> None:
 @pytest.mark.parametrize(
     ("cfg", "d_in", "match"),
     [
-        (ll.OFTConfig(block_size=4), 18, r"divisible by block_size=4, found d_in=18; block_size=2 or 3 or 6 fits"),
+        (
+            ll.OFTConfig(block_size=4),
+            18,
+            r"divisible by block_size=4, found d_in=18; block_size=2 or 3 or 6 fits",
+        ),
         (ll.OFTConfig(block_size=4), 7, r"block_size=7 fits"),
         (ll.BOFTConfig(block_size=4, m=3), 24, r"runs of 16 features.*d_in=24; m=2 fits"),
         (ll.BOFTConfig(block_size=4, m=2), 18, r"block_size=2 or 6"),
         (ll.OLoRAConfig(r=16), 12, r"rank of at most 12, found r=16"),
-        (ll.C3AConfig(block_size=8), 12, r"divisible by block_size=8, found d_in=12; block_size=4 or 6 or 12 fits"),
+        (
+            ll.C3AConfig(block_size=8),
+            12,
+            r"divisible by block_size=8, found d_in=12; block_size=4 or 6 or 12 fits",
+        ),
         (ll.C3AConfig(block_size=5), 15, r"found d_out=24"),
         (ll.MiSSConfig(r=5, mode="bat"), 15, r"mode 'bat'.*r=5, found d_out=24"),
         (ll.MiSSConfig(mode="mini", mini_r=5), 15, r"mini_r=5, found d_out=24"),
         (ll.FourierFTConfig(n_frequency=200), 8, r"at most d_out \* d_in = 192, found 200"),
-        (ll.GraLoRAConfig(r=6, k=4), 8, r"r into equal blocks, expected it divisible by k=4, found r=6"),
+        (
+            ll.GraLoRAConfig(r=6, k=4),
+            8,
+            r"r into equal blocks, expected it divisible by k=4, found r=6",
+        ),
         (ll.SHiRAConfig(r=8), 8, r"found only 24 x 8 with r=8"),
         (ll.SSVDConfig(r=16), 12, r"rank of at most 12"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_what_fits(cfg: ll.AdapterConfig, d_in: int, match: str) -> None:
+def test_what_does_not_divide_is_refused_with_what_fits(
+    cfg: ll.AdapterConfig, d_in: int, match: str
+) -> None:
     with pytest.raises(ll.UnsupportedError, match=match):
         ll.init(nn.Linear(d_in, 24), cfg)
 
@@ -364,7 +404,9 @@ def test_what_a_config_cannot_mean_is_refused(make: Any, match: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "cfg", [ll.FourierFTConfig(n_frequency=9), ll.SHiRAConfig(r=1), ll.RandLoRAConfig(r=2)], ids=lambda c: type(c).__name__
+    "cfg",
+    [ll.FourierFTConfig(n_frequency=9), ll.SHiRAConfig(r=1), ll.RandLoRAConfig(r=2)],
+    ids=lambda c: type(c).__name__,
 )
 def test_equal_shapes_have_equal_random_parts(cfg: ll.AdapterConfig) -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12))
@@ -380,7 +422,9 @@ def test_positions_rounded_by_a_cast_are_refused() -> None:
     params = ll.init(model, ll.SHiRAConfig(r=1))
     assert ll.cast(params, torch.bfloat16)[""]["lora_idx"].dtype == torch.float32
     bound = ll.bind(model, params).to(torch.bfloat16)
-    with pytest.raises(ll.UnsupportedError, match=r"found torch\.bfloat16.*ll\.cast before ll\.bind"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"found torch\.bfloat16.*ll\.cast before ll\.bind"
+    ):
         bound(torch.zeros(2, 8, dtype=torch.bfloat16))
 
 
@@ -393,7 +437,9 @@ def test_antipasto_steers_both_ways(basis: Any) -> None:
         p = dict(ll.scale(params, c)[""])
         U, S, Vh = p["lora_U"], p["lora_S"], p["lora_Vh"]
         rest = model.weight - U @ torch.diag(S) @ Vh
-        middle = U.mT @ (ll.merged(model, ll.scale(params, c)).weight - rest) @ Vh.mT  # (S + c d) R(c), or R(c)^T (S + c d)
+        middle = (
+            U.mT @ (ll.merged(model, ll.scale(params, c)).weight - rest) @ Vh.mT
+        )  # (S + c d) R(c), or R(c)^T (S + c d)
         value = S + p["lora_delta_s"]
         turns.append(middle / (value[:, None] if basis == "V" else value))
         close(value, S + c * params[""]["lora_delta_s"], 1e-12)

@@ -16,7 +16,7 @@ from helpers import close
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-from lora_lite_func.adapter import replace
+from lora_lite_func.core.adapter import replace
 
 peft = pytest.importorskip("peft")
 
@@ -40,7 +40,11 @@ class Tiny(nn.Module):
 def theirs(model: nn.Module, config: Any) -> tuple[nn.Module, Any]:
     """PEFT's model and its layer, with noise in all that it trains, float64."""
     config.target_modules = ["l"]
-    made = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False).double().eval()
+    made = (
+        peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+        .double()
+        .eval()
+    )
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in made.named_parameters():
@@ -61,7 +65,12 @@ def ours(model: nn.Module, config: ll.AdapterConfig, leaves: dict[str, Tensor]) 
 
 
 def compare(
-    model: nn.Module, their_config: Any, our_config: ll.AdapterConfig, take: Map, tol: float = 1e-10, x_gradient: bool = True
+    model: nn.Module,
+    their_config: Any,
+    our_config: ll.AdapterConfig,
+    take: Map,
+    tol: float = 1e-10,
+    x_gradient: bool = True,
 ) -> None:
     """The same outputs and gradients, within tol."""
     made, site = theirs(model, their_config)
@@ -72,7 +81,10 @@ def compare(
     g = torch.randn(2, 5, model.l.out_features, generator=gen, dtype=torch.float64)
     expected = made(x)
     expected_grads = torch.autograd.grad((expected * g).sum(), [*trained.values(), x])
-    short = {n.split(".l.", 1)[1].replace(".default", "").removesuffix(".weight"): p for n, p in trained.items()}
+    short = {
+        n.split(".l.", 1)[1].replace(".default", "").removesuffix(".weight"): p
+        for n, p in trained.items()
+    }
     found = ll.apply(model, ours(model, our_config, take(site, short)), x)
     found_grads = torch.autograd.grad((found * g).sum(), [*trained.values(), x])
     assert (found - model(x)).abs().max() > 1e-3
@@ -94,9 +106,11 @@ def upper(R: Tensor) -> Tensor:
     return (0.5 * (R - R.mT))[..., i, j]
 
 
-# -------------------------------------------------------------------------------------------------------------- low rank
+# ----------------------------------------------------------------------------------------- low rank
 def test_loha() -> None:
-    take = renamed(hada_w1_a="lora_w1_a", hada_w1_b="lora_w1_b", hada_w2_a="lora_w2_a", hada_w2_b="lora_w2_b")
+    take = renamed(
+        hada_w1_a="lora_w1_a", hada_w1_b="lora_w1_b", hada_w2_a="lora_w2_a", hada_w2_b="lora_w2_b"
+    )
     for r in (2, 4):
         compare(Tiny(), peft.LoHaConfig(r=r, alpha=6), ll.LoHaConfig(r=r, alpha=6), take)
 
@@ -140,24 +154,43 @@ def test_adalora() -> None:
         Tiny(),
         config,
         ll.AdaLoRAConfig(r=4, alpha=6),
-        lambda s, p: {"lora_A": p["lora_A"], "lora_B": p["lora_B"], "lora_E": p["lora_E"].squeeze(1) * epsilon},
+        lambda s, p: {
+            "lora_A": p["lora_A"],
+            "lora_B": p["lora_B"],
+            "lora_E": p["lora_E"].squeeze(1) * epsilon,
+        },
         tol=1e-7,  # its ranknum is a float32 number
     )
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(16, 24), (24, 16), (16, 16)])
 def test_randlora(d_in: int, d_out: int) -> None:
-    """PEFT flattens A by rank first and B by map first: ours is the paper's pairing, reached by permuting the columns of B."""
+    """PEFT flattens A by rank first and B by map first: ours is the paper's pairing, reached by
+    permuting the columns of B.
+    """
 
     def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
         n, small = p["randlora_gamma"].shape
         B = site.randlora_B["default"].double()[: max(d_in, d_out), :n]  # (M, N, r)
         r = B.shape[2]
-        paired = B.flatten(1).unflatten(1, (r, n)).transpose(1, 2)  # their column i N + j goes with row i of A and map j
+        paired = (
+            B.flatten(1).unflatten(1, (r, n)).transpose(1, 2)
+        )  # their column i N + j goes with row i of A and map j
         A = site.randlora_A["default"].double()[:, 0, :small]
-        return {"lora_lambda": p["randlora_lambda"], "lora_gamma": p["randlora_gamma"], "lora_rand_A": A, "lora_rand_B": paired}
+        return {
+            "lora_lambda": p["randlora_lambda"],
+            "lora_gamma": p["randlora_gamma"],
+            "lora_rand_A": A,
+            "lora_rand_B": paired,
+        }
 
-    compare(Tiny(d_in, d_out), peft.RandLoraConfig(r=3, randlora_alpha=6), ll.RandLoRAConfig(r=3, alpha=6), take, tol=1e-9)
+    compare(
+        Tiny(d_in, d_out),
+        peft.RandLoraConfig(r=3, randlora_alpha=6),
+        ll.RandLoRAConfig(r=3, alpha=6),
+        take,
+        tol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("hybrid", [0, 3])
@@ -165,7 +198,10 @@ def test_gralora(hybrid: int) -> None:
     def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {"lora_A": p["gralora_A"].mT, "lora_B": p["gralora_B"].mT}
         if hybrid:
-            leaves |= {"lora_A_whole": p["gralora_A_general"], "lora_B_whole": p["gralora_B_general"]}
+            leaves |= {
+                "lora_A_whole": p["gralora_A_general"],
+                "lora_B_whole": p["gralora_B_general"],
+            }
         return leaves
 
     theirs_ = peft.GraloraConfig(r=8, alpha=6, gralora_k=4, hybrid_r=hybrid)
@@ -174,14 +210,21 @@ def test_gralora(hybrid: int) -> None:
 
 def test_hira() -> None:
     """PEFT has no scale: alpha = r."""
-    compare(Tiny(), peft.HiraConfig(r=4), ll.HiRAConfig(r=4, alpha=4), renamed(hira_A="lora_A", hira_B="lora_B"))
+    compare(
+        Tiny(),
+        peft.HiraConfig(r=4),
+        ll.HiRAConfig(r=4, alpha=4),
+        renamed(hira_A="lora_A", hira_B="lora_B"),
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- rotations
+# ---------------------------------------------------------------------------------------- rotations
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("b", [2, 4, 8])
 def test_oft(b: int, share: bool) -> None:
-    """PEFT's exact branch is (I - Q)(I + Q)^-1, the inverse rotation of its Neumann branch: q changes sign for it, not for the series."""
+    """PEFT's exact branch is (I - Q)(I + Q)^-1, the inverse rotation of its Neumann branch: q
+    changes sign for it, not for the series.
+    """
     kind = {"oft_block_size": b, "block_share": share}
     compare(
         Tiny(),
@@ -198,7 +241,9 @@ def test_oft(b: int, share: bool) -> None:
 
 
 def test_boft() -> None:
-    """PEFT's Cayley is the inverse (q changes sign), and without its CUDA extension it silently has one factor, whatever is asked for."""
+    """PEFT's Cayley is the inverse (q changes sign), and without its CUDA extension it silently has
+    one factor, whatever is asked for.
+    """
 
     def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"lora_boft_q": -upper(p["boft_R"]), "lora_boft_s": p["boft_s"].squeeze(1)}
@@ -208,41 +253,67 @@ def test_boft() -> None:
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_boft_butterflies_are_pefts_permutations(m: int) -> None:
-    """Its own permutation matrices and Cayley maps, multiplied as its forward does with the extension."""
+    """Its own permutation matrices and Cayley maps, multiplied as its forward does with the
+    extension.
+    """
     n, b = 16, 4
     _, site = theirs(Tiny(), peft.BOFTConfig(boft_block_size=b))
     gen = torch.Generator().manual_seed(5)
-    R, rotation = 0.3 * torch.randn(m, n // b, b, b, generator=gen, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    R, rotation = (
+        0.3 * torch.randn(m, n // b, b, b, generator=gen, dtype=torch.float64),
+        torch.eye(n, dtype=torch.float64),
+    )
     for i in range(m):
         P = site.perm2mat(site.block_butterfly_perm(n, n // b // 2**i, b // 2, m - 1)).double()
         rotation = P @ torch.block_diag(*_cayley_batch(R[i])) @ P.mT @ rotation
     model = Tiny()
     s = torch.rand(D_OUT, generator=gen, dtype=torch.float64) + 0.5
-    params = ours(model, ll.BOFTConfig(block_size=b, m=m), {"lora_boft_q": -upper(R), "lora_boft_s": s})
-    close(ll.merge(model, params)["l.weight"], s[:, None] * (rotation @ model.l.weight.mT).mT, 1e-10)
+    params = ours(
+        model, ll.BOFTConfig(block_size=b, m=m), {"lora_boft_q": -upper(R), "lora_boft_s": s}
+    )
+    close(
+        ll.merge(model, params)["l.weight"], s[:, None] * (rotation @ model.l.weight.mT).mT, 1e-10
+    )
 
 
 def _cayley_batch(R: Tensor) -> Tensor:
-    """(I - Q)(I + Q)^-1 of the skew part, as PEFT has it (its own works in float32 identity matrices)."""
+    """(I - Q)(I + Q)^-1 of the skew part, as PEFT has it (its own works in float32 identity
+    matrices).
+    """
     Q, eye = 0.5 * (R - R.mT), torch.eye(R.shape[-1], dtype=R.dtype)
     return torch.linalg.solve(eye + Q, eye - Q, left=False)
 
 
-# ----------------------------------------------------------------------------------------------------- Fourier and sparse
+# ------------------------------------------------------------------------------- Fourier and sparse
 def test_c3a_agrees_but_for_pefts_gradient_of_x() -> None:
-    """PEFT computes in float32. Its hand-written backward correlates where it must convolve: the gradient of x is wrong by its own size."""
-    compare(Tiny(), peft.C3AConfig(block_size=4), ll.C3AConfig(block_size=4), renamed(c3a_kernel="lora_w"), tol=1e-5, x_gradient=False)
+    """PEFT computes in float32. Its hand-written backward correlates where it must convolve: the
+    gradient of x is wrong by its own size.
+    """
+    compare(
+        Tiny(),
+        peft.C3AConfig(block_size=4),
+        ll.C3AConfig(block_size=4),
+        renamed(c3a_kernel="lora_w"),
+        tol=1e-5,
+        x_gradient=False,
+    )
     made, site = theirs(Tiny(), peft.C3AConfig(block_size=4))
     base = site.base_layer
     x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
     model = Tiny()
     model.l.load_state_dict(base.state_dict())
-    params = ours(model, ll.C3AConfig(block_size=4), {"lora_w": site.c3a_kernel["default"].detach()})
-    (true,) = torch.autograd.grad(nn.functional.linear(x, ll.merge(model, params)["l.weight"]).sum(), x)
+    params = ours(
+        model, ll.C3AConfig(block_size=4), {"lora_w": site.c3a_kernel["default"].detach()}
+    )
+    (true,) = torch.autograd.grad(
+        nn.functional.linear(x, ll.merge(model, params)["l.weight"]).sum(), x
+    )
     (mine,) = torch.autograd.grad(ll.apply(model, params, x).sum(), x)
     close(mine, true, 1e-10)
     weights = torch.randn(3, D_OUT, dtype=torch.float64)
-    (true,) = torch.autograd.grad((nn.functional.linear(x, ll.merge(model, params)["l.weight"]) * weights).sum(), x)
+    (true,) = torch.autograd.grad(
+        (nn.functional.linear(x, ll.merge(model, params)["l.weight"]) * weights).sum(), x
+    )
     (wrong,) = torch.autograd.grad((made(x) * weights).sum(), x)
     (mine,) = torch.autograd.grad((ll.apply(model, params, x) * weights).sum(), x)
     close(mine, true, 1e-10)
@@ -250,16 +321,28 @@ def test_c3a_agrees_but_for_pefts_gradient_of_x() -> None:
 
 
 def test_fourierft() -> None:
-    """PEFT transforms in float32, and starts at random coefficients, so it isn't the identity at the start; ours is."""
+    """PEFT transforms in float32, and starts at random coefficients, so it isn't the identity at
+    the start; ours is.
+    """
 
     def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"lora_c": p["fourierft_spectrum"], "lora_idx": site.indices["default"].double()}
 
-    compare(Tiny(), peft.FourierFTConfig(n_frequency=20, scaling=30.0), ll.FourierFTConfig(n_frequency=20, alpha=30.0), take, tol=1e-5)
+    compare(
+        Tiny(),
+        peft.FourierFTConfig(n_frequency=20, scaling=30.0),
+        ll.FourierFTConfig(n_frequency=20, alpha=30.0),
+        take,
+        tol=1e-5,
+    )
     model, x = Tiny(), torch.randn(3, D_IN, dtype=torch.float64)
-    untrained = peft.get_peft_model(copy.deepcopy(model), peft.FourierFTConfig(n_frequency=20, target_modules=["l"]))
+    untrained = peft.get_peft_model(
+        copy.deepcopy(model), peft.FourierFTConfig(n_frequency=20, target_modules=["l"])
+    )
     assert (untrained(x) - model(x)).abs().max() > 1e-2
-    assert torch.equal(ll.apply(model, ll.init(model, ll.FourierFTConfig(n_frequency=20)), x), model(x))
+    assert torch.equal(
+        ll.apply(model, ll.init(model, ll.FourierFTConfig(n_frequency=20)), x), model(x)
+    )
 
 
 def test_shira() -> None:
@@ -270,8 +353,20 @@ def test_shira() -> None:
 
 
 @pytest.mark.parametrize(
-    ("init_weights", "mode"), [(True, {"r": 4}), (True, {"r": 5}), ("mini", {"r": 4, "mini_r": 6}), ("bat", {"r": 4}), ("bat", {"r": 8})]
+    ("init_weights", "mode"),
+    [
+        (True, {"r": 4}),
+        (True, {"r": 5}),
+        ("mini", {"r": 4, "mini_r": 6}),
+        ("bat", {"r": 4}),
+        ("bat", {"r": 8}),
+    ],
 )
 def test_miss(init_weights: Any, mode: dict[str, int]) -> None:
     ours_ = ll.MiSSConfig(**mode, mode="plain" if init_weights is True else init_weights)
-    compare(Tiny(), peft.MissConfig(**mode, init_weights=init_weights), ours_, renamed(miss_block="lora_D"))
+    compare(
+        Tiny(),
+        peft.MissConfig(**mode, init_weights=init_weights),
+        ours_,
+        renamed(miss_block="lora_D"),
+    )

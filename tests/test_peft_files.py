@@ -21,7 +21,9 @@ import lora_lite_func as ll
 
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many; those about keys are looked for
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # PEFT's own, of which there are many; those about keys are looked for
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 BOTH = ["up", "down"]
@@ -32,7 +34,9 @@ def base(bias: bool = True) -> nn.Module:
     return net(dtype=torch.float32, bias=bias)
 
 
-def saved(config: Any, model: nn.Module, folder: Path, seed: int = 3, x: Tensor = X, **how: Any) -> Tensor:
+def saved(
+    config: Any, model: nn.Module, folder: Path, seed: int = 3, x: Tensor = X, **how: Any
+) -> Tensor:
     """PEFT's outputs with noise in all that it trains, and its folder."""
     made = peft.get_peft_model(copy.deepcopy(model), config).eval()
     gen = torch.Generator().manual_seed(seed)
@@ -46,17 +50,25 @@ def saved(config: Any, model: nn.Module, folder: Path, seed: int = 3, x: Tensor 
 
 
 def loaded(model: nn.Module, folder: Path, x: Tensor = X) -> Tensor:
-    """The outputs of PEFT on a fresh base with a folder of ours, which it must take without a word about keys."""
+    """The outputs of PEFT on a fresh base with a folder of ours, which it must take without a word
+    about keys.
+    """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         made = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
     words = [str(w.message) for w in said if "key" in str(w.message).lower()]
-    words = [w for w in words if "pattern keys did not match any targeted module" not in w]  # said of every parameter's, which do match
+    words = [
+        w for w in words if "pattern keys did not match any targeted module" not in w
+    ]  # said of every parameter's, which do match
     assert not words, words
     found = peft.set_peft_model_state_dict(made, load_file(folder))
     assert not found.unexpected_keys, found.unexpected_keys
     held = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
-    wanted = {k.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".") for k in held if ".original_module." not in k}
+    wanted = {
+        k.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        for k in held
+        if ".original_module." not in k
+    }
     assert wanted == load_file(folder).keys()  # all that PEFT would have saved
     with torch.no_grad():
         y: Tensor = made(x)
@@ -83,7 +95,9 @@ CONFIGS = {
     "loha": lambda **k: peft.LoHaConfig(r=3, alpha=5, **k),
     "lokr": lambda **k: peft.LoKrConfig(r=2, alpha=5, **k),
     "lokr_full": lambda **k: peft.LoKrConfig(r=8, alpha=5, **k),
-    "lokr_both": lambda **k: peft.LoKrConfig(r=1, alpha=5, decompose_both=True, decompose_factor=4, **k),
+    "lokr_both": lambda **k: peft.LoKrConfig(
+        r=1, alpha=5, decompose_both=True, decompose_factor=4, **k
+    ),
     "hira": lambda **k: peft.HiraConfig(r=3, **k),
     "gralora": lambda **k: peft.GraloraConfig(r=4, alpha=6, **k),
     "gralora_hybrid": lambda **k: peft.GraloraConfig(r=4, alpha=6, hybrid_r=3, **k),
@@ -97,17 +111,23 @@ CONFIGS = {
     "road": lambda **k: peft.RoadConfig(variant="road_2", group_size=8, **k),
     "hra": lambda **k: peft.HRAConfig(r=4, **k),
     "oft": lambda **k: peft.OFTConfig(oft_block_size=4, **k),
-    "oft_exact": lambda **k: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, block_share=True, **k),
+    "oft_exact": lambda **k: peft.OFTConfig(
+        oft_block_size=8, use_cayley_neumann=False, block_share=True, **k
+    ),
     "oft_adjusted": lambda **k: peft.OFTConfig(oft_block_size=16, **k),
     "oft_count": lambda **k: peft.OFTConfig(oft_block_size=0, r=4, **k),
     "boft": lambda **k: peft.BOFTConfig(boft_block_size=4, **k),
     "vera": lambda **k: peft.VeraConfig(r=5, **k),
     "randlora": lambda **k: peft.RandLoraConfig(r=5, randlora_alpha=1, **k),
-    "fourierft": lambda **k: peft.FourierFTConfig(n_frequency=20, scaling=20.0, n_frequency_pattern={"up": 7}, **k),
+    "fourierft": lambda **k: peft.FourierFTConfig(
+        n_frequency=20, scaling=20.0, n_frequency_pattern={"up": 7}, **k
+    ),
     "shira": lambda **k: peft.ShiraConfig(r=2, random_seed=1, **k),
     "beft": lambda **k: peft.BeftConfig(**k),
     "ln_tuning": lambda **k: peft.LNTuningConfig(target_modules=["norm"]),
-    "modules_to_save": lambda **k: peft.LoraConfig(r=4, modules_to_save=["head", "layers.1.norm"], **k),
+    "modules_to_save": lambda **k: peft.LoraConfig(
+        r=4, modules_to_save=["head", "layers.1.norm"], **k
+    ),
     "miss_to_save": lambda **k: peft.MissConfig(r=4, modules_to_save=["head"], **k),
 }
 
@@ -121,9 +141,12 @@ def test_a_module_trained_whole_that_a_file_has_lost_is_missed(tmp_path: Path) -
     model = base()
     saved(CONFIGS["modules_to_save"](target_modules=BOTH), model, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    safetensors.torch.save_file({name: t for name, t in load_file(tmp_path).items() if ".head." not in name}, file)
+    safetensors.torch.save_file(
+        {name: t for name, t in load_file(tmp_path).items() if ".head." not in name}, file
+    )
     with pytest.raises(
-        ll.CheckpointError, match=r"modules_to_save names 'head', which is 'head' of the model, and there is no tensor of it"
+        ll.CheckpointError,
+        match=r"modules_to_save names 'head', which is 'head' of the model, and there is no tensor of it",
     ):
         ll.from_peft(tmp_path, model)
 
@@ -137,11 +160,21 @@ def _lose(folder: Path, what: str) -> None:
 def test_what_else_a_file_has_lost_is_missed(tmp_path: Path) -> None:
     saved(peft.LoraConfig(r=2, target_modules=BOTH, bias="all"), base(), tmp_path / "bias")
     _lose(tmp_path / "bias", "bias")
-    with pytest.raises(ll.CheckpointError, match=r"bias is 'all', and there is no tensor of a bias, such as that of 'layers\.0\.norm'"):
+    with pytest.raises(
+        ll.CheckpointError,
+        match=r"bias is 'all', and there is no tensor of a bias, such as that of 'layers\.0\.norm'",
+    ):
         ll.from_peft(tmp_path / "bias", base())
-    saved(peft.LoraConfig(r=2, target_modules=["up"], target_parameters=["layers.1.down.weight"]), base(), tmp_path / "parameter")
+    saved(
+        peft.LoraConfig(r=2, target_modules=["up"], target_parameters=["layers.1.down.weight"]),
+        base(),
+        tmp_path / "parameter",
+    )
     _lose(tmp_path / "parameter", "layers.1.down")
-    with pytest.raises(ll.CheckpointError, match=r"target_parameters name 'layers.1.down.weight', for which there is no tensor"):
+    with pytest.raises(
+        ll.CheckpointError,
+        match=r"target_parameters name 'layers.1.down.weight', for which there is no tensor",
+    ):
         ll.from_peft(tmp_path / "parameter", base())
     model = nn.Sequential()
     model.add_module("table", nn.Embedding(7, 6))
@@ -153,7 +186,10 @@ def test_what_else_a_file_has_lost_is_missed(tmp_path: Path) -> None:
         x=torch.tensor([[1, 3]]),
     )
     _lose(tmp_path / "tokens", "token")
-    with pytest.raises(ll.CheckpointError, match="trainable_token_indices name tokens, and there is no tensor of them"):
+    with pytest.raises(
+        ll.CheckpointError,
+        match="trainable_token_indices name tokens, and there is no tensor of them",
+    ):
         ll.from_peft(tmp_path / "tokens", model)
 
 
@@ -162,34 +198,55 @@ def test_a_bias_that_peft_does_not_know_is_refused(tmp_path: Path, value: Any) -
     saved(peft.LoraConfig(r=2, target_modules=BOTH), base(), tmp_path)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(said | {"bias": value}))
-    with pytest.raises(ll.CheckpointError, match="bias: expected 'none' or 'all' or 'lora_only', found"):
+    with pytest.raises(
+        ll.CheckpointError, match="bias: expected 'none' or 'all' or 'lora_only', found"
+    ):
         ll.from_peft(tmp_path, base())
 
 
 def in_order(patterns: dict[str, int]) -> dict[str, int]:
-    """As the file has them: PEFT sorts the keys of its config, so the first match may be another one after loading."""
+    """As the file has them: PEFT sorts the keys of its config, so the first match may be another
+    one after loading.
+    """
     return dict(sorted(patterns.items()))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_lora_with_all_that_its_config_can_say(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_lora_with_all_that_its_config_can_say(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     draw = data.draw
     paths = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
-    pattern = st.sampled_from(["up", "layers.1.up", "^layers.0.down", r"layers\.\d+\.up", "0.up", "down"])
+    pattern = st.sampled_from(
+        ["up", "layers.1.up", "^layers.0.down", r"layers\.\d+\.up", "0.up", "down"]
+    )
     config: dict[str, Any] = {
         "r": draw(st.integers(1, 5)),
         "lora_alpha": draw(st.integers(1, 20)),
         "use_rslora": draw(st.booleans()),
         "rank_pattern": draw(st.dictionaries(pattern, st.integers(1, 6), max_size=2).map(in_order)),
-        "alpha_pattern": draw(st.dictionaries(pattern, st.integers(1, 30), max_size=2).map(in_order)),
+        "alpha_pattern": draw(
+            st.dictionaries(pattern, st.integers(1, 30), max_size=2).map(in_order)
+        ),
         "init_lora_weights": draw(st.sampled_from([True, False, "gaussian"])),
         "bias": draw(st.sampled_from(["none", "lora_only", "all"])),
         "lora_dropout": draw(st.sampled_from([0.0, 0.1])),
         "fan_in_fan_out": draw(st.booleans()),
     }
     config["target_modules"] = draw(
-        st.sampled_from([["up"], BOTH, paths[1:], r".*\.(up|down)", r"layers\.[01]\.up", ["layers.0.up", "down"]])
+        st.sampled_from(
+            [
+                ["up"],
+                BOTH,
+                paths[1:],
+                r".*\.(up|down)",
+                r"layers\.[01]\.up",
+                ["layers.0.up", "down"],
+            ]
+        )
     )
     if isinstance(config["target_modules"], list) and draw(st.booleans()):
         config["layers_to_transform"] = draw(st.sampled_from([0, [1], [0, 1]]))
@@ -197,12 +254,20 @@ def test_lora_with_all_that_its_config_can_say(data: st.DataObject, tmp_path_fac
         config["target_modules"] = BOTH
     if draw(st.booleans()):
         config["exclude_modules"] = draw(st.sampled_from([["layers.0.down"], r".*0\.down"]))
-    kind = draw(st.sampled_from(["lora", "dora", "lora_bias"] if config["init_lora_weights"] != "gaussian" else ["lora", "dora"]))
+    kind = draw(
+        st.sampled_from(
+            ["lora", "dora", "lora_bias"]
+            if config["init_lora_weights"] != "gaussian"
+            else ["lora", "dora"]
+        )
+    )
     config |= {"lora": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}[kind]
     model, folder = base(), tmp_path_factory.mktemp("peft")
     safe = draw(st.booleans())
     theirs = saved(peft.LoraConfig(**config), model, folder / "theirs", safe_serialization=safe)
-    assert (folder / "theirs" / ("adapter_model.safetensors" if safe else "adapter_model.bin")).exists()
+    assert (
+        folder / "theirs" / ("adapter_model.safetensors" if safe else "adapter_model.bin")
+    ).exists()
     params = ll.from_peft(folder / "theirs", model)
     close(ll.apply(model, params, X), theirs, 1e-5)
     close(ll.merged(model, params)(X), theirs, 1e-5)
@@ -210,7 +275,7 @@ def test_lora_with_all_that_its_config_can_say(data: st.DataObject, tmp_path_fac
     close(loaded(model, folder / "ours"), theirs, 1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- other kinds of layer
+# ----------------------------------------------------------------------------- other kinds of layer
 class Mixed(nn.Module):
     """An embedding, a convolution, a transposed linear, attention, stacked experts, a norm."""
 
@@ -244,7 +309,9 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(3, 8, 10) / 3)
 
     def forward(self, h: Tensor) -> Tensor:
-        return torch.einsum("eoi,bti->bto", self.down, torch.einsum("eoi,bti->bto", self.gate_up, h).tanh())
+        return torch.einsum(
+            "eoi,bti->bto", self.down, torch.einsum("eoi,bti->bto", self.gate_up, h).tanh()
+        )
 
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
@@ -260,7 +327,12 @@ KINDS = {
     "transposed": {"target_modules": ["fc"], "fan_in_fan_out": True},
     "transposed_dora": {"target_modules": ["fc", "back"], "fan_in_fan_out": True, "use_dora": True},
     "attention": {"target_modules": ["mha"]},
-    "attention_patterns": {"target_modules": ["mha", "back"], "rank_pattern": {"mha": 2}, "alpha_pattern": {"^mha": 9}, "use_rslora": True},
+    "attention_patterns": {
+        "target_modules": ["mha", "back"],
+        "rank_pattern": {"mha": 2},
+        "alpha_pattern": {"^mha": 9},
+        "use_rslora": True,
+    },
     "attention_bias": {"target_modules": ["mha"], "bias": "lora_only"},
     "experts": {"target_modules": [], "target_parameters": ["experts.gate_up", "experts.down"]},
     "experts_patterns": {
@@ -269,7 +341,10 @@ KINDS = {
         "rank_pattern": {"experts.down": 2},
     },
     "one_parameter": {"target_modules": ["back"], "target_parameters": ["experts.down"]},
-    "stored_transposed": {"target_modules": [], "target_parameters": ["embed_tokens.weight", "fc.weight", "back.weight"]},
+    "stored_transposed": {
+        "target_modules": [],
+        "target_parameters": ["embed_tokens.weight", "fc.weight", "back.weight"],
+    },
     "bias_all": {"target_modules": ["back"], "bias": "all"},
     "bias_all_of_everything": {
         "target_modules": ["back", "mha", "embed_tokens", "conv"],
@@ -277,10 +352,17 @@ KINDS = {
         "bias": "all",
     },
     "bias_dora": {"target_modules": ["back", "conv"], "use_dora": True, "bias": "lora_only"},
-    "whole_modules": {"target_modules": ["back"], "modules_to_save": ["head", "norm", "embed_tokens"]},
+    "whole_modules": {
+        "target_modules": ["back"],
+        "modules_to_save": ["head", "norm", "embed_tokens"],
+    },
     "whole_attention": {"target_modules": ["back"], "modules_to_save": ["mha"]},
     "whole_experts": {"target_modules": ["back"], "modules_to_save": ["experts"], "bias": "all"},
-    "whole_and_tokens": {"target_modules": ["mha"], "modules_to_save": ["head"], "trainable_token_indices": {"embed_tokens": [1, 3]}},
+    "whole_and_tokens": {
+        "target_modules": ["mha"],
+        "modules_to_save": ["head"],
+        "trainable_token_indices": {"embed_tokens": [1, 3]},
+    },
 }
 
 
@@ -288,7 +370,9 @@ KINDS = {
 def test_every_kind_of_layer(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Mixed().eval()
-    theirs = saved(peft.LoraConfig(r=3, lora_alpha=6, **KINDS[name]), model, tmp_path / "theirs", x=IDS)
+    theirs = saved(
+        peft.LoraConfig(r=3, lora_alpha=6, **KINDS[name]), model, tmp_path / "theirs", x=IDS
+    )
     assert (theirs - model(IDS)).abs().max() > 1e-3
     params = ll.from_peft(tmp_path / "theirs", model)
     close(ll.apply(model, params, IDS), theirs, 1e-5)
@@ -297,12 +381,14 @@ def test_every_kind_of_layer(name: str, tmp_path: Path) -> None:
     close(ll.apply(model, ll.from_peft(tmp_path / "ours", model), IDS), theirs, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ ours, in their form
+# ------------------------------------------------------------------------------ ours, in their form
 OURS = {
     "pissa": ll.PiSSAConfig(r=3),
     "olora": ll.OLoRAConfig(r=3),
     "delora": ll.DeLoRAConfig(r=3),
-    "lora_patterns": ll.LoRAConfig(r=4, rank_pattern={"up": 2}, alpha_pattern={r"^layers\.1\.down$": 3.0}),
+    "lora_patterns": ll.LoRAConfig(
+        r=4, rank_pattern={"up": 2}, alpha_pattern={r"^layers\.1\.down$": 3.0}
+    ),
     "rslora_patterns": ll.LoRAConfig(r=4, rslora=True, rank_pattern={"0.up": 2}),
     "orthogonal": ll.LoRAConfig(r=4, init_A="orthogonal"),
     "bfloat16": ll.LoRAConfig(r=4, dtype=torch.float32),
@@ -338,12 +424,17 @@ def test_several_parts_and_vera_as_a_lora(tmp_path: Path) -> None:
         params = tuple(moved(ll.init(model, cfg), seed=i) for i, cfg in enumerate(parts))
         ll.to_peft(params, model, tmp_path)
         close(loaded(model, tmp_path), ll.apply(model, params, X), 1e-5)
-    params = moved(ll.init(model, ll.VeRAConfig(r=6)))  # layers of two shapes have unlike projections
+    params = moved(
+        ll.init(model, ll.VeRAConfig(r=6))
+    )  # layers of two shapes have unlike projections
     for as_lora in (False, True):
         ll.to_peft(params, model, tmp_path, as_lora=as_lora)
         close(loaded(model, tmp_path), ll.apply(model, params, X), 1e-5)
         close(ll.apply(model, ll.from_peft(tmp_path, model), X), ll.apply(model, params, X), 1e-5)
-    apart = tuple(moved(ll.init(model, ll.VeRAConfig(r=r, target_names=(n,)))) for r, n in ((2, "up"), (5, "down")))
+    apart = tuple(
+        moved(ll.init(model, ll.VeRAConfig(r=r, target_names=(n,))))
+        for r, n in ((2, "up"), (5, "down"))
+    )
     ll.to_peft(apart, model, tmp_path)
     close(loaded(model, tmp_path), ll.apply(model, apart, X), 1e-5)
 
@@ -351,14 +442,20 @@ def test_several_parts_and_vera_as_a_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_that_peft_takes_out_of_the_base(start: str, tmp_path: Path) -> None:
     model = base()
-    theirs = saved(peft.LoraConfig(r=3, lora_alpha=4, target_modules=BOTH, init_lora_weights=start, use_rslora=True), model, tmp_path)
+    theirs = saved(
+        peft.LoraConfig(
+            r=3, lora_alpha=4, target_modules=BOTH, init_lora_weights=start, use_rslora=True
+        ),
+        model,
+        tmp_path,
+    )
     params = ll.from_peft(tmp_path, model)
     close(ll.apply(model, params, X), theirs, 1e-5)
     with pytest.raises(ll.CheckpointError, match="give the base model"):
         ll.from_peft(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def changed(folder: Path, **fields: Any) -> Path:
     """The folder with other fields in its config."""
     file = folder / "adapter_config.json"
@@ -371,7 +468,10 @@ def changed(folder: Path, **fields: Any) -> Path:
     [
         ({"peft_type": "XLORA"}, "peft_type 'XLORA' isn't read here"),
         ({"peft_type": 3}, "peft_type: expected a string"),
-        ({"alora_invocation_tokens": [1, 2]}, "'alora_invocation_tokens' is .1, 2., which has no counterpart"),
+        (
+            {"alora_invocation_tokens": [1, 2]},
+            "'alora_invocation_tokens' is .1, 2., which has no counterpart",
+        ),
         ({"use_qalora": True}, "'use_qalora' is True"),
         ({"layer_replication": [[0, 1]]}, "'layer_replication'"),
         ({"a_new_field": 1}, "'a_new_field' is 1"),
@@ -392,7 +492,9 @@ def changed(folder: Path, **fields: Any) -> Path:
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
-def test_what_can_not_be_honoured_is_refused_by_name(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_can_not_be_honoured_is_refused_by_name(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     model = base()
     saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path)
     with pytest.raises(ll.CheckpointError, match=message):
@@ -403,15 +505,25 @@ def test_what_is_no_folder_of_an_adapter(tmp_path: Path) -> None:
     model = base()
     saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path / "it")
     for name in ("someone/adapter", tmp_path / "its"):
-        with pytest.raises(ll.CheckpointError, match=r"no such folder; what is on a hub is downloaded first"):
+        with pytest.raises(
+            ll.CheckpointError, match=r"no such folder; what is on a hub is downloaded first"
+        ):
             ll.from_peft(name, model)
-    assert ll.from_peft(tmp_path / "it" / "adapter_config.json", model).config.r == 3  # the other file of the folder
-    tensors = {key: t for key, t in load_file(tmp_path / "it").items() if key != "base_model.model.layers.0.up.lora_A.weight"}
+    assert (
+        ll.from_peft(tmp_path / "it" / "adapter_config.json", model).config.r == 3
+    )  # the other file of the folder
+    tensors = {
+        key: t
+        for key, t in load_file(tmp_path / "it").items()
+        if key != "base_model.model.layers.0.up.lora_A.weight"
+    }
     with pytest.raises(ll.CheckpointError, match=r"'layers.0.up': expected a pair"):
         ll.from_peft(tensors, config=tmp_path / "it" / "adapter_config.json")
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+)
 def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
     saved(peft.LoraConfig(r=3, target_modules=BOTH), base(), tmp_path)
     if name.startswith("adapter_model"):
@@ -430,7 +542,9 @@ def test_other_ways_to_give_it(tmp_path: Path) -> None:
         for name, p in made.named_parameters():
             if "lora_B" in name:
                 p += 0.1
-    raw = {k: t for k, t in made.state_dict().items() if "lora_" in k}  # with the adapter's name in the keys
+    raw = {
+        k: t for k, t in made.state_dict().items() if "lora_" in k
+    }  # with the adapter's name in the keys
     for state in (raw, peft.get_peft_model_state_dict(made)):
         close(ll.apply(model, ll.from_peft(state, model, config=config), X), made(X), 1e-5)
         close(ll.apply(model, ll.from_peft(state, config=config.to_dict()), X), made(X), 1e-5)
@@ -442,16 +556,25 @@ def test_other_ways_to_give_it(tmp_path: Path) -> None:
     close(ll.apply(model, ll.from_peft(tmp_path, ignore="a_new_field"), X), made(X), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- properties, all methods
+# -------------------------------------------------------------------------- properties, all methods
 @st.composite
 def any_config(draw: st.DrawFn) -> Any:
     """A method of PEFT with options of its own, on layers of its choice."""
     rank, alpha, flag = st.integers(1, 6), st.integers(1, 20), st.booleans()
-    ranks = st.dictionaries(st.sampled_from(["up", "layers.1.down"]), rank, max_size=2).map(in_order)
-    alphas = st.dictionaries(st.sampled_from(["up", "layers.1.down"]), alpha, max_size=2).map(in_order)
+    ranks = st.dictionaries(st.sampled_from(["up", "layers.1.down"]), rank, max_size=2).map(
+        in_order
+    )
+    alphas = st.dictionaries(st.sampled_from(["up", "layers.1.down"]), alpha, max_size=2).map(
+        in_order
+    )
     divisor = st.sampled_from([2, 4, 8])
     options: dict[Any, dict[str, Any]] = {
-        peft.LoHaConfig: {"r": rank, "alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas},
+        peft.LoHaConfig: {
+            "r": rank,
+            "alpha": alpha,
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+        },
         peft.LoKrConfig: {
             "r": rank,
             "alpha": alpha,
@@ -471,23 +594,42 @@ def any_config(draw: st.DrawFn) -> Any:
         },
         peft.MissConfig: {"r": rank},
         peft.C3AConfig: {"block_size": divisor},
-        peft.OFTConfig: {"oft_block_size": st.integers(2, 9), "use_cayley_neumann": flag, "block_share": flag},
+        peft.OFTConfig: {
+            "oft_block_size": st.integers(2, 9),
+            "use_cayley_neumann": flag,
+            "block_share": flag,
+        },
         peft.BOFTConfig: {"boft_block_size": divisor},
         peft.HRAConfig: {"r": st.sampled_from([2, 4, 6])},
-        peft.RoadConfig: {"variant": st.sampled_from(["road_1", "road_2", "road_4"]), "group_size": divisor},
+        peft.RoadConfig: {
+            "variant": st.sampled_from(["road_1", "road_2", "road_4"]),
+            "group_size": divisor,
+        },
         peft.VeraConfig: {"r": rank},
         peft.RandLoraConfig: {"r": rank, "randlora_alpha": st.just(1)},
-        peft.FourierFTConfig: {"n_frequency": st.integers(1, 40), "scaling": alpha, "random_loc_seed": st.integers(0, 99)},
+        peft.FourierFTConfig: {
+            "n_frequency": st.integers(1, 40),
+            "scaling": alpha,
+            "random_loc_seed": st.integers(0, 99),
+        },
         peft.ShiraConfig: {"r": st.integers(1, 3), "random_seed": st.integers(0, 99)},
     }
     cls = draw(st.sampled_from(list(options)))
-    where = draw(st.sampled_from([BOTH, ["up"], ["layers.0.down", "layers.1.up"], r".*layers\.[01]\.(up|down)"]))
-    return cls(target_modules=where, **{name: draw(strategy) for name, strategy in options[cls].items()})
+    where = draw(
+        st.sampled_from(
+            [BOTH, ["up"], ["layers.0.down", "layers.1.up"], r".*layers\.[01]\.(up|down)"]
+        )
+    )
+    return cls(
+        target_modules=where, **{name: draw(strategy) for name, strategy in options[cls].items()}
+    )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(config=any_config(), bias=st.booleans(), half=st.booleans())
-def test_any_method_both_ways(config: Any, bias: bool, half: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_method_both_ways(
+    config: Any, bias: bool, half: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     model, folder = base(bias), tmp_path_factory.mktemp("peft")
     theirs = saved(config, model, folder / "theirs")
     params = ll.from_peft(folder / "theirs", model)
@@ -495,7 +637,10 @@ def test_any_method_both_ways(config: Any, bias: bool, half: bool, tmp_path_fact
     ll.to_peft(params, model, folder / "ours")
     close(loaded(model, folder / "ours"), theirs, 1e-5)
     if half:
-        tensors = {k: t.to(torch.bfloat16) if t.is_floating_point() else t for k, t in load_file(folder / "theirs").items()}
+        tensors = {
+            k: t.to(torch.bfloat16) if t.is_floating_point() else t
+            for k, t in load_file(folder / "theirs").items()
+        }
         rounded = ll.from_peft(tensors, model, config=folder / "theirs" / "adapter_config.json")
         ll.to_peft(rounded, model, folder / "half")
         close(loaded(model, folder / "half"), ll.apply(model, rounded, X), 2e-2)

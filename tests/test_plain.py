@@ -16,10 +16,18 @@ from torch import Tensor, nn
 
 import lora_lite_func as ll
 from benchmarks.harness import saved
-from lora_lite_func import fused, fused_rows, plain
-from lora_lite_func.variants import _cost
+from lora_lite_func.injection import linear as plain
+from lora_lite_func.kernels import cost as _cost
+from lora_lite_func.kernels import low_rank_fused as fused
+from lora_lite_func.kernels import low_rank_rows as fused_rows
 
-LOW_RANK = [ll.LoRAConfig(r=4), ll.LoRAConfig(r=4, rslora=True), ll.PiSSAConfig(r=4), ll.AdaLoRAConfig(r=4), ll.DeLoRAConfig(r=4)]
+LOW_RANK = [
+    ll.LoRAConfig(r=4),
+    ll.LoRAConfig(r=4, rslora=True),
+    ll.PiSSAConfig(r=4),
+    ll.AdaLoRAConfig(r=4),
+    ll.DeLoRAConfig(r=4),
+]
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -33,10 +41,16 @@ def by_phases(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
         return call()
 
 
-# ------------------------------------------------------------------------------------------------------ without a graph
+# ---------------------------------------------------------------------------------- without a graph
 @pytest.mark.parametrize("cfg", LOW_RANK, ids=lambda cfg: type(cfg).__name__)
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (200,), (1, 1), (1, 200), (2, 3), (2, 200), (2, 1, 3), (0,), (2, 0, 3)], ids=str)
-def test_every_form_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [(), (1,), (3,), (200,), (1, 1), (1, 200), (2, 3), (2, 200), (2, 1, 3), (0,), (2, 0, 3)],
+    ids=str,
+)
+def test_every_form_is_the_phases(
+    cfg: ll.AdapterConfig, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = net(bias=True), rows(*shape)
     start = ll.init(model, cfg)
     with torch.no_grad():
@@ -46,13 +60,17 @@ def test_every_form_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, ...],
         y = ll.apply(model, params, x)
         close(y, by_phases(monkeypatch, lambda: ll.apply(model, params, x)), 1e-12)
         assert torch.equal(y, ll.bind(model, params)(x))
-        turned = rows(*shape[::-1]).permute(*reversed(range(len(shape))), -1) if len(shape) > 1 else x
+        turned = (
+            rows(*shape[::-1]).permute(*reversed(range(len(shape))), -1) if len(shape) > 1 else x
+        )
         close(ll.apply(model, params, turned), ll.apply(model, params, turned.contiguous()), 1e-12)
 
 
-def test_one_product_for_many_rows_two_beside_the_layer_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_linear_for_many_rows_two_beside_the_layer_for_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[str] = []
-    for name in ("beside", "low_rank", "one_row"):
+    for name in ("linear_with_low_rank", "low_rank", "one_row"):
         patched = functools.partial(_noted, seen, name, getattr(plain, name))
         monkeypatch.setattr(plain, name, patched)
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64))
@@ -61,14 +79,18 @@ def test_one_product_for_many_rows_two_beside_the_layer_for_few(monkeypatch: pyt
         ll.apply(model, params, rows(1))
         ll.apply(model, params, rows(72))
         ll.apply(model, params, rows(73))
-        ll.apply(model.bfloat16(), ll.cast(params, torch.bfloat16), rows(90).bfloat16())  # W' would round the update away
-    assert seen == ["one_row", "beside", "beside"]
+        ll.apply(
+            model.bfloat16(), ll.cast(params, torch.bfloat16), rows(90).bfloat16()
+        )  # W' would round the update away
+    assert seen == ["one_row", "linear_with_low_rank", "linear_with_low_rank"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48), (1, 1, 1, 48)])
-def test_one_row_is_the_layers_own_bit_by_bit_until_it_is_adapted(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+def test_one_row_is_the_layers_own_bit_by_bit_until_it_is_adapted(
+    dtype: torch.dtype, bias: bool, shape: tuple[int, ...]
+) -> None:
     model = nn.Sequential(nn.Linear(48, 80, bias=bias, dtype=dtype))
     x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
     start = ll.init(model, ll.LoRAConfig(r=3))
@@ -97,19 +119,26 @@ def test_other_dtypes_autocast_tangents_and_base_weights_are_left_to_the_phases(
             assert ll.apply(model, params, x).dtype == torch.bfloat16
         tangent = torch.ones_like(x)
         with forward_ad.dual_level():
-            dual = forward_ad.unpack_dual(ll.apply(model, params, forward_ad.make_dual(x, tangent))).tangent
+            dual = forward_ad.unpack_dual(
+                ll.apply(model, params, forward_ad.make_dual(x, tangent))
+            ).tangent
         assert dual is not None
-        there = [ll.apply(model.double(), ll.cast(params, torch.float64), x.double() + nudge) for nudge in (1e-6, -1e-6)]
+        there = [
+            ll.apply(model.double(), ll.cast(params, torch.float64), x.double() + nudge)
+            for nudge in (1e-6, -1e-6)
+        ]
         close(dual, (there[0] - there[1]) / 2e-6, 1e-4)
     base = {name: t.float().requires_grad_() for name, t in model.state_dict().items()}
     model.float()
     y = ll.functional_call(model, params, x, base=base)
-    assert all(g.abs().max() > 0 for g in torch.autograd.grad(y.square().sum(), list(base.values())))
+    assert all(
+        g.abs().max() > 0 for g in torch.autograd.grad(y.square().sum(), list(base.values()))
+    )
     traced = torch.jit.trace(ll.bind(model, params).eval(), x, check_trace=False)
     close(traced(x[:3]), ll.apply(model, params, x[:3]), 1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------ dropout
 def wet(p: float = 0.5, **config: Any) -> tuple[nn.Module, ll.Adapter]:
     model = net(bias=True).train()
     return model, moved(ll.init(model, ll.LoRAConfig(r=4, dropout=p, **config)))
@@ -151,7 +180,9 @@ def test_the_mean_over_many_masks_is_the_output_without() -> None:
 @pytest.mark.parametrize("shape", [(3,), (1, 5), (2, 3)])
 def test_gradients_of_one_function_are_exact_twice(shape: tuple[int, ...], p: float) -> None:
     gen = torch.Generator().manual_seed(0)
-    W, b, A, B = (torch.randn(s, generator=gen, dtype=torch.float64) for s in ((4, 16), (4,), (2, 16), (4, 2)))
+    W, b, A, B = (
+        torch.randn(s, generator=gen, dtype=torch.float64) for s in ((4, 16), (4,), (2, 16), (4, 2))
+    )
     x = rows(*shape).requires_grad_()
 
     def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -161,19 +192,32 @@ def test_gradients_of_one_function_are_exact_twice(shape: tuple[int, ...], p: fl
     given = (x, A.requires_grad_(), B.requires_grad_())
     assert torch.autograd.gradcheck(call, given)
     assert torch.autograd.gradgradcheck(call, given)
-    y, cotangents = call(*given), torch.eye(4, dtype=torch.float64)[:, None].expand(4, x.numel() // 16, 4).reshape(4, *shape, 4)
+    y, cotangents = (
+        call(*given),
+        torch.eye(4, dtype=torch.float64)[:, None]
+        .expand(4, x.numel() // 16, 4)
+        .reshape(4, *shape, 4),
+    )
     each = [torch.autograd.grad(y, given, one, retain_graph=True) for one in cotangents]
-    for many, one in zip(torch.autograd.grad(y, given, cotangents, is_grads_batched=True), zip(*each, strict=True), strict=True):
+    for many, one in zip(
+        torch.autograd.grad(y, given, cotangents, is_grads_batched=True),
+        zip(*each, strict=True),
+        strict=True,
+    ):
         close(many, torch.stack(one), 1e-12)
     torch.manual_seed(5)
-    mask = fused._mask(x.detach().reshape(-1, 16), 0.5, int(torch.randint(1 << 62, ()))).view(x.shape)
+    mask = fused._mask(x.detach().reshape(-1, 16), 0.5, int(torch.randint(1 << 62, ()))).view(
+        x.shape
+    )
     dropped = 2.0 * x * mask if p else x
     close(y, F.linear(x, W, b) + 1.5 * dropped @ A.mT @ B.mT, 1e-12)
 
 
 @pytest.mark.parametrize("cfg", LOW_RANK, ids=lambda cfg: type(cfg).__name__)
 @pytest.mark.parametrize("shape", [(1,), (3,), (200,), (2, 3), (2, 0, 3)], ids=str)
-def test_a_training_step_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_is_the_phases(
+    cfg: ll.AdapterConfig, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = nn.Sequential(net(bias=True), nn.ReLU(inplace=True)), rows(*shape).requires_grad_()
     trainable, frozen = ll.partition(moved(ll.init(model, cfg)))
     flat, tree = pytree.tree_flatten(trainable)
@@ -187,9 +231,15 @@ def test_a_training_step_is_the_phases(cfg: ll.AdapterConfig, shape: tuple[int, 
         close(one, other, 1e-11)
 
 
-@pytest.mark.parametrize("cfg", [cfg for cfg in LOW_RANK if not isinstance(cfg, ll.PiSSAConfig)], ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize(
+    "cfg",
+    [cfg for cfg in LOW_RANK if not isinstance(cfg, ll.PiSSAConfig)],
+    ids=lambda cfg: type(cfg).__name__,
+)
 @pytest.mark.parametrize("shape", [(), (3,), (1, 3), (2, 3)], ids=str)
-def test_gradients_lie_as_their_tensors_do_so_they_can_be_flattened(cfg: ll.AdapterConfig, shape: tuple[int, ...]) -> None:
+def test_gradients_lie_as_their_tensors_do_so_they_can_be_flattened(
+    cfg: ll.AdapterConfig, shape: tuple[int, ...]
+) -> None:
     model, x = net(bias=True), rows(*shape)
     trainable, frozen = ll.partition(moved(ll.init(model, cfg)))
 
@@ -201,7 +251,9 @@ def test_gradients_lie_as_their_tensors_do_so_they_can_be_flattened(cfg: ll.Adap
     close(nn.utils.parameters_to_vector(leaves(torch.func.grad(loss)(trainable))), direct, 1e-11)
 
 
-def test_rows_give_no_view_for_a_layers_caller_may_detach_them_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_give_no_view_for_a_layers_caller_may_detach_them_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = nn.Sequential(nn.Linear(16, 8, dtype=torch.float64))
     params = moved(ll.init(model, ll.LoRAConfig(r=2)))
     bound, x = ll.bind(model, params), rows(3)
@@ -211,19 +263,31 @@ def test_rows_give_no_view_for_a_layers_caller_may_detach_them_in_place(monkeypa
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes of the adapter's own blocks
 @pytest.mark.parametrize(
-    "cfg", [*LOW_RANK, ll.OFTConfig(block_size=4), ll.BOFTConfig(block_size=4, m=2)], ids=lambda cfg: type(cfg).__name__
+    "cfg",
+    [*LOW_RANK, ll.OFTConfig(block_size=4), ll.BOFTConfig(block_size=4, m=2)],
+    ids=lambda cfg: type(cfg).__name__,
 )
-def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch(cfg: ll.AdapterConfig) -> None:
+def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch(
+    cfg: ll.AdapterConfig,
+) -> None:
     model = net(bias=True)
     bound = ll.bind(model, moved(ll.init(model, cfg))).eval()
     for shape in ((3,), (1, 3), (2, 3)):
-        traced = torch.jit.trace(bound, rows(*shape))  # which traces again without a graph, and compares
+        traced = torch.jit.trace(
+            bound, rows(*shape)
+        )  # which traces again without a graph, and compares
         for other in (shape, (4, *shape[1:])):
             close(traced(rows(*other)), bound(rows(*other)), 1e-12)
 
 
-@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.LoRAConfig(r=2, dropout=0.5), ll.HiRAConfig(r=2)], ids=["lora", "dropout", "hira"])
-def test_gradients_enabled_within_inference_mode_change_nothing(cfg: ll.AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "cfg",
+    [ll.LoRAConfig(r=2), ll.LoRAConfig(r=2, dropout=0.5), ll.HiRAConfig(r=2)],
+    ids=["lora", "dropout", "hira"],
+)
+def test_gradients_enabled_within_inference_mode_change_nothing(
+    cfg: ll.AdapterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_cost, "dense_pays", lambda *args, **kwargs: True)
     model, x = net(bias=True), rows(2, 3)
     params = moved(ll.init(model, cfg))
@@ -252,7 +316,9 @@ def test_grad_of_torch_func_is_backward() -> None:
         for name, g in tensors.items():
             close(bound.get_submodule(path).get_parameter(f"adapter.0.{name}").grad, g, 1e-12)
     several = ll.stack([params, params])
-    each = torch.func.vmap(torch.func.grad(lambda p: ll.apply(model, p, x).square().mean()), randomness="different")(several)
+    each = torch.func.vmap(
+        torch.func.grad(lambda p: ll.apply(model, p, x).square().mean()), randomness="different"
+    )(several)
     assert all(t.shape[0] == 2 and t.abs().sum() > 0 for t in leaves(each))
 
 
@@ -261,13 +327,23 @@ def test_dropout_keeps_neither_mask_nor_dropped_input() -> None:
     x = torch.randn(256, 64, requires_grad=True)
     kept = {}
     for p in (0.0, 0.1):
-        bound = ll.bind(model, ll.init(model, ll.LoRAConfig(r=2, dropout=p, target_names=(r"^[02]$",)))).train()
+        bound = ll.bind(
+            model, ll.init(model, ll.LoRAConfig(r=2, dropout=p, target_names=(r"^[02]$",)))
+        ).train()
         kept[p] = saved(lambda bound=bound: bound(x), [*bound.parameters(), x])
     assert kept[0.1] <= 1.02 * kept[0.0]
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
-MIXES = [(0, 1, 2), (0, 0, 1, 1, 2, 2), (2, -1, 0, -1), (1, 1, 1), (-1, -1), (0, 0, 0, 2), (2, 0, 1, 0, 2, -1, 1)]
+# --------------------------------------------------------------------------------------------- rows
+MIXES = [
+    (0, 1, 2),
+    (0, 0, 1, 1, 2, 2),
+    (2, -1, 0, -1),
+    (1, 1, 1),
+    (-1, -1),
+    (0, 0, 0, 2),
+    (2, 0, 1, 0, 2, -1, 1),
+]
 
 
 def pieces_of(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,11 +355,20 @@ def pieces_of(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 4, 2)], ids=str)
 @pytest.mark.parametrize("ids", MIXES, ids=str)
 def test_a_training_step_of_rows_is_the_phases(
-    ids: tuple[int, ...], ranks: tuple[int, ...], alphas: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+    ids: tuple[int, ...],
+    ranks: tuple[int, ...],
+    alphas: tuple[float, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, x = nn.Sequential(nn.Linear(16, 6, dtype=torch.float64)), rows(len(ids), 5).requires_grad_()
+    model, x = (
+        nn.Sequential(nn.Linear(16, 6, dtype=torch.float64)),
+        rows(len(ids), 5).requires_grad_(),
+    )
     stack = ll.stack(
-        [moved(ll.init(model, ll.LoRAConfig(r=r, alpha=a)), seed=i) for i, (r, a) in enumerate(zip(ranks, alphas, strict=True))]
+        [
+            moved(ll.init(model, ll.LoRAConfig(r=r, alpha=a)), seed=i)
+            for i, (r, a) in enumerate(zip(ranks, alphas, strict=True))
+        ]
     )
     trainable, frozen = ll.partition(stack)
     flat, tree = pytree.tree_flatten(trainable)
@@ -292,13 +377,21 @@ def test_a_training_step_of_rows_is_the_phases(
     pieces_of(seen, monkeypatch)
 
     def call(x: Tensor, *flat: Tensor) -> Tensor:
-        return ll.apply(model, ll.rows(ll.combine(pytree.tree_unflatten(list(flat), tree), frozen), ids), x)
+        return ll.apply(
+            model, ll.rows(ll.combine(pytree.tree_unflatten(list(flat), tree), frozen), ids), x
+        )
 
     def step() -> tuple[Tensor, ...]:
         y = call(*given)
-        found = torch.autograd.grad(y.square().sum(), given, create_graph=True, materialize_grads=True)
-        once = torch.autograd.grad(y.square().sum(), given, retain_graph=True, materialize_grads=True)
-        real = sum((g * (t != 0)).sin().sum() for g, t in zip(found, given, strict=True))  # not what fills up a shorter member
+        found = torch.autograd.grad(
+            y.square().sum(), given, create_graph=True, materialize_grads=True
+        )
+        once = torch.autograd.grad(
+            y.square().sum(), given, retain_graph=True, materialize_grads=True
+        )
+        real = sum(
+            (g * (t != 0)).sin().sum() for g, t in zip(found, given, strict=True)
+        )  # not what fills up a shorter member
         return y, *once, *found, *torch.autograd.grad(real, given, materialize_grads=True)
 
     ours = step()
@@ -307,13 +400,16 @@ def test_a_training_step_of_rows_is_the_phases(
     for one, other in zip(ours, by_phases(monkeypatch, step), strict=True):
         close(one, other, 1e-10)
     y, cotangents = call(*given), torch.randn(3, len(ids), 5, 6, dtype=torch.float64)
-    each = [torch.autograd.grad(y, given, one, retain_graph=True, materialize_grads=True) for one in cotangents]
+    each = [
+        torch.autograd.grad(y, given, one, retain_graph=True, materialize_grads=True)
+        for one in cotangents
+    ]
     many = torch.autograd.grad(y, given, cotangents, is_grads_batched=True, materialize_grads=True)
     for several, one in zip(many, zip(*each, strict=True), strict=True):
         close(several, torch.stack(one), 1e-11)
 
 
-# ---------------------------------------------------------------------------------------------------------- one product
+# -------------------------------------------------------------------------------------- one product
 DENSE = [
     ll.HiRAConfig(r=4),
     ll.SHiRAConfig(r=2),
@@ -328,12 +424,16 @@ DENSE = [
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("cfg", DENSE, ids=lambda cfg: type(cfg).__name__)
-def test_gradients_of_one_product_are_the_phases_and_exact_twice(
+def test_gradients_of_recomputed_linear_are_the_phases_and_exact_twice(
     cfg: ll.AdapterConfig, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cost, "dense_pays", lambda *args, **kwargs: True)  # small sizes would choose the phases
+    monkeypatch.setattr(
+        _cost, "dense_pays", lambda *args, **kwargs: True
+    )  # small sizes would choose the phases
     seen: list[str] = []
-    monkeypatch.setattr(plain, "one_product", functools.partial(_noted, seen, "one", plain.one_product))
+    monkeypatch.setattr(
+        plain, "recomputed_linear", functools.partial(_noted, seen, "one", plain.recomputed_linear)
+    )
     model = nn.Sequential(nn.Linear(16, 16, bias=bias, dtype=torch.float64))
     trainable, frozen = ll.partition(moved(ll.init(model, cfg)))
     flat, tree = pytree.tree_flatten(trainable)
@@ -351,7 +451,9 @@ def test_gradients_of_one_product_are_the_phases_and_exact_twice(
     theirs = torch.autograd.grad(by_phases(monkeypatch, lambda: call(*given)), given, cotangent)
     for one, other in zip(ours, theirs, strict=True):
         close(one, other, 1e-11)
-    composed = torch.func.grad(lambda *given: (call(*given) * cotangent).sum(), tuple(range(len(given))))(*(t.detach() for t in given))
+    composed = torch.func.grad(
+        lambda *given: (call(*given) * cotangent).sum(), tuple(range(len(given)))
+    )(*(t.detach() for t in given))
     for one, other in zip(composed, ours, strict=True):
         close(one, other, 1e-11)
     assert seen == ["one"] * 2
@@ -359,21 +461,30 @@ def test_gradients_of_one_product_are_the_phases_and_exact_twice(
     assert torch.autograd.gradgradcheck(call, given)
 
 
-def test_one_product_reaches_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_linear_reaches_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.float64)).requires_grad_(False)
     params, x = moved(ll.init(model, ll.HiRAConfig(r=4))), rows(3)
 
     def gradient() -> Tensor:
         bias = torch.ones(16, dtype=torch.float64, requires_grad=True)
-        return torch.autograd.grad(ll.functional_call(model, params, x, base={"0.bias": bias}).square().sum(), bias)[0]
+        return torch.autograd.grad(
+            ll.functional_call(model, params, x, base={"0.bias": bias}).square().sum(), bias
+        )[0]
 
     close(gradient(), by_phases(monkeypatch, gradient), 1e-12)
 
 
-@pytest.mark.parametrize("cfg", [ll.HiRAConfig(r=4), ll.SHiRAConfig(r=4), ll.C3AConfig(block_size=16)], ids=lambda cfg: type(cfg).__name__)
-def test_one_product_keeps_nothing_of_the_weights_size(cfg: ll.AdapterConfig) -> None:
+@pytest.mark.parametrize(
+    "cfg",
+    [ll.HiRAConfig(r=4), ll.SHiRAConfig(r=4), ll.C3AConfig(block_size=16)],
+    ids=lambda cfg: type(cfg).__name__,
+)
+def test_recomputed_linear_keeps_nothing_of_the_weights_size(cfg: ll.AdapterConfig) -> None:
     model = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128)).requires_grad_(False)
     x = torch.randn(256, 128, requires_grad=True)
     bound = ll.bind(model, ll.init(model, dataclasses.replace(cfg, target_names=(r"^[02]$",))))
     kept = saved(lambda: bound(x), [*bound.parameters(), *bound.buffers(), x])
-    assert kept <= saved(lambda: model(x), [*model.parameters(), x]) + 4 * x.numel() * x.element_size() // 4
+    assert (
+        kept
+        <= saved(lambda: model(x), [*model.parameters(), x]) + 4 * x.numel() * x.element_size() // 4
+    )

@@ -15,7 +15,11 @@ from helpers import close, moved, net
 from test_plain import rows, wet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import lora_lite_func as ll
 
@@ -32,7 +36,9 @@ class Masked(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(16, 16)
-        self.register_buffer("mask", torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5)
+        self.register_buffer(
+            "mask", torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) > 0.5
+        )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -59,17 +65,25 @@ UNPLAIN: dict[str, Callable[[nn.Linear], Any]] = {
     "weight parametrized": parametrizations.weight_norm,
     "bias pruned": lambda layer: prune.RandomUnstructured.apply(layer, "bias", 0.5),
     "weight pruned": lambda layer: prune.RandomUnstructured.apply(layer, "weight", 0.5),
-    "bias a buffer": lambda layer: _elsewhere(layer, lambda made, b: made.register_buffer("bias", b)),
+    "bias a buffer": lambda layer: _elsewhere(
+        layer, lambda made, b: made.register_buffer("bias", b)
+    ),
     "bias an attribute": lambda layer: _elsewhere(layer, lambda made, b: setattr(made, "bias", b)),
-    "weight strided otherwise": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().mT.contiguous().mT)),
+    "weight strided otherwise": lambda layer: setattr(
+        layer, "weight", nn.Parameter(layer.weight.detach().mT.contiguous().mT)
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "cfg", [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.LoHaConfig(r=2), ll.OFTConfig(block_size=4)], ids=lambda cfg: type(cfg).__name__
+    "cfg",
+    [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.LoHaConfig(r=2), ll.OFTConfig(block_size=4)],
+    ids=lambda cfg: type(cfg).__name__,
 )
 @pytest.mark.parametrize("change", [*UNPLAIN, "weight a property"])
-def test_a_layer_that_is_more_than_its_parameters_keeps_all_of_it(change: str, cfg: ll.AdapterConfig) -> None:
+def test_a_layer_that_is_more_than_its_parameters_keeps_all_of_it(
+    change: str, cfg: ll.AdapterConfig
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Masked() if change == "weight a property" else nn.Linear(16, 16)).double()
     start = ll.init(model, cfg)
@@ -78,9 +92,15 @@ def test_a_layer_that_is_more_than_its_parameters_keeps_all_of_it(change: str, c
     params = moved(ll.init(model, cfg))
     for x in (rows(3), rows(200)):
         with torch.no_grad():
-            close(ll.apply(model, start if "bias" in change else ll.init(model, cfg), x), model(x), 1e-12)
+            close(
+                ll.apply(model, start if "bias" in change else ll.init(model, cfg), x),
+                model(x),
+                1e-12,
+            )
             y = ll.apply(model, params, x)
-        close(y, ll.apply(model, params, x), 1e-12)  # with a graph: by phases, for the low-rank ones
+        close(
+            y, ll.apply(model, params, x), 1e-12
+        )  # with a graph: by phases, for the low-rank ones
         close(ll.prepared(model, params)(x), y, 1e-12)
     many = ll.rows(ll.stack([params, params]), [0, -1, 1])
     with torch.no_grad():
@@ -94,11 +114,13 @@ def test_sparse_inputs_and_weights_are_left_to_the_phases() -> None:
     with torch.no_grad():
         y = ll.apply(model, params, x)
         close(ll.apply(model, params, x.to_sparse_csr()), y, 1e-12)
-        model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse_csr(), requires_grad=False)
+        model[0].weight = nn.Parameter(
+            model[0].weight.detach().to_sparse_csr(), requires_grad=False
+        )
         close(ll.apply(model, params, x), y, 1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------ dropout
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_base_weights_that_are_given_get_their_gradient_through_dropout(name: str) -> None:
     model, params = wet()
@@ -112,7 +134,11 @@ def test_base_weights_that_are_given_get_their_gradient_through_dropout(name: st
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1, 3), (2, 2, 3)], ids=str)
 def test_what_follows_may_write_on_the_output_in_place(shape: tuple[int, ...], bias: bool) -> None:
-    model = nn.Sequential(nn.Linear(16, 16, bias=bias), nn.ReLU(inplace=True), nn.Linear(16, 8)).double().train()
+    model = (
+        nn.Sequential(nn.Linear(16, 16, bias=bias), nn.ReLU(inplace=True), nn.Linear(16, 8))
+        .double()
+        .train()
+    )
     params = moved(ll.init(model, ll.LoRAConfig(r=4, dropout=0.5, target_names=("^0$",))))
     gradients = []
     for inplace in (True, False):
@@ -125,9 +151,15 @@ def test_what_follows_may_write_on_the_output_in_place(shape: tuple[int, ...], b
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 1, 2)], ids=str)
-@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=4), ll.OFTConfig(block_size=4), ll.SHiRAConfig(r=4)], ids=lambda cfg: type(cfg).__name__)
+@pytest.mark.parametrize(
+    "cfg",
+    [ll.LoRAConfig(r=4), ll.OFTConfig(block_size=4), ll.SHiRAConfig(r=4)],
+    ids=lambda cfg: type(cfg).__name__,
+)
 @pytest.mark.parametrize("mixed", [False, True], ids=["one", "rows"])
-def test_what_follows_any_form_may_write_on_the_output_in_place(mixed: bool, cfg: ll.AdapterConfig, shape: tuple[int, ...]) -> None:
+def test_what_follows_any_form_may_write_on_the_output_in_place(
+    mixed: bool, cfg: ll.AdapterConfig, shape: tuple[int, ...]
+) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 16)).double()
     members = [moved(ll.init(model, cfg), seed) for seed in range(3)]
     params = ll.rows(ll.stack(members), [0, 1, 2]) if mixed else members[0]
@@ -152,7 +184,9 @@ def test_several_gradients_at_once_share_the_mask() -> None:
     A = bound.get_parameter("layers.0.up.adapter.0.lora_A")
     torch.manual_seed(3)
     y = bound(x)
-    each = torch.stack([torch.autograd.grad(t, A, retain_graph=True)[0] for t in y.flatten()]).view(*y.shape, *A.shape)
+    each = torch.stack([torch.autograd.grad(t, A, retain_graph=True)[0] for t in y.flatten()]).view(
+        *y.shape, *A.shape
+    )
     close(torch.func.jacrev(call)(params)["layers.0.up"]["lora_A"], each, 1e-12)
     units = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
     (together,) = torch.autograd.grad(y, A, units, is_grads_batched=True)
@@ -168,7 +202,10 @@ def test_checkpoints_draw_the_same_mask_again(way: str) -> None:
         "reentrant": lambda: checkpoint(bound, x, use_reentrant=True),
         "not": lambda: checkpoint(bound, x, use_reentrant=False),
         "selective": lambda: checkpoint(
-            bound, x, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, _keeping(keep))
+            bound,
+            x,
+            use_reentrant=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, _keeping(keep)),
         ),
         "offloaded": lambda: _offloaded(bound, x),
     }
@@ -186,7 +223,9 @@ def test_checkpoints_draw_the_same_mask_again(way: str) -> None:
 
 
 def _keeping(ops: list[Any]) -> Any:
-    return lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+    return lambda ctx, op, *args, **kwargs: (
+        CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def _offloaded(bound: nn.Module, x: Tensor) -> Tensor:
@@ -207,12 +246,20 @@ def test_almost_everything_may_be_dropped() -> None:
     assert ll.apply(model, params, rows(50)).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------- prepared
-READY = [ll.LoRAConfig(r=4), ll.AdaLoRAConfig(r=4), ll.DoRAConfig(r=4, detach_norm=False), ll.OFTConfig(block_size=4), ll.LoHaConfig(r=2)]
+# ----------------------------------------------------------------------------------------- prepared
+READY = [
+    ll.LoRAConfig(r=4),
+    ll.AdaLoRAConfig(r=4),
+    ll.DoRAConfig(r=4, detach_norm=False),
+    ll.OFTConfig(block_size=4),
+    ll.LoHaConfig(r=2),
+]
 
 
 @pytest.mark.parametrize("cfg", READY, ids=lambda cfg: type(cfg).__name__)
-@pytest.mark.parametrize("how", ["load_state_dict", "assign", "functional_call", "in place", "base in place", "empty"])
+@pytest.mark.parametrize(
+    "how", ["load_state_dict", "assign", "functional_call", "in place", "base in place", "empty"]
+)
 def test_prepared_is_never_half_of_other_tensors(cfg: ll.AdapterConfig, how: str) -> None:
     model, other = net(bias=True), net(seed=1, bias=True)
     params, after = moved(ll.init(model, cfg)), moved(ll.init(other, cfg, seed=3), seed=5)
@@ -224,7 +271,9 @@ def test_prepared_is_never_half_of_other_tensors(cfg: ll.AdapterConfig, how: str
                 once.load_state_dict(wanted, assign=how == "assign")
             case "functional_call":
                 y = ll.apply(model, params, x)
-                close(torch.func.functional_call(once, wanted, (x,)), ll.apply(other, after, x), 1e-12)
+                close(
+                    torch.func.functional_call(once, wanted, (x,)), ll.apply(other, after, x), 1e-12
+                )
                 close(once(x), y, 1e-12)
                 return
             case "empty":
@@ -273,12 +322,23 @@ def test_prepared_keeps_what_it_made_where_it_goes(monkeypatch: pytest.MonkeyPat
     with torch.inference_mode():
         inside = ll.prepared(model, moved(ll.init(model, ll.OFTConfig(block_size=4))))
     y = once(x)
-    monkeypatch.setattr("lora_lite_func.phases._prepare", lambda *args: pytest.fail("made again"))
-    for made in (once, inside, copy.deepcopy(once), pickle.loads(pickle.dumps(copy.deepcopy(once))), once.to("cpu").to(torch.float64)):
+    monkeypatch.setattr(
+        "lora_lite_func.injection.activation_route._prepare",
+        lambda *args: pytest.fail("made again"),
+    )
+    for made in (
+        once,
+        inside,
+        copy.deepcopy(once),
+        pickle.loads(pickle.dumps(copy.deepcopy(once))),
+        once.to("cpu").to(torch.float64),
+    ):
         close(made(x), y, 1e-12)
     with torch.no_grad():
         close(once(x), y, 1e-12)
     twice = ll.bind(once, moved(ll.init(model, ll.IA3Config())))
     monkeypatch.undo()
     assert twice(x).shape == y.shape
-    close(ll.bind(ll.prepared(model, ll.unbind(inside)), ll.init(model, ll.IA3Config()))(x), y, 1e-12)
+    close(
+        ll.bind(ll.prepared(model, ll.unbind(inside)), ll.init(model, ll.IA3Config()))(x), y, 1e-12
+    )

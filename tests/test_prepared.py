@@ -16,7 +16,11 @@ import lora_lite_func as ll
 
 def ready(case: Case) -> tuple[torch.nn.Module, ll.Adapter, torch.Tensor]:
     model = net(bias=True)
-    return model, moved(start(case, model, case.config(r=4))), torch.randn(5, 16, generator=torch.Generator().manual_seed(2)).double()
+    return (
+        model,
+        moved(start(case, model, case.config(r=4))),
+        torch.randn(5, 16, generator=torch.Generator().manual_seed(2)).double(),
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -39,12 +43,16 @@ def test_prepared_is_bound_in_every_form(case: Case) -> None:
     assert once.eval()(x).grad_fn is None
 
 
-@pytest.mark.parametrize("name", ["dora", "hra", "oft_4", "boft", "loha", "delora", "ssvd", "pissa", "adalora"])
+@pytest.mark.parametrize(
+    "name", ["dora", "hra", "oft_4", "boft", "loha", "delora", "ssvd", "pissa", "adalora"]
+)
 def test_prepared_makes_nothing_of_the_adapter_again(name: str) -> None:
     model, params, x = ready(next(case for case in CASES if repr(case) == name))
     bound, once = ll.bind(model, params), ll.prepared(model, params)
     assert counted(lambda: once(x)).operations < counted(lambda: bound(x)).operations
-    assert counted(lambda: once.train()(x)).operations == counted(lambda: bound.train()(x)).operations
+    assert (
+        counted(lambda: once.train()(x)).operations == counted(lambda: bound.train()(x)).operations
+    )
 
 
 def test_prepared_is_a_snapshot_of_the_adapter_and_takes_several() -> None:
@@ -58,7 +66,11 @@ def test_prepared_is_a_snapshot_of_the_adapter_and_takes_several() -> None:
             held["lora_m"].mul_(2.0)
     close(once(x), y, 1e-12)
     stack = ll.stack([gate, gate])
-    close(ll.prepared(model, ll.rows(stack, [0, 1, -1]))(x), ll.apply(model, ll.rows(stack, [0, 1, -1]), x), 1e-12)
+    close(
+        ll.prepared(model, ll.rows(stack, [0, 1, -1]))(x),
+        ll.apply(model, ll.rows(stack, [0, 1, -1]), x),
+        1e-12,
+    )
 
 
 def test_prepared_compiles_to_one_graph() -> None:

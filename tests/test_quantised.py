@@ -14,7 +14,7 @@ from helpers import close, moved
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-from lora_lite_func.quantised import dequantised
+from lora_lite_func.layers.quantised import dequantised
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the packers' own
 
@@ -37,7 +37,9 @@ def model(kind: str) -> Any:
     made = plain()
     if kind == "int8":
         quantization = pytest.importorskip("torchao.quantization")
-        quantization.quantize_(made, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, path: path == "1")
+        quantization.quantize_(
+            made, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, path: path == "1"
+        )
         return made
     bnb = pytest.importorskip("bitsandbytes")
     packed = (
@@ -91,7 +93,7 @@ def test_the_dequantised_view_is_what_the_layer_multiplies_by(kind: str) -> None
     close(dequantised(evaluated[1], evaluated[1].weight), W, 2e-3)
     close(evaluated(x), nn.functional.linear(base[0](x), W, base[1].bias), 0.03)
     pissa = ll.init(base, ll.PiSSAConfig(r=64, target_names="1"))
-    close(pissa.sites["1"].factor * pissa["1", "lora_B0"] @ pissa["1", "lora_A0"], W, 1e-5)
+    close(pissa.sites["1"].scaling * pissa["1", "lora_B0"] @ pissa["1", "lora_A0"], W, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,16 +101,23 @@ def test_merging_asks_first_and_makes_a_dense_layer(kind: str) -> None:
     base, x = model(kind), torch.randn(4, 64)
     params = moved(ll.init(base, ll.LoRAConfig()))
     for verb in (ll.merge, ll.merged):
-        with pytest.raises(ll.UnsupportedError, match=r"'1' \(Linear\w*\): its weight is packed .*dequantize=True, which costs"):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match=r"'1' \(Linear\w*\): its weight is packed .*dequantize=True, which costs",
+        ):
             verb(base, params)
     new = ll.merge(base, params, dequantize=True)
-    assert {name: t.dtype for name, t in new.items()} == dict.fromkeys(("0.weight", "1.weight"), torch.float32)
+    assert {name: t.dtype for name, t in new.items()} == dict.fromkeys(
+        ("0.weight", "1.weight"), torch.float32
+    )
     dense = ll.merged(base, params, dequantize=True)
     assert type(dense[1]) is nn.Linear
     assert type(dense[1].weight) is nn.Parameter
     close(dense(x), ll.apply(base, params, x), 1e-4)
     assert type(base[1].weight) is not nn.Parameter
-    alone = ll.merged(base[1], ll.scale(moved(ll.init(base[1], ll.LoRAConfig())), 0.0), dequantize=True)
+    alone = ll.merged(
+        base[1], ll.scale(moved(ll.init(base[1], ll.LoRAConfig())), 0.0), dequantize=True
+    )
     close(alone(x), base[1](x), 1e-4)
 
 
@@ -118,12 +127,20 @@ def test_a_packing_that_nobody_knows_is_asked_for_its_values() -> None:
 
         def __init__(self, dense: nn.Linear) -> None:
             super().__init__()
-            self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, dense.bias
+            self.in_features, self.out_features, self.bias = (
+                dense.in_features,
+                dense.out_features,
+                dense.bias,
+            )
             self.register_buffer("scales", dense.weight.abs().amax(1) / 127)
-            self.weight = nn.Parameter((dense.weight / self.scales[:, None]).round().to(torch.int8), requires_grad=False)
+            self.weight = nn.Parameter(
+                (dense.weight / self.scales[:, None]).round().to(torch.int8), requires_grad=False
+            )
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scales[:, None].to(x.dtype), self.bias)
+            return nn.functional.linear(
+                x, self.weight.to(x.dtype) * self.scales[:, None].to(x.dtype), self.bias
+            )
 
     base, x = nn.Sequential(Rows(plain()[0])), torch.randn(4, 64)
     W = base[0].weight * base[0].scales[:, None]
@@ -131,7 +148,10 @@ def test_a_packing_that_nobody_knows_is_asked_for_its_values() -> None:
     params = moved(ll.init(base, ll.DoRAConfig(r=4)))
     close(ll.merged(base, params, dequantize=True)(x), ll.apply(base, params, x), 1e-5)
     base[0].forward = None
-    with pytest.raises(ll.UnsupportedError, match=r"site '0': pissa needs the dense weight; Rows keeps its weight in a packing"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"site '0': pissa needs the dense weight; Rows keeps its weight in a packing",
+    ):
         ll.init(base, ll.PiSSAConfig(r=4))
 
 
@@ -159,8 +179,14 @@ def test_rows_of_every_method(kind: str) -> None:
             continue
         members = [moved(ll.init(base, case.config(r=4), seed=seed), seed, 0.05) for seed in (1, 2)]
         stack = ll.stack(members)
-        each = [ll.apply(base, members[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
-        close(ll.apply(base, ll.rows(stack, ids), x), torch.cat(each), 2e-2 if kind == "8bit" else 1e-4)  # 8 bits: rounded by the batch
+        each = [
+            ll.apply(base, members[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)
+        ]
+        close(
+            ll.apply(base, ll.rows(stack, ids), x),
+            torch.cat(each),
+            2e-2 if kind == "8bit" else 1e-4,
+        )  # 8 bits: rounded by the batch
         bound = ll.bind(base, ll.rows(stack, ids))
         bound(x).square().sum().backward()
         assert any(p.grad is not None and p.grad.any() for p in bound.parameters())

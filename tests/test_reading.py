@@ -16,7 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
 
-CONFIGS = [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4, detach_norm=False), ll.HRAConfig(r=4), ll.ROADConfig(group_size=4), ll.BitFitConfig()]
+CONFIGS = [
+    ll.LoRAConfig(r=4),
+    ll.DoRAConfig(r=4, detach_norm=False),
+    ll.HRAConfig(r=4),
+    ll.ROADConfig(group_size=4),
+    ll.BitFitConfig(),
+]
 method = pytest.mark.parametrize("cfg", CONFIGS, ids=lambda c: type(c).__name__)
 
 USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -24,9 +30,13 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "matmul": lambda m, x: x @ m.weight.T + m.bias,
     "from the left": lambda m, x: (m.weight @ x.mT).mT + m.bias.float().double(),
     "addmm": lambda m, x: torch.addmm(m.bias, x, m.weight.t()),
-    "slices": lambda m, x: torch.cat([F.linear(x, w) for w in m.weight.chunk(2)], -1) + m.bias[None],
+    "slices": lambda m, x: (
+        torch.cat([F.linear(x, w) for w in m.weight.chunk(2)], -1) + m.bias[None]
+    ),
     "item": lambda m, x: F.linear(x, m.weight[:, :], 1.0 * m.bias + 0.0),
-    "both": lambda m, x: m(x) + 0.5 * F.linear(x.to(m.weight.dtype), m.weight, m.bias) * (m.weight.shape[0] / 16),
+    "both": lambda m, x: (
+        m(x) + 0.5 * F.linear(x.to(m.weight.dtype), m.weight, m.bias) * (m.weight.shape[0] / 16)
+    ),
     "einsum": lambda m, x: torch.einsum("bi,oi->bo", x, m.weight) + m.bias,
     "convolution": lambda m, x: F.conv1d(x[..., None], m.weight.unsqueeze(-1), m.bias)[..., 0],
     "listed": lambda m, x: x @ torch.stack([m.weight, m.weight]).mean(0).mT + m.bias.to(x),
@@ -65,10 +75,20 @@ def test_any_use_of_a_weight_is_a_use_of_the_adapted_one(cfg: ll.AdapterConfig, 
     close(pickle.loads(pickle.dumps(bound))(X), expected, 1e-12)
     close(ll.apply(model, (params, params), X), ll.merged(dense, params)(X), 1e-12)
     trainable, frozen = ll.partition(params)
-    wanted = torch.func.grad(lambda t: torch.func.functional_call(model, ll.merge(model, ll.combine(t, frozen)), (X,)).square().sum())(
-        trainable
+    wanted = torch.func.grad(
+        lambda t: (
+            torch.func.functional_call(model, ll.merge(model, ll.combine(t, frozen)), (X,))
+            .square()
+            .sum()
+        )
+    )(trainable)
+    close(
+        torch.func.grad(lambda t: ll.apply(model, ll.combine(t, frozen), X).square().sum())(
+            trainable
+        ),
+        wanted,
+        1e-10,
     )
-    close(torch.func.grad(lambda t: ll.apply(model, ll.combine(t, frozen), X).square().sum())(trainable), wanted, 1e-10)
     several = [moved(params, seed) for seed in range(2)]
     ys = torch.func.vmap(lambda p: ll.apply(model, p, X))(ll.stack(several))
     close(ys, torch.stack([ll.apply(model, p, X) for p in several]), 1e-12)
@@ -90,7 +110,9 @@ def test_one_compiled_graph(use: str) -> None:
 def test_a_bias_that_an_adapter_brings() -> None:
     model = Reader("linear", bias=False)
     params = moved(ll.init(model, ll.BitFitConfig()))
-    close(ll.apply(model, params, X), model(X) + params["layer"]["lora_b"], 1e-12) if "lora_b" in params["layer"] else None
+    close(
+        ll.apply(model, params, X), model(X) + params["layer"]["lora_b"], 1e-12
+    ) if "lora_b" in params["layer"] else None
     assert (ll.apply(model, params, X) - model(X)).abs().max() > 1e-3
     lora = moved(ll.init(model, ll.LoRAConfig(r=4)))
     close(ll.apply(model, lora, X), ll.merged(model, lora)(X), 1e-12)
@@ -101,8 +123,19 @@ def test_questions_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ll.substitution, "merge_site", lambda *_: 1 / 0)
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
-    assert (weight.dtype, weight.shape, weight.device.type, weight.ndim, weight.numel()) == (torch.float64, (16, 16), "cpu", 2, 256)
-    assert (weight.size(0), weight.is_floating_point(), weight.requires_grad, layer.bias is not None) == (16, True, False, True)
+    assert (weight.dtype, weight.shape, weight.device.type, weight.ndim, weight.numel()) == (
+        torch.float64,
+        (16, 16),
+        "cpu",
+        2,
+        256,
+    )
+    assert (
+        weight.size(0),
+        weight.is_floating_point(),
+        weight.requires_grad,
+        layer.bias is not None,
+    ) == (16, True, False, True)
     with pytest.raises(ZeroDivisionError, match="division"):
         weight.sum()
 
@@ -121,7 +154,10 @@ def test_it_cannot_be_written_on() -> None:
         lambda: nn.init.normal_(bound.layer.bias),
     ]
     for write in writes:
-        with pytest.raises(ll.UnsupportedError, match=r"'layer\.(weight|bias)' is the weight with an adapter in.*named_parameters"):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match=r"'layer\.(weight|bias)' is the weight with an adapter in.*named_parameters",
+        ):
             write()
     with pytest.raises(TypeError, match="item assignment"):
         bound.layer.weight[0] = 0.0
@@ -133,7 +169,11 @@ def test_it_cannot_be_written_on() -> None:
     bound.load_state_dict({k: v + 1.0 for k, v in bound.state_dict().items()})
     dict(bound.named_parameters())["layer.weight"].data.sub_(1.0)
     close(bound.state_dict()["layer.weight"], before[0], 1e-12)
-    close(bound.get_parameter("layer.weight") - before[0], ll.merge(model, ll.unbind(bound))["layer.weight"] - before[0], 1e-12)
+    close(
+        bound.get_parameter("layer.weight") - before[0],
+        ll.merge(model, ll.unbind(bound))["layer.weight"] - before[0],
+        1e-12,
+    )
 
 
 def test_threads_in_one_bound_model() -> None:
@@ -154,7 +194,13 @@ def test_threads_in_one_bound_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.*:FutureWarning")
 @pytest.mark.parametrize(
-    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal, nn.utils.weight_norm, nn.utils.spectral_norm]
+    "wrap",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
 )
 @method
 def test_a_weight_that_is_computed(cfg: ll.AdapterConfig, wrap: Any) -> None:
@@ -175,7 +221,12 @@ def test_a_weight_that_is_computed(cfg: ll.AdapterConfig, wrap: Any) -> None:
 def test_a_method_without_a_dense_form_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     config = type("CallOnlyConfig", (ll.AdapterConfig,), {})
     spec = lambda cfg, site: {"lora_v": ll.ParamSpec((site.d_out,))}  # noqa: E731
-    variant = ll.Variant(name="call_only", config=config, param_specs=spec, outputs=lambda cfg, p, d, x, y, site: y + p["lora_v"])
+    variant = ll.Variant(
+        name="call_only",
+        config=config,
+        param_specs=spec,
+        outputs=lambda cfg, p, d, x, y, site: y + p["lora_v"],
+    )
     monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
     model = Reader("linear")
     with pytest.raises(ll.UnsupportedError, match="'layer': call_only has no dense equivalent"):
@@ -184,7 +235,9 @@ def test_a_method_without_a_dense_form_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Checkpointed(nn.Module):
-    """Blocks that are run again in the backward pass and share a table's weight, which is read before them."""
+    """Blocks that are run again in the backward pass and share a table's weight, which is read
+    before them.
+    """
 
     def __init__(self, through: str) -> None:
         super().__init__()
@@ -222,5 +275,8 @@ def test_a_weight_read_before_a_checkpoint_is_made_in_each_run_of_it(through: st
 def test_a_weight_that_an_autograd_function_would_take_is_refused() -> None:
     model = Checkpointed("reentrant arguments")
     params = ll.init(model, ll.LoRAConfig(r=2, target_kinds=("embedding",)))
-    with pytest.raises(ll.UnsupportedError, match=r"'table.weight' is the weight with an adapter in.*autograd.Function.*exclude_names"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"'table.weight' is the weight with an adapter in.*autograd.Function.*exclude_names",
+    ):
         ll.apply(model, params, X)

@@ -25,9 +25,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_every_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    from lora_lite_func import spec
+    from lora_lite_func.core import method as methods
 
-    registered = dict(spec._REGISTRY)
+    registered = dict(methods._REGISTRY)
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "readme"}
     module = type(sys)("readme")
@@ -40,14 +40,16 @@ def test_every_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
             exec(compile(block, "README.md", "exec"), module.__dict__)
     finally:
         del sys.modules["readme"]
-        spec._REGISTRY.clear()
-        spec._REGISTRY.update(registered)
+        methods._REGISTRY.clear()
+        methods._REGISTRY.update(registered)
         torch._dynamo.reset()
     assert "Adapter(lora: 1 sites" in capsys.readouterr().out
 
 
 BASH = [
-    line.partition("  #")[0].strip() for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+    for line in block.splitlines()
 ]
 
 
@@ -62,25 +64,49 @@ def test_the_command_line_block_runs(tmp_path: Path) -> None:
     assert [words[3] for words in commands] == ["inspect", "diff", "convert", "merge", "check"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for words in commands:
-        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == (words[3] == "diff"), done.stderr
         assert done.stdout.strip()
         assert not done.stderr
     merged = safetensors.torch.load_file(tmp_path / "merged_folder" / "model.safetensors")
-    close([merged[k] for k in sorted(merged)], [t for _, t in sorted(ll.merged(model, params).state_dict().items())], 1e-6)
+    close(
+        [merged[k] for k in sorted(merged)],
+        [t for _, t in sorted(ll.merged(model, params).state_dict().items())],
+        1e-6,
+    )
     x = torch.randn(3, 16)
-    close(ll.apply(model, ll.from_peft(tmp_path / "peft_folder", model), x), ll.apply(model, params, x), 1e-6)
+    close(
+        ll.apply(model, ll.from_peft(tmp_path / "peft_folder", model), x),
+        ll.apply(model, params, x),
+        1e-6,
+    )
 
 
 class _UnderstoodError(Exception):
     """A command's arguments were parsed, and it would start now."""
 
 
-NAMED = sorted({(m, a.strip()) for m, a in re.findall(r"python -m (benchmarks[\w.]*)((?: [^`\n#&]*)?)", re.sub("<!--.*?-->", "", README))})
+NAMED = sorted(
+    {
+        (m, a.strip())
+        for m, a in re.findall(
+            r"python -m (benchmarks[\w.]*)((?: [^`\n#&]*)?)", re.sub("<!--.*?-->", "", README)
+        )
+    }
+)
 
 
 @pytest.mark.parametrize(("module", "arguments"), NAMED)
-def test_a_command_that_is_named_is_understood(module: str, arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_is_named_is_understood(
+    module: str, arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(parser: argparse.ArgumentParser, arguments: Any = None, namespace: Any = None) -> None:
         _, more = parser.parse_known_args(arguments, namespace)
         assert not more, more
@@ -90,7 +116,9 @@ def test_a_command_that_is_named_is_understood(module: str, arguments: str, monk
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [module, *shlex.split(arguments)])
     found = importlib.import_module(f"{module}.__main__" if module == "benchmarks" else module)
-    if module == "benchmarks.methods_table":  # takes a file, and is held to it by the test of the table
+    if (
+        module == "benchmarks.methods_table"
+    ):  # takes a file, and is held to it by the test of the table
         assert (ROOT / arguments).is_file()
         return
     with pytest.raises(_UnderstoodError, match="ready"):
@@ -101,7 +129,9 @@ def test_what_the_installing_commands_name_exists() -> None:
     if sys.version_info < (3, 11):
         pytest.skip("tomllib came with 3.11")
     tomllib = importlib.import_module("tomllib")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     installing = [line for line in BASH if "pip install" in line]
     assert len(installing) == 2
     for line in installing:
@@ -123,7 +153,12 @@ def test_the_table_of_methods_is_what_the_records_say() -> None:
 
 
 def test_the_example_of_an_error_is_what_is_said() -> None:
-    model = torch.nn.ModuleDict({f"{i}": torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("q_proj", "v_proj")}) for i in range(7)})
+    model = torch.nn.ModuleDict(
+        {
+            f"{i}": torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("q_proj", "v_proj")})
+            for i in range(7)
+        }
+    )
     with pytest.raises(ll.TargetError, match="'q_porj' matched none of 14") as caught:
         ll.init(model, ll.LoRAConfig(r=2, target_names=("q_porj",)))
     assert f"TargetError: {caught.value}" in README

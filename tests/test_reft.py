@@ -28,7 +28,11 @@ def edited(params: ll.Adapter, path: str, h: Tensor, prompt: list[bool]) -> Tens
     p = params[path]
     where = [t for t, on in enumerate(prompt) if on]
     n = len(where)
-    first, last = (cfg.first, cfg.last) if n >= cfg.first + cfg.last else (min(cfg.first, n // 2), min(cfg.last, n - n // 2))
+    first, last = (
+        (cfg.first, cfg.last)
+        if n >= cfg.first + cfg.last
+        else (min(cfg.first, n // 2), min(cfg.last, n - n // 2))
+    )
     out = h.clone()
     for place, token in enumerate(where):
         both = [i for i, here in ((0, place < first), (-1, place >= n - last)) if here]
@@ -54,7 +58,13 @@ class Blocks(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
             y = layer(x, keep=True)
-            x = y if isinstance(y, Tensor) else next(iter(y.values())) if isinstance(y, dict) else y[0]
+            x = (
+                y
+                if isinstance(y, Tensor)
+                else next(iter(y.values()))
+                if isinstance(y, dict)
+                else y[0]
+            )
         return x
 
 
@@ -73,7 +83,13 @@ class Wrapped(nn.Module):
         return self.wrap(y) if self.wrap else y
 
 
-WRAPS = (None, lambda y: (y, "cache"), lambda y: [y, None], lambda y: {"last_hidden_state": y, "more": 1}, lambda y: Pair(y, "rest"))
+WRAPS = (
+    None,
+    lambda y: (y, "cache"),
+    lambda y: [y, None],
+    lambda y: {"last_hidden_state": y, "more": 1},
+    lambda y: Pair(y, "rest"),
+)
 
 
 def blocks(wrap: Any = None, width: int = 8) -> Blocks:
@@ -82,8 +98,17 @@ def blocks(wrap: Any = None, width: int = 8) -> Blocks:
 
 
 @every
-@given(first=st.integers(0, 3), last=st.integers(0, 3), tied=st.booleans(), tokens=st.integers(1, 7), r=st.integers(1, 4), data=st.data())
-def test_the_formula_token_by_token(config: Any, first: int, last: int, tied: bool, tokens: int, r: int, data: st.DataObject) -> None:
+@given(
+    first=st.integers(0, 3),
+    last=st.integers(0, 3),
+    tied=st.booleans(),
+    tokens=st.integers(1, 7),
+    r=st.integers(1, 4),
+    data=st.data(),
+)
+def test_the_formula_token_by_token(
+    config: Any, first: int, last: int, tied: bool, tokens: int, r: int, data: st.DataObject
+) -> None:
     if first + last == 0:
         with pytest.raises(ll.ConfigError, match="one of them more, found first=0, last=0"):
             config(first=0, last=0)
@@ -92,7 +117,9 @@ def test_the_formula_token_by_token(config: Any, first: int, last: int, tied: bo
     params = moved(ll.init(model, config(r=r, first=first, last=last, tied=tied)), size=0.3)
     assert list(params) == ["layers.0", "layers.1"]
     x = torch.randn(2, tokens, 8, dtype=torch.float64)
-    mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(2)])
+    mask = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(2)]
+    )
     expected = []
     for h, prompt in zip(x, mask.tolist(), strict=True):
         for path, layer in zip(params, model.layers, strict=True):
@@ -140,11 +167,23 @@ def test_transforms_and_threads_of_the_contract(config: Any) -> None:
 
     dead = {"lora_A", "lora_b", "lora_R0"} if config is ll.DiReFTConfig else {"lora_R0"}
     g = grad(loss)(start, x)
-    assert all((t.abs().max() > 0) == (name not in dead) for names in g.values() for name, t in names.items())
+    assert all(
+        (t.abs().max() > 0) == (name not in dead)
+        for names in g.values()
+        for name, t in names.items()
+    )
     several = [moved(start, seed) for seed in (1, 2)]
     stacked = ll.stack(several)
-    close(vmap(lambda p: ll.apply(model, p, x))(stacked), torch.stack([ll.apply(model, p, x) for p in several]), 1e-12)
-    close(vmap(grad(loss), in_dims=(0, None))(stacked, x), ll.stack([grad(loss)(p, x) for p in several]), 1e-10)
+    close(
+        vmap(lambda p: ll.apply(model, p, x))(stacked),
+        torch.stack([ll.apply(model, p, x) for p in several]),
+        1e-12,
+    )
+    close(
+        vmap(grad(loss), in_dims=(0, None))(stacked, x),
+        ll.stack([grad(loss)(p, x) for p in several]),
+        1e-10,
+    )
     params = several[0]
     per_row = vmap(grad(loss), in_dims=(None, 0))(params, x)
     close(per_row, ll.stack([grad(loss)(params, u) for u in x]), 1e-10)
@@ -155,14 +194,23 @@ def test_transforms_and_threads_of_the_contract(config: Any) -> None:
         return ll.apply(model, ll.combine(t, frozen), x)
 
     slope = jvp(f, (trainable,), (tangent,))[1]
-    ahead, behind = (f(pytree.tree_map(lambda t, v, h=h: t + h * v, trainable, tangent)) for h in (1e-5, -1e-5))
+    ahead, behind = (
+        f(pytree.tree_map(lambda t, v, h=h: t + h * v, trainable, tangent)) for h in (1e-5, -1e-5)
+    )
     close(slope, (ahead - behind) / 2e-5, 1e-6)
     for c in (0.0, 1.0):
-        close(ll.apply(model, ll.scale(params, c), x), model(x) if c == 0 else ll.apply(model, params, x), 1e-12)
+        close(
+            ll.apply(model, ll.scale(params, c), x),
+            model(x) if c == 0 else ll.apply(model, params, x),
+            1e-12,
+        )
     bound = ll.bind(ll.bind(model, params), start)
     for twin in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
         assert torch.equal(twin(x), ll.apply(model, params, x))
-    assert all(torch.equal(a, b) for a, b in zip(leaves(ll.unbind(bound)), leaves((params, start)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(leaves(ll.unbind(bound)), leaves((params, start)), strict=True)
+    )
     torch._dynamo.reset()
     compiled = torch.compile(lambda p, x: ll.apply(model, p, x), fullgraph=True, backend="eager")
     close(compiled(params, x), ll.apply(model, params, x), 1e-12)
@@ -175,7 +223,10 @@ def test_with_another_method_at_the_same_layer() -> None:
     model, x = net(), torch.randn(2, 5, 16, dtype=torch.float64)
     lora = moved(ll.init(model, ll.LoRAConfig(r=2)))
     reft = moved(ll.init(model, ll.LoReFTConfig(r=2, target_names=("up$",), first=1, last=0)))
-    assert {(path, site.d_out) for path, site in reft.sites.items()} == {("layers.0.up", 24), ("layers.1.up", 24)}
+    assert {(path, site.d_out) for path, site in reft.sites.items()} == {
+        ("layers.0.up", 24),
+        ("layers.1.up", 24),
+    }
     both = ll.apply(model, (lora, reft), x)
     close(both, ll.apply(ll.merged(model, lora), reft, x), 1e-12)
     assert (both - ll.apply(model, lora, x)).abs().max() > 1e-3
@@ -185,7 +236,10 @@ def test_with_another_method_at_the_same_layer() -> None:
 def test_what_is_refused() -> None:
     model, x = blocks(), torch.randn(2, 5, 8, dtype=torch.float64)
     params = ll.init(model, ll.LoReFTConfig(r=2))
-    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0': the prompt's mask is \(2, 4\), the hidden state here has tokens \(2, 5\)"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"'layers\.0': the prompt's mask is \(2, 4\), the hidden state here has tokens \(2, 5\)",
+    ):
         ll.apply(model, ll.prompted(params, torch.ones(2, 4)), x)
     with pytest.raises(ll.StructureError, match="expected a mask"):
         ll.prompted(params, [1, 1])  # type: ignore[arg-type]
@@ -194,7 +248,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(ll.UnsupportedError, match="rank"):
         ll.init(model, ll.LoReFTConfig(r=9))
     wide = blocks(lambda y: (y.sum(), y))
-    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0': expected a hidden state \(\.\.\., 8\) first"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'layers\.0': expected a hidden state \(\.\.\., 8\) first"
+    ):
         ll.apply(wide, params, x)
 
 
@@ -202,22 +258,43 @@ def test_what_is_refused() -> None:
 def test_generation_edits_the_prompt_alone(config: Any) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)
+    ).eval()
     params = moved(ll.init(model, config(r=4, first=2, last=1, tied=False)), size=0.3)
     ids, mask = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long)
     mask[0, :3] = 0  # padded on the left
-    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    how = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     generated = ll.bind(model, params).generate(ids, **how)
     sequence = ids
     with torch.no_grad():  # without a cache, the prompt told
         for done in range(6):
             attention = torch.cat([mask, mask.new_ones(3, done)], 1)
             told = ll.prompted(params, torch.cat([mask, mask.new_zeros(3, done)], 1))
-            logits = ll.apply(model, told, input_ids=sequence, attention_mask=attention).logits[:, -1]
+            logits = ll.apply(model, told, input_ids=sequence, attention_mask=attention).logits[
+                :, -1
+            ]
             sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(generated, sequence)
-    alone = [ll.bind(model, params).generate(ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}) for i in range(3)]
+    alone = [
+        ll.bind(model, params).generate(
+            ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}
+        )
+        for i in range(3)
+    ]
     assert torch.equal(generated, torch.cat(alone))  # without padding a model may be given no mask
     ids_of = torch.tensor([1, -1, 0])
     stack = ll.stack([params, moved(params, 7)])
@@ -226,18 +303,27 @@ def test_generation_edits_the_prompt_alone(config: Any) -> None:
         mixed = ll.bind(model, ll.rows(stack, ids_of.repeat_interleave(beams))).generate(ids, **how)
         for i, member in enumerate(ids_of.tolist()):
             one = model if member < 0 else ll.bind(model, stack[member])
-            assert torch.equal(mixed[i : i + 1], one.generate(ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}))
+            assert torch.equal(
+                mixed[i : i + 1],
+                one.generate(ids[i : i + 1], **{**how, "attention_mask": mask[i : i + 1]}),
+            )
     how["num_beams"] = 1
     assert not torch.equal(generated, model.generate(ids, **how))
 
 
 @pytest.mark.parametrize("cfg", [ll.LoReFTConfig, ll.DiReFTConfig])
 def test_blocks_that_are_lists_of_layers_are_bound(cfg: Any) -> None:
-    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2))).double()
+    blocks = nn.Sequential(
+        *(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2))
+    ).double()
     params = moved(ll.init(blocks, cfg(r=4, first=2, last=2, target_names=(r"^\d$",))))
     x = torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = ll.apply(blocks, params, x)
-    for bound in (ll.bind(blocks, params), ll.prepared(blocks, params), copy.deepcopy(ll.bind(blocks, params))):
+    for bound in (
+        ll.bind(blocks, params),
+        ll.prepared(blocks, params),
+        copy.deepcopy(ll.bind(blocks, params)),
+    ):
         close(bound(x), y, 1e-12)
         assert (len(bound[0]), bound[0][-1].__class__) == (2, nn.Tanh)
         close(torch.compile(bound, fullgraph=True, backend="eager")(x), y, 1e-12)

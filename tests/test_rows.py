@@ -20,7 +20,9 @@ import lora_lite_func as ll
 every = pytest.mark.parametrize("case", CASES + CALIBRATED, ids=repr)
 
 
-def several(case: Case, count: int, model: Net | None = None, **fields: Any) -> tuple[Net, list[ll.Adapter]]:
+def several(
+    case: Case, count: int, model: Net | None = None, **fields: Any
+) -> tuple[Net, list[ll.Adapter]]:
     """A net and adapters of one method, as if trained."""
     model = net() if model is None else model
     first = start(case, model, case.config(**{"r": 4, **fields}))
@@ -29,7 +31,10 @@ def several(case: Case, count: int, model: Net | None = None, **fields: Any) -> 
 
 def looped(model: nn.Module, members: list[ll.Adapter], ids: list[int], x: Tensor) -> Tensor:
     """Each row by its own adapter, one call per row."""
-    calls = [ll.apply(model, members[i], x[row : row + 1]) if i >= 0 else model(x[row : row + 1]) for row, i in enumerate(ids)]
+    calls = [
+        ll.apply(model, members[i], x[row : row + 1]) if i >= 0 else model(x[row : row + 1])
+        for row, i in enumerate(ids)
+    ]
     return torch.cat(calls) if calls else model(x)
 
 
@@ -37,20 +42,28 @@ def batch(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-mixes = st.integers(1, 4).flatmap(lambda k: st.tuples(st.just(k), st.lists(st.integers(-1, k - 1), min_size=1, max_size=9)))
+mixes = st.integers(1, 4).flatmap(
+    lambda k: st.tuples(st.just(k), st.lists(st.integers(-1, k - 1), min_size=1, max_size=9))
+)
 
 
-# ------------------------------------------------------------------------------------------------------------------ laws
+# --------------------------------------------------------------------------------------------- laws
 @every
 @given(mix=mixes, inner=st.sampled_from([(), (3,), (2, 2)]), sort=st.booleans())
-def test_rows_is_a_loop_over_members(case: Case, mix: tuple[int, list[int]], inner: tuple[int, ...], sort: bool) -> None:
+def test_rows_is_a_loop_over_members(
+    case: Case, mix: tuple[int, list[int]], inner: tuple[int, ...], sort: bool
+) -> None:
     count, ids = mix
     ids = sorted(ids) if sort else ids
     model, members = several(case, count)
     x = batch(len(ids), *inner, 16)
     before = snapshot(model)
     with torch.no_grad():
-        close(ll.apply(model, ll.rows(ll.stack(members), ids), x), looped(model, members, ids, x), 1e-9)
+        close(
+            ll.apply(model, ll.rows(ll.stack(members), ids), x),
+            looped(model, members, ids, x),
+            1e-9,
+        )
     assert same_state(before, snapshot(model))
 
 
@@ -69,7 +82,11 @@ def test_each_member_gets_exactly_its_own_gradient(case: Case, mix: tuple[int, l
     for i, member in enumerate(members):
         rows = [row for row, of in enumerate(ids) if of == i]
         own, rest = ll.partition(member)
-        mine = torch.func.grad(lambda t, rest=rest, rows=rows: ll.apply(model, ll.combine(t, rest), x[rows]).square().sum())(own)
+        mine = torch.func.grad(
+            lambda t, rest=rest, rows=rows: (
+                ll.apply(model, ll.combine(t, rest), x[rows]).square().sum()
+            )
+        )(own)
         got = torch.utils._pytree.tree_map(lambda t, i=i: t[i], found)
         close(got, mine, 1e-8)
         assert rows or all(not g.any() for g in leaves(got))
@@ -93,7 +110,10 @@ def test_bind_takes_rows_and_trains_the_stack(case: Case) -> None:
 @every
 def test_vmap_over_a_stack_of_unlike_strengths_is_a_loop(case: Case) -> None:
     model, _ = several(case, 1)
-    members = [moved(start(case, model, case.config(r=4, alpha=alpha)), i) for i, alpha in enumerate((1.0, 8.0, 12.5))]
+    members = [
+        moved(start(case, model, case.config(r=4, alpha=alpha)), i)
+        for i, alpha in enumerate((1.0, 8.0, 12.5))
+    ]
     stack, x = ll.stack(members), batch(3, 16)
     ys = torch.func.vmap(lambda p: ll.apply(model, p, x))(stack)
     close(ys, torch.stack([ll.apply(model, p, x) for p in members]), 1e-10)
@@ -107,15 +127,26 @@ def test_vmap_over_a_stack_of_unlike_strengths_is_a_loop(case: Case) -> None:
         assert all(torch.equal(a, b) for a, b in zip(leaves(again), leaves(member), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- ranks and names
+# ---------------------------------------------------------------------------------- ranks and names
 @every
 def test_ranks_are_padded_or_refused_by_name(case: Case) -> None:
     model, _ = several(case, 1)
-    members = [moved(start(case, model, case.config(r=r, alpha=a)), i) for i, (r, a) in enumerate(((2, 1.0), (8, 16.0), (4, 4.0)))]
-    axes = [s.rank_axis for s in members[0].layout.variant.param_specs(members[0].config, next(iter(members[0].sites.values()))).values()]
+    members = [
+        moved(start(case, model, case.config(r=r, alpha=a)), i)
+        for i, (r, a) in enumerate(((2, 1.0), (8, 16.0), (4, 4.0)))
+    ]
+    axes = [
+        s.rank_axis
+        for s in members[0]
+        .layout.variant.param_specs(members[0].config, next(iter(members[0].sites.values())))
+        .values()
+    ]
     shapes = {tuple(t.shape for t in leaves(m)) for m in members}
     if len(shapes) > 1 and all(axis is None for axis in axes):
-        with pytest.raises(ll.StructureError, match=r"stack: number 1 (has other tensors|differs) at 'layers.0.down'.*(padded|lora_w)"):
+        with pytest.raises(
+            ll.StructureError,
+            match=r"stack: number 1 (has other tensors|differs) at 'layers.0.down'.*(padded|lora_w)",
+        ):
             ll.stack(members)
         return
     stack, ids, x = ll.stack(members), [2, 0, 1, -1, 0], batch(5, 2, 16)
@@ -131,7 +162,9 @@ def test_padding_stays_zero_in_training() -> None:
     stack = ll.stack([moved(ll.init(model, ll.LoRAConfig(r=r)), r) for r in (2, 8)])
     trainable, frozen = ll.partition(stack)
     x = batch(4, 16)
-    g = torch.func.grad(lambda t: ll.apply(model, ll.rows(ll.combine(t, frozen), [0, 1, 0, 1]), x).square().sum())(trainable)
+    g = torch.func.grad(
+        lambda t: ll.apply(model, ll.rows(ll.combine(t, frozen), [0, 1, 0, 1]), x).square().sum()
+    )(trainable)
     assert not g["layers.0.up"]["lora_A"][0, 2:].any()
     assert not g["layers.0.up"]["lora_B"][0, :, 2:].any()
     assert g["layers.0.up"]["lora_B"][1, :, 2:].any()
@@ -143,7 +176,11 @@ def test_a_stack_has_names() -> None:
     assert ll.names(stack) == ("fr", "de")
     assert ll.num_members(stack) == 2
     x = batch(4, 16)
-    close(ll.apply(model, ll.rows(stack, ["de", None, "fr", "de"]), x), looped(model, [fr, de], [1, -1, 0, 1], x), 1e-10)
+    close(
+        ll.apply(model, ll.rows(stack, ["de", None, "fr", "de"]), x),
+        looped(model, [fr, de], [1, -1, 0, 1], x),
+        1e-10,
+    )
     close(stack[1], de, 0.0)
     close(stack[-1], de, 0.0)
     swapped = ll.update(stack, "fr", de)
@@ -165,7 +202,7 @@ def test_a_stack_has_names() -> None:
         stack[2]
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -188,7 +225,10 @@ def test_ids_that_are_none(ids: Any, message: str) -> None:
 
 def test_rows_of_what_is_no_stack() -> None:
     _, members = several(CASES[0], 2)
-    with pytest.raises(ll.StructureError, match=r"rows: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"rows: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)",
+    ):
         ll.rows(members[0], [0])
 
 
@@ -203,9 +243,15 @@ def test_more_rows_than_ids_may_be_repeats_or_tokens() -> None:
 def test_a_leading_dimension_that_is_not_rows_is_refused_with_the_path() -> None:
     model, members = several(CASES[0], 2)
     mixed = ll.rows(ll.stack(members), [0, 1])
-    with pytest.raises(ll.StructureError, match=r"site 'layers.0.up': rows expects .* 2 rows .* found shape \(6, 16\), 3 for each"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"site 'layers.0.up': rows expects .* 2 rows .* found shape \(6, 16\), 3 for each",
+    ):
         ll.apply(model, mixed, batch(6, 16))
-    with pytest.raises(ll.StructureError, match=r"site 'layers.0.up': rows expects .*found shape \(3, 16\)\. A layer"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"site 'layers.0.up': rows expects .*found shape \(3, 16\)\. A layer",
+    ):
         ll.apply(model, mixed, batch(3, 16))
 
 
@@ -221,13 +267,16 @@ def test_a_weight_that_is_read_without_a_call_is_refused_with_the_path() -> None
     model = Reader().double()
     for kind, chosen in (("conv", {"target_kinds": "conv"}), ("lin", {})):
         members = [ll.init(model, ll.LoRAConfig(r=2, **chosen), seed=s) for s in (0, 1)]
-        with pytest.raises(ll.UnsupportedError, match=f"'{kind}'.*the weight itself is used here, one for the whole batch"):
+        with pytest.raises(
+            ll.UnsupportedError,
+            match=f"'{kind}'.*the weight itself is used here, one for the whole batch",
+        ):
             ll.apply(model, ll.rows(ll.stack(members), [0, 1]), batch(2, 16), kind)
     with pytest.raises(ll.UnsupportedError, match="one for the whole batch"):
         ll.merge(net(), ll.rows(ll.stack(several(CASES[0], 2)[1]), [0, 1]))
 
 
-# ------------------------------------------------------------------------------------------------------------ composition
+# -------------------------------------------------------------------------------------- composition
 def test_rows_and_plain_adapters_compose_in_order() -> None:
     model, members = several(CASES[0], 3)
     gate = moved(ll.init(model, ll.IA3Config()), 9)
@@ -241,7 +290,10 @@ def test_rows_and_plain_adapters_compose_in_order() -> None:
 
     for order in (lambda a, b, c: (a, b, c), lambda a, b, c: (c, b, a), lambda a, b, c: (b, c, a)):
         pairs = enumerate(zip(ids, second, strict=True))
-        wanted = [ll.apply(model, order(of(members, i), (gate,), of(others, j)), x[n : n + 1]) for n, (i, j) in pairs]
+        wanted = [
+            ll.apply(model, order(of(members, i), (gate,), of(others, j)), x[n : n + 1])
+            for n, (i, j) in pairs
+        ]
         close(ll.apply(model, order(mixed, gate, turned), x), torch.cat(wanted), 1e-9)
 
 
@@ -249,18 +301,25 @@ def test_a_method_that_reads_the_layer_goes_inside_rows() -> None:
     model, members = several(CASES[0], 2)
     dora = moved(ll.init(model, ll.DoRAConfig(r=2)), 3)
     mixed, x = ll.rows(ll.stack(members), [1, 0]), batch(2, 16)
-    wanted = torch.cat([ll.apply(model, (dora, members[i]), x[n : n + 1]) for n, i in enumerate((1, 0))])
+    wanted = torch.cat(
+        [ll.apply(model, (dora, members[i]), x[n : n + 1]) for n, i in enumerate((1, 0))]
+    )
     close(ll.apply(model, (dora, mixed), x), wanted, 1e-10)
-    with pytest.raises(ll.UnsupportedError, match="dora reads the layer underneath, which here is another one for each row"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match="dora reads the layer underneath, which here is another one for each row",
+    ):
         ll.apply(model, (mixed, dora), x)
 
 
-# ------------------------------------------------------------------------------------------------------------- transforms
+# --------------------------------------------------------------------------------------- transforms
 def test_one_graph_serves_every_mix_inside_a_compiled_call() -> None:
     model, members = several(CASES[0], 3)
     stack, x = ll.stack(members), batch(6, 2, 16)
     counter = CompileCounter()
-    step = torch.compile(lambda s, ids, x: ll.apply(model, ll.rows(s, ids), x), fullgraph=True, backend=counter)
+    step = torch.compile(
+        lambda s, ids, x: ll.apply(model, ll.rows(s, ids), x), fullgraph=True, backend=counter
+    )
     for ids in ([0, 1, 2, 0, 1, 2], [2, 2, -1, 0, 0, 0], [-1] * 6, [1] * 6):
         close(step(stack, torch.tensor(ids), x), looped(model, members, ids, x), 1e-9)
     assert counter.frame_count == 1
@@ -275,7 +334,9 @@ def test_one_graph_serves_every_value_of_rows() -> None:
     model, members = several(CASES[0], 3)
     stack, x = ll.stack(members), batch(6, 2, 16)
     counter = CompileCounter()
-    step = torch.compile(lambda mixed, x: ll.apply(model, mixed, x), fullgraph=True, backend=counter)
+    step = torch.compile(
+        lambda mixed, x: ll.apply(model, mixed, x), fullgraph=True, backend=counter
+    )
     for ids in ([0, 1, 2, 0, 1, 2], [2, 2, -1, 0, 0, 0], [-1] * 6, [1] * 6):
         close(step(ll.rows(stack, ids), x), looped(model, members, ids, x), 1e-9)
     assert counter.frame_count == 1
@@ -284,7 +345,11 @@ def test_one_graph_serves_every_value_of_rows() -> None:
 def test_a_compiled_call_may_have_its_ids_as_numbers() -> None:
     model, members = several(CASES[0], 3)
     stack, x = ll.stack(members), batch(4, 2, 16)
-    step = torch.compile(lambda s, x: ll.apply(model, ll.rows(s, [2, 0, None, 0]), x), fullgraph=True, backend="eager")
+    step = torch.compile(
+        lambda s, x: ll.apply(model, ll.rows(s, [2, 0, None, 0]), x),
+        fullgraph=True,
+        backend="eager",
+    )
     close(step(stack, x), looped(model, members, [2, 0, -1, 0], x), 1e-9)
 
 
@@ -293,7 +358,13 @@ def test_rows_is_a_tree_and_ids_may_be_mapped() -> None:
     stack, x = ll.stack(members), batch(4, 16)
     mixed = ll.rows(stack, [1, -1, 0, 2])
     g = torch.func.grad(lambda m: ll.apply(model, m, x).square().sum())(mixed)
-    close(g.stack, torch.func.grad(lambda s: ll.apply(model, ll.rows(s, [1, -1, 0, 2]), x).square().sum())(stack), 1e-12)
+    close(
+        g.stack,
+        torch.func.grad(lambda s: ll.apply(model, ll.rows(s, [1, -1, 0, 2]), x).square().sum())(
+            stack
+        ),
+        1e-12,
+    )
     both = torch.tensor([[1, -1, 0, 2], [0, 0, 2, 2]])
     ys = torch.func.vmap(lambda ids: ll.apply(model, ll.rows(stack, ids), x))(both)
     close(ys, torch.stack([looped(model, members, ids, x) for ids in both.tolist()]), 1e-10)
@@ -336,14 +407,20 @@ def test_layers_that_share_an_input_sort_it_once_and_see_it_change() -> None:
     members = [moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2)]
     ids, x = [1, 0, 1], batch(3, 8)
     with torch.no_grad():
-        wanted = torch.cat([ll.apply(model, members[i], x[n : n + 1].clone()) for n, i in enumerate(ids)])
+        wanted = torch.cat(
+            [ll.apply(model, members[i], x[n : n + 1].clone()) for n, i in enumerate(ids)]
+        )
         close(ll.apply(model, ll.rows(ll.stack(members), ids), x.clone()), wanted, 1e-10)
 
 
 def unsorted() -> tuple[nn.Module, nn.Module]:
-    """A linear layer bound with rows of unlike members in no order, and the same bound for each call anew."""
+    """A linear layer bound with rows of unlike members in no order, and the same bound for each
+    call anew.
+    """
     model = nn.Linear(8, 8).double()
-    mixed = ll.rows(ll.stack([moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2, 3)]), [2, 0, 1, 0])
+    mixed = ll.rows(
+        ll.stack([moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2, 3)]), [2, 0, 1, 0]
+    )
     return ll.bind(model, mixed), ll.bind(model, mixed)
 
 
@@ -397,7 +474,7 @@ def test_inputs_die_when_nobody_holds_them(grad: bool) -> None:
     assert gone() is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- storages
+# ----------------------------------------------------------------------------------------- storages
 def test_no_base_weight_is_copied() -> None:
     model, members = several(CASES[0], 5, net(width=13, inner=29, out=7))
     stack, x = ll.stack(members), batch(6, 13)
@@ -405,17 +482,26 @@ def test_no_base_weight_is_copied() -> None:
     made: list[tuple[int, ...]] = []
 
     class Census(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             known = {p.untyped_storage().data_ptr() for p in model.parameters()}
             for t in torch.utils._pytree.tree_leaves(out):
-                if isinstance(t, Tensor) and t.ndim > 1 and t.shape[-2:] in sizes and t.untyped_storage().data_ptr() not in known:
+                if (
+                    isinstance(t, Tensor)
+                    and t.ndim > 1
+                    and t.shape[-2:] in sizes
+                    and t.untyped_storage().data_ptr() not in known
+                ):
                     made.append(tuple(t.shape))
             return out
 
     for call in (
         lambda: ll.apply(model, ll.rows(stack, [3, 1, 0, -1, 4, 2]), x),
-        lambda: torch.func.grad(lambda s: ll.apply(model, ll.rows(s, [*range(5), 4]), x).square().sum())(stack),
+        lambda: torch.func.grad(
+            lambda s: ll.apply(model, ll.rows(s, [*range(5), 4]), x).square().sum()
+        )(stack),
         lambda: ll.bind(model, ll.rows(stack, [*range(5), 4]))(x),
         lambda: torch.func.vmap(lambda p: ll.apply(model, p, x))(stack),
     ):
@@ -428,24 +514,48 @@ def test_no_base_weight_is_copied() -> None:
 def test_generation_with_rows_is_generation_one_by_one(beams: int) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)
+    ).eval()
     inputs, mask, ids = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long), [1, -1, 0]
     mask[0, :3] = 0
-    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": beams}
-    configs = (ll.LoRAConfig(r=4), ll.HRAConfig(r=4), ll.DoRAConfig(r=4), ll.LoRAConfig(r=4, target_kinds=("embedding", "linear")))
+    how = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "num_beams": beams,
+    }
+    configs = (
+        ll.LoRAConfig(r=4),
+        ll.HRAConfig(r=4),
+        ll.DoRAConfig(r=4),
+        ll.LoRAConfig(r=4, target_kinds=("embedding", "linear")),
+    )
     for cfg in configs:
         members = [moved(ll.init(model, cfg, seed=seed), seed, 0.3) for seed in (1, 2)]
         rows = ll.rows(ll.stack(members), torch.tensor(ids).repeat_interleave(beams))
         mixed = ll.bind(model, rows).generate(inputs, attention_mask=mask, **how)
         for i, member in enumerate(ids):
             one = model if member < 0 else ll.bind(model, members[member])
-            assert torch.equal(mixed[i : i + 1], one.generate(inputs[i : i + 1], attention_mask=mask[i : i + 1], **how))
+            assert torch.equal(
+                mixed[i : i + 1],
+                one.generate(inputs[i : i + 1], attention_mask=mask[i : i + 1], **how),
+            )
 
 
 def test_a_trace_of_rows_is_refused_with_the_way_out() -> None:
     model = net()
     stack = ll.stack([ll.init(model, ll.LoRAConfig(r=2), seed=seed) for seed in (0, 1)])
     bound = ll.bind(model, ll.rows(stack, [0, 1, 1])).eval()
-    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0\.up'.*torch\.jit\.trace.*torch\.export"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'layers\.0\.up'.*torch\.jit\.trace.*torch\.export"
+    ):
         torch.jit.trace(bound, torch.zeros(3, 16, dtype=torch.float64))

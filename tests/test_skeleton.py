@@ -20,10 +20,12 @@ def adapter(model: nn.Module, **config: Any) -> ll.Adapter:
 
 
 def x16(*batch: int) -> Tensor:
-    return torch.randn(*(batch or (5,)), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        *(batch or (5,)), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- sharing, tying
+# ----------------------------------------------------------------------------------- sharing, tying
 class Twice(nn.Module):
     """One linear under two names, another tied to it by its weight."""
 
@@ -59,7 +61,9 @@ def test_two_names_of_one_module_are_refused_together() -> None:
     both = ll.init(twin, ll.LoRAConfig(r=4))
     assert set(both) == {"a", "b"}
     assert set(site) == {"a"}
-    with pytest.raises(ll.StructureError, match="site 'b' is the same module as one at another path"):
+    with pytest.raises(
+        ll.StructureError, match="site 'b' is the same module as one at another path"
+    ):
         ll.apply(model, both, x16())
 
 
@@ -71,9 +75,13 @@ def test_base_override_reaches_every_name_of_a_tied_parameter() -> None:
     assert torch.equal(y, expected)
     (g,) = torch.autograd.grad(y.sum(), W)
     assert g.abs().sum() > 0
-    with pytest.raises(ll.StructureError, match=r"no parameter or buffer 'c.weigth'; did you mean 'c.weight'"):
+    with pytest.raises(
+        ll.StructureError, match=r"no parameter or buffer 'c.weigth'; did you mean 'c.weight'"
+    ):
         ll.functional_call(model, {}, x, base={"c.weigth": W})
-    with pytest.raises(ll.StructureError, match=r"base 'c.weight': expected shape \(16, 16\), found \(3,\)"):
+    with pytest.raises(
+        ll.StructureError, match=r"base 'c.weight': expected shape \(16, 16\), found \(3,\)"
+    ):
         ll.functional_call(model, {}, x, base={"c.weight": torch.zeros(3)})
 
 
@@ -88,9 +96,11 @@ def test_the_model_itself_is_a_linear() -> None:
     close(y, ll.apply(model, params, input=x), 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ what instances carry
+# ----------------------------------------------------------------------------- what instances carry
 def hooked(module: nn.Module) -> None:
-    """As accelerate's add_hook_to_module does it: a partial on the instance around its old bound forward."""
+    """As accelerate's add_hook_to_module does it: a partial on the instance around its old bound
+    forward.
+    """
     old = module.forward
     module._old_forward = old  # type: ignore[assignment]
 
@@ -126,7 +136,11 @@ def test_a_closure_around_the_old_forward_is_bound_to_the_copy() -> None:
     inner = (F.linear(h, up.weight, up.bias)) * 3.0 + 4.0 * h @ site["lora_A"].T @ site["lora_B"].T
     t = torch.tanh(inner)
     down = params["layers.0.down"]
-    z = x + F.linear(t, block.down.weight, block.down.bias) + 4.0 * t @ down["lora_A"].T @ down["lora_B"].T
+    z = (
+        x
+        + F.linear(t, block.down.weight, block.down.bias)
+        + 4.0 * t @ down["lora_A"].T @ down["lora_B"].T
+    )
     close(y, model.head(z), 1e-12)
     assert (y - base).abs().max() > 1e-3
 
@@ -235,7 +249,7 @@ def test_a_copy_leaves_no_garbage_for_the_collector() -> None:
     assert alive[0]() is None
 
 
-# ----------------------------------------------------------------------------------------- the base is a constant
+# --------------------------------------------------------------------------- the base is a constant
 def test_the_base_is_a_constant_whatever_it_says() -> None:
     model, x = net(), x16()
     params = adapter(model)
@@ -260,7 +274,11 @@ def test_an_exception_inside_leaves_the_model_as_it_was() -> None:
 
 
 def test_training_mode_statistics_stay_as_they_were() -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4)).double().train()
+    model = (
+        nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4))
+        .double()
+        .train()
+    )
     params = adapter(model)
     before = snapshot(model)
     ll.apply(model, params, x16())
@@ -287,26 +305,43 @@ def test_changes_to_the_model_are_seen_at_the_next_call(change: str) -> None:
         model.layers[0].up = nn.Linear(16, 24, dtype=torch.float64)
     else:
         model.requires_grad_(False)
-    close(ll.apply(model, params, x), ll.merged(model, params)(x), 1e-5 if change == "half" else 1e-12)
+    close(
+        ll.apply(model, params, x), ll.merged(model, params)(x), 1e-5 if change == "half" else 1e-12
+    )
     assert ll.apply(model, params, x).dtype == x.dtype
 
 
 def test_a_site_that_is_not_there_or_has_other_sizes() -> None:
     params = adapter(net(depth=3))
-    with pytest.raises(ll.StructureError, match=r"no module at site 'layers\.2\.(up|down)'; did you mean 'layers\.[01]\.\1'"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"no module at site 'layers\.2\.(up|down)'; did you mean 'layers\.[01]\.\1'",
+    ):
         ll.apply(net(depth=2), params, x16())
-    with pytest.raises(ll.StructureError, match=r"site 'layers\.0\.up': expected 16 -> 24, found Linear \(16 -> 40\)"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"site 'layers\.0\.up': expected 16 -> 24, found Linear \(16 -> 40\)",
+    ):
         ll.apply(net(depth=3, inner=40), params, x16())
     model = net(depth=3)
     model.layers[1].up = nn.Identity()
-    with pytest.raises(ll.StructureError, match=r"site 'layers\.1\.up': expected 16 -> 24, found Identity \(no linear layer\)"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"site 'layers\.1\.up': expected 16 -> 24, found Identity \(no linear layer\)",
+    ):
         ll.bind(model, params)
 
 
-# ------------------------------------------------------------------------------------------------------- composition
+# -------------------------------------------------------------------------------------- composition
 def test_several_adapters_apply_in_order() -> None:
     model, x = net(), x16()
-    configs = (ll.HRAConfig(r=4), ll.LoRAConfig(r=4), ll.DoRAConfig(r=2), ll.IA3FFConfig(), ll.ROADConfig(group_size=4))
+    configs = (
+        ll.HRAConfig(r=4),
+        ll.LoRAConfig(r=4),
+        ll.DoRAConfig(r=2),
+        ll.IA3FFConfig(),
+        ll.ROADConfig(group_size=4),
+    )
     several = [moved(ll.init(model, cfg), seed) for seed, cfg in enumerate(configs)]
     y = ll.apply(model, several, x)
     dense: nn.Module = model
@@ -352,12 +387,16 @@ def test_bind_shares_storage_with_the_adapter_and_the_base() -> None:
         ll.unbind(model)
 
 
-# ------------------------------------------------------------------------------------------------ torch's own fast paths
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the bare base takes its fast path
+# --------------------------------------------------------------------------- torch's own fast paths
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors"
+)  # the bare base takes its fast path
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("grads", [False, True])
 def test_encoder_fast_path_does_not_skip_the_adapter(norm_first: bool, grads: bool) -> None:
-    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first, dtype=torch.float64)
+    layer = nn.TransformerEncoderLayer(
+        16, 4, 32, batch_first=True, norm_first=norm_first, dtype=torch.float64
+    )
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
     params = adapter(model)
     assert len(params) == 6
@@ -400,7 +439,9 @@ def test_parametrized_layers_work_and_refuse_to_merge() -> None:
     params = adapter(model)
     y = ll.apply(model, params, x)
     assert (y - model(x)).abs().max() > 1e-3
-    with pytest.raises(ll.UnsupportedError, match=r"'layers\.0\.up' \(\w+\): its weight is computed"):
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'layers\.0\.up' \(\w+\): its weight is computed"
+    ):
         ll.merge(model, params)
 
 
@@ -415,7 +456,9 @@ def test_dropout_only_in_training_mode_and_only_on_the_branch() -> None:
     assert (draws[0] - draws[1]).abs().max() > 1e-3
     zero = ll.scale(params, 0.0)
     assert torch.equal(ll.apply(model, zero, x), model(x))
-    torch.func.vmap(lambda p: ll.apply(model, p, x), randomness="different")(ll.stack([params, params]))
+    torch.func.vmap(lambda p: ll.apply(model, p, x), randomness="different")(
+        ll.stack([params, params])
+    )
 
 
 def test_wrappers_that_hide_their_modules_are_refused() -> None:
@@ -433,14 +476,18 @@ class Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_features = self.out_features = 16
-        self.weight = nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+        self.weight = nn.Parameter(
+            torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        )
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         return x @ self.weight.mT * gain
 
 
 @pytest.mark.parametrize(
-    "cfg", [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.HRAConfig(r=4), ll.ROADConfig(group_size=4)], ids=lambda c: type(c).__name__
+    "cfg",
+    [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.HRAConfig(r=4), ll.ROADConfig(group_size=4)],
+    ids=lambda c: type(c).__name__,
 )
 def test_linear_like_by_structure_alone(cfg: ll.AdapterConfig) -> None:
     model, x = nn.Sequential(Bare(), nn.Tanh(), Bare()), x16()
@@ -453,16 +500,24 @@ def test_a_bias_that_has_nowhere_to_go_is_refused_at_merge() -> None:
     model = nn.Sequential(Bare())
     params = moved(ll.init(model, ll.BitFitConfig()))
     assert (ll.apply(model, params, x16()) - model(x16())).abs().max() > 1e-3
-    with pytest.raises(ll.UnsupportedError, match=r"'0' \(Bare\): bitfit merges into a bias, and this layer has no parameter for one"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"'0' \(Bare\): bitfit merges into a bias, and this layer has no parameter for one",
+    ):
         ll.merge(model, params)
 
 
 def test_what_is_not_an_adapter_is_refused() -> None:
     model = net()
-    with pytest.raises(ll.StructureError, match="expected an Adapter, or a tuple, list or dict of them, found Tensor"):
+    with pytest.raises(
+        ll.StructureError,
+        match="expected an Adapter, or a tuple, list or dict of them, found Tensor",
+    ):
         ll.apply(model, torch.zeros(3), x16())  # type: ignore[arg-type]
     params = adapter(model)
-    with pytest.raises(ll.StructureError, match=r"a stack of 2 adapters; ll\.rows.*torch\.func\.vmap"):
+    with pytest.raises(
+        ll.StructureError, match=r"a stack of 2 adapters; ll\.rows.*torch\.func\.vmap"
+    ):
         ll.apply(model, ll.stack([params, params]), x16())
     with pytest.raises(ll.StructureError, match=r"ll\.combine\(trainable, frozen\)"):
         ll.apply(model, ll.partition(moved(ll.init(model, ll.PiSSAConfig(r=4))))[0], x16())

@@ -19,16 +19,35 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "spread.py"), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(HERE / "spread.py"),
+        str(tmp_path),
+    ]
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
 
     wanted = trained(ll.bind(net(depth=1), adapter()), slice(None))
     for way in ("ddp", "fsdp"):
-        close([torch.cat(halves) for halves in zip(first[way], second[way], strict=True)], wanted, 1e-9)
+        close(
+            [torch.cat(halves) for halves in zip(first[way], second[way], strict=True)],
+            wanted,
+            1e-9,
+        )
 
     alone = torch.utils._pytree.tree_leaves(members(range(4)))
     for found in (first, second):

@@ -16,19 +16,26 @@ import lora_lite_func as ll
 
 
 def data(n: int, *inner: int, seed: int = 0) -> Tensor:
-    return torch.randn(n, *inner, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        n, *inner, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def pairs(n: int = 6, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Two batches of texts (n, tokens, width) that differ by a shift, and noise."""
     shift = data(1, 1, seed=99)
-    return [(data(n, 3, seed=seed + i) + shift, data(n, 3, seed=seed + i + 50) - shift) for i in range(2)]
+    return [
+        (data(n, 3, seed=seed + i) + shift, data(n, 3, seed=seed + i + 50) - shift)
+        for i in range(2)
+    ]
 
 
 def inputs_at(model: nn.Module, path: str, x: Tensor) -> Tensor:
     """What comes to a layer at the last token."""
     seen: list[Tensor] = []
-    hook = model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0][:, -1]))
+    hook = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0][:, -1])
+    )
     model(x)
     hook.remove()
     return seen[0].detach()
@@ -43,7 +50,12 @@ def test_the_formula(r: int, seed: int) -> None:
     for path, p in params.items():
         W = model.get_submodule(path).weight.detach()
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        apart = torch.cat([inputs_at(model, path, a) - inputs_at(model, path, b) for a, b in pairs(seed=seed)]) @ Vh.T
+        apart = (
+            torch.cat(
+                [inputs_at(model, path, a) - inputs_at(model, path, b) for a, b in pairs(seed=seed)]
+            )
+            @ Vh.T
+        )
         for i in range(len(S)):
             if (apart[:, i] > 0).double().mean() < 0.5:
                 U[:, i], Vh[i], apart[:, i] = -U[:, i], -Vh[i], -apart[:, i]
@@ -51,18 +63,24 @@ def test_the_formula(r: int, seed: int) -> None:
         delta = m / m.norm()
         best = sorted(range(len(S)), key=lambda i: -abs(float(delta[i])))[:r]
         update = sum(S[i] * delta[i] * torch.outer(U[:, i], Vh[i]) for i in best)
-        close(ll.merge(model, params)[f"{path}.weight"], W + update, 1e-6)  # S and delta are kept in the adapter's dtype
+        close(
+            ll.merge(model, params)[f"{path}.weight"], W + update, 1e-6
+        )  # S and delta are kept in the adapter's dtype
         assert p["lora_delta"].shape == (r,)
 
 
 def test_strength_is_linear_and_zero_is_the_base(tmp_path: Path) -> None:
     model, x = net(), data(4, 5, seed=7)
-    params = ll.init(model, ll.SSteerConfig(r=4, target_names=(r"layers\.1\.down",)), calibration_data=pairs())
+    params = ll.init(
+        model, ll.SSteerConfig(r=4, target_names=(r"layers\.1\.down",)), calibration_data=pairs()
+    )
     base, plus, minus = (ll.apply(model, ll.scale(params, c), x) for c in (0.0, 1.0, -1.0))
     assert torch.equal(base, model(x))
     close(plus - base, base - minus, 1e-9)
     close(plus, ll.merged(model, params)(x), 1e-10)
-    swept = torch.func.vmap(lambda c: ll.apply(model, ll.scale(params, c), x))(torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64))
+    swept = torch.func.vmap(lambda c: ll.apply(model, ll.scale(params, c), x))(
+        torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)
+    )
     close(swept, torch.stack([base, plus, minus]), 1e-10)
     ll.save(params, tmp_path / "steer.safetensors")
     assert torch.equal(ll.apply(model, ll.load(tmp_path / "steer.safetensors", model), x), plus)
@@ -92,7 +110,9 @@ def test_padding_is_no_last_token_and_shards_add_up() -> None:
             return self.inner(x)
 
     model, cfg = Masked(), ll.SSteerConfig(r=3)
-    short = [tuple({"x": x, "attention_mask": torch.ones(x.shape[:2])} for x in pair) for pair in pairs()]
+    short = [
+        tuple({"x": x, "attention_mask": torch.ones(x.shape[:2])} for x in pair) for pair in pairs()
+    ]
     mask, more = torch.tensor([1, 1, 1, 0, 0]), data(6, 2, seed=1)
 
     def pad(x: Tensor) -> dict[str, Tensor]:
@@ -108,10 +128,16 @@ def test_padding_is_no_last_token_and_shards_add_up() -> None:
 @pytest.mark.parametrize(
     ("given_data", "message"),
     [
-        (None, r"s_steer starts from the layers' inputs: give calibration_data \(pairs \(positive, negative\)"),
+        (
+            None,
+            r"s_steer starts from the layers' inputs: give calibration_data \(pairs \(positive, negative\)",
+        ),
         ([data(3)], r"expected pairs \(positive, negative\), found Tensor"),
         ([(data(3), data(3), data(3))], "expected pairs"),
-        ([(data(3), data(2))], r"site 'layers\.0\.up': the positive batch has 3 rows, the negative one another number"),
+        (
+            [(data(3), data(2))],
+            r"site 'layers\.0\.up': the positive batch has 3 rows, the negative one another number",
+        ),
         ([(data(3), data(3))], "the positive and the negative inputs are the same here"),
         ([], "expected at least one batch"),
     ],
@@ -122,7 +148,13 @@ def test_what_is_refused(given_data: Any, message: str) -> None:
 
 
 def test_antipasto_takes_the_directions_in_which_the_outputs_vary() -> None:
-    model, batches = net(), [data(9, 4, seed=s) * torch.linspace(0.1, 3.0, 16, dtype=torch.float64) + 1.0 for s in range(3)]
+    model, batches = (
+        net(),
+        [
+            data(9, 4, seed=s) * torch.linspace(0.1, 3.0, 16, dtype=torch.float64) + 1.0
+            for s in range(3)
+        ],
+    )
     cfg = ll.AntiPaSTOConfig(r=4, select="spread")
     params = ll.init(model, cfg, calibration_data=batches)
     x = torch.cat([model.layers[0].norm(b).reshape(-1, 16) for b in batches]).detach()

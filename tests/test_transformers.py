@@ -18,7 +18,9 @@ import lora_lite_func as ll
 transformers = pytest.importorskip("transformers")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule"),
+    pytest.mark.filterwarnings(
+        "ignore:There is a performance drop because we have not yet implemented the batching rule"
+    ),
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -46,7 +48,12 @@ def qwen3() -> Any:
 def bert() -> Any:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64, max_position_embeddings=64
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=64,
+        max_position_embeddings=64,
     )
     return transformers.BertModel(config).eval()
 
@@ -54,7 +61,15 @@ def bert() -> Any:
 def t5() -> Any:
     torch.manual_seed(0)
     config = transformers.T5Config(
-        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=64,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     return transformers.T5ForConditionalGeneration(config).eval()
 
@@ -66,7 +81,11 @@ MASK[1, 5:] = 0
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "qwen3": (qwen3, {"input_ids": IDS, "attention_mask": MASK}, "logits"),
     "bert": (bert, {"input_ids": IDS, "attention_mask": MASK}, "last_hidden_state"),
-    "t5": (t5, {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :4]}, "logits"),
+    "t5": (
+        t5,
+        {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :4]},
+        "logits",
+    ),
 }
 CONFIGS = {
     "lora": ll.LoRAConfig(r=4),
@@ -92,18 +111,31 @@ def test_laws_on_real_architectures(name: str, cfg: ll.AdapterConfig, tmp_path: 
     with torch.no_grad():
         model(**inputs)  # a model may prepare itself on its first call
         before = snapshot(model)
-        close(ll.apply(model, start, **inputs)[key], model(**inputs)[key], 1e-5 if isinstance(cfg, ll.HRAConfig) else 0.0)
+        close(
+            ll.apply(model, start, **inputs)[key],
+            model(**inputs)[key],
+            1e-5 if isinstance(cfg, ll.HRAConfig) else 0.0,
+        )
         params = moved(start, size=0.05)
         y = ll.apply(model, params, **inputs)[key]
         assert (y - model(**inputs)[key]).abs().max() > 1e-3
         close(y, ll.merged(model, params)(**inputs)[key], 2e-5)
         close(y, ll.bind(model, params)(**inputs)[key], 1e-6)
         ll.save(params, tmp_path / "a.safetensors")
-        assert torch.equal(ll.apply(model, ll.load(tmp_path / "a.safetensors", model), **inputs)[key], y)
+        assert torch.equal(
+            ll.apply(model, ll.load(tmp_path / "a.safetensors", model), **inputs)[key], y
+        )
     trainable, frozen = ll.partition(params)
-    g = grad(lambda t: ll.apply(model, ll.combine(t, frozen), **inputs)[key].square().mean())(trainable)
+    g = grad(lambda t: ll.apply(model, ll.combine(t, frozen), **inputs)[key].square().mean())(
+        trainable
+    )
     unread = {"pooler.dense"} if name == "bert" else set()  # nothing reads BERT's pooler here
-    assert all((t.abs().max() > 0) == (path not in unread) for path, ts in g.items() for t in ts.values() if isinstance(t, torch.Tensor))
+    assert all(
+        (t.abs().max() > 0) == (path not in unread)
+        for path, ts in g.items()
+        for t in ts.values()
+        if isinstance(t, torch.Tensor)
+    )
     assert same_state(before, snapshot(model))
 
 
@@ -121,7 +153,11 @@ def test_one_graph_for_eight_adapters_of_different_alphas() -> None:
     torch._dynamo.reset()
     model = qwen3()
     counter = CompileCounter()
-    compiled = torch.compile(lambda p, ids: ll.apply(model, p, ids, use_cache=False).logits, backend=counter, fullgraph=True)
+    compiled = torch.compile(
+        lambda p, ids: ll.apply(model, p, ids, use_cache=False).logits,
+        backend=counter,
+        fullgraph=True,
+    )
     for i in range(8):
         params = moved(ll.init(model, ll.LoRAConfig(r=4, alpha=4.0 + i), seed=i))
         with torch.no_grad():
@@ -139,7 +175,11 @@ def test_two_hundred_calls_from_four_threads() -> None:
 
     def work(i: int) -> None:
         with torch.no_grad():
-            wrong.extend(i for _ in range(50) if not torch.equal(ll.apply(model, several[i], IDS).logits, expected[i]))
+            wrong.extend(
+                i
+                for _ in range(50)
+                if not torch.equal(ll.apply(model, several[i], IDS).logits, expected[i])
+            )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for t in threads:
@@ -159,7 +199,11 @@ def test_hidden_states_are_captured_once_and_off_the_model() -> None:
     assert same_state(before, snapshot(model))
 
 
-@pytest.mark.parametrize("settings", [{"do_sample": False}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"do_sample": False}, {"num_beams": 2}, {"do_sample": True}],
+    ids=["greedy", "beams", "sampling"],
+)
 def test_generate_on_a_bound_model(settings: dict[str, Any]) -> None:
     model = qwen3()
     params = moved(ll.init(model, ll.LoRAConfig(r=4)), size=0.3)
@@ -177,7 +221,9 @@ def test_gradient_checkpointing_through_the_library() -> None:
     wanted = torch.autograd.grad(ll.apply(model, params, IDS).logits.square().mean(), tensors)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    found = torch.autograd.grad(ll.apply(model, params, IDS, use_cache=False).logits.square().mean(), tensors)
+    found = torch.autograd.grad(
+        ll.apply(model, params, IDS, use_cache=False).logits.square().mean(), tensors
+    )
     close(found, wanted, 1e-5)
 
 
@@ -196,7 +242,7 @@ def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
             close(y.float(), base.float(), 0.05 if isinstance(cfg, ll.HRAConfig) else 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------ accelerate
+# --------------------------------------------------------------------------------------- accelerate
 def test_accelerate_dispatch_and_offload(tmp_path: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     plain = qwen3()
@@ -205,7 +251,11 @@ def test_accelerate_dispatch_and_offload(tmp_path: Any) -> None:
         with torch.no_grad():
             expected = ll.apply(plain, params, IDS).logits
         dispatched = accelerate.dispatch_model(
-            qwen3(), device_map={"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True, offload_dir=str(tmp_path)
+            qwen3(),
+            device_map={"model": "cpu", "lm_head": "cpu"},
+            main_device="cpu",
+            force_hooks=True,
+            offload_dir=str(tmp_path),
         )
         offloaded = accelerate.cpu_offload(qwen3(), execution_device=torch.device("cpu"))
         for model in (dispatched, offloaded):
@@ -218,4 +268,7 @@ def test_accelerate_dispatch_and_offload(tmp_path: Any) -> None:
             assert before == [(n, p.device, p.requires_grad) for n, p in model.named_parameters()]
             fresh = ll.init(model, cfg)
             assert {t.device.type for t in leaves(fresh)} == {"cpu"}
-            assert all(torch.equal(a, b) for a, b in zip(leaves(fresh), leaves(ll.init(plain, cfg)), strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(leaves(fresh), leaves(ll.init(plain, cfg)), strict=True)
+            )

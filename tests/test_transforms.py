@@ -35,7 +35,7 @@ def same(a: ll.Adapter, b: ll.Adapter) -> bool:
     return a.layout == b.layout and all(u.dtype == v.dtype and torch.equal(u, v) for u, v in pairs)
 
 
-# -------------------------------------------------------------------------------------------------- partition and combine
+# ---------------------------------------------------------------------------- partition and combine
 @every
 @given(data=st.data())
 def test_partition_then_combine_is_nothing(case: Case, data: st.DataObject) -> None:
@@ -66,9 +66,15 @@ def test_partition_by_default_parts_what_learns(case: Case) -> None:
 def test_combine_refuses_what_is_no_partition() -> None:
     params = lora()
     first, second = ll.partition(params, lambda path, name: name == "lora_A")
-    with pytest.raises(ll.StructureError, match=r"combine: 'layers.0.down' lora_A is in 2 of the 2 parts, expected one"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"combine: 'layers.0.down' lora_A is in 2 of the 2 parts, expected one",
+    ):
         ll.combine(first, params)
-    with pytest.raises(ll.StructureError, match=r"combine: 'layers.0.down' lora_A is in 0 of the 1 parts, expected one"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"combine: 'layers.0.down' lora_A is in 0 of the 1 parts, expected one",
+    ):
         ll.combine(second)
     with pytest.raises(ll.StructureError, match=r"combine differs at 'layers.0.down'.*alpha=3.0"):
         ll.combine(first, ll.partition(lora(alpha=3), lambda path, name: name != "lora_A")[0])
@@ -88,7 +94,7 @@ def test_combine_of_nothing(parts: Any) -> None:
         ll.combine(*parts)
 
 
-# ------------------------------------------------------------------------------------------------------ stack and unstack
+# -------------------------------------------------------------------------------- stack and unstack
 @every
 @given(count=st.integers(1, 4))
 def test_stack_then_unstack_is_nothing(case: Case, count: int) -> None:
@@ -117,9 +123,18 @@ def _other(**fields: Any) -> Callable[[], ll.Adapter]:
     [
         (_other(target_names="up"), r"number 1: site 'layers\.[01]\.down' is in the first alone"),
         (_other(exclude_names=()), "number 1: site 'head' is in the other alone"),
-        (lambda: ll.init(net(), ll.IA3Config()), "number 1 is 'ia3', the first 'lora': one method at a time"),
-        (_other(dropout=0.5), r"number 1 has other settings: .*dropout=0.5.*, the first .*dropout=0.0"),
-        (lambda: ll.init(net(width=8), ll.LoRAConfig(r=4)), "number 1 differs at 'layers.0.down': .*d_out=8.*d_out=16"),
+        (
+            lambda: ll.init(net(), ll.IA3Config()),
+            "number 1 is 'ia3', the first 'lora': one method at a time",
+        ),
+        (
+            _other(dropout=0.5),
+            r"number 1 has other settings: .*dropout=0.5.*, the first .*dropout=0.0",
+        ),
+        (
+            lambda: ll.init(net(width=8), ll.LoRAConfig(r=4)),
+            "number 1 differs at 'layers.0.down': .*d_out=8.*d_out=16",
+        ),
         (lambda: 3, "number 1: expected an Adapter, found int"),
         (lambda: {"layers.0.up": {}}, "number 1: expected an Adapter, found dict"),
     ],
@@ -127,30 +142,47 @@ def _other(**fields: Any) -> Callable[[], ll.Adapter]:
 def test_stack_names_the_first_difference(other: Callable[[], Any], message: str) -> None:
     with pytest.raises(ll.StructureError, match=f"stack: {message}"):
         ll.stack([lora(), other()])
-    with pytest.raises(ll.StructureError, match=f"stack: {message.replace('number 1', 'number 2')}"):
+    with pytest.raises(
+        ll.StructureError, match=f"stack: {message.replace('number 1', 'number 2')}"
+    ):
         ll.stack([lora(), lora(), other()])
 
 
 def test_stack_and_unstack_refuse_what_is_none() -> None:
     with pytest.raises(ll.StructureError, match="stack: expected at least one adapter, found none"):
         ll.stack([])
-    with pytest.raises(ll.StructureError, match=r"unstack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"unstack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)",
+    ):
         ll.unstack(lora())
     uneven = optree.tree_map(lambda t: t[: 1 + (t.shape[1] == 4)], ll.stack([lora(), lora()]))
-    with pytest.raises(ll.StructureError, match=r"unstack: expected one leading size, found \[1, 2\]"):
+    with pytest.raises(
+        ll.StructureError, match=r"unstack: expected one leading size, found \[1, 2\]"
+    ):
         ll.unstack(uneven)
-    with pytest.raises(ll.StructureError, match="unstack: expected one leading size, found no tensors"):
+    with pytest.raises(
+        ll.StructureError, match="unstack: expected one leading size, found no tensors"
+    ):
         ll.unstack(ll.partition(lora(), lambda *_: False)[0])
 
 
 @pytest.mark.parametrize(
     "act",
     [
-        pytest.param(lambda whole, part: ll.stack([part, whole]), id="a part first: the other's leaves vanish in silence"),
+        pytest.param(
+            lambda whole, part: ll.stack([part, whole]),
+            id="a part first: the other's leaves vanish in silence",
+        ),
         pytest.param(lambda whole, part: ll.stack([whole, part]), id="a part second: TypeError"),
         pytest.param(lambda whole, part: ll.stack([3]), id="a lone non-adapter: AttributeError"),
-        pytest.param(lambda whole, part: ll.unstack(3), id="unstack of a non-adapter: AttributeError"),
-        pytest.param(lambda whole, part: ll.stack(ll.init(torch.nn.Linear(2, 2), ll.LoRAConfig())), id="an adapter: AttributeError"),
+        pytest.param(
+            lambda whole, part: ll.unstack(3), id="unstack of a non-adapter: AttributeError"
+        ),
+        pytest.param(
+            lambda whole, part: ll.stack(ll.init(torch.nn.Linear(2, 2), ll.LoRAConfig())),
+            id="an adapter: AttributeError",
+        ),
     ],
 )
 def test_stack_of_what_does_not_stack(act: Callable[..., Any]) -> None:
@@ -167,9 +199,14 @@ def test_stack_does_not_promote_in_silence() -> None:
 def test_stack_names_the_leaf_that_differs() -> None:
     whole = lora()
     part, _ = ll.partition(whole, lambda path, name: name == "lora_A")
-    with pytest.raises(ll.StructureError, match=r"stack: number 1 differs at 'layers.0.down' lora_B: absent, the first \(16, 4\), torch"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"stack: number 1 differs at 'layers.0.down' lora_B: absent, the first \(16, 4\), torch",
+    ):
         ll.stack([whole, part])
-    with pytest.raises(ll.StructureError, match=r"stack: number 1 differs at 'layers.0.down' lora_A: \(2, 4, 24\)"):
+    with pytest.raises(
+        ll.StructureError, match=r"stack: number 1 differs at 'layers.0.down' lora_A: \(2, 4, 24\)"
+    ):
         ll.stack([whole, ll.stack([whole, whole])])
 
 
@@ -178,12 +215,18 @@ def test_a_refusal_names_only_what_differs() -> None:
         ll.stack([lora(), lora(dropout=0.5)])
 
 
-# ----------------------------------------------------------------------------------------------------------------- scale
+# -------------------------------------------------------------------------------------------- scale
 @every
-@pytest.mark.parametrize("strength", [0.5, torch.tensor(-1.0, dtype=torch.float64)], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    "strength", [0.5, torch.tensor(-1.0, dtype=torch.float64)], ids=["float", "tensor"]
+)
 def test_scaling_a_stack_is_scaling_its_members(case: Case, strength: Any) -> None:
     several = [made(case, seed) for seed in (1, 2)]
-    close(ll.scale(ll.stack(several), strength), ll.stack([ll.scale(p, strength) for p in several]), 1e-12)
+    close(
+        ll.scale(ll.stack(several), strength),
+        ll.stack([ll.scale(p, strength) for p in several]),
+        1e-12,
+    )
 
 
 @every
@@ -191,7 +234,11 @@ def test_a_stack_takes_a_strength_per_member(case: Case) -> None:
     several = [made(case, seed) for seed in (1, 2, 3)]
     strengths = torch.tensor([0.5, 0.0, -1.0], dtype=torch.float64)
     scaled = ll.scale(ll.stack(several), strengths)
-    close(scaled, ll.stack([ll.scale(p, c.item()) for p, c in zip(several, strengths, strict=True)]), 1e-12)
+    close(
+        scaled,
+        ll.stack([ll.scale(p, c.item()) for p, c in zip(several, strengths, strict=True)]),
+        1e-12,
+    )
     with pytest.raises(ValueError, match=r"same size in the mapped dimension|strength"):
         ll.scale(ll.stack(several), strengths[:2])
 
@@ -203,7 +250,9 @@ def test_scaling_is_pure_and_keeps_what_it_is(case: Case) -> None:
     for strength in (0.5, 2, torch.tensor(0.5)):
         scaled = ll.scale(params, strength)
         assert scaled.layout == params.layout
-        assert [(t.shape, t.dtype) for t in leaves(scaled)] == [(t.shape, t.dtype) for t in leaves(params)]
+        assert [(t.shape, t.dtype) for t in leaves(scaled)] == [
+            (t.shape, t.dtype) for t in leaves(params)
+        ]
     assert same(before, params)
 
 
@@ -223,34 +272,51 @@ def test_a_vector_of_strengths_needs_a_stack() -> None:
 def test_strengths_are_one_per_member() -> None:
     several = ll.stack([lora(), lora()])
     for strengths in (torch.zeros(3), torch.zeros(2, 2)):
-        with pytest.raises(ll.StructureError, match=r"scale: expected one strength or 2, one per member of the stack, found \("):
+        with pytest.raises(
+            ll.StructureError,
+            match=r"scale: expected one strength or 2, one per member of the stack, found \(",
+        ):
             ll.scale(several, strengths)
-    with pytest.raises(ll.StructureError, match=r"stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)"):
+    with pytest.raises(
+        ll.StructureError,
+        match=r"stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)",
+    ):
         ll.scale(lora(), torch.zeros(4))
 
 
-@pytest.mark.parametrize("verb", [ll.partition, ll.cast, ll.scale, ll.num_params, ll.unstack, ll.combine])
+@pytest.mark.parametrize(
+    "verb", [ll.partition, ll.cast, ll.scale, ll.num_params, ll.unstack, ll.combine]
+)
 def test_what_is_no_adapter(verb: Any) -> None:
     args = {ll.cast: (torch.float32,), ll.scale: (0.5,)}.get(verb, ())
-    with pytest.raises(ll.StructureError, match=f"{verb.__name__}: expected an Adapter, found dict"):
+    with pytest.raises(
+        ll.StructureError, match=f"{verb.__name__}: expected an Adapter, found dict"
+    ):
         verb({}, *args)
 
 
 def test_a_method_without_a_path_has_no_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     config = type("StiffConfig", (ll.AdapterConfig,), {})
-    variant = ll.Variant(name="stiff", config=config, param_specs=lambda cfg, site: {"lora_g": ll.ParamSpec((2,))})
+    variant = ll.Variant(
+        name="stiff", config=config, param_specs=lambda cfg, site: {"lora_g": ll.ParamSpec((2,))}
+    )
     monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
-    with pytest.raises(ll.UnsupportedError, match="stiff has no `scale` function in its Variant, so its strength can't be set"):
+    with pytest.raises(
+        ll.UnsupportedError,
+        match="stiff has no `scale` function in its Variant, so its strength can't be set",
+    ):
         ll.scale(ll.init(torch.nn.Linear(2, 2), config()), 0.5)
 
 
 def test_strength_is_differentiable() -> None:
     params, model, x = moved(lora()), net(), torch.randn(2, 16, dtype=torch.float64)
-    slope = torch.func.grad(lambda c: ll.apply(model, ll.scale(params, c), x).square().sum())(torch.tensor(1.0, dtype=torch.float64))
+    slope = torch.func.grad(lambda c: ll.apply(model, ll.scale(params, c), x).square().sum())(
+        torch.tensor(1.0, dtype=torch.float64)
+    )
     assert slope.abs() > 0
 
 
-# ---------------------------------------------------------------------------------------------------- cast, counts, table
+# ------------------------------------------------------------------------------ cast, counts, table
 @every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_cast_keeps_what_must_stay_wide(case: Case, dtype: torch.dtype) -> None:
@@ -264,13 +330,18 @@ def test_cast_keeps_what_must_stay_wide(case: Case, dtype: torch.dtype) -> None:
 
 def test_cast_refuses_what_is_no_floating_dtype() -> None:
     for dtype in (torch.int8, torch.bool, torch.complex64):
-        with pytest.raises(ll.StructureError, match=f"cast: expected a floating dtype, found {dtype}"):
+        with pytest.raises(
+            ll.StructureError, match=f"cast: expected a floating dtype, found {dtype}"
+        ):
             ll.cast(lora(), dtype)
 
 
 def test_a_part_can_be_cast() -> None:
     trainable, frozen = ll.partition(lora(), lambda path, name: name == "lora_A")
-    assert same(ll.combine(ll.cast(trainable, torch.float32), ll.cast(frozen, torch.float32)), ll.cast(lora(), torch.float32))
+    assert same(
+        ll.combine(ll.cast(trainable, torch.float32), ll.cast(frozen, torch.float32)),
+        ll.cast(lora(), torch.float32),
+    )
 
 
 def test_a_part_is_scaled_or_refused_with_words() -> None:
@@ -279,7 +350,9 @@ def test_a_part_is_scaled_or_refused_with_words() -> None:
 
 
 def test_cast_to_a_name_is_refused_with_words() -> None:
-    with pytest.raises(ll.StructureError, match="cast: expected a floating dtype, found 'bfloat16'"):
+    with pytest.raises(
+        ll.StructureError, match="cast: expected a floating dtype, found 'bfloat16'"
+    ):
         ll.cast(lora(), "bfloat16")  # type: ignore[arg-type]
 
 
@@ -288,7 +361,11 @@ def test_counts_and_table(case: Case) -> None:
     params = made(case)
     trainable, frozen = ll.partition(params)
     everything = sum(t.numel() for t in leaves(params))
-    assert ll.num_params(params) == sum(t.numel() for t in leaves(trainable)) == ll.num_params(trainable)
+    assert (
+        ll.num_params(params)
+        == sum(t.numel() for t in leaves(trainable))
+        == ll.num_params(trainable)
+    )
     assert ll.num_params(params, trainable_only=False) == everything
     assert ll.num_params(frozen) == 0
     assert ll.num_params(frozen, trainable_only=False) == everything - ll.num_params(params)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Layout, replace
-from .errors import ConfigError, StructureError
+from ..core.adapter import Adapter, replace
+from ..core.errors import ConfigError, StructureError
+from ..core.layout import Layout
 
 __all__ = ["Schedule", "State", "allocate", "budget", "orthogonality", "prune", "start"]
 
@@ -53,15 +54,31 @@ class Schedule:
     beta2: float = 0.85
 
     def __post_init__(self) -> None:
-        if min(self.initial_steps, self.final_steps) < 0 or self.initial_steps + self.final_steps >= self.total_steps:
-            raise ConfigError(f"Schedule: expected initial_steps + final_steps < total_steps, all of them at least 0, found {self}")
-        if self.target_r < 1 or self.interval < 1 or not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
-            raise ConfigError(f"Schedule: expected target_r and interval of at least 1 and betas in [0, 1), found {self}")
+        if (
+            min(self.initial_steps, self.final_steps) < 0
+            or self.initial_steps + self.final_steps >= self.total_steps
+        ):
+            raise ConfigError(
+                f"Schedule: expected initial_steps + final_steps < total_steps, all of them at "
+                f"least 0, found {self}"
+            )
+        if (
+            self.target_r < 1
+            or self.interval < 1
+            or not 0 <= self.beta1 < 1
+            or not 0 <= self.beta2 < 1
+        ):
+            raise ConfigError(
+                f"Schedule: expected target_r and interval of at least 1 and betas in [0, 1), "
+                f"found {self}"
+            )
 
 
 @dataclass(frozen=True)
 class State:
-    """What is carried from step to step: the schedule, two running means shaped like the adapter, and which triplets are in."""
+    """What is carried from step to step: the schedule, two running means shaped like the adapter,
+    and which triplets are in.
+    """
 
     schedule: Schedule
     sensitivity: Mapping[str, Mapping[str, Tensor]]
@@ -78,30 +95,42 @@ def start(params: Adapter, schedule: Schedule) -> State:
     _is_adalora(params)
     average = sum(site.r for site in params.sites.values()) / len(params)
     if schedule.target_r > average:
-        raise StructureError(f"adalora: expected target_r of at most the starting rank {average:g}, found {schedule.target_r}")
-    zeros = {path: {name: torch.zeros_like(t, dtype=torch.float32) for name, t in ts.items()} for path, ts in params.items()}
+        raise StructureError(
+            f"adalora: expected target_r of at most the starting rank {average:g}, found "
+            f"{schedule.target_r}"
+        )
+    zeros = {
+        path: {name: torch.zeros_like(t, dtype=torch.float32) for name, t in ts.items()}
+        for path, ts in params.items()
+    }
     keep = {path: torch.ones_like(ts["lora_E"], dtype=torch.bool) for path, ts in params.items()}
     return State(schedule, zeros, zeros, keep)
 
 
 def budget(schedule: Schedule, total: int, sites: int, step: int) -> int:
-    """How many triplets are left at a step (counted from 1): `total` at first, target_r * sites at last, a cubic between."""
+    """How many triplets are left at a step (counted from 1): `total` at first, target_r * sites at
+    last, a cubic between.
+    """
     target = schedule.target_r * sites
     if step <= schedule.initial_steps:
         return total
     if step > schedule.total_steps - schedule.final_steps:
         return target
-    share = (step - schedule.initial_steps) / (schedule.total_steps - schedule.initial_steps - schedule.final_steps)
+    share = (step - schedule.initial_steps) / (
+        schedule.total_steps - schedule.initial_steps - schedule.final_steps
+    )
     return int(target + (total - target) * (1.0 - share) ** 3)
 
 
 @torch.no_grad()
 def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adapter, State]:
-    """The adapter with the least important triplets at zero, and the next state. Vectors stay, so a triplet may come back.
+    """The adapter with the least important triplets at zero, and the next state. Vectors stay, so a
+    triplet may come back.
 
     Args:
         params: after the optimizer's step.
-        grads: path -> {lora_name: gradient} of that step, an Adapter as `torch.func.grad` gives it or any mapping like it.
+        grads: path -> {lora_name: gradient} of that step, an Adapter as `torch.func.grad` gives it
+            or any mapping like it.
         state: from `start` or the step before.
         step: number of this step, from 1.
 
@@ -114,19 +143,31 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
     deviation: dict[str, dict[str, Tensor]] = {}
     for path, ts in params.items():
         now = {name: (t * grads[path][name]).abs().float() for name, t in ts.items()}
-        mean[path] = {n: torch.lerp(v, state.sensitivity[path][n], schedule.beta1) for n, v in now.items()}
-        deviation[path] = {n: torch.lerp((v - mean[path][n]).abs(), state.uncertainty[path][n], schedule.beta2) for n, v in now.items()}
+        mean[path] = {
+            n: torch.lerp(v, state.sensitivity[path][n], schedule.beta1) for n, v in now.items()
+        }
+        deviation[path] = {
+            n: torch.lerp((v - mean[path][n]).abs(), state.uncertainty[path][n], schedule.beta2)
+            for n, v in now.items()
+        }
     keep = state.keep
     final = step > schedule.total_steps - schedule.final_steps
     if not final and step > schedule.initial_steps and step % schedule.interval == 0:
         keep = _choose(params, mean, deviation, step, schedule)
     elif step == schedule.total_steps - schedule.final_steps + 1:
-        keep = _choose(params, mean, deviation, step, schedule)  # the last choice, kept from here on
-    data = {path: {**ts, "lora_E": torch.where(keep[path], ts["lora_E"], 0.0)} for path, ts in params.items()}
+        keep = _choose(
+            params, mean, deviation, step, schedule
+        )  # the last choice, kept from here on
+    data = {
+        path: {**ts, "lora_E": torch.where(keep[path], ts["lora_E"], 0.0)}
+        for path, ts in params.items()
+    }
     return replace(params, data), State(schedule, mean, deviation, keep)
 
 
-def _choose(params: Adapter, mean: Any, deviation: Any, step: int, schedule: Schedule) -> dict[str, Tensor]:
+def _choose(
+    params: Adapter, mean: Any, deviation: Any, step: int, schedule: Schedule
+) -> dict[str, Tensor]:
     """The best triplets of all layers together, as a mask per site."""
     scores = {}
     for path in params:
@@ -140,7 +181,8 @@ def _choose(params: Adapter, mean: Any, deviation: Any, step: int, schedule: Sch
 
 
 def orthogonality(params: Adapter) -> Tensor:
-    """The penalty to add to the loss (usual weight 0.1 to 0.5): the mean of |P^T P - I| and |Q Q^T - I| over all sites, Frobenius.
+    """The penalty to add to the loss (usual weight 0.1 to 0.5): the mean of |P^T P - I| and |Q Q^T
+    - I| over all sites, Frobenius.
 
     Raises:
         StructureError: not an AdaLoRA adapter.
@@ -149,12 +191,16 @@ def orthogonality(params: Adapter) -> Tensor:
     norms = []
     for ts in params.values():
         eye = torch.eye(ts["lora_E"].numel(), dtype=ts["lora_A"].dtype, device=ts["lora_A"].device)
-        norms += [(ts["lora_A"] @ ts["lora_A"].mT - eye).norm(), (ts["lora_B"].mT @ ts["lora_B"] - eye).norm()]
+        norms += [
+            (ts["lora_A"] @ ts["lora_A"].mT - eye).norm(),
+            (ts["lora_B"].mT @ ts["lora_B"] - eye).norm(),
+        ]
     return torch.stack(norms).mean()
 
 
 def prune(params: Adapter) -> Adapter:
-    """The same function in fewer numbers: triplets whose value is zero dropped, and sites that have none left.
+    """The same function in fewer numbers: triplets whose value is zero dropped, and sites that have
+        none left.
 
     Raises:
         StructureError: not an AdaLoRA adapter, or nothing would be left.
@@ -166,10 +212,18 @@ def prune(params: Adapter) -> Adapter:
         r = int(kept.sum())
         if r:
             old = params.sites[path]
-            sites.append(dataclasses.replace(old, r=r, alpha=old.alpha * r / old.r))  # the scale alpha / r stays what it was
-            data[path] = {"lora_A": ts["lora_A"][kept], "lora_E": ts["lora_E"][kept], "lora_B": ts["lora_B"][:, kept].contiguous()}
+            sites.append(
+                dataclasses.replace(old, r=r, alpha=old.alpha * r / old.r)
+            )  # the scale alpha / r stays what it was
+            data[path] = {
+                "lora_A": ts["lora_A"][kept],
+                "lora_E": ts["lora_E"][kept],
+                "lora_B": ts["lora_B"][:, kept].contiguous(),
+            }
     if not sites:
-        raise StructureError("adalora.prune: every singular value is zero, so nothing would be left; train it first")
+        raise StructureError(
+            "adalora.prune: every singular value is zero, so nothing would be left; train it first"
+        )
     exact = {site.path: f"^{re.escape(site.path)}$" for site in sites}
     config = dataclasses.replace(
         params.config,

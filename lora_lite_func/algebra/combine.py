@@ -11,14 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, check_shapes
-from .errors import StructureError, UnsupportedError, shown
-from .layout import Layout
-from .ops import unfolded
-from .rng import generator
-from .spec import Site, lookup, site_for
-from .transforms import check_adapter
-from .variants import LoRAConfig
+from ..core.adapter import Adapter, check_shapes
+from ..core.errors import StructureError, UnsupportedError, short_repr
+from ..core.layout import Layout, unfolded
+from ..core.method import site_for, variant_for
+from ..core.random import generator
+from ..core.site import Site
+from ..variants import LoRAConfig
+from .tree import check_adapter
 
 __all__ = ["add", "combine_adapters"]
 
@@ -47,7 +47,8 @@ def combine_adapters(
     majority_sign: Literal["total", "frequency"] = "total",
     seed: int = 0,
 ) -> Adapter:
-    """One LoRA adapter of several low-rank ones. Pure; the names and definitions are those of PEFT's `add_weighted_adapter`.
+    """One LoRA adapter of several low-rank ones. Pure; the names and definitions are those of
+    PEFT's `add_weighted_adapter`.
 
     With D_i = s_i B_i A_i the update of adapter i, w_i its weight:
 
@@ -61,8 +62,9 @@ def combine_adapters(
         *_svd             the same on the D_i themselves, then the best approximation of rank r.
 
     Args:
-        adapters: of methods whose update is a product of two factors (LoRA, EVA, PiSSA, OLoRA, ASVD, CorDA, LoRA-GA, AdaLoRA, DeLoRA),
-            also different ones. A site that some lack is theirs alone.
+        adapters: of methods whose update is a product of two factors (LoRA, EVA, PiSSA, OLoRA,
+            ASVD, CorDA, LoRA-GA, AdaLoRA, DeLoRA), also different ones. A site that some lack is
+            theirs alone.
         weights: one per adapter; all 1 by default. Negative ones subtract.
         how: as above.
         r: rank of the svd forms; by default the largest there.
@@ -71,24 +73,31 @@ def combine_adapters(
         seed: of dare's draws, which depend on (seed, path, number of the adapter) alone.
 
     Raises:
-        StructureError: no adapters, a stack, weights that don't fit, an unknown way or sign, a density or rank out of range, ranks that
-            differ where they may not, or sites that do.
+        StructureError: no adapters, a stack, weights that don't fit, an unknown way or sign, a
+            density or rank out of range, ranks that differ where they may not, or sites that do.
         UnsupportedError: a method whose update isn't two factors.
     """
     several = list(adapters)
     if not several:
         raise StructureError("combine_adapters: expected at least one adapter, found none")
     if how not in get_args(How):
-        raise StructureError(f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}")
+        raise StructureError(
+            f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}"
+        )
     numbers = [1.0] * len(several) if weights is None else [_weight(w) for w in weights]
     if len(numbers) != len(several):
-        raise StructureError(f"combine_adapters: expected {len(several)} weights, found {len(numbers)}")
+        raise StructureError(
+            f"combine_adapters: expected {len(several)} weights, found {len(numbers)}"
+        )
     if not 0.0 < density <= 1.0:
         raise StructureError(f"combine_adapters: expected a density in (0, 1], found {density}")
     if majority_sign not in ("total", "frequency"):
-        raise StructureError(f"combine_adapters: majority_sign: expected 'total' or 'frequency', found {shown(majority_sign)}")
+        raise StructureError(
+            f"combine_adapters: majority_sign: expected 'total' or 'frequency', found "
+            f"{short_repr(majority_sign)}"
+        )
     if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
-        raise StructureError(f"combine_adapters: r: expected at least 1, found {shown(r)}")
+        raise StructureError(f"combine_adapters: r: expected at least 1, found {short_repr(r)}")
     for i, adapter in enumerate(several):
         check_adapter(adapter, f"combine_adapters: number {i}")
         check_shapes(adapter)
@@ -108,14 +117,18 @@ def _weight(value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise StructureError(f"combine_adapters: expected finite weights, found {shown(value)}")
+        raise StructureError(
+            f"combine_adapters: expected finite weights, found {short_repr(value)}"
+        )
     return number
 
 
 def add(*adapters: Adapter) -> Adapter:
-    """The sum of low-rank adapters' updates as one LoRA adapter: `combine_adapters(adapters)`, exact.
+    """The sum of low-rank adapters' updates as one LoRA adapter: `combine_adapters(adapters)`,
+    exact.
 
-    Methods whose update isn't a product of two factors are applied side by side instead: `ll.apply(model, (p1, p2), x)`.
+    Methods whose update isn't a product of two factors are applied side by side instead:
+    `ll.apply(model, (p1, p2), x)`.
 
     Raises:
         StructureError, UnsupportedError: as `combine_adapters`.
@@ -123,46 +136,69 @@ def add(*adapters: Adapter) -> Adapter:
     return combine_adapters(adapters)
 
 
-# ------------------------------------------------------------------------------------------------------------- one site
+# ----------------------------------------------------------------------------------------- one site
 class _Recipe:
     """How the factors at one site become a pair."""
 
-    def __init__(self, how: str, r: int | None, density: float, majority_sign: str, seed: int) -> None:
+    def __init__(
+        self, how: str, r: int | None, density: float, majority_sign: str, seed: int
+    ) -> None:
         self.name, self.dense = how.removesuffix("_svd"), how.endswith("svd")
         self.r, self.density, self.majority_sign, self.seed = r, density, majority_sign, seed
 
-    def at(self, site: Site, parts: Sequence[tuple[float, Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+    def at(
+        self, site: Site, parts: Sequence[tuple[float, Tensor, Tensor, float]]
+    ) -> tuple[Tensor, Tensor]:
         """(A (r, d_in), B (d_out, r)) of (weight, A_i, B_i, s_i).
 
         Raises:
             StructureError: ranks differ where factors are added one by one.
         """
         if self.name == "cat":
-            return torch.cat([A for _, A, _, _ in parts], dim=-2), torch.cat([B * (w * s) for w, _, B, s in parts], dim=-1)
+            return torch.cat([A for _, A, _, _ in parts], dim=-2), torch.cat(
+                [B * (w * s) for w, _, B, s in parts], dim=-1
+            )
         weights = [w for w, _, _, _ in parts]
         if self.dense:
             core = torch.promote_types(parts[0][1].dtype, torch.float32)
             updates = [s * (B.to(core) @ A.to(core)) for _, A, B, s in parts]  # (d_out, d_in) each
-            whole = _weighted(updates, weights) if self.name == "svd" else self._merged(updates, weights, site.path, "update")
+            whole = (
+                _weighted(updates, weights)
+                if self.name == "svd"
+                else self._merged(updates, weights, site.path, "update")
+            )
             return self._split(whole, max(A.shape[-2] for _, A, _, _ in parts), parts[0][1].dtype)
         ranks = sorted({A.shape[-2] for _, A, _, _ in parts})
         if len(ranks) > 1:
-            raise StructureError(f"combine_adapters: {site.path!r} has ranks {ranks}; {self.name!r} adds factor by factor, take 'cat'")
+            raise StructureError(
+                f"combine_adapters: {site.path!r} has ranks {ranks}; {self.name!r} adds factor "
+                f"by factor, take 'cat'"
+            )
         roots = [abs(w * s) ** 0.5 for w, _, _, s in parts]
-        signed = [root if w * s >= 0 else -root for root, (w, _, _, s) in zip(roots, parts, strict=True)]
+        signed = [
+            root if w * s >= 0 else -root for root, (w, _, _, s) in zip(roots, parts, strict=True)
+        ]
         A = self._merged([A for _, A, _, _ in parts], signed, site.path, "A")
         return A, self._merged([B for _, _, B, _ in parts], roots, site.path, "B")
 
-    def _merged(self, tensors: Sequence[Tensor], weights: Sequence[float], path: str, what: str) -> Tensor:
+    def _merged(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], path: str, what: str
+    ) -> Tensor:
         """The weighted sum of tensors, pruned and by elected signs as the name says."""
         if self.name in ("magnitude_prune", "ties"):
             tensors = [_largest(t, self.density) for t in tensors]
         if self.name in ("dare_linear", "dare_ties"):
             tensors = [self._dropped(t, path, f"{what} {i}") for i, t in enumerate(tensors)]
-        return _elected(tensors, weights, self.majority_sign) if self.name.endswith("ties") else _weighted(tensors, weights)
+        return (
+            _elected(tensors, weights, self.majority_sign)
+            if self.name.endswith("ties")
+            else _weighted(tensors, weights)
+        )
 
     def _dropped(self, t: Tensor, path: str, what: str) -> Tensor:
-        draw = torch.rand(t.shape, generator=generator(self.seed, path, what), dtype=torch.float32).to(t.device)
+        draw = torch.rand(
+            t.shape, generator=generator(self.seed, path, what), dtype=torch.float32
+        ).to(t.device)
         return t * (draw < self.density) / self.density
 
     def _split(self, whole: Tensor, widest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -194,26 +230,33 @@ def _elected(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign:
     return (several * factor * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------------ adapters and back
+# -------------------------------------------------------------------------------- adapters and back
 def _factors(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
     """(A, B, s) of a site: the update is s B A."""
     layout = adapter.layout
     variant, (p, site) = layout.variant, unfolded(adapter._data[path], layout.sites[path])
-    if variant.factors is None:
+    if variant.low_rank_factors is None:
         raise UnsupportedError(
-            f"combine_adapters: {variant.name}'s update isn't a product of two factors; apply them side by side, "
+            f"combine_adapters: {variant.name}'s update isn't a product of two factors; apply "
+            f"them side by side, "
             "ll.apply(model, (p1, p2), x)"
         )
-    A, B, s = variant.factors(layout.config, p, site)
+    A, B, s = variant.low_rank_factors(layout.config, p, site)
     return (A, B, s) if isinstance(s, float) else (A, B * s, 1.0)
 
 
 def _same_place(sites: Sequence[Site]) -> Site:
     first = sites[0]
     for other in sites:
-        if (other.kind, other.d_in, other.d_out, other.stack) != (first.kind, first.d_in, first.d_out, first.stack):
+        if (other.kind, other.d_in, other.d_out, other.num_experts) != (
+            first.kind,
+            first.d_in,
+            first.d_out,
+            first.num_experts,
+        ):
             raise StructureError(
-                f"combine_adapters: {first.path!r} is {first.kind} {first.d_in} -> {first.d_out} in one, "
+                f"combine_adapters: {first.path!r} is {first.kind} {first.d_in} -> {first.d_out} "
+                f"in one, "
                 f"{other.kind} {other.d_in} -> {other.d_out} in another"
             )
     return first
@@ -225,8 +268,17 @@ def _as_lora(sites: dict[str, Site], made: dict[str, tuple[Tensor, Tensor]]) -> 
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     odd = {f"^{re.escape(path)}$": r for path, r in ranks.items() if r != common}
     cfg = LoRAConfig(
-        r=common, alpha=float(common), rank_pattern=tuple(odd.items()), alpha_pattern=tuple((k, float(r)) for k, r in odd.items())
+        r=common,
+        alpha=float(common),
+        rank_pattern=tuple(odd.items()),
+        alpha_pattern=tuple((k, float(r)) for k, r in odd.items()),
     )
-    variant, twins = lookup(LoRAConfig), dict[float, Tensor]()
-    placed = [site_for(variant, cfg, dataclasses.replace(s, r=ranks[p], alpha=float(ranks[p])), twins) for p, s in sites.items()]
-    return Adapter(Layout(variant, cfg, placed), {path: {"lora_A": A, "lora_B": B} for path, (A, B) in made.items()})
+    variant, twins = variant_for(LoRAConfig), dict[float, Tensor]()
+    placed = [
+        site_for(variant, cfg, dataclasses.replace(s, r=ranks[p], alpha=float(ranks[p])), twins)
+        for p, s in sites.items()
+    ]
+    return Adapter(
+        Layout(variant, cfg, placed),
+        {path: {"lora_A": A, "lora_B": B} for path, (A, B) in made.items()},
+    )

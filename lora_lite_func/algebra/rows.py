@@ -10,10 +10,10 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from .adapter import Adapter, members_of
-from .errors import StructureError, nearest
-from .layout import Stacked
-from .plan import Plan
+from ..core.adapter import Adapter, members_of
+from ..core.errors import StructureError, nearest
+from ..core.layout import Stacked
+from ..kernels.row_plan import RowPlan
 
 __all__ = ["Rows", "rows"]
 
@@ -21,7 +21,8 @@ BARE = -1
 
 
 class Rows:
-    """A stack of adapters and which of them each row of a batch has. A pytree node around the stack.
+    """A stack of adapters and which of them each row of a batch has. A pytree node around the
+    stack.
 
     Attributes:
         stack: the adapters, every leaf (K, ...).
@@ -30,7 +31,7 @@ class Rows:
 
     __slots__ = ("plan", "stack")
 
-    def __init__(self, stack: Adapter, plan: Plan) -> None:
+    def __init__(self, stack: Adapter, plan: RowPlan) -> None:
         self.stack, self.plan = stack, plan
 
     @property
@@ -45,25 +46,31 @@ class Rows:
 def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
     """Each row of a batch its own adapter: `ll.apply(model, ll.rows(stack, [0, 2, -1, 0]), x)`.
 
-    Row i of the model's output is what `ll.apply(model, stack[ids[i]], x)` has there. The base runs once on the whole batch (a layer
-    whose weight itself is adapted, once for each adapter, on its rows). Rows are the first dimension of every site's input, or where
-    torch's attention and recurrent layers have them; ids in ascending order cost nothing, others an index of the activations per site.
-    Keep the value for as long as the mix is the same: the rows are sorted when they are first seen.
+    Row i of the model's output is what `ll.apply(model, stack[ids[i]], x)` has there. The base runs
+    once on the whole batch (a layer whose weight itself is adapted, once for each adapter, on its
+    rows). Rows are the first dimension of every site's input, or where torch's attention and
+    recurrent layers have them; ids in ascending order cost nothing, others an index of the
+    activations per site. Keep the value for as long as the mix is the same: the rows are sorted
+    when they are first seen.
 
     Args:
         stack: what `ll.stack` gave.
-        ids: per row the index of its adapter, -1 (or None) for the bare base; or names, where the stack has names. A tensor (N,) of
-            ints or a sequence. Under torch.compile a tensor that is an input of the graph: one graph serves every mix.
+        ids: per row the index of its adapter, -1 (or None) for the bare base; or names, where the
+            stack has names. A tensor (N,) of ints or a sequence. Under torch.compile a tensor that
+            is an input of the graph: one graph serves every mix.
 
     Raises:
-        StructureError: not a stack, an id that it doesn't have, or ids that aren't one number or name per row.
+        StructureError: not a stack, an id that it doesn't have, or ids that aren't one number or
+            name per row.
     """
     count = members_of(stack, "rows")
     if isinstance(ids, Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise StructureError(f"rows: expected integer ids (N,), found {ids.dtype} of shape {tuple(ids.shape)}")
+            raise StructureError(
+                f"rows: expected integer ids (N,), found {ids.dtype} of shape {tuple(ids.shape)}"
+            )
         if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(ids):
-            return Rows(stack, Plan(ids.long(), count, None))
+            return Rows(stack, RowPlan(ids.long(), count, None))
         known: Any = ids.tolist()
     elif isinstance(ids, (str, Mapping, Set)) or not isinstance(ids, Iterable):
         raise StructureError(f"rows: expected a sequence of ids, found {type(ids).__name__}")
@@ -71,9 +78,22 @@ def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
         known = [_index(stack, i) for i in ids]
     for row, i in enumerate(known):
         if not BARE <= i < count:
-            raise StructureError(f"rows: row {row} has id {i}, expected -1 (the bare base) to {count - 1}: the stack has {count} members")
-    each = [max([0, *(site.r for site in stack.layout.member(i).sites.values())]) for i in range(count)]
-    return Rows(stack, Plan(ids.long() if isinstance(ids, Tensor) else torch.tensor(known, dtype=torch.int64), count, known, each))
+            raise StructureError(
+                f"rows: row {row} has id {i}, expected -1 (the bare base) to {count - 1}: the "
+                f"stack has {count} members"
+            )
+    each = [
+        max([0, *(site.r for site in stack.layout.member(i).sites.values())]) for i in range(count)
+    ]
+    return Rows(
+        stack,
+        RowPlan(
+            ids.long() if isinstance(ids, Tensor) else torch.tensor(known, dtype=torch.int64),
+            count,
+            known,
+            each,
+        ),
+    )
 
 
 def _index(stack: Adapter, i: Any) -> int:
@@ -83,7 +103,10 @@ def _index(stack: Adapter, i: Any) -> int:
     if isinstance(i, str):
         labels = stack.layout.labels if isinstance(stack.layout, Stacked) else None
         if labels is None:
-            raise StructureError(f"rows: {i!r} is a name, but the stack has none; ll.stack({{name: adapter, ...}}) gives it names")
+            raise StructureError(
+                f"rows: {i!r} is a name, but the stack has none; ll.stack({{name: adapter, "
+                f"...}}) gives it names"
+            )
         if i not in labels:
             raise StructureError(f"rows: no member {i!r}; {nearest(i, labels)}")
         return labels.index(i)
@@ -93,16 +116,20 @@ def _index(stack: Adapter, i: Any) -> int:
 
 
 def _register() -> None:
-    def flatten(value: Rows) -> tuple[list[Any], Plan]:
+    def flatten(value: Rows) -> tuple[list[Any], RowPlan]:
         return [value.stack], value.plan
 
-    def unflatten(children: Iterable[Any], plan: Plan) -> Rows:
+    def unflatten(children: Iterable[Any], plan: RowPlan) -> Rows:
         return Rows(next(iter(children)), plan)
 
     torch_pytree.register_pytree_node(Rows, flatten, unflatten)
     register: Any = optree.register_pytree_node
-    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")  # getattr: a class would mangle the name
-    register(Rows, flatten, lambda plan, children: Rows(next(iter(children)), plan), namespace=everywhere)
+    everywhere = getattr(
+        optree.registry, "__GLOBAL_NAMESPACE"
+    )  # getattr: a class would mangle the name
+    register(
+        Rows, flatten, lambda plan, children: Rows(next(iter(children)), plan), namespace=everywhere
+    )
 
 
 _register()

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import ABSENT, Adapter, keys, member, members_of, rebuild
-from .config import to_dict
-from .errors import StructureError, nearest
-from .layout import FACTOR, Layout, Stacked
-from .spec import ParamSpec
-from .transforms import check_adapter, differing
+from ..core.adapter import ABSENT, Adapter, keys, member, members_of, rebuild
+from ..core.config import to_dict
+from ..core.errors import StructureError, nearest
+from ..core.layout import SCALING, Layout, Stacked
+from .tree import check_adapter, differing
 
 __all__ = ["concatenate", "names", "num_members", "stack", "unstack", "update"]
 
@@ -23,20 +22,26 @@ _FREE = frozenset({"r", "alpha"})
 
 
 def stack(adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> Adapter:
-    """K adapters of one method on the same sites as one, every leaf with a leading axis of K; a dict's names are kept.
+    """K adapters of one method on the same sites as one, every leaf with a leading axis of K; a
+    dict's names are kept.
 
-    Strengths and ranks may differ: shorter ranks are padded with directions of zeros, where that changes nothing, and where scales
-    differ each site gets one more frozen leaf, `lora_factor` (K,). With equal ones nothing is added.
+    Strengths and ranks may differ: shorter ranks are padded with directions of zeros, where that
+        changes nothing, and where scales
+    differ each site gets one more frozen leaf, `lora_factor` (K,). With equal ones nothing is
+    added.
 
     Raises:
-        StructureError: nothing to stack, or the first difference between two of them: in method, sites, settings, ranks that can't be
-            padded, leaves that are absent, shapes, dtypes or devices.
+        StructureError: nothing to stack, or the first difference between two of them: in method,
+            sites, settings, ranks that can't be padded, leaves that are absent, shapes, dtypes or
+            devices.
     """
     labels = None
     if isinstance(adapters, Mapping) and not isinstance(adapters, Adapter):
         labels, adapters = _labels(adapters), adapters.values()
     if isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
-        raise StructureError(f"stack: expected a sequence of adapters, found {type(adapters).__name__}")
+        raise StructureError(
+            f"stack: expected a sequence of adapters, found {type(adapters).__name__}"
+        )
     several = list(adapters)
     if not several:
         raise StructureError("stack: expected at least one adapter, found none")
@@ -44,8 +49,14 @@ def stack(adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> Adapter:
         check_stackable(several[0], other, f"stack: number {i}")
         _check_ranks(several[0].layout, other.layout, f"stack: number {i}")
     layout = _layout([a.layout for a in several], labels)
-    columns = [[_own(a, path, name) for a in several] for path, name in keys(rebuild(layout, _nothing(layout)))]
-    made = [_piled(path, name, c, layout) for (path, name), c in zip(keys(rebuild(layout, _nothing(layout))), columns, strict=True)]
+    columns = [
+        [_own(a, path, name) for a in several]
+        for path, name in keys(rebuild(layout, _nothing(layout)))
+    ]
+    made = [
+        _piled(path, name, c, layout)
+        for (path, name), c in zip(keys(rebuild(layout, _nothing(layout))), columns, strict=True)
+    ]
     return rebuild(layout, made)
 
 
@@ -94,7 +105,9 @@ def update(stacked: Adapter, which: int | str, adapter: Adapter) -> Adapter:
             raise StructureError(f"update: no member {which!r}; {nearest(which, labels or ())}")
         which = labels.index(which)
     if isinstance(which, bool) or not hasattr(which, "__index__"):
-        raise StructureError(f"update: expected a member's number or name, found {type(which).__name__}")
+        raise StructureError(
+            f"update: expected a member's number or name, found {type(which).__name__}"
+        )
     which = which.__index__()
     if not -len(several) <= which < len(several):
         raise StructureError(f"update: expected a member 0 to {len(several) - 1}, found {which}")
@@ -109,7 +122,9 @@ def concatenate(stacks: Sequence[Adapter]) -> Adapter:
         StructureError: not stacks, members that don't stack, or a name that comes twice.
     """
     if isinstance(stacks, Mapping) or not isinstance(stacks, Iterable):
-        raise StructureError(f"concatenate: expected a sequence of stacks, found {type(stacks).__name__}")
+        raise StructureError(
+            f"concatenate: expected a sequence of stacks, found {type(stacks).__name__}"
+        )
     stacks = list(stacks)
     several = [a for s in stacks for a in unstack(s)]
     labels = [names(s) for s in stacks]
@@ -122,7 +137,7 @@ def concatenate(stacks: Sequence[Adapter]) -> Adapter:
     return stack(dict(zip(flat, several, strict=True)))
 
 
-# ------------------------------------------------------------------------------------------------------------- what stacks
+# -------------------------------------------------------------------------------------- what stacks
 def check_stackable(a: Adapter, b: Adapter, what: str) -> None:
     """Refuse an adapter that can't stand beside the first.
 
@@ -134,19 +149,34 @@ def check_stackable(a: Adapter, b: Adapter, what: str) -> None:
     if a.layout is b.layout:
         return
     if a.layout.variant.name != b.layout.variant.name:
-        raise StructureError(f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one method at a time")
+        raise StructureError(
+            f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
+            f"method at a time"
+        )
     if any(isinstance(x.layout, Stacked) for x in (a, b)):
         raise StructureError(f"{what} is a stack itself; ll.concatenate puts stacks together")
     for path in sorted(a.sites.keys() ^ b.sites.keys()):
-        raise StructureError(f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone")
+        raise StructureError(
+            f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone"
+        )
     for path, site in a.sites.items():
-        found, expected = (dataclasses.replace(s, r=1, alpha=1.0, factor=1.0) for s in (b.sites[path], site))
+        found, expected = (
+            dataclasses.replace(s, r=1, alpha=1.0, scaling=1.0) for s in (b.sites[path], site)
+        )
         if found != expected:
-            raise StructureError(f"{what} differs at {path!r}: {differing(found, expected)}, the first {differing(expected, found)}")
-    free = {name: getattr(a.config, name) for name in _FREE} | {n: getattr(a.config, n) for n in ("rank_pattern", "alpha_pattern")}
+            raise StructureError(
+                f"{what} differs at {path!r}: {differing(found, expected)}, the first "
+                f"{differing(expected, found)}"
+            )
+    free = {name: getattr(a.config, name) for name in _FREE} | {
+        n: getattr(a.config, n) for n in ("rank_pattern", "alpha_pattern")
+    }
     other = dataclasses.replace(b.config, **free)
     if other != a.config:
-        raise StructureError(f"{what} has other settings: {differing(other, a.config)}, the first {differing(a.config, other)}")
+        raise StructureError(
+            f"{what} has other settings: {differing(other, a.config)}, the first "
+            f"{differing(a.config, other)}"
+        )
 
 
 def _check_ranks(first: Layout, other: Layout, what: str) -> None:
@@ -155,22 +185,19 @@ def _check_ranks(first: Layout, other: Layout, what: str) -> None:
         return
     for path, names in first.names.items():
         if other.names[path] != names:
-            raise StructureError(f"{what} has other tensors at {path!r}: {', '.join(other.names[path])}, the first {', '.join(names)}")
+            raise StructureError(
+                f"{what} has other tensors at {path!r}: {', '.join(other.names[path])}, the "
+                f"first {', '.join(names)}"
+            )
         for name in names:
-            shape, expected = other.expected[path][name], first.expected[path][name]
-            if not _fits(shape, expected, rank_axis(first, path, name)):
+            shape, expected = other.specs[path][name].shape, first.specs[path][name].shape
+            if not _fits(shape, expected, first.specs[path][name].rank_axis):
                 raise StructureError(
-                    f"{what} differs at {path!r} {name}: {shape}, the first {expected} (its rank is {first.sites[path].r}); "
-                    f"{first.variant.name} has no direction of zeros that changes nothing, so it can't be padded: stack equal ranks"
+                    f"{what} differs at {path!r} {name}: {shape}, the first {expected} (its rank "
+                    f"is {first.sites[path].r}); "
+                    f"{first.variant.name} has no direction of zeros that changes nothing, so it "
+                    f"can't be padded: stack equal ranks"
                 )
-
-
-def rank_axis(layout: Layout, path: str, name: str) -> int | None:
-    """The axis of a leaf that may be padded."""
-    if name == FACTOR:
-        return None
-    spec: ParamSpec = layout.variant.param_specs(layout.config, layout.sites[path])[name]
-    return None if spec.rank_axis is None else spec.rank_axis + bool(layout.sites[path].stack)
 
 
 def _labels(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -192,44 +219,67 @@ def _alike(a: Layout, b: Layout) -> bool:
     return a == b and to_dict(a.config) == to_dict(b.config)
 
 
-# ---------------------------------------------------------------------------------------------------------------- leaves
+# ------------------------------------------------------------------------------------------- leaves
 def _nothing(layout: Layout) -> list[None]:
     return [None for names in layout.names.values() for _ in names]
 
 
 def _own(adapter: Adapter, path: str, name: str) -> Any:
     """A member's leaf; its scale, where that is to be one."""
-    if name != FACTOR:
+    if name != SCALING:
         return adapter._data[path][name]
-    like = next((t for t in adapter._data[path].values() if isinstance(t, Tensor) and t.is_floating_point()), None)
+    like = next(
+        (
+            t
+            for t in adapter._data[path].values()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        ),
+        None,
+    )
     if like is None:
         return ABSENT
-    return torch.tensor(adapter.sites[path].factor, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.tensor(
+        adapter.sites[path].scaling,
+        dtype=torch.promote_types(like.dtype, torch.float32),
+        device=like.device,
+    )
 
 
 def _piled(path: str, name: str, column: list[Any], layout: Layout) -> Any:
     kinds = [_kind(t) for t in column]
-    axis = rank_axis(layout, path, name) if isinstance(layout, Stacked) else None
+    axis = layout.specs[path][name].rank_axis if isinstance(layout, Stacked) else None
     first = kinds[0]
     for i, kind in enumerate(kinds):
         if kind[1:] != first[1:] or not _fits(kind[0], first[0], axis):
             raise StructureError(
-                f"stack: number {i} differs at {path!r} {name}: {', '.join(map(str, kind))}, the first {', '.join(map(str, first))}"
+                f"stack: number {i} differs at {path!r} {name}: {', '.join(map(str, kind))}, the "
+                f"first {', '.join(map(str, first))}"
             )
     if column[0] is ABSENT:
         return ABSENT
     if axis is not None and any(kind[0] != first[0] for kind in kinds):
-        column = [_padded(t, axis, layout.expected[path][name][axis]) for t in column]
+        column = [_padded(t, axis, layout.specs[path][name].shape[axis]) for t in column]
     return torch.stack(column)
 
 
 def _padded(t: Tensor, axis: int, size: int) -> Tensor:
     short = size - t.shape[axis]
-    return t if short == 0 else torch.cat([t, t.new_zeros([short if i == axis else n for i, n in enumerate(t.shape)])], axis)
+    return (
+        t
+        if short == 0
+        else torch.cat(
+            [t, t.new_zeros([short if i == axis else n for i, n in enumerate(t.shape)])], axis
+        )
+    )
 
 
 def _fits(shape: Any, other: Any, axis: int | None) -> bool:
-    if axis is None or not isinstance(shape, tuple) or not isinstance(other, tuple) or len(shape) != len(other):
+    if (
+        axis is None
+        or not isinstance(shape, tuple)
+        or not isinstance(other, tuple)
+        or len(shape) != len(other)
+    ):
         return bool(shape == other)
     return all(a == b or i == axis for i, (a, b) in enumerate(zip(shape, other, strict=True)))
 

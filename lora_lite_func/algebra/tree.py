@@ -10,33 +10,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
-from .config import real
-from .errors import ConfigError, StructureError, UnsupportedError, shown
-from .layout import FACTOR
+from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
+from ..core.config import real
+from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
+from ..core.layout import SCALING
 
-__all__ = ["cast", "check_adapter", "combine", "differing", "num_params", "partition", "project", "scale", "summary"]
+__all__ = [
+    "cast",
+    "check_adapter",
+    "combine",
+    "differing",
+    "num_params",
+    "partition",
+    "project",
+    "scale",
+    "summary",
+]
 
 
-def partition(params: Adapter, keep: Callable[[str, str], bool] | None = None) -> tuple[Adapter, Adapter]:
-    """Two adapters of the same sites, (trainable, frozen): each leaf is in one and absent (no leaf at all) in the other.
+def partition(
+    params: Adapter, keep: Callable[[str, str], bool] | None = None
+) -> tuple[Adapter, Adapter]:
+    """Two adapters of the same sites, (trainable, frozen): each leaf is in one and absent (no leaf
+    at all) in the other.
 
     `torch.func.grad(lambda t: loss(ll.apply(model, ll.combine(t, frozen), x)))(trainable)`
 
     Args:
         params: what to split.
-        keep: (path, lora_name) -> whether the leaf goes first, asked once per leaf; by default what the method calls trainable.
+        keep: (path, lora_name) -> whether the leaf goes first, asked once per leaf; by default what
+            the method calls trainable.
 
     Raises:
         StructureError: not an Adapter.
     """
     check_adapter(params, "partition")
-    rule = keep or (lambda path, name: params.layout.trainable[path][name])
+    rule = keep or (lambda path, name: params.layout.specs[path][name].trainable)
     first = [bool(rule(path, name)) for path, name in keys(params)]
     flat = list(leaves(params))
     return (
-        rebuild(params.layout, [t if here else ABSENT for t, here in zip(flat, first, strict=True)]),
-        rebuild(params.layout, [ABSENT if here else t for t, here in zip(flat, first, strict=True)]),
+        rebuild(
+            params.layout, [t if here else ABSENT for t, here in zip(flat, first, strict=True)]
+        ),
+        rebuild(
+            params.layout, [ABSENT if here else t for t, here in zip(flat, first, strict=True)]
+        ),
     )
 
 
@@ -55,17 +73,24 @@ def combine(*parts: Adapter) -> Adapter:
     for path, names in first.layout.names.items():
         data[path] = {}
         for name in names:
-            present = [part._data[path][name] for part in parts if part._data[path][name] is not ABSENT]
+            present = [
+                part._data[path][name] for part in parts if part._data[path][name] is not ABSENT
+            ]
             if len(present) != 1:
-                raise StructureError(f"combine: {path!r} {name} is in {len(present)} of the {len(parts)} parts, expected one")
+                raise StructureError(
+                    f"combine: {path!r} {name} is in {len(present)} of the {len(parts)} parts, "
+                    f"expected one"
+                )
             data[path][name] = present[0]
     return replace(first, data)
 
 
 def scale(params: Adapter, strength: float | Tensor) -> Adapter:
-    """The adapter at `strength` times its strength: 0 is the base, 1 changes nothing, -1 turns it round. Pure, same structure.
+    """The adapter at `strength` times its strength: 0 is the base, 1 changes nothing, -1 turns it
+        round. Pure, same structure.
 
-    Additive methods scale their update; gates, angles and rotations move along their path from the identity.
+    Additive methods scale their update; gates, angles and rotations move along their path from the
+    identity.
 
     Args:
         params: the adapter; a stack is scaled member by member with a tensor of shape (K,).
@@ -73,8 +98,10 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
 
     Raises:
         UnsupportedError: the method has no such path.
-        StructureError: a part of a partition, or a vector of strengths for something that isn't a stack of as many adapters.
-        ConfigError: a strength that is neither a finite number nor a tensor, or a method's `scale` gives something else than its tensors.
+        StructureError: a part of a partition, or a vector of strengths for something that isn't a
+            stack of as many adapters.
+        ConfigError: a strength that is neither a finite number nor a tensor, or a method's `scale`
+            gives something else than its tensors.
     """
     check_adapter(params, "scale")
     real(strength, "scale: strength")
@@ -83,38 +110,64 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     layout = params.layout
     change = layout.variant.scale
     if change is None:
-        raise UnsupportedError(f"{layout.variant.name} has no `scale` function in its Variant, so its strength can't be set")
+        raise UnsupportedError(
+            f"{layout.variant.name} has no `scale` function in its Variant, so its strength "
+            f"can't be set"
+        )
     if any(leaf is ABSENT for leaf in leaves(params)):
-        raise StructureError("scale: this is one part of a partition; scale the whole, ll.combine(trainable, frozen)")
+        raise StructureError(
+            "scale: this is one part of a partition; scale the whole, ll.combine(trainable, frozen)"
+        )
     if isinstance(strength, Tensor) and strength.ndim:
         count = members_of(params, "scale by a strength per member of a stack")
         if tuple(strength.shape) != (count,):
-            raise StructureError(f"scale: expected one strength or {count}, one per member of the stack, found {tuple(strength.shape)}")
+            raise StructureError(
+                f"scale: expected one strength or {count}, one per member of the stack, found "
+                f"{tuple(strength.shape)}"
+            )
         return torch.func.vmap(scale)(params, strength)
 
     def scaled(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         def one(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
-            return _own(change(layout.config, tensors, strength), tensors, f"site {path!r}: {layout.variant.name}.scale")
+            return _own(
+                change(layout.config, tensors, strength),
+                tensors,
+                f"site {path!r}: {layout.variant.name}.scale",
+            )
 
-        own = {name: t for name, t in tensors.items() if name != FACTOR}  # a member's own scale is no part of the method's tensors
-        changed = {**tensors, **(one(own) if not layout.sites[path].stack else torch.func.vmap(one)(own))}
-        return {name: changed[name].to(t.dtype) for name, t in tensors.items()}  # a wide strength widens a 0-dim tensor
+        own = {
+            name: t for name, t in tensors.items() if name != SCALING
+        }  # a member's own scale is no part of the method's tensors
+        changed = {
+            **tensors,
+            **(one(own) if not layout.sites[path].num_experts else torch.func.vmap(one)(own)),
+        }
+        return {
+            name: changed[name].to(t.dtype) for name, t in tensors.items()
+        }  # a wide strength widens a 0-dim tensor
 
     return replace(params, {path: scaled(path, tensors) for path, tensors in params._data.items()})
 
 
 def _own(made: Any, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
-    """What a method made of its tensors, all of it under their names; what it left out is as it was."""
+    """What a method made of its tensors, all of it under their names; what it left out is as it
+    was.
+    """
     if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
-        raise ConfigError(f"{where}: expected a mapping of names to tensors, found {shown(made)}")
+        raise ConfigError(
+            f"{where}: expected a mapping of names to tensors, found {short_repr(made)}"
+        )
     odd = [name for name in made if name not in tensors]
     if odd:
-        raise ConfigError(f"{where} gave {shown(odd[0])}, the adapter has {', '.join(tensors)}")
+        raise ConfigError(
+            f"{where} gave {short_repr(odd[0])}, the adapter has {', '.join(tensors)}"
+        )
     return made
 
 
 def project(params: Adapter) -> Adapter:
-    """The nearest adapter that the method's constraint allows (COFT's bound on rotations); for after an optimizer's step. Pure.
+    """The nearest adapter that the method's constraint allows (COFT's bound on rotations); for
+    after an optimizer's step. Pure.
 
     Raises:
         UnsupportedError: the method has no constraint.
@@ -125,9 +178,14 @@ def project(params: Adapter) -> Adapter:
     layout = params.layout
     constrained = layout.variant.project
     if constrained is None:
-        raise UnsupportedError(f"{layout.variant.name} has no constraint that its parameters could be projected to")
+        raise UnsupportedError(
+            f"{layout.variant.name} has no constraint that its parameters could be projected to"
+        )
     if any(leaf is ABSENT for leaf in leaves(params)):
-        raise StructureError("project: this is one part of a partition; project the whole, ll.combine(trainable, frozen)")
+        raise StructureError(
+            "project: this is one part of a partition; project the whole, ll.combine(trainable, "
+            "frozen)"
+        )
 
     def nearest(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         where = f"site {path!r}: {layout.variant.name}.project"
@@ -145,15 +203,18 @@ def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
     check_adapter(params, "cast")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         raise StructureError(f"cast: expected a floating dtype, found {dtype!r}")
-    least = params.layout.least
+    specs = params.layout.specs
 
     def leaf(path: str, name: str, t: Any) -> Any:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             return t
-        at_least = least[path][name]
+        at_least = specs[path][name].dtype
         return t.to(dtype if at_least is None else torch.promote_types(dtype, at_least))
 
-    return replace(params, {path: {n: leaf(path, n, t) for n, t in ts.items()} for path, ts in params._data.items()})
+    return replace(
+        params,
+        {path: {n: leaf(path, n, t) for n, t in ts.items()} for path, ts in params._data.items()},
+    )
 
 
 def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
@@ -168,7 +229,7 @@ def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
         t.numel()
         for path, ts in params._data.items()
         for n, t in ts.items()
-        if isinstance(t, Tensor) and (layout.trainable[path][n] or not trainable_only)
+        if isinstance(t, Tensor) and (layout.specs[path][n].trainable or not trainable_only)
     )
 
 
@@ -199,17 +260,32 @@ def _same_layout(a: Adapter, b: Adapter, what: str) -> None:
     if a.layout == b.layout:
         return
     if a.layout.variant.name != b.layout.variant.name:
-        raise StructureError(f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one method at a time")
+        raise StructureError(
+            f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
+            f"method at a time"
+        )
     for path in sorted(a.sites.keys() ^ b.sites.keys()):
-        raise StructureError(f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone")
+        raise StructureError(
+            f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone"
+        )
     for path, site in a.sites.items():
         other = b.sites[path]
         if site != other:
-            raise StructureError(f"{what} differs at {path!r}: {differing(other, site)}, the first {differing(site, other)}")
-    raise StructureError(f"{what} has other settings: {differing(b.config, a.config)}, the first {differing(a.config, b.config)}")
+            raise StructureError(
+                f"{what} differs at {path!r}: {differing(other, site)}, the first "
+                f"{differing(site, other)}"
+            )
+    raise StructureError(
+        f"{what} has other settings: {differing(b.config, a.config)}, the first "
+        f"{differing(a.config, b.config)}"
+    )
 
 
 def differing(one: Any, other: Any) -> str:
     """The fields that take part in equality and differ, with the values of `one`."""
-    fields = [f.name for f in dataclasses.fields(one) if f.compare and getattr(one, f.name) != getattr(other, f.name)]
+    fields = [
+        f.name
+        for f in dataclasses.fields(one)
+        if f.compare and getattr(one, f.name) != getattr(other, f.name)
+    ]
     return ", ".join(f"{name}={getattr(one, name)!r}" for name in fields)

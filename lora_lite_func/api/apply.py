@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, check_shapes, leaves, members_of
-from .errors import StructureError, nearest
-from .hidden import Prompt, Prompted, known
-from .kinds import reads_prompt
-from .ops import Op
-from .plan import Plan
-from .rows import Rows
-from .skeleton import constant, copy_tree, own_bias, own_buffers
-from .tied import everywhere
+from ..algebra.flatten import Adapters, flatten
+from ..core.adapter import Adapter, leaves
+from ..core.errors import StructureError, nearest
+from ..injection.attachment import Attachment, everywhere
+from ..injection.prompt import Prompt, Prompted, known
+from ..injection.tree_copy import constant, copy_tree, own_bias, own_buffers
+from ..layers.kinds import reads_prompt
 
-__all__ = ["Adapters", "apply", "check_values", "flatten", "functional_call", "ops_of"]
-
-Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
-"""One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
+__all__ = ["apply", "attachments_of", "check_values", "functional_call"]
 
 
-# --------------------------------------------------------------------------------------------------------------- apply
+# -------------------------------------------------------------------------------------------- apply
 def apply(model: nn.Module, params: Adapters | Prompted, /, *args: Any, **kwargs: Any) -> Any:
     """The model's output with the adapter in: `y = ll.apply(model, params, x)`.
 
-    The base is a constant, whatever its requires_grad says: gradients reach `params` and the arguments alone. Works under every
+    The base is a constant, whatever its requires_grad says: gradients reach `params` and the
+        arguments alone. Works under every
     torch.func transform, in threads, under torch.compile(fullgraph=True).
 
     Args:
         model: the frozen base; never written.
-        params: an Adapter, or a tuple, list or dict of them, applied in order: `apply(model, (p1, p2), x)` is
-            `apply(merged(model, p1), p2, x)`. An empty one is the bare base.
+        params: an Adapter, or a tuple, list or dict of them, applied in order: `apply(model, (p1,
+            p2), x)` is `apply(merged(model, p1), p2, x)`. An empty one is the bare base.
         *args: the model's own positional arguments.
         **kwargs: the model's own keyword arguments.
 
@@ -60,44 +56,30 @@ def functional_call(
         params: as in `apply`.
         args: a tuple of positional arguments; anything else is taken as the only one.
         kwargs: keyword arguments.
-        base: {parameter or buffer name: tensor} to use instead of the model's own; gradients reach these.
+        base: {parameter or buffer name: tensor} to use instead of the model's own; gradients reach
+            these.
 
     Raises:
         StructureError: as `apply`; or `base` names what the model hasn't.
     """
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
     adapters, prompt = known(params, model, args, kwargs)
-    skeleton = copy_tree(model, everywhere(model, ops_of(adapters, prompt, model)), _Constant(model, base))
+    skeleton = copy_tree(
+        model, everywhere(model, attachments_of(adapters, prompt, model)), _Constant(model, base)
+    )
     return skeleton(*args, **kwargs)
 
 
-def flatten(params: Adapters) -> list[tuple[Adapter, Plan | None]]:
-    """The adapters in order, checked; with a plan a stack, of which each row has its own.
-
-    Raises:
-        StructureError: something that isn't an adapter, or a tensor of the wrong shape.
-    """
-    if isinstance(params, Adapter):
-        check_shapes(params)
-        return [(params, None)]
-    if isinstance(params, Rows):
-        if members_of(params.stack, "rows") != params.plan.members:
-            raise StructureError(f"rows: made for {params.plan.members} members, found {members_of(params.stack, 'rows')}")
-        return [(params.stack, params.plan)]
-    if isinstance(params, (tuple, list, Mapping)):
-        parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
-        return [adapter for part in parts for adapter in flatten(part)]
-    swapped = "; the model comes first, then its adapter" if isinstance(params, nn.Module) else ""
-    raise StructureError(f"expected an Adapter, or a tuple, list or dict of them, found {type(params).__name__}{swapped}")
-
-
-def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt, model: nn.Module | None = None) -> dict[str, list[Op]]:
+def attachments_of(
+    params: Adapters, prompt: Callable[[], Prompt] = Prompt, model: nn.Module | None = None
+) -> dict[str, list[Attachment]]:
     """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient.
 
     Raises:
-        StructureError: as `flatten`; or the tensors have no values, and the model's (if it is given) have.
+        StructureError: as `flatten`; or the tensors have no values, and the model's (if it is
+            given) have.
     """
-    sites: dict[str, list[Op]] = {}
+    sites: dict[str, list[Attachment]] = {}
     constant = torch.is_grad_enabled()
     for adapter, plan in flatten(params):
         check_values(adapter, model)
@@ -107,26 +89,41 @@ def ops_of(params: Adapters, prompt: Callable[[], Prompt] = Prompt, model: nn.Mo
         asked = prompt() if reads_prompt(variant) else None
         for path, tensors in adapter._data.items():
             if constant:
-                trainable = layout.trainable[path]
-                tensors = {name: t if trainable[name] else t.detach() for name, t in tensors.items()}
-            sites.setdefault(path, []).append(Op(variant, cfg, layout.sites[path], tensors, dropout, 0, asked, plan))
+                specs = layout.specs[path]
+                tensors = {
+                    name: t if specs[name].trainable else t.detach() for name, t in tensors.items()
+                }
+            sites.setdefault(path, []).append(
+                Attachment(variant, cfg, layout.sites[path], tensors, dropout, 0, asked, plan)
+            )
     return sites
 
 
 def check_values(adapter: Adapter, model: nn.Module | None) -> None:
-    """Refuse an adapter on the meta device for a model that isn't: torch lets such tensors meet, and gives garbage.
+    """Refuse an adapter on the meta device for a model that isn't: torch lets such tensors meet,
+    and gives garbage.
 
     Raises:
         StructureError: with what to do instead.
     """
     first = next(leaves(adapter), None)
-    if not isinstance(first, Tensor) or not first.is_meta or model is None or all(p.is_meta for p in model.parameters()):
+    if (
+        not isinstance(first, Tensor)
+        or not first.is_meta
+        or model is None
+        or all(p.is_meta for p in model.parameters())
+    ):
         return
-    raise StructureError("the adapter's tensors are on the meta device, so they have no values, and the model's aren't; load the adapter")
+    raise StructureError(
+        "the adapter's tensors are on the meta device, so they have no values, and the model's "
+        "aren't; load the adapter"
+    )
 
 
 class _Constant:
-    """What a copy holds in `apply`: the base's own tensors as constants, or those of `base` in their place."""
+    """What a copy holds in `apply`: the base's own tensors as constants, or those of `base` in
+    their place.
+    """
 
     def __init__(self, model: nn.Module, base: Mapping[str, Tensor] | None) -> None:
         self.grad = torch.is_grad_enabled()
@@ -145,7 +142,11 @@ class _Constant:
                     tensors[name] = self.base.get(f"{path}.{name}" if path else name, tensors[name])
         if self.grad:
             for name, p in parameters.items():
-                if p is not None and p.requires_grad and not (self.base and p is self.base.get(f"{path}.{name}" if path else name)):
+                if (
+                    p is not None
+                    and p.requires_grad
+                    and not (self.base and p is self.base.get(f"{path}.{name}" if path else name))
+                ):
                     parameters[name] = constant(p, copy)
 
 
@@ -156,13 +157,23 @@ def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     if not isinstance(base, Mapping):
-        raise StructureError(f"base: expected {{parameter or buffer name: tensor}}, found {type(base).__name__}")
+        raise StructureError(
+            f"base: expected {{parameter or buffer name: tensor}}, found {type(base).__name__}"
+        )
     for name, tensor in base.items():
         if name not in known:
-            raise StructureError(f"base: {type(model).__name__} has no parameter or buffer {name!r}; {nearest(name, known)}")
+            raise StructureError(
+                f"base: {type(model).__name__} has no parameter or buffer {name!r}; "
+                f"{nearest(name, known)}"
+            )
         if not isinstance(tensor, Tensor):
             raise StructureError(f"base {name!r}: expected a tensor, found {type(tensor).__name__}")
         if tensor.shape != known[name].shape:
-            raise StructureError(f"base {name!r}: expected shape {tuple(known[name].shape)}, found {tuple(tensor.shape)}")
+            raise StructureError(
+                f"base {name!r}: expected shape {tuple(known[name].shape)}, found "
+                f"{tuple(tensor.shape)}"
+            )
     by_tensor = {id(known[name]): tensor for name, tensor in base.items()}
-    return {name: base.get(name, by_tensor[id(t)]) for name, t in known.items() if id(t) in by_tensor}
+    return {
+        name: base.get(name, by_tensor[id(t)]) for name, t in known.items() if id(t) in by_tensor
+    }

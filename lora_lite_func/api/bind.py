@@ -10,27 +10,33 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .adapter import Adapter, Layout, leaves
-from .api import Adapters, check_values, flatten
-from .errors import StructureError, UnsupportedError
-from .hidden import tell
-from .kinds import reads_prompt
-from .layers import check_model
-from .ops import Leaves, Op, held_by, hold, leaves_at
-from .phases import get_ready
-from .skeleton import copy_tree, own_buffers
-from .spec import Site
-from .tied import home_of, twins
+from ..algebra.flatten import Adapters, flatten
+from ..core.adapter import Adapter, leaves
+from ..core.errors import StructureError, UnsupportedError
+from ..core.layout import Layout
+from ..core.site import Site
+from ..injection.activation_route import get_ready
+from ..injection.attachment import Attachment
+from ..injection.prompt import install_prompt_hooks
+from ..injection.state import Leaves, held_by, hold, leaves_at
+from ..injection.tree_copy import copy_tree, own_buffers
+from ..layers.kinds import reads_prompt
+from ..layers.refusals import check_model
+from ..layers.tied import home_of, tied_names
+from .apply import check_values
 
 __all__ = ["Frozen", "bind", "check_untracked", "prepared", "unbind"]
 
 
 def bind(model: nn.Module, params: Adapters) -> nn.Module:
-    """A module of the model's own class with the adapter inside: for `generate`, a Trainer, an optimizer, a pipeline, an export.
+    """A module of the model's own class with the adapter inside: for `generate`, a Trainer, an
+    optimizer, a pipeline, an export.
 
-    The adapter's trainable tensors are its only trainable parameters, `<site>.adapter.<i>.<lora_name>`, and share storage with
-    `params`: training the bound module trains them. Frozen ones are buffers. Base weights share storage with the model's and don't
-    require gradients. The user's model isn't changed, whatever is done to the bound one (train(), to(), half(), hooks ...).
+    The adapter's trainable tensors are its only trainable parameters,
+    `<site>.adapter.<i>.<lora_name>`, and share storage with `params`: training the bound module
+    trains them. Frozen ones are buffers. Base weights share storage with the model's and don't
+    require gradients. The user's model isn't changed, whatever is done to the bound one (train(),
+    to(), half(), hooks ...).
 
     Args:
         model: the frozen base; one that is bound already is adapted once more, outside what it has.
@@ -38,50 +44,63 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
-        UnsupportedError: the model can't be copied, or `params` is what torch.func.grad or jvp differentiates.
+        UnsupportedError: the model can't be copied, or `params` is what torch.func.grad or jvp
+            differentiates.
     """
     check_untracked(params, "ll.bind", "use ll.apply(model, params, ...)")
     adapters = flatten(params)
     check_model(model)
     for adapter, _ in adapters:
         check_values(adapter, model)
-    sites: dict[str, list[Op]] = {}
+    sites: dict[str, list[Attachment]] = {}
     counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
     for adapter, plan in adapters:
         layout = adapter.layout
         indices: dict[str, int] = {}
-        more = twins(model, layout.sites.values())
+        more = tied_names(model, layout.sites.values())
         for path, own in layout.sites.items():
             for site in (own, *more.get(path, ())):
                 home = home_of(site)
                 slot = counts.setdefault(home, _bound_before(model, home))
                 counts[home] += 1
                 indices.setdefault(path, slot)
-                op = Op(layout.variant, layout.config, site, None, getattr(layout.config, "dropout", 0.0), slot, None, plan)
-                sites.setdefault(site.path, []).append(op)
+                attachment = Attachment(
+                    layout.variant,
+                    layout.config,
+                    site,
+                    None,
+                    getattr(layout.config, "dropout", 0.0),
+                    slot,
+                    None,
+                    plan,
+                )
+                sites.setdefault(site.path, []).append(attachment)
         homes.append((layout, indices))
     bound = copy_tree(model, sites, Frozen())
     for adapter, _ in adapters:
-        more = twins(model, adapter.layout.sites.values())
+        more = tied_names(model, adapter.layout.sites.values())
         for path, tensors in adapter._data.items():
-            held = Leaves(tensors, adapter.layout.trainable[path])
+            held = Leaves(tensors, adapter.layout.specs[path])
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     bound.__dict__["_ll_bound"] = homes
     if any(reads_prompt(layout.variant) for layout, _ in homes):
-        tell(bound)
+        install_prompt_hooks(bound)
     return bound
 
 
 def prepared(model: nn.Module, params: Adapters) -> nn.Module:
-    """`bind` for inference loops: what depends on the adapter alone is made once, not in every call.
+    """`bind` for inference loops: what depends on the adapter alone is made once, not in every
+        call.
 
-    For methods that make something of their tensors first (DoRA's row norms, rotations of OFT, BOFT and SSVD, HRA's triangular factor,
-    LoHa's product ...): one token costs what their phases cost. The module is a snapshot in evaluation mode: it has copies of the
-    adapter's tensors, none trainable, and the base should stay as it is; `.to(device)` moves all of it. Where tensors of a layer are
-    replaced, loaded, written on (in place, not through `.data`), offloaded or made trainable, in another dtype, in training mode, for rows
-    of a stack and layers whose weight is adapted everything is made in each call as ever. A compiled call notices loading alone.
+    For methods that make something of their tensors first (DoRA's row norms, rotations of OFT, BOFT
+    and SSVD, HRA's triangular factor, LoHa's product ...): one token costs what their phases cost.
+    The module is a snapshot in evaluation mode: it has copies of the adapter's tensors, none
+    trainable, and the base should stay as it is; `.to(device)` moves all of it. Where tensors of a
+    layer are replaced, loaded, written on (in place, not through `.data`), offloaded or made
+    trainable, in another dtype, in training mode, for rows of a stack and layers whose weight is
+    adapted everything is made in each call as ever. A compiled call notices loading alone.
 
     Args:
         model: the frozen base.
@@ -101,18 +120,29 @@ def prepared(model: nn.Module, params: Adapters) -> nn.Module:
 
 
 def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
-    """The adapter of a bound module as it is now (a tuple, if it was bound with several); tensors share its storage.
+    """The adapter of a bound module as it is now (a tuple, if it was bound with several); tensors
+    share its storage.
 
     Raises:
         StructureError: the module wasn't made by `ll.bind`, or a site was taken out of it since.
     """
-    homes: Iterable[tuple[Layout, dict[str, int]]] | None = getattr(bound, "__dict__", {}).get("_ll_bound")
+    homes: Iterable[tuple[Layout, dict[str, int]]] | None = getattr(bound, "__dict__", {}).get(
+        "_ll_bound"
+    )
     if homes is None:
         raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
     found = []
     for layout, indices in homes:
         held = {path: _held(bound, layout.sites[path], i) for path, i in indices.items()}
-        found.append(Adapter(layout, {path: {name: t.detach() for name, t in tensors.items()} for path, tensors in held.items()}))
+        found.append(
+            Adapter(
+                layout,
+                {
+                    path: {name: t.detach() for name, t in tensors.items()}
+                    for path, tensors in held.items()
+                },
+            )
+        )
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -120,7 +150,10 @@ def _held(bound: nn.Module, site: Site, index: int) -> dict[str, Tensor]:
     try:
         return leaves_at(bound.get_submodule(home_of(site)), index).tensors()
     except (AttributeError, KeyError):
-        raise StructureError(f"site {site.path!r}: the module there isn't the one that was bound, its adapter went with that") from None
+        raise StructureError(
+            f"site {site.path!r}: the module there isn't the one that was bound, its adapter "
+            f"went with that"
+        ) from None
 
 
 def _bound_before(model: nn.Module, path: str) -> int:
@@ -131,13 +164,20 @@ def _bound_before(model: nn.Module, path: str) -> int:
     return held_by(module)
 
 
-_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 """Hooks that no call installs, so that only a kept copy needs its own."""
 
 
 class Frozen:
-    """What a kept copy holds: new parameters on the base's storage that don't require gradients (tied ones stay tied), its own buffers and
-    hooks on state dicts."""
+    """What a kept copy holds: new parameters on the base's storage that don't require gradients
+        (tied ones stay tied), its own buffers and
+    hooks on state dicts.
+    """
 
     def __init__(self, keep_flags: bool = False) -> None:
         self.made: dict[int, nn.Parameter] = {}
@@ -146,7 +186,9 @@ class Frozen:
     def __call__(self, copy: nn.Module, path: str) -> None:
         parameters = copy._parameters
         for name, p in parameters.items():
-            if type(p) is nn.Parameter or (p is not None and p.requires_grad and is_traceable_wrapper_subclass(p)):
+            if type(p) is nn.Parameter or (
+                p is not None and p.requires_grad and is_traceable_wrapper_subclass(p)
+            ):
                 # another kind of parameter, of a quantised layer, stays the object it is
                 if id(p) not in self.made:
                     grad = p.requires_grad and self.keep_flags
@@ -159,14 +201,21 @@ class Frozen:
 
 
 def check_untracked(params: Adapters, what: str, instead: str) -> None:
-    """Refuse tensors that torch.func.grad or jvp follows where they become parameters, which carry no gradient back.
+    """Refuse tensors that torch.func.grad or jvp follows where they become parameters, which carry
+    no gradient back.
 
     Raises:
         UnsupportedError: with what to do instead.
     """
-    if any(_tracked(t) for adapter, _ in flatten(params) for t in leaves(adapter) if isinstance(t, Tensor)):
+    if any(
+        _tracked(t)
+        for adapter, _ in flatten(params)
+        for t in leaves(adapter)
+        if isinstance(t, Tensor)
+    ):
         raise UnsupportedError(
-            f"{what} makes parameters of its own, and inside torch.func.grad or jvp no gradient comes through them; {instead}"
+            f"{what} makes parameters of its own, and inside torch.func.grad or jvp no gradient "
+            f"comes through them; {instead}"
         )
 
 

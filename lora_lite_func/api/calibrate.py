@@ -9,117 +9,182 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import AdapterConfig
-from .errors import ConfigError, UnsupportedError, nearest
-from .layers import compute_dtype, device_of
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, UnsupportedError, nearest
+from ..core.method import Variant, variant_for
+from ..core.site import Params, Site
+from ..core.statistics import Moments, SiteStatistics, Statistics
+from ..injection.attachment import Attachment
+from ..injection.tree_copy import constant, copy_tree, own_bias, own_buffers
+from ..layers.targeting import find
+from ..layers.weights import compute_dtype, device_of
 from .pairs import PairRecorder
-from .site import Op
-from .skeleton import constant, copy_tree, own_bias, own_buffers
-from .spec import Params, Site, Variant, lookup
-from .statistics import Moments, SiteStatistics, Statistics
-from .targets import find
 
-__all__ = ["arguments", "calibrate", "gather", "quiet"]
+__all__ = ["arguments", "calibrate", "eval_copy", "gather"]
 
 _DATA = frozenset({"inputs", "gradients", "pairs"})
 
 
-# ------------------------------------------------------------------------------------------------------------- the verb
-def calibrate(model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, loss_fn: Any = None) -> Statistics:
-    """What the sites of a config see while the model runs over some batches; `ll.init(.., calibration_data=statistics)` takes it.
+# ----------------------------------------------------------------------------------------- the verb
+def calibrate(
+    model: nn.Module, cfg: AdapterConfig, batches: Iterable[Any], *, loss_fn: Any = None
+) -> Statistics:
+    """What the sites of a config see while the model runs over some batches; `ll.init(..,
+    calibration_data=statistics)` takes it.
 
-    The model runs in eval mode, on a copy: nothing is written on it. Only sums are kept, float32 at least. In a batch with an
+    The model runs in eval mode, on a copy: nothing is written on it. Only sums are kept, float32 at
+        least. In a batch with an
     "attention_mask", inputs of masked tokens don't count; in gradients the loss says what counts.
 
     Args:
         model: the frozen base.
         cfg: method and targets; the method says whether inputs or gradients are recorded.
-        batches: any iterable of tensors (`model(batch)`), mappings (`model(**batch)`, without "labels" if forward hasn't it), or
-            tuples and lists: (input, target) with a loss_fn, of which the input goes to the model; without one `model(*batch)`, and of a
-            pair that forward can't take as two arguments the first, too. For methods that start from contrastive pairs a batch is
-            (positive, negative), row by row counterparts. A generator works once.
-        loss_fn: (output, batch) -> scalar loss, for methods that need gradients; they are averaged over batches.
+        batches: any iterable of tensors (`model(batch)`), mappings (`model(**batch)`, without
+            "labels" if forward hasn't it), or tuples and lists: (input, target) with a loss_fn, of
+            which the input goes to the model; without one `model(*batch)`, and of a pair that
+            forward can't take as two arguments the first, too. For methods that start from
+            contrastive pairs a batch is (positive, negative), row by row counterparts. A generator
+            works once.
+        loss_fn: (output, batch) -> scalar loss, for methods that need gradients; they are averaged
+            over batches.
 
     Raises:
-        ConfigError: the method needs no data, or a loss_fn that isn't there; no batches; batches that forward can't take.
-        UnsupportedError: a site's weight is used without calling the layer, so there is nothing to record.
+        ConfigError: the method needs no data, or a loss_fn that isn't there; no batches; batches
+            that forward can't take.
+        UnsupportedError: a site's weight is used without calling the layer, so there is nothing to
+            record.
         TargetError: a pattern, role or layer index selects nothing.
     """
-    variant = lookup(type(cfg))
+    variant = variant_for(type(cfg))
     needs = _checked_needs(variant, cfg, batches, loss_fn)
     found = find(model, variant, cfg)
     recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs)
-    record = Variant(name="calibration", config=AdapterConfig, param_specs=lambda cfg, site: {}, outputs=recorder.outputs, weight=_refuse)
+    record = Variant(
+        name="calibration",
+        config=AdapterConfig,
+        param_specs=lambda cfg, site: {},
+        outputs=recorder.outputs,
+        weight=_refuse,
+    )
     count = 0
     with torch.inference_mode(False), torch.set_grad_enabled("gradients" in needs):
-        copy = copy_tree(model, {site.path: [Op(record, cfg, site, {}, 0.0)] for site, _ in found}, quiet)
+        copy = copy_tree(
+            model,
+            {site.path: [Attachment(record, cfg, site, {}, 0.0)] for site, _ in found},
+            eval_copy,
+        )
         for batch in batches:
             count += 1
             recorder.step(copy, batch, loss_fn)
     if count == 0:
-        raise ConfigError("calibration data: expected at least one batch, found none (a generator gives its batches once)")
+        raise ConfigError(
+            "calibration data: expected at least one batch, found none (a generator gives its "
+            "batches once)"
+        )
     return recorder.statistics(count)
 
 
-def gather(model: nn.Module, cfg: AdapterConfig, data: Any, loss_fn: Any) -> Mapping[str, SiteStatistics]:
-    """What `init` gives a method's start: {path: SiteStatistics}, every site with what it needs; empty if it needs no data.
+def gather(
+    model: nn.Module, cfg: AdapterConfig, data: Any, loss_fn: Any
+) -> Mapping[str, SiteStatistics]:
+    """What `init` gives a method's start: {path: SiteStatistics}, every site with what it needs;
+    empty if it needs no data.
 
     Raises:
-        ConfigError: data is missing, or given to a method that takes none; a site that no batch or no gradient reached.
+        ConfigError: data is missing, or given to a method that takes none; a site that no batch or
+            no gradient reached.
     """
-    variant = lookup(type(cfg))
+    variant = variant_for(type(cfg))
     needs = variant.needs_of(cfg) & _DATA
     if not needs and data is None and loss_fn is None:
         return {}
-    found = data if needs and isinstance(data, Statistics) else calibrate(model, cfg, data, loss_fn=loss_fn)
+    found = (
+        data
+        if needs and isinstance(data, Statistics)
+        else calibrate(model, cfg, data, loss_fn=loss_fn)
+    )
     for site, _ in find(model, variant, cfg):
         if site.path not in found:
-            raise ConfigError(f"site {site.path!r}: the statistics haven't it; {nearest(site.path, found)}")
+            raise ConfigError(
+                f"site {site.path!r}: the statistics haven't it; {nearest(site.path, found)}"
+            )
         _check_complete(site, found[site.path], needs)
     return found
 
 
-def _checked_needs(variant: Variant, cfg: AdapterConfig, batches: Any, loss_fn: Any) -> frozenset[str]:
+def _checked_needs(
+    variant: Variant, cfg: AdapterConfig, batches: Any, loss_fn: Any
+) -> frozenset[str]:
     needs = variant.needs_of(cfg) & _DATA
     if not needs:
-        raise ConfigError(f"{variant.name} takes no calibration data: its start depends on the weights and the seed alone")
+        raise ConfigError(
+            f"{variant.name} takes no calibration data: its start depends on the weights and the "
+            f"seed alone"
+        )
     if batches is None:
-        what = "gradients: give calibration_data and loss_fn" if "gradients" in needs else "the layers' inputs: give calibration_data"
+        what = (
+            "gradients: give calibration_data and loss_fn"
+            if "gradients" in needs
+            else "the layers' inputs: give calibration_data"
+        )
         of = "pairs (positive, negative)" if "pairs" in needs else "batches"
         raise ConfigError(f"{variant.name} starts from {what} ({of} of what the model takes)")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise ConfigError(f"calibration data: expected an iterable of batches, found {type(batches).__name__}; one batch goes in a list")
+        raise ConfigError(
+            f"calibration data: expected an iterable of batches, found {type(batches).__name__}; "
+            f"one batch goes in a list"
+        )
     if "gradients" in needs and loss_fn is None:
-        raise ConfigError(f"{variant.name} starts from gradients: give loss_fn, (output, batch) -> scalar")
+        raise ConfigError(
+            f"{variant.name} starts from gradients: give loss_fn, (output, batch) -> scalar"
+        )
     return needs
 
 
 def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> None:
     where = f"site {site.path!r}"
     if seen.calls == 0:
-        raise ConfigError(f"{where}: no batch of the calibration data reached it; give more batches, or leave it out")
+        raise ConfigError(
+            f"{where}: no batch of the calibration data reached it; give more batches, or leave "
+            f"it out"
+        )
     if "inputs" in needs:
         if seen.count == 0:
-            raise ConfigError(f"{where}: every token of the calibration data was masked or none came; check attention_mask")
+            raise ConfigError(
+                f"{where}: every token of the calibration data was masked or none came; check "
+                f"attention_mask"
+            )
         if len(seen.mean) != site.d_in:
-            raise ConfigError(f"{where}: expected statistics of {site.d_in} inputs, found {len(seen.mean)}; calibrate on this model")
+            raise ConfigError(
+                f"{where}: expected statistics of {site.d_in} inputs, found {len(seen.mean)}; "
+                f"calibrate on this model"
+            )
         if not bool(seen.second.isfinite().all()):
             raise ConfigError(f"{where}: its inputs on the calibration data aren't all finite")
     if "pairs" in needs:
         if seen.points is None or seen.points.shape[-1] != site.d_in:
-            raise ConfigError(f"{where}: expected pairs of {site.d_in} inputs; calibrate on this model, for this method")
+            raise ConfigError(
+                f"{where}: expected pairs of {site.d_in} inputs; calibrate on this model, for "
+                f"this method"
+            )
         if not bool(seen.points.isfinite().all()):
             raise ConfigError(f"{where}: its inputs on the pairs aren't all finite")
     if "gradients" in needs:
         if seen.slope is None or not bool(seen.slope.any()):
-            raise ConfigError(f"{where}: no gradient of the loss reached it; let the loss depend on it, or leave it out")
+            raise ConfigError(
+                f"{where}: no gradient of the loss reached it; let the loss depend on it, or "
+                f"leave it out"
+            )
         if tuple(seen.slope.shape) != (site.d_out, site.d_in):
-            raise ConfigError(f"{where}: expected a gradient of {site.d_out} x {site.d_in}, found {tuple(seen.slope.shape)}")
+            raise ConfigError(
+                f"{where}: expected a gradient of {site.d_out} x {site.d_in}, found "
+                f"{tuple(seen.slope.shape)}"
+            )
         if not bool(seen.slope.isfinite().all()):
             raise ConfigError(f"{where}: its gradient on the calibration data isn't finite")
 
 
-# --------------------------------------------------------------------------------------------------------- the recorder
+# ------------------------------------------------------------------------------------- the recorder
 class _Recorder:
     """The sums as they grow; its `outputs` is a phase like any method's and returns y as it came."""
 
@@ -130,11 +195,17 @@ class _Recorder:
         self.gradients = "gradients" in needs
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, int, dict[int, tuple[Moments, Moments]]] | None = None
-        self.probe = torch.zeros((), device="cpu", requires_grad=True)  # what backward runs to, so that no .grad is written anywhere
+        self.probe = torch.zeros(
+            (), device="cpu", requires_grad=True
+        )  # what backward runs to, so that no .grad is written anywhere
         if "inputs" in needs:
             start: dict[tuple[int, torch.dtype, torch.device], Moments] = {}
             for site, module in found:
-                key = (site.d_in, torch.promote_types(compute_dtype(module), torch.float32), device_of(module))
+                key = (
+                    site.d_in,
+                    torch.promote_types(compute_dtype(module), torch.float32),
+                    device_of(module),
+                )
                 if key not in start:
                     start[key] = Moments.none(*key)
                 self.moments[site.path] = start[key]
@@ -143,7 +214,8 @@ class _Recorder:
         """One batch through the model, and back if gradients are wanted.
 
         Raises:
-            ConfigError: the model can't take the batch, or the loss is no scalar of the chosen layers.
+            ConfigError: the model can't take the batch, or the loss is no scalar of the chosen
+                layers.
         """
         args, kwargs = arguments(copy, batch, loss_fn is not None)
         mask = kwargs.get("attention_mask")
@@ -153,14 +225,20 @@ class _Recorder:
             if self.gradients:
                 loss = loss_fn(output, batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1:
-                    raise ConfigError(f"loss_fn: expected a scalar tensor, found {_described(loss)}")
+                    raise ConfigError(
+                        f"loss_fn: expected a scalar tensor, found {_described(loss)}"
+                    )
                 if not loss.requires_grad:
-                    raise ConfigError("loss_fn: its result depends on none of the chosen layers (is it detached?)")
+                    raise ConfigError(
+                        "loss_fn: its result depends on none of the chosen layers (is it detached?)"
+                    )
                 torch.autograd.grad(loss.reshape(()), self.probe, allow_unused=True)
         finally:
             self.last = None
 
-    def outputs(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def outputs(
+        self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
+    ) -> Tensor:
         """y, seen."""
         self.calls[site.path] += 1
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -178,7 +256,9 @@ class _Recorder:
         version = -1 if x.is_inference() else x._version
         if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
             self.last = (x, version, {})
-        known = self.last[2]  # what this very input made of which sums: layers with one input and one past have one sum
+        known = self.last[
+            2
+        ]  # what this very input made of which sums: layers with one input and one past have one sum
         if id(old) not in known:
             known[id(old)] = (old, old.seeing(self._unmasked(x.detach())))
         self.moments[path] = known[id(old)][1]
@@ -196,7 +276,10 @@ class _Recorder:
 
         def listen(g: Tensor) -> None:
             if x._version != version:
-                raise UnsupportedError(f"site {site.path!r}: the model changes its input in place afterwards, so its gradient is lost")
+                raise UnsupportedError(
+                    f"site {site.path!r}: the model changes its input in place afterwards, so "
+                    f"its gradient is lost"
+                )
             dtype = torch.promote_types(g.dtype, torch.float32)
             with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
                 rows = x.reshape(-1, site.d_in).to(g.device, dtype)
@@ -209,21 +292,29 @@ class _Recorder:
     def statistics(self, batches: int) -> Statistics:
         """The sums as a value."""
         return Statistics(
-            {path: SiteStatistics(calls, batches, self.moments.get(path), self.slopes.get(path)) for path, calls in self.calls.items()}
+            {
+                path: SiteStatistics(calls, batches, self.moments.get(path), self.slopes.get(path))
+                for path, calls in self.calls.items()
+            }
         )
 
 
-def _refuse(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _refuse(
+    cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     raise UnsupportedError(
-        f"site {site.path!r}: its weight is used without calling the layer, so calibration can't see what comes to it; "
+        f"site {site.path!r}: its weight is used without calling the layer, so calibration can't "
+        f"see what comes to it; "
         "leave it out (exclude_names), or use a method that needs no data"
     )
 
 
-def quiet(copy: nn.Module, path: str) -> None:
+def eval_copy(copy: nn.Module, path: str) -> None:
     """A copy in eval mode, its parameters constants, its buffers its own."""
     weight = copy._parameters.get("weight")
-    if weight is None or weight.is_floating_point():  # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
+    if (
+        weight is None or weight.is_floating_point()
+    ):  # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
         copy.__dict__["training"] = False
     own_buffers(copy)
     own_bias(copy)
@@ -232,7 +323,9 @@ def quiet(copy: nn.Module, path: str) -> None:
             copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
 
 
-def arguments(model: nn.Module, batch: Any, has_loss: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(
+    model: nn.Module, batch: Any, has_loss: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as the model's arguments.
 
     Raises:
@@ -271,4 +364,8 @@ def _described(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return f"a mapping with {', '.join(map(str, value))}"
-    return f"{len(value)} in a {type(value).__name__}" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+    return (
+        f"{len(value)} in a {type(value).__name__}"
+        if isinstance(value, (tuple, list))
+        else f"a {type(value).__name__}"
+    )

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .api import Adapters, ops_of
-from .calibration import quiet
+from ..algebra.flatten import Adapters
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, LoraLiteError
+from ..core.method import Variant, variant_for
+from ..core.site import Params, Site
+from ..injection.attachment import Attachment, everywhere
+from ..injection.tree_copy import constant, copy_tree
+from ..layers.kinds import KINDS
+from ..layers.targeting import find
+from .apply import attachments_of
+from .calibrate import eval_copy
+from .check_method import verified
 from .comparison import allowed, apart, run
-from .config import AdapterConfig
-from .dense import merged
-from .errors import ConfigError, LoraLiteError
-from .kinds import KINDS
+from .merge import merged
 from .report import Report
-from .site import Op
-from .skeleton import constant, copy_tree
-from .spec import Params, Site, Variant, lookup
-from .targets import find
-from .tied import everywhere
-from .verified import verified
 
 __all__ = ["check"]
 
@@ -31,14 +32,18 @@ _COMPUTED = ("weight_g", "weight_v", "weight_orig", "bias_orig")
 """What torch's older norms compute the weight from, before the layer's own call begins."""
 
 
-# ------------------------------------------------------------------------------------------------------------- the verb
-def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **kwargs: Any) -> Report:
+# ----------------------------------------------------------------------------------------- the verb
+def check(
+    model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **kwargs: Any
+) -> Report:
     """What an adapter reaches and misses on an example: `print(ll.check(model, params, x))`.
 
-    Runs copies of the model on the example, in eval mode: nothing is written on it. Tells which sites are never called, or several
-    times, whose weight is read without calling the layer (there the adapter is missed) or is tied to another's, and whether
-    `apply` agrees with `merged`, and from which site on it doesn't. A config, before `init`, is checked for its sites alone.
-    What a method's phases give is held to what `ll.Variant` says of them, so a method of your own is best checked first.
+    Runs copies of the model on the example, in eval mode: nothing is written on it. Tells which
+        sites are never called, or several
+    times, whose weight is read without calling the layer (there the adapter is missed) or is tied
+    to another's, and whether `apply` agrees with `merged`, and from which site on it doesn't. A
+    config, before `init`, is checked for its sites alone. What a method's phases give is held to
+    what `ll.Variant` says of them, so a method of your own is best checked first.
 
     Args:
         model: the frozen base.
@@ -50,18 +55,25 @@ def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **k
         TargetError: a config's pattern, role or layer index selects nothing.
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the model can't be copied, or the method can't adapt a chosen layer.
-        ConfigError: a phase of a method gives something of another shape or dtype than it should; with the site.
+        ConfigError: a phase of a method gives something of another shape or dtype than it should;
+            with the site.
     """
     example = (args, kwargs)
     if isinstance(params, AdapterConfig):
-        recorder = _Recorder({site.path: site for site, _ in find(model, lookup(type(params)), params)})
+        recorder = _Recorder(
+            {site.path: site for site, _ in find(model, variant_for(type(params)), params)}
+        )
         recorder.run(model, {}, example)
-        return recorder.report(model, unmerged="a config has no weights yet; check the adapter that init makes of it")
-    ops = ops_of(params)
-    recorder = _Recorder({path: here[-1].site for path, here in ops.items()})
-    recorder.run(model, ops, example)
-    y = run(copy_tree(model, everywhere(model, ops), quiet), example)  # as `apply` makes it, without the recorder
-    effect, size, _ = apart(y, run(copy_tree(model, {}, quiet), example))
+        return recorder.report(
+            model, unmerged="a config has no weights yet; check the adapter that init makes of it"
+        )
+    attachments = attachments_of(params)
+    recorder = _Recorder({path: here[-1].site for path, here in attachments.items()})
+    recorder.run(model, attachments, example)
+    y = run(
+        copy_tree(model, everywhere(model, attachments), eval_copy), example
+    )  # as `apply` makes it, without the recorder
+    effect, size, _ = apart(y, run(copy_tree(model, {}, eval_copy), example))
     if size < 0:
         return recorder.report(model, unmerged="the output holds no floating tensor")
     try:
@@ -70,16 +82,28 @@ def check(model: nn.Module, params: Adapters | AdapterConfig, /, *args: Any, **k
         raise
     except LoraLiteError as error:
         return recorder.report(model, effect=effect, unmerged=str(error))
-    difference, size, eps = apart(y, run(copy_tree(dense, {}, quiet), example))
+    difference, size, eps = apart(y, run(copy_tree(dense, {}, eval_copy), example))
     tolerance = allowed(max(eps, recorder.eps), size)
-    where = None if difference <= tolerance else _first_apart(model, dense, ops, recorder, example)
-    return recorder.report(model, effect=effect, difference=difference, tolerance=tolerance, parts_at=where)
+    where = (
+        None
+        if difference <= tolerance
+        else _first_apart(model, dense, attachments, recorder, example)
+    )
+    return recorder.report(
+        model, effect=effect, difference=difference, tolerance=tolerance, parts_at=where
+    )
 
 
-def _first_apart(model: nn.Module, dense: nn.Module, ops: Mapping[str, list[Op]], recorder: _Recorder, example: Any) -> str | None:
+def _first_apart(
+    model: nn.Module,
+    dense: nn.Module,
+    attachments: Mapping[str, list[Attachment]],
+    recorder: _Recorder,
+    example: Any,
+) -> str | None:
     """The first site, in the order of the calls, whose output is another in the dense model."""
     mine, theirs = _Recorder(recorder.sites, keep=True), _Recorder(recorder.sites, keep=True)
-    mine.run(model, ops, example)
+    mine.run(model, attachments, example)
     theirs.run(dense, {}, example)
     for (path, y), (other, z) in zip(mine.kept, theirs.kept, strict=False):
         difference, size, eps = apart(y, z)
@@ -88,7 +112,7 @@ def _first_apart(model: nn.Module, dense: nn.Module, ops: Mapping[str, list[Op]]
     return None
 
 
-# --------------------------------------------------------------------------------------------------------- the recorder
+# ------------------------------------------------------------------------------------- the recorder
 class _Recorder(TorchFunctionMode):
     """Counts the calls of sites, and sees who takes a site's weight from outside its call."""
 
@@ -106,14 +130,31 @@ class _Recorder(TorchFunctionMode):
         self.keep = keep
         self.kept: list[tuple[str, Any]] = []
 
-    def run(self, model: nn.Module, ops: Mapping[str, list[Op]], example: Any) -> Any:
+    def run(
+        self, model: nn.Module, attachments: Mapping[str, list[Attachment]], example: Any
+    ) -> Any:
         """The output of the model with the ops in, watched."""
-        record = Variant(name="check", config=AdapterConfig, param_specs=lambda cfg, site: {}, inputs=self._enter, outputs=self._leave)
+        record = Variant(
+            name="check",
+            config=AdapterConfig,
+            param_specs=lambda cfg, site: {},
+            inputs=self._enter,
+            outputs=self._leave,
+        )
         record = dataclasses.replace(record, weight=self._weight)
         cfg = AdapterConfig()
         tree = copy_tree(
             model,
-            everywhere(model, {path: [*_strict(ops.get(path, ())), Op(record, cfg, site, {}, 0.0)] for path, site in self.sites.items()}),
+            everywhere(
+                model,
+                {
+                    path: [
+                        *_strict(attachments.get(path, ())),
+                        Attachment(record, cfg, site, {}, 0.0),
+                    ]
+                    for path, site in self.sites.items()
+                },
+            ),
             self._own,
         )
         with self:
@@ -124,7 +165,9 @@ class _Recorder(TorchFunctionMode):
         self.inside[site.path] += 1
         return x
 
-    def _leave(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def _leave(
+        self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
+    ) -> Tensor:
         """It ends."""
         self.inside[site.path] -= 1
         self.calls[site.path] += 1
@@ -132,15 +175,19 @@ class _Recorder(TorchFunctionMode):
             self.kept.append((site.path, y.detach().clone()))
         return y
 
-    def _weight(self, cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _weight(
+        self, cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The site's adapted weight is taken: how often says nothing of how often it is used."""
         self.by_weight[site.path] = None
         return W, b
 
     def _own(self, module: nn.Module, path: str) -> None:
-        """Watch the tensors of a site: objects of their own, so that a use of what is tied to one isn't taken for a use of it."""
+        """Watch the tensors of a site: objects of their own, so that a use of what is tied to one
+        isn't taken for a use of it.
+        """
         originals = dict(module._parameters)
-        quiet(module, path)
+        eval_copy(module, path)
         for name, p in module._parameters.items():
             full = f"{path}.{name}" if path else name
             site = path.partition(".parametrizations.")[0]
@@ -168,24 +215,36 @@ class _Recorder(TorchFunctionMode):
 
     def report(self, model: nn.Module, **found: Any) -> Report:
         """What was seen, with what is tied."""
-        reads = {path: tuple(names) for path, names in self.reads.items() if path not in self.by_weight}
+        reads = {
+            path: tuple(names) for path, names in self.reads.items() if path not in self.by_weight
+        }
         tied, shared = _tied(model, self.sites)
         return Report(
-            calls=self.calls, weights=tuple(self.by_weight), escaped=tuple(self.escaped), reads=reads, tied=tied, shared=shared, **found
+            calls=self.calls,
+            weights=tuple(self.by_weight),
+            escaped=tuple(self.escaped),
+            reads=reads,
+            tied=tied,
+            shared=shared,
+            **found,
         )
 
 
-def _strict(ops: Iterable[Op]) -> list[Op]:
-    return [op._replace(variant=verified(op.variant)) for op in ops]
+def _strict(attachments: Iterable[Attachment]) -> list[Attachment]:
+    return [attachment._replace(variant=verified(attachment.variant)) for attachment in attachments]
 
 
 def _name(func: Any) -> str:
     return resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
-# ------------------------------------------------------------------------------------------------- what is tied to a site
-def _tied(model: nn.Module, sites: Mapping[str, Site]) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """({site: names of other modules' parameters that are its own}, {site: other paths of its module})."""
+# --------------------------------------------------------------------------- what is tied to a site
+def _tied(
+    model: nn.Module, sites: Mapping[str, Site]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """({site: names of other modules' parameters that are its own}, {site: other paths of its
+    module}).
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     paths: dict[int, list[str]] = {}
     for path, module in modules.items():
@@ -200,14 +259,23 @@ def _tied(model: nn.Module, sites: Mapping[str, Site]) -> tuple[dict[str, tuple[
             names.setdefault(_identity(p), []).append((id(module), full))
             for site in {path, full} & owned.keys():
                 owned[site].append((_identity(p), id(module)))
-    tied = {site: tuple(n for key, home in keys for other, n in names[key] if other != home) for site, keys in owned.items()}
-    shared = {site: tuple(p for p in paths.get(id(modules.get(site)), ()) if p != site) for site in sites}
-    own = {site: found for site, found in tied.items() if found and not KINDS[sites[site].kind].bare}  # a bare tensor is adapted everywhere
+    tied = {
+        site: tuple(n for key, home in keys for other, n in names[key] if other != home)
+        for site, keys in owned.items()
+    }
+    shared = {
+        site: tuple(p for p in paths.get(id(modules.get(site)), ()) if p != site) for site in sites
+    }
+    own = {
+        site: found for site, found in tied.items() if found and not KINDS[sites[site].kind].bare
+    }  # a bare tensor is adapted everywhere
     return own, {site: found for site, found in shared.items() if found}
 
 
 def _identity(p: Tensor) -> Any:
-    """What two names of one tensor have in common: its storage, or for tensors without one the object."""
+    """What two names of one tensor have in common: its storage, or for tensors without one the
+    object.
+    """
     try:
         where = p.data_ptr()
     except RuntimeError:

@@ -8,45 +8,75 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import ConfigError, LoraLiteError
-from .spec import Params, Site, Variant
+from ..core.errors import ConfigError, LoraLiteError
+from ..core.method import Variant
+from ..core.site import Params, Site
 
 __all__ = ["verified"]
 
 
 def verified(variant: Variant) -> Variant:
-    """The same method, whose `inputs` and `outputs` have to give what came to them in shape and dtype, and `factors` two factors.
+    """The same method, whose `inputs` and `outputs` have to give what came to them in shape and
+    dtype, and `factors` two factors.
 
-    Its phases raise ConfigError where they don't, with the site, the phase and what it gave; also where a phase has another signature,
-    or asks for a tensor or an attribute that there isn't.
+    Its phases raise ConfigError where they don't, with the site, the phase and what it gave; also
+    where a phase has another signature, or asks for a tensor or an attribute that there isn't.
     """
     name = variant.name
 
     def prepare(cfg: Any, p: Params, site: Site, layer: Any) -> Any:
-        return _asked(variant.prepare, "prepare(cfg, p, site, layer)", name, site, (cfg, p, site, layer))
+        return _asked(
+            variant.prepare, "prepare(cfg, p, site, layer)", name, site, (cfg, p, site, layer)
+        )
 
     def inputs(cfg: Any, p: Params, d: Any, x: Tensor, site: Site) -> Tensor:
-        made = _asked(variant.inputs, "inputs(cfg, p, d, x, site)", name, site, (cfg, p, d, x, site))
+        made = _asked(
+            variant.inputs, "inputs(cfg, p, d, x, site)", name, site, (cfg, p, d, x, site)
+        )
         return _like(made, x, f"site {site.path!r}: {name}.inputs", "the layer's input")
 
     def outputs(cfg: Any, p: Params, d: Any, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        if variant.factors is not None:
-            _check_factors(_asked(variant.factors, "factors(cfg, p, site)", name, site, (cfg, p, site)), name, site)
-        made = _asked(variant.outputs, "outputs(cfg, p, d, x, y, site)", name, site, (cfg, p, d, x, y, site))
+        if variant.low_rank_factors is not None:
+            _check_factors(
+                _asked(
+                    variant.low_rank_factors,
+                    "low_rank_factors(cfg, p, site)",
+                    name,
+                    site,
+                    (cfg, p, site),
+                ),
+                name,
+                site,
+            )
+        made = _asked(
+            variant.outputs, "outputs(cfg, p, d, x, y, site)", name, site, (cfg, p, d, x, y, site)
+        )
         return _like(made, y, f"site {site.path!r}: {name}.outputs", "the layer's output")
 
-    phases = {"prepare": prepare, "inputs": inputs, "outputs": outputs}
-    return dataclasses.replace(variant, **{phase: f for phase, f in phases.items() if getattr(variant, phase) is not None})  # type: ignore[arg-type]
+    return dataclasses.replace(
+        variant,
+        prepare=None if variant.prepare is None else prepare,
+        inputs=None if variant.inputs is None else inputs,
+        outputs=None if variant.outputs is None else outputs,
+    )
 
 
-def _asked(phase: Callable[..., Any] | None, signature: str, name: str, site: Site, args: tuple[Any, ...]) -> Any:
+def _asked(
+    phase: Callable[..., Any] | None, signature: str, name: str, site: Site, args: tuple[Any, ...]
+) -> Any:
     assert phase is not None
     try:
         return phase(*args)
     except LoraLiteError:
         raise
-    except (TypeError, KeyError, AttributeError) as error:  # the method's own mistakes; an input of a wrong shape isn't one
-        raise ConfigError(f"site {site.path!r}: {name}.{signature}: {type(error).__name__}: {error}") from error
+    except (
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # the method's own mistakes; an input of a wrong shape isn't one
+        raise ConfigError(
+            f"site {site.path!r}: {name}.{signature}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _like(made: Any, given: Any, where: str, what: str) -> Any:
@@ -56,13 +86,19 @@ def _like(made: Any, given: Any, where: str, what: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 def _check_factors(made: Any, name: str, site: Site) -> None:
     expected = f"expected (A (k, {site.d_in}), B ({site.d_out}, k), s)"
-    where = f"site {site.path!r}: {name}.factors gave"
-    if not isinstance(made, tuple) or len(made) != 3 or not all(isinstance(f, Tensor) for f in made[:2]):
+    where = f"site {site.path!r}: {name}.low_rank_factors gave"
+    if (
+        not isinstance(made, tuple)
+        or len(made) != 3
+        or not all(isinstance(f, Tensor) for f in made[:2])
+    ):
         size = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise ConfigError(f"{where} {size}, {expected}")
     A, B = (tuple(f.shape) for f in made[:2])

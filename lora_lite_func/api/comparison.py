@@ -41,7 +41,9 @@ def allowed(eps: float, size: float) -> float:
 
 
 def apart(a: Any, b: Any) -> tuple[float, float, float]:
-    """(largest difference, largest magnitude, coarsest eps) over the floating tensors of two like values; sizes below 0: there are none."""
+    """(largest difference, largest magnitude, coarsest eps) over the floating tensors of two like
+    values; sizes below 0: there are none.
+    """
     difference, size, eps = 0.0, -1.0, 0.0
     mine, theirs = list(_tensors(a)), list(_tensors(b))
     if len(mine) != len(theirs):
@@ -61,7 +63,9 @@ def apart(a: Any, b: Any) -> tuple[float, float, float]:
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The floating (and complex) tensors with values in an output: of mappings, sequences, dataclasses and plain objects."""
+    """The floating (and complex) tensors with values in an output: of mappings, sequences,
+    dataclasses and plain objects.
+    """
     if isinstance(value, Tensor):
         if (value.is_floating_point() or value.is_complex()) and not value.is_meta:
             yield value
@@ -71,6 +75,10 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
         elif isinstance(value, (list, tuple, set)):
             items = value
         else:
-            items = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) else ()
+            items = (
+                vars(value).values()
+                if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module))
+                else ()
+            )
         for item in items:
             yield from _tensors(item, depth + 1)

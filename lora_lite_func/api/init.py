@@ -11,41 +11,53 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import rng
-from .adapter import Adapter, Layout
-from .calibration import gather
-from .config import AdapterConfig
-from .errors import ConfigError, LoraLiteError, StructureError, shown
-from .kinds import KINDS, matrix, place
-from .layers import compute_dtype, dense_weight, device_of
-from .spec import ParamSpec, Site, Variant, leaf_dtype, lookup
-from .statistics import SiteStatistics
-from .targets import find
+from ..core import random
+from ..core.adapter import Adapter
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, LoraLiteError, StructureError, short_repr
+from ..core.layout import Layout
+from ..core.method import ParamSpec, Variant, leaf_dtype, variant_for
+from ..core.site import Site
+from ..core.statistics import SiteStatistics
+from ..layers.kinds import KINDS, matrix, module_and_name
+from ..layers.targeting import find
+from ..layers.weights import compute_dtype, dense_weight, device_of
+from .calibrate import gather
 
 __all__ = ["init", "targets"]
 
 
-def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_data: Any = None, loss_fn: Any = None) -> Adapter:
+def init(
+    model: nn.Module,
+    cfg: AdapterConfig,
+    *,
+    seed: int = 0,
+    calibration_data: Any = None,
+    loss_fn: Any = None,
+) -> Adapter:
     """A new adapter for a model: `params = ll.init(model, ll.LoRAConfig(r=8))`.
 
-    Pure: the model, its random state and torch's global one are untouched. A tensor's draw depends on (seed, path, name) alone, so
+    Pure: the model, its random state and torch's global one are untouched. A tensor's draw depends
+        on (seed, path, name) alone, so
     choosing other sites never changes it.
 
     Args:
         model: the frozen base.
         cfg: method, rank, targets.
         seed: of the random starts.
-        calibration_data: batches as `ll.calibrate` takes them, or what it returned, for methods whose start depends on data.
+        calibration_data: batches as `ll.calibrate` takes them, or what it returned, for methods
+            whose start depends on data.
         loss_fn: (output, batch) -> scalar loss, for methods whose start depends on gradients.
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing.
         UnsupportedError: the method can't adapt a chosen layer; with path, reason and way out.
-        ConfigError: calibration data missing, not enough, or for a method that takes none, or a seed that is no int.
+        ConfigError: calibration data missing, not enough, or for a method that takes none, or a
+            seed that is no int.
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"seed: expected int, found {shown(seed)}")
-    variant = lookup(type(cfg))
+        raise ConfigError(f"seed: expected int, found {short_repr(seed)}")
+    variant = variant_for(type(cfg))
     found = find(model, variant, cfg)
     seen = gather(model, cfg, calibration_data, loss_fn)
     if variant.plan is not None:
@@ -57,7 +69,9 @@ def init(model: nn.Module, cfg: AdapterConfig, *, seed: int = 0, calibration_dat
     with _unsurrounded({home.device.type for home in homes}):
         for (site, module), home in zip(found, homes, strict=True):
             try:
-                data[site.path] = _start(variant, cfg, site, home, module, seed, seen.get(site.path))
+                data[site.path] = _start(
+                    variant, cfg, site, home, module, seed, seen.get(site.path)
+                )
             except LoraLiteError as error:
                 raise type(error)(f"site {site.path!r}: {error}") from None
     return Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
@@ -70,7 +84,7 @@ def targets(model: nn.Module, cfg: AdapterConfig) -> tuple[Site, ...]:
         TargetError: a pattern, role or layer index selects nothing.
         UnsupportedError: the method can't adapt a chosen layer.
     """
-    return tuple(site for site, _ in find(model, lookup(type(cfg)), cfg))
+    return tuple(site for site, _ in find(model, variant_for(type(cfg)), cfg))
 
 
 @contextmanager
@@ -86,49 +100,80 @@ def _unsurrounded(kinds: set[str]) -> Iterator[None]:
 
 
 class _Home(NamedTuple):
-    """Where a site's tensors go, and the copies made so far of frozen starts, {what was copied to where: (it, its copy)}."""
+    """Where a site's tensors go, and the copies made so far of frozen starts, {what was copied to
+    where: (it, its copy)}.
+    """
 
     device: torch.device
     dtype: torch.dtype
     copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]]
 
     def copy(self, value: Tensor, dtype: torch.dtype, frozen: bool) -> Tensor:
-        """A clone of its own, as trainable tensors must not share storage; sites with one frozen start have one clone."""
+        """A clone of its own, as trainable tensors must not share storage; sites with one frozen
+        start have one clone.
+        """
         key = (id(value), self.device, dtype)
         if frozen and key in self.copies and self.copies[key][0]() is value:
             return self.copies[key][1]
-        made = value.detach().to(self.device, dtype, copy=True, memory_format=torch.contiguous_format)
+        made = value.detach().to(
+            self.device, dtype, copy=True, memory_format=torch.contiguous_format
+        )
         if frozen:
             self.copies[key] = weakref.ref(value), made
         return made
 
 
 def _start(
-    variant: Variant, cfg: AdapterConfig, site: Site, home: _Home, module: Any, seed: int, seen: SiteStatistics | None
+    variant: Variant,
+    cfg: AdapterConfig,
+    site: Site,
+    home: _Home,
+    module: Any,
+    seed: int,
+    seen: SiteStatistics | None,
 ) -> dict[str, Tensor]:
-    """The first tensors of a site, on the device of its weight; of a stack, one start per weight, with draws of its own."""
+    """The first tensors of a site, on the device of its weight; of a stack, one start per weight,
+    with draws of its own.
+    """
     specs = _specs(variant, cfg, site)
     W = None
     if variant.init is not None and "weight" in variant.needs_of(cfg):
-        W = matrix(dense_weight(module, variant.name, max(site.stack, 1) * site.d_in * site.d_out, place(site)[1]), site)
+        W = matrix(
+            dense_weight(
+                module,
+                variant.name,
+                max(site.num_experts, 1) * site.d_in * site.d_out,
+                module_and_name(site)[1],
+            ),
+            site,
+        )
     starts = []
-    for i in range(max(site.stack, 1)):
+    for i in range(max(site.num_experts, 1)):
         draw = functools.partial(_generator, seed, site, i)
-        weight = W[i].contiguous() if W is not None and site.stack else W
+        weight = W[i].contiguous() if W is not None and site.num_experts else W
         starts.append(_one_start(variant, cfg, site, specs, weight, seen, draw, home))
-    return {name: torch.stack([s[name] for s in starts]) for name in specs} if site.stack else starts[0]
+    return (
+        {name: torch.stack([s[name] for s in starts]) for name in specs}
+        if site.num_experts
+        else starts[0]
+    )
 
 
 def _generator(seed: int, site: Site, i: int, name: str) -> torch.Generator:
-    return rng.generator(seed, site.path, f"{name}.{i}" if site.stack else name)
+    return random.generator(seed, site.path, f"{name}.{i}" if site.num_experts else name)
 
 
 def _home(site: Site, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a site computes and in which dtype; a whole module as its first floating parameter says."""
+    """Where a site computes and in which dtype; a whole module as its first floating parameter
+    says.
+    """
     if not KINDS[site.kind].listed:
-        name = place(site)[1]
+        name = module_and_name(site)[1]
         return device_of(module, name), compute_dtype(module, name)
-    first = next((p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1), torch.empty(0, device="cpu"))
+    first = next(
+        (p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1),
+        torch.empty(0, device="cpu"),
+    )
     return first.device, first.dtype
 
 
@@ -151,59 +196,94 @@ def _one_start(
         dtype = leaf_dtype(spec, cfg.dtype or home.dtype)
         value = given[name] if name in given else _drawn(spec, draw, name, home.device, dtype)
         if tuple(value.shape) != tuple(spec.shape):
-            raise StructureError(f"{variant.name}.init gave {name} the shape {tuple(value.shape)}, expected {tuple(spec.shape)}")
+            raise StructureError(
+                f"{variant.name}.init gave {name} the shape {tuple(value.shape)}, expected "
+                f"{tuple(spec.shape)}"
+            )
         if name in given:
             start[name] = home.copy(value, dtype, not spec.trainable)
         else:
-            start[name] = value.detach().to(home.device, dtype, memory_format=torch.contiguous_format)
+            start[name] = value.detach().to(
+                home.device, dtype, memory_format=torch.contiguous_format
+            )
     return start
 
 
 def _specs(variant: Variant, cfg: AdapterConfig, site: Site) -> Mapping[str, ParamSpec]:
     specs = variant.param_specs(cfg, site)
     if not isinstance(specs, Mapping) or not all(isinstance(s, ParamSpec) for s in specs.values()):
-        raise ConfigError(f"{variant.name}.param_specs: expected a mapping of names to ParamSpecs, found {shown(specs)}")
+        raise ConfigError(
+            f"{variant.name}.param_specs: expected a mapping of names to ParamSpecs, found "
+            f"{short_repr(specs)}"
+        )
     if not specs:
         raise ConfigError(f"{variant.name}.param_specs: expected at least one tensor, found {{}}")
     for name, spec in specs.items():
         if not isinstance(name, str) or not name.startswith("lora_") or "." in name:
-            raise ConfigError(f"{variant.name} names a tensor {name!r}; expected a name that begins with 'lora_', without dots")
+            raise ConfigError(
+                f"{variant.name} names a tensor {name!r}; expected a name that begins with "
+                f"'lora_', without dots"
+            )
         if spec.init not in ("zeros", "ones") and not callable(spec.init):
-            raise ConfigError(f"{variant.name}: {name} starts as {spec.init!r}; expected 'zeros', 'ones' or a draw")
+            raise ConfigError(
+                f"{variant.name}: {name} starts as {spec.init!r}; expected 'zeros', 'ones' or a "
+                f"draw"
+            )
         _check_spec(spec, f"{variant.name}: {name}")
     return specs
 
 
 def _check_spec(spec: ParamSpec, where: str) -> None:
     shape, dtype, axis = spec.shape, spec.dtype, spec.rank_axis
-    if not isinstance(shape, (tuple, list)) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ConfigError(f"{where} has the shape {shown(shape)}; expected a tuple of sizes")
+    if not isinstance(shape, (tuple, list)) or not all(
+        isinstance(n, int) and n >= 0 for n in shape
+    ):
+        raise ConfigError(f"{where} has the shape {short_repr(shape)}; expected a tuple of sizes")
     if axis is not None and not 0 <= axis < len(shape):
-        raise ConfigError(f"{where} has rank_axis={axis}; expected one of its {len(shape)} axes, counted from 0")
+        raise ConfigError(
+            f"{where} has rank_axis={axis}; expected one of its {len(shape)} axes, counted from 0"
+        )
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"{where} is {shown(dtype)}; expected a torch.dtype or None")
+        raise ConfigError(f"{where} is {short_repr(dtype)}; expected a torch.dtype or None")
     if dtype.is_complex:
-        raise ConfigError(f"{where} is {dtype}; expected a real dtype (a complex tensor is two, or one with a last axis of 2)")
+        raise ConfigError(
+            f"{where} is {dtype}; expected a real dtype (a complex tensor is two, or one with a "
+            f"last axis of 2)"
+        )
     if spec.trainable and not dtype.is_floating_point:
-        raise ConfigError(f"{where} is {dtype} and trainable; expected a floating dtype, or trainable=False")
+        raise ConfigError(
+            f"{where} is {dtype} and trainable; expected a floating dtype, or trainable=False"
+        )
 
 
 def _check_given(variant: Variant, specs: Mapping[str, ParamSpec], given: Any) -> None:
     if not isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given.values()):
-        raise ConfigError(f"{variant.name}.init: expected a mapping of names to tensors, found {shown(given)}")
+        raise ConfigError(
+            f"{variant.name}.init: expected a mapping of names to tensors, found "
+            f"{short_repr(given)}"
+        )
     odd = [name for name in given if name not in specs]
     if odd:
-        raise ConfigError(f"{variant.name}.init gave {shown(odd[0])}, its param_specs have {', '.join(specs)}")
+        raise ConfigError(
+            f"{variant.name}.init gave {short_repr(odd[0])}, its param_specs have "
+            f"{', '.join(specs)}"
+        )
 
 
-def _drawn(spec: ParamSpec, draw: Callable[[str], torch.Generator], name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _drawn(
+    spec: ParamSpec,
+    draw: Callable[[str], torch.Generator],
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
     if spec.init == "zeros":
         return torch.zeros(spec.shape, dtype=dtype, device=device)
     if spec.init == "ones":
         return torch.ones(spec.shape, dtype=dtype, device=device)
     value = spec.init(spec.shape, draw(name))
     if not isinstance(value, Tensor):
-        raise ConfigError(f"the draw of {name} gave {shown(value)}, expected a tensor")
+        raise ConfigError(f"the draw of {name} gave {short_repr(value)}, expected a tensor")
     return value

@@ -6,63 +6,74 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import Adapters, ops_of
-from .binding import Frozen, check_untracked
-from .kinds import place
-from .layers import check_model, compute_dtype, is_packed
-from .ops import check_bias, check_dense, merge_site
-from .quantised import dequantised, unpacked
-from .skeleton import check_mergeable, check_site, copy_tree, no_module
-from .tied import everywhere, twins
+from ..algebra.flatten import Adapters
+from ..injection.attachment import everywhere
+from ..injection.checks import check_bias, check_dense, check_mergeable, check_site, no_module
+from ..injection.dense_weight import merge_site
+from ..injection.tree_copy import copy_tree
+from ..layers.kinds import module_and_name
+from ..layers.quantised import dequantised, unpacked
+from ..layers.refusals import check_model
+from ..layers.tied import tied_names
+from ..layers.weights import compute_dtype, is_packed
+from .apply import attachments_of
+from .bind import Frozen, check_untracked
 
 __all__ = ["merge", "merged"]
 
 
 def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> dict[str, Tensor]:
-    """{parameter name: tensor}: the dense weights (and biases) with the adapter in, for the sites' parameters alone.
+    """{parameter name: tensor}: the dense weights (and biases) with the adapter in, for the sites'
+    parameters alone.
 
-    Pure and differentiable in `params`. Sums are taken in float32 at least and returned in the weight's dtype. A method that moves
-    the bias gives a `<site>.bias` even where the layer had none.
+    Pure and differentiable in `params`. Sums are taken in float32 at least and returned in the
+    weight's dtype. A method that moves the bias gives a `<site>.bias` even where the layer had
+    none.
 
     Args:
         model: the frozen base.
         params: as in `apply`.
-        dequantize: give packed (quantised) layers dense weights, in the dtype that they compute in. That costs the memory that
-            packing saved (4 bytes an entry in float32, against 1 or 1/2), and the weight keeps the rounding of its packing. Where a
-            layer rounds its inputs too (bitsandbytes' 8 bits), the dense one is as far from it as that rounding.
+        dequantize: give packed (quantised) layers dense weights, in the dtype that they compute in.
+            That costs the memory that packing saved (4 bytes an entry in float32, against 1 or
+            1/2), and the weight keeps the rounding of its packing. Where a layer rounds its inputs
+            too (bitsandbytes' 8 bits), the dense one is as far from it as that rounding.
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
     """
-    sites = ops_of(params, model=model)
+    sites = attachments_of(params, model=model)
     check_model(model)
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for ops in everywhere(model, sites).values():
-        home, name = place(ops[-1].site)
+    for attachments in everywhere(model, sites).values():
+        home, name = module_and_name(attachments[-1].site)
         module: Any = modules.get(home)
         if module is None:
             raise no_module(model, home)
-        for op in ops:
-            check_site(module, op.site)
-            check_dense(op)
-        check_mergeable(module, ops[-1].site, dequantize)
-        bias = module.bias.detach() if ops[0].site.bias and module.bias is not None else None
-        W, b = merge_site(module, ops, _plain(module, name), bias)
+        for attachment in attachments:
+            check_site(module, attachment.site)
+            check_dense(attachment)
+        check_mergeable(module, attachments[-1].site, dequantize)
+        bias = (
+            module.bias.detach() if attachments[0].site.bias and module.bias is not None else None
+        )
+        W, b = merge_site(module, attachments, _plain(module, name), bias)
         prefix = home + "." if home else ""
         merged_tensors[prefix + name] = W
         if b is not None and b is not bias:
-            check_bias(module, ops[-1], b)
+            check_bias(module, attachments[-1], b)
             merged_tensors[prefix + "bias"] = b
     return merged_tensors
 
 
 def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> nn.Module:
-    """A plain module of the model's class with the merged weights: base speed, no adapter. The user's model isn't changed.
+    """A plain module of the model's class with the merged weights: base speed, no adapter. The
+    user's model isn't changed.
 
-    Parameters that no site touches share storage with the model's (`copy.deepcopy` it for independence). Flags stay as they were.
-    With `dequantize` a packed site becomes a dense layer, at the cost that `merge` tells.
+    Parameters that no site touches share storage with the model's (`copy.deepcopy` it for
+    independence). Flags stay as they were. With `dequantize` a packed site becomes a dense layer,
+    at the cost that `merge` tells.
 
     Args:
         model: the frozen base.
@@ -70,11 +81,18 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
         dequantize: as in `merge`.
 
     Raises:
-        StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp differentiates.
+        StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp
+            differentiates.
     """
-    check_untracked(params, "ll.merged", "use ll.functional_call(model, (), args, base=ll.merge(model, params)), or ll.apply")
+    check_untracked(
+        params,
+        "ll.merged",
+        "use ll.functional_call(model, (), args, base=ll.merge(model, params)), or ll.apply",
+    )
     new = merge(model, params, dequantize=dequantize)
-    for path, others in twins(model, (ops[-1].site for ops in ops_of(params).values())).items():  # tied ones stay tied
+    for path, others in tied_names(
+        model, (attachments[-1].site for attachments in attachments_of(params).values())
+    ).items():  # tied ones stay tied
         new |= {site.path: new[path] for site in others}
     kept: dict[int, nn.Parameter] = {}
     made: Any = copy_tree(model, {}, Frozen(keep_flags=True))
@@ -84,17 +102,23 @@ def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> n
         old = module._parameters.get(leaf)
         if leaf == "weight" and old is not None and is_packed(old):
             bias = module._parameters.get("bias")
-            module = unpacked(module, tensor, None if bias is None else bias.detach().to(tensor.dtype))
+            module = unpacked(
+                module, tensor, None if bias is None else bias.detach().to(tensor.dtype)
+            )
             made = _put(made, path, module)
             continue
         if id(tensor) not in kept:
-            kept[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=True if old is None else old.requires_grad)
+            kept[id(tensor)] = nn.Parameter(
+                tensor.detach(), requires_grad=True if old is None else old.requires_grad
+            )
         module.register_parameter(leaf, kept[id(tensor)])
     return made
 
 
 def _plain(module: Any, name: str) -> Tensor:
-    """A parameter's values as a plain tensor, a packed one's in the dtype that its layer computes in."""
+    """A parameter's values as a plain tensor, a packed one's in the dtype that its layer computes
+    in.
+    """
     stored: Tensor = module._parameters[name]
     if not is_packed(stored):
         return stored.detach()

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import AdapterConfig
-from .errors import ConfigError, UnsupportedError
-from .spec import Params, Site
-from .statistics import SiteStatistics, Statistics
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.site import Params, Site
+from ..core.statistics import SiteStatistics, Statistics
 
 __all__ = ["PairRecorder"]
 
@@ -29,13 +29,17 @@ class PairRecorder:
         self.mask: Tensor | None = None
 
     def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
-        """One batch (positive, negative), each of what the model takes, row k of the one the counterpart of row k of the other.
+        """One batch (positive, negative), each of what the model takes, row k of the one the
+        counterpart of row k of the other.
 
         Raises:
             ConfigError: no pair, or sides of different numbers of rows.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigError(f"calibration data: expected pairs (positive, negative), found {type(batch).__name__}")
+            raise ConfigError(
+                f"calibration data: expected pairs (positive, negative), found "
+                f"{type(batch).__name__}"
+            )
         sides = []
         for side in batch:
             args, kwargs = self.arguments(copy, side, False)
@@ -47,10 +51,15 @@ class PairRecorder:
         for path, positive in sides[0].items():
             negative = sides[1].get(path)
             if negative is None or negative.shape != positive.shape:
-                raise ConfigError(f"site {path!r}: the positive batch has {len(positive)} rows, the negative one another number")
+                raise ConfigError(
+                    f"site {path!r}: the positive batch has {len(positive)} rows, the negative "
+                    f"one another number"
+                )
             self.seen.setdefault(path, []).append(torch.stack([positive, negative]))
 
-    def outputs(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    def outputs(
+        self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
+    ) -> Tensor:
         """y, the last token of x seen."""
         self.calls[site.path] += 1
         self.points[site.path] = self._last(x.detach(), site.path)
@@ -59,11 +68,16 @@ class PairRecorder:
     def _last(self, x: Tensor, path: str) -> Tensor:
         """(n, d_in): of x (n, T, d_in) the last token that isn't padding; x (n, d_in) as it is."""
         if x.ndim not in (2, 3):
-            raise UnsupportedError(f"site {path!r}: expected inputs (n, tokens, d_in) or (n, d_in), found shape {tuple(x.shape)}")
+            raise UnsupportedError(
+                f"site {path!r}: expected inputs (n, tokens, d_in) or (n, d_in), found shape "
+                f"{tuple(x.shape)}"
+            )
         if x.ndim == 3:
             tokens = x.shape[1]
             if self.mask is not None and self.mask.shape == x.shape[:2]:
-                where = (self.mask * torch.arange(1, tokens + 1, device=self.mask.device)).argmax(1)  # the last that counts
+                where = (self.mask * torch.arange(1, tokens + 1, device=self.mask.device)).argmax(
+                    1
+                )  # the last that counts
                 x = x[torch.arange(len(x), device=x.device), where.to(x.device)]
             else:
                 x = x[:, -1]
@@ -71,5 +85,12 @@ class PairRecorder:
 
     def statistics(self, batches: int) -> Statistics:
         """The pairs as a value."""
-        joined: Mapping[str, Tensor] = {path: torch.cat(found, 1) for path, found in self.seen.items()}
-        return Statistics({path: SiteStatistics(calls, batches, points=joined.get(path)) for path, calls in self.calls.items()})
+        joined: Mapping[str, Tensor] = {
+            path: torch.cat(found, 1) for path, found in self.seen.items()
+        }
+        return Statistics(
+            {
+                path: SiteStatistics(calls, batches, points=joined.get(path))
+                for path, calls in self.calls.items()
+            }
+        )

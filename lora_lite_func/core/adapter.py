@@ -13,15 +13,28 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import StructureError, nearest
-from .layout import Layout, describe, described
-from .spec import Site
+from .layout import Layout, from_json, to_json
+from .site import Site
 from .summary import render
 
-__all__ = ["ABSENT", "Adapter", "Layout", "check_shapes", "keys", "leaves", "member", "members_of", "rebuild", "replace"]
+__all__ = [
+    "ABSENT",
+    "Adapter",
+    "Layout",
+    "check_shapes",
+    "keys",
+    "leaves",
+    "member",
+    "members_of",
+    "rebuild",
+    "replace",
+]
 
 
 class _Absent:
-    """Stands where a leaf was taken out: a pytree node without children, so that no transform sees it."""
+    """Stands where a leaf was taken out: a pytree node without children, so that no transform sees
+    it.
+    """
 
     def __repr__(self) -> str:
         return "absent"
@@ -34,13 +47,15 @@ ABSENT = _Absent()
 
 
 class Adapter(Mapping[str, Mapping[str, Tensor]]):
-    """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static data.
+    """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static
+        data.
 
-    `params["layers.0.up"]["lora_A"]` is a tensor, and so is `params["layers.0.up", "lora_A"]`, by its key in the pytree.
-    Of a stack, `params[2]` is the third member.
+    `params["layers.0.up"]["lora_A"]` is a tensor, and so is `params["layers.0.up", "lora_A"]`, by
+    its key in the pytree. Of a stack, `params[2]` is the third member.
 
-    Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`, `ll.scale` ...). Two
-    adapters with equal sites and equal method settings have equal tree structure, whatever patterns chose the sites.
+    Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`,
+    `ll.scale` ...). Two adapters with equal sites and equal method settings have equal tree
+    structure, whatever patterns chose the sites.
 
     Attributes:
         config: the AdapterConfig.
@@ -56,15 +71,29 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
     def __init__(self, layout: Layout, data: Mapping[str, Mapping[str, Tensor]]) -> None:
         if data.keys() != layout.names.keys():
             odd = next(iter(data.keys() ^ layout.names.keys()))
-            raise StructureError(f"site {odd!r} is in the {'data' if odd in data else 'layout'} alone")
+            raise StructureError(
+                f"site {odd!r} is in the {'data' if odd in data else 'layout'} alone"
+            )
         for path, names in layout.names.items():
             if set(data[path]) != set(names):
-                raise StructureError(f"{path!r}: expected tensors {', '.join(names)}, found {', '.join(sorted(data[path])) or 'none'}")
+                raise StructureError(
+                    f"{path!r}: expected tensors {', '.join(names)}, found "
+                    f"{', '.join(sorted(data[path])) or 'none'}"
+                )
         object.__setattr__(self, "layout", layout)
-        object.__setattr__(self, "_data", {path: {name: data[path][name] for name in names} for path, names in layout.names.items()})
+        object.__setattr__(
+            self,
+            "_data",
+            {
+                path: {name: data[path][name] for name in names}
+                for path, names in layout.names.items()
+            },
+        )
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"an Adapter is immutable, {name!r} can't be set; make another one by tree algebra")
+        raise AttributeError(
+            f"an Adapter is immutable, {name!r} can't be set; make another one by tree algebra"
+        )
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"an Adapter is immutable, {name!r} can't be deleted")
@@ -85,7 +114,9 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
     def __getitem__(self, path: tuple[str, str]) -> Tensor: ...
     @overload
     def __getitem__(self, path: int) -> Adapter: ...
-    def __getitem__(self, path: str | tuple[str, str] | int) -> Mapping[str, Tensor] | Tensor | Adapter:
+    def __getitem__(
+        self, path: str | tuple[str, str] | int
+    ) -> Mapping[str, Tensor] | Tensor | Adapter:
         if isinstance(path, tuple) and len(path) == 2:
             site, name = path
             tensors = self[site]
@@ -115,7 +146,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
         return id(self)
 
     def __repr__(self) -> str:
-        return render(self.layout.variant.name, self.sites, self._data, self.layout.trainable)
+        return render(self.layout.variant.name, self.sites, self._data, self.layout.specs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuild, (self.layout, list(leaves(self)))
@@ -132,13 +163,20 @@ def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
     new = Adapter.__new__(Adapter)
     it = iter(children)
     object.__setattr__(new, "layout", layout)
-    object.__setattr__(new, "_data", {path: {name: next(it) for name in names} for path, names in layout.names.items()})
+    object.__setattr__(
+        new,
+        "_data",
+        {path: {name: next(it) for name in names} for path, names in layout.names.items()},
+    )
     return new
 
 
 def replace(params: Adapter, data: Mapping[str, Mapping[str, Any]]) -> Adapter:
     """The same layout around other leaves, unchecked."""
-    return rebuild(params.layout, (data[path][name] for path, names in params.layout.names.items() for name in names))
+    return rebuild(
+        params.layout,
+        (data[path][name] for path, names in params.layout.names.items() for name in names),
+    )
 
 
 def members_of(stacked: Any, what: str) -> int:
@@ -150,17 +188,23 @@ def members_of(stacked: Any, what: str) -> int:
     if not isinstance(stacked, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(stacked).__name__}")
     counts = set()
-    for path, expected in stacked.layout.expected.items():
+    for path, specs in stacked.layout.specs.items():
         for name, leaf in stacked._data[path].items():
             if leaf is ABSENT:
                 continue
-            if not isinstance(leaf, Tensor) or leaf.ndim != len(expected[name]) + 1 or leaf.shape[1:] != expected[name]:
+            expected = specs[name].shape
+            fits = isinstance(leaf, Tensor) and leaf.ndim == len(expected) + 1
+            if not fits or leaf.shape[1:] != expected:
                 found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                shape = ", ".join(map(str, expected[name]))
-                raise StructureError(f"{what}: {path!r} {name}: expected (K, {shape}), found {found}")
+                shape = ", ".join(map(str, expected))
+                raise StructureError(
+                    f"{what}: {path!r} {name}: expected (K, {shape}), found {found}"
+                )
             counts.add(leaf.shape[0])
     if len(counts) != 1:
-        raise StructureError(f"{what}: expected one leading size, found {sorted(counts) or 'no tensors'}")
+        raise StructureError(
+            f"{what}: expected one leading size, found {sorted(counts) or 'no tensors'}"
+        )
     return counts.pop()
 
 
@@ -181,7 +225,7 @@ def member(stacked: Adapter, index: int) -> Adapter:
             t = stacked._data[path][name]
             if t is not ABSENT:
                 t = t[index]
-                for axis, size in enumerate(layout.expected[path][name]):
+                for axis, size in enumerate(layout.specs[path][name].shape):
                     t = t if t.shape[axis] == size else t.narrow(axis, 0, size)
             found.append(t)
     return rebuild(layout, found)
@@ -193,28 +237,33 @@ def check_shapes(params: Adapter) -> None:
     Raises:
         StructureError: with path, name, expected and found, and what to do.
     """
-    for path, expected in params.layout.expected.items():
+    for path, specs in params.layout.specs.items():
         for name, tensor in params._data[path].items():
-            if not isinstance(tensor, Tensor) or tensor.shape != expected[name]:
-                raise StructureError(_misfit(path, name, expected[name], tensor))
+            expected = specs[name].shape
+            if not isinstance(tensor, Tensor) or tensor.shape != expected:
+                raise StructureError(_misfit(path, name, expected, tensor))
 
 
 def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
     where = f"{path!r} {name}: expected shape {tuple(expected)}, "
     if found is ABSENT:
-        return where + "found nothing: this is one part of a partition; put it back with ll.combine(trainable, frozen)"
+        return (
+            where + "found nothing: this is one part of a partition; put it back with "
+            "ll.combine(trainable, frozen)"
+        )
     if not isinstance(found, Tensor):
         return where + f"found {type(found).__name__}"
     if tuple(found.shape[1:]) == tuple(expected):
         return where + (
             f"found {tuple(found.shape)}: a stack of {found.shape[0]} adapters; "
-            "ll.rows(stack, ids) gives each row of a batch its own, torch.func.vmap(lambda p: ll.apply(model, p, x))(stack) runs them all "
+            "ll.rows(stack, ids) gives each row of a batch its own, torch.func.vmap(lambda p: "
+            "ll.apply(model, p, x))(stack) runs them all "
             "on the same batch, stack[i] is one of them"
         )
     return where + f"found {tuple(found.shape)}"
 
 
-# --------------------------------------------------------------------------------------------------- registration
+# ------------------------------------------------------------------------------------- registration
 def _flatten(params: Adapter) -> tuple[list[Any], Layout]:
     return list(leaves(params)), params.layout
 
@@ -229,7 +278,9 @@ def keys(params: Adapter) -> list[tuple[str, str]]:
 
 
 def _flatten_with_keys(params: Adapter) -> tuple[list[tuple[Any, Any]], Layout]:
-    return list(zip(map(torch_pytree.MappingKey, keys(params)), leaves(params), strict=True)), params.layout
+    return list(
+        zip(map(torch_pytree.MappingKey, keys(params)), leaves(params), strict=True)
+    ), params.layout
 
 
 def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str, str]]]:
@@ -238,14 +289,16 @@ def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str,
 
 @functools.cache
 def _register() -> None:
-    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")  # getattr: a class would mangle the name
+    everywhere = getattr(
+        optree.registry, "__GLOBAL_NAMESPACE"
+    )  # getattr: a class would mangle the name
     torch_pytree.register_pytree_node(
         Adapter,
         _flatten,
         _unflatten,
         serialized_type_name="lora_lite_func.Adapter",
-        to_dumpable_context=describe,
-        from_dumpable_context=described,
+        to_dumpable_context=to_json,
+        from_dumpable_context=from_json,
         flatten_with_keys_fn=_flatten_with_keys,
     )
     torch_pytree.register_pytree_node(

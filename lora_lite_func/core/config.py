@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, nearest, shown
+from .errors import ConfigError, nearest, short_repr
 
 __all__ = [
     "DEFAULT_EXCLUDE",
@@ -36,7 +36,10 @@ __all__ = [
 Role = Literal["reader", "writer", "inner"]
 Config = TypeVar("Config", bound="AdapterConfig")
 
-DEFAULT_EXCLUDE = (r"(^|\.)(lm_head|output_head|head|proj_out|score|classifier|cls|qa_outputs)(\.|$)", r"embed")
+DEFAULT_EXCLUDE = (
+    r"(^|\.)(lm_head|output_head|head|proj_out|score|classifier|cls|qa_outputs)(\.|$)",
+    r"embed",
+)
 """Output heads and embeddings, by the names that model families give them."""
 
 LARGEST = 2**31 - 1
@@ -46,7 +49,9 @@ field = dataclasses.field
 
 
 def record(default: Any) -> Any:
-    """A field that only records where an adapter came from: it takes no part in equality, so such adapters stack."""
+    """A field that only records where an adapter came from: it takes no part in equality, so such
+    adapters stack.
+    """
     return dataclasses.field(default=default, compare=False)
 
 
@@ -57,22 +62,31 @@ class AdapterConfig:
     Args:
         r: rank (number of directions), where the method has one.
         alpha: strength, where the method has one; a low-rank method scales its update by alpha / r.
-        dtype: of the adapter's tensors; None takes the base weight's (float32 where that isn't a floating type).
-            Gates, angles and magnitudes are float32 at least: in bfloat16 an optimizer's step doesn't move them.
-        target_names: regexes searched in the full module path; () takes every module of the kinds asked for.
-        target_kinds: which kinds of module: "linear", "conv", "embedding", "norm", "module"; () takes the method's first (nearly always
-            "linear"), or none where `target_parameters` alone says what is adapted.
-        target_parameters: regexes searched in full parameter names ("layers.0.experts.gate_up_proj", "attn.in_proj_weight"); each match
-            is adapted as a bare tensor: (d_out, d_in), or a stack of those (E, d_out, d_in).
-        transposed_parameters: regexes of those stored (d_in, d_out) or (E, d_in, d_out), where their module doesn't say so itself.
-        exclude_names: regexes of paths to leave out; by default output heads and embeddings among the linear layers.
-        target_roles: "reader" (reads the residual stream), "writer" (writes it), "inner"; () means any.
-        layers: layer indices (the first number in a path); negative ones count from the end; None means all.
+        dtype: of the adapter's tensors; None takes the base weight's (float32 where that isn't a
+            floating type). Gates, angles and magnitudes are float32 at least: in bfloat16 an
+            optimizer's step doesn't move them.
+        target_names: regexes searched in the full module path; () takes every module of the kinds
+            asked for.
+        target_kinds: which kinds of module: "linear", "conv", "embedding", "norm", "module"; ()
+            takes the method's first (nearly always "linear"), or none where `target_parameters`
+            alone says what is adapted.
+        target_parameters: regexes searched in full parameter names
+            ("layers.0.experts.gate_up_proj", "attn.in_proj_weight"); each match is adapted as a
+            bare tensor: (d_out, d_in), or a stack of those (E, d_out, d_in).
+        transposed_parameters: regexes of those stored (d_in, d_out) or (E, d_in, d_out), where
+            their module doesn't say so itself.
+        exclude_names: regexes of paths to leave out; by default output heads and embeddings among
+            the linear layers.
+        target_roles: "reader" (reads the residual stream), "writer" (writes it), "inner"; () means
+            any.
+        layers: layer indices (the first number in a path); negative ones count from the end; None
+            means all.
         rank_pattern: {regex: r}, the rank of the sites whose path matches; the first match wins.
         alpha_pattern: {regex: alpha}, likewise.
 
     Raises:
-        ConfigError: unknown field, wrong type, bad regex, value out of range; with the nearest known name.
+        ConfigError: unknown field, wrong type, bad regex, value out of range; with the nearest
+            known name.
     """
 
     r: int = 8
@@ -91,16 +105,21 @@ class AdapterConfig:
     def __new__(cls, /, *args: Any, **kwargs: Any) -> AdapterConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         if args:
-            raise ConfigError(f"{cls.__name__} takes keywords only, found {len(args)} positional; fields: {', '.join(known)}")
+            raise ConfigError(
+                f"{cls.__name__} takes keywords only, found {len(args)} positional; fields: "
+                f"{', '.join(known)}"
+            )
         for name in kwargs:
             if name not in known:
                 hint = _ELSEWHERE.get(name) or nearest(name, known, first=len(known))
-                raise ConfigError(f"{cls.__name__} has no field {shown(name)}; {hint}")
+                raise ConfigError(f"{cls.__name__} has no field {short_repr(name)}; {hint}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            object.__setattr__(self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}"))
+            object.__setattr__(
+                self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}")
+            )
         _check_rank(self.r, f"{type(self).__name__}.r")
         for what in ("target_names", "target_parameters", "transposed_parameters", "exclude_names"):
             for pattern in getattr(self, what):
@@ -109,7 +128,7 @@ class AdapterConfig:
             for pattern, value in getattr(self, what):
                 _compiles(pattern, f"{type(self).__name__}.{what}")
                 if what == "rank_pattern":
-                    _check_rank(value, f"{type(self).__name__}.rank_pattern[{shown(pattern)}]")
+                    _check_rank(value, f"{type(self).__name__}.rank_pattern[{short_repr(pattern)}]")
         self.validate()
 
     def validate(self) -> None:
@@ -121,7 +140,9 @@ class AdapterConfig:
 
     def alpha_at(self, path: str) -> float:
         """The alpha at a site."""
-        return next((a for pattern, a in self.alpha_pattern if re.search(pattern, path)), self.alpha)
+        return next(
+            (a for pattern, a in self.alpha_pattern if re.search(pattern, path)), self.alpha
+        )
 
 
 _ELSEWHERE = {  # PEFT's fields whose nearest word here is another thing
@@ -130,10 +151,13 @@ _ELSEWHERE = {  # PEFT's fields whose nearest word here is another thing
     "exclude_modules": "it is 'exclude_names' here, regular expressions",
     "layers_to_transform": "it is 'layers' here",
     "bias": "biases are learned by an ll.BitFitConfig, applied beside this adapter",
-    "modules_to_save": "parameters are trained whole by an ll.FullConfig, applied beside this adapter",
-    "trainable_token_indices": "rows of an embedding are trained by an ll.TokensConfig, applied beside this adapter",
+    "modules_to_save": "parameters are trained whole by an ll.FullConfig, applied beside this "
+    "adapter",
+    "trainable_token_indices": "rows of an embedding are trained by an ll.TokensConfig, applied "
+    "beside this adapter",
     "use_dora": "it is a method of its own, ll.DoRAConfig",
-    "init_lora_weights": "a start is a method of its own: ll.PiSSAConfig, ll.OLoRAConfig, ll.EVAConfig, ll.CorDAConfig, ll.LoRAGAConfig",
+    "init_lora_weights": "a start is a method of its own: ll.PiSSAConfig, ll.OLoRAConfig, "
+    "ll.EVAConfig, ll.CorDAConfig, ll.LoRAGAConfig",
 }
 
 
@@ -159,7 +183,7 @@ def real(value: Any, where: str) -> None:
         ConfigError: anything else.
     """
     if not isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat, Tensor)):
-        raise ConfigError(f"{where}: expected a number or a tensor, found {shown(value)}")
+        raise ConfigError(f"{where}: expected a number or a tensor, found {short_repr(value)}")
     if isinstance(value, Tensor) and value.is_complex():
         raise ConfigError(f"{where}: expected real numbers, found {value.dtype}")
 
@@ -167,7 +191,10 @@ def real(value: Any, where: str) -> None:
 def to_dict(cfg: AdapterConfig) -> dict[str, Any]:
     """The config as JSON types, every field written out."""
     values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in values.items()}
+    return {
+        k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v
+        for k, v in values.items()
+    }
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -177,7 +204,9 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         ConfigError: not a mapping of names, a field missing, or what the class itself refuses.
     """
     if not isinstance(values, Mapping) or not all(isinstance(k, str) for k in values):
-        raise ConfigError(f"{cls.__name__}: expected a mapping of field names, found {type(values).__name__}")
+        raise ConfigError(
+            f"{cls.__name__}: expected a mapping of field names, found {type(values).__name__}"
+        )
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
     if missing:
         raise ConfigError(f"{cls.__name__}: expected every field, missing: {', '.join(missing)}")
@@ -200,24 +229,30 @@ def _resolved(cls: type[AdapterConfig]) -> dict[str, Any]:
 
 def _check_rank(r: int, where: str) -> None:
     if r < 1:
-        raise ConfigError(f"{where}: expected at least 1, found {shown(r)}")
+        raise ConfigError(f"{where}: expected at least 1, found {short_repr(r)}")
     if r > LARGEST:
-        raise ConfigError(f"{where}: expected at most {LARGEST}, found {shown(r)}")
+        raise ConfigError(f"{where}: expected at most {LARGEST}, found {short_repr(r)}")
 
 
 def _compiles(pattern: str, where: str) -> None:
-    quiet = warnings.catch_warnings() if "[" in pattern else nullcontext()  # only a set can make Python warn
+    quiet = (
+        warnings.catch_warnings() if "[" in pattern else nullcontext()
+    )  # only a set can make Python warn
     try:
         with quiet:
             if "[" in pattern:
                 warnings.simplefilter("ignore", FutureWarning)
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{where}: {shown(pattern)} is not a regular expression: {error}") from None
+        raise ConfigError(
+            f"{where}: {short_repr(pattern)} is not a regular expression: {error}"
+        ) from None
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` says: lists become tuples, dicts become pairs, ints become floats; anything else is refused."""
+    """`value` as the type `hint` says: lists become tuples, dicts become pairs, ints become floats;
+    anything else is refused.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -226,33 +261,46 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value
-        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, args))}, found {shown(value)}")
+        raise ConfigError(
+            f"{where}: expected one of {', '.join(map(repr, args))}, found {short_repr(value)}"
+        )
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(_items(value, args[0], where)))
+        return tuple(
+            _coerce(v, args[0], f"{where}[{i}]")
+            for i, v in enumerate(_items(value, args[0], where))
+        )
     if origin is tuple:
-        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) != len(args):
-            raise ConfigError(f"{where}: expected {len(args)} values, found {shown(value)}")
+        if (
+            not isinstance(value, Sequence)
+            or isinstance(value, (str, bytes))
+            or len(value) != len(args)
+        ):
+            raise ConfigError(f"{where}: expected {len(args)} values, found {short_repr(value)}")
         return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
     if hint is torch.dtype:
         return _dtype(value, where)
     if hint in (int, float, str, bool):
         kinds = (int, float) if hint is float else hint
         if not isinstance(value, kinds) or (hint is not bool and isinstance(value, bool)):
-            raise ConfigError(f"{where}: expected {hint.__name__}, found {shown(value)}")
+            raise ConfigError(f"{where}: expected {hint.__name__}, found {short_repr(value)}")
         return _finite(value, where) if hint is float else value
     return value
 
 
 def _items(value: Any, kind: Any, where: str) -> Iterable[Any]:
-    """The items of what stands for a sequence: one string for itself, a mapping for its pairs, a set in a fixed order."""
+    """The items of what stands for a sequence: one string for itself, a mapping for its pairs, a
+    set in a fixed order.
+    """
     if isinstance(value, str) and (kind is str or typing.get_origin(kind) is Literal):
         return (value,)
     if isinstance(value, Mapping):
         return tuple(value.items())
     if isinstance(value, (set, frozenset)):
-        return sorted(value, key=lambda v: (type(v).__name__, v if isinstance(v, (int, str)) else repr(v)))
+        return sorted(
+            value, key=lambda v: (type(v).__name__, v if isinstance(v, (int, str)) else repr(v))
+        )
     if not isinstance(value, (Sequence, range)) or isinstance(value, (str, bytes)):
-        raise ConfigError(f"{where}: expected a sequence, found {shown(value)}")
+        raise ConfigError(f"{where}: expected a sequence, found {short_repr(value)}")
     return value
 
 
@@ -262,12 +310,16 @@ def _finite(value: float, where: str) -> float:
     except OverflowError:  # an int beyond the floats
         number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f"{where}: expected a finite number, found {shown(value)}")
+        raise ConfigError(f"{where}: expected a finite number, found {short_repr(value)}")
     return number
 
 
 def _dtype(value: Any, where: str) -> torch.dtype:
-    found = vars(torch).get(value.removeprefix("torch.")) if isinstance(value, str) else value  # vars: nothing of torch's is run
+    found = (
+        vars(torch).get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    )  # vars: nothing of torch's is run
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
-        raise ConfigError(f"{where}: expected a floating torch.dtype, found {shown(value)}; 16 bits at least")
+        raise ConfigError(
+            f"{where}: expected a floating torch.dtype, found {short_repr(value)}; 16 bits at least"
+        )
     return found

@@ -6,7 +6,16 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["CheckpointError", "ConfigError", "LoraLiteError", "StructureError", "TargetError", "UnsupportedError", "nearest", "shown"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "LoraLiteError",
+    "StructureError",
+    "TargetError",
+    "UnsupportedError",
+    "nearest",
+    "short_repr",
+]
 
 
 class LoraLiteError(Exception):
@@ -14,7 +23,9 @@ class LoraLiteError(Exception):
 
 
 class ConfigError(LoraLiteError, ValueError):
-    """A config says something that can't be meant: an unknown field, a wrong type, a value out of range."""
+    """A config says something that can't be meant: an unknown field, a wrong type, a value out of
+    range.
+    """
 
 
 class TargetError(LoraLiteError, ValueError):
@@ -22,7 +33,9 @@ class TargetError(LoraLiteError, ValueError):
 
 
 class StructureError(LoraLiteError, ValueError):
-    """An adapter doesn't fit where it is put: another model, another adapter, a missing or mis-shaped tensor."""
+    """An adapter doesn't fit where it is put: another model, another adapter, a missing or
+    mis-shaped tensor.
+    """
 
 
 class CheckpointError(LoraLiteError, ValueError):
@@ -40,16 +53,18 @@ def nearest(word: str, known: Iterable[str], *, first: int = 3) -> str:
     "did you mean 'q_proj'?"
     """
     known = list(known)
-    close = difflib.get_close_matches(word[:_LONGEST], known[:10_000], n=1, cutoff=0.6)  # bounded: a file may ask
+    close = difflib.get_close_matches(
+        word[:_LONGEST], known[:10_000], n=1, cutoff=0.6
+    )  # bounded: a file may ask
     if close:
-        return f"did you mean {shown(close[0])}?"
+        return f"did you mean {short_repr(close[0])}?"
     if not known:
         return "there are none."
     more = f" (and {len(known) - first} more)" if len(known) > first else ""
-    return f"there are: {', '.join(map(shown, known[:first]))}{more}."
+    return f"there are: {', '.join(map(short_repr, known[:first]))}{more}."
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value for a message: its repr, cut where it is long.
 
     >>> shown("q_proj")

@@ -4,46 +4,95 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import LARGEST, AdapterConfig, from_dict, to_dict
-from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, shown
-from .kinds import KINDS
-from .spec import Site, Variant, site_for, variants
+from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
+from .method import Variant, site_for, variants
+from .site import Params, Site
 
-__all__ = ["FACTOR", "Layout", "Stacked", "describe", "described"]
+__all__ = ["SCALING", "Layout", "LeafSpec", "Stacked", "from_json", "to_json", "unfolded"]
 
 _FORMAT = 1
 _FIELDS = ("format", "variant", "config", "sites")
 
-FACTOR = "lora_factor"
+SCALING = "lora_factor"
 """The frozen leaf () of a site whose scale differs among the members of a stack."""
-_COLUMNS = ("path", "kind", "d_in", "d_out", "bias", "r", "alpha", "stack", "transposed", "plus_one")
+_COLUMNS = (
+    "path",
+    "kind",
+    "d_in",
+    "d_out",
+    "bias",
+    "r",
+    "alpha",
+    "stack",
+    "transposed",
+    "plus_one",
+)
 _TYPES = [str, str, int, int, bool, int, float, int, bool, bool]
 
 
-class Layout:
-    """An adapter's static data: its method, config, sites and the names of their tensors. Equal layouts stack."""
+class LeafSpec(NamedTuple):
+    """What is known of one leaf of an adapter, without its values.
 
-    __slots__ = ("config", "expected", "least", "names", "sites", "trainable", "variant")
+    Attributes:
+        shape: of one adapter's leaf; a stack's has a leading axis of members.
+        trainable: whether it is learned.
+        dtype: None where any floating dtype of 16 bits or more will do; a floating dtype is the
+            least that it may have, an integer dtype the one that it has.
+        rank_axis: the axis of `shape` that counts directions, if one does.
+    """
+
+    shape: tuple[int, ...]
+    trainable: bool
+    dtype: torch.dtype | None
+    rank_axis: int | None
+
+
+class Layout:
+    """An adapter's static data: its method, its config, its sites and what is known of each leaf.
+
+    Adapters of equal layouts stack.
+
+    Attributes:
+        variant: the method.
+        config: its config.
+        sites: {path: Site}, paths in order.
+        specs: {path: {lora_name: LeafSpec}}, names in order.
+        names: {path: its leaves' names}.
+    """
+
+    __slots__ = ("config", "names", "sites", "specs", "variant")
 
     def __init__(self, variant: Variant, config: AdapterConfig, sites: Iterable[Site]) -> None:
         self.variant = variant
         self.config = config
         self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
-        specs = {path: dict(sorted(variant.param_specs(config, site).items())) for path, site in self.sites.items()}
-        self.names = {path: tuple(specs[path]) for path in specs}
-        self.expected = {path: {name: stacked(self.sites[path], s.shape) for name, s in specs[path].items()} for path in specs}
-        self.least = {path: {name: s.dtype for name, s in specs[path].items()} for path in specs}
-        self.trainable = {path: {name: s.trainable for name, s in specs[path].items()} for path in specs}
+        self.specs = {path: self._leaf_specs(site) for path, site in self.sites.items()}
+        self.names = {path: tuple(specs) for path, specs in self.specs.items()}
+
+    def _leaf_specs(self, site: Site) -> dict[str, LeafSpec]:
+        """A site's leaves. Where it is a stack of expert weights, each has a leading axis for them."""
+        experts = (site.num_experts,) if site.num_experts else ()
+        found = {}
+        for name, spec in sorted(self.variant.param_specs(self.config, site).items()):
+            axis = None if spec.rank_axis is None else spec.rank_axis + len(experts)
+            found[name] = LeafSpec((*experts, *spec.shape), spec.trainable, spec.dtype, axis)
+        return found
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, Layout) and self.config == other.config and self.sites == other.sites and self.names == other.names
+        return (
+            isinstance(other, Layout)
+            and self.config == other.config
+            and self.sites == other.sites
+            and self.names == other.names
+        )
 
     def __hash__(self) -> int:
         return hash((self.config, tuple(self.sites.values())))
@@ -59,15 +108,12 @@ class Layout:
         return Layout, (self.variant, self.config, tuple(self.sites.values()))
 
 
-def stacked(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a tensor of a spec has at a site: one per stacked weight."""
-    return (site.stack, *shape) if site.stack else tuple(shape)
-
-
 class Stacked(Layout):
-    """The static data of a stack whose members differ in rank, strength, name or where they came from.
+    """The static data of a stack whose members differ in rank, strength, name or where they came
+    from.
 
-    Leaves are as wide as the widest member's, the others' padded with zeros; where scales differ each site has a leaf `FACTOR`.
+    Leaves are as wide as the widest member's, the others' padded with zeros; where scales differ
+    each site has a leaf `SCALING`.
 
     Attributes:
         members: each member's own layout.
@@ -79,15 +125,16 @@ class Stacked(Layout):
     def __init__(self, members: Sequence[Layout], labels: Sequence[str] | None = None) -> None:
         first = members[0]
         ways = {path: [m.sites[path] for m in members] for path in first.sites}
-        super().__init__(first.variant, first.config, [max(sites, key=lambda s: s.r) for sites in ways.values()])
+        super().__init__(
+            first.variant, first.config, [max(sites, key=lambda s: s.r) for sites in ways.values()]
+        )
         self.members = tuple(members)
         self.labels = None if labels is None else tuple(labels)
         for path, sites in ways.items():
-            if len({s.factor for s in sites}) > 1:
-                self.names[path] = tuple(sorted((*self.names[path], FACTOR)))
-                self.expected[path][FACTOR] = ()
-                self.least[path][FACTOR] = torch.float32
-                self.trainable[path][FACTOR] = False
+            if len({s.scaling for s in sites}) > 1:
+                scale = LeafSpec((), False, torch.float32, None)
+                self.specs[path] = dict(sorted({**self.specs[path], SCALING: scale}.items()))
+                self.names[path] = tuple(self.specs[path])
 
     def member(self, index: int) -> Layout:
         """The layout of a member."""
@@ -109,33 +156,49 @@ class Stacked(Layout):
         return Stacked, (self.members, self.labels)
 
 
-def describe(layout: Layout) -> dict[str, Any]:
+def to_json(layout: Layout) -> dict[str, Any]:
     """The layout as JSON types: format version, method, config with every field, a row per site."""
     sites = [[getattr(site, column) for column in _COLUMNS] for site in layout.sites.values()]
-    return {"format": _FORMAT, "variant": layout.variant.name, "config": to_dict(layout.config), "sites": sites}
+    return {
+        "format": _FORMAT,
+        "variant": layout.variant.name,
+        "config": to_dict(layout.config),
+        "sites": sites,
+    }
 
 
-def described(says: Any, *, most: int = LARGEST) -> Layout:
-    """The layout back from its description, which is hostile until shown otherwise: no pattern in it is run.
+def from_json(says: Any, *, most: int = LARGEST) -> Layout:
+    """The layout back from its description, which is hostile until shown otherwise: no pattern in
+        it is run.
 
     Args:
         says: what `describe` gave.
         most: how many sites there can be at most: as many as there are tensors.
 
     Raises:
-        CheckpointError: another format version, an unknown method, a config or site with missing, unknown or wrongly typed fields.
+        CheckpointError: another format version, an unknown method, a config or site with missing,
+            unknown or wrongly typed fields.
     """
     if not isinstance(says, dict):
         raise CheckpointError(f"its metadata: expected an object, found {type(says).__name__}")
     version = says.get("format")
     if type(version) is not int or version != _FORMAT:
-        raise CheckpointError(f"expected format version {_FORMAT}, found {shown(version)}; a newer release may read it")
+        raise CheckpointError(
+            f"expected format version {_FORMAT}, found {short_repr(version)}; a newer release "
+            f"may read it"
+        )
     odd = says.keys() ^ set(_FIELDS)
     if odd:
-        raise CheckpointError(f"its metadata should have {', '.join(_FIELDS)}; odd: {', '.join(map(shown, sorted(odd)[:3]))}")
+        raise CheckpointError(
+            f"its metadata should have {', '.join(_FIELDS)}; odd: "
+            f"{', '.join(map(short_repr, sorted(odd)[:3]))}"
+        )
     known, name = variants(), says["variant"]
     if not isinstance(name, str) or name not in known:
-        raise CheckpointError(f"unknown variant {shown(name)}; {nearest(str(name), known, first=50)} ll.register adds one")
+        raise CheckpointError(
+            f"unknown variant {short_repr(name)}; {nearest(str(name), known, first=50)} "
+            f"ll.register adds one"
+        )
     try:
         cfg = from_dict(known[name].config, says["config"])
     except ConfigError as error:
@@ -149,30 +212,45 @@ def described(says: Any, *, most: int = LARGEST) -> Layout:
 
 
 def _sites(variant: Variant, cfg: AdapterConfig, rows: Any, most: int) -> list[Site]:
-    twins: dict[float, Tensor] = {}
+    scale_tensors: dict[float, Tensor] = {}
     sites: dict[str, Site] = {}
     ranks = {cfg.r, *(r for _, r in cfg.rank_pattern)}
     alphas = {cfg.alpha, *(a for _, a in cfg.alpha_pattern)}
     if not isinstance(rows, list) or not rows:
-        raise CheckpointError(f"expected a list of sites, found {shown(rows)}")
+        raise CheckpointError(f"expected a list of sites, found {short_repr(rows)}")
     if len(rows) > most:
-        raise CheckpointError(f"it lists {len(rows)} sites, but holds {most} tensors; every site has at least one")
+        raise CheckpointError(
+            f"it lists {len(rows)} sites, but holds {most} tensors; every site has at least one"
+        )
     for row in rows:
         if not _is_site(row):
-            raise CheckpointError(f"a site should be [{', '.join(_COLUMNS)}], found {shown(row)}")
-        site = Site(**dict(zip(_COLUMNS, row, strict=True)))
+            raise CheckpointError(
+                f"a site should be [{', '.join(_COLUMNS)}], found {short_repr(row)}"
+            )
+        fields = dict(zip(_COLUMNS, row, strict=True))
+        site = Site(num_experts=fields.pop("stack"), **fields)
         path, kind, r, alpha = site.path, site.kind, site.r, site.alpha
         if path in sites:
-            raise CheckpointError(f"site {shown(path)} is listed twice")
+            raise CheckpointError(f"site {short_repr(path)} is listed twice")
         if kind not in variant.sites:
-            raise CheckpointError(f"site {shown(path)}: {variant.name} can't adapt a {shown(kind)}")
-        if site.stack and kind != "parameter":
-            raise CheckpointError(f"site {shown(path)}: a {KINDS[kind].one} is no stack, found one of {site.stack}")
+            raise CheckpointError(
+                f"site {short_repr(path)}: {variant.name} can't adapt a {short_repr(kind)}"
+            )
+        if site.num_experts and kind != "parameter":
+            raise CheckpointError(
+                f"site {short_repr(path)}: a {kind} place is no stack, found one of "
+                f"{site.num_experts}"
+            )
         if site.plus_one and site.d_in != 1:
-            raise CheckpointError(f"site {shown(path)}: 1 + a weight is a norm's gain alone, found a {KINDS[kind].one}")
+            raise CheckpointError(
+                f"site {short_repr(path)}: 1 + a weight is a norm's gain alone, found a "
+                f"{kind} place"
+            )
         if r not in ranks or alpha not in alphas:
-            raise CheckpointError(f"site {shown(path)}: r={r}, alpha={alpha} isn't what its config can give")
-        sites[path] = site_for(variant, cfg, site, twins)
+            raise CheckpointError(
+                f"site {short_repr(path)}: r={r}, alpha={alpha} isn't what its config can give"
+            )
+        sites[path] = site_for(variant, cfg, site, scale_tensors)
     return list(sites.values())
 
 
@@ -184,3 +262,12 @@ def _is_site(row: Any) -> bool:
         and 0 <= row[7] <= LARGEST
         and math.isfinite(row[6])
     )
+
+
+def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
+    """A method's own tensors, and the site with the scale that is among them, if one is: a member
+    of a mixed stack.
+    """
+    if SCALING not in p:
+        return p, site
+    return {name: t for name, t in p.items() if name != SCALING}, site.scaled(p[SCALING])

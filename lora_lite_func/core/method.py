@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -11,82 +11,25 @@ import torch
 from torch import Tensor
 
 from .config import AdapterConfig
-from .errors import ConfigError, nearest, shown
-from .rng import Draw
+from .errors import ConfigError, nearest, short_repr
+from .random import Draw
+from .site import Params, Site
 
 __all__ = [
     "MATRICES",
     "Layer",
     "ParamSpec",
-    "Params",
-    "Site",
     "Variant",
-    "fits",
+    "dtype_fits",
     "leaf_dtype",
-    "lookup",
     "register",
     "site_for",
+    "variant_for",
     "variants",
 ]
 
 MATRICES = ("linear", "conv", "parameter")
 """The kinds that a dense equivalent is all it takes for."""
-
-Params = Mapping[str, Tensor]
-"""The tensors of one site: {lora_name: tensor}."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place that is adapted: static data, known without the model.
-
-    Attributes:
-        path: full module path; "" is the model itself. A bare parameter's full name.
-        d_in: columns of the weight as methods see it (input features; all a kernel sums over; 1 for a norm).
-        d_out: its rows (output features).
-        bias: whether the frozen layer has a bias.
-        kind: what sort of place, a row of the table in kinds.py: "linear", "conv", "embedding", "norm", "parameter", "vector", "module".
-        r: the rank here.
-        alpha: the strength here.
-        factor: the scale that follows from r and alpha (alpha / r unless the method says otherwise).
-        stack: how many such weights are stacked in one tensor (experts), each with tensors of its own; 0 where there is just the one.
-        transposed: the tensor is stored (d_in, d_out).
-        plus_one: the layer uses 1 + the stored weight.
-    """
-
-    path: str
-    d_in: int
-    d_out: int
-    bias: bool = False
-    kind: str = "linear"
-    r: int = 8
-    alpha: float = 16.0
-    factor: float = 2.0
-    stack: int = 0
-    transposed: bool = False
-    plus_one: bool = False
-    twin: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
-
-    @property
-    def scale(self) -> float | Tensor:
-        """`factor` as phases should use it.
-
-        A Python float in eager mode, where it costs nothing; under torch.compile a 0-dim tensor of the same value,
-        so that a graph compiled for one strength serves every other.
-        """
-        if torch.compiler.is_compiling() and self.twin is not None:
-            return self.twin
-        return self.factor
-
-    def scaled(self, factor: Tensor) -> Site:
-        """The site with a scale that is data."""
-        return self.having(factor=factor, twin=None)
-
-    def having(self, **fields: Any) -> Site:
-        """What dataclasses.replace gives, without asking each field."""
-        made = object.__new__(Site)
-        made.__dict__.update(self.__dict__, **fields)
-        return made
 
 
 @dataclass(frozen=True)
@@ -95,12 +38,13 @@ class ParamSpec:
 
     Attributes:
         shape: its shape.
-        init: "zeros", "ones", or a draw (shape, generator) -> float32 CPU tensor, by that torch.Generator alone.
+        init: "zeros", "ones", or a draw (shape, generator) -> float32 CPU tensor, by that
+            torch.Generator alone.
         trainable: False for a tensor that is part of the adapter but never learned.
-        dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates, angles, magnitudes);
-            an integer dtype is taken as it is.
-        rank_axis: the axis that counts directions, where one more direction of zeros changes nothing: such tensors of
-            different ranks stack.
+        dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates,
+            angles, magnitudes); an integer dtype is taken as it is.
+        rank_axis: the axis that counts directions, where one more direction of zeros changes
+            nothing: such tensors of different ranks stack.
     """
 
     shape: tuple[int, ...]
@@ -119,7 +63,9 @@ class Layer(Protocol):
 
     @property
     def weight(self) -> Tensor:
-        """Its dense weight (d_out, d_in). Raises UnsupportedError where there is none (packed, offloaded, adapted already)."""
+        """Its dense weight (d_out, d_in). Raises UnsupportedError where there is none (packed,
+        offloaded, adapted already).
+        """
 
     @property
     def training(self) -> bool:
@@ -129,13 +75,14 @@ class Layer(Protocol):
         """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""
 
 
-def _default_factor(cfg: AdapterConfig, site: Site) -> float:
+def _default_scaling(cfg: AdapterConfig, site: Site) -> float:
     return site.alpha / site.r
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One method: a record of pure functions. `p` is the site's {lora_name: tensor}, `d` what `prepare` returned.
+    """One method: a record of pure functions. `p` is the site's {lora_name: tensor}, `d` what
+        `prepare` returned.
 
     None of them may write on what it is given: x, W and b can be the model's own.
 
@@ -143,32 +90,42 @@ class Variant:
         name: how files and tables call it.
         config: its config class.
         paper: authors, year, arXiv id.
-        param_specs: (cfg, site) -> {lora_name: ParamSpec}. Raises UnsupportedError for what it can't do there.
-        init: (cfg, site, specs, weight, stats, generator) -> {lora_name: tensor}, for starts that the specs' inits don't
-            say; may return some of the tensors. `weight` is the dense (d_out, d_in) float weight if "weight" is in
-            `needs`, else None; `generator(name)` gives the torch.Generator of a tensor.
+        param_specs: (cfg, site) -> {lora_name: ParamSpec}. Raises UnsupportedError for what it
+            can't do there.
+        init: (cfg, site, specs, weight, stats, generator) -> {lora_name: tensor}, for starts that
+            the specs' inits don't say; may return some of the tensors. `weight` is the dense
+            (d_out, d_in) float weight if "weight" is in `needs`, else None; `generator(name)` gives
+            the torch.Generator of a tensor.
         prepare: (cfg, p, site, layer) -> d, small tensors that the phases share.
-        inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in), in x's dtype (which needn't be p's: a spec's
-            own dtype may be wider).
-        outputs: (cfg, p, d, x, y, site) -> y' (..., d_out), after it, in y's dtype; x is what came to this adapter, y what the layer gave.
-        weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and (d_out,) or None; W and b are float32
-            at least, whatever the layer's dtype. b is None where the layer has no bias; a b' then gives it one, an embedding adds it to
-            every row of its table, and a bare parameter ("parameter", "vector") refuses it.
-        dense: (cfg, site, tokens) -> bool: whether, for that many rows of input, one product with `weight`'s W' costs less than the
-            frozen layer and the phases; by sizes (and grad mode, as training pays for a gradient of W') alone. The runtime then takes
-            it at plain dense layers where nothing would be rounded away; by default it never does.
-        scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1 changes nothing. What p' leaves out stays.
-        project: (cfg, p) -> p' likewise, the nearest parameters that a constraint of the method allows; for `ll.project`, after a step.
-        factor: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
+        inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in), in x's
+            dtype (which needn't be p's: a spec's own dtype may be wider).
+        outputs: (cfg, p, d, x, y, site) -> y' (..., d_out), after it, in y's dtype; x is what came
+            to this adapter, y what the layer gave.
+        weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and
+            (d_out,) or None; W and b are float32 at least, whatever the layer's dtype. b is None
+            where the layer has no bias; a b' then gives it one, an embedding adds it to every row
+            of its table, and a bare parameter ("parameter", "vector") refuses it.
+        dense: (cfg, site, tokens) -> bool: whether, for that many rows of input, one product with
+            `weight`'s W' costs less than the frozen layer and the phases; by sizes (and grad mode,
+            as training pays for a gradient of W') alone. The runtime then takes it at plain dense
+            layers where nothing would be rounded away; by default it never does.
+        scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1
+            changes nothing. What p' leaves out stays.
+        project: (cfg, p) -> p' likewise, the nearest parameters that a constraint of the method
+            allows; for `ll.project`, after a step.
+        scaling: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
         needs: what init may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
         needs_by: cfg -> which of these it needs under a config; None for all.
-        plan: (cfg, sites, seen) -> cfg', from what all sites saw; for ranks that are shared out among them.
-        sites: kinds of site it can adapt, the one that it takes when the config names none first. By default `MATRICES` for a method
-            with `weight` whose start needs no data, else linear layers; so a `weight` that always moves the bias needs them named.
-        factors: (cfg, p, site) -> (A (k, d_in), B (d_out, k), s), where the update is s B A and nothing else; a plain linear layer then
-            goes by them instead of the phases, and `ll.combine_adapters` and the files of others take them.
-        leading: its phases take several members at once as they are, leaves (m, ...) and x (m, n, ..., d_in), and `site.scale`
-            may be (m,); otherwise they are mapped over the members.
+        plan: (cfg, sites, seen) -> cfg', from what all sites saw; for ranks that are shared out
+            among them.
+        sites: kinds of site it can adapt, the one that it takes when the config names none first.
+            By default `MATRICES` for a method with `weight` whose start needs no data, else linear
+            layers; so a `weight` that always moves the bias needs them named.
+        low_rank_factors: (cfg, p, site) -> (A (k, d_in), B (d_out, k), s), where the update is s B
+            A and nothing else; a plain linear layer then goes by them instead of the phases, and
+            `ll.combine_adapters` and the files of others take them.
+        batched: its phases take several members at once as they are, leaves (m, ...) and x (m, n,
+            ..., d_in), and `site.scale` may be (m,); otherwise they are mapped over the members.
     """
 
     name: str
@@ -179,25 +136,37 @@ class Variant:
     prepare: Callable[[Any, Params, Site, Layer], Any] | None = None
     inputs: Callable[[Any, Params, Any, Tensor, Site], Tensor] | None = None
     outputs: Callable[[Any, Params, Any, Tensor, Tensor, Site], Tensor] | None = None
-    weight: Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
+    weight: (
+        Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None
+    ) = None
     dense: Callable[[Any, Site, int], bool] | None = None
     scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
     project: Callable[[Any, Params], Mapping[str, Tensor]] | None = None
-    factor: Callable[[Any, Site], float] = _default_factor
+    scaling: Callable[[Any, Site], float] = _default_scaling
     needs: frozenset[str] = frozenset()
     needs_by: Callable[[Any], frozenset[str]] | None = None
     plan: Callable[[Any, Sequence[Site], Mapping[str, Any]], AdapterConfig] | None = None
     sites: tuple[str, ...] = ()
-    factors: Callable[[Any, Params, Site], tuple[Tensor, Tensor, float | Tensor]] | None = None
-    leading: bool = False
+    low_rank_factors: (
+        Callable[[Any, Params, Site], tuple[Tensor, Tensor, float | Tensor]] | None
+    ) = None
+    batched: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.needs, set):
             object.__setattr__(self, "needs", frozenset(self.needs))
         if not self.sites:
-            object.__setattr__(self, "sites", MATRICES if self.weight is not None and set(self.needs) <= {"weight"} else MATRICES[:1])
+            object.__setattr__(
+                self,
+                "sites",
+                MATRICES
+                if self.weight is not None and set(self.needs) <= {"weight"}
+                else MATRICES[:1],
+            )
         if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
-            object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda kind: (kind != "linear", kind))))
+            object.__setattr__(
+                self, "sites", tuple(sorted(self.sites, key=lambda kind: (kind != "linear", kind)))
+            )
 
     def needs_of(self, cfg: AdapterConfig) -> frozenset[str]:
         """What init needs under a config."""
@@ -208,51 +177,107 @@ class Variant:
         """Whether it can act around a layer's call; a method that can't goes by the weight."""
         return self.inputs is not None or self.outputs is not None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return lookup, (self.config,)  # a record of functions travels as the class of its config
+    def __getattr__(self, name: str) -> Any:
+        if name not in _OLD_KEYWORDS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self, _OLD_KEYWORDS[name])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return variant_for, (
+            self.config,
+        )  # a record of functions travels as the class of its config
+
+
+_OLD_KEYWORDS = {"factor": "scaling", "factors": "low_rank_factors", "leading": "batched"}
+"""What versions before 0.2.0 called fields of a Variant; still taken as keywords, and read."""
+
+
+def _with_old_keywords(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def take(self: Variant, **fields: Any) -> None:
+        for old, new in _OLD_KEYWORDS.items():
+            if old in fields:
+                if new in fields:
+                    raise TypeError(
+                        f"Variant: {old!r} is the old name of {new!r}; give one of them"
+                    )
+                fields[new] = fields.pop(old)
+        init(self, **fields)
+
+    return take
+
+
+Variant.__init__ = _with_old_keywords(Variant.__init__)  # type: ignore[method-assign]
 
 _REGISTRY: dict[type[AdapterConfig], Variant] = {}
 _NEEDS = frozenset({"weight", "inputs", "gradients", "pairs"})
-_OPTIONAL = ("init", "prepare", "inputs", "outputs", "weight", "dense", "scale", "project", "needs_by", "plan", "factors")
+_OPTIONAL = (
+    "init",
+    "prepare",
+    "inputs",
+    "outputs",
+    "weight",
+    "dense",
+    "scale",
+    "project",
+    "needs_by",
+    "plan",
+    "low_rank_factors",
+)
 
 
 def register(variant: Variant) -> Variant:
     """Make a method known by its config class and its name (files find it so); returns it.
 
     Raises:
-        ConfigError: another method has that name or that config class, or a field says something that can't be meant.
+        ConfigError: another method has that name or that config class, or a field says something
+            that can't be meant.
     """
     if not isinstance(variant, Variant):
-        raise ConfigError(f"register: expected a Variant, found {shown(variant)}")
+        raise ConfigError(f"register: expected a Variant, found {short_repr(variant)}")
     name, config = variant.name, variant.config
     if not isinstance(name, str) or not name:
         raise ConfigError(f"variant {name!r}: expected a name")
     if not isinstance(config, type) or not issubclass(config, AdapterConfig):
-        raise ConfigError(f"variant {name!r}: expected a subclass of AdapterConfig for its config, found {config!r}")
+        raise ConfigError(
+            f"variant {name!r}: expected a subclass of AdapterConfig for its config, found "
+            f"{config!r}"
+        )
     _check_fields(variant)
     odd = set(variant.needs) - _NEEDS
     if odd:
-        raise ConfigError(f"variant {name!r} needs {', '.join(sorted(map(str, odd)))}; known are {', '.join(sorted(_NEEDS))}")
+        raise ConfigError(
+            f"variant {name!r} needs {', '.join(sorted(map(str, odd)))}; known are "
+            f"{', '.join(sorted(_NEEDS))}"
+        )
     for known in _REGISTRY.values():
         if known is not variant and (known.name == name or known.config is config):
-            raise ConfigError(f"variant {name!r} ({config.__name__}): {known.name!r} has that name or config already")
+            raise ConfigError(
+                f"variant {name!r} ({config.__name__}): {known.name!r} has that name or config "
+                f"already"
+            )
     _REGISTRY[config] = variant
     return variant
 
 
 def _check_fields(variant: Variant) -> None:
     where = f"variant {variant.name!r}"
-    for field in ("param_specs", "factor", *_OPTIONAL):
+    for field in ("param_specs", "scaling", *_OPTIONAL):
         value = getattr(variant, field)
         if not callable(value) and not (value is None and field in _OPTIONAL):
-            raise ConfigError(f"{where}: {field}: expected a function, found {shown(value)}")
+            raise ConfigError(f"{where}: {field}: expected a function, found {short_repr(value)}")
     if isinstance(variant.needs, str):
-        raise ConfigError(f"{where}: needs: expected a set of names, found {shown(variant.needs)}")
+        raise ConfigError(
+            f"{where}: needs: expected a set of names, found {short_repr(variant.needs)}"
+        )
     if isinstance(variant.sites, str):
-        raise ConfigError(f"{where}: sites: expected a tuple of names, found {shown(variant.sites)}")
+        raise ConfigError(
+            f"{where}: sites: expected a tuple of names, found {short_repr(variant.sites)}"
+        )
     if variant.dense is not None and variant.weight is None:
-        raise ConfigError(f"{where} has `dense`, which asks for a product with `weight`'s W', but no `weight`")
+        raise ConfigError(
+            f"{where} has `dense`, which asks for a product with `weight`'s W', but no `weight`"
+        )
 
 
 def variants() -> dict[str, Variant]:
@@ -260,30 +285,44 @@ def variants() -> dict[str, Variant]:
     return {v.name: v for v in sorted(_REGISTRY.values(), key=lambda v: v.name)}
 
 
-def lookup(config: type[AdapterConfig]) -> Variant:
+def variant_for(config: type[AdapterConfig]) -> Variant:
     """The method of a config class.
 
     Raises:
         ConfigError: no registered method has it.
     """
     if config is type:
-        raise ConfigError("no variant is registered for type; give an instance of the config's class, such as ll.LoRAConfig(r=8)")
+        raise ConfigError(
+            "no variant is registered for type; give an instance of the config's class, such as "
+            "ll.LoRAConfig(r=8)"
+        )
     if config not in _REGISTRY:
         name = getattr(config, "__name__", repr(config))
         hint = "" if config is AdapterConfig else name  # the base of all configs is near to each
-        raise ConfigError(f"no variant is registered for {name}; {nearest(hint, [c.__name__ for c in _REGISTRY], first=50)}")
+        raise ConfigError(
+            f"no variant is registered for {name}; "
+            f"{nearest(hint, [c.__name__ for c in _REGISTRY], first=50)}"
+        )
     return _REGISTRY[config]
 
 
 def leaf_dtype(spec: ParamSpec, adapter_dtype: torch.dtype) -> torch.dtype:
-    """The dtype a tensor gets: the adapter's, at least what the spec says, or the spec's own if that isn't floating."""
+    """The dtype a tensor gets: the adapter's, at least what the spec says, or the spec's own if
+    that isn't floating.
+    """
     if spec.dtype is None:
         return adapter_dtype
-    return torch.promote_types(spec.dtype, adapter_dtype) if spec.dtype.is_floating_point else spec.dtype
+    return (
+        torch.promote_types(spec.dtype, adapter_dtype)
+        if spec.dtype.is_floating_point
+        else spec.dtype
+    )
 
 
-def fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
-    """Whether a tensor of dtype `found` can stand where a spec of that dtype is: `leaf_dtype` leaves it as it is."""
+def dtype_fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
+    """Whether a tensor of dtype `found` can stand where a spec of that dtype is: `leaf_dtype`
+    leaves it as it is.
+    """
     if spec_dtype is not None and not spec_dtype.is_floating_point:
         return found == spec_dtype
     if not found.is_floating_point or found.itemsize == 1:
@@ -291,9 +330,13 @@ def fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
     return spec_dtype is None or torch.promote_types(spec_dtype, found) == found
 
 
-def site_for(variant: Variant, cfg: AdapterConfig, site: Site, twins: dict[float, Tensor]) -> Site:
-    """The Site under a config: its scale and the scale's tensor twin (shared through `twins`) worked out."""
-    factor = float(variant.factor(cfg, site))
-    if factor not in twins:
-        twins[factor] = torch.tensor(factor, dtype=torch.float64, device="cpu")
-    return site.having(factor=factor, twin=twins[factor])
+def site_for(
+    variant: Variant, cfg: AdapterConfig, site: Site, scale_tensors: dict[float, Tensor]
+) -> Site:
+    """The Site under a config: its scale and the scale's tensor scale_tensor (shared through
+    `scale_tensors`) worked out.
+    """
+    scaling = float(variant.scaling(cfg, site))
+    if scaling not in scale_tensors:
+        scale_tensors[scaling] = torch.tensor(scaling, dtype=torch.float64, device="cpu")
+    return site.having(scaling=scaling, scale_tensor=scale_tensors[scaling])

@@ -22,7 +22,9 @@ def generator(seed: int, path: str, name: str) -> torch.Generator:
 
 
 def kaiming(shape: Sequence[int], gen: torch.Generator) -> Tensor:
-    """Uniform in +-1/sqrt(n), n the last dimension: `kaiming_uniform_(a=sqrt(5))`, the usual start of lora_A."""
+    """Uniform in +-1/sqrt(n), n the last dimension: `kaiming_uniform_(a=sqrt(5))`, the usual start
+    of lora_A.
+    """
     return uniform(1.0 / math.sqrt(max(shape[-1], 1)))(shape, gen)
 
 
@@ -37,4 +39,6 @@ def normal(std: float) -> Draw:
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")  # spelt out: the caller's defaults are no part of a draw
+    return torch.empty(
+        tuple(shape), dtype=torch.float32, device="cpu"
+    )  # spelt out: the caller's defaults are no part of a draw

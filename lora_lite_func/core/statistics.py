@@ -15,7 +15,9 @@ __all__ = ["Moments", "SiteStatistics", "Statistics"]
 
 
 class Moments(NamedTuple):
-    """Sums over the tokens that came to a layer, float32 at least. Never changed in place, so layers with one input share them."""
+    """Sums over the tokens that came to a layer, float32 at least. Never changed in place, so
+    layers with one input share them.
+    """
 
     tokens: int
     total: Tensor  # (d_in,) sum of x
@@ -32,12 +34,19 @@ class Moments(NamedTuple):
         """The sums with the rows of x (N, d_in) in."""
         x = x.to(self.squares)
         squares = torch.addmm(self.squares, x.mT, x)
-        return Moments(self.tokens + len(x), self.total + x.sum(0), self.absolute + x.abs().sum(0), squares)
+        return Moments(
+            self.tokens + len(x), self.total + x.sum(0), self.absolute + x.abs().sum(0), squares
+        )
 
     def plus(self, other: Moments) -> Moments:
         """The sums over both."""
         squares = self.squares + other.squares
-        return Moments(self.tokens + other.tokens, self.total + other.total, self.absolute + other.absolute, squares)
+        return Moments(
+            self.tokens + other.tokens,
+            self.total + other.total,
+            self.absolute + other.absolute,
+            squares,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +57,10 @@ class SiteStatistics:
         calls: how often the layer was called.
         batches: how many batches the run had.
         moments: sums over its input's tokens, if the method needs inputs.
-        slope: the sum over batches of d loss / d W (d_out, d_in), if the method needs gradients and any came.
-        points: (2, n, d_in), its input at the last token of n positive texts and their negative counterparts, if the method needs pairs.
+        slope: the sum over batches of d loss / d W (d_out, d_in), if the method needs gradients and
+            any came.
+        points: (2, n, d_in), its input at the last token of n positive texts and their negative
+            counterparts, if the method needs pairs.
     """
 
     calls: int
@@ -86,7 +97,10 @@ class SiteStatistics:
             ConfigError: none was recorded.
         """
         if self.slope is None:
-            raise ConfigError("these statistics have no gradient; calibrate with a method that needs it, and a loss_fn")
+            raise ConfigError(
+                "these statistics have no gradient; calibrate with a method that needs it, and a "
+                "loss_fn"
+            )
         return self.slope / self.batches
 
     @property
@@ -97,19 +111,25 @@ class SiteStatistics:
             ConfigError: none were recorded.
         """
         if self.points is None:
-            raise ConfigError("these statistics have no pairs; calibrate with a method that starts from contrastive pairs")
+            raise ConfigError(
+                "these statistics have no pairs; calibrate with a method that starts from "
+                "contrastive pairs"
+            )
         return self.points
 
     @property
     def _seen(self) -> Moments:
         if self.moments is None:
-            raise ConfigError("these statistics are of gradients alone; calibrate with a method that needs inputs")
+            raise ConfigError(
+                "these statistics are of gradients alone; calibrate with a method that needs inputs"
+            )
         return self.moments
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, SiteStatistics]):
-    """{site path: what it saw}. Those of two shards add up to those of the whole: `calibrate(.., a) + calibrate(.., b)`.
+    """{site path: what it saw}. Those of two shards add up to those of the whole: `calibrate(.., a)
+    + calibrate(.., b)`.
 
     Attributes:
         sites: {path: SiteStatistics}.
@@ -133,17 +153,27 @@ class Statistics(Mapping[str, SiteStatistics]):
         if not isinstance(other, Statistics):
             return NotImplemented
         for path in sorted(self.sites.keys() ^ other.sites.keys()):
-            raise StructureError(f"statistics: site {path!r} is in {'the first' if path in self.sites else 'the second'} alone")
+            raise StructureError(
+                f"statistics: site {path!r} is in "
+                f"{'the first' if path in self.sites else 'the second'} alone"
+            )
         shared: dict[tuple[int, int], Moments] = {}
-        return Statistics({path: _plus(path, a, other.sites[path], shared) for path, a in self.sites.items()})
+        return Statistics(
+            {path: _plus(path, a, other.sites[path], shared) for path, a in self.sites.items()}
+        )
 
     def __repr__(self) -> str:
         return f"Statistics({len(self.sites)} sites, {max((s.batches for s in self.sites.values()), default=0)} batches)"
 
 
-def _plus(path: str, a: SiteStatistics, b: SiteStatistics, shared: dict[tuple[int, int], Moments]) -> SiteStatistics:
+def _plus(
+    path: str, a: SiteStatistics, b: SiteStatistics, shared: dict[tuple[int, int], Moments]
+) -> SiteStatistics:
     if (a.moments is None) != (b.moments is None):
-        raise StructureError(f"statistics: site {path!r} has inputs in one of the two alone; calibrate both for the same method")
+        raise StructureError(
+            f"statistics: site {path!r} has inputs in one of the two alone; calibrate both for "
+            f"the same method"
+        )
     moments = None
     if a.moments is not None and b.moments is not None:
         key = (id(a.moments), id(b.moments))

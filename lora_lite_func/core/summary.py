@@ -8,29 +8,42 @@ from typing import Any
 
 from torch import Tensor
 
-from .spec import Site
+from .layout import LeafSpec
+from .site import Site
 
 __all__ = ["render"]
 
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")  # a whole name that int() and str() take there and back
+_NUMBER = re.compile(
+    r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])"
+)  # a whole name that int() and str() take there and back
 
 
 def render(
-    variant: str, sites: Mapping[str, Site], data: Mapping[str, Mapping[str, Any]], trainable: Mapping[str, Mapping[str, bool]]
+    variant: str,
+    sites: Mapping[str, Site],
+    data: Mapping[str, Mapping[str, Any]],
+    specs: Mapping[str, Mapping[str, LeafSpec]],
 ) -> str:
-    """The table as text: path, in -> out, tensors with shape and dtype; frozen ones marked with a star."""
+    """The table as text: path, in -> out, tensors with shape and dtype; frozen ones marked with a
+    star.
+    """
     groups: dict[tuple[tuple[str, ...], str, str], list[tuple[int, ...]]] = {}
     total = learned = 0
     for path, site in sites.items():
         cells = []
         for name, leaf in data[path].items():
-            cells.append(f"{name}{'' if trainable[path][name] else '*'} {_leaf(leaf)}")
+            cells.append(f"{name}{'' if specs[path][name].trainable else '*'} {_leaf(leaf)}")
             count = leaf.numel() if isinstance(leaf, Tensor) else 0
             total += count
-            learned += count if trainable[path][name] else 0
+            learned += count if specs[path][name].trainable else 0
         numbers = tuple(int(n) for n in _NUMBER.findall(path))
-        groups.setdefault((tuple(_NUMBER.split(path)), _dims(site), "  ".join(cells)), []).append(numbers)
-    rows = [(_fold(texts, numbers) or '""', dims, cells) for (texts, dims, cells), numbers in groups.items()]
+        groups.setdefault((tuple(_NUMBER.split(path)), _dims(site), "  ".join(cells)), []).append(
+            numbers
+        )
+    rows = [
+        (_fold(texts, numbers) or '""', dims, cells)
+        for (texts, dims, cells), numbers in groups.items()
+    ]
     head = f"Adapter({variant}: {len(sites)} sites, {learned:,} trainable parameters"
     head += f", {total - learned:,} frozen*)" if total != learned else ")"
     wide = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
@@ -38,7 +51,11 @@ def render(
 
 
 def _dims(site: Site) -> str:
-    return f"{site.stack} x {site.d_in} -> {site.d_out}" if site.stack else f"{site.d_in} -> {site.d_out}"
+    return (
+        f"{site.num_experts} x {site.d_in} -> {site.d_out}"
+        if site.num_experts
+        else f"{site.d_in} -> {site.d_out}"
+    )
 
 
 def _leaf(leaf: Any) -> str:
@@ -48,7 +65,9 @@ def _leaf(leaf: Any) -> str:
 
 
 def _fold(texts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
-    """("layers.", ".q") with [(0,), (1,), (2,)] -> "layers.{0-2}.q"; with several numbers in a path, each its own range."""
+    """("layers.", ".q") with [(0,), (1,), (2,)] -> "layers.{0-2}.q"; with several numbers in a
+    path, each its own range.
+    """
     columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
     ranges = ["{" + _ranges(c) + "}" if len(c) > 1 else str(c[0]) for c in columns]
     return "".join(text + number for text, number in zip(texts, [*ranges, ""], strict=True))

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
-from .plan import not_rows
+from ..core.errors import UnsupportedError
+from ..kernels.row_plan import not_rows
 
 __all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
 
@@ -34,16 +34,30 @@ def check_apart(module: Any) -> None:
         UnsupportedError: a norm in it takes statistics of the whole batch.
     """
     for part in module.modules():
-        together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None)
-        counts = isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.training and part.track_running_stats
+        together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (
+            part.training or part.running_mean is None
+        )
+        counts = (
+            isinstance(part, nn.modules.instancenorm._InstanceNorm)
+            and part.training
+            and part.track_running_stats
+        )
         if together or counts:
             raise UnsupportedError(
-                f"{module._ll_path!r}: statistics of its {type(part).__name__} are the whole batch's, so its rows can't have adapters of "
-                "their own; put that in eval mode, with running statistics, or leave the site out with exclude_names"
+                f"{module._ll_path!r}: statistics of its {type(part).__name__} are the whole "
+                f"batch's, so its rows can't have adapters of "
+                "their own; put that in eval mode, with running statistics, or leave the site "
+                "out with exclude_names"
             )
 
 
-def input_axes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any], counts: Sequence[int]) -> list[Axis | None]:
+def input_axes(
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    flat: list[Any],
+    counts: Sequence[int],
+) -> list[Axis | None]:
     """Where each leaf of a call's arguments has its rows; None for what all rows share.
 
     Raises:
@@ -64,8 +78,19 @@ def input_axes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat:
     return places
 
 
-def _of_attention(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Axis | None]:
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+def _of_attention(
+    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Axis | None]:
+    names = (
+        "query",
+        "key",
+        "value",
+        "key_padding_mask",
+        "need_weights",
+        "attn_mask",
+        "average_attn_weights",
+        "is_causal",
+    )
     given = [*zip(names, args, strict=False), *kwargs.items()]
     along = Axis(0 if module.batch_first else 1)
     where = dict.fromkeys(names[:3], along) | {"key_padding_mask": _FIRST}
@@ -77,10 +102,15 @@ def _of_attention(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: 
     return [where.get(name) if isinstance(value, Tensor) else None for name, value in given]
 
 
-def _of_recurrent(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]) -> list[Axis | None]:
+def _of_recurrent(
+    module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]
+) -> list[Axis | None]:
     x = args[0] if args else kwargs["input"]
     if isinstance(x, nn.utils.rnn.PackedSequence):
-        raise UnsupportedError(f"{module._ll_path!r}: rows of a packed sequence can't have adapters of their own; give it padded")
+        raise UnsupportedError(
+            f"{module._ll_path!r}: rows of a packed sequence can't have adapters of their own; "
+            f"give it padded"
+        )
     if x.ndim != 3:
         raise _unbatched(module, x)
     own = Axis(0 if module.batch_first else 1)
@@ -88,13 +118,16 @@ def _of_recurrent(module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
-    """Torch's layers take rows first in every tensor. Of a stranger the first tensor does; another may be shared by all rows."""
+    """Torch's layers take rows first in every tensor. Of a stranger the first tensor does; another
+    may be shared by all rows.
+    """
     tensors = [t for t in flat if isinstance(t, Tensor)]
     odd = next((value for value in flat if not isinstance(value, (Tensor, *PLAIN))), None)
     if odd is not None or not tensors:
         what = "no tensor" if odd is None else f"a {type(odd).__name__}"
         raise UnsupportedError(
-            f"{module._ll_path!r} ({type(module).__name__}): is given {what}, in which rows can't be told apart; {_LEAVE}"
+            f"{module._ll_path!r} ({type(module).__name__}): is given {what}, in which rows "
+            f"can't be told apart; {_LEAVE}"
         )
     x, least = tensors[0], _least(module)
     if x.ndim < (least or 1):
@@ -103,7 +136,14 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
         raise not_rows(module._ll_path, x, rows)
     if least:
         return [_FIRST if isinstance(t, Tensor) else None for t in flat]
-    return [None if not isinstance(t, Tensor) else _FIRST if t is x else _of_stranger(module, t, x, rows) for t in flat]
+    return [
+        None
+        if not isinstance(t, Tensor)
+        else _FIRST
+        if t is x
+        else _of_stranger(module, t, x, rows)
+        for t in flat
+    ]
 
 
 _LEAVE = "leave it out with exclude_names, or call the model once per adapter"
@@ -117,13 +157,17 @@ def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
     if inner != (t.shape[0] == rows):
         return None if inner else _FIRST
     raise UnsupportedError(
-        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(t.shape)} beside one of shape "
-        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} rows; {_LEAVE}"
+        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape "
+        f"{tuple(t.shape)} beside one of shape "
+        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} "
+        f"rows; {_LEAVE}"
     )
 
 
 def _least(module: Any) -> int:
-    """How many dimensions an input with rows has at least, where the module's class is known; 0 for a stranger's."""
+    """How many dimensions an input with rows has at least, where the module's class is known; 0 for
+    a stranger's.
+    """
     match module:
         case nn.modules.conv._ConvNd():
             return len(module.kernel_size) + 2
@@ -142,7 +186,8 @@ def _least(module: Any) -> int:
 
 def _unbatched(module: Any, x: Tensor) -> UnsupportedError:
     return UnsupportedError(
-        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape {tuple(x.shape)}, which has no dimension of rows; "
+        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape "
+        f"{tuple(x.shape)}, which has no dimension of rows; "
         "give it a batch, or call the model once per adapter"
     )
 

@@ -9,29 +9,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
-from .kinds import KINDS, matrix
-from .layers import compute_dtype, is_dense, is_packed
-from .ops import Op, merge_site
-from .quantised import dequantised
-from .spec import Params
+from ..core.errors import UnsupportedError
+from ..core.site import Params
+from ..layers.kinds import KINDS, matrix
+from ..layers.quantised import dequantised
+from ..layers.weights import compute_dtype, is_dense, is_packed
+from .attachment import Attachment
+from .dense_weight import merge_site
 
-__all__ = ["Underneath"]
+__all__ = ["FrozenLayer"]
 
 
-class Underneath:
-    """What `prepare` may see of the layer underneath an adapter: its bias, and its product without the bias."""
+class FrozenLayer:
+    """What `prepare` may see of the layer underneath an adapter: its bias, and its product without
+    the bias.
+    """
 
-    __slots__ = ("count", "module", "ops", "p", "phases")
+    __slots__ = ("attachments", "count", "module", "p", "phases")
 
-    def __init__(self, ops: Sequence[Op], count: int, module: Any, p: Params, phases: Callable[..., Any]) -> None:
-        self.ops, self.count, self.module, self.p, self.phases = ops, count, module, p, phases
+    def __init__(
+        self,
+        attachments: Sequence[Attachment],
+        count: int,
+        module: Any,
+        p: Params,
+        phases: Callable[..., Any],
+    ) -> None:
+        self.attachments, self.count, self.module, self.p, self.phases = (
+            attachments,
+            count,
+            module,
+            p,
+            phases,
+        )
 
     @property
     def is_plain(self) -> bool:
         """Whether reading it is a product with a dense weight."""
         weight: Any = getattr(self.module, "weight", None)
-        dense = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+        dense = (
+            type(weight) in (Tensor, nn.Parameter)
+            and weight.is_floating_point()
+            and not weight.is_meta
+        )
         return bool(dense and self.count == 0)
 
     @property
@@ -39,9 +59,11 @@ class Underneath:
         bias = getattr(self.module, "bias", None)  # a linear-like layer needn't have the attribute
         if self.count == 0 and (bias is None or not bias.is_meta):
             return bias
-        if KINDS[self.ops[0].site.kind].one_hot:
+        if KINDS[self.attachments[0].site.kind].one_hot:
             return None
-        zero = torch.zeros(1, self.ops[0].site.d_in, device=next(iter(self.p.values())).device)
+        zero = torch.zeros(
+            1, self.attachments[0].site.d_in, device=next(iter(self.p.values())).device
+        )
         return self._call(zero)[0]
 
     @property
@@ -51,13 +73,19 @@ class Underneath:
     @property
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
-        site = self.ops[0].site
+        site = self.attachments[0].site
         if self.count == 0 and is_packed(weight) and not weight.is_meta:
             return dequantised(self.module, weight)
-        if self.count or not is_dense(weight, site.d_in * site.d_out) or (weight.is_meta and not next(iter(self.p.values())).is_meta):
+        if (
+            self.count
+            or not is_dense(weight, site.d_in * site.d_out)
+            or (weight.is_meta and not next(iter(self.p.values())).is_meta)
+        ):
             raise UnsupportedError(
-                f"{site.path!r}: {self.ops[self.count].variant.name} multiplies the dense weight itself in every call, and "
-                f"this layer ({type(self.module).__name__}) has {'other adapters inside' if self.count else 'none at hand'}; "
+                f"{site.path!r}: {self.attachments[self.count].variant.name} multiplies the "
+                f"dense weight itself in every call, and "
+                f"this layer ({type(self.module).__name__}) has "
+                f"{'other adapters inside' if self.count else 'none at hand'}; "
                 "merge those first, or use a method that needs only the layer's call"
             )
         return matrix(weight, site)
@@ -65,21 +93,41 @@ class Underneath:
     def linear(self, x: Tensor) -> Tensor:
         weight = self.module.weight
         if self.is_plain:
-            return F.linear(x.to(weight.dtype), matrix(weight, self.ops[0].site))
-        if KINDS[self.ops[0].site.kind].one_hot:
-            table = merge_site(self.module, self.ops[: self.count], weight, None)[0] if self.count else weight
-            return F.linear(x, matrix(table, self.ops[0].site).to(x.dtype))
-        y, bias = self._call(x), self.bias  # a quantised or offloaded layer, or one with other adapters inside: probe its call
+            return F.linear(x.to(weight.dtype), matrix(weight, self.attachments[0].site))
+        if KINDS[self.attachments[0].site.kind].one_hot:
+            table = (
+                merge_site(self.module, self.attachments[: self.count], weight, None)[0]
+                if self.count
+                else weight
+            )
+            return F.linear(x, matrix(table, self.attachments[0].site).to(x.dtype))
+        y, bias = (
+            self._call(x),
+            self.bias,
+        )  # a quantised or offloaded layer, or one with other adapters inside: probe its call
         return y if bias is None else y - bias.to(y.dtype)
 
     def _call(self, x: Tensor) -> Tensor:
-        mixed = next((op for op in self.ops[: self.count] if op.plan is not None), None)
+        mixed = next(
+            (
+                attachment
+                for attachment in self.attachments[: self.count]
+                if attachment.row_plan is not None
+            ),
+            None,
+        )
         if mixed is not None:
             raise UnsupportedError(
-                f"{mixed.site.path!r}: {self.ops[self.count].variant.name} reads the layer underneath, which here is another one for each "
-                f"row ({mixed.variant.name} by rows); put it first, so that the rows' own adapters are outside"
+                f"{mixed.site.path!r}: {self.attachments[self.count].variant.name} reads the "
+                f"layer underneath, which here is another one for each "
+                f"row ({mixed.variant.name} by rows); put it first, so that the rows' own "
+                f"adapters are outside"
             )
         module = self.module
-        layer = module._ll_frozen if hasattr(module, "_ll_frozen") else module.forward  # a site, or its plain twin
-        y: Tensor = self.phases(self.ops, self.count, layer, module, x.to(compute_dtype(module)))
+        layer = (
+            module._ll_frozen if hasattr(module, "_ll_frozen") else module.forward
+        )  # a site, or its plain twin
+        y: Tensor = self.phases(
+            self.attachments, self.count, layer, module, x.to(compute_dtype(module))
+        )
         return y

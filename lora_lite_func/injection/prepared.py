@@ -9,7 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .ops import Op, leaves_of
+from .attachment import Attachment
+from .state import leaves_of
 
 __all__ = ["Ready", "kept", "moved", "ready_at", "replicated", "stamped"]
 
@@ -19,8 +20,8 @@ class Ready(NamedTuple):
 
     Attributes:
         made: {slot: (`prepare`'s d or None, `factors`' triple or None)}.
-        of: the site's tensors, its adapters' and its own, that it was made of: (the dict that holds it, its name there, it, its version,
-            which in-place writes move).
+        of: the site's tensors, its adapters' and its own, that it was made of: (the dict that holds
+            it, its name there, it, its version, which in-place writes move).
     """
 
     made: Mapping[int, tuple[Any, Any]]
@@ -28,36 +29,46 @@ class Ready(NamedTuple):
 
 
 def stamped(site: Any, made: Mapping[int, tuple[Any, Any]]) -> Ready | None:
-    """`made` with the tensors that it is of; None if there is nothing, or writes on them couldn't be seen."""
+    """`made` with the tensors that it is of; None if there is nothing, or writes on them couldn't
+    be seen.
+    """
     of = list(_sources(site))
     if not made or any(t.is_inference() for _, _, t in of):
         return None
     return Ready(made, tuple((held, name, t, t._version) for held, name, t in of))
 
 
-def ready_at(op: Op, module: Any) -> tuple[Any, Any] | None:
-    """What was made of an adapter's tensors at a site; None where a call makes it: because nothing was, or they aren't what they were
-    (loaded, replaced for a call, written on, put away), or are to be trained."""
-    if op.p is not None or module.training:
+def ready_at(attachment: Attachment, module: Any) -> tuple[Any, Any] | None:
+    """What was made of an adapter's tensors at a site; None where a call makes it: because nothing
+    was, or they aren't what they were (loaded, replaced for a call, written on, put away), or are
+    to be trained.
+    """
+    if attachment.p is not None or module.training:
         return None
     ready = module._ll_ready
-    found = None if ready is None else ready.made.get(op.slot)
+    found = None if ready is None else ready.made.get(attachment.slot)
     return found if found is None or torch.compiler.is_compiling() or _unchanged(ready) else None
 
 
 def moved(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """A site's `_apply`: what was made goes to other devices with its tensors; in another dtype calls make it again."""
+    """A site's `_apply`: what was made goes to other devices with its tensors; in another dtype
+    calls make it again.
+    """
     ready = self._ll_ready
     good = ready is not None and _unchanged(ready)
     before = [t.dtype for _, _, t in _sources(self)]
     self._ll_base._apply(self, fn, recurse)
     same = good and before == [t.dtype for _, _, t in _sources(self)]
-    self.__dict__["_ll_ready"] = stamped(self, pytree.tree_map_only(Tensor, fn, ready.made)) if same else None
+    self.__dict__["_ll_ready"] = (
+        stamped(self, pytree.tree_map_only(Tensor, fn, ready.made)) if same else None
+    )
     return self
 
 
 def replicated(self: Any) -> Any:
-    """A site's `_replicate_for_data_parallel`: the replica, on a device of its own, makes everything in each call."""
+    """A site's `_replicate_for_data_parallel`: the replica, on a device of its own, makes
+    everything in each call.
+    """
     replica = self._ll_base._replicate_for_data_parallel(self)
     replica.__dict__["_ll_ready"] = None
     return replica
@@ -70,12 +81,17 @@ def kept(site: Any) -> Mapping[int, tuple[Any, Any]] | None:
 
 
 def _unchanged(ready: Ready) -> bool:
-    """Whether the tensors are those that `ready` was made of, unwritten, and nothing is to be learned about them."""
+    """Whether the tensors are those that `ready` was made of, unwritten, and nothing is to be
+    learned about them.
+    """
     try:
         for held, name, t, version in ready.of:
             if held[name] is not t or t._version != version:
                 return False
-    except (KeyError, RuntimeError):  # taken out, or moved under inference_mode, where no version is kept
+    except (
+        KeyError,
+        RuntimeError,
+    ):  # taken out, or moved under inference_mode, where no version is kept
         return False
     return not torch.is_grad_enabled() or not any(t.requires_grad for _, _, t, _ in ready.of)
 

@@ -11,64 +11,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import StructureError, UnsupportedError
+from ..core.errors import StructureError, UnsupportedError
 
-__all__ = ["Prompt", "Prompted", "hidden_state", "known", "prompted", "tell", "tokens_of"]
-
-
-def hidden_state(output: Any, path: str, width: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The hidden state (..., width) in a module's output, and how to put another in its place.
-
-    A tensor is one itself; of a tuple, a list or a mapping (a transformers ModelOutput too) it is the first member.
-
-    Raises:
-        UnsupportedError: there is none; with the path.
-    """
-    if isinstance(output, Tensor):
-        return _checked(output, path, width), lambda h: h
-    if isinstance(output, Mapping) and output:
-        name = next(iter(output))
-        return _checked(output[name], path, width), lambda h: _with_item(output, name, h)
-    if isinstance(output, (tuple, list)) and output:
-        kind = type(output)
-        first = _checked(output[0], path, width)
-        if hasattr(output, "_fields"):
-            return first, lambda h: kind(h, *output[1:])
-        return first, lambda h: kind([h, *output[1:]])
-    raise UnsupportedError(f"{path!r}: expected a hidden state from the module, found {type(output).__name__}; name a block instead")
+__all__ = ["Prompt", "Prompted", "install_prompt_hooks", "known", "prompted", "tokens_of"]
 
 
-def _with_item(output: Any, name: Any, h: Tensor) -> Any:
-    """A mapping of the same kind with another item: a ModelOutput is rebuilt from its fields."""
-    items = {**dict(output.items()), name: h}
-    return items if type(output) is dict else type(output)(**items)
-
-
-def _checked(h: Any, path: str, width: int) -> Tensor:
-    if not isinstance(h, Tensor) or not h.is_floating_point() or h.ndim < 1 or h.shape[-1] != width:
-        found = f"a {h.dtype} tensor of shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-        raise UnsupportedError(f"{path!r}: expected a hidden state (..., {width}) first in the module's output, found {found}")
-    return h
-
-
-# ----------------------------------------------------------------------------------------------------------- the prompt
+# --------------------------------------------------------------------------------------- the prompt
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """Adapters, and which tokens of the batch are the prompt's: what `ll.prompted` makes and `ll.apply` takes."""
+    """Adapters, and which tokens of the batch are the prompt's: what `ll.prompted` makes and
+    `ll.apply` takes.
+    """
 
     params: Any
     mask: Tensor
 
 
 def prompted(params: Any, mask: Tensor) -> Prompted:
-    """Adapters with the tokens that belong to the prompt, for methods that edit some of those (LoReFT, DiReFT).
+    """Adapters with the tokens that belong to the prompt, for methods that edit some of those
+    (LoReFT, DiReFT).
 
-    `ll.apply(model, ll.prompted(params, mask), input_ids)`. Without it the prompt is what the model's own `attention_mask` leaves, or
-    every token; in training on prompts and responses together, give the prompt's. `generate` on a bound model needs none.
+    `ll.apply(model, ll.prompted(params, mask), input_ids)`. Without it the prompt is what the
+    model's own `attention_mask` leaves, or every token; in training on prompts and responses
+    together, give the prompt's. `generate` on a bound model needs none.
 
     Args:
         params: an Adapter, or several, as `ll.apply` takes them.
-        mask: (N, T), nonzero where a token belongs to the prompt, shaped like the hidden states' tokens.
+        mask: (N, T), nonzero where a token belongs to the prompt, shaped like the hidden states'
+            tokens.
 
     Raises:
         StructureError: the mask isn't a tensor.
@@ -79,15 +49,21 @@ def prompted(params: Any, mask: Tensor) -> Prompted:
 
 
 class Prompt(NamedTuple):
-    """What is known of a call's prompt: a mask (N, T), whether it was given for this very batch, whether a cache holds it already."""
+    """What is known of a call's prompt: a mask (N, T), whether it was given for this very batch,
+    whether a cache holds it already.
+    """
 
     mask: Tensor | None = None
     given: bool = False
     cached: bool = False
 
 
-def known(params: Any, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Callable[[], Prompt]]:
-    """The adapters, and how to learn what is known of the prompt in a call of the model with these arguments."""
+def known(
+    params: Any, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Callable[[], Prompt]]:
+    """The adapters, and how to learn what is known of the prompt in a call of the model with these
+    arguments.
+    """
     if type(params) is Prompted:
         return params.params, lambda: Prompt(params.mask, True)
     return params, lambda: _of(model, args, kwargs)
@@ -99,12 +75,21 @@ def _of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> P
     if mask is None and len(args) > 1:
         names = list(inspect.signature(model.forward).parameters)[: len(args)]
         mask = dict(zip(names, args, strict=False)).get("attention_mask")
-    caches = (v for name, v in kwargs.items() if name == "past_key_values" or hasattr(type(v), "get_seq_length"))
-    return Prompt(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, cached=any(map(_holds_tokens, caches)))
+    caches = (
+        v
+        for name, v in kwargs.items()
+        if name == "past_key_values" or hasattr(type(v), "get_seq_length")
+    )
+    return Prompt(
+        mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+        cached=any(map(_holds_tokens, caches)),
+    )
 
 
 def _holds_tokens(cache: Any) -> bool:
-    """Whether a model's key-value cache goes on from earlier tokens: an object of transformers, or a sequence of pairs."""
+    """Whether a model's key-value cache goes on from earlier tokens: an object of transformers, or
+    a sequence of pairs.
+    """
     length = getattr(cache, "get_seq_length", None)
     return bool(length() > 0) if callable(length) else bool(cache)
 
@@ -112,7 +97,8 @@ def _holds_tokens(cache: Any) -> bool:
 def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
     """Which tokens of h (..., T, d) belong to the prompt: (..., T) bool.
 
-    Without a mask all do. In a call that goes on from a cache none do, which an attention mask of other length says, too.
+    Without a mask all do. In a call that goes on from a cache none do, which an attention mask of
+    other length says, too.
 
     Args:
         h: the hidden state.
@@ -132,15 +118,22 @@ def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
         return mask.to(h.device) != 0
     if given:
         raise UnsupportedError(
-            f"{path!r}: the prompt's mask is {tuple(mask.shape)}, the hidden state here has tokens {tuple(shape)}; "
+            f"{path!r}: the prompt's mask is {tuple(mask.shape)}, the hidden state here has "
+            f"tokens {tuple(shape)}; "
             "this module's tokens aren't the prompt's, name another"
         )
-    return h.new_zeros(shape, dtype=torch.bool) if len(shape) == 2 else h.new_ones(shape, dtype=torch.bool)
+    return (
+        h.new_zeros(shape, dtype=torch.bool)
+        if len(shape) == 2
+        else h.new_ones(shape, dtype=torch.bool)
+    )
 
 
 _TOLD: ContextVar[Prompt | None] = ContextVar("lora_lite_func_prompt", default=None)
 _TRACED: list[Prompt | None] = [None]
-"""What is told while torch.compile or torch.export traces a call, one at a time: neither knows context variables."""
+"""What is told while torch.compile or torch.export traces a call, one at a time: neither knows
+context variables.
+"""
 
 
 def _told() -> Prompt | None:
@@ -154,8 +147,10 @@ def _say(prompt: Prompt | None) -> None:
         _TOLD.set(prompt)
 
 
-def tell(bound: nn.Module) -> None:
-    """Let a bound model's calls tell its sites what is known of the prompt, call by call and thread by thread."""
+def install_prompt_hooks(bound: nn.Module) -> None:
+    """Let a bound model's calls tell its sites what is known of the prompt, call by call and thread
+    by thread.
+    """
     if _start not in bound._forward_pre_hooks.values():
         bound.register_forward_pre_hook(_start, with_kwargs=True)
         bound.register_forward_hook(_end, always_call=True)

@@ -12,14 +12,23 @@ from typing import Any
 
 from torch import nn
 
-from .layers import at_trace_time
+from ..core.torch_internals import at_trace_time
 
-__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers", "slots", "twin"]
+__all__ = ["BINDABLE", "PLAIN", "REFERENCES", "rebound", "refers", "shallow_copy", "slots"]
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-REFERENCES = (nn.Module, types.MethodType, functools.partial, types.FunctionType, weakref.ReferenceType, *_PROXIES, *_CONTAINERS)
-"""What an attribute may refer to a module through, besides small objects of the user's own classes."""
+REFERENCES = (
+    nn.Module,
+    types.MethodType,
+    functools.partial,
+    types.FunctionType,
+    weakref.ReferenceType,
+    *_PROXIES,
+    *_CONTAINERS,
+)
+"""What an attribute may refer to a module through, besides small objects of the user's own classes.
+"""
 
 PLAIN = frozenset({str, int, float, bool, type(None)})
 """Types that are common among attributes and never refer to a module."""
@@ -31,10 +40,14 @@ _DEEP = 8
 
 
 def refers(value: Any, depth: int = 0) -> bool:
-    """Whether `value` may lead to a module: cheap, may say yes for nothing, no only for what lies too deep."""
+    """Whether `value` may lead to a module: cheap, may say yes for nothing, no only for what lies
+    too deep.
+    """
     kind = type(value)  # isinstance would ask `__class__` of config objects, slowly
     if not issubclass(kind, _CONTAINERS):
-        return issubclass(kind, REFERENCES) or (depth < 3 and _holds(kind) and _any_refers(_attributes(value), _FEW, depth))
+        return issubclass(kind, REFERENCES) or (
+            depth < 3 and _holds(kind) and _any_refers(_attributes(value), _FEW, depth)
+        )
     return depth <= _DEEP and _any_refers(value, _MANY, depth)
 
 
@@ -51,7 +64,9 @@ def _any_refers(value: Any, most: int, depth: int) -> bool:
 
 @at_trace_time
 def _holds(kind: type) -> bool:
-    """Objects of a class may hold modules: of a user's own class, in Python alone. Libraries' configs don't."""
+    """Objects of a class may hold modules: of a user's own class, in Python alone. Libraries'
+    configs don't.
+    """
     found = _HOLDS.get(kind)
     if found is None:
         found = _HOLDS[kind] = _is_users(kind)
@@ -65,19 +80,30 @@ def _is_users(kind: type) -> bool:
     if kind is types.SimpleNamespace:
         return True
     home = kind.__module__.partition(".")[0]
-    if home in sys.stdlib_module_names or home in _LIBRARIES or hasattr(kind, "__del__"):  # a copy would be finalised, too
+    if (
+        home in sys.stdlib_module_names or home in _LIBRARIES or hasattr(kind, "__del__")
+    ):  # a copy would be finalised, too
         return False
-    return all(base.__new__ is object.__new__ or isinstance(base.__new__, types.FunctionType) for base in kind.__mro__)
+    return all(
+        base.__new__ is object.__new__ or isinstance(base.__new__, types.FunctionType)
+        for base in kind.__mro__
+    )
 
 
 def _attributes(value: Any) -> dict[str, Any]:
     """An object's attributes, those in slots too."""
     held = getattr(value, "__dict__", {})
     kept = slots(type(value))
-    return {**held, **{name: getattr(value, name) for name in kept if hasattr(value, name)}} if kept else held
+    return (
+        {**held, **{name: getattr(value, name) for name in kept if hasattr(value, name)}}
+        if kept
+        else held
+    )
 
 
-_LIBRARIES = frozenset({"torch", "transformers", "diffusers", "accelerate", "numpy", "lora_lite_func"})
+_LIBRARIES = frozenset(
+    {"torch", "transformers", "diffusers", "accelerate", "numpy", "lora_lite_func"}
+)
 
 
 @at_trace_time
@@ -95,14 +121,27 @@ _SLOTS: dict[type, tuple[str, ...]] = {}
 
 
 def _slots(cls: type) -> tuple[str, ...]:
-    found = [(base.__name__.lstrip("_"), base.__dict__.get("__slots__", ())) for base in cls.__mro__ if base.__module__ != "builtins"]
-    names = [(home, name) for home, names in found for name in ((names,) if isinstance(names, str) else names)]
-    mangled = [f"_{home}{name}" if name.startswith("__") and not name.endswith("__") else name for home, name in names]
+    found = [
+        (base.__name__.lstrip("_"), base.__dict__.get("__slots__", ()))
+        for base in cls.__mro__
+        if base.__module__ != "builtins"
+    ]
+    names = [
+        (home, name)
+        for home, names in found
+        for name in ((names,) if isinstance(names, str) else names)
+    ]
+    mangled = [
+        f"_{home}{name}" if name.startswith("__") and not name.endswith("__") else name
+        for home, name in names
+    ]
     return tuple(name for name in mangled if name not in ("__dict__", "__weakref__"))
 
 
-def twin(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """A new object of class `cls` with the very attributes of a module, its dicts of tensors and children among them."""
+def shallow_copy(module: nn.Module, cls: type[nn.Module]) -> Any:
+    """A new object of class `cls` with the very attributes of a module, its dicts of tensors and
+    children among them.
+    """
     made = object.__new__(cls)
     made.__dict__.update(module.__dict__)
     for name in slots(cls):
@@ -112,7 +151,9 @@ def twin(module: nn.Module, cls: type[nn.Module]) -> Any:
 
 
 def rebound(value: Any, copies: dict[int, Any], depth: int) -> Any:
-    """`value` with every reference to an original module replaced by its copy; `value` itself if there is none."""
+    """`value` with every reference to an original module replaced by its copy; `value` itself if
+    there is none.
+    """
     if issubclass(type(value), _PROXIES):
         return _rebound_proxy(value, copies)
     if isinstance(value, nn.Module):
@@ -120,7 +161,11 @@ def rebound(value: Any, copies: dict[int, Any], depth: int) -> Any:
     if depth > _DEEP:
         return value
     if not issubclass(type(value), REFERENCES):
-        return _rebound_object(value, copies, depth) if _holds(type(value)) and len(_attributes(value)) <= _FEW else value
+        return (
+            _rebound_object(value, copies, depth)
+            if _holds(type(value)) and len(_attributes(value)) <= _FEW
+            else value
+        )
     if isinstance(value, weakref.ReferenceType):
         target = value()
         owner = rebound(target, copies, depth + 1) if isinstance(target, nn.Module) else target
@@ -173,7 +218,9 @@ def _rebound_proxy(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _rebound_object(value: Any, copies: dict[int, Any], depth: int) -> Any:
-    """An object of a user's class whose attributes refer to modules, as a copy around theirs; the same copy wherever it is held."""
+    """An object of a user's class whose attributes refer to modules, as a copy around theirs; the
+    same copy wherever it is held.
+    """
     if id(value) in copies:
         return copies[id(value)]
     kind: Any = type(value)
@@ -202,7 +249,9 @@ def _rebound_function(value: types.FunctionType, copies: dict[int, Any], depth: 
     defaults = rebound(value.__defaults__, copies, depth + 1)
     if all(a is b for a, b in zip(new, contents, strict=True)) and defaults is value.__defaults__:
         return value
-    fresh = tuple(old if a is b else types.CellType(a) for a, b, old in zip(new, contents, cells, strict=True))
+    fresh = tuple(
+        old if a is b else types.CellType(a) for a, b, old in zip(new, contents, cells, strict=True)
+    )
     made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, fresh)
     made.__kwdefaults__ = value.__kwdefaults__
     made.__dict__.update(value.__dict__)

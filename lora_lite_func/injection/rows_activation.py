@@ -11,19 +11,21 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .errors import UnsupportedError
-from .layers import autocasts
-from .modes import is_transformed
-from .ops import Op, unfolded
-from .plan import not_rows
-from .runs import Run, Table
-from .spec import Params
+from ..core.errors import UnsupportedError
+from ..core.layout import unfolded
+from ..core.site import Params
+from ..core.torch_internals import autocasts, is_transformed
+from ..kernels.row_plan import not_rows
+from ..kernels.segments import Segment, SegmentLayout
+from .attachment import Attachment
 
 __all__ = ["by_rows", "mapped", "shared", "undisturbed"]
 
 
 def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
-    """What depends on the parameters alone, in their own dtype: small systems can't be solved in the one that autocast would choose."""
+    """What depends on the parameters alone, in their own dtype: small systems can't be solved in
+    the one that autocast would choose.
+    """
     if not autocasts(device):
         return prepare(*args)
     with torch.autocast(device, enabled=False):
@@ -31,27 +33,36 @@ def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
 
 
 class _Rows:
-    """One stack at one site, for one call: its members' leaves and what `prepare` makes of them, run by run."""
+    """One stack at one site, for one call: its members' leaves and what `prepare` makes of them,
+    run by run.
+    """
 
-    def __init__(self, op: Op, p: Params, layer: Any, table: Table) -> None:
-        self.op, self.layer = op, layer
-        if table.members is not None:
-            p = {name: t.index_select(0, table.members) for name, t in p.items()}
-        self.parts = [self._cut(p, run) for run in table.runs]
-        self.prepared = [self._prepare(q, run) for q, run in zip(self.parts, table.runs, strict=True)]
+    def __init__(
+        self, attachment: Attachment, p: Params, layer: Any, layout: SegmentLayout
+    ) -> None:
+        self.attachment, self.layer = attachment, layer
+        if layout.members is not None:
+            p = {name: t.index_select(0, layout.members) for name, t in p.items()}
+        self.parts = [self._cut(p, segment) for segment in layout.segments]
+        self.prepared = [
+            self._prepare(q, segment)
+            for q, segment in zip(self.parts, layout.segments, strict=True)
+        ]
 
-    def _cut(self, p: Params, run: Run) -> Params:
-        """The run's own members: views, whose gradients are written once where the run is the whole stack."""
+    def _cut(self, p: Params, segment: Segment) -> Params:
+        """The run's own members: views, whose gradients are written once where the run is the whole
+        stack.
+        """
         count = next(iter(p.values())).shape[0]
-        if run.high - run.low == count:
+        if segment.high - segment.low == count:
             return p if count > 1 else {name: t.squeeze(0) for name, t in p.items()}
-        if run.high - run.low == 1:
-            return {name: t[run.low] for name, t in p.items()}
-        return {name: t[run.low : run.high] for name, t in p.items()}
+        if segment.high - segment.low == 1:
+            return {name: t[segment.low] for name, t in p.items()}
+        return {name: t[segment.low : segment.high] for name, t in p.items()}
 
-    def _prepare(self, p: Params, run: Run) -> Any:
+    def _prepare(self, p: Params, segment: Segment) -> Any:
         """What `prepare` gives for the run's members, once for each."""
-        variant, cfg, site = self.op.variant, self.op.cfg, self.op.site
+        variant, cfg, site = self.attachment.variant, self.attachment.cfg, self.attachment.site
         prepare = variant.prepare
         if prepare is None:
             return None
@@ -60,136 +71,190 @@ class _Rows:
             q, at = unfolded(p, site)
             return undisturbed(next(iter(q.values())).device.type, prepare, cfg, q, at, self.layer)
 
-        if run.high - run.low == 1 or variant.leading:
+        if segment.high - segment.low == 1 or variant.batched:
             return one(p)
         if self.layer.is_plain:
             return mapped(one, p)
         return _piled(
-            [one({name: t[i] for name, t in p.items()}) for i in range(run.high - run.low)]
+            [one({name: t[i] for name, t in p.items()}) for i in range(segment.high - segment.low)]
         )  # a packed layer has no rule for vmap
 
-    def call(self, phase: Callable[..., Tensor], table: Table, *batches: Tensor) -> list[Tensor]:
+    def call(
+        self, phase: Callable[..., Tensor], layout: SegmentLayout, *batches: Tensor
+    ) -> list[Tensor]:
         """The phase on every run's rows of the sorted batches."""
-        variant, cfg, site = self.op.variant, self.op.cfg, self.op.site
+        variant, cfg, site = self.attachment.variant, self.attachment.cfg, self.attachment.site
 
         def one(p: Params, d: Any, *rows: Tensor) -> Tensor:
             q, at = unfolded(p, site)
             return phase(cfg, q, d, *rows, at)
 
         made = []
-        for p, d, run in zip(self.parts, self.prepared, table.runs, strict=True):
-            count, width, start = run.high - run.low, run.width, run.start
-            rows = [b if b.shape[0] == count * width else b.narrow(0, start, count * width) for b in batches]
+        for p, d, segment in zip(self.parts, self.prepared, layout.segments, strict=True):
+            count, width, start = segment.high - segment.low, segment.width, segment.start
+            rows = [
+                b if b.shape[0] == count * width else b.narrow(0, start, count * width)
+                for b in batches
+            ]
             if count == 1:
                 made.append(one(p, d, *rows))
                 continue
             rows = [b.unflatten(0, (count, width)) for b in rows]
-            together = variant.leading and rows[0].is_floating_point()
+            together = variant.batched and rows[0].is_floating_point()
             made.append((one(p, d, *rows) if together else mapped(one, p, d, *rows)).flatten(0, 1))
         return made
 
 
-def by_rows(op: Op, p: Params, layer: Any, training: bool, inner: Callable[[Tensor], Any], hidden: Callable[..., Any], x: Tensor) -> Any:
-    """The site's output: what is underneath runs once on the whole batch, the method's phases on each adapter's own rows.
+def by_rows(
+    attachment: Attachment,
+    p: Params,
+    layer: Any,
+    training: bool,
+    inner: Callable[[Tensor], Any],
+    hidden: Callable[..., Any],
+    x: Tensor,
+) -> Any:
+    """The site's output: what is underneath runs once on the whole batch, the method's phases on
+    each adapter's own rows.
 
     Args:
-        op: the method at the site, with the plan of the rows.
+        attachment: the method at the site, with the plan of the rows.
         p: its tensors, each with a leading axis of members.
         layer: what `prepare` may see; its `is_plain` says whether under vmap.
         training: whether to drop out.
         inner: the layer with the adapters before this one.
-        hidden: (op, its output, x) -> (what `outputs` changes, how to put that back, what it gets for x).
+        hidden: (op, its output, x) -> (what `outputs` changes, how to put that back, what it gets
+            for x).
         x: (N, ..., d_in).
 
     Raises:
         StructureError: the leading dimension isn't the rows.
         UnsupportedError: the layer's output isn't one tensor.
     """
-    variant, path, plan = op.variant, op.site.path, op.plan
+    variant, path, plan = attachment.variant, attachment.site.path, attachment.row_plan
     assert plan is not None
-    table = plan.table(x, path)
-    if not table.runs:
+    layout = plan.layout(x, path)
+    if not layout.segments:
         return inner(x)
-    rows = _Rows(op, p, layer, table)
-    X = shared(x, table, path)
-    y = inner(x if variant.inputs is None else _joined(rows.call(variant.inputs, table, X), table, X, x))
+    rows = _Rows(attachment, p, layer, layout)
+    X = shared(x, layout, path)
+    y = inner(
+        x if variant.inputs is None else _joined(rows.call(variant.inputs, layout, X), layout, X, x)
+    )
     if variant.outputs is None:
         return y
-    h, put, seen = hidden(op, y, x)
+    h, put, seen = hidden(attachment, y, x)
     if not isinstance(h, Tensor):
-        raise UnsupportedError(f"site {path!r}: its output is a {type(h).__name__}, whose rows can't be told apart; leave it out")
+        raise UnsupportedError(
+            f"site {path!r}: its output is a {type(h).__name__}, whose rows can't be told apart; "
+            f"leave it out"
+        )
     if h.shape[:1] != x.shape[:1]:
         raise not_rows(path, h, plan.rows)
-    H = h if table.take is None else h.index_select(0, table.take)
+    H = h if layout.take is None else h.index_select(0, layout.take)
     if seen is not x:
-        X = seen if table.take is None else seen.index_select(0, table.take)
-    if op.dropout and training:
-        X = F.dropout(X, op.dropout)
-    return put(_joined(rows.call(variant.outputs, table, X, H), table, H, h))
+        X = seen if layout.take is None else seen.index_select(0, layout.take)
+    if attachment.dropout and training:
+        X = F.dropout(X, attachment.dropout)
+    return put(_joined(rows.call(variant.outputs, layout, X, H), layout, H, h))
 
 
-def _joined(made: list[Tensor], table: Table, sorted_batch: Tensor, batch: Tensor) -> Tensor:
+def _joined(
+    made: list[Tensor], layout: SegmentLayout, sorted_batch: Tensor, batch: Tensor
+) -> Tensor:
     """The runs' results and the bare rows, each row where it was."""
-    start, stop = table.bare
+    start, stop = layout.bare
     if stop > start:
         made.insert(0 if start == 0 else len(made), sorted_batch.narrow(0, start, stop - start))
     out = made[0] if len(made) == 1 else torch.cat(made)
-    out = out if table.back is None else out.index_select(0, table.back)
-    if table.without is None:
+    out = out if layout.back is None else out.index_select(0, layout.back)
+    if layout.without is None:
         return out
-    return torch.where(table.without.view(-1, *[1] * (out.ndim - 1)), batch, out)
+    return torch.where(layout.without.view(-1, *[1] * (out.ndim - 1)), batch, out)
 
 
-# ---------------------------------------------------------------------------------------------------- one sort for many
+# -------------------------------------------------------------------------------- one sort for many
 _SORTED: dict[int, tuple[Any, int, Tensor, set[str], Tensor]] = {}
-"""By a tensor's id: what layers that get the very same input (query, key and value) share, and which have had it. Gone with the input."""
+"""By a tensor's id: what layers that get the very same input (query, key and value) share, and
+which have had it. Gone with the input.
+"""
 
 
-def shared(x: Tensor, table: Table, path: str) -> Tensor:
+def shared(x: Tensor, layout: SegmentLayout, path: str) -> Tensor:
     """The sorted batch, made once for the layers that share an input in one call of the model.
 
-    A site that asks again is in another call, and before that x may have been written on unseen (memory that numpy has, `.data`). What
-    has a graph isn't shared: it would keep a leaf alive for good, and one layer's backward pass would reach into another's.
+    A site that asks again is in another call, and before that x may have been written on unseen
+    (memory that numpy has, `.data`). What has a graph isn't shared: it would keep a leaf alive for
+    good, and one layer's backward pass would reach into another's.
 
     Args:
         x: (N, ..., d).
-        table: the layout.
+        layout: the layout.
         path: the site's.
     """
-    take = table.take
+    take = layout.take
     if take is None:
         return x
-    if torch.compiler.is_compiling() or is_transformed() or x.is_inference() or (x.requires_grad and torch.is_grad_enabled()):
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or x.is_inference()
+        or (x.requires_grad and torch.is_grad_enabled())
+    ):
         return x.index_select(0, take)
     key = id(x)
     found = _SORTED.get(key)
-    if found is not None and found[0]() is x and found[1] == x._version and found[2] is take and path not in found[3]:
+    if (
+        found is not None
+        and found[0]() is x
+        and found[1] == x._version
+        and found[2] is take
+        and path not in found[3]
+    ):
         found[3].add(path)
         return found[4]
     made = x.index_select(0, take)
-    _SORTED[key] = (weakref.ref(x, lambda _: _SORTED.pop(key, None)), x._version, take, {path}, made)
+    _SORTED[key] = (
+        weakref.ref(x, lambda _: _SORTED.pop(key, None)),
+        x._version,
+        take,
+        {path},
+        made,
+    )
     return made
 
 
-# -------------------------------------------------------------------------------------------------------- vmap on trees
+# ------------------------------------------------------------------------------------ vmap on trees
 def mapped(f: Callable[..., Any], *trees: Any) -> Any:
-    """f over the leading axis of every tensor in the trees; what isn't a tensor passes through, in and out."""
+    """f over the leading axis of every tensor in the trees; what isn't a tensor passes through, in
+    and out.
+    """
     flat, spec = pytree.tree_flatten(trees)
     tensors = [t for t in flat if isinstance(t, Tensor)]
     out: list[Any] = []
 
     def on_tensors(*members: Tensor) -> tuple[Tensor, ...]:
         it = iter(members)
-        result, form = pytree.tree_flatten(f(*pytree.tree_unflatten([next(it) if isinstance(t, Tensor) else t for t in flat], spec)))
+        result, form = pytree.tree_flatten(
+            f(
+                *pytree.tree_unflatten(
+                    [next(it) if isinstance(t, Tensor) else t for t in flat], spec
+                )
+            )
+        )
         out[:] = [form, result]
         return tuple(t for t in result if isinstance(t, Tensor))
 
     results = iter(torch.func.vmap(on_tensors, randomness="different")(*tensors))
-    return pytree.tree_unflatten([next(results) if isinstance(t, Tensor) else t for t in out[1]], out[0])
+    return pytree.tree_unflatten(
+        [next(results) if isinstance(t, Tensor) else t for t in out[1]], out[0]
+    )
 
 
 def _piled(trees: list[Any]) -> Any:
     """Trees of like form as one, tensors stacked."""
     flat, forms = zip(*map(pytree.tree_flatten, trees), strict=True)
     columns = zip(*flat, strict=True)
-    return pytree.tree_unflatten([torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns], forms[0])
+    return pytree.tree_unflatten(
+        [torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns], forms[0]
+    )

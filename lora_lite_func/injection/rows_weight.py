@@ -12,25 +12,33 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from .axes import PLAIN, Axis, check_apart, input_axes, output_axis
-from .batching import mapped
-from .errors import UnsupportedError
-from .ops import Op, tensors_at
-from .plan import Parts, Plan, not_rows, parted
-from .rebind import BINDABLE, rebound, twin
-from .spec import Params
+from ..core.errors import UnsupportedError
+from ..core.site import Params
+from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
+from .attachment import Attachment
+from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
+from .references import BINDABLE, rebound, shallow_copy
+from .rows_activation import mapped
+from .state import tensors_at
 
 __all__ = ["Chains", "Within", "by_adapters", "narrowed"]
 
-Chains = Mapping[tuple[str, str], tuple[Op, ...]]
-"""The adapters that go into each tensor that a module substitutes, by names of the module's child (or "") and the tensor."""
+Chains = Mapping[tuple[str, str], tuple[Attachment, ...]]
+"""The adapters that go into each tensor that a module substitutes, by names of the module's child
+(or "") and the tensor.
+"""
 
-Within = Callable[[Plan], Plan]
+Within = Callable[[RowPlan], RowPlan]
 """The plan of a part's rows, of a plan of all rows."""
 
 
 def by_adapters(
-    module: Any, chains: Chains, home: Callable[[Any], Any], call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any,
+    chains: Chains,
+    home: Callable[[Any], Any],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """The module's output, each row's by its own adapters.
 
@@ -38,36 +46,68 @@ def by_adapters(
         module: the site.
         chains: its adapters, some of them a stack's with a plan of the rows.
         home: key of a chain -> the module that holds its tensors.
-        call: (chains, args, kwargs, within) -> the output, for adapters that all rows have; `within` is for what is inside the module.
+        call: (chains, args, kwargs, within) -> the output, for adapters that all rows have;
+            `within` is for what is inside the module.
         args: of the call.
         kwargs: of the call.
 
     Raises:
         StructureError: a tensor hasn't the rows where it should.
-        UnsupportedError: rows meet in the module, or can't be told in what comes to it or leaves it.
+        UnsupportedError: rows meet in the module, or can't be told in what comes to it or leaves
+            it.
     """
     check_apart(module)
-    mixed = {(key, i): op for key, ops in chains.items() for i, op in enumerate(ops) if op.plan is not None}
-    plans = [op.plan for op in mixed.values() if op.plan is not None]
+    mixed = {
+        (key, i): attachment
+        for key, attachments in chains.items()
+        for i, attachment in enumerate(attachments)
+        if attachment.row_plan is not None
+    }
+    plans = [
+        attachment.row_plan for attachment in mixed.values() if attachment.row_plan is not None
+    ]
     flat, form = pytree.tree_flatten((args, kwargs))
     places = input_axes(module, args, kwargs, flat, [plan.rows for plan in plans])
     lead = next((t for t, at in zip(flat, places, strict=True) if at is not None))
     parts = parted(plans, lead.device)
     if not parts.rows:
-        return call({key: tuple(op for op in ops if op.plan is None) for key, ops in chains.items()}, args, kwargs)
+        return call(
+            {
+                key: tuple(attachment for attachment in attachments if attachment.row_plan is None)
+                for key, attachments in chains.items()
+            },
+            args,
+            kwargs,
+        )
     runs = _runs(parts, _maps(module))
-    members = {at: _members(op, home(at[0]), parts, n, runs) for n, (at, op) in enumerate(mixed.items())}
-    cut = [[t] * len(runs) if at is None else _cut(t, at, parts, runs) for t, at in zip(flat, places, strict=True)]
+    members = {
+        at: _members(attachment, home(at[0]), parts, n, runs)
+        for n, (at, attachment) in enumerate(mixed.items())
+    }
+    cut = [
+        [t] * len(runs) if at is None else _cut(t, at, parts, runs)
+        for t, at in zip(flat, places, strict=True)
+    ]
 
-    def one(own: Mapping[Any, Op | None], pieces: list[Any], within: Within | None) -> Any:
+    def one(own: Mapping[Any, Attachment | None], pieces: list[Any], within: Within | None) -> Any:
         chosen = {
-            key: tuple(op for op in (own.get((key, i), op) for i, op in enumerate(ops)) if op is not None) for key, ops in chains.items()
+            key: tuple(
+                attachment
+                for attachment in (
+                    own.get((key, i), attachment) for i, attachment in enumerate(attachments)
+                )
+                if attachment is not None
+            )
+            for key, attachments in chains.items()
         }
         return call(chosen, *pytree.tree_unflatten(pieces, form), within)
 
     made = []
     for n, (low, high) in enumerate(runs):
-        own, pieces = {at: ops[n] for at, ops in members.items()}, [column[n] for column in cut]
+        own, pieces = (
+            {at: attachments[n] for at, attachments in members.items()},
+            [column[n] for column in cut],
+        )
         if high - low > 1:
             made.append(_together(one, own, pieces, [at is not None for at in places], high - low))
         else:
@@ -76,16 +116,22 @@ def by_adapters(
 
 
 def _maps(module: Any) -> bool:
-    """Whether a module's call is better mapped over like parts: it has a rule for that, and no kernel that is faster part by part."""
+    """Whether a module's call is better mapped over like parts: it has a rule for that, and no
+    kernel that is faster part by part.
+    """
     if isinstance(module, nn.modules.conv._ConvNd):
         return torch.compiler.is_compiling()
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     own = module._ll_subs.get("weight", ())
-    return isinstance(module, (*norms, nn.Linear)) or any(op.site.kind == "norm" for op in own)
+    return isinstance(module, (*norms, nn.Linear)) or any(
+        attachment.site.kind == "norm" for attachment in own
+    )
 
 
-def _runs(parts: Parts, maps: bool) -> list[tuple[int, int]]:
-    """[(low, high)] of the parts: each alone, or neighbours with as many rows, and adapters for the same plans, together."""
+def _runs(parts: RowGroups, maps: bool) -> list[tuple[int, int]]:
+    """[(low, high)] of the parts: each alone, or neighbours with as many rows, and adapters for the
+    same plans, together.
+    """
     if not maps:
         return [(n, n + 1) for n in range(len(parts.rows))]
     runs: list[tuple[int, int]] = []
@@ -98,34 +144,68 @@ def _runs(parts: Parts, maps: bool) -> list[tuple[int, int]]:
     return runs
 
 
-def _members(op: Op, module: Any, parts: Parts, plan: int, runs: Sequence[tuple[int, int]]) -> list[Op | None]:
-    """The adapter of each run, of several parts with a leading axis of those; None where it has none."""
+def _members(
+    attachment: Attachment,
+    module: Any,
+    parts: RowGroups,
+    plan: int,
+    runs: Sequence[tuple[int, int]],
+) -> list[Attachment | None]:
+    """The adapter of each run, of several parts with a leading axis of those; None where it has
+    none.
+    """
     index, bare, here = parts.members[plan], parts.bare[plan], parts.here[plan]
     sizes = [high - low for low, high in runs]
 
     def split(t: Tensor) -> list[Tensor]:
         return [piece.squeeze(0) if piece.shape[0] == 1 else piece for piece in t.split(sizes)]
 
-    leaves = {name: split(t.index_select(0, index.to(t.device))) for name, t in tensors_at(op, module).items()}
+    leaves = {
+        name: split(t.index_select(0, index.to(t.device)))
+        for name, t in tensors_at(attachment, module).items()
+    }
     flags = [None] * len(runs) if here is None else split(here)
     own: list[Params] = [{name: ts[n] for name, ts in leaves.items()} for n in range(len(runs))]
-    return [None if bare[low] else op._replace(p=own[n], plan=None, here=flags[n]) for n, (low, _) in enumerate(runs)]
+    return [
+        None if bare[low] else attachment._replace(p=own[n], row_plan=None, here=flags[n])
+        for n, (low, _) in enumerate(runs)
+    ]
 
 
-def _together(one: Callable[..., Any], own: Mapping[Any, Op | None], pieces: list[Any], has_rows: list[bool], count: int) -> Any:
+def _together(
+    one: Callable[..., Any],
+    own: Mapping[Any, Attachment | None],
+    pieces: list[Any],
+    has_rows: list[bool],
+    count: int,
+) -> Any:
     """The call mapped over parts of as many rows."""
-    present = {at: op for at, op in own.items() if op is not None}
+    present = {at: attachment for at, attachment in own.items() if attachment is not None}
     rows = [t.unflatten(0, (count, -1)) for t, there in zip(pieces, has_rows, strict=True) if there]
 
     def of_part(leaves: list[Params], here: list[Tensor | None], *rows: Tensor) -> Any:
         it = iter(rows)
-        ops = {at: op._replace(p=p, here=h) for (at, op), p, h in zip(present.items(), leaves, here, strict=True)}
-        return one({**own, **ops}, [next(it) if there else t for t, there in zip(pieces, has_rows, strict=True)], None)
+        attachments = {
+            at: attachment._replace(p=p, here=h)
+            for (at, attachment), p, h in zip(present.items(), leaves, here, strict=True)
+        }
+        return one(
+            {**own, **attachments},
+            [next(it) if there else t for t, there in zip(pieces, has_rows, strict=True)],
+            None,
+        )
 
-    return mapped(of_part, [op.p for op in present.values()], [op.here for op in present.values()], *rows).flatten(0, 1)
+    return mapped(
+        of_part,
+        [attachment.p for attachment in present.values()],
+        [attachment.here for attachment in present.values()],
+        *rows,
+    ).flatten(0, 1)
 
 
-def _cut(t: Tensor, at: Axis, parts: Parts, runs: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+def _cut(
+    t: Tensor, at: Axis, parts: RowGroups, runs: Sequence[tuple[int, int]]
+) -> Sequence[Tensor]:
     """A tensor's rows, run by run."""
     dim, each = at
     sizes = [size * each for size in _sizes(parts, runs)]
@@ -137,11 +217,11 @@ def _cut(t: Tensor, at: Axis, parts: Parts, runs: Sequence[tuple[int, int]]) -> 
     return t.index_select(dim, take).split(sizes, dim)
 
 
-def _sizes(parts: Parts, runs: Sequence[tuple[int, int]]) -> list[int]:
+def _sizes(parts: RowGroups, runs: Sequence[tuple[int, int]]) -> list[int]:
     return [sum(map(len, parts.rows[low:high])) for low, high in runs]
 
 
-def _joined(module: Any, made: list[Any], parts: Parts, runs: Sequence[tuple[int, int]]) -> Any:
+def _joined(module: Any, made: list[Any], parts: RowGroups, runs: Sequence[tuple[int, int]]) -> Any:
     """The runs' outputs as one, each row where it was."""
     columns, forms = zip(*map(pytree.tree_flatten, made), strict=True)
     path, kind = module._ll_path, type(module).__name__
@@ -149,7 +229,9 @@ def _joined(module: Any, made: list[Any], parts: Parts, runs: Sequence[tuple[int
     for n, column in enumerate(zip(*columns, strict=True)):
         if not isinstance(column[0], Tensor):
             if not isinstance(column[0], PLAIN) or any(value != column[0] for value in column):
-                raise UnsupportedError(f"{path!r} ({kind}): {_OUTPUT.format(type(column[0]).__name__)}")
+                raise UnsupportedError(
+                    f"{path!r} ({kind}): {_OUTPUT.format(type(column[0]).__name__)}"
+                )
             joined.append(column[0])
             continue
         dim = output_axis(module, n)
@@ -157,7 +239,9 @@ def _joined(module: Any, made: list[Any], parts: Parts, runs: Sequence[tuple[int
             if t.ndim <= dim or t.shape[dim] != size:
                 raise not_rows(path, t, size)
         whole = torch.cat(column, dim)
-        joined.append(whole if parts.back is None else whole.index_select(dim, parts.back.to(whole.device)))
+        joined.append(
+            whole if parts.back is None else whole.index_select(dim, parts.back.to(whole.device))
+        )
     return pytree.tree_unflatten(joined, forms[0])
 
 
@@ -165,9 +249,9 @@ _OUTPUT = "its output holds a {}, in which the rows of several adapters can't be
 
 
 def _of(rows: Sequence[int]) -> Within:
-    made: list[tuple[Plan, Plan]] = []
+    made: list[tuple[RowPlan, RowPlan]] = []
 
-    def within(plan: Plan) -> Plan:
+    def within(plan: RowPlan) -> RowPlan:
         found = next((new for old, new in made if old is plan), None)
         if found is None:
             found = plan.only(rows)
@@ -178,24 +262,41 @@ def _of(rows: Sequence[int]) -> Within:
 
 
 def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
-    """A module's children for a part's rows: copies of those in which rows have adapters of their own, the others themselves."""
+    """A module's children for a part's rows: copies of those in which rows have adapters of their
+    own, the others themselves.
+    """
     copies: dict[int, Any] = {}
 
-    def narrow(ops: Sequence[Op]) -> tuple[Op, ...]:
-        return tuple(op if op.plan is None else op._replace(plan=within(op.plan)) for op in ops)
+    def narrow(attachments: Sequence[Attachment]) -> tuple[Attachment, ...]:
+        return tuple(
+            attachment
+            if attachment.row_plan is None
+            else attachment._replace(row_plan=within(attachment.row_plan))
+            for attachment in attachments
+        )
 
     def visit(child: nn.Module) -> nn.Module:
         if id(child) in copies:
             return copies[id(child)]
-        had, inside = child.__dict__, {name: c if c is None else visit(c) for name, c in child._modules.items()}
-        ops, subs = had.get("_ll_ops", ()), had.get("_ll_subs", {})
-        mixed = any(op.plan is not None for chain in (ops, *subs.values()) for op in chain)
+        had, inside = (
+            child.__dict__,
+            {name: c if c is None else visit(c) for name, c in child._modules.items()},
+        )
+        attachments, subs = had.get("_ll_attachments", ()), had.get("_ll_subs", {})
+        mixed = any(
+            attachment.row_plan is not None
+            for chain in (attachments, *subs.values())
+            for attachment in chain
+        )
         made = child
         if mixed or any(inside[name] is not c for name, c in child._modules.items()):
-            made = twin(child, type(child))
+            made = shallow_copy(child, type(child))
             made.__dict__["_modules"] = inside
             if mixed:
-                made.__dict__.update(_ll_ops=narrow(ops), _ll_subs={name: narrow(chain) for name, chain in subs.items()})
+                made.__dict__.update(
+                    _ll_attachments=narrow(attachments),
+                    _ll_subs={name: narrow(chain) for name, chain in subs.items()},
+                )
         copies[id(child)] = made
         return made
 

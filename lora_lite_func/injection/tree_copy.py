@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .affine import is_affine
-from .errors import StructureError, UnsupportedError, nearest
-from .kinds import KINDS, misfit, place
-from .layers import check_model, how_to_bake, is_packed, refusal
-from .ops import Op
-from .plain import only
-from .rebind import BINDABLE, PLAIN, rebound, refers, slots
-from .site import flatten_again, site_class
-from .spec import Site
+from ..core.errors import StructureError, UnsupportedError
+from ..layers.kinds import KINDS, module_and_name
+from ..layers.refusals import check_model, refusal
+from .attachment import Attachment
+from .checks import check_site, check_substitutable, no_module
+from .linear import only
+from .references import BINDABLE, PLAIN, rebound, refers, slots
+from .site_class import site_class
+from .weight_route import flatten_again
 
-__all__ = ["check_mergeable", "check_site", "constant", "copy_tree", "no_module", "own_bias", "own_buffers"]
+__all__ = ["constant", "copy_tree", "own_bias", "own_buffers"]
 
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 _HOOKS = (
@@ -36,19 +36,24 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 _OURS = frozenset(
-    {"_ll_bound", "_ll_inner", "_ll_only", "_ll_ops", "_ll_path", "_ll_ready", "_ll_subs"}
+    {"_ll_bound", "_ll_inner", "_ll_only", "_ll_attachments", "_ll_path", "_ll_ready", "_ll_subs"}
 )  # what a site carries: nothing of the original tree
 _BASE_ATTRIBUTES = len(nn.Module().__dict__)
 
 Own = Callable[[nn.Module, str], None]
 
 
-def copy_tree(model: nn.Module, sites: Mapping[str, Sequence[Op]], own: Own | None = None) -> nn.Module:
-    """A copy of the module tree with the ops at their paths; `own(copy, path)` may replace the copy's parameters and buffers.
+def copy_tree(
+    model: nn.Module, sites: Mapping[str, Sequence[Attachment]], own: Own | None = None
+) -> nn.Module:
+    """A copy of the module tree with the ops at their paths; `own(copy, path)` may replace the
+    copy's parameters and buffers.
 
     Raises:
-        StructureError: a site isn't there, has other dimensions, or is named twice through shared modules.
-        UnsupportedError: it is no module, or an instance-level forward can't be re-bound to the copy.
+        StructureError: a site isn't there, has other dimensions, or is named twice through shared
+            modules.
+        UnsupportedError: it is no module, or an instance-level forward can't be re-bound to the
+            copy.
     """
     check_model(model)
     copier = _Copier(sites, own)
@@ -59,43 +64,51 @@ def copy_tree(model: nn.Module, sites: Mapping[str, Sequence[Op]], own: Own | No
     return root
 
 
-def no_module(model: nn.Module, path: str) -> StructureError:
-    """The error for a site that the model hasn't."""
-    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return StructureError(f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, known)}")
-
-
 class _Copier:
     """One walk over the module tree."""
 
-    def __init__(self, sites: Mapping[str, Sequence[Op]], own: Own | None) -> None:
-        self.sites: dict[str, dict[str, Sequence[Op]]] = {}  # by module: "" for the module's own, else by tensor
-        for path, ops in sites.items():
-            home, name = place(ops[-1].site) if KINDS[ops[-1].site.kind].bare else (path, "")
-            self.sites.setdefault(home, {})[name] = ops
+    def __init__(self, sites: Mapping[str, Sequence[Attachment]], own: Own | None) -> None:
+        self.sites: dict[
+            str, dict[str, Sequence[Attachment]]
+        ] = {}  # by module: "" for the module's own, else by tensor
+        for path, attachments in sites.items():
+            home, name = (
+                module_and_name(attachments[-1].site)
+                if KINDS[attachments[-1].site.kind].bare
+                else (path, "")
+            )
+            self.sites.setdefault(home, {})[name] = attachments
         self.left = dict.fromkeys(self.sites)
         self.own = own
         self.copies: dict[int, Any] = {}
         self.referring: list[tuple[nn.Module, list[str]]] = []
 
     def visit(self, module: nn.Module, path: str, by_weight: bool) -> nn.Module:
-        ops = self.sites.get(path)
+        attachments = self.sites.get(path)
         copy = self.copies.get(id(module))
         if copy is not None:
-            if ops is None:
+            if attachments is None:
                 return copy
-            raise StructureError(f"site {path!r} is the same module as one at another path; name that one alone")
+            raise StructureError(
+                f"site {path!r} is the same module as one at another path; name that one alone"
+            )
         reason = refusal(type(module))
         if reason is not None:
             raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")
         prefix = path + "." if path else ""
-        inner = ("out_proj",) if isinstance(module, nn.MultiheadAttention) and prefix + "out_proj" in self.sites else ()
-        bounds = module.__dict__.get("max_norm") is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        if ops is None and not inner and not bounds:
+        inner = (
+            ("out_proj",)
+            if isinstance(module, nn.MultiheadAttention) and prefix + "out_proj" in self.sites
+            else ()
+        )
+        bounds = module.__dict__.get("max_norm") is not None and isinstance(
+            module, (nn.Embedding, nn.EmbeddingBag)
+        )
+        if attachments is None and not inner and not bounds:
             copy = _shallow(module, type(module))
         else:
             self.left.pop(path, None)
-            copy = _as_site(module, path, ops or {}, by_weight, inner)
+            copy = _as_site(module, path, attachments or {}, by_weight, inner)
         self.copies[id(module)] = copy
         if self.own is not None:
             self.own(copy, path)
@@ -107,27 +120,44 @@ class _Copier:
             for name, child in children.items():
                 if child is not None:
                     children[name] = self.visit(child, prefix + name, name in inner)
-            if len(self.left) < before or ops is not None:
+            if len(self.left) < before or attachments is not None:
                 _leave_fast_path(copy)
         return copy
 
     def _note_references(self, copy: nn.Module, path: str) -> None:
         attributes = copy.__dict__
-        own = islice(attributes.items(), _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0, None)
-        names = [name for name, value in own if type(value) not in PLAIN and name not in _OURS and refers(value)]
+        own = islice(
+            attributes.items(),
+            _BASE_ATTRIBUTES if next(iter(attributes)) == "training" else 0,
+            None,
+        )
+        names = [
+            name
+            for name, value in own
+            if type(value) not in PLAIN and name not in _OURS and refers(value)
+        ]
         if "_ll_slots" in attributes:
-            names += [name for name in attributes["_ll_slots"] if hasattr(copy, name) and refers(getattr(copy, name))]
+            names += [
+                name
+                for name in attributes["_ll_slots"]
+                if hasattr(copy, name) and refers(getattr(copy, name))
+            ]
         if names:
             self.referring.append((copy, names))
-        forward = attributes.get("_ll_frozen") or attributes.get("_ll_own") or attributes.get("forward")
+        forward = (
+            attributes.get("_ll_frozen") or attributes.get("_ll_own") or attributes.get("forward")
+        )
         if forward is not None and not isinstance(forward, BINDABLE):
             raise UnsupportedError(
-                f"{path!r}: its own `forward` is a {type(forward).__name__}, which may hold on to the original module; "
+                f"{path!r}: its own `forward` is a {type(forward).__name__}, which may hold on "
+                f"to the original module; "
                 "give the model as it was before that was put in"
             )
 
     def rebind(self) -> None:
-        """Attributes that refer to modules of the original tree (bound forwards, lists of modules) refer to the copies."""
+        """Attributes that refer to modules of the original tree (bound forwards, lists of modules)
+        refer to the copies.
+        """
         for copy, names in self.referring:
             attributes = copy.__dict__
             for name in names:
@@ -138,7 +168,9 @@ class _Copier:
 
 
 def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A new object of class `cls` with the module's attributes, its own dicts of tensors, children and hooks."""
+    """A new object of class `cls` with the module's attributes, its own dicts of tensors, children
+    and hooks.
+    """
     copy = object.__new__(cls)
     attributes = copy.__dict__
     attributes.update(module.__dict__)
@@ -152,121 +184,107 @@ def _shallow(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
         attributes[name] = attributes[name].copy()
     for name in _HOOKS:  # own dicts: some models install hooks while they run
         attributes[name] = attributes[name].copy() if attributes[name] else OrderedDict()
-    attributes["_non_persistent_buffers_set"] = attributes["_non_persistent_buffers_set"].copy()  # or make masks then
+    attributes["_non_persistent_buffers_set"] = attributes[
+        "_non_persistent_buffers_set"
+    ].copy()  # or make masks then
     if "_compiled_call_impl" in attributes:  # `module.compile()` bound it to the original
         del attributes["_compiled_call_impl"]
     return copy
 
 
-def _as_site(module: nn.Module, path: str, new: Mapping[str, Sequence[Op]], by_weight: bool, inner: tuple[str, ...]) -> nn.Module:
+def _as_site(
+    module: nn.Module,
+    path: str,
+    new: Mapping[str, Sequence[Attachment]],
+    by_weight: bool,
+    inner: tuple[str, ...],
+) -> nn.Module:
     """The copy of a site, its ops behind those it has already (a bound model may be adapted again)."""
-    for ops in new.values():
-        check_site(module, ops[-1].site)
+    for attachments in new.values():
+        check_site(module, attachments[-1].site)
     had = module.__dict__
     base: type[nn.Module] = getattr(type(module), "_ll_base", type(module))
-    ops, subs = _routes(module, path, new, by_weight)
+    attachments, subs = _routes(module, path, new, by_weight)
     inner = inner or had.get("_ll_inner", ())
     names = None
     if subs or inner:
-        names = tuple(dict.fromkeys(n for name, chain in subs.items() for n in ((name,) if _bare(chain) else (name, "bias"))))
-    bounds = module.__dict__.get("max_norm") is not None  # torch's own call would write on the table
+        names = tuple(
+            dict.fromkeys(
+                n
+                for name, chain in subs.items()
+                for n in ((name,) if _bare(chain) else (name, "bias"))
+            )
+        )
+    bounds = (
+        module.__dict__.get("max_norm") is not None
+    )  # torch's own call would write on the table
     lookup = isinstance(module, nn.Embedding) and not subs
     if bounds and not lookup:
         names = names or ()
-    copy = _shallow(module, site_class(base, bool(ops) or (bounds and lookup), names))
+    copy = _shallow(module, site_class(base, bool(attachments) or (bounds and lookup), names))
     attributes = copy.__dict__
-    attributes.update(_ll_path=path, _ll_ops=ops, _ll_only=None, _ll_subs=subs, _ll_inner=inner, _ll_ready=None)
-    if lookup and base is not nn.Embedding:  # its phases are further down, around nn.Embedding's own forward
+    attributes.update(
+        _ll_path=path,
+        _ll_attachments=attachments,
+        _ll_only=None,
+        _ll_subs=subs,
+        _ll_inner=inner,
+        _ll_ready=None,
+    )
+    if (
+        lookup and base is not nn.Embedding
+    ):  # its phases are further down, around nn.Embedding's own forward
         return copy
-    own = attributes.pop("forward", None) or attributes.pop("_ll_frozen", None) or attributes.pop("_ll_own", None)
+    own = (
+        attributes.pop("forward", None)
+        or attributes.pop("_ll_frozen", None)
+        or attributes.pop("_ll_own", None)
+    )
     if own is not None:  # an instance-level forward would shadow the class's: it is the frozen call
         attributes["_ll_frozen" if names is None else "_ll_own"] = own
     else:
-        attributes["_ll_only"] = only(ops)
+        attributes["_ll_only"] = only(attachments)
     return copy
 
 
-def _bare(ops: Sequence[Op]) -> bool:
-    return KINDS[ops[0].site.kind].bare
+def _bare(attachments: Sequence[Attachment]) -> bool:
+    return KINDS[attachments[0].site.kind].bare
 
 
-def _routes(module: Any, path: str, new: Mapping[str, Sequence[Op]], by_weight: bool) -> tuple[tuple[Op, ...], dict[str, tuple[Op, ...]]]:
+def _routes(
+    module: Any, path: str, new: Mapping[str, Sequence[Attachment]], by_weight: bool
+) -> tuple[tuple[Attachment, ...], dict[str, tuple[Attachment, ...]]]:
     """(ops whose phases go around the call, {tensor: ops that go by weight}), old ones first."""
-    subs: dict[str, tuple[Op, ...]] = dict(module.__dict__.get("_ll_subs", {}))
+    subs: dict[str, tuple[Attachment, ...]] = dict(module.__dict__.get("_ll_subs", {}))
     own = subs.get("weight", ())
     own = () if own and _bare(own) else own
-    ops = (*module.__dict__.get("_ll_ops", ()), *own, *new.get("", ()))
-    if ops and (own or by_weight or KINDS[ops[0].site.kind].by_weight(module) or any(not op.variant.has_phases for op in ops)):
-        subs["weight"], ops = ops, ()
+    attachments = (*module.__dict__.get("_ll_attachments", ()), *own, *new.get("", ()))
+    if attachments and (
+        own
+        or by_weight
+        or KINDS[attachments[0].site.kind].by_weight(module)
+        or any(not attachment.variant.has_phases for attachment in attachments)
+    ):
+        subs["weight"], attachments = attachments, ()
     for name, chain in new.items():
         if name:
-            if name in ("weight", "bias") and (ops or (subs.get("weight") and not _bare(subs["weight"]))):
+            if name in ("weight", "bias") and (
+                attachments or (subs.get("weight") and not _bare(subs["weight"]))
+            ):
                 raise UnsupportedError(
-                    f"{path + '.' + name!r} is adapted as a bare parameter and with its layer {path!r}; choose one of the two"
+                    f"{path + '.' + name!r} is adapted as a bare parameter and with its layer "
+                    f"{path!r}; choose one of the two"
                 )
             subs[name] = (*subs.get(name, ()), *chain)
     for name in subs:
-        _check_substitutable(module, path, name)
-    return ops, subs
-
-
-def _check_substitutable(module: Any, path: str, name: str) -> None:
-    tensor = module._parameters.get(name)
-    what = f"{path!r} ({type(module).__name__}): its {name}"
-    if tensor is None:
-        raise UnsupportedError(
-            f"{what} is computed, not a parameter, so nothing can stand in its place; bake it in first ({how_to_bake(module, name)})"
-        )
-    if is_packed(tensor):
-        raise UnsupportedError(f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; use the unquantised model")
-    if tensor.is_meta and "_hf_hook" in module.__dict__:
-        raise UnsupportedError(f"{what} is offloaded, and here it would have to be adapted itself; keep the module on a device")
-
-
-def check_site(module: Any, site: Site) -> None:
-    """Refuse a module that isn't what the adapter was made for.
-
-    Raises:
-        StructureError: with what was expected and found.
-    """
-    wrong = misfit(site, module)
-    if wrong is not None:
-        raise StructureError(f"site {site.path!r}: expected {wrong[0]}, found {type(module).__name__} ({wrong[1]})")
-
-
-def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
-    """Refuse a layer whose weight isn't a plain floating parameter.
-
-    Raises:
-        UnsupportedError: it is packed (and isn't to be dequantised), computed by a parametrization, offloaded, or its layer does more
-            than multiply by it.
-    """
-    path, name = place(site)
-    weight = module._parameters.get(name)
-    if weight is None:
-        raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its {name} is computed, not a parameter, so merged values have nowhere to go; "
-            f"bake it in first ({how_to_bake(module, name)})"
-        )
-    if is_packed(weight) and not dequantize:
-        raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape {tuple(weight.shape)}); merge it into a "
-            "dense layer with dequantize=True, which costs the memory that packing saves, or merge into the unquantised model"
-        )
-    if weight.is_meta and "_hf_hook" in module.__dict__:
-        raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its {name} is offloaded, so there are no values at hand to merge into; "
-            "merge into the model before it is dispatched"
-        )
-    if site.kind == "linear" and not is_packed(weight) and not is_affine(module, site):
-        raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its call isn't x W^T + b, so a merged weight wouldn't give what its adapter gives around "
-            f"the call; adapt the weight itself (target_parameters={path + '.weight' if path else 'weight'!r}), or don't merge"
-        )
+        check_substitutable(module, path, name)
+    return attachments, subs
 
 
 def _leave_fast_path(copy: Any) -> None:
-    """torch's fused encoder kernels read weights without calling the layers: with a site inside, take the other path."""
+    """torch's fused encoder kernels read weights without calling the layers: with a site inside,
+    take the other path.
+    """
     if isinstance(copy, nn.TransformerEncoderLayer):
         copy.__dict__["activation_relu_or_gelu"] = 0
     elif isinstance(copy, nn.TransformerEncoder):
@@ -281,7 +299,9 @@ def constant(parameter: Tensor, copy: nn.Module) -> Tensor:
 
 
 def own_bias(copy: nn.Module) -> None:
-    """A packed layer may cast its bias in place to what comes in (bitsandbytes): let it be a tensor of the copy's own."""
+    """A packed layer may cast its bias in place to what comes in (bitsandbytes): let it be a tensor
+    of the copy's own.
+    """
     parameters: dict[str, Any] = copy._parameters
     W, b = parameters.get("weight"), parameters.get("bias")
     if b is not None and W is not None and not W.is_floating_point():
@@ -289,7 +309,9 @@ def own_bias(copy: nn.Module) -> None:
 
 
 def own_buffers(copy: nn.Module) -> None:
-    """Clone what a forward in training mode may write in place: running statistics and counters, not packed weights."""
+    """Clone what a forward in training mode may write in place: running statistics and counters,
+    not packed weights.
+    """
     buffers = copy._buffers
     for name, buffer in buffers.items():
         if buffer is not None and (buffer.is_floating_point() or buffer.numel() == 1):

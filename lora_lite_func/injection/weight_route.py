@@ -9,40 +9,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
-from .kinds import KINDS
-from .layers import is_packed
-from .ops import check_bias, check_dropout, merge_site, parameters_of
-from .reading import Adapted, inside
-from .rebind import BINDABLE, rebound, twin
-from .splitting import Chains, Within, by_adapters, narrowed
+from ..core.errors import UnsupportedError
+from ..layers.kinds import KINDS
+from ..layers.weights import is_packed
+from .checks import check_bias, check_dropout
+from .dense_weight import merge_site
+from .references import BINDABLE, rebound, shallow_copy
+from .rows_weight import Chains, Within, by_adapters, narrowed
+from .state import parameters_of
+from .weight_view import LazyWeight, inside
 
 __all__ = ["flatten_again", "read", "read_substituted", "substituted"]
 
 
 def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The module's own call on its adapted tensors; where rows have adapters of their own, once for each of those."""
+    """The module's own call on its adapted tensors; where rows have adapters of their own, once for
+    each of those.
+    """
     chains = _chains(self)
-    if all(op.plan is None for ops in chains.values() for op in ops):
+    if all(
+        attachment.row_plan is None for attachments in chains.values() for attachment in attachments
+    ):
         return _on_adapted(self, chains, args, kwargs)
 
     def home(key: tuple[str, str]) -> Any:
         return self._modules[key[0]] if key[0] else self
 
-    def call(chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
+    def call(
+        chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None
+    ) -> Any:
         return _on_adapted(self, chains, args, kwargs, within)
 
     return by_adapters(self, chains, home, call, args, kwargs)
 
 
 def _chains(site: Any) -> Chains:
-    """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of all that a site substitutes."""
-    own = {("", name): ops for name, ops in site._ll_subs.items()}
-    return own | {(child, name): ops for child in site._ll_inner for name, ops in site._modules[child]._ll_subs.items()}
+    """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of
+    all that a site substitutes.
+    """
+    own = {("", name): attachments for name, attachments in site._ll_subs.items()}
+    return own | {
+        (child, name): attachments
+        for child in site._ll_inner
+        for name, attachments in site._modules[child]._ll_subs.items()
+    }
 
 
-def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[str, Any], within: Within | None = None) -> Any:
-    """The call on tensors with the adapters of `chains` in; what the module notes on itself stays noted."""
+def _on_adapted(
+    self: Any,
+    chains: Chains,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    within: Within | None = None,
+) -> Any:
+    """The call on tensors with the adapters of `chains` in; what the module notes on itself stays
+    noted.
+    """
     made = _concrete(self, chains)
     if within is not None:
         made.__dict__["_modules"] = narrowed(made, within)
@@ -58,20 +80,36 @@ def _on_adapted(self: Any, chains: Chains, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _concrete(site: Any, chains: Chains) -> Any:
-    """A site for the length of one call: of the layer's own class, the adapted tensors computed once and in place as plain ones."""
-    made = twin(site, site._ll_base)
+    """A site for the length of one call: of the layer's own class, the adapted tensors computed
+    once and in place as plain ones.
+    """
+    made = shallow_copy(site, site._ll_base)
     attributes = made.__dict__
     attributes["_parameters"] = {**parameters_of(site), **_adapted(site, chains)}
     for name in attributes["_parameters"]:
         attributes.pop(name, None)  # a replica's stand-in, which would be read first
-    if attributes.get("max_norm") is not None:  # torch bounds the table in place: let it be a table of this call's own
+    if (
+        attributes.get("max_norm") is not None
+    ):  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
     inner = attributes["_ll_inner"]
     if inner:
-        held = {name: {("", tensor): ops for (child, tensor), ops in chains.items() if child == name} for name in inner}
-        attributes["_modules"] = {**site._modules, **{name: _concrete(site._modules[name], held[name]) for name in inner}}
+        held = {
+            name: {
+                ("", tensor): attachments
+                for (child, tensor), attachments in chains.items()
+                if child == name
+            }
+            for name in inner
+        }
+        attributes["_modules"] = {
+            **site._modules,
+            **{name: _concrete(site._modules[name], held[name]) for name in inner},
+        }
     own = attributes.pop("_ll_own", None)
-    if own is not None:  # what an instance carried as its forward, and whatever else is bound to it, works on this one
+    if (
+        own is not None
+    ):  # what an instance carried as its forward, and whatever else is bound to it, works on this one
         attributes["forward"] = own
         for name, value in attributes.items():
             if isinstance(value, BINDABLE):
@@ -93,22 +131,23 @@ def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
     """{name: tensor} of a module with its adapters in."""
     made: dict[str, Tensor] = {}
     stored: dict[str, Any] = parameters_of(module)
-    for (child, name), ops in chains.items():
-        if child or not ops:
+    for (child, name), attachments in chains.items():
+        if child or not attachments:
             continue
-        check_dropout(module, ops)
-        pair = not KINDS[ops[0].site.kind].bare
+        check_dropout(module, attachments)
+        pair = not KINDS[attachments[0].site.kind].bare
         bias = stored.get("bias") if pair else None
-        W, b = merge_site(module, ops, stored[name], bias)
+        W, b = merge_site(module, attachments, stored[name], bias)
         made[name] = W
         if b is not None:
-            check_bias(module, ops[-1], b)
+            check_bias(module, attachments[-1], b)
             made["bias"] = b
     return made
 
 
 def read(name: str) -> property:
-    """What `site.weight` or `.bias` is: the layer's own inside its own call, else the adapted one, made when it is used.
+    """What `site.weight` or `.bias` is: the layer's own inside its own call, else the adapted one,
+        made when it is used.
 
     Reading it raises AttributeError where the layer has none.
 
@@ -135,13 +174,17 @@ def read_substituted(name: str) -> property:
 
     def get(self: Any) -> Any:
         found = parameters_of(self).get(name)
-        return _lazily(self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found))
+        return _lazily(
+            self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found)
+        )
 
     return property(get, _putting(name), _refusing(name))
 
 
 def _putting(name: str) -> Callable[[Any, Any], None]:
-    """What sets such a tensor where it is no parameter: a hook that computes it, a replica's stand-in."""
+    """What sets such a tensor where it is no parameter: a hook that computes it, a replica's
+    stand-in.
+    """
 
     def put(self: Any, value: Any) -> None:
         self.__dict__[name] = value
@@ -158,8 +201,10 @@ def _refusing(name: str) -> Callable[[Any], None]:
 
     def drop(self: Any) -> None:
         raise UnsupportedError(
-            f"{self._ll_path!r} ({self._ll_base.__name__}): its {name} is part of what its adapter makes, so it can't be taken out, as "
-            "FullyShardedDataParallel does; shard with torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
+            f"{self._ll_path!r} ({self._ll_base.__name__}): its {name} is part of what its "
+            f"adapter makes, so it can't be taken out, as "
+            "FullyShardedDataParallel does; shard with "
+            "torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
         )
 
     return drop
@@ -168,14 +213,16 @@ def _refusing(name: str) -> Callable[[Any], None]:
 def _lazily(path: str, name: str, found: Tensor | None, make: Callable[[], Any]) -> Any:
     if found is None or torch.compiler.is_compiling():
         return make()
-    return Adapted(f"{path}.{name}" if path else name, found, make)
+    return LazyWeight(f"{path}.{name}" if path else name, found, make)
 
 
 _NONE = object()
 
 
 def _own(self: Any, name: str) -> Any:
-    """A layer's tensor as the layer sees it: computed by its class's own property, stored, or set on it by a hook."""
+    """A layer's tensor as the layer sees it: computed by its class's own property, stored, or set
+    on it by a hook.
+    """
     attributes = self.__dict__
     if name in self._ll_computed:
         return getattr(self._ll_base, name).__get__(self)
@@ -189,6 +236,8 @@ def _own(self: Any, name: str) -> Any:
 
 
 def _merged(self: Any, weight: Tensor, name: str) -> Any:
-    check_dropout(self, self._ll_ops)
+    check_dropout(self, self._ll_attachments)
     bias = _own(self, "bias")
-    return merge_site(self, self._ll_ops, weight, None if bias is _NONE else bias)[name == "bias"]
+    return merge_site(self, self._ll_attachments, weight, None if bias is _NONE else bias)[
+        name == "bias"
+    ]

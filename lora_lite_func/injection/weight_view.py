@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
+from ..core.errors import UnsupportedError
 
-__all__ = ["Adapted", "enter", "inside", "leave"]
+__all__ = ["LazyWeight", "enter", "inside", "leave"]
 
 _FLAG = "_ll_inside"
 
@@ -31,7 +31,9 @@ _CALLS = _Calls()
 
 
 def enter(site: Any) -> None:
-    """A call of the site begins, in this thread; while torch.compile traces, the copy itself notes it."""
+    """A call of the site begins, in this thread; while torch.compile traces, the copy itself notes
+    it.
+    """
     if torch.compiler.is_compiling():
         site.__dict__[_FLAG] = site.__dict__.get(_FLAG, 0) + 1
     else:
@@ -53,8 +55,10 @@ def inside(site: Any) -> bool:
     return id(site) in _CALLS.sites
 
 
-class Adapted:
-    """Stands for an adapted tensor: questions go to the stored one, any use to `make()`. It can't be written on."""
+class LazyWeight:
+    """Stands for an adapted tensor: questions go to the stored one, any use to `make()`. It can't
+    be written on.
+    """
 
     __slots__ = ("_made", "_make", "_path", "_stored")
 
@@ -65,22 +69,30 @@ class Adapted:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, named = getattr(func, "__name__", ""), kwargs or {}
-        targets = [named.get("out"), *((*args[:1], named.get("tensor"), named.get("input")) if _writes(name) else ())]
+        targets = [
+            named.get("out"),
+            *((*args[:1], named.get("tensor"), named.get("input")) if _writes(name) else ()),
+        ]
         for value in targets:
-            if type(value) is Adapted:
+            if type(value) is LazyWeight:
                 raise _read_only(value, name)
         return func(*_made(args), **_made(kwargs or {}))
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__")  # these two hand what is a tensor to C++, which takes their word for it
+        caller = sys._getframe(1).f_globals.get(
+            "__name__"
+        )  # these two hand what is a tensor to C++, which takes their word for it
         if caller == "torch.utils.checkpoint":
-            return Adapted
+            return LazyWeight
         if caller == "torch._functorch.utils":
             raise UnsupportedError(
-                f"{self._path!r} is the weight with an adapter in, made when it is used, and a torch.autograd.Function (a fused kernel, "
-                "reentrant checkpointing) takes finished tensors; leave the layer out with exclude_names, checkpoint with "
-                "use_reentrant=False, or merge (ll.merged; in training ll.functional_call(model, (), args, base=ll.merge(model, params)))"
+                f"{self._path!r} is the weight with an adapter in, made when it is used, and a "
+                f"torch.autograd.Function (a fused kernel, "
+                "reentrant checkpointing) takes finished tensors; leave the layer out with "
+                "exclude_names, checkpoint with "
+                "use_reentrant=False, or merge (ll.merged; in training ll.functional_call(model, "
+                "(), args, base=ll.merge(model, params)))"
             )
         return type(self._stored)
 
@@ -103,23 +115,51 @@ class Adapted:
         return repr(_tensor(self))
 
 
-_ASKED = frozenset({"dtype", "shape", "device", "layout", "ndim", "dim", "size", "stride", "numel", "element_size", "itemsize", "nbytes"})
-_ASKED |= {"requires_grad", "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_floating_point", "is_complex", "_is_param"}
+_ASKED = frozenset(
+    {
+        "dtype",
+        "shape",
+        "device",
+        "layout",
+        "ndim",
+        "dim",
+        "size",
+        "stride",
+        "numel",
+        "element_size",
+        "itemsize",
+        "nbytes",
+    }
+)
+_ASKED |= {
+    "requires_grad",
+    "is_meta",
+    "is_cuda",
+    "is_cpu",
+    "is_sparse",
+    "is_quantized",
+    "is_floating_point",
+    "is_complex",
+    "_is_param",
+}
 
 
 def _writes(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _read_only(value: Adapted, name: str) -> UnsupportedError:
+def _read_only(value: LazyWeight, name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{value._path!r} is the weight with an adapter in, made when it is read, so {name!r} would be lost or go round the adapter; "
+        f"{value._path!r} is the weight with an adapter in, made when it is read, so {name!r} "
+        f"would be lost or go round the adapter; "
         "the stored one is in named_parameters() and state_dict()"
     )
 
 
-def _tensor(value: Adapted) -> Tensor:
-    if torch.is_grad_enabled():  # made for each use: a block that is run again in the backward pass must find what its first run found
+def _tensor(value: LazyWeight) -> Tensor:
+    # made for each use: a block that is run again in the backward pass must find what its first run
+    # found
+    if torch.is_grad_enabled():
         return value._make()
     if value._made is None:
         object.__setattr__(value, "_made", value._make())
@@ -128,7 +168,7 @@ def _tensor(value: Adapted) -> Tensor:
 
 def _made(value: Any) -> Any:
     """Every stand-in among arguments replaced by its tensor."""
-    if type(value) is Adapted:
+    if type(value) is LazyWeight:
         return _tensor(value)
     if type(value) in (list, tuple):
         return type(value)(map(_made, value))
@@ -160,5 +200,5 @@ for _name in (
     "float",
     "int",
 ):
-    setattr(Adapted, f"__{_name}__", _operator(f"__{_name}__"))
-Adapted.__hash__ = object.__hash__  # type: ignore[method-assign]
+    setattr(LazyWeight, f"__{_name}__", _operator(f"__{_name}__"))
+LazyWeight.__hash__ = object.__hash__  # type: ignore[method-assign]

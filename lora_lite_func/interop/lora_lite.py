@@ -16,15 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
-from .errors import CheckpointError, ConfigError, nearest, shown
-from .files import parse_json, read_safetensors
-from .peft.method import Part, Place
-from .peft.places import adaptable
-from .peft.read import assemble
-from .peft.says import Says
-from .spec import Site
-from .variants import (
+from ..core.adapter import Adapter
+from ..core.errors import CheckpointError, ConfigError, nearest, short_repr
+from ..core.site import Site
+from ..io.files import parse_json, read_safetensors
+from ..variants import (
     AntiPaSTOConfig,
     DeLoRAConfig,
     DoRAConfig,
@@ -36,10 +32,24 @@ from .variants import (
     PiSSAConfig,
     ROADConfig,
 )
+from .assembly import ModuleEntry, Part, assemble
+from .metadata import ConfigReader
+from .peft.modules import adaptable
 
 __all__ = ["from_lora_lite"]
 
-_SHARED = ("variant", "r", "alpha", "dtype", "dropout", "target_roles", "target_names", "exclude_names", "layers", "variant_kwargs")
+_SHARED = (
+    "variant",
+    "r",
+    "alpha",
+    "dtype",
+    "dropout",
+    "target_roles",
+    "target_names",
+    "exclude_names",
+    "layers",
+    "variant_kwargs",
+)
 _CLOSE = 2e-3  # fingerprints are sums of squares of weights that may have been rounded to 16 bits
 Held = Mapping[str, Tensor]
 
@@ -57,7 +67,7 @@ class _Way(NamedTuple):
 
     config: Any
     fields: Mapping[str, str]
-    read: Callable[[Place, Held, int, float, float | None], dict[str, Tensor]]
+    read: Callable[[ModuleEntry, Held, int, float, float | None], dict[str, Tensor]]
     renamed: Mapping[str, str] = {}
     fixed: Mapping[str, Any] = {}
 
@@ -67,58 +77,74 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
 
     Args:
         path: its .safetensors file.
-        model: the base as it was before lora-lite touched it. LoRA, EVA, DeLoRA and AntiPaSTO can do without; with it, the file's
-            fingerprint of the base is compared.
+        model: the base as it was before lora-lite touched it. LoRA, EVA, DeLoRA and AntiPaSTO can
+            do without; with it, the file's fingerprint of the base is compared.
 
     Raises:
-        CheckpointError: not such a file, another variant or field, missing or mis-shaped tensors, a path that the model hasn't, or
-            another base.
+        CheckpointError: not such a file, another variant or field, missing or mis-shaped tensors, a
+            path that the model hasn't, or another base.
     """
     where = os.fsdecode(path)
     tensors, metadata = read_safetensors(path)
     if "cfg" not in metadata:
-        raise CheckpointError(f"{where}: no 'cfg' entry in its metadata, so it isn't a file of lora-lite")
-    says = Says(parse_json(metadata["cfg"], f"{where}: its 'cfg' metadata"), where)
+        raise CheckpointError(
+            f"{where}: no 'cfg' entry in its metadata, so it isn't a file of lora-lite"
+        )
+    reader = ConfigReader(parse_json(metadata["cfg"], f"{where}: its 'cfg' metadata"), where)
     prints = parse_json(metadata.get("base_fp", "{}"), f"{where}: its 'base_fp' metadata")
-    name = says.text("variant")
+    name = reader.text("variant")
     if name not in _WAYS:
-        raise CheckpointError(f"{where}: variant {shown(name)} isn't read here; {nearest(name, _WAYS, first=20)}")
+        raise CheckpointError(
+            f"{where}: variant {short_repr(name)} isn't read here; {nearest(name, _WAYS, first=20)}"
+        )
     way = _WAYS[name]
-    more = says.get("variant_kwargs") or {}
+    more = reader.get("variant_kwargs") or {}
     if not isinstance(more, Mapping):
-        raise says.refuse("variant_kwargs", "an object")
-    says = Says(
-        {**{k: v for k, v in says.items() if k not in _SHARED}, **more, "r": says.get("r", 8), "alpha": says.get("alpha", 16)}, where
+        raise reader.refuse("variant_kwargs", "an object")
+    reader = ConfigReader(
+        {
+            **{k: v for k, v in reader.items() if k not in _SHARED},
+            **more,
+            "r": reader.get("r", 8),
+            "alpha": reader.get("alpha", 16),
+        },
+        where,
     )
-    says.check(["r", "alpha", *way.fields], ())
-    r, alpha = says.whole("r", 8), says.number("alpha", 16)
+    reader.check(["r", "alpha", *way.fields], ())
+    r, alpha = reader.whole("r", 8), reader.number("alpha", 16)
     try:
         parts = []
-        for place, held in _places(where, tensors, model):
-            print_ = _fingerprint(place.path, prints, where)
-            leaves = {way.renamed.get(n, n): t for n, t in held.items()} | way.read(place, held, r, alpha / r, print_)
-            fields = {ours: says[theirs] for theirs, ours in way.fields.items() if theirs in says and ours}
-            parts.append((place, Part(way.config, leaves, {**way.fixed, **fields}, r, alpha)))
+        for entry, held in _places(where, tensors, model):
+            print_ = _fingerprint(entry.path, prints, where)
+            leaves = {way.renamed.get(n, n): t for n, t in held.items()} | way.read(
+                entry, held, r, alpha / r, print_
+            )
+            fields = {
+                ours: reader[theirs]
+                for theirs, ours in way.fields.items()
+                if theirs in reader and ours
+            }
+            parts.append((entry, Part(way.config, leaves, {**way.fixed, **fields}, r, alpha)))
         found = assemble(parts)
     except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: {shown(str(error))}") from None
+        raise CheckpointError(f"{where}: {short_repr(str(error))}") from None
     assert isinstance(found, Adapter)
     return found
 
 
-def _places(where: str, tensors: Held, model: Any) -> list[tuple[Place, dict[str, Tensor]]]:
+def _places(where: str, tensors: Held, model: Any) -> list[tuple[ModuleEntry, dict[str, Tensor]]]:
     sites: dict[str, dict[str, Tensor]] = {}
     for key, t in tensors.items():
         path, _, name = key.rpartition(".")
         if not name.startswith("lora_"):
-            raise CheckpointError(f"{where}: unexpected tensor {shown(key)}")
+            raise CheckpointError(f"{where}: unexpected tensor {short_repr(key)}")
         sites.setdefault(path, {})[name] = t
     if not sites:
         raise CheckpointError(f"{where}: holds no tensors")
     if model is not None:
         known = adaptable(model, sites)
-        return [(Place(path, {}, *known[path]), held) for path, held in sites.items()]
-    return [(Place(path, {}, _sizes(path, held)), held) for path, held in sites.items()]
+        return [(ModuleEntry(path, {}, *known[path]), held) for path, held in sites.items()]
+    return [(ModuleEntry(path, {}, _sizes(path, held)), held) for path, held in sites.items()]
 
 
 def _sizes(path: str, held: Held) -> Site | None:
@@ -136,35 +162,54 @@ def _fingerprint(path: str, prints: Any, where: str) -> float | None:
     try:
         return None if text is None else float(text.rpartition("|")[2])
     except ValueError:
-        raise CheckpointError(f"{where}: base_fp: {shown(text)} isn't a fingerprint") from None
+        raise CheckpointError(f"{where}: base_fp: {short_repr(text)} isn't a fingerprint") from None
 
 
 def _matches(weight: Tensor, expected: float | None, whole: Tensor | None = None) -> bool:
-    """Whether a weight has the fingerprint; what is left of a `whole` one is as exact as that one was rounded."""
+    """Whether a weight has the fingerprint; what is left of a `whole` one is as exact as that one
+    was rounded.
+    """
     size = 0.0 if whole is None else 1e-4 * float(whole.square().sum())
-    return expected is None or abs(float(weight.square().sum()) - expected) <= _CLOSE * abs(expected) + size
+    return (
+        expected is None
+        or abs(float(weight.square().sum()) - expected) <= _CLOSE * abs(expected) + size
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- the variants
-def _plain(place: Place, held: Held, r: int, scale: float, expected: float | None) -> dict[str, Tensor]:
+# ------------------------------------------------------------------------------------- the variants
+def _plain(
+    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+) -> dict[str, Tensor]:
     """Nothing but what the file holds; the base is compared if it is at hand."""
-    if place.module is not None and expected is not None and not _matches(place.weight("lora-lite"), expected):
-        raise CheckpointError(f"{shown(place.path)}: the file was made on another base (its fingerprint of the weight differs)")
+    if (
+        entry.module is not None
+        and expected is not None
+        and not _matches(entry.weight("lora-lite"), expected)
+    ):
+        raise CheckpointError(
+            f"{short_repr(entry.path)}: the file was made on another base (its fingerprint of "
+            f"the weight differs)"
+        )
     return {}
 
 
-def _dora(place: Place, held: Held, r: int, scale: float, expected: float | None) -> dict[str, Tensor]:
+def _dora(
+    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+) -> dict[str, Tensor]:
     """Its norm is recomputed from the weight; ours is kept."""
-    _plain(place, held, r, scale, expected)
-    return {"lora_wnorm2": place.weight("DoRA").square().sum(1)}
+    _plain(entry, held, r, scale, expected)
+    return {"lora_wnorm2": entry.weight("DoRA").square().sum(1)}
 
 
-def _pissa(place: Place, held: Held, r: int, scale: float, expected: float | None) -> dict[str, Tensor]:
-    """The start that was taken out of W: the top singular triplets, over the scale or (in its earlier versions) not; the fingerprint tells.
+def _pissa(
+    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+) -> dict[str, Tensor]:
+    """The start that was taken out of W: the top singular triplets, over the scale or (in its
+        earlier versions) not; the fingerprint tells.
 
     Rounded to the dtype of the file, as it was when it was taken out.
     """
-    W, dtype = place.weight("PiSSA"), held["lora_A"].dtype
+    W, dtype = entry.weight("PiSSA"), held["lora_A"].dtype
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     for over in (scale, 1.0):
         if over <= 0 or r > S.shape[0]:
@@ -173,16 +218,24 @@ def _pissa(place: Place, held: Held, r: int, scale: float, expected: float | Non
         A, B = (root[:, None] * Vh[:r]).to(dtype), (U[:, :r] * root).to(dtype)
         if _matches(W - scale * (B.to(W) @ A.to(W)), expected, W):
             return {"lora_A0": A, "lora_B0": B}
-    raise CheckpointError(f"{shown(place.path)}: the file was made on another base (its fingerprint of what PiSSA left differs)")
+    raise CheckpointError(
+        f"{short_repr(entry.path)}: the file was made on another base (its fingerprint of what "
+        f"PiSSA left differs)"
+    )
 
 
-def _antipasto(place: Place, held: Held, r: int, scale: float, expected: float | None) -> dict[str, Tensor]:
+def _antipasto(
+    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+) -> dict[str, Tensor]:
     """Its angles are halved where ours aren't: A = (T - T^T) / 2 of the strict upper triangle T."""
-    if place.module is not None and expected is not None:
-        W = place.weight("AntiPaSTO")
+    if entry.module is not None and expected is not None:
+        W = entry.weight("AntiPaSTO")
         start = (held["lora_U"] * held["lora_S"]).to(W) @ held["lora_Vh"].to(W)
         if not _matches(W - start, expected, W):
-            raise CheckpointError(f"{shown(place.path)}: the file was made on another base (its fingerprint differs)")
+            raise CheckpointError(
+                f"{short_repr(entry.path)}: the file was made on another base (its fingerprint "
+                f"differs)"
+            )
     return {"lora_rot": held["lora_rot_T"] / 2} if "lora_rot_T" in held else {}
 
 

@@ -6,15 +6,33 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..config import LARGEST
-from ..errors import CheckpointError, shown
+from ..core.config import LARGEST
+from ..core.errors import CheckpointError, short_repr
 
-__all__ = ["Says", "literal"]
+__all__ = ["ConfigReader", "literal"]
 
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, 0.0, "", "none", [], {})
-_ABOUT = (  # of the file's origin, or of a start that is over: nothing a loaded adapter computes with
-    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "runtime_config"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias", "modules_to_save"),
+# of the file's origin, or of a start that is over: nothing a loaded adapter computes with
+_ABOUT = (
+    *(
+        "peft_type",
+        "peft_version",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "task_type",
+        "runtime_config",
+    ),
+    *(
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "bias",
+        "modules_to_save",
+    ),
     *("init_weights", "megatron_core", "ensure_weight_tying", "progressbar"),
 )
 _QUANTIFIED = 4  # unbounded quantifiers in a pattern; more can take hours on a long path
@@ -22,7 +40,7 @@ _LARGEST = 10**30  # of a number; NaN is not below it
 _LONGEST = 5_000  # characters of a pattern
 
 
-class Says(Mapping[str, Any]):
+class ConfigReader(Mapping[str, Any]):
     """The fields of a config.
 
     Attributes:
@@ -31,7 +49,9 @@ class Says(Mapping[str, Any]):
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, Mapping) or not all(isinstance(k, str) for k in values):
-            raise CheckpointError(f"{where}: expected an object of fields, found {type(values).__name__}")
+            raise CheckpointError(
+                f"{where}: expected an object of fields, found {type(values).__name__}"
+            )
         self.values_, self.where = dict(values), where
 
     def __getitem__(self, name: str) -> Any:
@@ -45,7 +65,9 @@ class Says(Mapping[str, Any]):
 
     def refuse(self, name: str, expected: str) -> CheckpointError:
         """The error for a field that doesn't say what it should."""
-        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown(self.get(name))}")
+        return CheckpointError(
+            f"{self.where}: {name}: expected {expected}, found {short_repr(self.get(name))}"
+        )
 
     def check(self, understood: Iterable[str], ignore: Iterable[str]) -> None:
         """Refuse a field that says something and isn't understood: it would be dropped in silence.
@@ -55,22 +77,32 @@ class Says(Mapping[str, Any]):
         """
         known = {*_ABOUT, *understood, *ignore}
         for name, value in self.items():
-            if name not in known and not any(type(value) is type(n) and value == n for n in _NEUTRAL):
+            if name not in known and not any(
+                type(value) is type(n) and value == n for n in _NEUTRAL
+            ):
                 raise CheckpointError(
-                    f"{self.where}: {shown(name)} is {shown(value)}, which has no counterpart here; if the adapter's outputs don't depend "
-                    f"on it (a setting of training), read it with ignore=({shown(name)},)"
+                    f"{self.where}: {short_repr(name)} is {short_repr(value)}, which has no "
+                    f"counterpart here; if the adapter's outputs don't depend "
+                    f"on it (a setting of training), read it with ignore=({short_repr(name)},)"
                 )
 
-    def without(self, ignore: Iterable[str], understood: Iterable[str]) -> Says:
+    def without(self, ignore: Iterable[str], understood: Iterable[str]) -> ConfigReader:
         """The config with some fields' settings left out.
 
         Raises:
             CheckpointError: a field that the adapter's outputs depend on.
         """
-        wrong = next((name for name in ignore if name in understood and not name.endswith("dropout")), None)
+        wrong = next(
+            (name for name in ignore if name in understood and not name.endswith("dropout")), None
+        )
         if wrong is not None:
-            raise CheckpointError(f"{self.where}: ignore: the adapter's outputs depend on {shown(wrong)}; dropout alone may be left out")
-        return Says({name: value for name, value in self.items() if name not in ignore}, self.where)
+            raise CheckpointError(
+                f"{self.where}: ignore: the adapter's outputs depend on {short_repr(wrong)}; "
+                f"dropout alone may be left out"
+            )
+        return ConfigReader(
+            {name: value for name, value in self.items() if name not in ignore}, self.where
+        )
 
     def text(self, name: str) -> str:
         """A field that must be a string."""
@@ -112,7 +144,8 @@ class Says(Mapping[str, Any]):
         return value
 
     def at(self, pattern: str, path: str, default: float, *, dotted: bool = False) -> float:
-        """A number that may differ from module to module: the first key of `pattern` that PEFT matches to the path, else the default.
+        """A number that may differ from module to module: the first key of `pattern` that PEFT
+            matches to the path, else the default.
 
         Args:
             pattern: the field with {key: number}.
@@ -130,21 +163,29 @@ class Says(Mapping[str, Any]):
         return default
 
     def matches(self, name: str, whole: str, written: str, path: str) -> bool:
-        """Whether a pattern of the file matches a path; patterns that could run for hours are refused.
+        """Whether a pattern of the file matches a path; patterns that could run for hours are
+        refused.
 
         Raises:
             CheckpointError: it isn't a pattern, or one that could take too long.
         """
         if not _bounded(written):
-            raise CheckpointError(f"{self.where}: {name}: {shown(written)} could take too long to match; write the modules' names out")
+            raise CheckpointError(
+                f"{self.where}: {name}: {short_repr(written)} could take too long to match; "
+                f"write the modules' names out"
+            )
         try:
             return re.match(whole, path) is not None
         except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{self.where}: {name}: {shown(written)} isn't a regular expression: {error}") from None
+            raise CheckpointError(
+                f"{self.where}: {name}: {short_repr(written)} isn't a regular expression: {error}"
+            ) from None
 
-    # ------------------------------------------------------------------------------------------------------ targets
+    # -------------------------------------------------------------------------------------- targets
     def targeted(self, path: str) -> bool | None:
-        """Whether PEFT would adapt the module at a path; None where that depends on the model ("all-linear", defaults by model type)."""
+        """Whether PEFT would adapt the module at a path; None where that depends on the model
+        ("all-linear", defaults by model type).
+        """
         targets = self.get("target_modules")
         if self._listed("exclude_modules", path):
             return False
@@ -173,9 +214,13 @@ class Says(Mapping[str, Any]):
             raise self.refuse("layers_to_transform", "layer numbers")
         parts = path.split(".")
         names = self.names("layers_pattern")
-        for i in range(1, len(parts) - 1):  # name.<number>.rest; without a pattern a name in front of it must itself stand behind a dot
+        for i in range(
+            1, len(parts) - 1
+        ):  # name.<number>.rest; without a pattern a name in front of it must itself stand behind a dot
             above = "." + ".".join(parts[:i])
-            if parts[i].isdecimal() and (any(above.endswith("." + name) for name in names) if names else i >= 2):
+            if parts[i].isdecimal() and (
+                any(above.endswith("." + name) for name in names) if names else i >= 2
+            ):
                 return int(parts[i]) in numbers
         return False
 
@@ -186,10 +231,14 @@ def literal(key: str) -> bool:
 
 
 def _bounded(pattern: str) -> bool:
-    """Whether matching takes time polynomial in the path, of a low degree: few unbounded quantifiers, none of them inside another's."""
+    """Whether matching takes time polynomial in the path, of a low degree: few unbounded
+    quantifiers, none of them inside another's.
+    """
     if len(pattern) > _LONGEST:
         return False
-    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)  # escapes and sets are one character each
+    text = re.sub(
+        r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL
+    )  # escapes and sets are one character each
     if len(re.findall(r"[*+]|\{", text)) > _QUANTIFIED or re.search(r"\(\?[P(<]|\(\?=|\(\?!", text):
         return False
     while True:  # a group with a quantifier inside, itself repeated

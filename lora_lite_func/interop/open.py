@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Adapter
-from .checkpoint import Saved, load
-from .errors import CheckpointError
+from ..core.adapter import Adapter
+from ..core.errors import CheckpointError
+from ..io.checkpoint import Saved, load
 from .peft import from_peft
 from .peft.folder import CONFIG, unpack
 
@@ -31,37 +31,49 @@ def form_of(path: str | os.PathLike[str]) -> str:
             return "peft"
         if here.is_dir():
             raise CheckpointError(
-                f"{here}: a folder without {CONFIG}, so no PEFT adapter; an adapter's file of this library is named itself"
+                f"{here}: a folder without {CONFIG}, so no PEFT adapter; an adapter's file of "
+                f"this library is named itself"
             )
         return "ll"
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{here}: {error}") from None
 
 
-def open_adapter(path: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module] | None = None) -> Saved:
+def open_adapter(
+    path: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module] | None = None
+) -> Saved:
     """The adapter in a file or folder.
 
     Args:
         path: of it.
-        model: the base, or what makes a skeleton of it, given what the adapter's form says: `transposed`, `embeddings`.
+        model: the base, or what makes a skeleton of it, given what the adapter's form says:
+            `transposed`, `embeddings`.
 
     Raises:
         CheckpointError: it can't be read, or doesn't fit.
     """
     if form_of(path) == "peft":
         if callable(model) and not isinstance(model, nn.Module):
-            says, tensors = unpack(path, None)
+            reader, tensors = unpack(path, None)
             tables = _tables(tensors)
-            model = model(transposed=True if says.get("fan_in_fan_out") is True else None, embeddings=tables)
+            model = model(
+                transposed=True if reader.get("fan_in_fan_out") is True else None, embeddings=tables
+            )
         return from_peft(path, model)
     if not callable(model) or isinstance(model, nn.Module):
         return _typed(load(path, model))
     saved = _typed(load(path))
-    parts: list[Adapter] = [saved] if isinstance(saved, Adapter) else list(saved.values() if isinstance(saved, dict) else saved)
+    parts: list[Adapter] = (
+        [saved]
+        if isinstance(saved, Adapter)
+        else list(saved.values() if isinstance(saved, dict) else saved)
+    )
     sites = [site for part in parts for site in part.sites.values()]
     upwards = {s.path: s.d_out for s in sites if s.kind == "conv" and s.transposed}
     tables = [s.path for s in sites if s.kind == "embedding"]
-    load(path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards))  # refuses a misfit
+    load(
+        path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards)
+    )  # refuses a misfit
     return saved
 
 

@@ -19,13 +19,13 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .adapter import ABSENT, Adapter, rebuild
-from .contents import Piece, contents, describe_all, described_all, joined
-from .errors import CheckpointError, nearest, shown
+from ..core.adapter import ABSENT, Adapter, rebuild
+from ..core.errors import CheckpointError, nearest, short_repr
+from ..core.layout import Layout, Stacked
+from ..core.method import dtype_fits
+from ..layers.kinds import KINDS, misfit, module_and_name
 from .files import parse_json, write_safetensors
-from .kinds import KINDS, misfit, place
-from .layout import Layout, Stacked
-from .spec import fits
+from .manifest import Piece, contents, describe_all, described_all, joined
 
 __all__ = ["Saved", "load", "save"]
 
@@ -36,7 +36,8 @@ Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 
 
 def save(params: Saved, path: str | os.PathLike[str]) -> None:
-    """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file: atomic, exact for every dtype.
+    """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file: atomic,
+        exact for every dtype.
 
     Frozen tensors that several sites share are stored once.
 
@@ -45,8 +46,8 @@ def save(params: Saved, path: str | os.PathLike[str]) -> None:
         path: the file; an old one is replaced when the new one is whole.
 
     Raises:
-        CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or of a transform), or the file can't be
-            written.
+        CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or
+            of a transform), or the file can't be written.
     """
     pieces = contents(params)
     same: dict[str, str] = {}
@@ -70,22 +71,31 @@ def load(
         path: the file.
         model: the base that it should fit.
         device: where the tensors go; the CPU by default.
-        member: of a stack, its number: that one alone is read from the disk. Of a tuple, list or dict of adapters, its index or name.
+        member: of a stack, its number: that one alone is read from the disk. Of a tuple, list or
+            dict of adapters, its index or name.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated, no metadata, unknown variant or format version, a config or site with
-            missing, unknown or wrongly typed fields, missing, unexpected, mis-shaped or mis-typed tensors, or a site that `model` hasn't.
+        CheckpointError: not a safetensors file, truncated, no metadata, unknown variant or format
+            version, a config or site with missing, unknown or wrongly typed fields, missing,
+            unexpected, mis-shaped or mis-typed tensors, or a site that `model` hasn't.
     """
     where = os.fsdecode(path)
     if os.path.isdir(where):
-        raise CheckpointError(f"{where}: not a readable safetensors file: it is a folder; ll.from_peft reads PEFT's")
+        raise CheckpointError(
+            f"{where}: not a readable safetensors file: it is a folder; ll.from_peft reads PEFT's"
+        )
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             says = (file.metadata() or {}).get(_KEY)
             try:
                 if says is None:
-                    raise CheckpointError(f"no {_KEY!r} entry in its metadata, so it isn't an adapter that ll.save wrote")
-                return _read(file, parse_json(says, f"its {_KEY!r} metadata"), model, member, device)
+                    raise CheckpointError(
+                        f"no {_KEY!r} entry in its metadata, so it isn't an adapter that ll.save "
+                        f"wrote"
+                    )
+                return _read(
+                    file, parse_json(says, f"its {_KEY!r} metadata"), model, member, device
+                )
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: {error}") from None
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -94,7 +104,7 @@ def load(
         raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def _flat(pieces: list[Piece], same: dict[str, str]) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -105,8 +115,14 @@ def _flat(pieces: list[Piece], same: dict[str, str]) -> dict[str, Tensor]:
                 key = joined(piece.prefix, path, name)
                 try:
                     _check_tensor(piece, path, name, leaf)
-                    if not piece.layout.trainable[path][name]:
-                        memory = (leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.device)
+                    if not piece.layout.specs[path][name].trainable:
+                        memory = (
+                            leaf.data_ptr(),
+                            leaf.dtype,
+                            leaf.shape,
+                            leaf.stride(),
+                            leaf.device,
+                        )
                         if leaf.numel() and frozen.setdefault(memory, key) != key:
                             same[key] = frozen[memory]
                             continue
@@ -114,7 +130,10 @@ def _flat(pieces: list[Piece], same: dict[str, str]) -> dict[str, Tensor]:
                 except CheckpointError as error:
                     raise CheckpointError(f"save: {error}") from None
                 except RuntimeError as error:
-                    raise CheckpointError(f"save: {path!r} {name} has no storage (sparse, or inside a transform): {error}") from error
+                    raise CheckpointError(
+                        f"save: {path!r} {name} has no storage (sparse, or inside a transform): "
+                        f"{error}"
+                    ) from error
     return flat
 
 
@@ -127,20 +146,32 @@ def _stored(leaf: Tensor, storages: set[int]) -> Tensor:
     return leaf
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-def _read(file: Any, says: Any, model: nn.Module | None, member: int | str | None, device: Any) -> Any:
+# ------------------------------------------------------------------------------------------ reading
+def _read(
+    file: Any, says: Any, model: nn.Module | None, member: int | str | None, device: Any
+) -> Any:
     stored = list(file.keys())
     same, shape = described_all(says, stored)
     pieces = shape.pieces
-    keys = {joined(piece.prefix, path, name) for piece in pieces for path, names in piece.layout.names.items() for name in names}
-    _check_keys(keys, {*stored, *same}, sum(len(names) for piece in pieces for names in piece.layout.names.values()))
+    keys = {
+        joined(piece.prefix, path, name)
+        for piece in pieces
+        for path, names in piece.layout.names.items()
+        for name in names
+    }
+    _check_keys(
+        keys,
+        {*stored, *same},
+        sum(len(names) for piece in pieces for names in piece.layout.names.values()),
+    )
     wanted, index = shape.chosen(member)
     cache: dict[Any, Tensor] = {}
 
     def tensor(key: str, row: int | None) -> Tensor:
         key = same.get(key, key)
         if (key, row) not in cache:
-            # clones: aligned, so that products are bit-equal to those before the save, and independent of the file from here on
+            # clones: aligned, so that products are bit-equal to those before the save, and
+            # independent of the file from here on
             read = file.get_tensor(key) if row is None else file.get_slice(key)[row]
             cache[key, row] = read.clone() if device is None else read.to(device, copy=True)
         return cache[key, row]
@@ -154,20 +185,35 @@ def _read(file: Any, says: Any, model: nn.Module | None, member: int | str | Non
     return shape.put_together(made)
 
 
-def _adapter(piece: Piece, row: int | None, tensor: Callable[[str, int | None], Tensor], same: Mapping[str, str]) -> Adapter:
+def _adapter(
+    piece: Piece,
+    row: int | None,
+    tensor: Callable[[str, int | None], Tensor],
+    same: Mapping[str, str],
+) -> Adapter:
     layout = piece.layout
     if isinstance(layout, Stacked) and row is not None:
         layout = layout.member(row)
-    data = {path: {name: tensor(joined(piece.prefix, path, name), row) for name in names} for path, names in layout.names.items()}
+    data = {
+        path: {name: tensor(joined(piece.prefix, path, name), row) for name in names}
+        for path, names in layout.names.items()
+    }
     if layout is not piece.layout:  # a member narrower than the widest was padded
-        data = {p: {n: _cut(t, layout.expected[p][n]) for n, t in held.items()} for p, held in data.items()}
+        data = {
+            p: {n: _cut(t, layout.specs[p][n].shape) for n, t in held.items()}
+            for p, held in data.items()
+        }
     one = Piece(piece.prefix, layout, data, 0 if row is not None else piece.count)
     for path, held in data.items():
         for name, leaf in held.items():
             _check_tensor(one, path, name, leaf)
-            if layout.trainable[path][name] and joined(piece.prefix, path, name) in same:
-                raise CheckpointError(f"{shown(path)} {name} shares another tensor, and it is a trainable one")
-    return rebuild(layout, (data[path][name] for path, names in layout.names.items() for name in names))
+            if layout.specs[path][name].trainable and joined(piece.prefix, path, name) in same:
+                raise CheckpointError(
+                    f"{short_repr(path)} {name} shares another tensor, and it is a trainable one"
+                )
+    return rebuild(
+        layout, (data[path][name] for path, names in layout.names.items() for name in names)
+    )
 
 
 def _cut(t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -180,9 +226,12 @@ def _check_keys(expected: set[str], found: set[str], count: int) -> None:
         raise CheckpointError("two sites give tensors the same key")
     missing, odd = expected - found, found - expected
     if missing:
-        raise CheckpointError(f"missing {len(missing)} tensors, first: {shown(min(missing))}")
+        raise CheckpointError(f"missing {len(missing)} tensors, first: {short_repr(min(missing))}")
     if odd:
-        raise CheckpointError(f"{len(odd)} unexpected tensors, first: {shown(min(odd))}; {nearest(min(odd), sorted(expected))}")
+        raise CheckpointError(
+            f"{len(odd)} unexpected tensors, first: {short_repr(min(odd))}; "
+            f"{nearest(min(odd), sorted(expected))}"
+        )
 
 
 def _check_shapes(file: Any, piece: Piece, same: Mapping[str, str]) -> None:
@@ -190,33 +239,55 @@ def _check_shapes(file: Any, piece: Piece, same: Mapping[str, str]) -> None:
     for path, names in piece.layout.names.items():
         for name in names:
             key = joined(piece.prefix, path, name)
-            found, expected = tuple(file.get_slice(same.get(key, key)).get_shape()), piece.shape(path, name)
+            found, expected = (
+                tuple(file.get_slice(same.get(key, key)).get_shape()),
+                piece.shape(path, name),
+            )
             if found != expected:
-                raise CheckpointError(f"{shown(path)} {name}: expected a tensor of shape {expected}, found {found}")
+                raise CheckpointError(
+                    f"{short_repr(path)} {name}: expected a tensor of shape {expected}, found "
+                    f"{found}"
+                )
 
 
 def _check_tensor(piece: Piece, path: str, name: str, leaf: Any) -> None:
-    shape, least = piece.shape(path, name), piece.layout.least[path][name]
+    shape, least = piece.shape(path, name), piece.layout.specs[path][name].dtype
     if leaf is ABSENT:
-        raise CheckpointError(f"{shown(path)} {name} is absent: this is one part of a partition; ll.combine the parts first")
+        raise CheckpointError(
+            f"{short_repr(path)} {name} is absent: this is one part of a partition; ll.combine "
+            f"the parts first"
+        )
     if not isinstance(leaf, Tensor) or tuple(leaf.shape) != shape:
         found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-        raise CheckpointError(f"{shown(path)} {name}: expected a tensor of shape {shape}, found {found}")
-    if not fits(least, leaf.dtype):
+        raise CheckpointError(
+            f"{short_repr(path)} {name}: expected a tensor of shape {shape}, found {found}"
+        )
+    if not dtype_fits(least, leaf.dtype):
         kind = f"{'floating' if least is None else least} tensor, found {leaf.dtype}"
-        wide = "" if least is not None and not least.is_floating_point else f"; {'16 bits' if least is None else least} at least"
-        raise CheckpointError(f"{shown(path)} {name}: expected a {kind}{wide}")
+        wide = (
+            ""
+            if least is not None and not least.is_floating_point
+            else f"; {'16 bits' if least is None else least} at least"
+        )
+        raise CheckpointError(f"{short_repr(path)} {name}: expected a {kind}{wide}")
 
 
 def _check_model(layout: Layout, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"expected an nn.Module to check it against, found {type(model).__name__}")
+        raise CheckpointError(
+            f"expected an nn.Module to check it against, found {type(model).__name__}"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, site in layout.sites.items():
-        module: Any = modules.get(place(site)[0])
+        module: Any = modules.get(module_and_name(site)[0])
         kind = KINDS[site.kind]
         if module is None or not (kind.bare or kind.holds(module)):
-            raise CheckpointError(f"{type(model).__name__} has no {kind.one} {shown(path)}; {nearest(path, modules)}")
+            raise CheckpointError(
+                f"{type(model).__name__} has no {kind.one} {short_repr(path)}; "
+                f"{nearest(path, modules)}"
+            )
         wrong = misfit(site, module)
         if wrong is not None:
-            raise CheckpointError(f"site {shown(path)}: expected {wrong[0]}, the model has {wrong[1]}")
+            raise CheckpointError(
+                f"site {short_repr(path)}: expected {wrong[0]}, the model has {wrong[1]}"
+            )

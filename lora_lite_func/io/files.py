@@ -16,22 +16,39 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, shown
+from ..core.errors import CheckpointError, short_repr
 
-__all__ = ["parse_json", "read_json", "read_pickle", "read_safetensors", "write_safetensors", "write_text"]
+__all__ = [
+    "parse_json",
+    "read_json",
+    "read_pickle",
+    "read_safetensors",
+    "write_safetensors",
+    "write_text",
+]
 
 _LONGEST_JSON = 2**25  # bytes; a configuration of real adapters has kilobytes
 _LONGEST_PICKLE = 2**26  # bytes of the index of a .bin file, its tensors not counted
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str], what: str) -> None:
-    """Write tensors (contiguous, no shared storage) to a file: atomic, by writing beside it and renaming.
+# ------------------------------------------------------------------------------------------ writing
+def write_safetensors(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    what: str,
+) -> None:
+    """Write tensors (contiguous, no shared storage) to a file: atomic, by writing beside it and
+    renaming.
 
     Raises:
         CheckpointError: it can't be written; beginning with `what`.
     """
-    _atomic(path, what, lambda beside: safetensors.torch.save_file(dict(tensors), beside, dict(metadata)))
+    _atomic(
+        path,
+        what,
+        lambda beside: safetensors.torch.save_file(dict(tensors), beside, dict(metadata)),
+    )
 
 
 def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:
@@ -50,7 +67,9 @@ def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any
         beside = target.parent / f".{secrets.token_hex(8)}.tmp"
         rights = _created(beside)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{what}: can't write in {os.path.dirname(where) or '.'}: {error}") from error
+        raise CheckpointError(
+            f"{what}: can't write in {os.path.dirname(where) or '.'}: {error}"
+        ) from error
     try:
         write(beside)
         os.chmod(beside, rights)
@@ -70,7 +89,7 @@ def _created(path: Path) -> int:
         os.close(handle)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 def _regular(where: str) -> None:
     """Refuse what would never end, or never begin: a pipe, a device.
 
@@ -82,7 +101,10 @@ def _regular(where: str) -> None:
     except (OSError, ValueError):
         return  # which opening it says in words
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise CheckpointError(f"{where}: expected a file, found a pipe or a device; copy what it gives to a file first")
+        raise CheckpointError(
+            f"{where}: expected a file, found a pipe or a device; copy what it gives to a file "
+            f"first"
+        )
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,8 +117,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     _regular(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            # clones: aligned, so that products are bit-equal to those before the save, and independent of the file from here on
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            # clones: aligned, so that products are bit-equal to those before the save, and
+            # independent of the file from here on
+            keys = list(file.keys())
+            tensors = {key: file.get_tensor(key).clone() for key in keys}
+            return tensors, dict(file.metadata() or {})
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
 
@@ -105,7 +130,8 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, by its restricted reader: no code in it is run.
 
     Raises:
-        CheckpointError: it holds anything but a flat mapping of tensors, is compressed, or can't be read.
+        CheckpointError: it holds anything but a flat mapping of tensors, is compressed, or can't be
+            read.
     """
     where = os.fsdecode(path)
     _regular(where)
@@ -113,20 +139,37 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with zipfile.ZipFile(where) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"{where}: {shown(entry.filename)} is compressed, which torch.save doesn't do")
+                    raise CheckpointError(
+                        f"{where}: {short_repr(entry.filename)} is compressed, which torch.save "
+                        f"doesn't do"
+                    )
                 if entry.filename.endswith(".pkl") and entry.file_size > _LONGEST_PICKLE:
-                    raise CheckpointError(f"{where}: its index has {entry.file_size} bytes, expected at most {_LONGEST_PICKLE}")
+                    raise CheckpointError(
+                        f"{where}: its index has {entry.file_size} bytes, expected at most "
+                        f"{_LONGEST_PICKLE}"
+                    )
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise CheckpointError(f"{where}: not a readable file of torch.save (1.6 or newer): {error}") from error
+        raise CheckpointError(
+            f"{where}: not a readable file of torch.save (1.6 or newer): {error}"
+        ) from error
     try:
         found = torch.load(where, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the restricted reader says of a damaged or hostile file
-        raise CheckpointError(f"{where}: can't be read without running code in it: {shown(str(error))}") from error
-    if not isinstance(found, Mapping) or not all(isinstance(k, str) and type(t) is Tensor for k, t in found.items()):
-        raise CheckpointError(f"{where}: expected a flat mapping of names to tensors, found {type(found).__name__}")
+        raise CheckpointError(
+            f"{where}: can't be read without running code in it: {short_repr(str(error))}"
+        ) from error
+    if not isinstance(found, Mapping) or not all(
+        isinstance(k, str) and type(t) is Tensor for k, t in found.items()
+    ):
+        raise CheckpointError(
+            f"{where}: expected a flat mapping of names to tensors, found {type(found).__name__}"
+        )
     for key, t in found.items():
         if t.layout != torch.strided or t.numel() * t.element_size() > t.untyped_storage().nbytes():
-            raise CheckpointError(f"{where}: {shown(key)} claims shape {tuple(t.shape)}, more than the file holds for it")
+            raise CheckpointError(
+                f"{where}: {short_repr(key)} claims shape {tuple(t.shape)}, more than the file "
+                f"holds for it"
+            )
     return {key: t.contiguous() for key, t in found.items()}
 
 
@@ -163,5 +206,5 @@ def parse_json(raw: str | bytes, what: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError(f"a key twice among {shown([key for key, _ in pairs])}")
+        raise ValueError(f"a key twice among {short_repr([key for key, _ in pairs])}")
     return found

@@ -13,14 +13,19 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, shown
+from ..core.errors import CheckpointError, short_repr
 from .files import read_json
 
-__all__ = ["Shards", "skeleton"]
+__all__ = ["Shards", "meta_model"]
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose linear layers are Conv1D
+_TRANSPOSED_MODELS = (
+    "gpt2",
+    "openai-gpt",
+    "imagegpt",
+    "decision_transformer",
+)  # model types whose linear layers are Conv1D
 
 
 class Shards(Mapping[str, str]):
@@ -47,9 +52,15 @@ class Shards(Mapping[str, str]):
                 self.metadata[file] = dict(opened.metadata() or {})
                 for name in opened.keys():  # noqa: SIM118
                     if name in self.home:
-                        raise CheckpointError(f"{self.folder}: {shown(name)} is in {self.home[name]} and in {file}")
+                        raise CheckpointError(
+                            f"{self.folder}: {short_repr(name)} is in {self.home[name]} and in "
+                            f"{file}"
+                        )
                     piece = opened.get_slice(name)
-                    self.home[name], self.shapes[name] = file, (tuple(piece.get_shape()), str(piece.get_dtype()))
+                    self.home[name], self.shapes[name] = (
+                        file,
+                        (tuple(piece.get_shape()), str(piece.get_dtype())),
+                    )
 
     def __getitem__(self, name: str) -> str:
         return self.home[name]
@@ -69,7 +80,9 @@ class Shards(Mapping[str, str]):
         try:
             return safetensors.safe_open(str(self.folder / file), framework="pt")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{self.folder / file}: not a readable safetensors file: {error}") from error
+            raise CheckpointError(
+                f"{self.folder / file}: not a readable safetensors file: {error}"
+            ) from error
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
@@ -90,15 +103,23 @@ class Shards(Mapping[str, str]):
 
 
 def _files(folder: Path, names: list[str]) -> list[str]:
-    """The shards: those that the index names, which must be files of this folder; else all there are, adapters aside."""
+    """The shards: those that the index names, which must be files of this folder; else all there
+    are, adapters aside.
+    """
     if INDEX in names:
         index = read_json(folder / INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not placed:
             raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors and files")
         for file in placed.values():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file) or file not in names:
-                raise CheckpointError(f"{folder / INDEX}: {shown(file)} isn't a safetensors file in this folder")
+            if (
+                not isinstance(file, str)
+                or not re.fullmatch(r"[\w.-]+\.safetensors", file)
+                or file not in names
+            ):
+                raise CheckpointError(
+                    f"{folder / INDEX}: {short_repr(file)} isn't a safetensors file in this folder"
+                )
         return list(dict.fromkeys(placed.values()))
     found = [n for n in names if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))]
     if not found:
@@ -106,7 +127,7 @@ def _files(folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ skeleton
+# ----------------------------------------------------------------------------------------- skeleton
 class _Lazy(Mapping[str, Tensor]):
     """Tensors of a module, read when asked for."""
 
@@ -131,14 +152,15 @@ class _Transposed(nn.Module):
         self.nx, self.nf = shape
 
 
-def skeleton(
+def meta_model(
     shards: Shards,
     *,
     transposed: bool | None = None,
     embeddings: Iterable[str] = (),
     upwards: Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """A module tree with the folder's weights on the meta device (biases and gains for real), that reads a weight when it is asked for.
+    """A module tree with the folder's weights on the meta device (biases and gains for real), that
+    reads a weight when it is asked for.
 
     Args:
         shards: the folder.
@@ -158,17 +180,34 @@ def skeleton(
         if any(not part or part.startswith("_") for part in name.split(".")) or kind not in _FLOATS:
             continue  # packed weights and bookkeeping: no site can be there
         weight = (*shards.shapes.get(f"{path}.weight" if path else "weight", ((), ""))[0],)
-        home = _at(root, path, weight, transposed and path not in tables, path in tables, (upwards or {}).get(path, 0))
+        home = _at(
+            root,
+            path,
+            weight,
+            transposed and path not in tables,
+            path in tables,
+            (upwards or {}).get(path, 0),
+        )
         if home is None or (hasattr(home, leaf) and leaf not in home._parameters):
-            raise CheckpointError(f"{shards.folder}: {shown(name)} can't be a tensor of a module")
-        value = shards.read(name) if len(shape) < 2 else torch.empty(shape, dtype=_FLOATS[kind], device="meta")
+            raise CheckpointError(
+                f"{shards.folder}: {short_repr(name)} can't be a tensor of a module"
+            )
+        value = (
+            shards.read(name)
+            if len(shape) < 2
+            else torch.empty(shape, dtype=_FLOATS[kind], device="meta")
+        )
         home.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-        hook = SimpleNamespace(weights_map=_Lazy(shards, path + "." if path else ""), execution_device="cpu")
+        hook = SimpleNamespace(
+            weights_map=_Lazy(shards, path + "." if path else ""), execution_device="cpu"
+        )
         home.__dict__["_hf_hook"] = hook  # where an offloaded weight is looked for
     return root
 
 
-def _at(root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) -> nn.Module | None:
+def _at(
+    root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, table: bool, upwards: int
+) -> nn.Module | None:
     """The module at a path, made on the way; None where a tensor is."""
     here = root
     parts = path.split(".") if path else []
@@ -177,7 +216,9 @@ def _at(root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, t
         if child is None:
             if hasattr(here, part):
                 return None
-            child = _made(weight, transposed, table, upwards) if i == len(parts) - 1 else nn.Module()
+            child = (
+                _made(weight, transposed, table, upwards) if i == len(parts) - 1 else nn.Module()
+            )
             here.add_module(part, child)
         here = child
     return here
@@ -189,12 +230,23 @@ def _made(weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) 
         if transposed:
             return _Transposed(weight)
         if table:
-            return nn.Embedding.from_pretrained(torch.empty(weight, device="meta"))  # drawing there imports the compiler
+            return nn.Embedding.from_pretrained(
+                torch.empty(weight, device="meta")
+            )  # drawing there imports the compiler
         return nn.Linear(weight[1], weight[0], bias=False, device="meta")
     if len(weight) in (3, 4, 5):
         if upwards and upwards % weight[1] == 0:
-            turned: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(weight) - 3]
-            return turned(weight[0], upwards, weight[2:], groups=upwards // weight[1], bias=False, device="meta")
+            turned: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[
+                len(weight) - 3
+            ]
+            return turned(
+                weight[0],
+                upwards,
+                weight[2:],
+                groups=upwards // weight[1],
+                bias=False,
+                device="meta",
+            )
         kinds = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
         return kinds[len(weight)](weight[1], weight[0], weight[2:], bias=False, device="meta")  # type: ignore[arg-type]
     return nn.LayerNorm(weight, bias=False, device="meta") if weight else nn.Module()

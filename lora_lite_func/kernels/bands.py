@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-__all__ = ["Band", "bands"]
+__all__ = ["RankBand", "rank_bands"]
 
 _CALL, _MEMBER, _RANK = 20, 3, 20
-"""What a product costs: at once, for reading a member's leaves, and beside what its rank does, for rows that are read and written, in
-ranks (measured on a CPU at ranks 4 to 64, 64 rows a member)."""
+"""What a product costs: at once, for reading a member's leaves, and beside what its rank does, for
+    rows that are read and written, in
+ranks (measured on a CPU at ranks 4 to 64, 64 rows a member).
+"""
 
 
-class Band(NamedTuple):
+class RankBand(NamedTuple):
     """Ranks `first` to `last` - 1 of members `low` to `high` - 1."""
 
     low: int
@@ -25,8 +27,11 @@ class Band(NamedTuple):
     last: int
 
 
-def bands(ranks: Sequence[int], low: int, high: int, rows: int, first: int = 0) -> list[Band]:
-    """The cheapest that single cuts, one after another, come to: each layers a band under the members, or sets them apart.
+def rank_bands(
+    ranks: Sequence[int], low: int, high: int, rows: int, first: int = 0
+) -> list[RankBand]:
+    """The cheapest that single cuts, one after another, come to: each layers a band under the
+        members, or sets them apart.
 
     Args:
         ranks: of all members.
@@ -35,28 +40,39 @@ def bands(ranks: Sequence[int], low: int, high: int, rows: int, first: int = 0) 
         rows: of a member, tokens included.
         first: the rank that they begin at.
     """
-    whole = Band(low, high, first, max(ranks[low:high]))
+    whole = RankBand(low, high, first, max(ranks[low:high]))
     best, chosen = _cost(whole, rows), None
     for cut in sorted({r for r in ranks[low:high] if first < r < whole.last}):
         apart = list(_apart(ranks, low, high, first, cut))
-        more = [Band(b.low, b.high, cut, b.last) for b in apart if b.last > cut]
-        for done, parts in (([Band(low, high, first, cut)], more), ([], apart)):
+        more = [RankBand(b.low, b.high, cut, b.last) for b in apart if b.last > cut]
+        for done, parts in (([RankBand(low, high, first, cut)], more), ([], apart)):
             cost = sum(_cost(band, rows) for band in (*done, *parts))
             if cost < best:
                 best, chosen = cost, (done, parts)
     if chosen is None:
         return [whole]
     done, parts = chosen
-    return [*done, *(band for part in parts for band in bands(ranks, part.low, part.high, rows, part.first))]
+    return [
+        *done,
+        *(
+            band
+            for part in parts
+            for band in rank_bands(ranks, part.low, part.high, rows, part.first)
+        ),
+    ]
 
 
-def _apart(ranks: Sequence[int], low: int, high: int, first: int, cut: int) -> Iterator[Band]:
+def _apart(ranks: Sequence[int], low: int, high: int, first: int, cut: int) -> Iterator[RankBand]:
     """Neighbours whose ranks are all above the cut, or all not."""
     for _, group in groupby(range(low, high), lambda member: ranks[member] > cut):
         members = list(group)
-        yield Band(members[0], members[-1] + 1, first, max(ranks[members[0] : members[-1] + 1]))
+        yield RankBand(members[0], members[-1] + 1, first, max(ranks[members[0] : members[-1] + 1]))
 
 
-def _cost(band: Band, rows: int) -> float:
-    """In units of a row at rank `_RANK`; one member more than there are, since they are shared out among threads."""
-    return _CALL + (band.high - band.low + 1) * (_MEMBER + rows) * (band.last - band.first + _RANK) / (2 * _RANK)
+def _cost(band: RankBand, rows: int) -> float:
+    """In units of a row at rank `_RANK`; one member more than there are, since they are shared out
+    among threads.
+    """
+    return _CALL + (band.high - band.low + 1) * (_MEMBER + rows) * (
+        band.last - band.first + _RANK
+    ) / (2 * _RANK)

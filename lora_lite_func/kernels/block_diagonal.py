@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from ..modes import is_traced, may_overwrite
+from ..core.errors import UnsupportedError
+from ..core.torch_internals import is_traced, may_overwrite
 
 __all__ = ["check_divides", "plus_product", "product", "together", "widened"]
 
 _WIDTH = 32
-"""Blocks are multiplied up to this wide, narrow ones with zeros beside them: a product of those takes longer (on a CPU)."""
+"""Blocks are multiplied up to this wide, narrow ones with zeros beside them: a product of those
+takes longer (on a CPU).
+"""
 
 
-def check_divides(method: str, knob: str, size: int, width: int, what: str, *, even: bool = False) -> None:
+def check_divides(
+    method: str, knob: str, size: int, width: int, what: str, *, even: bool = False
+) -> None:
     """Refuse a width that isn't a whole number of blocks.
 
     Args:
@@ -30,14 +34,25 @@ def check_divides(method: str, knob: str, size: int, width: int, what: str, *, e
     """
     if width % size == 0:
         return
-    fitting = [b for b in range(2, min(width, 4 * size) + 1) if width % b == 0 and not (even and b % 2)]
+    fitting = [
+        b for b in range(2, min(width, 4 * size) + 1) if width % b == 0 and not (even and b % 2)
+    ]
     near = sorted(sorted(fitting, key=lambda b: abs(b - size))[:3])
-    hint = f"{knob}={' or '.join(map(str, near))} fits" if near else "none fits: leave the layer out with exclude_names"
-    raise UnsupportedError(f"{method} cuts {what} into equal blocks, expected it divisible by {knob}={size}, found {what}={width}; {hint}")
+    hint = (
+        f"{knob}={' or '.join(map(str, near))} fits"
+        if near
+        else "none fits: leave the layer out with exclude_names"
+    )
+    raise UnsupportedError(
+        f"{method} cuts {what} into equal blocks, expected it divisible by {knob}={size}, found "
+        f"{what}={width}; {hint}"
+    )
 
 
 def product(x: Tensor, M: Tensor) -> Tensor:
-    """x blockdiag(M), for row vectors x (..., n b) and M (n, b, b), or (1, b, b) for the same block everywhere; in x's dtype."""
+    """x blockdiag(M), for row vectors x (..., n b) and M (n, b, b), or (1, b, b) for the same block
+    everywhere; in x's dtype.
+    """
     n, b, _ = M.shape
     blocks = x.unflatten(-1, (-1, b))  # (..., n, b)
     M = M.to(x.dtype)
@@ -66,7 +81,9 @@ def _by_block(x: Tensor, n: int, b: int) -> Tensor:
 
 
 def together(n: int, b: int) -> int:
-    """How many of n blocks of size b make one of at most `_WIDTH`, so that all do; with a graph one, since it keeps the zeros too."""
+    """How many of n blocks of size b make one of at most `_WIDTH`, so that all do; with a graph
+    one, since it keeps the zeros too.
+    """
     if torch.is_grad_enabled() or is_traced():
         return 1
     return next((k for k in range(_WIDTH // b, 1, -1) if n % k == 0), 1)

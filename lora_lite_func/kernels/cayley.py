@@ -25,18 +25,22 @@ def pairs(b: int) -> int:
 def skew(q: Tensor, b: int) -> Tensor:
     """The skew matrix (..., b, b) with strict upper triangle q (..., b (b - 1) / 2)."""
     row, column = torch.triu_indices(b, b, 1, device=q.device)
-    upper = q.new_zeros(*q.shape[:-1], b * b).index_add(-1, row * b + column, q).unflatten(-1, (b, b))
+    upper = (
+        q.new_zeros(*q.shape[:-1], b * b).index_add(-1, row * b + column, q).unflatten(-1, (b, b))
+    )
     return upper - upper.mT
 
 
 def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
-    """E = R - I, (..., b, b), of q (..., b (b - 1) / 2), in q's dtype (float32 at least, for precision).
+    """E = R - I, (..., b, b), of q (..., b (b - 1) / 2), in q's dtype (float32 at least, for
+    precision).
 
     Args:
         q: strict upper triangles.
         b: size of a block.
         kind: "exact" (closed forms up to b = 4, one batched solve beyond), or "neumann", the series
-            I + 2Q + 2Q^2 + 2Q^3 + Q^4 that OFTv2 uses: only nearly orthogonal, and only while Q is small.
+            I + 2Q + 2Q^2 + 2Q^3 + Q^4 that OFTv2 uses: only nearly orthogonal, and only while Q is
+            small.
     """
     if kind == "neumann":
         Q = skew(q, b)
@@ -50,7 +54,8 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
         return _four(q)
     Q = skew(q, b)
     eye = torch.eye(b, dtype=q.dtype, device=q.device)
-    # I - Q is never singular: no check, so no wait for the device; from the right the result lies row by row, with a copy less
+    # I - Q is never singular: no check, so no wait for the device; from the right the result lies
+    # row by row, with a copy less
     return torch.linalg.solve_ex(eye - Q, 2.0 * Q, left=False)[0]
 
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import torch
 
-from ..spec import Site
+from ..core.site import Site
 
 __all__ = ["PASS", "dense_pays"]
 
 PASS = 20
-"""What reading and writing one number in an elementwise operation costs (measured on a CPU; a memory-bound pass against a product)."""
+"""What reading and writing one number in an elementwise operation costs (measured on a CPU; a
+memory-bound pass against a product).
+"""
 
-_BACKWARD = 3  # a differentiated form costs about as much again for each of its two gradients; W' is built once more for them
+# a differentiated form costs about as much again for each of its two gradients; W' is built once
+# more for them
+_BACKWARD = 3
 
 
 def dense_pays(site: Site, tokens: int, *, branch: float, build: float) -> bool:
@@ -28,5 +32,8 @@ def dense_pays(site: Site, tokens: int, *, branch: float, build: float) -> bool:
     """
     beside, whole = tokens * branch, build
     if torch.is_grad_enabled():
-        beside, whole = _BACKWARD * beside, (_BACKWARD + 1) * whole + tokens * site.d_in * site.d_out
+        beside, whole = (
+            _BACKWARD * beside,
+            (_BACKWARD + 1) * whole + tokens * site.d_in * site.d_out,
+        )
     return whole < beside

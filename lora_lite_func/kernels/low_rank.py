@@ -6,12 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from ..modes import is_traced, makes_graph, may_overwrite
-from ..rng import normal
-from ..spec import Site
+from ..core.errors import UnsupportedError
+from ..core.random import normal
+from ..core.site import Site
+from ..core.torch_internals import is_traced, makes_graph, may_overwrite
 
-__all__ = ["add", "add_dense", "cast", "check_rank", "core_dtype", "difference", "expand", "plus_times", "project", "top_svd"]
+__all__ = [
+    "add",
+    "add_dense",
+    "cast",
+    "check_rank",
+    "core_dtype",
+    "difference",
+    "expand",
+    "plus_times",
+    "project",
+    "top_svd",
+]
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,7 +40,8 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     """y + s (x A^T) B^T, the low-rank branch fused onto y: one pass over y where the dtypes agree.
 
-    Several members at once: A (m, r, d_in), B (m, d_out, r), x (m, ..., d_in), y (m, ..., d_out), s a float or (m,).
+    Several members at once: A (m, r, d_in), B (m, d_out, r), x (m, ..., d_in), y (m, ..., d_out), s
+        a float or (m,).
 
     Args:
         y: (..., d_out) what the branch is added to; the result has its dtype.
@@ -46,7 +58,9 @@ def project(x: Tensor, A: Tensor) -> Tensor:
     if not x.is_floating_point():
         return F.embedding(x, A.mT)
     if A.ndim == 3:
-        return torch.bmm(A, _flat(cast(x, A.dtype)).mT).mT.unflatten(1, x.shape[1:-1])  # the long side inside: up to twice as fast
+        return torch.bmm(A, _flat(cast(x, A.dtype)).mT).mT.unflatten(
+            1, x.shape[1:-1]
+        )  # the long side inside: up to twice as fast
     return F.linear(cast(x, A.dtype), A)
 
 
@@ -56,7 +70,9 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
-    """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's dtype."""
+    """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's
+    dtype.
+    """
     if h.dtype != B.dtype:
         h = cast(h, B.dtype)
     if not isinstance(s, float):
@@ -70,7 +86,9 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
             if makes_graph():  # else the backward pass scales all of B's gradient
                 h, s = h * s, 1.0
             return torch.baddbmm(_flat(y), _flat(h), Bt, alpha=s).view_as(y)
-        if y.ndim == 3 and not is_traced() and y.shape[0] == 1:  # the same product, without the views that flattening takes
+        if (
+            y.ndim == 3 and not is_traced() and y.shape[0] == 1
+        ):  # the same product, without the views that flattening takes
             return torch.baddbmm(y, h, Bt.unsqueeze(0), alpha=s)
         made = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), Bt, alpha=s)
         return made if y.ndim == 2 else made.view_as(y)
@@ -80,8 +98,9 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
 
 
 def _turned(B: Tensor) -> Tensor:
-    """B^T (..., r, d_out). For a graph it is a copy, since both gradients' products are faster so, by a half; of B made flat, so that
-    B's gradient lies as B does."""
+    """B^T (..., r, d_out). For a graph it is a copy, since both gradients' products are faster so,
+    by a half; of B made flat, so that B's gradient lies as B does.
+    """
     return B.reshape(-1).view(B.shape).mT.contiguous() if makes_graph() else B.mT
 
 
@@ -99,7 +118,8 @@ def plus_times(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """B A - B0 A0 as one factor pair of rank 2r, exactly zero in every dtype while A is A0 and B is B0.
+    """B A - B0 A0 as one factor pair of rank 2r, exactly zero in every dtype while A is A0 and B is
+    B0.
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0), so [A; A - A0] (2r, d_in) and [B - B0, B0] (d_out, 2r).
     """
@@ -115,19 +135,23 @@ def check_rank(site: Site, method: str) -> None:
     limit = min(site.d_in, site.d_out)
     if site.r > limit:
         raise UnsupportedError(
-            f"{method} splits a {site.d_out} x {site.d_in} weight, expected a rank of at most {limit}, found r={site.r}; "
+            f"{method} splits a {site.d_out} x {site.d_in} weight, expected a rank of at most "
+            f"{limit}, found r={site.r}; "
             "lower r, or set it there with rank_pattern"
         )
 
 
-def top_svd(W: Tensor, r: int, niter: int | None, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def top_svd(
+    W: Tensor, r: int, niter: int | None, gen: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """The r largest singular triplets: U (d_out, r), S (r,), Vh (r, d_in).
 
     Args:
         W: (d_out, d_in), float32 or float64.
         r: how many.
-        niter: None for the exact decomposition; else that many power iterations of the randomised one (Halko, Martinsson and
-            Tropp 2011, arXiv 0909.4061, algorithm 4.4 with an oversampling of 8).
+        niter: None for the exact decomposition; else that many power iterations of the randomised
+            one (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4 with an
+            oversampling of 8).
         gen: CPU generator of the random start; torch's global one is left alone.
     """
     if niter is None:

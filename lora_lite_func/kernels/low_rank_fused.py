@@ -13,18 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .modes import is_transformed, may_overwrite
+from ..core.torch_internals import is_transformed, may_overwrite
 
-__all__ = ["beside", "low_rank", "one_row"]
+__all__ = ["linear_with_low_rank", "low_rank", "one_row"]
 
 _VECTORS = (torch.float32, torch.float64)
-"""In which a CPU multiplies a matrix and a vector just as `linear` does with one row: as fast, and bit by bit."""
+"""In which a CPU multiplies a matrix and a vector just as `linear` does with one row: as fast, and
+bit by bit.
+"""
 
 _LEVELS = 1 << 16
-"""A probability is rounded to so many levels: a draw of 64 bits then decides on four entries (drawing dominates dropout on a CPU)."""
+"""A probability is rounded to so many levels: a draw of 64 bits then decides on four entries
+(drawing dominates dropout on a CPU).
+"""
 
 
-def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0) -> Tensor:
+def low_rank(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0
+) -> Tensor:
     """x W^T + b + s (drop(x) A^T) B^T, (..., d_out); gradients reach x, A and B.
 
     Args:
@@ -36,14 +42,22 @@ def low_rank(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: fl
         s: the scale.
         dropout: probability that an entry of the branch's input is dropped.
     """
-    seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout else 0  # torch.manual_seed, checkpointing, forked generators rule it
+    seed = (
+        int(torch.randint(1 << 62, (), device="cpu")) if dropout else 0
+    )  # torch.manual_seed, checkpointing, forked generators rule it
     call = _LowRank if is_transformed() else _Eager
     y: Tensor = call.apply(_flat(x), W, b, A, B, s, dropout, seed)[0]
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], W.shape[0])  # not inside: autograd lets nobody write on a view that a function gives
+    return (
+        y if x.ndim == 2 else y.view(*x.shape[:-1], W.shape[0])
+    )  # not inside: autograd lets nobody write on a view that a function gives
 
 
-def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, X: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(y, h) without a graph: y = x W^T + b + s h B^T (..., d_out), h = X A^T (T, r), where X (T, d_in) is x if it isn't given."""
+def linear_with_low_rank(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, X: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y, h) without a graph: y = x W^T + b + s h B^T (..., d_out), h = X A^T (T, r), where X (T,
+    d_in) is x if it isn't given.
+    """
     y = F.linear(x, W, b)
     h = F.linear(_flat(x) if X is None else X, A)  # (T, r)
     _flat(y).addmm_(h, B.mT, alpha=s)
@@ -51,7 +65,9 @@ def beside(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: floa
 
 
 def one_row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """`beside`'s y for an x of one row: products with vectors are dispatched faster, and give the same."""
+    """`beside`'s y for an x of one row: products with vectors are dispatched faster, and give the
+    same.
+    """
     v = x.view(-1)
     if not x.is_cpu or x.dtype not in _VECTORS:
         y = F.linear(x, W, b).view(-1)
@@ -64,11 +80,26 @@ def one_row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: flo
 
 
 class _LowRank(torch.autograd.Function):
-    """(y, h = drop(x) A^T) of x (T, d_in). h is an output so that what is kept of it can be differentiated again."""
+    """(y, h = drop(x) A^T) of x (T, d_in). h is an output so that what is kept of it can be
+    differentiated again.
+    """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, seed: int) -> tuple[Tensor, Tensor]:
-        return beside(x, W, b, A * _gain(dropout), B, s, x * _mask(x, dropout, seed)) if dropout else beside(x, W, b, A, B, s)
+    def forward(
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        dropout: float,
+        seed: int,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            linear_with_low_rank(x, W, b, A * _gain(dropout), B, s, x * _mask(x, dropout, seed))
+            if dropout
+            else linear_with_low_rank(x, W, b, A, B, s)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -84,12 +115,21 @@ class _LowRank(torch.autograd.Function):
         G = x.new_zeros(x.shape[0], W.shape[0]) if g is None else g  # (T, d_out)
         if to_x or to_A:
             dh = (B.mT @ G.mT) * ctx.s  # (r, T): several times as fast as G B
-            dh = dh if gh is None else dh + gh.mT  # where the gradient is differentiated again: it reads h
+            dh = (
+                dh if gh is None else dh + gh.mT
+            )  # where the gradient is differentiated again: it reads h
             if ctx.dropout:
-                dh, mask = dh * _gain(ctx.dropout), _mask(x, ctx.dropout, ctx.seed)  # (r, T), (T, d_in)
+                dh, mask = (
+                    dh * _gain(ctx.dropout),
+                    _mask(x, ctx.dropout, ctx.seed),
+                )  # (r, T), (T, d_in)
         if to_x:
             assert dh is not None
-            dx = torch.addcmul(G @ W, dh.mT @ A, mask) if mask is not None else _plus_product(G @ W, dh.mT, A)
+            dx = (
+                torch.addcmul(G @ W, dh.mT @ A, mask)
+                if mask is not None
+                else _plus_product(G @ W, dh.mT, A)
+            )
         if to_A:
             assert dh is not None
             dA = dh @ (x if mask is None else x * mask)  # (r, d_in)
@@ -99,7 +139,9 @@ class _LowRank(torch.autograd.Function):
 
 
 class _Eager(_LowRank):
-    """The same where no transform of torch.func has a part in it: without their form of `forward` a call costs a third."""
+    """The same where no transform of torch.func has a part in it: without their form of `forward` a
+    call costs a third.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +178,12 @@ def _gain(p: float) -> float:
 
 def _mask(X: Tensor, p: float, seed: int) -> Tensor:
     """What is kept (1) and dropped (0) of X, in its shape and dtype; the same for the same seed."""
-    with temporarily_clear_interpreter_stack(), torch._C._ExcludeDispatchKeyGuard(_BATCHES):  # vmap over gradients draws nothing
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch._C._ExcludeDispatchKeyGuard(_BATCHES),
+    ):  # vmap over gradients draws nothing
         draws = torch.empty((X.numel() + 3) // 4, dtype=torch.int64, device=X.device)
         draws.random_(-(1 << 63), None, generator=torch.Generator(X.device).manual_seed(seed))
-        return (draws.view(torch.int16)[: X.numel()].view(X.shape) >= _level(p) - _LEVELS // 2).to(X.dtype)
+        return (draws.view(torch.int16)[: X.numel()].view(X.shape) >= _level(p) - _LEVELS // 2).to(
+            X.dtype
+        )

@@ -11,111 +11,139 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batching import shared
-from .modes import may_overwrite
-from .ops import Op, unfolded
-from .runs import Run, Table
-from .spec import Params
+from ..core.torch_internals import may_overwrite
+from .segments import Segment, SegmentLayout
 
 __all__ = ["low_rank_by_rows"]
 
 
-def low_rank_by_rows(op: Op, p: Params, W: Tensor, b: Tensor | None, x: Tensor) -> Tensor | None:
-    """y (N, ..., d_out) with each row's own adapter in; None where a scale is to be differentiated too, which phases have to do.
+def low_rank_by_rows(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float | Tensor,
+    layout: SegmentLayout,
+    segments: tuple[Segment, ...],
+    X: Tensor | None = None,
+) -> Tensor:
+    """y (N, ..., d_out) with each row's own low-rank update in.
 
     Args:
-        op: the method at the site, with `factors` that take several members at once, and the plan of the rows.
-        p: its tensors, each with a leading axis of members.
+        x: (N, ..., d_in), contiguous.
         W: (d_out, d_in).
         b: (d_out,) or None.
-        x: (N, ..., d_in), contiguous.
-
-    Raises:
-        StructureError: the leading dimension isn't the rows.
+        A: (K, r, d_in), one pair of factors for each member.
+        B: (K, d_out, r).
+        s: the scale, a float or (K, 1, 1); a tensor gets no gradient here.
+        layout: which rows belong to which members.
+        segments: its segments that are to be added.
+        X: the sorted batch; None where a graph is recorded, which sorts it by a function of its
+            own.
     """
-    assert op.plan is not None
-    assert op.variant.factors is not None
-    graph, plan = torch.is_grad_enabled(), op.plan
-    q, site = unfolded(p, op.site)
-    A, B, s = op.variant.factors(op.cfg, q, site)
-    cut = plan.ranks is not None and A.shape[1] == site.r  # a factor pair as it is: of a shorter member the rest is zeros
-    table = plan.table(x, site.path, in_place=True, banded=cut)
-    runs = tuple(run for run in table.runs if run.ranks is None or run.ranks[0] < site.r) if cut else table.runs
-    if isinstance(s, Tensor):
-        if graph and s.requires_grad:
-            return None
-        s = s.expand(A.shape[0]).view(-1, 1, 1)
-    if graph:
-        return _trained(table, runs, x, W, b, A, B, s)
-    return _served(table, runs, x, shared(x, table, site.path), W, b, A, B, s)
+    if X is None:
+        return _trained(layout, segments, x, W, b, A, B, s)
+    return _served(layout, segments, x, X, W, b, A, B, s)
 
 
 def _trained(
-    table: Table, runs: tuple[Run, ...], x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor
+    layout: SegmentLayout,
+    segments: tuple[Segment, ...],
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float | Tensor,
 ) -> Tensor:
     """y where it is to be differentiated: no row of the sorted batch is repeated."""
-    take, back = table.take, table.back
+    take, back = layout.take, layout.back
     X: Tensor = x if take is None else _Sorted.apply(x, take, back)
-    y: Tensor = _ByRows.apply(X.view(-1, X.shape[-1]), W, b, A, B, s, runs, X[0].numel() // X.shape[-1])
-    y = y.view(*x.shape[:-1], W.shape[0])  # not inside: autograd lets nobody write on a view that a function gives
+    y: Tensor = _ByRows.apply(
+        X.view(-1, X.shape[-1]), W, b, A, B, s, segments, X[0].numel() // X.shape[-1]
+    )
+    y = y.view(
+        *x.shape[:-1], W.shape[0]
+    )  # not inside: autograd lets nobody write on a view that a function gives
     return y if take is None else _Sorted.apply(y, back, take)
 
 
 def _served(
-    table: Table, runs: tuple[Run, ...], x: Tensor, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor
+    layout: SegmentLayout,
+    segments: tuple[Segment, ...],
+    x: Tensor,
+    X: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float | Tensor,
 ) -> Tensor:
-    """y where it isn't. Where rows are repeated in the sorted batch X, the layer runs on x as it came and the update alone on X."""
+    """y where it isn't. Where rows are repeated in the sorted batch X, the layer runs on x as it
+    came and the update alone on X.
+    """
     rows, tokens = X.shape[0], 1
-    if X.ndim > 2 and len(runs) > 1:  # made flat once, not in each run
+    if X.ndim > 2 and len(segments) > 1:  # made flat once, not in each run
         X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
     repeats = rows != x.shape[0]
     if repeats:
-        y = _update(table, runs, tokens, X, A, B, s)
+        y = _update(layout, segments, tokens, X, A, B, s)
     else:
         y = F.linear(X, W, b)
-        for run in runs:
-            _onto(run, tokens, y, X, A, B, s)
+        for segment in segments:
+            _onto(segment, tokens, y, X, A, B, s)
     if y.ndim != x.ndim:
         y = y.view(rows, *x.shape[1:-1], W.shape[0])
-    if table.back is not None:
-        y = y.index_select(0, table.back)
+    if layout.back is not None:
+        y = y.index_select(0, layout.back)
     return F.linear(x, W, b).add_(y) if repeats else y
 
 
-def _update(table: Table, runs: tuple[Run, ...], tokens: int, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor) -> Tensor:
-    """The update alone, (N tokens, ..., d_out), of a batch that repeats rows; zero where a row has no adapter."""
-    start, stop = table.bare
-    banded = any(run.ranks is not None for run in runs)
+def _update(
+    layout: SegmentLayout,
+    segments: tuple[Segment, ...],
+    tokens: int,
+    X: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: float | Tensor,
+) -> Tensor:
+    """The update alone, (N tokens, ..., d_out), of a batch that repeats rows; zero where a row has
+    no adapter.
+    """
+    start, stop = layout.bare
+    banded = any(segment.ranks is not None for segment in segments)
     y = X.new_zeros(*X.shape[:-1], B.shape[1]) if banded else X.new_empty(*X.shape[:-1], B.shape[1])
     if stop > start:
         y[start * tokens : stop * tokens] = 0.0
-    for run in runs:
-        _onto(run, tokens, y, X, A, B, s, 1.0 if banded else 0.0)
+    for segment in segments:
+        _onto(segment, tokens, y, X, A, B, s, 1.0 if banded else 0.0)
     return y
 
 
-def _rows(run: Run, tokens: int, t: Tensor) -> Tensor:
+def _rows(segment: Segment, tokens: int, t: Tensor) -> Tensor:
     """The run's rows of a sorted batch (N tokens, ..., d): a view (m, n, d), of one member (n, d)."""
-    members = run.high - run.low
-    if not run.whole:
-        t = t.narrow(0, run.start * tokens, members * run.width * tokens)
+    members = segment.high - segment.low
+    if not segment.whole:
+        t = t.narrow(0, segment.start * tokens, members * segment.width * tokens)
     if members == 1:
         return t if t.ndim == 2 else t.view(-1, t.shape[-1])
-    return t if run.width == 1 and t.ndim == 3 else t.view(members, -1, t.shape[-1])
+    return t if segment.width == 1 and t.ndim == 3 else t.view(members, -1, t.shape[-1])
 
 
-def _members(run: Run, t: Tensor) -> Tensor:
+def _members(segment: Segment, t: Tensor) -> Tensor:
     """The run's of a tensor (K, ...): a view (m, ...), of one member (...)."""
-    if run.high - run.low == 1:
-        return t.select(0, run.low)
-    return t if run.whole else t.narrow(0, run.low, run.high - run.low)
+    if segment.high - segment.low == 1:
+        return t.select(0, segment.low)
+    return t if segment.whole else t.narrow(0, segment.low, segment.high - segment.low)
 
 
-def _own(run: Run, leaves: Tensor) -> Tensor:
+def _own(segment: Segment, leaves: Tensor) -> Tensor:
     """The run's of leaves (K, r, d), its ranks alone: a view (m, r, d), of one member (r, d)."""
-    leaves = _members(run, leaves)
-    if run.ranks is not None:
-        first, last = run.ranks
+    leaves = _members(segment, leaves)
+    if segment.ranks is not None:
+        first, last = segment.ranks
         leaves = leaves.narrow(-2, first, min(last, leaves.shape[-2]) - first)
     return leaves
 
@@ -133,17 +161,38 @@ def _add(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0)
         y.baddbmm_(a, b, alpha=alpha, beta=beta)
 
 
-def _onto(run: Run, tokens: int, y: Tensor, X: Tensor, A: Tensor, B: Tensor, s: float | Tensor, beta: float = 1.0) -> Tensor:
-    """Add s (X A^T) B^T onto the run's rows of beta y (N tokens, d_out), in place. A X^T (m, r, n), with s in where that isn't a float."""
-    h = _product(_own(run, A), _rows(run, tokens, X).mT)  # the long side inside, up to twice as fast
+def _onto(
+    segment: Segment,
+    tokens: int,
+    y: Tensor,
+    X: Tensor,
+    A: Tensor,
+    B: Tensor,
+    s: float | Tensor,
+    beta: float = 1.0,
+) -> Tensor:
+    """Add s (X A^T) B^T onto the run's rows of beta y (N tokens, d_out), in place. A X^T (m, r, n),
+    with s in where that isn't a float.
+    """
+    h = _product(
+        _own(segment, A), _rows(segment, tokens, X).mT
+    )  # the long side inside, up to twice as fast
     if not isinstance(s, float):
-        h.mul_(_members(run, s))
-    _add(_rows(run, tokens, y), h.mT, _own(run, B.mT), s if isinstance(s, float) else 1.0, beta)
+        h.mul_(_members(segment, s))
+    _add(
+        _rows(segment, tokens, y),
+        h.mT,
+        _own(segment, B.mT),
+        s if isinstance(s, float) else 1.0,
+        beta,
+    )
     return h
 
 
 class _Sorted(torch.autograd.Function):
-    """Rows in another order. Their gradient is that in the old one: index_select's own adds it up, entry by entry, onto zeros."""
+    """Rows in another order. Their gradient is that in the old one: index_select's own adds it up,
+    entry by entry, onto zeros.
+    """
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -156,15 +205,25 @@ class _Sorted(torch.autograd.Function):
 
 
 class _ByRows(torch.autograd.Function):
-    """y (N tokens, d_out) of the sorted batch X (N tokens, d_in); gradients reach X, A and B, exactly zero where a member has no row."""
+    """y (N tokens, d_out) of the sorted batch X (N tokens, d_in); gradients reach X, A and B,
+    exactly zero where a member has no row.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float | Tensor, runs: tuple[Run, ...], tokens: int
+        ctx: Any,
+        X: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        s: float | Tensor,
+        segments: tuple[Segment, ...],
+        tokens: int,
     ) -> Tensor:
         y = F.linear(X, W, b)
-        hs = [_onto(run, tokens, y, X, A, B, s) for run in runs]
-        ctx.s, ctx.runs, ctx.tokens = s, runs, tokens
+        hs = [_onto(segment, tokens, y, X, A, B, s) for segment in segments]
+        ctx.s, ctx.segments, ctx.tokens = s, segments, tokens
         ctx.save_for_backward(X, W, b, A, B, *hs)
         return y
 
@@ -176,37 +235,53 @@ class _ByRows(torch.autograd.Function):
             return _plainly(ctx, X, W, b, A, B, G)
         G, s, tokens = G.contiguous(), ctx.s, ctx.tokens
         dX = G @ W if to_X else None
-        dA, dBt = _Gathered(A, ctx.runs), _Gathered(B.mT, ctx.runs)
-        for run, h in zip(ctx.runs, hs, strict=True):
-            g = _rows(run, tokens, G)  # (m, n, d_out)
+        dA, dBt = _Gathered(A, ctx.segments), _Gathered(B.mT, ctx.segments)
+        for segment, h in zip(ctx.segments, hs, strict=True):
+            g = _rows(segment, tokens, G)  # (m, n, d_out)
             if to_X or to_A:
-                dh = _product(_own(run, B.mT), g.mT)  # (m, r, n)
-                dh.mul_(s if isinstance(s, float) else _members(run, s))
+                dh = _product(_own(segment, B.mT), g.mT)  # (m, r, n)
+                dh.mul_(s if isinstance(s, float) else _members(segment, s))
                 if dX is not None:
-                    _add(_rows(run, tokens, dX), dh.mT, _own(run, A))
+                    _add(_rows(segment, tokens, dX), dh.mT, _own(segment, A))
                 if to_A:
-                    dA.put(run, dh, _rows(run, tokens, X))  # (m, r, d_in)
+                    dA.put(segment, dh, _rows(segment, tokens, X))  # (m, r, d_in)
             if to_B:
-                dBt.put(run, h * s if isinstance(s, float) else h, g)  # (m, r, d_out)
-        return dX, None, None, dA.made if to_A else None, dBt.made.mT.contiguous() if to_B else None, None, None, None
+                dBt.put(segment, h * s if isinstance(s, float) else h, g)  # (m, r, d_out)
+        return (
+            dX,
+            None,
+            None,
+            dA.made if to_A else None,
+            dBt.made.mT.contiguous() if to_B else None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Gathered:
     """Gradients of leaves (K, r, d), run by run; zero where no run is."""
 
-    def __init__(self, like: Tensor, runs: tuple[Run, ...]) -> None:
-        self.alone = len(runs) == 1 and runs[0].whole and runs[0].ranks is None and like.shape[0] > 1
+    def __init__(self, like: Tensor, segments: tuple[Segment, ...]) -> None:
+        self.alone = (
+            len(segments) == 1
+            and segments[0].whole
+            and segments[0].ranks is None
+            and like.shape[0] > 1
+        )
         self.made = like if self.alone else like.new_zeros(like.shape)
 
-    def put(self, run: Run, a: Tensor, b: Tensor) -> None:
+    def put(self, segment: Segment, a: Tensor, b: Tensor) -> None:
         """A run's, a b."""
         if self.alone:
             self.made = torch.bmm(a, b)
         else:
-            _product(a, b, out=_own(run, self.made))
+            _product(a, b, out=_own(segment, self.made))
 
 
-def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor) -> tuple[Tensor | None, ...]:
+def _plainly(
+    ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor
+) -> tuple[Tensor | None, ...]:
     """The gradients by autograd over operations that make new tensors.
 
     Of tensors of their own: X may depend on A and B, where the layer was called before.
@@ -215,11 +290,15 @@ def _plainly(ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Ten
     with torch.enable_grad():
         X, A, B = (t.view_as(t) for t in (X, A, B))
         y = F.linear(X, W, b)
-        for run in ctx.runs:
-            s = ctx.s if isinstance(ctx.s, float) else _members(run, ctx.s)
-            h = (_product(_own(run, A), _rows(run, ctx.tokens, X).mT) * s).to(X.dtype)  # (m, r, n)
-            added = (_rows(run, ctx.tokens, y) + _product(h.mT, _own(run, B.mT))).view(-1, y.shape[-1])
-            start = run.start * ctx.tokens
+        for segment in ctx.segments:
+            s = ctx.s if isinstance(ctx.s, float) else _members(segment, ctx.s)
+            h = (_product(_own(segment, A), _rows(segment, ctx.tokens, X).mT) * s).to(
+                X.dtype
+            )  # (m, r, n)
+            added = (_rows(segment, ctx.tokens, y) + _product(h.mT, _own(segment, B.mT))).view(
+                -1, y.shape[-1]
+            )
+            start = segment.start * ctx.tokens
             y = torch.slice_scatter(y, added, 0, start, start + added.shape[0])
         given = [t for t, to in zip((X, A, B), (to_X, to_A, to_B), strict=True) if to]
         found = iter(torch.autograd.grad(y, given, G, create_graph=True, materialize_grads=True))

@@ -10,11 +10,11 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..errors import UnsupportedError
-from ..spec import ParamSpec
+from ..core.errors import UnsupportedError
+from ..core.method import ParamSpec
+from ..core.random import generator
 
-__all__ = ["dense", "pack", "random", "spec", "unpack"]
+__all__ = ["dense", "drawn", "pack", "spec", "unpack"]
 
 
 def spec(n: int) -> ParamSpec:
@@ -28,9 +28,12 @@ def pack(flat: Tensor, d_in: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def random(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
+def drawn(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
     """The leaf of n different entries, drawn from the seed and the sizes alone, in the order drawn."""
-    return pack(torch.randperm(d_out * d_in, generator=rng.generator(seed, f"{d_out} {d_in}", "positions"))[:n], d_in)
+    return pack(
+        torch.randperm(d_out * d_in, generator=generator(seed, f"{d_out} {d_in}", "positions"))[:n],
+        d_in,
+    )
 
 
 def unpack(leaf: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +44,10 @@ def unpack(leaf: Tensor) -> tuple[Tensor, Tensor]:
     """
     if leaf.dtype not in (torch.float32, torch.float64):
         raise UnsupportedError(
-            f"positions are stored as float32 or float64, found {leaf.dtype}, where they are rounded; "
-            "change an adapter's dtype with ll.cast before ll.bind, not the bound module's with .to() or .half()"
+            f"positions are stored as float32 or float64, found {leaf.dtype}, where they are "
+            f"rounded; "
+            "change an adapter's dtype with ll.cast before ll.bind, not the bound module's with "
+            ".to() or .half()"
         )
     rows, columns = leaf.long().unbind(-2)
     return rows, columns
@@ -51,4 +56,8 @@ def unpack(leaf: Tensor) -> tuple[Tensor, Tensor]:
 def dense(leaf: Tensor, values: Tensor, d_out: int, d_in: int) -> Tensor:
     """The (d_out, d_in) matrix with these values (n,) at these entries, zero elsewhere."""
     rows, columns = unpack(leaf)
-    return torch.zeros(d_out * d_in, dtype=values.dtype, device=values.device).scatter(0, rows * d_in + columns, values).view(d_out, d_in)
+    return (
+        torch.zeros(d_out * d_in, dtype=values.dtype, device=values.device)
+        .scatter(0, rows * d_in + columns, values)
+        .view(d_out, d_in)
+    )

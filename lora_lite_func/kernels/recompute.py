@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["one_product"]
+__all__ = ["recomputed_linear"]
 
 Make = Callable[..., tuple[Tensor, Tensor | None]]
 """Tensors to (W' (d_out, d_in), b' (d_out,) or None), without randomness."""
 
 
-def one_product(make: Make, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+def recomputed_linear(make: Make, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     """x W'^T + b', (..., d_out), where W', b' = make(*tensors); gradients reach x and the tensors.
 
     Args:
@@ -25,7 +25,9 @@ def one_product(make: Make, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     """
     flat = x if x.ndim <= 2 else x.flatten(0, -2)  # (T, d_in)
     y: Tensor = _OneProduct.apply(make, flat, *tensors)
-    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])  # not inside: autograd lets nobody write on a view that a function gives
+    return (
+        y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
+    )  # not inside: autograd lets nobody write on a view that a function gives
 
 
 class _OneProduct(torch.autograd.Function):
@@ -46,14 +48,22 @@ class _OneProduct(torch.autograd.Function):
 
         def again(*learned: Tensor) -> tuple[Tensor, ...]:
             these = iter(learned)
-            W, b = ctx.make(*(next(these) if needed else t for t, needed in zip(tensors, to, strict=True)))
+            W, b = ctx.make(
+                *(next(these) if needed else t for t, needed in zip(tensors, to, strict=True))
+            )
             return (W,) if b is None else (W, b)
 
         if not learned:
             return None, g @ again()[0], *(None for _ in tensors)
-        both: Any = torch.func.vjp(again, *learned)  # which composes, should this be differentiated again
+        both: Any = torch.func.vjp(
+            again, *learned
+        )  # which composes, should this be differentiated again
         made, pull = both
         G = g.reshape(-1, g.shape[-1])  # (T, d_out)
         dW = G.mT @ x.reshape(-1, x.shape[-1])  # (d_out, d_in)
         back = iter(pull((dW, G.sum(0))[: len(made)]))
-        return None, g @ made[0] if to_x else None, *(next(back) if needed else None for needed in to)
+        return (
+            None,
+            g @ made[0] if to_x else None,
+            *(next(back) if needed else None for needed in to),
+        )

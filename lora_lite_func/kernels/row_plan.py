@@ -9,24 +9,26 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .errors import StructureError, UnsupportedError
-from .modes import is_traced, is_watched
-from .runs import Table, laid_out, traced
+from ..core.errors import StructureError, UnsupportedError
+from ..core.torch_internals import is_traced, is_watched
+from .segments import SegmentLayout, laid_out, traced
 
-__all__ = ["Parts", "Plan", "not_rows", "parted"]
+__all__ = ["RowGroups", "RowPlan", "not_rows", "parted"]
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Parts(NamedTuple):
-    """A batch cut into parts whose rows have the same adapters, for a call that has one weight for all its rows.
+class RowGroups(NamedTuple):
+    """A batch cut into parts whose rows have the same adapters, for a call that has one weight for
+    all its rows.
 
     Attributes:
         rows: of each part, in the order of the sorted batch.
         members: by plan, (parts,) whose leaves each takes; 0 where it has none.
         bare: by plan, which parts have none; all False where that isn't known.
-        here: by plan, (parts,) bool, which parts have one, where that isn't known; None where it is.
+        here: by plan, (parts,) bool, which parts have one, where that isn't known; None where it
+            is.
         take: (N,) which row goes where in the sorted batch; None where it is the batch itself.
         back: (N,) where each row is in the sorted batch; None likewise.
     """
@@ -39,23 +41,30 @@ class Parts(NamedTuple):
     back: Tensor | None = None
 
 
-class Plan:
+class RowPlan:
     """Which adapter each row of a batch has.
 
     Attributes:
         ids: (N,) int64, -1 for the bare base.
         members: how many adapters there are.
-        ranks: (members,) the largest rank each has anywhere; None where that isn't known or all are alike.
+        ranks: (members,) the largest rank each has anywhere; None where that isn't known or all are
+            alike.
     """
 
-    __slots__ = ("_ids", "_parts", "_tables", "ids", "members", "ranks", "rows")
+    __slots__ = ("_ids", "_layouts", "_parts", "ids", "members", "ranks", "rows")
 
-    def __init__(self, ids: Tensor, members: int, known: Sequence[int] | None, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        ids: Tensor,
+        members: int,
+        known: Sequence[int] | None,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self.ids, self.members, self.rows = ids, members, ids.shape[0]
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
         self._ids = None if known is None else tuple(known)
-        self._tables: dict[tuple[int, bool, bool, bool, torch.device], Table] = {}
-        self._parts: dict[tuple[int, torch.device], Parts] = {}
+        self._layouts: dict[tuple[int, bool, bool, bool, torch.device], SegmentLayout] = {}
+        self._parts: dict[tuple[int, torch.device], RowGroups] = {}
 
     @property
     def known(self) -> bool:
@@ -65,27 +74,37 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, Plan) and self._ids is not None and (self._ids, self.members) == (other._ids, other.members)
+        return (
+            isinstance(other, RowPlan)
+            and self._ids is not None
+            and (self._ids, self.members) == (other._ids, other.members)
+        )
 
     def __hash__(self) -> int:
         return hash((self._ids, self.members))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Plan, (self.ids, self.members, self._ids, self.ranks)
+        return RowPlan, (self.ids, self.members, self._ids, self.ranks)
 
-    def only(self, rows: Sequence[int]) -> Plan:
+    def only(self, rows: Sequence[int]) -> RowPlan:
         """The plan of some of the rows."""
         known = None if self._ids is None else [self._ids[row] for row in rows]
-        return Plan(torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks)
+        return RowPlan(
+            torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks
+        )
 
-    def table(self, x: Tensor, path: str, in_place: bool = False, banded: bool = False) -> Table:
+    def layout(
+        self, x: Tensor, path: str, in_place: bool = False, banded: bool = False
+    ) -> SegmentLayout:
         """The layout for a site's input.
 
         Args:
             x: (N, ..., d_in).
             path: the site's, for the message.
-            in_place: whether runs are written onto the batch: then members whose rows are as many share one, unless rows are few.
-            banded: whether members of unlike ranks may be in runs of their own, and their rows in several, by bands of ranks.
+            in_place: whether runs are written onto the batch: then members whose rows are as many
+                share one, unless rows are few.
+            banded: whether members of unlike ranks may be in runs of their own, and their rows in
+                several, by bands of ranks.
 
         Raises:
             StructureError: the leading dimension isn't the rows.
@@ -97,19 +116,30 @@ class Plan:
             raise not_rows(path, x, self.rows)
         if self._ids is None or torch.compiler.is_compiling():
             return traced(self.ids.to(x.device), self.members)
-        size = x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1)) if x.is_floating_point() else x[:1].numel()
+        size = (
+            x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1))
+            if x.is_floating_point()
+            else x[:1].numel()
+        )
         half = size.bit_length() // 2  # one table serves sizes of a kind
-        ids, graph, device, ranks = self._ids, torch.is_grad_enabled(), x.device, self.ranks if banded else None
+        ids, graph, device, ranks = (
+            self._ids,
+            torch.is_grad_enabled(),
+            x.device,
+            self.ranks if banded else None,
+        )
 
-        def make() -> Table:
+        def make() -> SegmentLayout:
             return laid_out(ids, self.members, 1 << (2 * half), not graph, device, in_place, ranks)
 
-        return _once(self._tables, (half, graph, in_place, ranks is not None, device), make)
+        return _once(self._layouts, (half, graph, in_place, ranks is not None, device), make)
 
 
 def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What is made once for a key. It serves calls of every kind: its tensors are no inference mode's, of no transform, and made for the
-    call alone where something sees each operation (and may put tensors of its own in their place)."""
+    """What is made once for a key. It serves calls of every kind: its tensors are no inference
+        mode's, of no transform, and made for the
+    call alone where something sees each operation (and may put tensors of its own in their place).
+    """
     watched = is_watched()
     found = None if watched else made.get(key)
     if found is None:
@@ -122,13 +152,15 @@ def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
 
 def _untraceable(where: str = "") -> UnsupportedError:
     return UnsupportedError(
-        f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no vmap); use torch.export.export or "
+        f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no "
+        f"vmap); use torch.export.export or "
         "torch.compile, or trace one adapter"
     )
 
 
-def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
-    """The parts of a batch whose rows have an adapter by each of several plans; where ids are unknown each row is one.
+def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
+    """The parts of a batch whose rows have an adapter by each of several plans; where ids are
+    unknown each row is one.
 
     Args:
         plans: of as many rows each, at least one.
@@ -143,14 +175,23 @@ def parted(plans: Sequence[Plan], device: torch.device) -> Parts:
     if any(ids is None for ids in known) or torch.compiler.is_compiling():
         rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]
         each = tuple((row,) for row in range(rows))
-        return Parts(each, tuple(i.clamp(min=0) for i in ids), ((False,) * rows,) * len(plans), tuple(i >= 0 for i in ids))
+        return RowGroups(
+            each,
+            tuple(i.clamp(min=0) for i in ids),
+            ((False,) * rows,) * len(plans),
+            tuple(i >= 0 for i in ids),
+        )
     first = plans[0]
     if any(plan is not first for plan in plans):
         return _parts(list(zip(*known, strict=True)), len(plans), device)
-    return _once(first._parts, (len(plans), device), lambda: _parts(list(zip(*known, strict=True)), len(plans), device))
+    return _once(
+        first._parts,
+        (len(plans), device),
+        lambda: _parts(list(zip(*known, strict=True)), len(plans), device),
+    )
 
 
-def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> Parts:
+def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> RowGroups:
     """Parts of rows whose ids, one for each plan, are known."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, members in enumerate(ids):
@@ -160,9 +201,12 @@ def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> 
     columns = list(zip(*used, strict=True)) or [()] * plans
     sorted_already = order == list(range(len(order)))
     take = None if sorted_already else torch.tensor(order, dtype=torch.int64, device=device)
-    return Parts(
+    return RowGroups(
         tuple(tuple(groups[members]) for members in used),
-        tuple(torch.tensor([max(i, 0) for i in column], dtype=torch.int64, device=device) for column in columns),
+        tuple(
+            torch.tensor([max(i, 0) for i in column], dtype=torch.int64, device=device)
+            for column in columns
+        ),
         tuple(tuple(i < 0 for i in column) for column in columns),
         (None,) * plans,
         take,
@@ -176,12 +220,16 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
     hint = ""
     if found and rows and found % rows == 0:
         hint = (
-            f", {found // rows} for each of them; where all of the batch was repeated in place (beams, several sequences per prompt), "
-            f"repeat each id: ids.repeat_interleave({found // rows}); where this layer alone sees tokens flattened into rows, others still "
+            f", {found // rows} for each of them; where all of the batch was repeated in place "
+            f"(beams, several sequences per prompt), "
+            f"repeat each id: ids.repeat_interleave({found // rows}); where this layer alone "
+            f"sees tokens flattened into rows, others still "
             f"have {rows}"
         )
     return StructureError(
-        f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the batch, found shape {tuple(x.shape)}{hint}. "
-        "A layer that mixes rows (routed experts, flattened tokens, time first) can't tell them apart: leave it out with exclude_names, "
+        f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the "
+        f"batch, found shape {tuple(x.shape)}{hint}. "
+        "A layer that mixes rows (routed experts, flattened tokens, time first) can't tell them "
+        "apart: leave it out with exclude_names, "
         "or call the model once per adapter"
     )

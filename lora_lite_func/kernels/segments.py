@@ -12,18 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bands import bands
+from .bands import rank_bands
 
-__all__ = ["Run", "Table", "laid_out", "traced"]
+__all__ = ["Segment", "SegmentLayout", "laid_out", "traced"]
 
 _CALL, _MEMBER = 60, 3
-"""What a run and a member in it cost, in units of one row's token: rough times of a few calls, and of reading an adapter."""
+"""What a run and a member in it cost, in units of one row's token: rough times of a few calls, and
+of reading an adapter.
+"""
 
 _COPIES = 3
-"""So many copies of a row's token, out of the batch or back, cost what an adapter on it does (measured on a CPU, 1 to 16 tokens a row)."""
+"""So many copies of a row's token, out of the batch or back, cost what an adapter on it does
+(measured on a CPU, 1 to 16 tokens a row).
+"""
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch.
 
     Attributes:
@@ -39,19 +43,21 @@ class Run(NamedTuple):
     whole: bool = False
 
 
-class Table(NamedTuple):
+class SegmentLayout(NamedTuple):
     """The layout of a batch.
 
     Attributes:
-        runs: in the order of the sorted batch, each row in one; where it is banded in several, each of other ranks.
+        runs: in the order of the sorted batch, each row in one; where it is banded in several, each
+            of other ranks.
         bare: (start, stop) of the rows without an adapter in the sorted batch.
         take: (n,) which row goes where in the sorted batch; None where it is the batch itself.
         back: (N,) where each row is in the sorted batch; None likewise.
-        members: (C,) whose leaves each of the one run's rows take, where they are gathered; None where runs are views.
+        members: (C,) whose leaves each of the one run's rows take, where they are gathered; None
+            where runs are views.
         without: (N,) which rows have no adapter, beside `members`.
     """
 
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
     bare: tuple[int, int]
     take: Tensor | None = None
     back: Tensor | None = None
@@ -59,7 +65,7 @@ class Table(NamedTuple):
     without: Tensor | None = None
 
 
-# --------------------------------------------------------------------------------------------------------- known ids
+# ---------------------------------------------------------------------------------------- known ids
 def laid_out(
     ids: Sequence[int],
     members: int,
@@ -68,16 +74,18 @@ def laid_out(
     device: torch.device,
     in_place: bool = False,
     ranks: Sequence[int] | None = None,
-) -> Table:
+) -> SegmentLayout:
     """Runs of views for ids that are known.
 
     Args:
         ids: (N,).
         members: of the stack.
         tokens: per row.
-        idle: whether a run may span members without rows (not where gradients are taken: theirs must be exactly zero).
+        idle: whether a run may span members without rows (not where gradients are taken: theirs
+            must be exactly zero).
         device: of the index tensors.
-        in_place: whether runs are written onto the batch, so that repeated rows would cost passes over all of it.
+        in_place: whether runs are written onto the batch, so that repeated rows would cost passes
+            over all of it.
         ranks: of the members, where runs are to be cut by them.
     """
     groups: dict[int, list[int]] = {}
@@ -88,17 +96,22 @@ def laid_out(
     counts = [len(groups[k]) for k in used]
     chosen = _joined(used, counts, tokens, idle)
     if in_place:
-        alike, slots = _alike(used, counts), sum((high - low) * width for low, high, width in chosen)
+        alike, slots = (
+            _alike(used, counts),
+            sum((high - low) * width for low, high, width in chosen),
+        )
         copies = (slots + len(ids)) * tokens // _COPIES
-        if not idle or _total(alike, tokens) <= _total(chosen, tokens) + copies:  # gradients of repeats would go by the phases
+        if (
+            not idle or _total(alike, tokens) <= _total(chosen, tokens) + copies
+        ):  # gradients of repeats would go by the phases
             chosen = alike
     first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
     order: list[int] = list(bare) if first else []
     back = [0] * len(ids)
-    runs: list[Run] = []
+    segments: list[Segment] = []
     for low, high, width in chosen:
-        run = Run(low, high, width, len(order))
-        runs += [run] if ranks is None else _banded(run, ranks, tokens)
+        segment = Segment(low, high, width, len(order))
+        segments += [segment] if ranks is None else _banded(segment, ranks, tokens)
         for member in range(low, high):
             own = groups.get(member, ())
             for row in own:
@@ -112,69 +125,94 @@ def laid_out(
         back[row] = start + i
     span = (start, start + len(bare))
     if not bare and chosen and chosen[0][:2] == (0, members):
-        runs = [run._replace(whole=(run.low, run.high) == (0, members)) for run in runs]
+        segments = [
+            segment._replace(whole=(segment.low, segment.high) == (0, members))
+            for segment in segments
+        ]
     if order == list(range(len(ids))):
-        return Table(tuple(runs), span)
+        return SegmentLayout(tuple(segments), span)
     take, place = (torch.tensor(t, dtype=torch.int64, device=device) for t in (order, back))
-    return Table(tuple(runs), span, take, None if back == list(range(len(order))) else place)
+    return SegmentLayout(
+        tuple(segments), span, take, None if back == list(range(len(order))) else place
+    )
 
 
-def _joined(used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool) -> list[tuple[int, int, int]]:
+def _joined(
+    used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool
+) -> list[tuple[int, int, int]]:
     """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
-    runs: list[tuple[int, int, int]] = []
+    segments: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
-        if runs:
-            low, high, width = runs[-1]
+        if segments:
+            low, high, width = segments[-1]
             joined = (low, member + 1, max(width, count))
-            if (idle or member == high) and _total([joined], tokens) <= _total([runs[-1], (member, member + 1, count)], tokens):
-                runs[-1] = joined
+            if (idle or member == high) and _total([joined], tokens) <= _total(
+                [segments[-1], (member, member + 1, count)], tokens
+            ):
+                segments[-1] = joined
                 continue
-        runs.append((member, member + 1, count))
-    return runs
+        segments.append((member, member + 1, count))
+    return segments
 
 
 def _alike(used: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """[(low, high, width)]: neighbours share a run where they have as many rows, so that none is repeated."""
-    runs: list[tuple[int, int, int]] = []
+    """[(low, high, width)]: neighbours share a run where they have as many rows, so that none is
+    repeated.
+    """
+    segments: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
-        if runs and runs[-1][1:] == (member, count):
-            runs[-1] = (runs[-1][0], member + 1, count)
+        if segments and segments[-1][1:] == (member, count):
+            segments[-1] = (segments[-1][0], member + 1, count)
         else:
-            runs.append((member, member + 1, count))
-    return runs
+            segments.append((member, member + 1, count))
+    return segments
 
 
-def _total(runs: Sequence[tuple[int, int, int]], tokens: int) -> int:
-    return sum(_CALL + (high - low) * (_MEMBER + width * tokens) for low, high, width in runs)
+def _total(segments: Sequence[tuple[int, int, int]], tokens: int) -> int:
+    return sum(_CALL + (high - low) * (_MEMBER + width * tokens) for low, high, width in segments)
 
 
-def _banded(run: Run, ranks: Sequence[int], tokens: int) -> list[Run]:
+def _banded(segment: Segment, ranks: Sequence[int], tokens: int) -> list[Segment]:
     """A run as runs on its rows, cut by ranks."""
     return [
-        Run(band.low, band.high, run.width, run.start + (band.low - run.low) * run.width, (band.first, band.last))
-        for band in bands(ranks, run.low, run.high, run.width * tokens)
+        Segment(
+            band.low,
+            band.high,
+            segment.width,
+            segment.start + (band.low - segment.low) * segment.width,
+            (band.first, band.last),
+        )
+        for band in rank_bands(ranks, segment.low, segment.high, segment.width * tokens)
     ]
 
 
-# ------------------------------------------------------------------------------------------------------- unknown ids
-def traced(ids: Tensor, members: int) -> Table:
-    """One run for ids whose values aren't to be had: shapes depend on the numbers of rows and members alone, so one graph serves
-    every mix. Each `width` rows of a member are one of the run's, and leaves are gathered for those."""
+# -------------------------------------------------------------------------------------- unknown ids
+def traced(ids: Tensor, members: int) -> SegmentLayout:
+    """One run for ids whose values aren't to be had: shapes depend on the numbers of rows and
+    members alone, so one graph serves every mix. Each `width` rows of a member are one of the
+    run's, and leaves are gathered for those.
+    """
     rows = ids.shape[0]
     safe = ids.clamp(min=0)
     width = max(1, rows // members)
     if width == 1:
-        return Table((Run(0, rows, 1, 0),), (0, 0), members=safe, without=ids < 0)
+        return SegmentLayout((Segment(0, rows, 1, 0),), (0, 0), members=safe, without=ids < 0)
     parts = rows // width + min(members, rows)  # as many as there can be
     order = torch.argsort(safe, stable=True)
-    counts = torch.zeros(members, dtype=torch.int64, device=ids.device).scatter_add(0, safe, torch.ones_like(safe))
+    counts = torch.zeros(members, dtype=torch.int64, device=ids.device).scatter_add(
+        0, safe, torch.ones_like(safe)
+    )
     each = (counts + width - 1) // width
     whole = each.cumsum(0)
     first, before = counts.cumsum(0) - counts, whole - each
     inside = safe[order]
-    place = before[inside] * width + torch.arange(rows, device=ids.device) - first[inside]  # (N,) in the sorted batch
-    owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(max=members - 1)
+    place = (
+        before[inside] * width + torch.arange(rows, device=ids.device) - first[inside]
+    )  # (N,) in the sorted batch
+    owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(
+        max=members - 1
+    )
     own = order[first[owner].clamp(max=rows - 1)]  # a row of the same member to repeat
     take = own.repeat_interleave(width, output_size=parts * width).scatter(0, place, order)
     back = torch.zeros_like(order).scatter(0, order, place)
-    return Table((Run(0, parts, width, 0),), (0, 0), take, back, owner, ids < 0)
+    return SegmentLayout((Segment(0, parts, width, 0),), (0, 0), take, back, owner, ids < 0)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.site import Site
 from .kinds import matrix
-from .spec import Site
 
 __all__ = ["is_affine"]
 

@@ -12,25 +12,38 @@ __all__ = ["bounded", "defers", "keeping_padding", "padded", "rows"]
 
 
 def defers(cls: type) -> bool:
-    """Whether a class's forward leaves the look-up to nn.Embedding's: it may change the ids before and the rows after."""
+    """Whether a class's forward leaves the look-up to nn.Embedding's: it may change the ids before
+    and the rows after.
+    """
     for base in cls.__mro__:
         if base is nn.Embedding:
             return True
         forward = base.__dict__.get("forward")
         if forward is not None:
             code = getattr(forward, "__code__", None)
-            if code is None or "__class__" not in code.co_freevars or "forward" not in code.co_names or "weight" in code.co_names:
+            if (
+                code is None
+                or "__class__" not in code.co_freevars
+                or "forward" not in code.co_names
+                or "weight" in code.co_names
+            ):
                 return False
     return False
 
 
 def rows(module: Any, ids: Tensor) -> Tensor:
-    """The table's rows as they are stored, (..., d_out): without the bound that torch puts on them in place."""
-    return F.embedding(ids, module.weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse)
+    """The table's rows as they are stored, (..., d_out): without the bound that torch puts on them
+    in place.
+    """
+    return F.embedding(
+        ids, module.weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse
+    )
 
 
 def bounded(y: Tensor, module: Any) -> Tensor:
-    """Rows (..., d_out) with norms of at most the layer's max_norm, as torch.embedding_renorm_ has it; the bound is differentiated."""
+    """Rows (..., d_out) with norms of at most the layer's max_norm, as torch.embedding_renorm_ has
+    it; the bound is differentiated.
+    """
     norm = torch.linalg.vector_norm(y, module.norm_type, dim=-1, keepdim=True)
     return torch.where(norm > module.max_norm, y * (module.max_norm / (norm + 1e-7)), y)
 

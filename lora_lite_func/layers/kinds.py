@@ -21,13 +21,25 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .config import DEFAULT_EXCLUDE
-from .layers import is_linear_like, stored
-from .lookup import defers
+from ..core.config import DEFAULT_EXCLUDE
+from ..core.method import Variant
+from ..core.site import Site
+from .embedding import defers
 from .norms import normalises, uses_one_plus
-from .spec import Site, Variant
+from .weights import is_linear_like, stored
 
-__all__ = ["KINDS", "Facts", "Kind", "facts", "kind_of", "matrix", "misfit", "place", "reads_prompt", "restored"]
+__all__ = [
+    "KINDS",
+    "Facts",
+    "Kind",
+    "facts",
+    "kind_of",
+    "matrix",
+    "misfit",
+    "module_and_name",
+    "reads_prompt",
+    "restored",
+]
 
 
 class Facts(NamedTuple):
@@ -35,7 +47,7 @@ class Facts(NamedTuple):
 
     d_in: int
     d_out: int
-    stack: int = 0
+    num_experts: int = 0
     transposed: bool = False
     plus_one: bool = False
 
@@ -50,12 +62,14 @@ class Kind:
         words: what they call several of them.
         holds: whether a module is one.
         size: module -> (d_in, d_out); None where it can't be read.
-        by_weight: whether a module's weight must be substituted, as methods' phases wouldn't fit around its call.
+        by_weight: whether a module's weight must be substituted, as methods' phases wouldn't fit
+            around its call.
         transposed: whether a module stores the transpose.
         hides: which of the default exclusions keep to it.
         bare: it is a tensor, not a module.
         one_hot: what comes to its call are ids, whose one-hot vectors the matrix multiplies.
-        listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are candidates.
+        listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are
+            candidates.
     """
 
     name: str
@@ -71,7 +85,7 @@ class Kind:
     one_hot: bool = False
 
 
-# ------------------------------------------------------------------------------------------------------- recognising
+# -------------------------------------------------------------------------------------- recognising
 def _is_transposed_linear(module: Any) -> bool:
     """transformers' Conv1D: (nx, nf) and no in_features."""
     nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
@@ -93,14 +107,20 @@ def _linear_size(module: Any) -> tuple[int, int] | None:
 
 
 def _is_conv(module: Any) -> bool:
-    if not hasattr(module, "kernel_size"):  # asked first: a whole model may warn when it is asked for channels
+    if not hasattr(
+        module, "kernel_size"
+    ):  # asked first: a whole model may warn when it is asked for channels
         return False
     channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
     if not isinstance(channels, int) or not isinstance(weight, Tensor):
         return False
     if isinstance(weight, nn.UninitializedParameter) or weight.ndim < 2:
         return False
-    return channels == (weight.shape[1] * getattr(module, "groups", 1) if _is_transposed_conv(module) else weight.shape[0])
+    return channels == (
+        weight.shape[1] * getattr(module, "groups", 1)
+        if _is_transposed_conv(module)
+        else weight.shape[0]
+    )
 
 
 def _is_transposed_conv(module: Any) -> bool:
@@ -108,11 +128,17 @@ def _is_transposed_conv(module: Any) -> bool:
 
 
 def _conv_size(module: Any) -> tuple[int, int] | None:
-    return (stored(module, "weight").numel() // module.out_channels, module.out_channels) if _is_conv(module) else None
+    return (
+        (stored(module, "weight").numel() // module.out_channels, module.out_channels)
+        if _is_conv(module)
+        else None
+    )
 
 
 def _is_embedding(module: Any) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(stored(module, "weight"), Tensor)
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(
+        stored(module, "weight"), Tensor
+    )
 
 
 def _embedding_size(module: Any) -> tuple[int, int] | None:
@@ -148,10 +174,34 @@ KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
-            "linear", "linear-like module", "linear-like layers", _is_linear, _linear_size, _never, _is_transposed_linear, DEFAULT_EXCLUDE
+            "linear",
+            "linear-like module",
+            "linear-like layers",
+            _is_linear,
+            _linear_size,
+            _never,
+            _is_transposed_linear,
+            DEFAULT_EXCLUDE,
         ),
-        Kind("conv", "convolution", "convolutions", _is_conv, _conv_size, transposed=_is_transposed_conv, hides=DEFAULT_EXCLUDE[:1]),
-        Kind("embedding", "embedding", "embeddings", _is_embedding, _embedding_size, _looks_up_itself, _is_embedding, one_hot=True),
+        Kind(
+            "conv",
+            "convolution",
+            "convolutions",
+            _is_conv,
+            _conv_size,
+            transposed=_is_transposed_conv,
+            hides=DEFAULT_EXCLUDE[:1],
+        ),
+        Kind(
+            "embedding",
+            "embedding",
+            "embeddings",
+            _is_embedding,
+            _embedding_size,
+            _looks_up_itself,
+            _is_embedding,
+            one_hot=True,
+        ),
         Kind("norm", "norm", "norms", _is_norm, _norm_size),
         Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
         Kind("vector", "parameter", "parameters of one dimension", _never, _unknown, bare=True),
@@ -167,11 +217,13 @@ def reads_prompt(variant: Variant) -> bool:
 
 def kind_of(module: Any) -> Kind | None:
     """The kind of a module with a weight; None for any other."""
-    return next((kind for kind in KINDS.values() if kind.name != "module" and kind.holds(module)), None)
+    return next(
+        (kind for kind in KINDS.values() if kind.name != "module" and kind.holds(module)), None
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the place itself
-def place(site: Site) -> tuple[str, str]:
+# --------------------------------------------------------------------------------- the place itself
+def module_and_name(site: Site) -> tuple[str, str]:
     """(path of the module, name of the tensor in it) of a site."""
     if KINDS[site.kind].bare:
         path, _, name = site.path.rpartition(".")
@@ -183,7 +235,9 @@ def facts(kind: Kind, module: Any, name: str = "weight", transposed: bool = Fals
     """Dimensions and storage of a module's weight, or of its bare tensor `name`."""
     if not kind.bare:
         d_in, d_out = kind.size(module) or (0, 0)
-        return Facts(d_in, d_out, 0, kind.transposed(module), kind.name == "norm" and uses_one_plus(module))
+        return Facts(
+            d_in, d_out, 0, kind.transposed(module), kind.name == "norm" and uses_one_plus(module)
+        )
     home = kind_of(module) if name == "weight" else None
     if home is not None:  # a layer's weight under its full name is seen as the layer's
         return facts(home, module)
@@ -206,42 +260,69 @@ def misfit(site: Site, module: Any) -> tuple[str, str] | None:
         if site.transposed == kind.transposed(module):
             return None
         stored_as = "transposed" if site.transposed else "as it is"
-        return f"{site.d_in} -> {site.d_out}, stored {stored_as}", "it as it is" if site.transposed else "transposed"
-    return f"{site.d_in} -> {site.d_out}", f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}"
+        return (
+            f"{site.d_in} -> {site.d_out}, stored {stored_as}",
+            "it as it is" if site.transposed else "transposed",
+        )
+    return (
+        f"{site.d_in} -> {site.d_out}",
+        f"no {kind.name} layer" if found is None else f"{found[0]} -> {found[1]}",
+    )
 
 
 def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
-    name = place(site)[1]
+    name = module_and_name(site)[1]
     tensor = module._parameters.get(name)
-    if tensor is not None and tensor.numel() == max(site.stack, 1) * site.d_in * site.d_out:
+    if tensor is not None and tensor.numel() == max(site.num_experts, 1) * site.d_in * site.d_out:
         shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
-        if not site.stack or tuple(tensor.shape) == (site.stack, *shape):
+        if not site.num_experts or tuple(tensor.shape) == (site.num_experts, *shape):
             return None
-    expected = f"{site.stack} x {site.d_in} -> {site.d_out}" if site.stack else f"{site.d_in} -> {site.d_out}"
-    return expected, f"no parameter {name!r}" if tensor is None else f"{name} of shape {tuple(tensor.shape)}"
+    expected = (
+        f"{site.num_experts} x {site.d_in} -> {site.d_out}"
+        if site.num_experts
+        else f"{site.d_in} -> {site.d_out}"
+    )
+    return (
+        expected,
+        f"no parameter {name!r}" if tensor is None else f"{name} of shape {tuple(tensor.shape)}",
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the matrix view
+# ---------------------------------------------------------------------------------- the matrix view
 def matrix(W: Tensor, site: Site) -> Tensor:
-    """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in): a view wherever it can be one."""
+    """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in): a view wherever it can
+    be one.
+    """
     if site.transposed:
-        W = _rows_of_outputs(W, site) if W.ndim > 2 and not site.stack else W.mT
-    elif not site.stack and W.shape != (site.d_out, site.d_in):
+        W = _rows_of_outputs(W, site) if W.ndim > 2 and not site.num_experts else W.mT
+    elif not site.num_experts and W.shape != (site.d_out, site.d_in):
         W = W.reshape(site.d_out, site.d_in)
     return W + 1.0 if site.plus_one else W
 
 
 def restored(M: Tensor, W: Tensor, site: Site) -> Tensor:
-    """A matrix in the form of the stored tensor W that it came from; exactly W where it is unchanged."""
+    """A matrix in the form of the stored tensor W that it came from; exactly W where it is
+    unchanged.
+    """
     if site.plus_one:
         return W + (M - matrix(W, site)).reshape(W.shape)
-    if site.transposed and W.ndim > 2 and not site.stack:
+    if site.transposed and W.ndim > 2 and not site.num_experts:
         groups = site.d_out // W.shape[1]
-        return M.reshape(groups, W.shape[1], -1, math.prod(W.shape[2:])).transpose(1, 2).reshape(W.shape)
+        return (
+            M.reshape(groups, W.shape[1], -1, math.prod(W.shape[2:]))
+            .transpose(1, 2)
+            .reshape(W.shape)
+        )
     return (M.mT if site.transposed else M).reshape(W.shape)
 
 
 def _rows_of_outputs(W: Tensor, site: Site) -> Tensor:
-    """A transposed convolution's kernel, groups of (in, out, entries), as groups of (out, in, entries): (d_out, d_in)."""
+    """A transposed convolution's kernel, groups of (in, out, entries), as groups of (out, in,
+    entries): (d_out, d_in).
+    """
     groups = site.d_out // W.shape[1]
-    return W.reshape(groups, -1, W.shape[1], math.prod(W.shape[2:])).transpose(1, 2).reshape(site.d_out, site.d_in)
+    return (
+        W.reshape(groups, -1, W.shape[1], math.prod(W.shape[2:]))
+        .transpose(1, 2)
+        .reshape(site.d_out, site.d_in)
+    )

@@ -14,7 +14,9 @@ _LIKE = 1e-2  # what eps does to the output of a norm whose input grows eightfol
 
 
 def normalises(module: nn.Module) -> bool:
-    """A torch norm with a gain, or a leaf module with a 1-D weight (and bias) whose output forgets the length of its input."""
+    """A torch norm with a gain, or a leaf module with a 1-D weight (and bias) whose output forgets
+    the length of its input.
+    """
     weight = module._parameters.get("weight")
     if weight is None:
         return False
@@ -30,10 +32,14 @@ def normalises(module: nn.Module) -> bool:
 
 
 def uses_one_plus(module: nn.Module) -> bool:
-    """Whether a norm multiplies by 1 + its weight, as Gemma's do: a weight of zeros then doesn't silence it."""
+    """Whether a norm multiplies by 1 + its weight, as Gemma's do: a weight of zeros then doesn't
+    silence it.
+    """
     if isinstance(module, _TORCHS):
         return False
-    x = torch.randn(2, 3, len(module.weight), generator=torch.Generator().manual_seed(0), device="cpu")  # type: ignore[arg-type]
+    weight: Any = module.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, len(weight), generator=generator, device="cpu")
     y = _probed(module, 0.0, x)
     return y is not None and bool(y.abs().max() > _LIKE)
 
@@ -44,8 +50,14 @@ def _probed(module: nn.Module, gain: float, x: Tensor) -> Tensor | None:
     copy.__dict__.update(module.__dict__)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         copy.__dict__[name] = type(module.__dict__[name])()
-    given: dict[str, Any] = {name: None if p is None else torch.zeros(p.shape, device="cpu") for name, p in module._parameters.items()}
-    copy.__dict__["_parameters"] = {**given, "weight": torch.full((x.shape[-1],), gain, device="cpu")}
+    given: dict[str, Any] = {
+        name: None if p is None else torch.zeros(p.shape, device="cpu")
+        for name, p in module._parameters.items()
+    }
+    copy.__dict__["_parameters"] = {
+        **given,
+        "weight": torch.full((x.shape[-1],), gain, device="cpu"),
+    }
     copy.__dict__["_buffers"] = dict(module._buffers)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):

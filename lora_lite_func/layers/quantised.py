@@ -13,30 +13,39 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import UnsupportedError
+from ..core.errors import UnsupportedError
 
 __all__ = ["dequantised", "unpacked"]
 
 
 def dequantised(module: Any, weight: Tensor) -> Tensor:
-    """The dense (d_out, d_in) values that a packed linear-like layer multiplies by, float32 at least: a new tensor.
+    """The dense (d_out, d_in) values that a packed linear-like layer multiplies by, float32 at
+    least: a new tensor.
 
     Raises:
-        UnsupportedError: nothing here knows the packing, and the layer can't be called on plain vectors.
+        UnsupportedError: nothing here knows the packing, and the layer can't be called on plain
+            vectors.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for read in (_wrapped, _rows_of_bytes, _four_bits, _asked):
             values = read(module, weight)
             if values is not None and values.numel() == module.in_features * module.out_features:
-                return values.reshape(module.out_features, module.in_features).to(torch.promote_types(values.dtype, torch.float32))
+                return values.reshape(module.out_features, module.in_features).to(
+                    torch.promote_types(values.dtype, torch.float32)
+                )
     raise UnsupportedError(
-        f"{type(module).__name__} keeps its weight in a packing that can't be read ({weight.dtype}, {tuple(weight.shape)})"
+        f"{type(module).__name__} keeps its weight in a packing that can't be read "
+        f"({weight.dtype}, {tuple(weight.shape)})"
     )
 
 
 def unpacked(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """A dense layer with a packed layer's place and mode: of its own class where the packing is the tensor's, else an nn.Linear."""
-    made: Any = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+    """A dense layer with a packed layer's place and mode: of its own class where the packing is the
+    tensor's, else an nn.Linear.
+    """
+    made: Any = nn.Linear(
+        module.in_features, module.out_features, bias=bias is not None, device="meta"
+    )
     if is_traceable_wrapper_subclass(module._parameters["weight"]):
         made = copy.copy(module)
         made.__dict__["_parameters"] = dict(module._parameters)
@@ -47,12 +56,18 @@ def unpacked(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
 
 def _wrapped(module: Any, weight: Any) -> Tensor | None:
     """A tensor subclass that knows its values (torchao)."""
-    values = weight.dequantize() if is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize") else None
+    values = (
+        weight.dequantize()
+        if is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize")
+        else None
+    )
     return values if isinstance(values, Tensor) else None
 
 
 def _rows_of_bytes(module: Any, weight: Any) -> Tensor | None:
-    """bitsandbytes' 8 bits: whole numbers (d_out, d_in) and each row's largest magnitude, which a call moves to the layer's state."""
+    """bitsandbytes' 8 bits: whole numbers (d_out, d_in) and each row's largest magnitude, which a
+    call moves to the layer's state.
+    """
     state = getattr(module, "state", None)
     scale = getattr(weight, "SCB", None)
     scale = getattr(state, "SCB", None) if scale is None else scale

@@ -8,19 +8,31 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .config import DEFAULT_EXCLUDE, AdapterConfig, dropout_of
-from .errors import TargetError, UnsupportedError, nearest, shown
+from ..core.config import DEFAULT_EXCLUDE, AdapterConfig, dropout_of
+from ..core.errors import TargetError, UnsupportedError, nearest, short_repr
+from ..core.method import Variant, site_for
+from ..core.site import Site
 from .kinds import KINDS, Facts, Kind, facts, kind_of
-from .layers import check_model, is_packed, refuse_uncopyable, stored
-from .spec import Site, Variant, site_for
+from .refusals import check_model, refuse_uncopyable
+from .weights import is_packed, stored
 
 __all__ = ["find", "layer_index", "role_of"]
 
-_WRITERS = (".o", ".o_proj", ".out_proj", ".attn.proj", ".down_proj", ".wo", ".output.dense")  # whole names, at a path's end
+_WRITERS = (
+    ".o",
+    ".o_proj",
+    ".out_proj",
+    ".attn.proj",
+    ".down_proj",
+    ".wo",
+    ".output.dense",
+)  # whole names, at a path's end
 
 
-class Place(NamedTuple):
-    """A candidate: its path, the module that holds it, the tensor's name there, whether that module is never called."""
+class Candidate(NamedTuple):
+    """A candidate: its path, the module that holds it, the tensor's name there, whether that module
+    is never called.
+    """
 
     path: str
     kind: Kind
@@ -30,11 +42,13 @@ class Place(NamedTuple):
 
 
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:
-    """The sites of a config, with the modules that hold them: modules in the order of `model.named_modules()`, then parameters.
+    """The sites of a config, with the modules that hold them: modules in the order of
+        `model.named_modules()`, then parameters.
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing, or nothing is left.
-        UnsupportedError: the method can't adapt a chosen place, or the model is no module, or a wrapper that hides its modules.
+        UnsupportedError: the method can't adapt a chosen place, or the model is no module, or a
+            wrapper that hides its modules.
     """
     check_model(model)
     refuse_uncopyable(model)
@@ -43,12 +57,20 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
     parameters = _chosen_parameters(model, cfg)
     _check_once(chosen, parameters)
     chosen += parameters
-    words = _words({place.kind.name: place.kind for place in chosen}.values())
+    words = _words({candidate.kind.name: candidate.kind for candidate in chosen}.values())
     for what in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(what, [p for p, _ in getattr(cfg, what)], [place.path for place in chosen], words)
-    twins: dict[float, Tensor] = {}
+        _check_patterns(
+            what,
+            [p for p, _ in getattr(cfg, what)],
+            [candidate.path for candidate in chosen],
+            words,
+        )
+    scale_tensors: dict[float, Tensor] = {}
     width = residual_width(model)
-    return [(_site(variant, cfg, place, width, twins), place.module) for place in chosen]
+    return [
+        (_site(variant, cfg, candidate, width, scale_tensors), candidate.module)
+        for candidate in chosen
+    ]
 
 
 def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
@@ -57,61 +79,96 @@ def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
         known = [kind for kind, row in KINDS.items() if not row.bare]
         if name not in known:
             bare = " (name parameters in target_parameters)" if name in KINDS else ""
-            raise TargetError(f"target_kinds: unknown kind {name!r}{bare}; {nearest(name, known, first=len(known))}")
+            raise TargetError(
+                f"target_kinds: unknown kind {name!r}{bare}; "
+                f"{nearest(name, known, first=len(known))}"
+            )
         if name not in variant.sites:
-            raise UnsupportedError(f"target_kinds: {variant.name} adapts {', '.join(variant.sites)}, this asks for {name!r}")
+            raise UnsupportedError(
+                f"target_kinds: {variant.name} adapts {', '.join(variant.sites)}, this asks for "
+                f"{name!r}"
+            )
     if cfg.target_kinds:
         return [KINDS[name] for name in dict.fromkeys(cfg.target_kinds)]
     if cfg.target_parameters and not cfg.target_names:
         return []
     odd = [name for name in variant.sites if name not in KINDS]
     if odd:
-        raise UnsupportedError(f"{variant.name} says that it adapts {shown(odd[0])}; {nearest(str(odd[0]), KINDS, first=len(KINDS))}")
+        raise UnsupportedError(
+            f"{variant.name} says that it adapts {short_repr(odd[0])}; "
+            f"{nearest(str(odd[0]), KINDS, first=len(KINDS))}"
+        )
     default = next((name for name in variant.sites if not KINDS[name].bare), None)
     if default is None:
-        raise TargetError(f"{variant.name} adapts bare parameters alone; name them in target_parameters")
+        raise TargetError(
+            f"{variant.name} adapts bare parameters alone; name them in target_parameters"
+        )
     return [KINDS[default]]
 
 
-def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Place]:
-    found = [(path, module, next((kind for kind in kinds if kind.holds(module)), None)) for path, module in model.named_modules()]
-    listed = {id(member) for _, module, _ in found if isinstance(module, nn.ModuleList) for member in module}
-    uncalled = {id(module.out_proj) for _, module, _ in found if isinstance(module, nn.MultiheadAttention)}
+def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Candidate]:
+    found = [
+        (path, module, next((kind for kind in kinds if kind.holds(module)), None))
+        for path, module in model.named_modules()
+    ]
+    listed = {
+        id(member)
+        for _, module, _ in found
+        if isinstance(module, nn.ModuleList)
+        for member in module
+    }
+    uncalled = {
+        id(module.out_proj) for _, module, _ in found if isinstance(module, nn.MultiheadAttention)
+    }
     candidates = [
-        Place(path, kind, module, "weight", id(module) in uncalled)
+        Candidate(path, kind, module, "weight", id(module) in uncalled)
         for path, module, kind in found
         if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
     ]
     words = _words(kinds)
     if not candidates:
-        what = "linear-like module (in_features, out_features, weight, a call)" if kinds == [KINDS["linear"]] else f"{words}"
-        raise TargetError(f"{type(model).__name__} has no {what}{_elsewhere(model, cfg.target_names, kinds)}")
-    paths = [place.path for place in candidates]
+        what = (
+            "linear-like module (in_features, out_features, weight, a call)"
+            if kinds == [KINDS["linear"]]
+            else f"{words}"
+        )
+        raise TargetError(
+            f"{type(model).__name__} has no {what}{_elsewhere(model, cfg.target_names, kinds)}"
+        )
+    paths = [candidate.path for candidate in candidates]
     _check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
-    _check_patterns("exclude_names", [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE], paths, words)
+    _check_patterns(
+        "exclude_names", [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE], paths, words
+    )
     layers = _layers(cfg, paths, words)
     width = residual_width(model)
     matches = [re.compile(p).search for p in cfg.target_names]
     chosen = [
-        place
-        for place in candidates
-        if (not matches or any(match(place.path) for match in matches))
-        and not _excluded(place, cfg)
-        and (layers is None or layer_index(place.path) in layers)
-        and (not cfg.target_roles or role_of(place.path, place.kind.size(place.module), width) in cfg.target_roles)
+        candidate
+        for candidate in candidates
+        if (not matches or any(match(candidate.path) for match in matches))
+        and not _excluded(candidate, cfg)
+        and (layers is None or layer_index(candidate.path) in layers)
+        and (
+            not cfg.target_roles
+            or role_of(candidate.path, candidate.kind.size(candidate.module), width)
+            in cfg.target_roles
+        )
     ]
     if not chosen:
         raise TargetError(_nothing_left(cfg, paths, words))
     return chosen
 
 
-def _excluded(place: Place, cfg: AdapterConfig) -> bool:
+def _excluded(candidate: Candidate, cfg: AdapterConfig) -> bool:
     """By what the user wrote, or by the defaults as far as they are meant for such a place."""
-    patterns = (p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE or p in place.kind.hides)
-    return any(re.search(p, place.path) for p in patterns)
+    patterns = (
+        p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE or p in candidate.kind.hides
+    )
+    return any(re.search(p, candidate.path) for p in patterns)
 
 
-def _chosen_parameters(model: nn.Module, cfg: AdapterConfig) -> list[Place]:
+def _chosen_parameters(model: nn.Module, cfg: AdapterConfig) -> list[Candidate]:
     if not cfg.target_parameters:
         return []
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -119,33 +176,60 @@ def _chosen_parameters(model: nn.Module, cfg: AdapterConfig) -> list[Place]:
     for what in ("target_parameters", "transposed_parameters"):
         _check_patterns(what, getattr(cfg, what), names, "parameters")
     user = [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE]
-    chosen: dict[int, Place] = {}
+    chosen: dict[int, Candidate] = {}
     for path in names:
-        if any(re.search(p, path) for p in cfg.target_parameters) and not any(re.search(p, path) for p in user):
+        if any(re.search(p, path) for p in cfg.target_parameters) and not any(
+            re.search(p, path) for p in user
+        ):
             home, _, name = path.rpartition(".")
             tensor: Any = modules[home]._parameters[name]
-            chosen.setdefault(id(tensor), Place(path, KINDS["vector" if tensor.ndim < 2 else "parameter"], modules[home], name))
+            chosen.setdefault(
+                id(tensor),
+                Candidate(
+                    path, KINDS["vector" if tensor.ndim < 2 else "parameter"], modules[home], name
+                ),
+            )
     if not chosen:
-        raise TargetError(f"exclude_names leaves none of the parameters that target_parameters={cfg.target_parameters!r} selects")
+        raise TargetError(
+            f"exclude_names leaves none of the parameters that "
+            f"target_parameters={cfg.target_parameters!r} selects"
+        )
     return list(chosen.values())
 
 
-def _check_once(modules: list[Place], parameters: list[Place]) -> None:
-    weights = {(id(place.module), name): place.path for place in modules for name in ("weight", "bias") if not place.kind.listed}
-    for place in parameters:
-        twice = weights.get((id(place.module), place.name))
+def _check_once(modules: list[Candidate], parameters: list[Candidate]) -> None:
+    weights = {
+        (id(candidate.module), name): candidate.path
+        for candidate in modules
+        for name in ("weight", "bias")
+        if not candidate.kind.listed
+    }
+    for candidate in parameters:
+        twice = weights.get((id(candidate.module), candidate.name))
         if twice is not None:
-            raise TargetError(f"{place.path!r} is named by target_parameters, and belongs to the site {twice!r}; choose one of the two")
+            raise TargetError(
+                f"{candidate.path!r} is named by target_parameters, and belongs to the site "
+                f"{twice!r}; choose one of the two"
+            )
 
 
-def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins: dict[float, Tensor]) -> Site:
-    path, kind, module, name, _ = place
+def _site(
+    variant: Variant,
+    cfg: AdapterConfig,
+    candidate: Candidate,
+    width: int,
+    scale_tensors: dict[float, Tensor],
+) -> Site:
+    path, kind, module, name, _ = candidate
     if kind.name not in variant.sites:
         this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
-        raise UnsupportedError(f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}")
+        raise UnsupportedError(
+            f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}"
+        )
     if kind.bare and is_packed(module._parameters[name]):
         raise UnsupportedError(
-            f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer (target_names), whose call unpacks it"
+            f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer "
+            f"(target_names), whose call unpacks it"
         )
     transposed = any(re.search(p, path) for p in cfg.transposed_parameters)
     if kind.listed:  # the hidden state's width: a linear layer says its own
@@ -155,21 +239,38 @@ def _site(variant: Variant, cfg: AdapterConfig, place: Place, width: int, twins:
         found = facts(kind, module, name, transposed)
     if found.d_in < 1 or found.d_out < 1:
         raise UnsupportedError(
-            f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a lazy model once so that it has its sizes, "
+            f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a "
+            f"lazy model once so that it has its sizes, "
             "or leave the layer out with exclude_names"
         )
     tensor = None if kind.listed else module._parameters.get(name)
     if tensor is not None and tensor.is_complex():
-        raise UnsupportedError(f"{path!r}: its {name} is complex, and adapters are real; leave it out with exclude_names")
-    by_call = kind.listed or not (kind.bare or kind.one_hot or kind.by_weight(module) or place.uncalled)
+        raise UnsupportedError(
+            f"{path!r}: its {name} is complex, and adapters are real; leave it out with "
+            f"exclude_names"
+        )
+    by_call = kind.listed or not (
+        kind.bare or kind.one_hot or kind.by_weight(module) or candidate.uncalled
+    )
     dropout = dropout_of(cfg)
     if dropout and not by_call:
         raise UnsupportedError(
-            f"{path!r}: {dropout} acts on features that come to a layer's call, and this {kind.one} is adapted without; set {dropout}=0"
+            f"{path!r}: {dropout} acts on features that come to a layer's call, and this "
+            f"{kind.one} is adapted without; set {dropout}=0"
         )
     bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
-    at = Site(path, found.d_in, found.d_out, bias, kind.name, cfg.rank_at(path), cfg.alpha_at(path), 1.0, *found[2:])
-    return site_for(variant, cfg, at, twins)
+    at = Site(
+        path,
+        found.d_in,
+        found.d_out,
+        bias,
+        kind.name,
+        cfg.rank_at(path),
+        cfg.alpha_at(path),
+        1.0,
+        *found[2:],
+    )
+    return site_for(variant, cfg, at, scale_tensors)
 
 
 def layer_index(path: str) -> int | None:
@@ -178,7 +279,9 @@ def layer_index(path: str) -> int | None:
 
 
 def role_of(path: str, size: tuple[int, int] | None, width: int) -> str:
-    """By shape (d_in, d_out) against the residual width, and by name where both sides have it: reader, writer or inner."""
+    """By shape (d_in, d_out) against the residual width, and by name where both sides have it:
+    reader, writer or inner.
+    """
     reads, writes = (n == width for n in size or (0, 0))
     if reads and writes:
         return "writer" if f".{path}".endswith(_WRITERS) else "reader"
@@ -186,7 +289,9 @@ def role_of(path: str, size: tuple[int, int] | None, width: int) -> str:
 
 
 def residual_width(model: nn.Module) -> int:
-    """The width of the residual stream: the model config's hidden size, else the commonest feature count of its linear layers."""
+    """The width of the residual stream: the model config's hidden size, else the commonest feature
+    count of its linear layers.
+    """
     config = getattr(model, "config", None)
     for holder in (config, getattr(config, "text_config", None)):
         for name in ("hidden_size", "d_model", "n_embd", "dim"):
@@ -198,13 +303,18 @@ def residual_width(model: nn.Module) -> int:
     return max(sizes, key=lambda n: (sizes.count(n), n), default=0)
 
 
-# ------------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------- what is said
 def _words(kinds: Iterable[Kind]) -> str:
     return " or ".join(kind.words for kind in kinds) or "sites"
 
 
 def _check_patterns(
-    what: str, patterns: Iterable[str], paths: list[str], words: str, model: nn.Module | None = None, kinds: Iterable[Kind] = ()
+    what: str,
+    patterns: Iterable[str],
+    paths: list[str],
+    words: str,
+    model: nn.Module | None = None,
+    kinds: Iterable[Kind] = (),
 ) -> None:
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
@@ -230,7 +340,11 @@ def _elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind])
         found = " and ".join(f"{n} of kind {name!r}" for name, n in counts.items())
         verb = "it has" if patterns == [""] else "it matches"
         return f"; {verb} {found}: add target_kinds=({', '.join(map(repr, counts))},)"
-    names = [name for name, _ in model.named_parameters() if patterns != [""] and any(re.search(p, name) for p in patterns)]
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if patterns != [""] and any(re.search(p, name) for p in patterns)
+    ]
     return f"; it matches the parameter {names[0]!r}: name it in target_parameters" if names else ""
 
 
@@ -240,16 +354,26 @@ def _layers(cfg: AdapterConfig, paths: list[str], words: str) -> set[int] | None
     known = sorted({i for i in map(layer_index, paths) if i is not None})
     if not known:
         none = "no linear-like layer" if words == KINDS["linear"].words else f"none of the {words}"
-        raise TargetError(f"layers: {none} has a number in its path; first ones: {', '.join(map(repr, paths[:3]))}")
+        raise TargetError(
+            f"layers: {none} has a number in its path; first ones: "
+            f"{', '.join(map(repr, paths[:3]))}"
+        )
     count = known[-1] + 1
     wanted = {i + count if i < 0 else i for i in cfg.layers}
     for i in cfg.layers:
         if (i + count if i < 0 else i) not in known:
-            raise TargetError(f"layers: index {i} matches nothing; the layers are {known[0]} to {known[-1]}")
+            raise TargetError(
+                f"layers: index {i} matches nothing; the layers are {known[0]} to {known[-1]}"
+            )
     return wanted
 
 
 def _nothing_left(cfg: AdapterConfig, paths: list[str], words: str) -> str:
-    asked = {what: getattr(cfg, what) for what in ("target_names", "target_roles", "layers", "exclude_names")}
-    text = ", ".join(f"{k}={v!r}" for k, v in asked.items() if (v is not None if k == "layers" else v))
+    asked = {
+        what: getattr(cfg, what)
+        for what in ("target_names", "target_roles", "layers", "exclude_names")
+    }
+    text = ", ".join(
+        f"{k}={v!r}" for k, v in asked.items() if (v is not None if k == "layers" else v)
+    )
     return f"none of {len(paths)} {words} is left under {text}; first ones: {', '.join(map(repr, paths[:3]))}"

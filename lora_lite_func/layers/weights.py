@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import UnsupportedError
+from ..core.errors import UnsupportedError
 from .quantised import dequantised
 
 __all__ = [
-    "at_trace_time",
-    "autocasts",
-    "check_model",
     "compute_dtype",
     "dense_weight",
     "device_of",
@@ -27,14 +22,14 @@ __all__ = [
     "is_dense",
     "is_linear_like",
     "is_packed",
-    "refusal",
-    "refuse_uncopyable",
     "stored",
 ]
 
 
 def is_linear_like(module: Any) -> bool:
-    """in_features, out_features, weight and a call: nn.Linear, its subclasses, and the quantised ones."""
+    """in_features, out_features, weight and a call: nn.Linear, its subclasses, and the quantised
+    ones.
+    """
     return (
         isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
@@ -47,11 +42,18 @@ def is_linear_like(module: Any) -> bool:
 def _is_its_own(module: Any, name: str) -> bool:
     """The tensor isn't one that `__getattr__` fetches from a wrapped layer."""
     own = vars(module)
-    return name in own.get("_parameters", ()) or name in own.get("_buffers", ()) or name in own or hasattr(type(module), name)
+    return (
+        name in own.get("_parameters", ())
+        or name in own.get("_buffers", ())
+        or name in own
+        or hasattr(type(module), name)
+    )
 
 
 def stored(module: Any, name: str) -> Any:
-    """A layer's tensor as it is stored: of a parametrized one what it is computed from, as computing it may write on the model."""
+    """A layer's tensor as it is stored: of a parametrized one what it is computed from, as
+    computing it may write on the model.
+    """
     own = getattr(module, "__dict__", {}).get("_parameters", {})
     if name in own:  # a parametrized one isn't
         return own[name]
@@ -59,7 +61,11 @@ def stored(module: Any, name: str) -> Any:
         held = module.parametrizations[name]
         if hasattr(held, "original"):
             return held.original
-        parts = [t for name, t in {**held._parameters, **held._buffers}.items() if name.startswith("original")]
+        parts = [
+            t
+            for name, t in {**held._parameters, **held._buffers}.items()
+            if name.startswith("original")
+        ]
         return max(parts, key=Tensor.numel)  # of a size and a direction the direction
     return getattr(module, name, None)
 
@@ -69,7 +75,10 @@ def how_to_bake(module: Any, name: str) -> str:
     if parametrize.is_parametrized(module, name):
         return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
     hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
-    known = {"WeightNorm": "remove_weight_norm(layer)", "SpectralNorm": "remove_spectral_norm(layer)"}
+    known = {
+        "WeightNorm": "remove_weight_norm(layer)",
+        "SpectralNorm": "remove_spectral_norm(layer)",
+    }
     found = next((f"torch.nn.utils.{known[hook]}" for hook in hooks if hook in known), None)
     if found is None and f"{name}_mask" in module._buffers:
         found = f"torch.nn.utils.prune.remove(layer, {name!r})"
@@ -77,8 +86,14 @@ def how_to_bake(module: Any, name: str) -> str:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Quantised: not a floating tensor of 16 bits at least, or a subclass that keeps its values in other tensors."""
-    return not weight.is_floating_point() or weight.itemsize == 1 or is_traceable_wrapper_subclass(weight)
+    """Quantised: not a floating tensor of 16 bits at least, or a subclass that keeps its values in
+    other tensors.
+    """
+    return (
+        not weight.is_floating_point()
+        or weight.itemsize == 1
+        or is_traceable_wrapper_subclass(weight)
+    )
 
 
 def held(module: Any, name: str = "weight") -> Tensor:
@@ -92,7 +107,10 @@ def held(module: Any, name: str = "weight") -> Tensor:
         return tensor.detach()
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if weights_map is None:
-        raise UnsupportedError(f"{name} of this {type(module).__name__} is on the meta device; load the model's weights first")
+        raise UnsupportedError(
+            f"{name} of this {type(module).__name__} is on the meta device; load the model's "
+            f"weights first"
+        )
     found: Tensor = weights_map[name]
     return found
 
@@ -103,7 +121,9 @@ def is_dense(weight: Tensor, size: int) -> bool:
 
 
 def compute_dtype(module: Any, name: str = "weight") -> torch.dtype:
-    """The floating dtype a layer computes in: its weight's, a quantised layer's own choice, or float32."""
+    """The floating dtype a layer computes in: its weight's, a quantised layer's own choice, or
+    float32.
+    """
     weight = stored(module, name)
     if weight.is_floating_point() and weight.itemsize > 1:
         return weight.dtype
@@ -112,7 +132,9 @@ def compute_dtype(module: Any, name: str = "weight") -> torch.dtype:
 
 
 def device_of(module: Any, name: str = "weight") -> torch.device:
-    """Where a layer computes: its weight's device, or where accelerate's hook brings an offloaded one."""
+    """Where a layer computes: its weight's device, or where accelerate's hook brings an offloaded
+    one.
+    """
     device: torch.device = stored(module, name).device
     if device.type == "meta":
         target = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -121,7 +143,8 @@ def device_of(module: Any, name: str = "weight") -> torch.device:
 
 
 def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> Tensor:
-    """A layer's weight as a dense tensor of its stored shape (a packed one's values), float32 at least, the caller's own.
+    """A layer's weight as a dense tensor of its stored shape (a packed one's values), float32 at
+    least, the caller's own.
 
     Args:
         module: the layer.
@@ -130,27 +153,36 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
         name: the tensor's name there.
 
     Raises:
-        UnsupportedError: it is packed in a way that can't be read, has entries that aren't finite, or is on the meta device without a
-            map to load it from.
+        UnsupportedError: it is packed in a way that can't be read, has entries that aren't finite,
+            or is on the meta device without a map to load it from.
     """
     weight = _computed(module, name)
     if weight.is_meta:
         weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights_map is None:
-            raise UnsupportedError(f"{method} reads the weight, which is on the meta device; load the model's weights first")
+            raise UnsupportedError(
+                f"{method} reads the weight, which is on the meta device; load the model's "
+                f"weights first"
+            )
         weight = weights_map[name]
     if is_packed(weight) and name == "weight" and is_linear_like(module):
         try:
             weight = dequantised(module, weight)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{method} needs the dense weight; {error}; {_WITHOUT}") from None
+            raise UnsupportedError(
+                f"{method} needs the dense weight; {error}; {_WITHOUT}"
+            ) from None
     if not is_dense(weight, size):
         raise UnsupportedError(
-            f"{method} needs the dense weight, found {type(module).__name__} with a {weight.dtype} one of shape {tuple(weight.shape)}; "
+            f"{method} needs the dense weight, found {type(module).__name__} with a "
+            f"{weight.dtype} one of shape {tuple(weight.shape)}; "
             f"{_WITHOUT}"
         )
     if not weight.isfinite().all():
-        raise UnsupportedError(f"{method} reads the weight, which has entries that aren't finite; repair it, or leave the layer out")
+        raise UnsupportedError(
+            f"{method} reads the weight, which has entries that aren't finite; repair it, or "
+            f"leave the layer out"
+        )
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
@@ -164,68 +196,3 @@ def _computed(module: Any, name: str) -> Tensor:
             return copy.deepcopy(module.parametrizations[name]).eval()()
     weight: Tensor = getattr(module, name)
     return weight
-
-
-def autocasts(device: str) -> bool:
-    """Whether the caller's autocast reaches a type of device."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch.compile call `function` while it traces and take the result as a constant.
-
-    What `torch.compiler.assume_constant_result` does, without importing the compiler (a second and a half) to say so.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@at_trace_time
-def refusal(cls: type) -> str | None:
-    """Why modules of a class can't be copied, and what to do instead; None if they can."""
-    return _refusal(cls)
-
-
-@functools.cache
-def _refusal(cls: type) -> str | None:
-    homes = [base.__module__ for base in cls.__mro__]
-    if issubclass(cls, torch.jit.ScriptModule):
-        return "is a TorchScript module, whose calls can't be changed; give the nn.Module it was made from"
-    if issubclass(cls, nn.modules.lazy.LazyModuleMixin) and cls.cls_to_become is not None:
-        return "is lazy and hasn't its sizes yet; call the model once on an example, then use it"
-    if any(home == "torch._dynamo.eval_frame" for home in homes):
-        return (
-            "is the result of torch.compile, which holds on to the original; give that one (`compiled._orig_mod`) and compile the call: "
-            "torch.compile(lambda params, x: ll.apply(model, params, x))"
-        )
-    if any(home.startswith(("torch.distributed.fsdp", "torch.nn.parallel")) for home in homes):
-        return (
-            "spreads its module over devices or processes; bind first, then wrap: "
-            "DistributedDataParallel(ll.bind(model, params)), fully_shard(ll.bind(model, params))"
-        )
-    return None
-
-
-def check_model(model: Any) -> None:
-    """Refuse what is no model.
-
-    Raises:
-        UnsupportedError: with what it is.
-    """
-    if isinstance(model, nn.Module):
-        return
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        raise UnsupportedError(f"expected an nn.Module, found the class {model.__name__} itself; give an instance of it")
-    raise UnsupportedError(f"expected an nn.Module, found {type(model).__name__}")
-
-
-def refuse_uncopyable(model: nn.Module) -> None:
-    """Refuse a model with a part that can't be copied.
-
-    Raises:
-        UnsupportedError: with the path and what to do instead.
-    """
-    for path, module in model.named_modules():
-        reason = refusal(type(module))
-        if reason is not None:
-            raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")

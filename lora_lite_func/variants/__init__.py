@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import register, variants
+from ..core.method import register, variants
 from . import (
     adalora,
     antipasto,

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..spec import Site
+from ..core.errors import ConfigError
+from ..core.site import Site
 
 __all__ = ["Seen", "check_tokens", "projected", "wide"]
 
@@ -22,7 +22,9 @@ class Seen(Protocol):
 
     @property
     def pairs(self) -> Tensor:
-        """(2, n, d_in): the input at the last token, of n positive texts and of their negative counterparts."""
+        """(2, n, d_in): the input at the last token, of n positive texts and of their negative
+        counterparts.
+        """
 
     @property
     def count(self) -> int:
@@ -46,18 +48,24 @@ class Seen(Protocol):
 
 
 def wide(t: Tensor) -> Tensor:
-    """t in float64, where decompositions and small eigenvalues are safe; on the CPU if its device has no float64."""
+    """t in float64, where decompositions and small eigenvalues are safe; on the CPU if its device
+    has no float64.
+    """
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 
 def check_tokens(seen: Seen, least: int, method: str) -> None:
-    """Refuse statistics of fewer tokens than there are directions to find, or of inputs that are all zero.
+    """Refuse statistics of fewer tokens than there are directions to find, or of inputs that are
+    all zero.
 
     Raises:
         ConfigError: with how many there are.
     """
     if seen.count < least:
-        raise ConfigError(f"{method} finds {least} directions in the inputs, expected at least as many tokens, found {seen.count}")
+        raise ConfigError(
+            f"{method} finds {least} directions in the inputs, expected at least as many tokens, "
+            f"found {seen.count}"
+        )
     if not bool(seen.magnitude.any()):
         raise ConfigError(f"{method}: every input of the calibration data is zero here")
 
@@ -65,8 +73,9 @@ def check_tokens(seen: Seen, least: int, method: str) -> None:
 def projected(W: Tensor, U: Tensor, S: Tensor, chosen: slice, site: Site) -> tuple[Tensor, Tensor]:
     """A (r, d_in) and B (d_out, r) with s B A = U_r U_r^T W, sized by the singular values.
 
-    For W M = U S V^T with any invertible M it is S V^T M^-1 = U^T W: the factors U sqrt(S / s) and sqrt(S / s) V^T M^-1 come without M's
-    inverse. A direction whose singular value is rounding alone gets A = 0.
+    For W M = U S V^T with any invertible M it is S V^T M^-1 = U^T W: the factors U sqrt(S / s) and
+    sqrt(S / s) V^T M^-1 come without M's inverse. A direction whose singular value is rounding
+    alone gets A = 0.
 
     Args:
         W: (d_out, d_in).
@@ -77,6 +86,6 @@ def projected(W: Tensor, U: Tensor, S: Tensor, chosen: slice, site: Site) -> tup
     """
     least = S[0] * max(W.shape) * torch.finfo(S.dtype).eps
     U, S = U[:, chosen], S[chosen]
-    root = (S / site.factor).sqrt()  # (r,)
-    inverse = torch.where(least < S, 1.0 / (root * site.factor), 0.0)
+    root = (S / site.scaling).sqrt()  # (r,)
+    inverse = torch.where(least < S, 1.0 / (root * site.scaling), 0.0)
     return inverse[:, None] * (U.mT @ W), U * root

@@ -6,12 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site
-from . import _lowrank
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
-__all__ = ["check_alpha", "factors", "outputs", "param_specs", "prepare", "scale", "weight"]
+__all__ = [
+    "check_alpha",
+    "low_rank_factors",
+    "outputs",
+    "param_specs",
+    "prepare",
+    "scale",
+    "weight",
+]
 
 
 def check_alpha(cfg: AdapterConfig) -> None:
@@ -21,7 +30,9 @@ def check_alpha(cfg: AdapterConfig) -> None:
         ConfigError: alpha isn't positive somewhere.
     """
     if cfg.alpha <= 0 or any(a <= 0 for _, a in cfg.alpha_pattern):
-        raise ConfigError(f"{type(cfg).__name__}.alpha: the start divides by it, expected a positive number")
+        raise ConfigError(
+            f"{type(cfg).__name__}.alpha: the start divides by it, expected a positive number"
+        )
 
 
 def param_specs(site: Site) -> dict[str, ParamSpec]:
@@ -37,18 +48,26 @@ def param_specs(site: Site) -> dict[str, ParamSpec]:
 
 def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
     """The update as one factor pair of rank 2r."""
-    return _lowrank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"])  # (2r, d_in), (d_out, 2r)
+    return low_rank.difference(
+        p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"]
+    )  # (2r, d_in), (d_out, 2r)
 
 
-def outputs(cfg: AdapterConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: AdapterConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """y + s (B A - B0 A0) x."""
-    return _lowrank.add(y, x, *d, site.scale)
+    return low_rank.add(y, x, *d, site.scale)
 
 
-def weight(cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s (B A - B0 A0)."""
-    A, B = _lowrank.difference(*(p[n].to(W.dtype) for n in ("lora_A", "lora_B", "lora_A0", "lora_B0")))
-    return _lowrank.add_dense(W, A, B, site.scale), b
+    A, B = low_rank.difference(
+        *(p[n].to(W.dtype) for n in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+    )
+    return low_rank.add_dense(W, A, B, site.scale), b
 
 
 def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -56,6 +75,8 @@ def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}
 
 
-def factors(cfg: AdapterConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(
+    cfg: AdapterConfig, p: Params, site: Site
+) -> tuple[Tensor, Tensor, float | Tensor]:
     """The update as one factor pair of rank 2r, and alpha / r."""
-    return (*_lowrank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"]), site.scale)
+    return (*low_rank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"]), site.scale)

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..rng import normal
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.random import normal
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 _STD = 0.02  # of the start of P and Q, as in the released code
 
@@ -51,12 +52,16 @@ def prepare(cfg: AdaLoRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def outputs(cfg: AdaLoRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + s (x (diag(lam) Q)^T) P^T."""
-    return _lowrank.add(y, x, d, p["lora_B"], site.scale)
+    return low_rank.add(y, x, d, p["lora_B"], site.scale)
 
 
-def weight(cfg: AdaLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: AdaLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s P diag(lam) Q."""
-    return _lowrank.add_dense(W, p["lora_E"].to(W.dtype)[:, None] * p["lora_A"].to(W.dtype), p["lora_B"], site.scale), b
+    return low_rank.add_dense(
+        W, p["lora_E"].to(W.dtype)[:, None] * p["lora_A"].to(W.dtype), p["lora_B"], site.scale
+    ), b
 
 
 def scale(cfg: AdaLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -64,7 +69,9 @@ def scale(cfg: AdaLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_E": p["lora_E"] * c}
 
 
-def factors(cfg: AdaLoRAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(
+    cfg: AdaLoRAConfig, p: Params, site: Site
+) -> tuple[Tensor, Tensor, float | Tensor]:
     """diag(lam) Q, P and alpha / r."""
     return p["lora_E"].unsqueeze(-1) * p["lora_A"], p["lora_B"], site.scale
 
@@ -78,7 +85,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
-    factors=factors,
-    leading=True,
+    low_rank_factors=low_rank_factors,
+    batched=True,
     sites=(*MATRICES, "embedding"),
 )

@@ -20,10 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _calibrated, _cayley, _cost, _lowrank
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import block_diagonal, cayley, cost, low_rank
+from . import _calibrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,11 @@ class AntiPaSTOConfig(AdapterConfig):
     Args:
         r: how many singular directions, a multiple of block_size.
         block_size: singular directions that are rotated among each other.
-        basis: which singular vectors are rotated: those of the input ("V"), of the output ("U"), or "none".
+        basis: which singular vectors are rotated: those of the input ("V"), of the output ("U"), or
+            "none".
         max_angle: bound on the angle, in radians below pi; None for no bound.
-        select: which directions: "top" takes the largest singular values, "spread" those whose part of the output varies most on the
-            calibration data, by S_i std(v_i x).
+        select: which directions: "top" takes the largest singular values, "spread" those whose part
+            of the output varies most on the calibration data, by S_i std(v_i x).
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
@@ -50,21 +53,31 @@ class AntiPaSTOConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "AntiPaSTOConfig.dropout")
         if self.block_size < 2:
-            raise ConfigError(f"AntiPaSTOConfig.block_size: a rotation needs two directions, expected at least 2, found {self.block_size}")
+            raise ConfigError(
+                f"AntiPaSTOConfig.block_size: a rotation needs two directions, expected at least "
+                f"2, found {self.block_size}"
+            )
         for r in (self.r, *(r for _, r in self.rank_pattern)):
             if r % self.block_size and self.basis != "none":
-                raise ConfigError(f"AntiPaSTOConfig.r: expected a multiple of block_size={self.block_size}, found {r}")
+                raise ConfigError(
+                    f"AntiPaSTOConfig.r: expected a multiple of block_size={self.block_size}, "
+                    f"found {r}"
+                )
         if self.max_angle is not None and not 0.0 < self.max_angle < math.pi:
-            raise ConfigError(f"AntiPaSTOConfig.max_angle: expected None or an angle between 0 and pi, found {self.max_angle}")
+            raise ConfigError(
+                f"AntiPaSTOConfig.max_angle: expected None or an angle between 0 and pi, found "
+                f"{self.max_angle}"
+            )
 
 
 def param_specs(cfg: AntiPaSTOConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_delta_s (r,), lora_rot (r / b, b (b - 1) / 2) unless basis is "none"; frozen lora_U, lora_S, lora_Vh.
+    """Trainable lora_delta_s (r,), lora_rot (r / b, b (b - 1) / 2) unless basis is "none"; frozen
+    lora_U, lora_S, lora_Vh.
 
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "AntiPaSTO")
+    low_rank.check_rank(site, "AntiPaSTO")
     specs = {
         "lora_delta_s": ParamSpec((site.r,), dtype=torch.float32),
         "lora_U": ParamSpec((site.d_out, site.r), trainable=False),
@@ -72,7 +85,9 @@ def param_specs(cfg: AntiPaSTOConfig, site: Site) -> dict[str, ParamSpec]:
         "lora_Vh": ParamSpec((site.r, site.d_in), trainable=False),
     }
     if cfg.basis != "none":
-        specs["lora_rot"] = ParamSpec((site.r // cfg.block_size, _cayley.pairs(cfg.block_size)), dtype=torch.float32)
+        specs["lora_rot"] = ParamSpec(
+            (site.r // cfg.block_size, cayley.pairs(cfg.block_size)), dtype=torch.float32
+        )
     return specs
 
 
@@ -90,7 +105,7 @@ def init(
         ConfigError: fewer tokens than directions, or inputs that are all zero.
     """
     if cfg.select == "top":
-        U, S, Vh = _lowrank.top_svd(weight, site.r, None, generator("lora_U"))
+        U, S, Vh = low_rank.top_svd(weight, site.r, None, generator("lora_U"))
         return {"lora_U": U, "lora_S": S, "lora_Vh": Vh}
     assert stats is not None  # `needs_by` says so
     _calibrated.check_tokens(stats, 2, "AntiPaSTO")
@@ -110,7 +125,7 @@ def _core(cfg: AntiPaSTOConfig, p: Params, dtype: torch.dtype) -> Tensor:
     if cfg.max_angle is not None:
         a = 2.0 * math.tan(cfg.max_angle / 2.0)
         A = a * torch.tanh(A / a)
-    E = _cayley.minus_identity(A / 2.0, b)
+    E = cayley.minus_identity(A / 2.0, b)
     value = (S + shift).unflatten(0, (-1, b))  # (r / b, b)
     turned = value.unsqueeze(-1) * E if cfg.basis == "V" else E.mT * value.unsqueeze(-2)
     return turned + torch.diag_embed(shift.unflatten(0, (-1, b)))
@@ -118,7 +133,7 @@ def _core(cfg: AntiPaSTOConfig, p: Params, dtype: torch.dtype) -> Tensor:
 
 def _through(h: Tensor, core: Tensor) -> Tensor:
     """M h for every row of h (..., r)."""
-    return h * core if core.ndim == 1 else _blocks.product(h, core.mT)
+    return h * core if core.ndim == 1 else block_diagonal.product(h, core.mT)
 
 
 def prepare(cfg: AntiPaSTOConfig, p: Params, site: Site, layer: Layer) -> Tensor:
@@ -129,20 +144,24 @@ def prepare(cfg: AntiPaSTOConfig, p: Params, site: Site, layer: Layer) -> Tensor
 def outputs(cfg: AntiPaSTOConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + [ M (x V) ] U^T."""
     Vh = p["lora_Vh"]
-    h = _lowrank.project(x, Vh)  # (..., r)
-    return _lowrank.expand(y, _through(h.to(d.dtype), d), p["lora_U"])
+    h = low_rank.project(x, Vh)  # (..., r)
+    return low_rank.expand(y, _through(h.to(d.dtype), d), p["lora_U"])
 
 
-def weight(cfg: AntiPaSTOConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: AntiPaSTOConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + U M V^T."""
     core = _core(cfg, p, W.dtype)
-    return _lowrank.add_dense(W, _through(p["lora_Vh"].to(W.dtype).mT, core).mT, p["lora_U"]), b
+    return low_rank.add_dense(W, _through(p["lora_Vh"].to(W.dtype).mT, core).mT, p["lora_U"]), b
 
 
 def dense(cfg: AntiPaSTOConfig, site: Site, tokens: int) -> bool:
     """Where the update is built for less than the branch costs."""
     size = site.d_in * site.d_out
-    return _cost.dense_pays(site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + _cost.PASS) * size)
+    return cost.dense_pays(
+        site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + cost.PASS) * size
+    )
 
 
 def scale(cfg: AntiPaSTOConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -18,10 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError
-from ..spec import ParamSpec, Site, Variant
-from . import _calibrated, _lowrank, _subtracted
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
+from ..core.method import ParamSpec, Variant
+from ..core.site import Site
+from ..kernels import low_rank
+from . import _calibrated, _subtracted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class ASVDConfig(AdapterConfig):
     """Shared fields (see AdapterConfig), and:
 
     Args:
-        weighting: "magnitude" (ASVD: each input feature by its mean size) or "root" (the whole second moment: the least output error).
+        weighting: "magnitude" (ASVD: each input feature by its mean size) or "root" (the whole
+            second moment: the least output error).
         power: of the mean size, for "magnitude"; 0 is PiSSA's start.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
@@ -51,7 +54,7 @@ def param_specs(cfg: ASVDConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "ASVD")
+    low_rank.check_rank(site, "ASVD")
     return _subtracted.param_specs(site)
 
 
@@ -74,7 +77,9 @@ def init(
         WM = W * (_calibrated.wide(stats.magnitude) ** cfg.power + 1e-6)  # (d_out, d_in)
     else:
         values, Q = torch.linalg.eigh(_calibrated.wide(stats.second))
-        WM = (W @ Q) * values.clamp_min(0.0).sqrt()  # a root up to a rotation, which U and S don't see
+        WM = (W @ Q) * values.clamp_min(
+            0.0
+        ).sqrt()  # a root up to a rotation, which U and S don't see
     U, S, _ = torch.linalg.svd(WM, full_matrices=False)
     A, B = _calibrated.projected(W, U, S, slice(site.r), site)
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
@@ -88,8 +93,8 @@ VARIANT = Variant(
     init=init,
     prepare=_subtracted.prepare,
     outputs=_subtracted.outputs,
-    factors=_subtracted.factors,
-    leading=True,
+    low_rank_factors=_subtracted.low_rank_factors,
+    batched=True,
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"weight", "inputs"}),

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..spec import Params, ParamSpec, Site, Variant
+from ..core.config import AdapterConfig
+from ..core.method import ParamSpec, Variant
+from ..core.site import Params, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,9 @@ def outputs(cfg: BitFitConfig, p: Params, d: None, x: Tensor, y: Tensor, site: S
     return (y + p["lora_b"]).to(y.dtype)
 
 
-def weight(cfg: BitFitConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: BitFitConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W, b + b~."""
     shift = p["lora_b"].to(W.dtype)
     return W, shift if b is None else b + shift

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError, UnsupportedError
-from ..modes import may_overwrite
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cayley, _cost, _lowrank
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..core.torch_internals import may_overwrite
+from ..kernels import block_diagonal, cayley, cost, low_rank
 
 _LONG = 128  # runs up to so many features are rotated by one product
 
@@ -39,13 +40,18 @@ class BOFTConfig(AdapterConfig):
 
     def validate(self) -> None:
         if self.block_size < 2 or (self.m > 1 and self.block_size % 2):
-            raise ConfigError(f"BOFTConfig.block_size: expected at least 2, and even for half-blocks to swap, found {self.block_size}")
+            raise ConfigError(
+                f"BOFTConfig.block_size: expected at least 2, and even for half-blocks to swap, "
+                f"found {self.block_size}"
+            )
         if self.m < 1:
             raise ConfigError(f"BOFTConfig.m: expected at least one factor, found {self.m}")
 
 
 class Prepared(NamedTuple):
-    """E = R - I of every block (m, n, b, b), or of their product as (n, b, b); gain s (d_out,); shift = (1 - s) b or None."""
+    """E = R - I of every block (m, n, b, b), or of their product as (n, b, b); gain s (d_out,);
+    shift = (1 - s) b or None.
+    """
 
     E: Tensor
     gain: Tensor
@@ -63,16 +69,23 @@ def param_specs(cfg: BOFTConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: d_in has no such butterfly.
     """
-    _blocks.check_divides("BOFT", "block_size", cfg.block_size, site.d_in, "d_in", even=cfg.m > 1)
+    block_diagonal.check_divides(
+        "BOFT", "block_size", cfg.block_size, site.d_in, "d_in", even=cfg.m > 1
+    )
     span = _span(cfg)
     if site.d_in % span:
-        most = next(m for m in range(cfg.m, 0, -1) if site.d_in % (cfg.block_size * 2 ** (m - 1)) == 0)
+        most = next(
+            m for m in range(cfg.m, 0, -1) if site.d_in % (cfg.block_size * 2 ** (m - 1)) == 0
+        )
         raise UnsupportedError(
-            f"BOFT with block_size={cfg.block_size} and m={cfg.m} mixes runs of {span} features, expected d_in divisible by it, "
+            f"BOFT with block_size={cfg.block_size} and m={cfg.m} mixes runs of {span} features, "
+            f"expected d_in divisible by it, "
             f"found d_in={site.d_in}; m={most} fits"
         )
     return {
-        "lora_boft_q": ParamSpec((cfg.m, site.d_in // cfg.block_size, _cayley.pairs(cfg.block_size)), dtype=torch.float32),
+        "lora_boft_q": ParamSpec(
+            (cfg.m, site.d_in // cfg.block_size, cayley.pairs(cfg.block_size)), dtype=torch.float32
+        ),
         "lora_boft_s": ParamSpec((site.d_out,), "ones", dtype=torch.float32),
     }
 
@@ -87,29 +100,39 @@ def prepare(cfg: BOFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
 def _factor(X: Tensor, E: Tensor, i: int) -> Tensor:
     """M_i^T X = X + P_i [E^T (P_i^T X)], for columns X (d_in, T)."""
     n, b, _ = E.shape
-    apart = X.unflatten(0, (-1, 2, 2**i, b // 2)).transpose(1, 2)  # each run's two halves interleaved, half-block by half-block
+    apart = X.unflatten(0, (-1, 2, 2**i, b // 2)).transpose(
+        1, 2
+    )  # each run's two halves interleaved, half-block by half-block
     turned = E.mT @ apart.reshape(n, b, X.shape[1])  # (n, b, T)
-    return X + turned.unflatten(1, (2, -1)).unflatten(0, (-1, 2**i)).transpose(1, 2).reshape(X.shape)
+    return X + turned.unflatten(1, (2, -1)).unflatten(0, (-1, 2**i)).transpose(1, 2).reshape(
+        X.shape
+    )
 
 
 def _turn(x: Tensor, E: Tensor, transposed: bool = False) -> Tensor:
-    """x R, or x R^T, for row vectors x (..., d_in). Features go first meanwhile: then swapping half-blocks moves whole rows."""
+    """x R, or x R^T, for row vectors x (..., d_in). Features go first meanwhile: then swapping
+    half-blocks moves whole rows.
+    """
     E = E.to(x.dtype)
     X = start = x.reshape(-1, x.shape[-1]).mT.contiguous()  # (d_in, T)
     for i in range(E.shape[0]) if transposed else reversed(range(E.shape[0])):
         X = _factor(X, E[i].mT if transposed else E[i], i)
-    return x + (X - start).mT.reshape(x.shape)  # x as it came at the identity, its memory layout too: the same product follows, bit by bit
+    return x + (X - start).mT.reshape(
+        x.shape
+    )  # x as it came at the identity, its memory layout too: the same product follows, bit by bit
 
 
 def _rotation(cfg: BOFTConfig, q: Tensor) -> Tensor:
-    """The factors' E, multiplied together where that makes blocks short enough: one product then does for m of them."""
-    E = _cayley.minus_identity(q, cfg.block_size)  # (m, n, b, b)
+    """The factors' E, multiplied together where that makes blocks short enough: one product then
+    does for m of them.
+    """
+    E = cayley.minus_identity(q, cfg.block_size)  # (m, n, b, b)
     span = _span(cfg)
     if cfg.m == 1:
-        return _blocks.widened(E[0])
+        return block_diagonal.widened(E[0])
     if span > _LONG:
         return E
-    width = span * _blocks.together(E.shape[1] * cfg.block_size // span, span)
+    width = span * block_diagonal.together(E.shape[1] * cfg.block_size // span, span)
     *others, whole = (_within(E[i], i, width) for i in range(cfg.m))
     for F in reversed(others):
         whole = torch.baddbmm(whole + F, whole, F)  # (I + whole) (I + F) - I
@@ -120,14 +143,16 @@ def _within(E: Tensor, i: int, width: int) -> Tensor:
     """M_i - I in each `width` features, (d_in / width, width, width)."""
     b, k = E.shape[-1], 2**i  # k blocks mix in a run
     runs = width // (k * b)
-    halves = E.reshape(-1, runs, k, 2, b // 2, 1, 2, 1, b // 2).transpose(2, 3)  # a run's even half-blocks, then the odd ones
+    halves = E.reshape(-1, runs, k, 2, b // 2, 1, 2, 1, b // 2).transpose(
+        2, 3
+    )  # a run's even half-blocks, then the odd ones
     apart = torch.eye(runs * k, dtype=E.dtype, device=E.device).view(runs, 1, k, 1, runs, 1, k, 1)
     return (halves * apart).reshape(-1, width, width)
 
 
 def inputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, site: Site) -> Tensor:
     """x R."""
-    return _turn(x, d.E) if d.E.ndim == 4 else _blocks.plus_product(x, d.E)
+    return _turn(x, d.E) if d.E.ndim == 4 else block_diagonal.plus_product(x, d.E)
 
 
 def outputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
@@ -135,19 +160,23 @@ def outputs(cfg: BOFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site:
     return (y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)).to(y.dtype)
 
 
-def weight(cfg: BOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: BOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """diag(s) W R^T, b."""
-    E = _rotation(cfg, p["lora_boft_q"].to(_lowrank.core_dtype(W.dtype)))
-    turned = _turn(W, E, transposed=True) if E.ndim == 4 else _blocks.plus_product(W, E.mT)
+    E = _rotation(cfg, p["lora_boft_q"].to(low_rank.core_dtype(W.dtype)))
+    turned = _turn(W, E, transposed=True) if E.ndim == 4 else block_diagonal.plus_product(W, E.mT)
     s = p["lora_boft_s"].to(W.dtype)[:, None]
     return turned.mul_(s) if may_overwrite() else turned * s, b
 
 
 def dense(cfg: BOFTConfig, site: Site, tokens: int) -> bool:
-    """Where the rows of W are fewer than those of x, or as many (they are scaled in place), and no gradient of W' is formed."""
-    turn = (_span(cfg) + 3 * _cost.PASS) * site.d_in
-    build = (turn + _cost.PASS / 2 * site.d_in) * site.d_out
-    return _cost.dense_pays(site, tokens, branch=turn + _cost.PASS * site.d_out, build=build)
+    """Where the rows of W are fewer than those of x, or as many (they are scaled in place), and no
+    gradient of W' is formed.
+    """
+    turn = (_span(cfg) + 3 * cost.PASS) * site.d_in
+    build = (turn + cost.PASS / 2 * site.d_in) * site.d_out
+    return cost.dense_pays(site, tokens, branch=turn + cost.PASS * site.d_out, build=build)
 
 
 def scale(cfg: BOFTConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cost
+from ..core.config import AdapterConfig, probability
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import block_diagonal, cost
 
-_FEW = 16  # up to so many blocks in a row, a sum over them beats a batch of tiny complex products (measured on a CPU)
+# up to so many blocks in a row, a sum over them beats a batch of tiny complex products (measured on
+# a CPU)
+_FEW = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class C3AConfig(AdapterConfig):
     """Shared fields (see AdapterConfig; r and alpha have no part in this method), and:
 
     Args:
-        block_size: of the circulant blocks; must divide d_in and d_out. Larger blocks have fewer parameters.
+        block_size: of the circulant blocks; must divide d_in and d_out. Larger blocks have fewer
+            parameters.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
@@ -49,8 +53,8 @@ def param_specs(cfg: C3AConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: d_in or d_out isn't divisible by block_size.
     """
     b = cfg.block_size
-    _blocks.check_divides("C3A", "block_size", b, site.d_in, "d_in")
-    _blocks.check_divides("C3A", "block_size", b, site.d_out, "d_out")
+    block_diagonal.check_divides("C3A", "block_size", b, site.d_in, "d_in")
+    block_diagonal.check_divides("C3A", "block_size", b, site.d_out, "d_out")
     return {"lora_w": ParamSpec((site.d_out // b, site.d_in // b, b), dtype=torch.float32)}
 
 
@@ -79,18 +83,29 @@ def outputs(cfg: C3AConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Si
     return (y + torch.fft.irfft(spectrum, n=cfg.block_size).flatten(-2)).to(y.dtype)
 
 
-def weight(cfg: C3AConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: C3AConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + the grid of circulant matrices over d_in."""
     w, size = p["lora_w"].to(W.dtype) / site.d_in, cfg.block_size
-    shifts = torch.cat([w, w], dim=-1).unfold(-1, size, 1)[..., 1:, :]  # (m, n, b, b): row i holds w[(q + i + 1) mod b]
+    shifts = torch.cat([w, w], dim=-1).unfold(-1, size, 1)[
+        ..., 1:, :
+    ]  # (m, n, b, b): row i holds w[(q + i + 1) mod b]
     grid = shifts.transpose(1, 2).flip(1)  # (m, b, n, b): row p holds w[(q - p) mod b]
     return (W.view(grid.shape) + grid).reshape(W.shape), b
 
 
 def dense(cfg: C3AConfig, site: Site, tokens: int) -> bool:
-    """Where the circulant blocks are written out for less than the rows of x are transformed, multiplied and transformed back."""
+    """Where the circulant blocks are written out for less than the rows of x are transformed,
+    multiplied and transformed back.
+    """
     wide, size = site.d_in + site.d_out, site.d_in * site.d_out
-    return _cost.dense_pays(site, tokens, branch=_cost.PASS * (6 * wide + 2 * size / cfg.block_size), build=4 * _cost.PASS * size)
+    return cost.dense_pays(
+        site,
+        tokens,
+        branch=cost.PASS * (6 * wide + 2 * size / cfg.block_size),
+        build=4 * cost.PASS * size,
+    )
 
 
 def scale(cfg: C3AConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -17,11 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..spec import ParamSpec, Site, Variant
-from . import _calibrated, _lowrank, _subtracted
+from ..core.config import AdapterConfig, probability, record
+from ..core.method import ParamSpec, Variant
+from ..core.site import Site
+from ..kernels import low_rank
+from . import _calibrated, _subtracted
 
-_DAMP = 0.01  # the official code's; it doubles it while C's inverse is bad, which float64 never needs
+_DAMP = (
+    0.01  # the official code's; it doubles it while C's inverse is bad, which float64 never needs
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,8 @@ class CorDAConfig(AdapterConfig):
     """Shared fields (see AdapterConfig), and:
 
     Args:
-        mode: "ipm" (instruction-previewed: the top directions) or "kpm" (knowledge-preserved: the bottom ones).
+        mode: "ipm" (instruction-previewed: the top directions) or "kpm" (knowledge-preserved: the
+            bottom ones).
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
@@ -47,7 +52,7 @@ def param_specs(cfg: CorDAConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "CorDA")
+    low_rank.check_rank(site, "CorDA")
     return _subtracted.param_specs(site)
 
 
@@ -81,8 +86,8 @@ VARIANT = Variant(
     init=init,
     prepare=_subtracted.prepare,
     outputs=_subtracted.outputs,
-    factors=_subtracted.factors,
-    leading=True,
+    low_rank_factors=_subtracted.low_rank_factors,
+    batched=True,
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"weight", "inputs"}),

@@ -17,13 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..errors import ConfigError
-from ..rng import kaiming
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.errors import ConfigError
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.random import kaiming
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
-_FLOOR = 1e-4  # norms below it count as it: a zero column of B must not divide by zero (the released code's clamp)
+# norms below it count as it: a zero column of B must not divide by zero (the released code's clamp)
+_FLOOR = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,10 @@ class DeLoRAConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "DeLoRAConfig.dropout")
         if self.lambda0 <= 0:
-            raise ConfigError(f"DeLoRAConfig.lambda0: expected a positive strength (0 has no gradient), found {self.lambda0}")
+            raise ConfigError(
+                f"DeLoRAConfig.lambda0: expected a positive strength (0 has no gradient), found "
+                f"{self.lambda0}"
+            )
 
 
 def param_specs(cfg: DeLoRAConfig, site: Site) -> dict[str, ParamSpec]:
@@ -63,7 +68,12 @@ def param_specs(cfg: DeLoRAConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def init(
-    cfg: DeLoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: DeLoRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """Column norms of W, the starting strength, equal live and frozen factors."""
     strength = torch.tensor(cfg.lambda0, dtype=torch.float64)
@@ -76,7 +86,10 @@ def init(
 
 def _folded(A: Tensor, B: Tensor, lam: Tensor, core: torch.dtype) -> Tensor:
     """B (lam / r) Xi, (d_out, r)."""
-    a, b = A.to(core).norm(dim=1).clamp_min(_FLOOR), B.to(core).norm(dim=0).clamp_min(_FLOOR)  # (r,), (r,)
+    a, b = (
+        A.to(core).norm(dim=1).clamp_min(_FLOOR),
+        B.to(core).norm(dim=0).clamp_min(_FLOOR),
+    )  # (r,), (r,)
     return B.to(core) * (lam.to(core) / (A.shape[0] * a * b))
 
 
@@ -85,24 +98,28 @@ def _factors(p: Params, core: torch.dtype) -> tuple[Tensor, Tensor]:
     A, B = p["lora_A"], _folded(p["lora_A"], p["lora_B"], p["lora_lambda"], core)
     if "lora_A0" in p:
         B0 = _folded(p["lora_A0"], p["lora_B0"], p["lora_lambda0"], core)
-        A, B = _lowrank.difference(A.to(core), B, p["lora_A0"].to(core), B0)
+        A, B = low_rank.difference(A.to(core), B, p["lora_A0"].to(core), B0)
     return A * p["lora_wnorm"].to(core), B
 
 
 def prepare(cfg: DeLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
     """The update as one factor pair, column norms and strength folded in."""
-    A, B = _factors(p, _lowrank.core_dtype(p["lora_A"].dtype))
+    A, B = _factors(p, low_rank.core_dtype(p["lora_A"].dtype))
     return A.to(p["lora_A"].dtype), B.to(p["lora_A"].dtype)
 
 
-def outputs(cfg: DeLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: DeLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """y + B~ A~ x."""
-    return _lowrank.add(y, x, *d)
+    return low_rank.add(y, x, *d)
 
 
-def weight(cfg: DeLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: DeLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + B~ A~."""
-    return _lowrank.add_dense(W, *_factors(p, _lowrank.core_dtype(W.dtype))), b
+    return low_rank.add_dense(W, *_factors(p, low_rank.core_dtype(W.dtype))), b
 
 
 def scale(cfg: DeLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -110,9 +127,11 @@ def scale(cfg: DeLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {name: t * c if name.startswith("lora_lambda") else t for name, t in p.items()}
 
 
-def factors(cfg: DeLoRAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(
+    cfg: DeLoRAConfig, p: Params, site: Site
+) -> tuple[Tensor, Tensor, float | Tensor]:
     """A~, B~ and 1."""
-    return (*_factors(p, _lowrank.core_dtype(p["lora_A"].dtype)), 1.0)
+    return (*_factors(p, low_rank.core_dtype(p["lora_A"].dtype)), 1.0)
 
 
 VARIANT = Variant(
@@ -125,7 +144,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
-    factors=factors,
+    low_rank_factors=low_rank_factors,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
 )

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..rng import kaiming
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.random import kaiming
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +60,27 @@ def param_specs(cfg: DoRAConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def init(
-    cfg: DoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: DoRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """Row norms of W."""
-    wnorm2 = weight.square().sum(dim=1).to(_lowrank.core_dtype(cfg.dtype or weight.dtype))  # (d_out,), as it is stored
+    wnorm2 = (
+        weight.square().sum(dim=1).to(low_rank.core_dtype(cfg.dtype or weight.dtype))
+    )  # (d_out,), as it is stored
     return {"lora_m": wnorm2.sqrt(), "lora_wnorm2": wnorm2}
 
 
-def _gain(cfg: DoRAConfig, p: Params, s: float | Tensor, linear: Callable[[Tensor], Tensor], core: torch.dtype) -> Tensor:
+def _gain(
+    cfg: DoRAConfig,
+    p: Params,
+    s: float | Tensor,
+    linear: Callable[[Tensor], Tensor],
+    core: torch.dtype,
+) -> Tensor:
     """m / n, (d_out,)."""
     A, B = p["lora_A"], p["lora_B"]
     if cfg.detach_norm:
@@ -74,27 +88,37 @@ def _gain(cfg: DoRAConfig, p: Params, s: float | Tensor, linear: Callable[[Tenso
     WA = linear(A).to(core).mT  # (d_out, r)
     A, B = A.to(core), B.to(core)
     half = torch.addmm(WA, B, A @ A.mT * (0.5 * s))  # (d_out, r)
-    n2 = p["lora_wnorm2"].to(core) + 2.0 * s * (half * B).sum(dim=1)  # |W_i|^2 + 2 s W_i (B A)_i^T + s^2 |(B A)_i|^2
+    n2 = p["lora_wnorm2"].to(core) + 2.0 * s * (half * B).sum(
+        dim=1
+    )  # |W_i|^2 + 2 s W_i (B A)_i^T + s^2 |(B A)_i|^2
     return p["lora_m"].to(core) / n2.clamp_min(torch.finfo(core).tiny).sqrt()
 
 
 def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     """m / n and what follows from it."""
-    gain = _gain(cfg, p, site.scale, layer.linear, _lowrank.core_dtype(p["lora_m"].dtype))
+    gain = _gain(cfg, p, site.scale, layer.linear, low_rank.core_dtype(p["lora_m"].dtype))
     shift = None if layer.bias is None else (1.0 - gain) * layer.bias
     return Prepared(gain, shift, (p["lora_B"] * gain[:, None]).to(p["lora_B"].dtype))
 
 
 def outputs(cfg: DoRAConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """(m / n) (y - b + s (x A^T) B^T) + b."""
-    scaled = y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)  # gain * (y - b) + b
-    return _lowrank.add(scaled.to(y.dtype), x, p["lora_A"], d.B, site.scale)
+    scaled = (
+        y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)
+    )  # gain * (y - b) + b
+    return low_rank.add(scaled.to(y.dtype), x, p["lora_A"], d.B, site.scale)
 
 
-def weight(cfg: DoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: DoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """diag(m / n) (W + s B A)."""
-    gain = _gain(cfg, p, site.scale, lambda A: A.to(W.dtype) @ W.mT, _lowrank.core_dtype(p["lora_m"].dtype))
-    return gain[:, None].to(W.dtype) * _lowrank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
+    gain = _gain(
+        cfg, p, site.scale, lambda A: A.to(W.dtype) @ W.mT, low_rank.core_dtype(p["lora_m"].dtype)
+    )
+    return gain[:, None].to(W.dtype) * low_rank.add_dense(
+        W, p["lora_A"], p["lora_B"], site.scale
+    ), b
 
 
 def scale(cfg: DoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError, UnsupportedError
-from ..spec import Params, ParamSpec, Site, Variant
-from . import _calibrated, _lowrank
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import low_rank
+from . import _calibrated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class EVAConfig(AdapterConfig):
         dropout: probability of dropping an entry of the branch's input, in training mode only.
         center: take the mean out of the inputs first; else a strong mean is the first direction.
         whiten: divide each direction by the size of the inputs along it.
-        rho: a site's rank may grow by this factor where others' shrink; 1 leaves each its own (paper: 2).
+        rho: a site's rank may grow by this factor where others' shrink; 1 leaves each its own
+            (paper: 2).
     """
 
     rslora: bool = False
@@ -47,7 +50,10 @@ class EVAConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "EVAConfig.dropout")
         if not 1.0 <= self.rho < math.inf:
-            raise ConfigError(f"EVAConfig.rho: a rank grows at most by this factor, expected at least 1, found {self.rho}")
+            raise ConfigError(
+                f"EVAConfig.rho: a rank grows at most by this factor, expected at least 1, found "
+                f"{self.rho}"
+            )
 
 
 def param_specs(cfg: EVAConfig, site: Site) -> dict[str, ParamSpec]:
@@ -57,8 +63,14 @@ def param_specs(cfg: EVAConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: more directions than input features.
     """
     if site.r > site.d_in:
-        raise UnsupportedError(f"EVA finds directions in {site.d_in} input features, expected a rank of at most that, found r={site.r}")
-    return {"lora_A": ParamSpec((site.r, site.d_in), rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1)}
+        raise UnsupportedError(
+            f"EVA finds directions in {site.d_in} input features, expected a rank of at most "
+            f"that, found r={site.r}"
+        )
+    return {
+        "lora_A": ParamSpec((site.r, site.d_in), rank_axis=0),
+        "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
+    }
 
 
 def init(
@@ -114,10 +126,15 @@ def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, _calibrated.S
             known[key] = values / values.sum()
         shares.append(known[key][:most])
     order = torch.cat(shares).argsort(descending=True, stable=True)[: sum(site.r for site in sites)]
-    owner = torch.repeat_interleave(torch.arange(len(sites)), torch.tensor([len(s) for s in shares]))
+    owner = torch.repeat_interleave(
+        torch.arange(len(sites)), torch.tensor([len(s) for s in shares])
+    )
     ranks = torch.bincount(owner[order.cpu()], minlength=len(sites)).tolist()
     names = [f"^{re.escape(site.path)}$" for site in sites]
-    strong = [site.alpha * (r / site.r) ** (0.5 if cfg.rslora else 1.0) for r, site in zip(ranks, sites, strict=True)]
+    strong = [
+        site.alpha * (r / site.r) ** (0.5 if cfg.rslora else 1.0)
+        for r, site in zip(ranks, sites, strict=True)
+    ]
     kept = [i for i, r in enumerate(ranks) if r]
     return dataclasses.replace(
         cfg,
@@ -130,12 +147,14 @@ def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, _calibrated.S
 
 def outputs(cfg: EVAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + s (x A^T) B^T."""
-    return _lowrank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
+    return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
 
 
-def weight(cfg: EVAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: EVAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s B A."""
-    return _lowrank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
+    return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
 
 
 def scale(cfg: EVAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
@@ -143,12 +162,14 @@ def scale(cfg: EVAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     return {**p, "lora_B": p["lora_B"] * c}
 
 
-def factor(cfg: EVAConfig, site: Site) -> float:
+def scaling(cfg: EVAConfig, site: Site) -> float:
     """alpha / r, or alpha / sqrt(r)."""
     return site.alpha / (site.r**0.5 if cfg.rslora else site.r)
 
 
-def factors(cfg: EVAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(
+    cfg: EVAConfig, p: Params, site: Site
+) -> tuple[Tensor, Tensor, float | Tensor]:
     """A, B and alpha / r."""
     return p["lora_A"], p["lora_B"], site.scale
 
@@ -162,9 +183,9 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
-    factors=factors,
-    factor=factor,
-    leading=True,
+    low_rank_factors=low_rank_factors,
+    scaling=scaling,
+    batched=True,
     plan=plan,
     needs=frozenset({"inputs"}),
 )

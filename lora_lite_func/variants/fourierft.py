@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError, UnsupportedError
-from ..modes import may_overwrite
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _cost, _lowrank, _positions
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..core.torch_internals import may_overwrite
+from ..kernels import cost, low_rank, positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class FourierFTConfig(AdapterConfig):
     """Shared fields (see AdapterConfig; r has no part in this method), and:
 
     Args:
-        alpha: what the transform is multiplied by (paper: 100 to 300); it is not divided by anything.
+        alpha: what the transform is multiplied by (paper: 100 to 300); it is not divided by
+            anything.
         n_frequency: how many coefficients.
         projection_seed: of the frequencies, which are the same for every layer of a shape.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
@@ -43,11 +45,15 @@ class FourierFTConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "FourierFTConfig.dropout")
         if self.n_frequency < 1:
-            raise ConfigError(f"FourierFTConfig.n_frequency: expected at least 1, found {self.n_frequency}")
+            raise ConfigError(
+                f"FourierFTConfig.n_frequency: expected at least 1, found {self.n_frequency}"
+            )
 
 
 class Prepared(NamedTuple):
-    """Per coefficient: where it reads (l) and adds (j) in the half spectra, and its factors of the real and imaginary parts."""
+    """Per coefficient: where it reads (l) and adds (j) in the half spectra, and its factors of the
+    real and imaginary parts.
+    """
 
     l: Tensor  # noqa: E741
     j: Tensor
@@ -63,59 +69,87 @@ def param_specs(cfg: FourierFTConfig, site: Site) -> dict[str, ParamSpec]:
     """
     if cfg.n_frequency > site.d_in * site.d_out:
         raise UnsupportedError(
-            f"FourierFT has a coefficient per frequency, expected n_frequency of at most d_out * d_in = {site.d_in * site.d_out}, "
+            f"FourierFT has a coefficient per frequency, expected n_frequency of at most d_out * "
+            f"d_in = {site.d_in * site.d_out}, "
             f"found {cfg.n_frequency}; lower n_frequency"
         )
-    return {"lora_c": ParamSpec((cfg.n_frequency,)), "lora_idx": _positions.spec(cfg.n_frequency)}
+    return {"lora_c": ParamSpec((cfg.n_frequency,)), "lora_idx": positions.spec(cfg.n_frequency)}
 
 
 def init(
-    cfg: FourierFTConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: FourierFTConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The frequencies, which the site's path has no part in."""
-    return {"lora_idx": _positions.random(cfg.projection_seed, cfg.n_frequency, site.d_out, site.d_in)}
+    return {
+        "lora_idx": positions.drawn(cfg.projection_seed, cfg.n_frequency, site.d_out, site.d_in)
+    }
 
 
 def prepare(cfg: FourierFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     """Frequencies folded into half spectra."""
-    j, l = _positions.unpack(p["lora_idx"])  # noqa: E741
+    j, l = positions.unpack(p["lora_idx"])  # noqa: E741
     mirrored_j, mirrored_l = 2 * j > site.d_out, 2 * l > site.d_in
     j, l = torch.where(mirrored_j, site.d_out - j, j), torch.where(mirrored_l, site.d_in - l, l)  # noqa: E741
-    alone = (j == 0) | (2 * j == site.d_out)  # its own mirror image: the result has only its real part
-    c = p["lora_c"].to(_lowrank.core_dtype(p["lora_c"].dtype)) * (site.scale / site.d_in)
+    alone = (j == 0) | (
+        2 * j == site.d_out
+    )  # its own mirror image: the result has only its real part
+    c = p["lora_c"].to(low_rank.core_dtype(p["lora_c"].dtype)) * (site.scale / site.d_in)
     real = torch.where(alone, c, 0.5 * c)
     # ifft(x)[l] is conj(rfft(x)[l]) / d_in; each mirror conjugates once more
     imaginary = torch.where(alone, 0.0, torch.where(mirrored_j == mirrored_l, -0.5 * c, 0.5 * c))
     return Prepared(l, j, real, imaginary)
 
 
-def outputs(cfg: FourierFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + alpha Re ifft(scattered c * ifft(x)). Frequencies go first meanwhile, so that picking and adding them moves whole rows."""
+def outputs(
+    cfg: FourierFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site
+) -> Tensor:
+    """y + alpha Re ifft(scattered c * ifft(x)). Frequencies go first meanwhile, so that picking and
+    adding them moves whole rows.
+    """
     if not x.numel():
         return y  # MKL's transforms refuse an empty batch
     spectrum = torch.fft.rfft(x.reshape(-1, site.d_in).to(d.real.dtype)).mT  # (d_in // 2 + 1, T)
     zeros = torch.zeros(site.d_out // 2 + 1, spectrum.shape[1], dtype=d.real.dtype, device=x.device)
-    real = zeros.index_add(0, d.j, spectrum.real.contiguous().index_select(0, d.l) * d.real[:, None])  # (d_out // 2 + 1, T)
-    imaginary = zeros.index_add(0, d.j, spectrum.imag.contiguous().index_select(0, d.l) * d.imaginary[:, None])
+    real = zeros.index_add(
+        0, d.j, spectrum.real.contiguous().index_select(0, d.l) * d.real[:, None]
+    )  # (d_out // 2 + 1, T)
+    imaginary = zeros.index_add(
+        0, d.j, spectrum.imag.contiguous().index_select(0, d.l) * d.imaginary[:, None]
+    )
     update = torch.fft.irfft(torch.complex(real, imaginary).mT, n=site.d_out)  # (T, d_out)
     return (y + update.view(y.shape)).to(y.dtype)
 
 
 def _upper(idx: Tensor, c: Tensor, site: Site) -> Tensor:
-    """The first rows, (d_out // 2 + 1, d_in), of D = Re ifft2(F) for the coefficients c (n,), from half the columns of F made even."""
+    """The first rows, (d_out // 2 + 1, d_in), of D = Re ifft2(F) for the coefficients c (n,), from
+    half the columns of F made even.
+    """
     rows, columns, half = site.d_out, site.d_in, site.d_in // 2 + 1
-    j, l = _positions.unpack(idx)  # noqa: E741
+    j, l = positions.unpack(idx)  # noqa: E741
     j2, l2 = -j % rows, -l % columns
     left, left2 = l < half, l2 < half
     # rfft has the other sign than ifft, so along j each coefficient takes its mirror's place
     place = torch.cat([torch.where(left, l * rows + j2, 0), torch.where(left2, l2 * rows + j, 0)])
     value = torch.cat([torch.where(left, c, 0.0), torch.where(left2, c, 0.0)]) * (0.5 / rows)
-    even = torch.zeros(half * rows, dtype=c.dtype, device=c.device).index_add(0, place, value).view(half, rows)
+    even = (
+        torch.zeros(half * rows, dtype=c.dtype, device=c.device)
+        .index_add(0, place, value)
+        .view(half, rows)
+    )
     return torch.fft.irfft(torch.fft.rfft(even).mT, n=columns)
 
 
-def weight(cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """W + alpha Re ifft2(F), which is even, D[-o, -i] = D[o, i]: the first half of its rows has all of it."""
+def weight(
+    cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """W + alpha Re ifft2(F), which is even, D[-o, -i] = D[o, i]: the first half of its rows has all
+    of it.
+    """
     upper = _upper(p["lora_idx"], p["lora_c"].to(W.dtype) * site.scale, site)
     k = upper.shape[0]
     lower = upper[1 : (site.d_out + 1) // 2].flip(0, 1)  # its last column belongs first
@@ -129,9 +163,13 @@ def weight(cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | N
 
 
 def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> bool:
-    """Where the update is transformed for less than the rows of x are, forth and back, what they keep for the backward pass counted."""
-    branch = _cost.PASS * (10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
-    return _cost.dense_pays(site, tokens, branch=branch, build=7 * _cost.PASS * site.d_in * site.d_out)
+    """Where the update is transformed for less than the rows of x are, forth and back, what they
+    keep for the backward pass counted.
+    """
+    branch = cost.PASS * (10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
+    return cost.dense_pays(
+        site, tokens, branch=branch, build=7 * cost.PASS * site.d_in * site.d_out
+    )
 
 
 def scale(cfg: FourierFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -139,7 +177,7 @@ def scale(cfg: FourierFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_c": p["lora_c"] * c}
 
 
-def factor(cfg: FourierFTConfig, site: Site) -> float:
+def scaling(cfg: FourierFTConfig, site: Site) -> float:
     """alpha."""
     return site.alpha
 
@@ -155,5 +193,5 @@ VARIANT = Variant(
     weight=weight,
     dense=dense,
     scale=scale,
-    factor=factor,
+    scaling=scaling,
 )

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import UnsupportedError
-from ..spec import Params, ParamSpec, Site, Variant
+from ..core.config import AdapterConfig
+from ..core.errors import UnsupportedError
+from ..core.method import ParamSpec, Variant
+from ..core.site import Params, Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(AdapterConfig):
-    """Shared fields (see AdapterConfig; r and alpha have no part in this method; `target_parameters` says what is trained), and:
+    """Shared fields (see AdapterConfig; r and alpha have no part in this method;
+    `target_parameters` says what is trained), and:
 
     Args:
         keep_start: keep a frozen copy of the start, as `ll.scale` needs it; twice the size.
@@ -35,17 +37,28 @@ class FullConfig(AdapterConfig):
 def param_specs(cfg: FullConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_W (d_out, d_in), and frozen lora_W0 if the start is kept."""
     specs = {"lora_W": ParamSpec((site.d_out, site.d_in))}
-    return specs | {"lora_W0": ParamSpec((site.d_out, site.d_in), trainable=False)} if cfg.keep_start else specs
+    return (
+        specs | {"lora_W0": ParamSpec((site.d_out, site.d_in), trainable=False)}
+        if cfg.keep_start
+        else specs
+    )
 
 
 def init(
-    cfg: FullConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: FullConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """Copies of the parameter."""
     return dict.fromkeys(specs, weight)
 
 
-def weight(cfg: FullConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: FullConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """lora_W, b."""
     return p["lora_W"].to(W.dtype), b
 
@@ -57,7 +70,10 @@ def scale(cfg: FullConfig, p: Params, c: Any) -> dict[str, Tensor]:
         UnsupportedError: the start wasn't kept.
     """
     if not cfg.keep_start:
-        raise UnsupportedError("full holds the parameters, not how far they are from their start; use FullConfig(keep_start=True)")
+        raise UnsupportedError(
+            "full holds the parameters, not how far they are from their start; use "
+            "FullConfig(keep_start=True)"
+        )
     return {**p, "lora_W": p["lora_W0"] + c * (p["lora_W"] - p["lora_W0"])}
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..errors import ConfigError
-from ..rng import kaiming
-from ..spec import Params, ParamSpec, Site, Variant
-from . import _blocks, _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.errors import ConfigError
+from ..core.method import ParamSpec, Variant
+from ..core.random import kaiming
+from ..core.site import Params, Site
+from ..kernels import block_diagonal, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +40,26 @@ class GraLoRAConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "GraLoRAConfig.dropout")
         if self.k < 1 or self.hybrid_r < 0:
-            raise ConfigError(f"GraLoRAConfig: expected k of at least 1 and hybrid_r of at least 0, found {self.k} and {self.hybrid_r}")
+            raise ConfigError(
+                f"GraLoRAConfig: expected k of at least 1 and hybrid_r of at least 0, found "
+                f"{self.k} and {self.hybrid_r}"
+            )
 
 
 def param_specs(cfg: GraLoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_A (k, r, d_in / k), lora_B (k, d_out / k, r); with hybrid_r also lora_A_whole, lora_B_whole.
+    """lora_A (k, r, d_in / k), lora_B (k, d_out / k, r); with hybrid_r also lora_A_whole,
+    lora_B_whole.
 
     Raises:
         UnsupportedError: a width or the rank isn't divisible by k.
     """
     k, r = cfg.k, site.r
     for width, what in ((r, "r"), (site.d_in, "d_in"), (site.d_out, "d_out")):
-        _blocks.check_divides("GraLoRA", "k", k, width, what)
-    specs = {"lora_A": ParamSpec((k, r, site.d_in // k), kaiming), "lora_B": ParamSpec((k, site.d_out // k, r))}
+        block_diagonal.check_divides("GraLoRA", "k", k, width, what)
+    specs = {
+        "lora_A": ParamSpec((k, r, site.d_in // k), kaiming),
+        "lora_B": ParamSpec((k, site.d_out // k, r)),
+    }
     if cfg.hybrid_r:
         specs["lora_A_whole"] = ParamSpec((cfg.hybrid_r, site.d_in), kaiming)
         specs["lora_B_whole"] = ParamSpec((site.d_out, cfg.hybrid_r))
@@ -61,19 +69,30 @@ def param_specs(cfg: GraLoRAConfig, site: Site) -> dict[str, ParamSpec]:
 def outputs(cfg: GraLoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + s (grid x) (+ s B~ A~ x)."""
     A, B, k = p["lora_A"], p["lora_B"], cfg.k
-    parts = _lowrank.cast(x, A.dtype).unflatten(-1, (k, -1))  # (..., n, d_in / k)
+    parts = low_rank.cast(x, A.dtype).unflatten(-1, (k, -1))  # (..., n, d_in / k)
     h = torch.einsum("...ni,nri->...nr", parts, A).unflatten(-1, (k, -1))  # (..., n, j, r / k)
-    h = h.transpose(-3, -2).flatten(-2)  # (..., j, r): each part of the output hears a group of every part of the input
+    h = h.transpose(-3, -2).flatten(
+        -2
+    )  # (..., j, r): each part of the output hears a group of every part of the input
     y = (y + torch.einsum("...jr,jor->...jo", h, B).flatten(-2) * site.scale).to(y.dtype)
-    return _lowrank.add(y, x, p["lora_A_whole"], p["lora_B_whole"], site.scale) if cfg.hybrid_r else y
+    return (
+        low_rank.add(y, x, p["lora_A_whole"], p["lora_B_whole"], site.scale) if cfg.hybrid_r else y
+    )
 
 
-def weight(cfg: GraLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: GraLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s grid (+ s B~ A~)."""
     A, B = (p[n].to(W.dtype) for n in ("lora_A", "lora_B"))
-    A, B = A.unflatten(1, (cfg.k, -1)), B.unflatten(2, (cfg.k, -1))  # (n, j, q, d_in / k), (j, d_out / k, n, q)
+    A, B = (
+        A.unflatten(1, (cfg.k, -1)),
+        B.unflatten(2, (cfg.k, -1)),
+    )  # (n, j, q, d_in / k), (j, d_out / k, n, q)
     W = W + torch.einsum("jonq,njqi->joni", B, A).flatten(2, 3).flatten(0, 1) * site.scale
-    return _lowrank.add_dense(W, p["lora_A_whole"], p["lora_B_whole"], site.scale) if cfg.hybrid_r else W, b
+    return low_rank.add_dense(
+        W, p["lora_A_whole"], p["lora_B_whole"], site.scale
+    ) if cfg.hybrid_r else W, b
 
 
 def scale(cfg: GraLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -81,7 +100,7 @@ def scale(cfg: GraLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {name: t * c if name.startswith("lora_B") else t for name, t in p.items()}
 
 
-def factor(cfg: GraLoRAConfig, site: Site) -> float:
+def scaling(cfg: GraLoRAConfig, site: Site) -> float:
     """alpha / (r + hybrid_r)."""
     return site.alpha / (site.r + cfg.hybrid_r)
 
@@ -94,5 +113,5 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
-    factor=factor,
+    scaling=scaling,
 )

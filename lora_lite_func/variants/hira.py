@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..rng import kaiming
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.random import kaiming
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,10 @@ class HiRAConfig(AdapterConfig):
 
 def param_specs(cfg: HiRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A (r, d_in), lora_B (d_out, r)."""
-    return {"lora_A": ParamSpec((site.r, site.d_in), kaiming, rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1)}
+    return {
+        "lora_A": ParamSpec((site.r, site.d_in), kaiming, rank_axis=0),
+        "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
+    }
 
 
 def _product(p: Params, dtype: torch.dtype, s: float | Tensor) -> Tensor:
@@ -57,12 +61,14 @@ def prepare(cfg: HiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def outputs(cfg: HiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + x (s W * (B A))^T."""
-    return (y + _lowrank.project(x, d)).to(y.dtype)
+    return (y + low_rank.project(x, d)).to(y.dtype)
 
 
-def weight(cfg: HiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: HiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s W * (B A)."""
-    return _lowrank.plus_times(W, _product(p, W.dtype, site.scale), W), b
+    return low_rank.plus_times(W, _product(p, W.dtype, site.scale), W), b
 
 
 def dense(cfg: HiRAConfig, site: Site, tokens: int) -> bool:

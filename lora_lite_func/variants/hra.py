@@ -18,21 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError
-from ..rng import normal
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.random import normal
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class HRAConfig(AdapterConfig):
-    """Shared fields (see AdapterConfig; r is the number of reflections, even; alpha has no part in this method)."""
+    """Shared fields (see AdapterConfig; r is the number of reflections, even; alpha has no part in
+    this method).
+    """
 
     def validate(self) -> None:
         for r in (self.r, *(r for _, r in self.rank_pattern)):
             if r % 2:
-                raise ConfigError(f"HRAConfig.r: reflections come in pairs (an odd number is never the identity), expected even, found {r}")
+                raise ConfigError(
+                    f"HRAConfig.r: reflections come in pairs (an odd number is never the "
+                    f"identity), expected even, found {r}"
+                )
 
 
 def param_specs(cfg: HRAConfig, site: Site) -> dict[str, ParamSpec]:
@@ -41,11 +47,18 @@ def param_specs(cfg: HRAConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def init(
-    cfg: HRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: HRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """Unit rows in equal pairs."""
     half = normal(1.0)((site.r // 2, site.d_in), generator("lora_U"))
-    return {"lora_U": F.normalize(half, dim=1).repeat_interleave(2, dim=0)}  # u_0 = u_1, u_2 = u_3, ...
+    return {
+        "lora_U": F.normalize(half, dim=1).repeat_interleave(2, dim=0)
+    }  # u_0 = u_1, u_2 = u_3, ...
 
 
 def _T(U: Tensor) -> Tensor:
@@ -59,33 +72,41 @@ def _T(U: Tensor) -> Tensor:
 
 def prepare(cfg: HRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
     """U in the core dtype and T of the compact WY form."""
-    U = p["lora_U"].to(_lowrank.core_dtype(p["lora_U"].dtype))
+    U = p["lora_U"].to(low_rank.core_dtype(p["lora_U"].dtype))
     return U, _T(U)
 
 
 def inputs(cfg: HRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, site: Site) -> Tensor:
     """x' = x - ((x U^T) T^T) U."""
     U, T = d
-    h = F.linear(_lowrank.cast(x, p["lora_U"].dtype), p["lora_U"])  # (..., r)
+    h = F.linear(low_rank.cast(x, p["lora_U"].dtype), p["lora_U"])  # (..., r)
     z = F.linear(h.to(T.dtype), T)  # (..., r)
-    return _lowrank.expand(x, z, U.mT, -1.0)
+    return low_rank.expand(x, z, U.mT, -1.0)
 
 
-def weight(cfg: HRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: HRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W R = W - (W U^T) T U."""
-    U = p["lora_U"].to(_lowrank.core_dtype(W.dtype))
+    U = p["lora_U"].to(low_rank.core_dtype(W.dtype))
     return torch.addmm(W, (W @ U.mT) @ _T(U), U, alpha=-1.0), b
 
 
 def scale(cfg: HRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
-    """Each pair of reflections is a rotation by twice the angle between its rows: turn the second row to c times that angle."""
+    """Each pair of reflections is a rotation by twice the angle between its rows: turn the second
+    row to c times that angle.
+    """
     U = p["lora_U"]
-    first, second = F.normalize(U.to(_lowrank.core_dtype(U.dtype)).unflatten(-2, (-1, 2)), dim=-1).unbind(-2)  # (..., r/2, d_in) each
+    first, second = F.normalize(
+        U.to(low_rank.core_dtype(U.dtype)).unflatten(-2, (-1, 2)), dim=-1
+    ).unbind(-2)  # (..., r/2, d_in) each
     cosine = (first * second).sum(-1, keepdim=True)
     across = second - cosine * first  # the part of the second row off the first
     sine = across.norm(dim=-1, keepdim=True)
     angle = torch.atan2(sine, cosine) * c
-    turned = angle.cos() * first + angle.sin() * across / sine.clamp_min(torch.finfo(sine.dtype).tiny)
+    turned = angle.cos() * first + angle.sin() * across / sine.clamp_min(
+        torch.finfo(sine.dtype).tiny
+    )
     return {"lora_U": torch.stack([first, turned], dim=-2).flatten(-3, -2).to(U.dtype)}
 
 

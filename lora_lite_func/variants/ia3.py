@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..spec import MATRICES, Params, ParamSpec, Site, Variant
+from ..core.config import AdapterConfig
+from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.site import Params, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,17 @@ def inputs(cfg: IA3FFConfig, p: Params, d: None, x: Tensor, site: Site) -> Tenso
     return _gate(x, p["lora_g"])
 
 
-def output_weight(cfg: IA3Config, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def output_weight(
+    cfg: IA3Config, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """diag(g) W, g * b."""
     g = p["lora_g"].to(W.dtype)
     return g[:, None] * W, None if b is None else g * b
 
 
-def input_weight(cfg: IA3FFConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def input_weight(
+    cfg: IA3FFConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W diag(g), b."""
     return W * p["lora_g"].to(W.dtype), b
 
@@ -82,5 +87,11 @@ VARIANT = Variant(
     sites=(*MATRICES, "embedding", "norm", "vector"),
 )
 VARIANT_FF = Variant(
-    name="ia3_ff", config=IA3FFConfig, paper=_PAPER, param_specs=input_specs, inputs=inputs, weight=input_weight, scale=scale
+    name="ia3_ff",
+    config=IA3FFConfig,
+    paper=_PAPER,
+    param_specs=input_specs,
+    inputs=inputs,
+    weight=input_weight,
+    scale=scale,
 )

@@ -14,13 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..spec import Params, ParamSpec, Site, Variant
+from ..core.config import AdapterConfig
+from ..core.method import ParamSpec, Variant
+from ..core.site import Params, Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(AdapterConfig):
-    """Shared fields (see AdapterConfig; r and alpha have no part in this method; without target_names every norm is a site)."""
+    """Shared fields (see AdapterConfig; r and alpha have no part in this method; without
+    target_names every norm is a site).
+    """
 
 
 def param_specs(cfg: LNTuningConfig, site: Site) -> dict[str, ParamSpec]:
@@ -29,9 +32,13 @@ def param_specs(cfg: LNTuningConfig, site: Site) -> dict[str, ParamSpec]:
     return specs | {"lora_ln_b": ParamSpec((site.d_out,))} if site.bias else specs
 
 
-def weight(cfg: LNTuningConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: LNTuningConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """w + dw as a column (n, 1), b + db."""
-    return W + p["lora_ln_w"].to(W.dtype)[:, None], None if b is None else b + p["lora_ln_b"].to(b.dtype)
+    return W + p["lora_ln_w"].to(W.dtype)[:, None], None if b is None else b + p["lora_ln_b"].to(
+        b.dtype
+    )
 
 
 def scale(cfg: LNTuningConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..rng import kaiming
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _cost, _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.random import kaiming
+from ..core.site import Params, Site
+from ..kernels import cost, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +61,33 @@ def prepare(cfg: LoHaConfig, p: Params, site: Site, layer: Layer) -> tuple[Tenso
     return A, B
 
 
-def outputs(cfg: LoHaConfig, p: Params, d: tuple[Tensor, Tensor | None], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: LoHaConfig, p: Params, d: tuple[Tensor, Tensor | None], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """y + s (x Ak^T) Bk^T."""
     A, B = d
     if B is None:
-        return (y + _lowrank.project(x, A * site.scale)).to(y.dtype)
-    return _lowrank.add(y, x, A, B, site.scale)
+        return (y + low_rank.project(x, A * site.scale)).to(y.dtype)
+    return low_rank.add(y, x, A, B, site.scale)
 
 
-def weight(cfg: LoHaConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: LoHaConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s (B1 A1) * (B2 A2)."""
     B1, A1, B2, A2 = (p[f"lora_{name}"].to(W.dtype) for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    return _lowrank.plus_times(W, B1 @ (A1 * site.scale), B2 @ A2), b
+    return low_rank.plus_times(W, B1 @ (A1 * site.scale), B2 @ A2), b
 
 
 def dense(cfg: LoHaConfig, site: Site, tokens: int) -> bool:
     """Where the update is built for less than the branch of rank r^2 costs."""
     size, rank = site.d_in * site.d_out, site.r**2
-    return _cost.dense_pays(site, tokens, branch=rank * (site.d_in + site.d_out), build=(2 * site.r + 3 * _cost.PASS) * size)
+    return cost.dense_pays(
+        site,
+        tokens,
+        branch=rank * (site.d_in + site.d_out),
+        build=(2 * site.r + 3 * cost.PASS) * size,
+    )
 
 
 def scale(cfg: LoHaConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..errors import ConfigError
-from ..rng import kaiming
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _cost, _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.random import kaiming
+from ..core.site import Params, Site
+from ..kernels import cost, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class LoKrConfig(AdapterConfig):
     """Shared fields (see AdapterConfig), and:
 
     Args:
-        factor: how a dimension is split in two: -1 for the most square split; else the largest divisor of at most that.
+        factor: how a dimension is split in two: -1 for the most square split; else the largest
+            divisor of at most that.
         decompose_both: W1 of low rank too, where that is smaller.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
@@ -41,11 +43,15 @@ class LoKrConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "LoKrConfig.dropout")
         if self.factor < 1 and self.factor != -1:
-            raise ConfigError(f"LoKrConfig.factor: expected -1 (most square) or at least 1, found {self.factor}")
+            raise ConfigError(
+                f"LoKrConfig.factor: expected -1 (most square) or at least 1, found {self.factor}"
+            )
 
 
 def split(width: int, factor: int) -> tuple[int, int]:
-    """(small, large) with small * large = width: `factor` and its cofactor if it divides, else the largest divisor below."""
+    """(small, large) with small * large = width: `factor` and its cofactor if it divides, else the
+    largest divisor below.
+    """
     if factor > 0 and width % factor == 0:
         return min(factor, width // factor), max(factor, width // factor)
     most = min(width if factor == -1 else factor, int(width**0.5))
@@ -71,15 +77,23 @@ def _shape(cfg: LoKrConfig, site: Site) -> _Shape:
 
 
 def param_specs(cfg: LoKrConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_w1 (l, m) or its factors lora_w1_a (l, r), lora_w1_b (r, m); lora_w2 (k, n) or lora_w2_a (k, r), lora_w2_b (r, n)."""
+    """lora_w1 (l, m) or its factors lora_w1_a (l, r), lora_w1_b (r, m); lora_w2 (k, n) or lora_w2_a
+    (k, r), lora_w2_b (r, n).
+    """
     s = _shape(cfg, site)
     if s.full1:
         specs = {"lora_w1": ParamSpec((s.l, s.m))}
     else:
-        specs = {"lora_w1_a": ParamSpec((s.l, site.r)), "lora_w1_b": ParamSpec((site.r, s.m), kaiming)}
+        specs = {
+            "lora_w1_a": ParamSpec((s.l, site.r)),
+            "lora_w1_b": ParamSpec((site.r, s.m), kaiming),
+        }
     if s.full2:
         return specs | {"lora_w2": ParamSpec((s.k, s.n), kaiming)}
-    return specs | {"lora_w2_a": ParamSpec((s.k, site.r), kaiming), "lora_w2_b": ParamSpec((site.r, s.n), kaiming)}
+    return specs | {
+        "lora_w2_a": ParamSpec((s.k, site.r), kaiming),
+        "lora_w2_b": ParamSpec((site.r, s.n), kaiming),
+    }
 
 
 def _factor(p: Params, name: str) -> Tensor:
@@ -93,15 +107,19 @@ def prepare(cfg: LoKrConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def outputs(cfg: LoKrConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + (s W1 X W2^T).view(d_out)."""
-    h = _lowrank.cast(x, d.dtype).unflatten(-1, (d.shape[1], -1))  # (..., m, n)
+    h = low_rank.cast(x, d.dtype).unflatten(-1, (d.shape[1], -1))  # (..., m, n)
     low = "lora_w2" not in p
-    h = torch.einsum("lm,...mn->...ln", d, F.linear(h, p["lora_w2_b" if low else "lora_w2"]))  # (..., l, r or k)
+    h = torch.einsum(
+        "lm,...mn->...ln", d, F.linear(h, p["lora_w2_b" if low else "lora_w2"])
+    )  # (..., l, r or k)
     if low:
         h = F.linear(h, p["lora_w2_a"])  # (..., l, k)
     return (y + h.flatten(-2)).to(y.dtype)
 
 
-def weight(cfg: LoKrConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: LoKrConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s W1 (x) W2."""
     q = {name: t.to(W.dtype) for name, t in p.items()}
     W1, W2 = _factor(q, "lora_w1") * site.scale, _factor(q, "lora_w2")
@@ -111,7 +129,12 @@ def weight(cfg: LoKrConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) 
 
 def dense(cfg: LoKrConfig, site: Site, tokens: int) -> bool:
     """Where the Kronecker product is built for less than the three passes over the features cost."""
-    return _cost.dense_pays(site, tokens, branch=3 * _cost.PASS * (site.d_in + site.d_out), build=2 * _cost.PASS * site.d_in * site.d_out)
+    return cost.dense_pays(
+        site,
+        tokens,
+        branch=3 * cost.PASS * (site.d_in + site.d_out),
+        build=2 * cost.PASS * site.d_in * site.d_out,
+    )
 
 
 def scale(cfg: LoKrConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -120,7 +143,7 @@ def scale(cfg: LoKrConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, name: p[name] * c}
 
 
-def factor(cfg: LoKrConfig, site: Site) -> float:
+def scaling(cfg: LoKrConfig, site: Site) -> float:
     """alpha / r, or 1 where both factors are full."""
     s = _shape(cfg, site)
     return 1.0 if s.full1 and s.full2 else site.alpha / site.r
@@ -136,5 +159,5 @@ VARIANT = Variant(
     weight=weight,
     dense=dense,
     scale=scale,
-    factor=factor,
+    scaling=scaling,
 )

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError
-from ..rng import kaiming, normal
-from ..spec import MATRICES, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
+from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.random import kaiming, normal
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class LoRAConfig(AdapterConfig):
     Args:
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
-        init_A: "kaiming" (uniform in +-1/sqrt(d_in)), "gaussian" (std 1/r), or "orthogonal" (even r; both factors start
-            non-zero with B A = 0).
+        init_A: "kaiming" (uniform in +-1/sqrt(d_in)), "gaussian" (std 1/r), or "orthogonal" (even
+            r; both factors start non-zero with B A = 0).
     """
 
     rslora: bool = False
@@ -42,38 +43,61 @@ class LoRAConfig(AdapterConfig):
         probability(self.dropout, "LoRAConfig.dropout")
         ranks = [self.r, *(r for _, r in self.rank_pattern)]
         if self.init_A == "orthogonal" and any(r % 2 for r in ranks):
-            raise ConfigError(f"LoRAConfig.init_A: 'orthogonal' splits the directions in two halves, expected an even r, found {ranks}")
+            raise ConfigError(
+                f"LoRAConfig.init_A: 'orthogonal' splits the directions in two halves, expected "
+                f"an even r, found {ranks}"
+            )
 
 
 def param_specs(cfg: LoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_A (r, d_in), lora_B (d_out, r). On an embedding A starts at zero and B at random: rows of ids never seen stay the base's."""
+    """lora_A (r, d_in), lora_B (d_out, r). On an embedding A starts at zero and B at random: rows
+    of ids never seen stay the base's.
+    """
     if site.kind == "embedding" and cfg.init_A != "orthogonal":
-        return {"lora_A": ParamSpec((site.r, site.d_in), rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), normal(1.0), rank_axis=1)}
+        return {
+            "lora_A": ParamSpec((site.r, site.d_in), rank_axis=0),
+            "lora_B": ParamSpec((site.d_out, site.r), normal(1.0), rank_axis=1),
+        }
     start = normal(1.0 / site.r) if cfg.init_A == "gaussian" else kaiming
-    return {"lora_A": ParamSpec((site.r, site.d_in), start, rank_axis=0), "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1)}
+    return {
+        "lora_A": ParamSpec((site.r, site.d_in), start, rank_axis=0),
+        "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
+    }
 
 
 def init(
-    cfg: LoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: LoRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The orthogonal start; the others are in the specs."""
     if cfg.init_A != "orthogonal":
         return {}
     draw = generator("lora_A")
-    Q = torch.linalg.qr(torch.randn(site.r, site.r, generator=draw, dtype=torch.float64))[0]  # (r, r), orthogonal rows
+    Q = torch.linalg.qr(torch.randn(site.r, site.r, generator=draw, dtype=torch.float64))[
+        0
+    ]  # (r, r), orthogonal rows
     left = torch.randn(site.d_out, site.r // 2, generator=generator("lora_B"), dtype=torch.float64)
     right = torch.randn(site.r // 2, site.d_in, generator=draw, dtype=torch.float64)
-    return {"lora_A": Q[::2].mT @ right / 10.0, "lora_B": left @ Q[1::2] / 10.0}  # B A = left (Q_odd Q_even^T) right = 0
+    return {
+        "lora_A": Q[::2].mT @ right / 10.0,
+        "lora_B": left @ Q[1::2] / 10.0,
+    }  # B A = left (Q_odd Q_even^T) right = 0
 
 
 def outputs(cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + s (x A^T) B^T."""
-    return _lowrank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
+    return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
 
 
-def weight(cfg: LoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: LoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s B A."""
-    return _lowrank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
+    return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
 
 
 def scale(cfg: LoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -81,12 +105,14 @@ def scale(cfg: LoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_B": p["lora_B"] * c}
 
 
-def factor(cfg: LoRAConfig, site: Site) -> float:
+def scaling(cfg: LoRAConfig, site: Site) -> float:
     """alpha / r, or alpha / sqrt(r)."""
     return site.alpha / (math.sqrt(site.r) if cfg.rslora else site.r)
 
 
-def factors(cfg: LoRAConfig, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(
+    cfg: LoRAConfig, p: Params, site: Site
+) -> tuple[Tensor, Tensor, float | Tensor]:
     """A, B and alpha / r."""
     return p["lora_A"], p["lora_B"], site.scale
 
@@ -100,8 +126,8 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
-    factors=factors,
-    factor=factor,
-    leading=True,
+    low_rank_factors=low_rank_factors,
+    scaling=scaling,
+    batched=True,
     sites=(*MATRICES, "embedding"),
 )

@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError, UnsupportedError
-from ..spec import ParamSpec, Site, Variant
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import ParamSpec, Variant
+from ..core.site import Site
 from . import _calibrated, _subtracted
 
 
@@ -29,9 +30,11 @@ class LoRAGAConfig(AdapterConfig):
     """Shared fields (see AdapterConfig), and:
 
     Args:
-        direction: which of the top 2r triplets go where: "ArB2r" (A the first r, B the next), "A2rBr" (the other way round), "ArBr"
-            (B the odd ones, A the even ones), "random" (a random half each).
-        scale: "stable" (the paper's, outputs of like size whatever the width), "gd" (divided by s) or "unit".
+        direction: which of the top 2r triplets go where: "ArB2r" (A the first r, B the next),
+            "A2rBr" (the other way round), "ArBr" (B the odd ones, A the even ones), "random" (a
+            random half each).
+        scale: "stable" (the paper's, outputs of like size whatever the width), "gd" (divided by s)
+            or "unit".
         gamma: of "stable"; larger starts smaller.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
@@ -58,7 +61,8 @@ def param_specs(cfg: LoRAGAConfig, site: Site) -> dict[str, ParamSpec]:
     limit = min(site.d_in, site.d_out) // 2
     if site.r > limit:
         raise UnsupportedError(
-            f"LoRA-GA splits 2r directions of a {site.d_out} x {site.d_in} gradient, expected a rank of at most {limit}, found r={site.r}; "
+            f"LoRA-GA splits 2r directions of a {site.d_out} x {site.d_in} gradient, expected a "
+            f"rank of at most {limit}, found r={site.r}; "
             "lower r, or set it there with rank_pattern"
         )
     return _subtracted.param_specs(site)
@@ -82,9 +86,18 @@ def init(
     least = S[0] * max(G.shape) * torch.finfo(stats.gradient.dtype).eps
     rank = int((least < S).sum())
     if rank < 2 * site.r:
-        raise ConfigError(f"LoRA-GA takes 2r = {2 * site.r} directions of the gradient, found {rank}; give more tokens, or lower r")
+        raise ConfigError(
+            f"LoRA-GA takes 2r = {2 * site.r} directions of the gradient, found {rank}; give "
+            f"more tokens, or lower r"
+        )
     of_A, of_B = _split(cfg.direction, site.r, generator("lora_A0"))
-    c = site.d_out**0.25 / cfg.gamma**0.5 if cfg.scale == "stable" else 1.0 / site.factor if cfg.scale == "gd" else 1.0
+    c = (
+        site.d_out**0.25 / cfg.gamma**0.5
+        if cfg.scale == "stable"
+        else 1.0 / site.scaling
+        if cfg.scale == "gd"
+        else 1.0
+    )
     A, B = c * Vh[of_A], c * U[:, of_B]  # (r, d_in), (d_out, r)
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
@@ -107,8 +120,8 @@ VARIANT = Variant(
     init=init,
     prepare=_subtracted.prepare,
     outputs=_subtracted.outputs,
-    factors=_subtracted.factors,
-    leading=True,
+    low_rank_factors=_subtracted.low_rank_factors,
+    batched=True,
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"gradients"}),

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import block_diagonal, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class MiSSConfig(AdapterConfig):
 
     Args:
         r: length of a shard; larger than a LoRA's rank, at half its cost.
-        mode: "plain", "mini" (fewer parameters), or "bat" (the update depends on the weight, as in Bone).
+        mode: "plain", "mini" (fewer parameters), or "bat" (the update depends on the weight, as in
+            Bone).
         mini_r: outputs per repetition in mode "mini"; must divide d_out.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
@@ -53,10 +55,12 @@ def param_specs(cfg: MiSSConfig, site: Site) -> dict[str, ParamSpec]:
     """
     if cfg.mode == "bat":
         for width, what in ((site.d_in, "d_in"), (site.d_out, "d_out")):
-            _blocks.check_divides("MiSS in mode 'bat'", "r", site.r, width, what)
+            block_diagonal.check_divides("MiSS in mode 'bat'", "r", site.r, width, what)
         return {"lora_D": ParamSpec((site.d_out // site.r, site.r, site.r))}
     if cfg.mode == "mini":
-        _blocks.check_divides("MiSS in mode 'mini'", "mini_r", cfg.mini_r, site.d_out, "d_out")
+        block_diagonal.check_divides(
+            "MiSS in mode 'mini'", "mini_r", cfg.mini_r, site.d_out, "d_out"
+        )
         return {"lora_D": ParamSpec((site.r, cfg.mini_r))}
     return {"lora_D": ParamSpec((site.r, site.d_out))}
 
@@ -76,19 +80,23 @@ def prepare(cfg: MiSSConfig, p: Params, site: Site, layer: Layer) -> Tensor | No
     return _bat(p["lora_D"].to(dtype), layer.weight.to(dtype))
 
 
-def outputs(cfg: MiSSConfig, p: Params, d: Tensor | None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: MiSSConfig, p: Params, d: Tensor | None, x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """y + S D, or y + x (dense update)^T."""
     D = p["lora_D"]
-    x = _lowrank.cast(x, D.dtype)
+    x = low_rank.cast(x, D.dtype)
     if d is not None:
         return (y + F.linear(x, d.to(x.dtype))).to(y.dtype)
     S = F.pad(x, (0, -site.d_in % site.r)).unflatten(-1, (-1, site.r)).sum(-2)  # (..., r)
     if cfg.mode == "plain":
-        return _lowrank.expand(y, S, D.mT)
+        return low_rank.expand(y, S, D.mT)
     return (y.unflatten(-1, (-1, cfg.mini_r)) + (S @ D).unsqueeze(-2)).flatten(-2).to(y.dtype)
 
 
-def weight(cfg: MiSSConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: MiSSConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + the repeated D^T, or W + W_oi D_o + D_o."""
     D = p["lora_D"].to(W.dtype)
     if cfg.mode == "bat":

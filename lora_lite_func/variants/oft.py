@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _blocks, _cayley, _cost, _lowrank
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import block_diagonal, cayley, cost, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +31,32 @@ class OFTConfig(AdapterConfig):
 
     Args:
         block_size: features per block; must divide d_in.
-        cayley: "exact" (orthogonal), or "neumann" (PEFT's series of five terms; orthogonal only while Q is small).
+        cayley: "exact" (orthogonal), or "neumann" (PEFT's series of five terms; orthogonal only
+            while Q is small).
         block_share: one rotation for all blocks.
-        coft_eps: bound on the length of Q over all blocks, which `ll.project` enforces after a step (COFT).
-        block_dropout: probability that a block isn't rotated, drawn in each call in training mode only.
+        coft_eps: bound on the length of Q over all blocks, which `ll.project` enforces after a step
+            (COFT).
+        block_dropout: probability that a block isn't rotated, drawn in each call in training mode
+            only.
     """
 
     block_size: int = 32
-    cayley: _cayley.Kind = "exact"
+    cayley: cayley.Kind = "exact"
     block_share: bool = False
     coft_eps: float = record(6e-5)
     block_dropout: float = 0.0
 
     def validate(self) -> None:
         if self.block_size < 2:
-            raise ConfigError(f"OFTConfig.block_size: a rotation needs two features, expected at least 2, found {self.block_size}")
+            raise ConfigError(
+                f"OFTConfig.block_size: a rotation needs two features, expected at least 2, "
+                f"found {self.block_size}"
+            )
         probability(self.block_dropout, "OFTConfig.block_dropout")
         if self.coft_eps <= 0:
-            raise ConfigError(f"OFTConfig.coft_eps: expected a positive bound, found {self.coft_eps}")
+            raise ConfigError(
+                f"OFTConfig.coft_eps: expected a positive bound, found {self.coft_eps}"
+            )
 
 
 def param_specs(cfg: OFTConfig, site: Site) -> dict[str, ParamSpec]:
@@ -56,35 +65,43 @@ def param_specs(cfg: OFTConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: d_in isn't divisible by block_size.
     """
-    _blocks.check_divides("OFT", "block_size", cfg.block_size, site.d_in, "d_in")
+    block_diagonal.check_divides("OFT", "block_size", cfg.block_size, site.d_in, "d_in")
     n = 1 if cfg.block_share else site.d_in // cfg.block_size
-    return {"lora_oft_q": ParamSpec((n, _cayley.pairs(cfg.block_size)), dtype=torch.float32)}
+    return {"lora_oft_q": ParamSpec((n, cayley.pairs(cfg.block_size)), dtype=torch.float32)}
 
 
 def prepare(cfg: OFTConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """E, (n, b, b), or as fewer and larger blocks."""
-    E = _cayley.minus_identity(p["lora_oft_q"], cfg.block_size, cfg.cayley)
+    E = cayley.minus_identity(p["lora_oft_q"], cfg.block_size, cfg.cayley)
     if cfg.block_dropout and layer.training:
         blocks = site.d_in // cfg.block_size
-        E = E * (torch.rand(blocks, 1, 1, device=E.device) >= cfg.block_dropout).to(E.dtype)  # a shared block is dropped here and there
-    return _blocks.widened(E)
+        E = E * (torch.rand(blocks, 1, 1, device=E.device) >= cfg.block_dropout).to(
+            E.dtype
+        )  # a shared block is dropped here and there
+    return block_diagonal.widened(E)
 
 
 def inputs(cfg: OFTConfig, p: Params, d: Tensor, x: Tensor, site: Site) -> Tensor:
     """x + x E."""
-    return _blocks.plus_product(x, d)
+    return block_diagonal.plus_product(x, d)
 
 
-def weight(cfg: OFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: OFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W R^T."""
-    E = _cayley.minus_identity(p["lora_oft_q"].to(_lowrank.core_dtype(W.dtype)), cfg.block_size, cfg.cayley)
-    return _blocks.plus_product(W, _blocks.widened(E).mT), b
+    E = cayley.minus_identity(
+        p["lora_oft_q"].to(low_rank.core_dtype(W.dtype)), cfg.block_size, cfg.cayley
+    )
+    return block_diagonal.plus_product(W, block_diagonal.widened(E).mT), b
 
 
 def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool:
     """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
-    branch = (cfg.block_size + 3 * _cost.PASS) * site.d_in
-    return not cfg.block_dropout and _cost.dense_pays(site, tokens, branch=branch, build=branch * site.d_out)
+    branch = (cfg.block_size + 3 * cost.PASS) * site.d_in
+    return not cfg.block_dropout and cost.dense_pays(
+        site, tokens, branch=branch, build=branch * site.d_out
+    )
 
 
 def scale(cfg: OFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
@@ -93,10 +110,14 @@ def scale(cfg: OFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
 
 
 def project(cfg: OFTConfig, p: Params) -> dict[str, Tensor]:
-    """COFT's constraint as a pure function: each Q_i shortened to a Frobenius norm of at most coft_eps / sqrt(n)."""
+    """COFT's constraint as a pure function: each Q_i shortened to a Frobenius norm of at most
+    coft_eps / sqrt(n).
+    """
     q = p["lora_oft_q"]  # (n, b (b - 1) / 2)
     bound = cfg.coft_eps / q.shape[-2] ** 0.5
-    norm = (2.0 * q.square().sum(-1, keepdim=True)).clamp_min(bound**2).sqrt()  # each entry stands in Q twice
+    norm = (
+        (2.0 * q.square().sum(-1, keepdim=True)).clamp_min(bound**2).sqrt()
+    )  # each entry stands in Q twice
     return {**p, "lora_oft_q": q * (bound / norm)}
 
 

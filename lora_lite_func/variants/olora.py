@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..spec import MATRICES, ParamSpec, Site, Variant
-from . import _lowrank, _subtracted
+from ..core.config import AdapterConfig, probability
+from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.site import Site
+from ..kernels import low_rank
+from . import _subtracted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,17 @@ def param_specs(cfg: OLoRAConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "OLoRA")
+    low_rank.check_rank(site, "OLoRA")
     return _subtracted.param_specs(site)
 
 
 def init(
-    cfg: OLoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: OLoRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The first r columns of Q and rows of R."""
     Q, R = torch.linalg.qr(weight)  # (d_out, k), (k, d_in)
@@ -62,8 +69,8 @@ VARIANT = Variant(
     init=init,
     prepare=_subtracted.prepare,
     outputs=_subtracted.outputs,
-    factors=_subtracted.factors,
-    leading=True,
+    low_rank_factors=_subtracted.low_rank_factors,
+    batched=True,
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"weight"}),

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import ConfigError
-from ..spec import MATRICES, ParamSpec, Site, Variant
-from . import _lowrank, _subtracted
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
+from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.site import Site
+from ..kernels import low_rank
+from . import _subtracted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class PiSSAConfig(AdapterConfig):
 
     Args:
         dropout: probability of dropping an entry of the branch's input, in training mode only.
-        svd_niter: None for the full SVD; a number for the randomised one with that many power iterations (4 to 16).
+        svd_niter: None for the full SVD; a number for the randomised one with that many power
+            iterations (4 to 16).
     """
 
     dropout: float = 0.0
@@ -36,7 +39,9 @@ class PiSSAConfig(AdapterConfig):
     def validate(self) -> None:
         probability(self.dropout, "PiSSAConfig.dropout")
         if self.svd_niter is not None and self.svd_niter < 0:
-            raise ConfigError(f"PiSSAConfig.svd_niter: expected None or at least 0, found {self.svd_niter}")
+            raise ConfigError(
+                f"PiSSAConfig.svd_niter: expected None or at least 0, found {self.svd_niter}"
+            )
         _subtracted.check_alpha(self)
 
 
@@ -46,16 +51,21 @@ def param_specs(cfg: PiSSAConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "PiSSA")
+    low_rank.check_rank(site, "PiSSA")
     return _subtracted.param_specs(site)
 
 
 def init(
-    cfg: PiSSAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: PiSSAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The top r singular triplets, split evenly between the factors."""
-    U, S, Vh = _lowrank.top_svd(weight, site.r, cfg.svd_niter, generator("lora_A0"))
-    root = (S / site.factor).sqrt()  # (r,)
+    U, S, Vh = low_rank.top_svd(weight, site.r, cfg.svd_niter, generator("lora_A0"))
+    root = (S / site.scaling).sqrt()  # (r,)
     A, B = root[:, None] * Vh, U * root  # (r, d_in), (d_out, r)
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
@@ -68,8 +78,8 @@ VARIANT = Variant(
     init=init,
     prepare=_subtracted.prepare,
     outputs=_subtracted.outputs,
-    factors=_subtracted.factors,
-    leading=True,
+    low_rank_factors=_subtracted.low_rank_factors,
+    batched=True,
     weight=_subtracted.weight,
     scale=_subtracted.scale,
     needs=frozenset({"weight"}),

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..config import AdapterConfig, probability, record
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _cost, _lowrank
+from ..core import random
+from ..core.config import AdapterConfig, probability, record
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import cost, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,20 @@ class RandLoRAConfig(AdapterConfig):
 
 
 def param_specs(cfg: RandLoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_lambda (r, N), lora_gamma (N, m); frozen lora_rand_A (r, m), lora_rand_B (M, N, r).
+    """Trainable lora_lambda (r, N), lora_gamma (N, m); frozen lora_rand_A (r, m), lora_rand_B (M,
+    N, r).
 
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "RandLoRA")
+    low_rank.check_rank(site, "RandLoRA")
     small, large = sorted((site.d_in, site.d_out))
     n = -(-small // site.r)
     return {
         "lora_lambda": ParamSpec((site.r, n)),
-        "lora_gamma": ParamSpec((n, small), lambda shape, gen: torch.full(tuple(shape), 1.0 / max(shape))),
+        "lora_gamma": ParamSpec(
+            (n, small), lambda shape, gen: torch.full(tuple(shape), 1.0 / max(shape))
+        ),
         "lora_rand_A": ParamSpec((site.r, small), trainable=False),
         "lora_rand_B": ParamSpec((large, n, site.r), trainable=False),
     }
@@ -65,20 +69,30 @@ def param_specs(cfg: RandLoRAConfig, site: Site) -> dict[str, ParamSpec]:
 @functools.lru_cache(maxsize=8)
 def _random(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Uniform, of standard deviation 1. One tensor per (seed, name, shape)."""
-    drawn = rng.uniform(1.0)(shape, rng.generator(seed, f"{shape}", name))
+    drawn = random.uniform(1.0)(shape, random.generator(seed, f"{shape}", name))
     return drawn / drawn.std()
 
 
 def init(
-    cfg: RandLoRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: RandLoRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The frozen maps, which the site's path has no part in."""
-    return {name: _random(cfg.projection_seed, name, specs[name].shape) for name in ("lora_rand_A", "lora_rand_B")}
+    return {
+        name: _random(cfg.projection_seed, name, specs[name].shape)
+        for name in ("lora_rand_A", "lora_rand_B")
+    }
 
 
 def _factors(p: Params, site: Site) -> tuple[Tensor, Tensor]:
     """The sum as one pair (N r, d_in), (d_out, N r)."""
-    scaled = p["lora_lambda"].mT.unsqueeze(2) * p["lora_rand_A"] * p["lora_gamma"].unsqueeze(1)  # (N, r, m)
+    scaled = (
+        p["lora_lambda"].mT.unsqueeze(2) * p["lora_rand_A"] * p["lora_gamma"].unsqueeze(1)
+    )  # (N, r, m)
     A, B = scaled.flatten(0, 1), p["lora_rand_B"].flatten(1)  # (N r, m), (M, N r)
     return (A, B) if site.d_in <= site.d_out else (B.mT, A.mT)
 
@@ -88,21 +102,27 @@ def prepare(cfg: RandLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[T
     return _factors(p, site)
 
 
-def outputs(cfg: RandLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: RandLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """y + s (sum) x."""
-    return _lowrank.add(y, x, *d, site.scale)
+    return low_rank.add(y, x, *d, site.scale)
 
 
-def weight(cfg: RandLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: RandLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + s sum."""
     A, B = _factors({name: t.to(W.dtype) for name, t in p.items()}, site)
-    return _lowrank.add_dense(W, A, B, site.scale), b
+    return low_rank.add_dense(W, A, B, site.scale), b
 
 
 def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> bool:
     """Where W + the sum is built for less than the branch costs."""
     rank = -(-min(site.d_in, site.d_out) // site.r) * site.r
-    return _cost.dense_pays(site, tokens, branch=rank * (site.d_in + site.d_out), build=rank * site.d_in * site.d_out)
+    return cost.dense_pays(
+        site, tokens, branch=rank * (site.d_in + site.d_out), build=rank * site.d_in * site.d_out
+    )
 
 
 def scale(cfg: RandLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError
-from ..rng import kaiming, normal
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.random import kaiming, normal
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,23 @@ class _ReFTConfig(AdapterConfig):
     def validate(self) -> None:
         if min(self.first, self.last) < 0 or self.first + self.last < 1:
             found = f"first={self.first}, last={self.last}"
-            raise ConfigError(f"{type(self).__name__}: expected first and last of at least 0 and one of them more, found {found}")
+            raise ConfigError(
+                f"{type(self).__name__}: expected first and last of at least 0 and one of them "
+                f"more, found {found}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoReFTConfig(_ReFTConfig):
-    """Shared fields (see AdapterConfig; sites are modules, by default the blocks of a model's ModuleLists; alpha has no part), and:
+    """Shared fields (see AdapterConfig; sites are modules, by default the blocks of a model's
+    ModuleLists; alpha has no part), and:
 
     Args:
         r: dimension of the subspace, at most the hidden width.
         first: how many tokens from the prompt's beginning are edited.
         last: how many up to its end.
-        tied: one edit for both ends; False learns one for the first tokens and another for the last.
+        tied: one edit for both ends; False learns one for the first tokens and another for the
+            last.
     """
 
 
@@ -58,40 +64,55 @@ class DiReFTConfig(_ReFTConfig):
     """As LoReFTConfig, for the form without orthonormal rows."""
 
 
-# ------------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 def _ends(cfg: _ReFTConfig) -> int:
     """How many edits are learned: one, or one for each end that is edited."""
     return 1 if cfg.tied else (cfg.first > 0) + (cfg.last > 0)
 
 
 def loreft_specs(cfg: LoReFTConfig, site: Site) -> dict[str, ParamSpec]:
-    """M lora_R, W - R0 lora_W (k, r, d), lora_b (k, r), frozen M0 lora_R0 (k, r, d); k = 2 where the ends aren't tied, else 1.
+    """M lora_R, W - R0 lora_W (k, r, d), lora_b (k, r), frozen M0 lora_R0 (k, r, d); k = 2 where
+    the ends aren't tied, else 1.
 
     Raises:
         UnsupportedError: r is above the hidden width.
     """
-    _lowrank.check_rank(site, "LoReFT")
+    low_rank.check_rank(site, "LoReFT")
     shape = (_ends(cfg), site.r, site.d_out)
     frozen = ParamSpec(shape, trainable=False)
-    return {"lora_R": ParamSpec(shape), "lora_R0": frozen, "lora_W": ParamSpec(shape), "lora_b": ParamSpec(shape[:2])}
+    return {
+        "lora_R": ParamSpec(shape),
+        "lora_R0": frozen,
+        "lora_W": ParamSpec(shape),
+        "lora_b": ParamSpec(shape[:2]),
+    }
 
 
 def direft_specs(cfg: DiReFTConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A (k, r, d), lora_B (k, d, r), lora_b (k, r)."""
     k, r, d = _ends(cfg), site.r, site.d_out
-    return {"lora_A": ParamSpec((k, r, d), kaiming), "lora_B": ParamSpec((k, d, r)), "lora_b": ParamSpec((k, r))}
+    return {
+        "lora_A": ParamSpec((k, r, d), kaiming),
+        "lora_B": ParamSpec((k, d, r)),
+        "lora_b": ParamSpec((k, r)),
+    }
 
 
 def _orthonormal(M: Tensor) -> Tensor:
     """R (..., r, d) with the row space of M and orthonormal rows, in float32 at least."""
-    M = M.to(_lowrank.core_dtype(M.dtype))
+    M = M.to(low_rank.core_dtype(M.dtype))
     with torch.autocast("cpu" if M.is_meta else M.device.type, enabled=False):
         L = torch.linalg.cholesky_ex(M @ M.mT)[0]  # unchecked, so no wait for the device
         return torch.linalg.solve_triangular(L, M, upper=False)
 
 
 def init(
-    cfg: LoReFTConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: LoReFTConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """M random with orthonormal rows."""
     draw = normal(1.0)(specs["lora_R"].shape, generator("lora_R")).double()
@@ -99,9 +120,10 @@ def init(
     return {"lora_R": M, "lora_R0": M}
 
 
-# ------------------------------------------------------------------------------------------------------------ positions
+# ---------------------------------------------------------------------------------------- positions
 def _chosen(cfg: _ReFTConfig, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens are edited: their indices (N, first + last), and which of those count (N, first + last).
+    """Which tokens are edited: their indices (N, first + last), and which of those count (N, first
+        + last).
 
     Args:
         cfg: how many at each end.
@@ -112,13 +134,19 @@ def _chosen(cfg: _ReFTConfig, prompt: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.where(short, (count // 2).clamp_max(cfg.first), cfg.first)
     last = torch.where(short, (count - count // 2).clamp_max(cfg.last), cfg.last)
     ahead, behind = (torch.arange(n, device=prompt.device) for n in (cfg.first, cfg.last))
-    rank = torch.cat([ahead.expand(prompt.shape[0], -1), count - 1 - behind], dim=-1)  # which token of the prompt
+    rank = torch.cat(
+        [ahead.expand(prompt.shape[0], -1), count - 1 - behind], dim=-1
+    )  # which token of the prompt
     counts = torch.cat([ahead < first, behind < last], dim=-1)
-    place = (prompt.cumsum(-1)[:, None, :] <= rank[..., None]).sum(-1)  # tokens before the one of that rank
+    place = (prompt.cumsum(-1)[:, None, :] <= rank[..., None]).sum(
+        -1
+    )  # tokens before the one of that rank
     return place.clamp_max(prompt.shape[-1] - 1), counts
 
 
-def _edited(cfg: _ReFTConfig, prompt: Tensor, y: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+def _edited(
+    cfg: _ReFTConfig, prompt: Tensor, y: Tensor, change: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """y (..., T, d) with `change` (h (N, m, d), which edit) added at the chosen tokens."""
     if y.numel() == 0:
         return y
@@ -135,7 +163,7 @@ def _edited(cfg: _ReFTConfig, prompt: Tensor, y: Tensor, change: Callable[[Tenso
     return rows.scatter_add(1, index, delta).reshape(y.shape)
 
 
-# --------------------------------------------------------------------------------------------------------------- phases
+# ------------------------------------------------------------------------------------------- phases
 def _apart(p: Params) -> tuple[Tensor, Tensor]:
     """R and W - R, (k, r, d) each, in float32 at least."""
     R = _orthonormal(p["lora_R"])
@@ -148,12 +176,14 @@ def prepare(cfg: LoReFTConfig, p: Params, site: Site, layer: Layer) -> tuple[Ten
     return R.to(p["lora_R"].dtype), apart.to(p["lora_R"].dtype)
 
 
-def loreft(cfg: LoReFTConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def loreft(
+    cfg: LoReFTConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """h + R^T ((W - R) h + b) at the chosen tokens; x (..., T) says which belong to the prompt."""
     R, apart = d
 
     def change(h: Tensor, i: int) -> Tensor:
-        return (_lowrank.cast(h, R.dtype) @ apart[i].mT + p["lora_b"][i]) @ R[i]
+        return (low_rank.cast(h, R.dtype) @ apart[i].mT + p["lora_b"][i]) @ R[i]
 
     return _edited(cfg, x, y, change)
 
@@ -163,7 +193,7 @@ def direft(cfg: DiReFTConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Si
     A, B, b = p["lora_A"], p["lora_B"], p["lora_b"]
 
     def change(h: Tensor, i: int) -> Tensor:
-        return (_lowrank.cast(h, A.dtype) @ A[i].mT + b[i]) @ B[i].mT
+        return (low_rank.cast(h, A.dtype) @ A[i].mT + b[i]) @ B[i].mT
 
     return _edited(cfg, x, y, change)
 
@@ -194,5 +224,11 @@ VARIANT = Variant(
     sites=_KINDS,
 )
 VARIANT_DIRECT = Variant(
-    name="direft", config=DiReFTConfig, paper=_PAPER, param_specs=direft_specs, outputs=direft, scale=direft_scale, sites=_KINDS
+    name="direft",
+    config=DiReFTConfig,
+    paper=_PAPER,
+    param_specs=direft_specs,
+    outputs=direft,
+    scale=direft_scale,
+    sites=_KINDS,
 )

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError, UnsupportedError
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class ROADConfig(AdapterConfig):
 
     Args:
         mode: "road_1", "road_2" or "road_4": how many angles and magnitudes a pair has.
-        group_size: even; features are paired within groups of this size. It only permutes the pairs.
+        group_size: even; features are paired within groups of this size. It only permutes the
+            pairs.
     """
 
     mode: Literal["road_1", "road_2", "road_4"] = "road_1"
@@ -36,7 +38,9 @@ class ROADConfig(AdapterConfig):
 
     def validate(self) -> None:
         if self.group_size < 2 or self.group_size % 2:
-            raise ConfigError(f"ROADConfig.group_size: expected an even number, found {self.group_size}")
+            raise ConfigError(
+                f"ROADConfig.group_size: expected an even number, found {self.group_size}"
+            )
 
 
 def param_specs(cfg: ROADConfig, site: Site) -> dict[str, ParamSpec]:
@@ -48,8 +52,13 @@ def param_specs(cfg: ROADConfig, site: Site) -> dict[str, ParamSpec]:
     if site.d_out % cfg.group_size:
         fitting = [g for g in range(2, min(site.d_out, 256) + 1, 2) if site.d_out % g == 0]
         raise UnsupportedError(
-            f"ROAD pairs features in groups, expected d_out divisible by group_size={cfg.group_size}, found d_out={site.d_out}; "
-            + (f"group_size={max(fitting)} fits" if fitting else "an odd d_out can't be paired: leave it out with exclude_names")
+            f"ROAD pairs features in groups, expected d_out divisible by "
+            f"group_size={cfg.group_size}, found d_out={site.d_out}; "
+            + (
+                f"group_size={max(fitting)} fits"
+                if fitting
+                else "an odd d_out can't be paired: leave it out with exclude_names"
+            )
         )
     count = {"road_1": site.d_out // 2, "road_2": site.d_out, "road_4": 2 * site.d_out}[cfg.mode]
     return {
@@ -83,21 +92,30 @@ def prepare(cfg: ROADConfig, p: Params, site: Site, layer: Layer) -> tuple[Tenso
     return _columns(cfg, p)
 
 
-def outputs(cfg: ROADConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: ROADConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """R y."""
     return _turn(y, *d, cfg.group_size)
 
 
-def weight(cfg: ROADConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: ROADConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """R W, R b."""
-    core = _lowrank.core_dtype(W.dtype)
+    core = low_rank.core_dtype(W.dtype)
     f, s = (c.to(core) for c in _columns(cfg, p))
-    return _turn(W.mT, f, s, cfg.group_size).mT, None if b is None else _turn(b, f, s, cfg.group_size)
+    return _turn(W.mT, f, s, cfg.group_size).mT, None if b is None else _turn(
+        b, f, s, cfg.group_size
+    )
 
 
 def scale(cfg: ROADConfig, p: Params, c: Any) -> dict[str, Tensor]:
     """Angles times c, magnitudes moved along their line from 1."""
-    return {"lora_road_theta": p["lora_road_theta"] * c, "lora_road_alpha": 1.0 + c * (p["lora_road_alpha"] - 1.0)}
+    return {
+        "lora_road_theta": p["lora_road_theta"] * c,
+        "lora_road_alpha": 1.0 + c * (p["lora_road_alpha"] - 1.0),
+    }
 
 
 VARIANT = Variant(

@@ -21,26 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
-from . import _calibrated, _lowrank
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import low_rank
+from . import _calibrated
 
 
 @dataclass(frozen=True, kw_only=True)
 class SSteerConfig(AdapterConfig):
-    """Shared fields (see AdapterConfig; r is how many singular directions are steered; alpha has no part in this method)."""
+    """Shared fields (see AdapterConfig; r is how many singular directions are steered; alpha has no
+    part in this method).
+    """
 
     r: int = 64
 
 
 def param_specs(cfg: SSteerConfig, site: Site) -> dict[str, ParamSpec]:
-    """Frozen lora_U (d_out, r), lora_S (r,), lora_Vh (r, d_in), lora_delta (r,): nothing is learned.
+    """Frozen lora_U (d_out, r), lora_S (r,), lora_Vh (r, d_in), lora_delta (r,): nothing is
+    learned.
 
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "S-steer")
+    low_rank.check_rank(site, "S-steer")
     vector = ParamSpec((site.r,), trainable=False, dtype=torch.float32)
     return {
         "lora_U": ParamSpec((site.d_out, site.r), trainable=False),
@@ -71,10 +76,18 @@ def init(
     m = S.sqrt() * apart.mean(0) * sign
     size = m.norm()
     if not bool(size > 0):
-        raise ConfigError("S-steer: the positive and the negative inputs are the same here; give pairs that differ, or leave it out")
+        raise ConfigError(
+            "S-steer: the positive and the negative inputs are the same here; give pairs that "
+            "differ, or leave it out"
+        )
     kept = m.abs().topk(site.r).indices.sort().values
     delta = (m / size)[kept]
-    return {"lora_U": (U * sign)[:, kept], "lora_S": S[kept], "lora_Vh": (Vh * sign[:, None])[kept], "lora_delta": delta}
+    return {
+        "lora_U": (U * sign)[:, kept],
+        "lora_S": S[kept],
+        "lora_Vh": (Vh * sign[:, None])[kept],
+        "lora_delta": delta,
+    }
 
 
 def _factors(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -88,14 +101,18 @@ def prepare(cfg: SSteerConfig, p: Params, site: Site, layer: Layer) -> tuple[Ten
     return _factors(p, p["lora_Vh"].dtype)
 
 
-def outputs(cfg: SSteerConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site) -> Tensor:
+def outputs(
+    cfg: SSteerConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
     """y + U (S * delta * (V x))."""
-    return _lowrank.add(y, x, *d)
+    return low_rank.add(y, x, *d)
 
 
-def weight(cfg: SSteerConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: SSteerConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + U diag(S delta) V."""
-    return _lowrank.add_dense(W, *_factors(p, W.dtype)), b
+    return low_rank.add_dense(W, *_factors(p, W.dtype)), b
 
 
 def scale(cfg: SSteerConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -17,15 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig, probability, record
-from ..errors import UnsupportedError
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _lowrank, _positions
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import UnsupportedError
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import low_rank, positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class SHiRAConfig(AdapterConfig):
-    """Shared fields (see AdapterConfig; r sets the number of entries; alpha has no part in this method), and:
+    """Shared fields (see AdapterConfig; r sets the number of entries; alpha has no part in this
+    method), and:
 
     Args:
         mask: which entries: "rand", "struct", "magnitude", "grad" or "snip".
@@ -57,9 +59,14 @@ def _count(cfg: SHiRAConfig, site: Site) -> int:
     if cfg.mask != "struct":
         return site.r * (site.d_in + site.d_out)
     if site.r > _MOST_ROWS:
-        raise UnsupportedError(f"SHiRA's mask 'struct' counts its rows one by one, expected r of at most {_MOST_ROWS}, found {site.r}")
+        raise UnsupportedError(
+            f"SHiRA's mask 'struct' counts its rows one by one, expected r of at most "
+            f"{_MOST_ROWS}, found {site.r}"
+        )
     short = min(site.d_in, site.d_out)
-    covered = {i * d // site.r for d in (site.d_out, site.d_in) for i in range(site.r)}  # diagonal entries in a chosen row or column
+    covered = {
+        i * d // site.r for d in (site.d_out, site.d_in) for i in range(site.r)
+    }  # diagonal entries in a chosen row or column
     return site.r * (site.d_in + site.d_out - site.r) + short - sum(i < short for i in covered)
 
 
@@ -69,43 +76,55 @@ def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: the weight has fewer entries, or the rank is beyond what can be counted.
     """
-    _lowrank.check_rank(site, "SHiRA")
+    low_rank.check_rank(site, "SHiRA")
     n = _count(cfg, site)
     if n > site.d_in * site.d_out:
         raise UnsupportedError(
-            f"SHiRA trains r (d_in + d_out) = {n} entries, found only {site.d_out} x {site.d_in} with r={site.r}; "
+            f"SHiRA trains r (d_in + d_out) = {n} entries, found only {site.d_out} x {site.d_in} "
+            f"with r={site.r}; "
             "lower r, or set it there with rank_pattern"
         )
-    return {"lora_v": ParamSpec((n,)), "lora_idx": _positions.spec(n)}
+    return {"lora_v": ParamSpec((n,)), "lora_idx": positions.spec(n)}
 
 
 def init(
-    cfg: SHiRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: Any, generator: Callable[[str], torch.Generator]
+    cfg: SHiRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: Any,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The places."""
     n = specs["lora_v"].shape[0]
     if cfg.mask == "rand":
-        return {"lora_idx": _positions.random(cfg.projection_seed, n, site.d_out, site.d_in)}
+        return {"lora_idx": positions.drawn(cfg.projection_seed, n, site.d_out, site.d_in)}
     if cfg.mask == "struct":
-        return {"lora_idx": _positions.pack(_struct(site), site.d_in)}
-    score = {"magnitude": lambda: weight, "grad": lambda: stats.gradient, "snip": lambda: stats.gradient * weight.to(stats.gradient)}
+        return {"lora_idx": positions.pack(_struct(site), site.d_in)}
+    score = {
+        "magnitude": lambda: weight,
+        "grad": lambda: stats.gradient,
+        "snip": lambda: stats.gradient * weight.to(stats.gradient),
+    }
     flat = score[cfg.mask]().abs().flatten().topk(n).indices.sort().values
-    return {"lora_idx": _positions.pack(flat, site.d_in)}
+    return {"lora_idx": positions.pack(flat, site.d_in)}
 
 
 def prepare(cfg: SHiRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """D, (d_out, d_in)."""
-    return _positions.dense(p["lora_idx"], p["lora_v"], site.d_out, site.d_in)
+    return positions.dense(p["lora_idx"], p["lora_v"], site.d_out, site.d_in)
 
 
 def outputs(cfg: SHiRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + x D^T."""
-    return (y + _lowrank.project(x, d)).to(y.dtype)
+    return (y + low_rank.project(x, d)).to(y.dtype)
 
 
-def weight(cfg: SHiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: SHiRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + D."""
-    return W + _positions.dense(p["lora_idx"], p["lora_v"].to(W.dtype), site.d_out, site.d_in), b
+    return W + positions.dense(p["lora_idx"], p["lora_v"].to(W.dtype), site.d_out, site.d_in), b
 
 
 def dense(cfg: SHiRAConfig, site: Site, tokens: int) -> bool:

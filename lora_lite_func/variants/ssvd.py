@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import AdapterConfig, probability
-from ..spec import MATRICES, Layer, Params, ParamSpec, Site, Variant
-from . import _cayley, _cost, _lowrank
+from ..core.config import AdapterConfig, probability
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import cayley, cost, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,10 @@ def param_specs(cfg: SSVDConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
-    _lowrank.check_rank(site, "SSVD")
+    low_rank.check_rank(site, "SSVD")
     return {
         "lora_delta_s": ParamSpec((site.r,), dtype=torch.float32),
-        "lora_rot_K": ParamSpec((_cayley.pairs(site.r),), dtype=torch.float32),
+        "lora_rot_K": ParamSpec((cayley.pairs(site.r),), dtype=torch.float32),
         "lora_U": ParamSpec((site.d_out, site.r), trainable=False),
         "lora_S": ParamSpec((site.r,), trainable=False, dtype=torch.float32),
         "lora_Vh": ParamSpec((site.r, site.d_in), trainable=False),
@@ -58,10 +59,15 @@ def param_specs(cfg: SSVDConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def init(
-    cfg: SSVDConfig, site: Site, specs: Mapping[str, ParamSpec], weight: Tensor, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: SSVDConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The top k singular triplets."""
-    U, S, Vh = _lowrank.top_svd(weight, site.r, None, generator("lora_U"))
+    U, S, Vh = low_rank.top_svd(weight, site.r, None, generator("lora_U"))
     return {"lora_U": U, "lora_S": S, "lora_Vh": Vh}
 
 
@@ -69,7 +75,7 @@ def _core(cfg: SSVDConfig, p: Params, dtype: torch.dtype) -> Tensor:
     """diag(dS) + diag(S + dS)(G - I), (k, k)."""
     S, shift, K = (p[n].to(dtype) for n in ("lora_S", "lora_delta_s", "lora_rot_K"))
     k = S.shape[0]
-    turn = -2.0 * _cayley.skew(K, k) if cfg.mode == "first_order" else _cayley.minus_identity(-K, k)
+    turn = -2.0 * cayley.skew(K, k) if cfg.mode == "first_order" else cayley.minus_identity(-K, k)
     return torch.diag_embed(shift) + (S + shift)[:, None] * turn
 
 
@@ -81,20 +87,24 @@ def prepare(cfg: SSVDConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 def outputs(cfg: SSVDConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + (x V) core^T U^T."""
     Vh = p["lora_Vh"]
-    h = _lowrank.project(x, Vh)  # (..., k)
-    return _lowrank.expand(y, F.linear(h, d.to(h.dtype)), p["lora_U"])
+    h = low_rank.project(x, Vh)  # (..., k)
+    return low_rank.expand(y, F.linear(h, d.to(h.dtype)), p["lora_U"])
 
 
-def weight(cfg: SSVDConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: SSVDConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + U core V^T."""
     core = _core(cfg, p, W.dtype)
-    return _lowrank.add_dense(W, core @ p["lora_Vh"].to(W.dtype), p["lora_U"]), b
+    return low_rank.add_dense(W, core @ p["lora_Vh"].to(W.dtype), p["lora_U"]), b
 
 
 def dense(cfg: SSVDConfig, site: Site, tokens: int) -> bool:
     """Where the update is built for less than the branch costs."""
     size = site.d_in * site.d_out
-    return _cost.dense_pays(site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + _cost.PASS) * size)
+    return cost.dense_pays(
+        site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + cost.PASS) * size
+    )
 
 
 def scale(cfg: SSVDConfig, p: Params, c: Any) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
-from ..errors import ConfigError, UnsupportedError
-from ..spec import Layer, Params, ParamSpec, Site, Variant
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.site import Params, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +35,47 @@ class TokensConfig(AdapterConfig):
 
     def validate(self) -> None:
         if min(self.token_ids, default=0) < 0:
-            raise ConfigError(f"TokensConfig.token_ids: expected ids of 0 and up, found {min(self.token_ids)}")
+            raise ConfigError(
+                f"TokensConfig.token_ids: expected ids of 0 and up, found {min(self.token_ids)}"
+            )
 
 
 def param_specs(cfg: TokensConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_rows (k, d_out), frozen lora_ids (k,), ascending: as float32 numbers, exact up to 2^24, as torch.func.grad takes no integers.
+    """lora_rows (k, d_out), frozen lora_ids (k,), ascending: as float32 numbers, exact up to 2^24,
+    as torch.func.grad takes no integers.
 
     Raises:
         UnsupportedError: not a table of rows, or without such an id, or no ids.
     """
     if not cfg.token_ids:
-        raise UnsupportedError("tokens trains the rows of chosen ids, and none are chosen; name them: TokensConfig(token_ids=...)")
+        raise UnsupportedError(
+            "tokens trains the rows of chosen ids, and none are chosen; name them: "
+            "TokensConfig(token_ids=...)"
+        )
     if not site.transposed:
-        raise UnsupportedError("tokens are rows of an embedding's table; name the embedding's weight, not the head's that is tied to it")
+        raise UnsupportedError(
+            "tokens are rows of an embedding's table; name the embedding's weight, not the "
+            "head's that is tied to it"
+        )
     if max(cfg.token_ids) >= site.d_in:
-        raise UnsupportedError(f"token id {max(cfg.token_ids)}: the table has {site.d_in} rows; choose the table with target_names")
+        raise UnsupportedError(
+            f"token id {max(cfg.token_ids)}: the table has {site.d_in} rows; choose the table "
+            f"with target_names"
+        )
     k = len(set(cfg.token_ids))
-    return {"lora_rows": ParamSpec((k, site.d_out)), "lora_ids": ParamSpec((k,), trainable=False, dtype=torch.float32)}
+    return {
+        "lora_rows": ParamSpec((k, site.d_out)),
+        "lora_ids": ParamSpec((k,), trainable=False, dtype=torch.float32),
+    }
 
 
 def init(
-    cfg: TokensConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: TokensConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The ids."""
     return {"lora_ids": torch.tensor(sorted(set(cfg.token_ids)), dtype=torch.float32, device="cpu")}
@@ -73,7 +94,9 @@ def outputs(cfg: TokensConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site:
     return (y + rows[d[x]]).to(y.dtype)
 
 
-def weight(cfg: TokensConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: TokensConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W with the chosen columns moved, (d_out, ids)."""
     return W.index_add(1, p["lora_ids"].long(), p["lora_rows"].to(W.dtype).mT), b
 

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import rng
-from ..config import AdapterConfig, probability, record
-from ..spec import MATRICES, Params, ParamSpec, Site, Variant
-from . import _cost, _lowrank
+from ..core import random
+from ..core.config import AdapterConfig, probability, record
+from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.site import Params, Site
+from ..kernels import cost, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,12 @@ class VeRAConfig(AdapterConfig):
 def param_specs(cfg: VeRAConfig, site: Site) -> dict[str, ParamSpec]:
     """Trainable lora_vera_d, lora_vera_b; frozen lora_vera_A, lora_vera_B."""
     return {
-        "lora_vera_d": ParamSpec((site.r,), lambda shape, gen: torch.full(tuple(shape), cfg.d_initial), dtype=torch.float32, rank_axis=0),
+        "lora_vera_d": ParamSpec(
+            (site.r,),
+            lambda shape, gen: torch.full(tuple(shape), cfg.d_initial),
+            dtype=torch.float32,
+            rank_axis=0,
+        ),
         "lora_vera_b": ParamSpec((site.d_out,), dtype=torch.float32),
         "lora_vera_A": ParamSpec((site.r, site.d_in), trainable=False, rank_axis=0),
         "lora_vera_B": ParamSpec((site.d_out, site.r), trainable=False, rank_axis=1),
@@ -58,11 +64,18 @@ def param_specs(cfg: VeRAConfig, site: Site) -> dict[str, ParamSpec]:
 @functools.lru_cache(maxsize=8)
 def _random(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
     """Kaiming-uniform with gain sqrt(2): +-sqrt(6 / columns). One tensor per (seed, name, shape)."""
-    return rng.uniform(math.sqrt(6.0 / shape[1]))(shape, rng.generator(seed, f"{shape}", name))
+    return random.uniform(math.sqrt(6.0 / shape[1]))(
+        shape, random.generator(seed, f"{shape}", name)
+    )
 
 
 def init(
-    cfg: VeRAConfig, site: Site, specs: Mapping[str, ParamSpec], weight: None, stats: None, generator: Callable[[str], torch.Generator]
+    cfg: VeRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: None,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The frozen factors, which the site's path has no part in."""
     shapes = {"lora_vera_A": (site.r, site.d_in), "lora_vera_B": (site.d_out, site.r)}
@@ -70,23 +83,29 @@ def init(
 
 
 def outputs(cfg: VeRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + b * (((x A^T) * d) B^T). Scaling h and the result, not A and B, spares the backward two weight-sized products."""
+    """y + b * (((x A^T) * d) B^T). Scaling h and the result, not A and B, spares the backward two
+    weight-sized products.
+    """
     A, B = p["lora_vera_A"], p["lora_vera_B"]
-    h = _lowrank.project(x, A)  # (..., r)
+    h = low_rank.project(x, A)  # (..., r)
     h = F.linear((h * p["lora_vera_d"]).to(h.dtype), B)  # (..., d_out)
     return torch.addcmul(y, h, p["lora_vera_b"]).to(y.dtype)
 
 
-def weight(cfg: VeRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weight(
+    cfg: VeRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """W + diag(b) B diag(d) A."""
     A, B, gate, d = (p[f"lora_vera_{n}"].to(W.dtype) for n in ("A", "B", "b", "d"))
-    return _lowrank.add_dense(W, d[:, None] * A, gate[:, None] * B), b
+    return low_rank.add_dense(W, d[:, None] * A, gate[:, None] * B), b
 
 
 def dense(cfg: VeRAConfig, site: Site, tokens: int) -> bool:
     """Where the update is built for less than the branch costs."""
     size = site.d_in * site.d_out
-    return _cost.dense_pays(site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + _cost.PASS) * size)
+    return cost.dense_pays(
+        site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + cost.PASS) * size
+    )
 
 
 def scale(cfg: VeRAConfig, p: Params, c: Any) -> dict[str, Tensor]:

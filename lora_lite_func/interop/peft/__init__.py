@@ -1,5 +1,7 @@
 """PEFT's files, read and written without PEFT."""
 
+from __future__ import annotations
+
 from .read import from_peft
 from .write import to_peft
 

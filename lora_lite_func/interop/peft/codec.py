@@ -8,85 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..config import AdapterConfig
-from ..errors import CheckpointError, UnsupportedError, shown
-from ..kinds import matrix, place
-from ..layers import dense_weight
-from ..spec import Site
-from ..variants import BitFitConfig
-from .says import Says
+from ...core.adapter import Adapter
+from ...core.config import AdapterConfig
+from ...core.errors import UnsupportedError
+from ...variants import BitFitConfig
+from ..assembly import ModuleEntry, Part
+from ..metadata import ConfigReader
 
-__all__ = ["Method", "Part", "Place", "Written", "of_config", "ranks", "same", "shifts_of"]
-
-
-@dataclass
-class Place:
-    """A module that a file has tensors for.
-
-    Attributes:
-        path: its path in the base model.
-        shared: tensors that all modules of the file share.
-        site: its dimensions, if a model was given.
-        module: itself, likewise.
-        times: what PEFT multiplies the update by here, beyond what its config says.
-        named: what the config's patterns call it, where that isn't its path.
-    """
-
-    path: str
-    shared: Mapping[str, Tensor]
-    site: Site | None = None
-    module: Any = None
-    times: float = 1.0
-    named: str = ""
-
-    @property
-    def kind(self) -> str:
-        """The kind of layer; linear where no model says otherwise."""
-        return "linear" if self.site is None else self.site.kind
-
-    def known(self, why: str) -> Site:
-        """Its dimensions.
-
-        Raises:
-            CheckpointError: no model was given.
-        """
-        if self.site is None:
-            raise CheckpointError(f"{shown(self.path)}: {why}, which the file doesn't say; give the base model too")
-        return self.site
-
-    def weight(self, method: str) -> Tensor:
-        """The dense base weight (d_out, d_in), float32 at least.
-
-        Raises:
-            CheckpointError: no model was given.
-            UnsupportedError: it is packed.
-        """
-        site = self.site
-        if site is None or self.module is None:
-            raise CheckpointError(f"{shown(self.path)}: {method} depends on the base weight; give the base model too")
-        size = max(site.stack, 1) * site.d_in * site.d_out
-        return matrix(dense_weight(self.module, method, size, place(site)[1]), site)
-
-
-@dataclass
-class Part:
-    """What one module's tensors say, as ours.
-
-    Attributes:
-        config: class of our config.
-        fields: its settings; modules with equal ones become one adapter.
-        leaves: {lora_name: tensor}; those left out start as the method starts them.
-        r, alpha: of this site.
-        order: parts of a lower order are applied first.
-    """
-
-    config: type[AdapterConfig]
-    leaves: dict[str, Tensor]
-    fields: dict[str, Any] = field(default_factory=dict)
-    r: int = 8
-    alpha: float = 16.0
-    order: int = 0
+__all__ = ["Codec", "Written", "of_config", "ranks", "same", "shifts_of"]
 
 
 @dataclass
@@ -108,7 +37,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Method:
+class Codec:
     """One of PEFT's methods.
 
     Attributes:
@@ -117,20 +46,24 @@ class Method:
         suffixes: what a module's keys end with.
         understood: fields of its config that `read` honours.
         read: (says, place, {suffix: tensor}) -> parts.
-        write: (adapters, paths' modules) -> Written; the adapters' configs are among `configs`, their sites differ.
-        sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where they don't.
+        write: (adapters, paths' modules) -> Written; the adapters' configs are among `configs`,
+            their sites differ.
+        sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where
+            they don't.
         shared: names of tensors that stand beside the modules.
-        rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern` override.
+        rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern`
+            override.
         ignored: fields without a part in a loaded adapter.
         kinds: the kinds of layer that PEFT adapts with it.
-        biased: what its `bias` says where the adapted layers' own biases are learned; "" where it has no such field.
+        biased: what its `bias` says where the adapted layers' own biases are learned; "" where it
+            has no such field.
     """
 
     peft_type: str
     configs: tuple[type[AdapterConfig], ...]
     suffixes: tuple[str, ...]
     understood: str
-    read: Callable[[Says, Place, Mapping[str, Tensor]], Sequence[Part]]
+    read: Callable[[ConfigReader, ModuleEntry, Mapping[str, Tensor]], Sequence[Part]]
     write: Callable[[Sequence[Adapter], Mapping[str, Any]], Written]
     sizes: Callable[[str, Mapping[str, Tensor]], tuple[int, int]] | None = None
     shared: tuple[str, ...] = ()
@@ -151,7 +84,10 @@ def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str
     for name in names:
         values = [getattr(a.config, name) for a in adapters]
         if any(v != values[0] for v in values):
-            raise UnsupportedError(f"to_peft: one {method} file has one {name}, these adapters have {values}; write a folder for each")
+            raise UnsupportedError(
+                f"to_peft: one {method} file has one {name}, these adapters have {values}; write "
+                f"a folder for each"
+            )
         found[name] = values[0]
     return found
 
@@ -163,9 +99,15 @@ def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]
 
 
 def same(adapters: Sequence[Adapter], **renamed: str) -> dict[str, dict[str, Tensor]]:
-    """{path: {PEFT's suffix: tensor}} by a change of names alone, given as ours=theirs with __ for a dot; absent ones are left out."""
+    """{path: {PEFT's suffix: tensor}} by a change of names alone, given as ours=theirs with __ for
+    a dot; absent ones are left out.
+    """
     return {
-        path: {theirs.replace("__", "."): held[ours] for ours, theirs in renamed.items() if ours in held}
+        path: {
+            theirs.replace("__", "."): held[ours]
+            for ours, theirs in renamed.items()
+            if ours in held
+        }
         for a in adapters
         for path, held in a.items()
     }

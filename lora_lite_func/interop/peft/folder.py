@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError, shown
-from ..files import read_json, read_pickle, read_safetensors
-from .says import Says
+from ...core.errors import CheckpointError, short_repr
+from ...io.files import read_json, read_pickle, read_safetensors
+from ..metadata import ConfigReader
 
 __all__ = ["CONFIG", "TENSORS", "split", "unpack"]
 
@@ -20,7 +20,7 @@ _PICKLES = (".bin", ".pt", ".pth")
 _PREFIX, _SHARED = "base_model.model.", "base_model."
 
 
-def unpack(source: Any, config: Any) -> tuple[Says, dict[str, Tensor]]:
+def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
     """(config, tensors) of a folder, of the file in one, or of a state dict with its config.
 
     Raises:
@@ -28,7 +28,10 @@ def unpack(source: Any, config: Any) -> tuple[Says, dict[str, Tensor]]:
     """
     if isinstance(source, Mapping):
         if config is None:
-            raise CheckpointError("a state dict doesn't say its method; give its config too: from_peft(tensors, model, config=...)")
+            raise CheckpointError(
+                "a state dict doesn't say its method; give its config too: from_peft(tensors, "
+                "model, config=...)"
+            )
         if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in source.items()):
             raise CheckpointError("expected a state dict, a mapping of names to tensors")
         return _config(config, "the config"), {k: t.detach() for k, t in source.items()}
@@ -39,18 +42,25 @@ def unpack(source: Any, config: Any) -> tuple[Says, dict[str, Tensor]]:
         chosen = [path] if folder is not path and path.name != CONFIG else []
         files = chosen or [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
     except (OSError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{shown(source)}: not a path: {error}") from None
+        raise CheckpointError(f"{short_repr(source)}: not a path: {error}") from None
     if lost:
-        raise CheckpointError(f"{path}: no such folder; what is on a hub is downloaded first (huggingface_hub.snapshot_download)")
+        raise CheckpointError(
+            f"{path}: no such folder; what is on a hub is downloaded first "
+            f"(huggingface_hub.snapshot_download)"
+        )
     if not files:
-        raise CheckpointError(f"{path}: expected {TENSORS} or {PICKLE} in this folder, found neither")
-    says = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
-    return says, read_pickle(files[0]) if files[0].suffix in _PICKLES else read_safetensors(files[0])[0]
+        raise CheckpointError(
+            f"{path}: expected {TENSORS} or {PICKLE} in this folder, found neither"
+        )
+    reader = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
+    return reader, read_pickle(files[0]) if files[0].suffix in _PICKLES else read_safetensors(
+        files[0]
+    )[0]
 
 
-def _config(config: Any, where: str) -> Says:
+def _config(config: Any, where: str) -> ConfigReader:
     if isinstance(config, (str, os.PathLike)):
-        return Says(read_json(config), where)
+        return ConfigReader(read_json(config), where)
     if not isinstance(config, Mapping):  # one of PEFT's own objects
         to_dict = getattr(config, "to_dict", None)
         config = to_dict() if callable(to_dict) else config
@@ -58,7 +68,7 @@ def _config(config: Any, where: str) -> Says:
         config = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in config.items()}
         for name in ("peft_type", "task_type"):
             config[name] = getattr(config.get(name), "value", config.get(name))
-    return Says(config, where)
+    return ConfigReader(config, where)
 
 
 def split(
@@ -66,8 +76,8 @@ def split(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
 
-    The longest suffix at a key's end counts, so a module may be called anything. An adapter's name (`.default`) may still be in the keys
-    of a state dict that was never saved.
+    The longest suffix at a key's end counts, so a module may be called anything. An adapter's name
+    (`.default`) may still be in the keys of a state dict that was never saved.
 
     Raises:
         CheckpointError: two keys mean the same tensor.
@@ -84,8 +94,12 @@ def split(
             common[bare.removeprefix(_SHARED)] = t
             continue
         ending = next((e for e in endings if stripped.endswith("." + e)), None)
-        home, name = (rest, stripped) if ending is None else (sites.setdefault(stripped[: -len(ending) - 1], {}), ending)
+        home, name = (
+            (rest, stripped)
+            if ending is None
+            else (sites.setdefault(stripped[: -len(ending) - 1], {}), ending)
+        )
         if name in home:
-            raise CheckpointError(f"two tensors for {shown(stripped)}")
+            raise CheckpointError(f"two tensors for {short_repr(stripped)}")
         home[name] = t
     return sites, common, rest

@@ -8,24 +8,25 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError, UnsupportedError, shown
-from ..kinds import KINDS
-from ..spec import Site
+from ...core.errors import CheckpointError, UnsupportedError, short_repr
+from ...core.site import Site
+from ...layers.kinds import KINDS
 
-__all__ = ["WRAPPED", "Homes", "attention", "elsewhere", "homes_of", "ties"]
+__all__ = ["WRAPPED", "KeyMap", "attention", "elsewhere", "key_map", "ties"]
 
 WRAPPED = ".base_layer"
 
 
 @dataclass
-class Homes:
+class KeyMap:
     """The places of a model's sites in a PEFT file.
 
     Attributes:
         names: {our path: what target_modules, target_parameters and the patterns call it}.
         parameters: the names among them that are bare parameters.
         wraps: {module path: wrappers around that module}.
-        bare: {our path: what stands in front of its keys}, of bare parameters and attention's in_proj_weight.
+        bare: {our path: what stands in front of its keys}, of bare parameters and attention's
+            in_proj_weight.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -34,7 +35,9 @@ class Homes:
     bare: dict[str, str] = field(default_factory=dict)
 
     def inside(self, path: str, own: bool = True) -> str:
-        """The path of a module behind all wrappers around it; around its parents alone if not `own`."""
+        """The path of a module behind all wrappers around it; around its parents alone if not
+        `own`.
+        """
         walked, key = "", ""
         for part in path.split("."):
             walked, key = (f"{walked}.{part}", f"{key}.{part}") if walked else (part, part)
@@ -48,16 +51,24 @@ class Homes:
 
 
 def attention(modules: Mapping[str, Any], path: str) -> str | None:
-    """The path of the nn.MultiheadAttention whose in_proj_weight or out_proj a path is; None for any other path."""
+    """The path of the nn.MultiheadAttention whose in_proj_weight or out_proj a path is; None for
+    any other path.
+    """
     home, _, leaf = path.rpartition(".")
-    found = leaf in ("in_proj_weight", "out_proj") and isinstance(modules.get(home), nn.MultiheadAttention)
+    found = leaf in ("in_proj_weight", "out_proj") and isinstance(
+        modules.get(home), nn.MultiheadAttention
+    )
     return home if found else None
 
 
 def ties(model: Any, table: Any) -> bool:
-    """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what the model's config says alone."""
+    """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what
+    the model's config says alone.
+    """
     config, found = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
-    return bool(getattr(config, "tie_word_embeddings", False)) and callable(found) and found() is table
+    return (
+        bool(getattr(config, "tie_word_embeddings", False)) and callable(found) and found() is table
+    )
 
 
 def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
@@ -67,25 +78,37 @@ def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
     if tensor is None:
         return []
     others = ((other, module) for other, module in modules.items() if module is not modules[home])
-    return [f"{other}.{name}" if other else name for other, module in others for name, t in module._parameters.items() if t is tensor]
+    return [
+        f"{other}.{name}" if other else name
+        for other, module in others
+        for name, t in module._parameters.items()
+        if t is tensor
+    ]
 
 
-def homes_of(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: str) -> Homes:
+def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: str) -> KeyMap:
     """Where these sites go.
 
     Raises:
         CheckpointError: a site that the model hasn't, or that can't be told without it.
-        UnsupportedError: one that this method of PEFT can't adapt, or can't name without naming another.
+        UnsupportedError: one that this method of PEFT can't adapt, or can't name without naming
+            another.
     """
-    made = Homes()
+    made = KeyMap()
     held: dict[str, list[str]] = {}
     for path, site in sites.items():
         module, home = attention(modules, path), path.rpartition(".")[0]
         bare = module is None and KINDS[site.kind].bare
         if (module is not None or bare) and peft_type != "LORA":
-            raise UnsupportedError(f"to_peft: {path!r}: of PEFT's methods LoRA alone adapts {'this' if bare else 'attention'}; merge it")
+            raise UnsupportedError(
+                f"to_peft: {path!r}: of PEFT's methods LoRA alone adapts "
+                f"{'this' if bare else 'attention'}; merge it"
+            )
         if not path or module == "" or (bare and not home):
-            raise UnsupportedError(f"to_peft: {path!r}: PEFT adapts what is inside a model, not its outermost module; merge it")
+            raise UnsupportedError(
+                f"to_peft: {path!r}: PEFT adapts what is inside a model, not its outermost "
+                f"module; merge it"
+            )
         made.names[path] = path if module is None else module
         if bare:
             held.setdefault(home, []).append(path)
@@ -102,16 +125,28 @@ def homes_of(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: s
     return made
 
 
-def _parameters(made: Homes, home: str, paths: list[str], modules: Mapping[str, Any]) -> None:
-    """The bare parameters of one module: the one registered first is wrapped first, so it is innermost."""
+def _parameters(made: KeyMap, home: str, paths: list[str], modules: Mapping[str, Any]) -> None:
+    """The bare parameters of one module: the one registered first is wrapped first, so it is
+    innermost.
+    """
     if not modules:
-        raise CheckpointError(f"to_peft: {paths[0]!r}: PEFT's keys count the parameters of a module; give the base model")
+        raise CheckpointError(
+            f"to_peft: {paths[0]!r}: PEFT's keys count the parameters of a module; give the base "
+            f"model"
+        )
     if home in made.wraps:
-        raise UnsupportedError(f"to_peft: {home!r} and its parameter {paths[0]!r} are both adapted; PEFT takes one or the other")
-    own = [f"{home}.{name}" for name in modules[home]._parameters if f"{home}.{name}" in paths] if home in modules else []
+        raise UnsupportedError(
+            f"to_peft: {home!r} and its parameter {paths[0]!r} are both adapted; PEFT takes one "
+            f"or the other"
+        )
+    own = (
+        [f"{home}.{name}" for name in modules[home]._parameters if f"{home}.{name}" in paths]
+        if home in modules
+        else []
+    )
     for path in paths:
         if path not in own:
-            raise CheckpointError(f"to_peft: the model has no parameter {shown(path)}")
+            raise CheckpointError(f"to_peft: the model has no parameter {short_repr(path)}")
         _unmistakable(path, modules)
     for i, path in enumerate(own):
         made.bare[path] = made.inside(home, own=False) + WRAPPED * (len(own) - 1 - i)
@@ -120,11 +155,18 @@ def _parameters(made: Homes, home: str, paths: list[str], modules: Mapping[str, 
 
 
 def _unmistakable(path: str, modules: Mapping[str, Any]) -> None:
-    """Refuse a parameter whose name PEFT would find elsewhere too, or that is held in two places, of which it adapts one."""
+    """Refuse a parameter whose name PEFT would find elsewhere too, or that is held in two places,
+    of which it adapts one.
+    """
     for other, module in modules.items():
         for name in module._parameters:
             full = f"{other}.{name}" if other else name
             if full.endswith("." + path):
-                raise UnsupportedError(f"to_peft: PEFT's target_parameters can't name {path!r} without {full!r}; merge it")
+                raise UnsupportedError(
+                    f"to_peft: PEFT's target_parameters can't name {path!r} without {full!r}; "
+                    f"merge it"
+                )
     for full in elsewhere(modules, path):
-        raise UnsupportedError(f"to_peft: {path!r} is {full!r} too, of which PEFT would adapt one; merge it")
+        raise UnsupportedError(
+            f"to_peft: {path!r} is {full!r} too, of which PEFT would adapt one; merge it"
+        )

@@ -13,40 +13,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import ABSENT, Adapter
-from ..api import Adapters, flatten
-from ..errors import CheckpointError, UnsupportedError, shown
-from ..files import write_safetensors, write_text
-from ..kinds import KINDS
-from ..spec import Site
-from ..variants import BitFitConfig, DeLoRAConfig, FullConfig, TokensConfig
+from ...algebra.flatten import Adapters, flatten
+from ...core.adapter import ABSENT, Adapter
+from ...core.errors import CheckpointError, UnsupportedError, short_repr
+from ...core.site import Site
+from ...io.files import write_safetensors, write_text
+from ...layers.kinds import KINDS
+from ...variants import BitFitConfig, DeLoRAConfig, FullConfig, TokensConfig
+from .codec import Codec, Written, shifts_of
+from .extras_write import biases, tokens, whole
 from .folder import CONFIG, TENSORS
-from .gates import BEFT
-from .homes import Homes, homes_of
-from .kept import biases, tokens, whole
-from .lora import LORA
-from .low_rank import as_lora_bias
-from .method import Method, Written, shifts_of
-from .table import METHODS, TOKENS
+from .keys import KeyMap, key_map
+from .methods import METHODS, TOKENS
+from .methods.gates import BEFT
+from .methods.lora import LORA
+from .methods.low_rank import as_lora_bias
 
 __all__ = ["to_peft"]
 
 _VERSION = "0.17.0"  # the release whose loader the layout is written for; newer ones read it
 
 
-def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike[str], *, as_lora: bool = False) -> None:
-    """Write an adapter (or several of one method on different layers) as a PEFT folder: adapter_config.json, adapter_model.safetensors.
+def to_peft(
+    params: Adapters,
+    model: nn.Module | None,
+    folder: str | os.PathLike[str],
+    *,
+    as_lora: bool = False,
+) -> None:
+    """Write an adapter (or several of one method on different layers) as a PEFT folder:
+    adapter_config.json, adapter_model.safetensors.
 
-    Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start become the plain LoRA of twice the
-    rank that they are; a BitFit beside another adapter becomes a LoRA's lora_bias or a learned bias, a FullConfig's parameters
-    modules_to_save, a TokensConfig's rows trainable tokens. Scales are written so that PEFT's outputs are ours.
+    Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start
+    become the plain LoRA of twice the rank that they are; a BitFit beside another adapter becomes a
+    LoRA's lora_bias or a learned bias, a FullConfig's parameters modules_to_save, a TokensConfig's
+    rows trainable tokens. Scales are written so that PEFT's outputs are ours.
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
-        model: the base it was made for; None leaves unchecked that the names mean its modules and no others.
+        model: the base it was made for; None leaves unchecked that the names mean its modules and
+            no others.
         folder: made if it isn't there; the two files in it are replaced.
-        as_lora: write VeRA as the LoRA that it amounts to (PEFT has one pair of projections for every layer, so that layers of unlike
-            shapes make it of more directions).
+        as_lora: write VeRA as the LoRA that it amounts to (PEFT has one pair of projections for
+            every layer, so that layers of unlike shapes make it of more directions).
 
     Raises:
         UnsupportedError: the method, a setting or a mixture that PEFT has no form for.
@@ -55,27 +64,57 @@ def to_peft(params: Adapters, model: nn.Module | None, folder: str | os.PathLike
     parts = flatten(params)
     adapters = [adapter for adapter, _ in parts]
     if any(plan is not None for _, plan in parts):
-        raise CheckpointError("to_peft: these are rows of a stack; write its members (ll.unstack) one by one")
+        raise CheckpointError(
+            "to_peft: these are rows of a stack; write its members (ll.unstack) one by one"
+        )
     if model is not None and not isinstance(model, nn.Module):
-        raise CheckpointError(f"to_peft: expected the base, an nn.Module, found {type(model).__name__}")
+        raise CheckpointError(
+            f"to_peft: expected the base, an nn.Module, found {type(model).__name__}"
+        )
     _check(adapters)
-    turned = next((path for a in adapters for path, site in a.sites.items() if site.kind == "conv" and site.transposed), None)
+    turned = next(
+        (
+            path
+            for a in adapters
+            for path, site in a.sites.items()
+            if site.kind == "conv" and site.transposed
+        ),
+        None,
+    )
     if turned is not None:
-        raise UnsupportedError(f"to_peft: {turned!r}: PEFT has no adapter of a transposed convolution; merge it (ll.merge)")
-    fields, tensors = _folder(adapters, {} if model is None else dict(model.named_modules(remove_duplicate=False)), as_lora)
+        raise UnsupportedError(
+            f"to_peft: {turned!r}: PEFT has no adapter of a transposed convolution; merge it "
+            f"(ll.merge)"
+        )
+    fields, tensors = _folder(
+        adapters,
+        {} if model is None else dict(model.named_modules(remove_duplicate=False)),
+        as_lora,
+    )
     target = Path(os.fsdecode(folder))
     try:
         target.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"to_peft: can't make {target}: {error}") from error
-    own = {key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    own = {
+        key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for key, t in tensors.items()
+    }
     write_safetensors(own, target / TENSORS, {"format": "pt"}, "to_peft")
-    write_text(json.dumps(_about(model) | fields, indent=2, sort_keys=True) + "\n", target / CONFIG, "to_peft")
+    write_text(
+        json.dumps(_about(model) | fields, indent=2, sort_keys=True) + "\n",
+        target / CONFIG,
+        "to_peft",
+    )
 
 
-def _folder(every: list[Adapter], modules: Mapping[str, Any], as_lora: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _folder(
+    every: list[Adapter], modules: Mapping[str, Any], as_lora: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of the config, and the tensors by their keys."""
-    full, rows = ([a for a in every if isinstance(a.config, kind)] for kind in (FullConfig, TokensConfig))
+    full, rows = (
+        [a for a in every if isinstance(a.config, kind)] for kind in (FullConfig, TokensConfig)
+    )
     adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
     method = _method(adapters, as_lora) if adapters or not rows else TOKENS
     shifts: dict[str, Tensor] = {}
@@ -86,19 +125,30 @@ def _folder(every: list[Adapter], modules: Mapping[str, Any], as_lora: bool) -> 
             adapters = low
         else:
             shifts = {}
-    sites = _sites([a for a in adapters if method is BEFT or not isinstance(a.config, BitFitConfig)], method, modules)
+    sites = _sites(
+        [a for a in adapters if method is BEFT or not isinstance(a.config, BitFitConfig)],
+        method,
+        modules,
+    )
     made = method.write(adapters, modules)
-    homes = homes_of({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method.peft_type)
+    homes = key_map(
+        {p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method.peft_type
+    )
     fields = {"peft_type": method.peft_type} | made.fields | _numbers(method, made, homes)
     fields |= _targeted(made, homes, modules, fields.get("feedforward_modules"))
     tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
-    tensors |= {f"base_model.model.{homes.key(p)}.{s}": t for p, held in made.tensors.items() for s, t in held.items()}
+    tensors |= {
+        f"base_model.model.{homes.key(p)}.{s}": t
+        for p, held in made.tensors.items()
+        for s, t in held.items()
+    }
     saved, copies = whole(full, modules, [*sites, *(p for a in rows for p in a)])
     tensors |= {f"base_model.model.{key}": t for key, t in copies.items()}
     if shifts:
         if not method.biased:
             raise UnsupportedError(
-                f"to_peft: {next(iter(shifts))!r}: PEFT's {method.peft_type} has no learned biases; write a folder for each"
+                f"to_peft: {next(iter(shifts))!r}: PEFT's {method.peft_type} has no learned "
+                f"biases; write a folder for each"
             )
         kind, learned = biases(shifts, modules, homes, sites, saved)
         fields["bias"] = "all" if kind == "all" else method.biased
@@ -106,105 +156,178 @@ def _folder(every: list[Adapter], modules: Mapping[str, Any], as_lora: bool) -> 
     if rows:
         fields |= _replaced(rows, method, modules, homes, tensors)
     if method is TOKENS and saved:
-        raise UnsupportedError(f"to_peft: {saved[0]!r}: PEFT keeps no whole modules beside replaced rows alone; write a folder for each")
+        raise UnsupportedError(
+            f"to_peft: {saved[0]!r}: PEFT keeps no whole modules beside replaced rows alone; "
+            f"write a folder for each"
+        )
     return fields if method is TOKENS else {"modules_to_save": saved or None} | fields, tensors
 
 
-def _sites(adapters: list[Adapter], method: Method, modules: Mapping[str, Any]) -> dict[str, Site]:
+def _sites(adapters: list[Adapter], method: Codec, modules: Mapping[str, Any]) -> dict[str, Site]:
     """The method's own sites.
 
     Raises:
-        UnsupportedError: two adapters on one, or a kind of layer that this method of PEFT doesn't adapt.
+        UnsupportedError: two adapters on one, or a kind of layer that this method of PEFT doesn't
+            adapt.
     """
     paths = [path for a in adapters for path in a]
     for path in paths:
-        if modules and path not in modules and not any(KINDS[a.sites[path].kind].bare for a in adapters if path in a):
-            raise CheckpointError(f"to_peft: {type(modules['']).__name__} has no module {shown(path)}")
+        if (
+            modules
+            and path not in modules
+            and not any(KINDS[a.sites[path].kind].bare for a in adapters if path in a)
+        ):
+            raise CheckpointError(
+                f"to_peft: {type(modules['']).__name__} has no module {short_repr(path)}"
+            )
     if len(set(paths)) != len(paths):
         twice = next(p for p, n in Counter(paths).items() if n > 1)
         raise UnsupportedError(
-            f"to_peft: {twice!r} has two adapters; PEFT keeps one per folder. Write a folder for each, or merge one first"
+            f"to_peft: {twice!r} has two adapters; PEFT keeps one per folder. Write a folder for "
+            f"each, or merge one first"
         )
     sites = {path: site for a in adapters for path, site in a.sites.items()}
     for path, site in sites.items():
         kind = site.kind
         if kind == "conv" and path in modules:
             kind = f"conv{modules[path].weight.ndim - 2}d"
-        if not any(kind == k or (site.kind == "conv" == kind and k.startswith("conv")) for k in method.kinds.split()):
+        if not any(
+            kind == k or (site.kind == "conv" == kind and k.startswith("conv"))
+            for k in method.kinds.split()
+        ):
             raise UnsupportedError(
-                f"to_peft: {path!r}: PEFT's {method.peft_type} adapts {method.kinds.replace(' ', ', ')}, this is {kind}; merge it"
+                f"to_peft: {path!r}: PEFT's {method.peft_type} adapts "
+                f"{method.kinds.replace(' ', ', ')}, this is {kind}; merge it"
             )
     return sites
 
 
-def _replaced(rows: list[Adapter], method: Method, modules: Mapping[str, Any], homes: Homes, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields that say which rows of embeddings are replaced; their tensors are put beside the others."""
+def _replaced(
+    rows: list[Adapter],
+    method: Codec,
+    modules: Mapping[str, Any],
+    homes: KeyMap,
+    tensors: dict[str, Tensor],
+) -> dict[str, Any]:
+    """The fields that say which rows of embeddings are replaced; their tensors are put beside the
+    others.
+    """
     ids, held = tokens(rows, modules)
     if method is not TOKENS and method is not LORA:
-        raise UnsupportedError(f"to_peft: {next(iter(ids))!r}: PEFT replaces rows beside a LoRA alone; write a folder for each")
+        raise UnsupportedError(
+            f"to_peft: {next(iter(ids))!r}: PEFT replaces rows beside a LoRA alone; write a "
+            f"folder for each"
+        )
     middle = "" if method is TOKENS else "token_adapter."
-    tensors |= {f"base_model.model.{homes.inside(p)}.{middle}trainable_tokens_delta": t for p, t in held.items()}
+    tensors |= {
+        f"base_model.model.{homes.inside(p)}.{middle}trainable_tokens_delta": t
+        for p, t in held.items()
+    }
     if method is LORA:
         return {"trainable_token_indices": ids}
     first, *others = ids.values()
     if any(other != first for other in others):
-        raise UnsupportedError("to_peft: one file of trainable tokens has one list of ids for all tables; write a folder for each")
+        raise UnsupportedError(
+            "to_peft: one file of trainable tokens has one list of ids for all tables; write a "
+            "folder for each"
+        )
     return {"token_indices": first, "target_modules": _targets(list(ids), modules)}
 
 
 def _check(adapters: list[Adapter]) -> None:
     if all(isinstance(a.config, FullConfig) for a in adapters):
-        raise CheckpointError("to_peft: expected an adapter, found none; PEFT keeps parameters trained whole (FullConfig) beside one alone")
+        raise CheckpointError(
+            "to_peft: expected an adapter, found none; PEFT keeps parameters trained whole "
+            "(FullConfig) beside one alone"
+        )
     for a in adapters:
         for path, held in a._data.items():
             for name, t in held.items():
-                if t is ABSENT or not isinstance(t, Tensor) or tuple(t.shape) != a.layout.expected[path][name]:
+                if (
+                    t is ABSENT
+                    or not isinstance(t, Tensor)
+                    or tuple(t.shape) != a.layout.specs[path][name].shape
+                ):
                     raise CheckpointError(
-                        f"to_peft: {path!r} {name}: expected a tensor of shape {a.layout.expected[path][name]}; write a whole adapter, "
+                        f"to_peft: {path!r} {name}: expected a tensor of shape "
+                        f"{a.layout.specs[path][name].shape}; write a whole adapter, "
                         "not a part of a partition, and a stack's members (ll.unstack) one by one"
                     )
 
 
-def _method(adapters: list[Adapter], as_lora: bool) -> Method:
+def _method(adapters: list[Adapter], as_lora: bool) -> Codec:
     configs = {type(a.config) for a in adapters}
-    subtracted = any(isinstance(a.config, DeLoRAConfig) and a.config.init == "subtract" for a in adapters)
+    subtracted = any(
+        isinstance(a.config, DeLoRAConfig) and a.config.init == "subtract" for a in adapters
+    )
     if as_lora or subtracted or (len(configs) > 1 and configs <= {*LORA.configs}):
         return LORA
     own = configs - {BitFitConfig} or configs
     for method in METHODS.values():
-        if own and own <= set(method.configs) and not (method is LORA and own <= {BitFitConfig, DeLoRAConfig}):
+        if (
+            own
+            and own <= set(method.configs)
+            and not (method is LORA and own <= {BitFitConfig, DeLoRAConfig})
+        ):
             return method
     names = ", ".join(sorted(a.layout.variant.name for a in adapters))
-    raise UnsupportedError(f"to_peft: PEFT has no one form for {names}; merge it (ll.merge), or write a folder for each")
+    raise UnsupportedError(
+        f"to_peft: PEFT has no one form for {names}; merge it (ll.merge), or write a folder for "
+        f"each"
+    )
 
 
 def _about(model: nn.Module | None) -> dict[str, Any]:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    origin = None if name else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    fixed = {"auto_mapping": origin, "revision": None, "task_type": None, "inference_mode": True, "peft_version": _VERSION}
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
+        model, "name_or_path", None
+    )
+    origin = (
+        None
+        if name
+        else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    )
+    fixed = {
+        "auto_mapping": origin,
+        "revision": None,
+        "task_type": None,
+        "inference_mode": True,
+        "peft_version": _VERSION,
+    }
     return fixed | {"base_model_name_or_path": name if isinstance(name, str) else None}
 
 
-def _numbers(method: Method, made: Written, homes: Homes) -> dict[str, Any]:
+def _numbers(method: Codec, made: Written, homes: KeyMap) -> dict[str, Any]:
     """Ranks and alphas: the commonest as the default, the others as patterns of whole paths."""
     fields: dict[str, Any] = {}
     pairs: tuple[tuple[str, str, Mapping[str, float]], ...] = (
         (method.rank, "rank_pattern", made.ranks),
-        ("alpha" if method.peft_type in ("LOHA", "LOKR") else method.alpha, "alpha_pattern", made.alphas),
+        (
+            "alpha" if method.peft_type in ("LOHA", "LOKR") else method.alpha,
+            "alpha_pattern",
+            made.alphas,
+        ),
     )
     for name, pattern, values in pairs:
         if values:
             every = list(values.values())
             common = max(dict.fromkeys(every), key=every.count)
             fields[name] = common
-            fields[pattern] = {"^" + re.escape(homes.names[path]): value for path, value in values.items() if value != common}
+            fields[pattern] = {
+                "^" + re.escape(homes.names[path]): value
+                for path, value in values.items()
+                if value != common
+            }
     return fields
 
 
-def _targeted(made: Written, homes: Homes, modules: Mapping[str, Any], forward: list[str] | None) -> dict[str, Any]:
+def _targeted(
+    made: Written, homes: KeyMap, modules: Mapping[str, Any], forward: list[str] | None
+) -> dict[str, Any]:
     """The fields that say what is adapted."""
     names = [name for name in dict.fromkeys(homes.names.values()) if name not in homes.parameters]
-    fields: dict[str, Any] = {"target_modules": _targets(names, modules or made.tensors, forward) if names else []}
+    fields: dict[str, Any] = {
+        "target_modules": _targets(names, modules or made.tensors, forward) if names else []
+    }
     if homes.parameters:
         fields["target_parameters"] = sorted(homes.parameters)
     if forward:
@@ -213,9 +336,11 @@ def _targeted(made: Written, homes: Homes, modules: Mapping[str, Any], forward: 
 
 
 def _targets(paths: list[str], modules: Mapping[str, Any], forward: list[str] | None = None) -> Any:
-    """The shortest list that names these modules and no others: last names, else whole paths, else a pattern.
+    """The shortest list that names these modules and no others: last names, else whole paths, else
+        a pattern.
 
-    With IA3's feed-forward modules, which PEFT finds by any ending, those must be told apart by the same names.
+    With IA3's feed-forward modules, which PEFT finds by any ending, those must be told apart by the
+    same names.
     """
     for names in (sorted({p.rpartition(".")[2] for p in paths}), sorted(paths)):
         if {m for m in modules if _named(m, names)} == set(paths):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..codec import Codec, Written
 from .gates import BEFT, BOFT, HRA, IA3, LN_TUNING, OFT, ROAD
 from .lora import LORA
-from .method import Method, Written
 from .seeded import FOURIERFT, RANDLORA, SHIRA, VERA
 from .updates import ADALORA, C3A, DELORA, GRALORA, HIRA, LOHA, LOKR, MISS
 
@@ -18,9 +18,9 @@ def _nothing(*_: Any) -> Any:
     return Written({}, {})
 
 
-TOKENS = Method("TRAINABLE_TOKENS", (), (), "token_indices", _nothing, _nothing)
+TOKENS = Codec("TRAINABLE_TOKENS", (), (), "token_indices", _nothing, _nothing)
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Codec] = {
     m.peft_type: m
     for m in (
         LORA,

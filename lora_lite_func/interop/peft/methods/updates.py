@@ -9,12 +9,22 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..errors import CheckpointError, UnsupportedError, shown
-from ..variants import AdaLoRAConfig, C3AConfig, DeLoRAConfig, GraLoRAConfig, HiRAConfig, LoHaConfig, LoKrConfig, MiSSConfig
+from ....core.adapter import Adapter
+from ....core.errors import CheckpointError, UnsupportedError, short_repr
+from ....variants import (
+    AdaLoRAConfig,
+    C3AConfig,
+    DeLoRAConfig,
+    GraLoRAConfig,
+    HiRAConfig,
+    LoHaConfig,
+    LoKrConfig,
+    MiSSConfig,
+)
+from ...assembly import ModuleEntry, Part
+from ...metadata import ConfigReader
+from ..codec import Codec, Written, of_config, ranks, same
 from .low_rank import kernel, without_padding
-from .method import Method, Part, Place, Written, of_config, ranks, same
-from .says import Says
 
 _HADA = {f"lora_w{i}_{side}": f"hada_w{i}_{side}" for i in (1, 2) for side in "ab"}
 _LOKR = {f"lora_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
@@ -29,10 +39,10 @@ def _columns_rows(a: str, b: str) -> Any:
     return lambda path, held: (held[a].shape[-1], held[b].shape[0])
 
 
-# --------------------------------------------------------------------------------------------------------------- LyCORIS
-def _read_loha(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+# ------------------------------------------------------------------------------------------ LyCORIS
+def _read_loha(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """hada_w1_a (d_out, r), hada_w1_b (r, d_in), hada_w2_*: (w1_a w1_b) * (w2_a w2_b) alpha / r."""
-    alpha = says.at("alpha_pattern", place.path, says.number("alpha", 8))
+    alpha = reader.at("alpha_pattern", entry.path, reader.number("alpha", 8))
     return [Part(LoHaConfig, _renamed(held, _HADA), r=held["hada_w1_b"].shape[0], alpha=alpha)]
 
 
@@ -42,14 +52,19 @@ def _write_loha(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     return Written({}, same(adapters, **_HADA), {}, r, alpha)
 
 
-def _read_lokr(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
-    """lokr_w1 (l, m) or its factors, lokr_w2 (k, n) or its: kron(w1, w2) alpha / r, also where both are full."""
-    r = int(says.at("rank_pattern", place.path, says.whole("r", 8)))
-    alpha = says.at("alpha_pattern", place.path, says.number("alpha", 8))
+def _read_lokr(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
+    """lokr_w1 (l, m) or its factors, lokr_w2 (k, n) or its: kron(w1, w2) alpha / r, also where both
+    are full.
+    """
+    r = int(reader.at("rank_pattern", entry.path, reader.whole("r", 8)))
+    alpha = reader.at("alpha_pattern", entry.path, reader.number("alpha", 8))
     leaves = _renamed(held, _LOKR)
     if "lora_w1" in leaves and "lora_w2" in leaves:
         leaves["lora_w1"] = leaves["lora_w1"] * (alpha / r)  # ours has no rank to divide by
-    fields = {"factor": says.get("decompose_factor", -1), "decompose_both": says.flag("decompose_both")}
+    fields = {
+        "factor": reader.get("decompose_factor", -1),
+        "decompose_both": reader.flag("decompose_both"),
+    }
     return [Part(LoKrConfig, leaves, fields, r, alpha)]
 
 
@@ -61,7 +76,13 @@ def _write_lokr(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
             if not alpha[path]:
                 alpha[path] = float(r[path])
             held["lokr_w1"] = held["lokr_w1"] * (r[path] / alpha[path])
-    return Written({"decompose_factor": said["factor"], "decompose_both": said["decompose_both"]}, tensors, {}, r, alpha)
+    return Written(
+        {"decompose_factor": said["factor"], "decompose_both": said["decompose_both"]},
+        tensors,
+        {},
+        r,
+        alpha,
+    )
 
 
 def _lokr_sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -75,43 +96,69 @@ def _lokr_sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
     return m * n, l * k
 
 
-# -------------------------------------------------------------------------------------------------------------- low rank
-def _read_adalora(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
-    """lora_A (r, d_in), lora_E (r, 1), lora_B (d_out, r): alpha / (init_r + 1e-5) B diag(E) A, r what pruning left."""
+# ----------------------------------------------------------------------------------------- low rank
+def _read_adalora(
+    reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]
+) -> list[Part]:
+    """lora_A (r, d_in), lora_E (r, 1), lora_B (d_out, r): alpha / (init_r + 1e-5) B diag(E) A, r
+    what pruning left.
+    """
     A, E, B = held["lora_A"], held["lora_E"].flatten(), held["lora_B"]
-    r, first = A.shape[0], says.whole("init_r", 12)
-    alpha = says.number("lora_alpha", 8)
+    r, first = A.shape[0], reader.whole("init_r", 12)
+    alpha = reader.number("lora_alpha", 8)
     if r == 0:
         return []  # all of it was pruned: the layer is the base's
     alpha = alpha if alpha > 0 else float(first)
-    leaves = {"lora_A": A, "lora_B": B, "lora_E": E * (r / (first + 1e-5))}  # so that our alpha / r is PEFT's scale
-    return [Part(AdaLoRAConfig, leaves, {"dropout": says.number("lora_dropout", 0.0)}, r, alpha)]
+    leaves = {
+        "lora_A": A,
+        "lora_B": B,
+        "lora_E": E * (r / (first + 1e-5)),
+    }  # so that our alpha / r is PEFT's scale
+    return [Part(AdaLoRAConfig, leaves, {"dropout": reader.number("lora_dropout", 0.0)}, r, alpha)]
 
 
 def _write_adalora(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     said, (r, alphas) = of_config(adapters, "dropout", method="AdaLoRA"), ranks(adapters)
     first, alpha = max(r.values()), next(iter(alphas.values()))
     if alpha <= 0:
-        raise UnsupportedError(f"to_peft: PEFT's AdaLoRA takes alpha={alpha} for the rank; scale the adapter and give it a positive one")
+        raise UnsupportedError(
+            f"to_peft: PEFT's AdaLoRA takes alpha={alpha} for the rank; scale the adapter and "
+            f"give it a positive one"
+        )
     tensors = {}
     for a in adapters:
-        for path, held in a.items():  # a smaller rank is padded: PEFT knows only the first one, and what was pruned from it
+        for (
+            path,
+            held,
+        ) in (
+            a.items()
+        ):  # a smaller rank is padded: PEFT knows only the first one, and what was pruned from it
             E = held["lora_E"] * ((first + 1e-5) / r[path] * alphas[path] / alpha)
             more = first - r[path]
             A, B = F.pad(held["lora_A"], (0, 0, 0, more)), F.pad(held["lora_B"], (0, more))
             tensors[path] = {"lora_A": A, "lora_E": F.pad(E, (0, more))[:, None], "lora_B": B}
-    fields: dict[str, Any] = {"init_r": first, "r": first, "target_r": first, "total_step": 1, "lora_dropout": said["dropout"]}
+    fields: dict[str, Any] = {
+        "init_r": first,
+        "r": first,
+        "target_r": first,
+        "total_step": 1,
+        "lora_dropout": said["dropout"],
+    }
     return Written(fields | {"lora_alpha": alpha}, tensors)
 
 
-def _read_hira(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
-    """hira_A (r, d_in), hira_B (d_out, r), of an embedding hira_embedding_*: W * (1 + B A), without a scale, so alpha = r."""
+def _read_hira(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
+    """hira_A (r, d_in), hira_B (d_out, r), of an embedding hira_embedding_*: W * (1 + B A), without
+    a scale, so alpha = r.
+    """
     table = "hira_embedding_A" in held
     A, B = (held[f"hira_embedding_{n}"] if table else held[f"hira_{n}"] for n in "AB")
-    if getattr(place.module, "groups", 1) != 1:
-        raise CheckpointError(f"{shown(place.path)}: HiRA of a convolution in groups isn't read")
+    if getattr(entry.module, "groups", 1) != 1:
+        raise CheckpointError(
+            f"{short_repr(entry.path)}: HiRA of a convolution in groups isn't read"
+        )
     r = A.shape[0]
-    fields = {"dropout": says.number("hira_dropout", 0.0)}
+    fields = {"dropout": reader.number("hira_dropout", 0.0)}
     return [Part(HiRAConfig, {"lora_A": A.flatten(1), "lora_B": B.flatten(1)}, fields, r, float(r))]
 
 
@@ -121,7 +168,7 @@ def _write_hira(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     for a in adapters:
         for path, held in a.items():
             own = "hira_embedding" if a.sites[path].kind == "embedding" else "hira"
-            A, B = held["lora_A"], held["lora_B"] * a.sites[path].factor
+            A, B = held["lora_A"], held["lora_B"] * a.sites[path].scaling
             if a.sites[path].kind == "conv":
                 A, B = kernel(path, A, B, modules.get(path))
             elif a.sites[path].kind == "embedding":
@@ -130,37 +177,64 @@ def _write_hira(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Writ
     return Written({"hira_dropout": said["dropout"]}, tensors, {}, r)
 
 
-def _read_gralora(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
-    """gralora_A (k, d_in / k, r), gralora_B (k, r, d_out / k), _general.weight for the hybrid part: alpha / (r + hybrid_r)."""
+def _read_gralora(
+    reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]
+) -> list[Part]:
+    """gralora_A (k, d_in / k, r), gralora_B (k, r, d_out / k), _general.weight for the hybrid part:
+    alpha / (r + hybrid_r).
+    """
     leaves = {"lora_A": held["gralora_A"].mT, "lora_B": held["gralora_B"].mT}
-    hybrid = says.whole("hybrid_r", 0, 0)
+    hybrid = reader.whole("hybrid_r", 0, 0)
     if hybrid:
-        leaves |= _renamed(held, {"lora_A_whole": "gralora_A_general.weight", "lora_B_whole": "gralora_B_general.weight"})
-    fields = {"k": says.whole("gralora_k", 2), "hybrid_r": hybrid, "dropout": says.number("gralora_dropout", 0.0)}
+        leaves |= _renamed(
+            held,
+            {
+                "lora_A_whole": "gralora_A_general.weight",
+                "lora_B_whole": "gralora_B_general.weight",
+            },
+        )
+    fields = {
+        "k": reader.whole("gralora_k", 2),
+        "hybrid_r": hybrid,
+        "dropout": reader.number("gralora_dropout", 0.0),
+    }
     # PEFT's r counts only the grid's directions
-    return [Part(GraLoRAConfig, leaves, fields, says.whole("r", 32), says.number("alpha", 64))]
+    return [Part(GraLoRAConfig, leaves, fields, reader.whole("r", 32), reader.number("alpha", 64))]
 
 
 def _write_gralora(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     said = of_config(adapters, "k", "hybrid_r", "dropout", method="GraLoRA")
     r, alpha = ranks(adapters)
     if len(set(r.values())) != 1 or len(set(alpha.values())) != 1:
-        raise UnsupportedError("to_peft: one GraLoRA file has one r and one alpha; write a folder for each")
-    fields = {"gralora_k": said["k"], "hybrid_r": said["hybrid_r"], "gralora_dropout": said["dropout"]}
+        raise UnsupportedError(
+            "to_peft: one GraLoRA file has one r and one alpha; write a folder for each"
+        )
+    fields = {
+        "gralora_k": said["k"],
+        "hybrid_r": said["hybrid_r"],
+        "gralora_dropout": said["dropout"],
+    }
     tensors = {}
     for a in adapters:
         for path, held in a.items():
             tensors[path] = {"gralora_A": held["lora_A"].mT, "gralora_B": held["lora_B"].mT}
             if said["hybrid_r"]:
-                whole = {"gralora_A_general.weight": held["lora_A_whole"], "gralora_B_general.weight": held["lora_B_whole"]}
+                whole = {
+                    "gralora_A_general.weight": held["lora_A_whole"],
+                    "gralora_B_general.weight": held["lora_B_whole"],
+                }
                 tensors[path] |= whole
-    return Written(fields | {"r": next(iter(r.values())), "alpha": next(iter(alpha.values()))}, tensors)
+    return Written(
+        fields | {"r": next(iter(r.values())), "alpha": next(iter(alpha.values()))}, tensors
+    )
 
 
-def _read_delora(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+def _read_delora(
+    reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]
+) -> list[Part]:
     """delora_A (r, d_in), delora_B (d_out, r), delora_lambda (1,), delora_w_norm (d_in,)."""
     A, B, strength = held["delora_A"], held["delora_B"], held["delora_lambda"].reshape(())
-    norm = held["delora_w_norm"] if "delora_w_norm" in held else place.weight("DeLoRA").norm(dim=0)
+    norm = held["delora_w_norm"] if "delora_w_norm" in held else entry.weight("DeLoRA").norm(dim=0)
     leaves = {"lora_A": A, "lora_B": B, "lora_lambda": strength, "lora_wnorm": norm}
     return [Part(DeLoRAConfig, leaves, {"init": "zero_B"}, A.shape[0])]
 
@@ -175,29 +249,40 @@ def _write_delora(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Wr
     return Written({}, tensors, {}, r)
 
 
-# ----------------------------------------------------------------------------------------------------------- structured
-def _read_miss(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+# --------------------------------------------------------------------------------------- structured
+def _read_miss(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """miss_block (r, d_out); (d_out / r, r, r) with init_weights="bat"; (r, mini_r) with "mini"."""
-    place.known("MiSS repeats its block along the inputs")
-    D, mode = held["miss_block"], says.get("init_weights", True)
+    entry.known("MiSS repeats its block along the inputs")
+    D, mode = held["miss_block"], reader.get("init_weights", True)
     if mode not in (True, False, "bat", "mini"):
-        raise says.refuse("init_weights", 'true, "bat" or "mini"')
-    fields: dict[str, Any] = {"mode": mode if isinstance(mode, str) else "plain", "dropout": says.number("miss_dropout", 0.0)}
+        raise reader.refuse("init_weights", 'true, "bat" or "mini"')
+    fields: dict[str, Any] = {
+        "mode": mode if isinstance(mode, str) else "plain",
+        "dropout": reader.number("miss_dropout", 0.0),
+    }
     if mode == "mini":
-        fields["mini_r"] = says.whole("mini_r", 1)
+        fields["mini_r"] = reader.whole("mini_r", 1)
     return [Part(MiSSConfig, {"lora_D": D}, fields, r=D.shape[-1] if mode == "bat" else D.shape[0])]
 
 
 def _write_miss(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     said, (r, _) = of_config(adapters, "mode", "mini_r", "dropout", method="MiSS"), ranks(adapters)
     if len(set(r.values())) != 1:
-        raise UnsupportedError(f"to_peft: one MiSS file has one r, these sites have {sorted(set(r.values()))}; write a folder for each")
+        raise UnsupportedError(
+            f"to_peft: one MiSS file has one r, these sites have {sorted(set(r.values()))}; "
+            f"write a folder for each"
+        )
     mode = True if said["mode"] == "plain" else said["mode"]
-    fields = {"init_weights": mode, "mini_r": said["mini_r"], "miss_dropout": said["dropout"], "r": next(iter(r.values()))}
+    fields = {
+        "init_weights": mode,
+        "mini_r": said["mini_r"],
+        "miss_dropout": said["dropout"],
+        "r": next(iter(r.values())),
+    }
     return Written(fields, same(adapters, lora_D="miss_block"))
 
 
-def _read_c3a(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part]:
+def _read_c3a(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """c3a_kernel (d_out / b, d_in / b, b)."""
     w = held["c3a_kernel"]
     return [Part(C3AConfig, {"lora_w": w}, {"block_size": w.shape[-1]})]
@@ -206,11 +291,14 @@ def _read_c3a(says: Says, place: Place, held: Mapping[str, Tensor]) -> list[Part
 def _write_c3a(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     blocks = {path: a.config.block_size for a in adapters for path in a}  # type: ignore[attr-defined]
     common, rest = patterned(blocks, "C3A's block_size_pattern")
-    return Written({"block_size": common, "block_size_pattern": rest}, same(adapters, lora_w="c3a_kernel"))
+    return Written(
+        {"block_size": common, "block_size_pattern": rest}, same(adapters, lora_w="c3a_kernel")
+    )
 
 
 def patterned(values: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
-    """One number for most modules and {pattern: number} for the rest, for patterns that only match behind a dot.
+    """One number for most modules and {pattern: number} for the rest, for patterns that only match
+    behind a dot.
 
     Raises:
         UnsupportedError: they can't be told apart so.
@@ -218,15 +306,22 @@ def patterned(values: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]
     bare = {v for path, v in values.items() if "." not in path}
     every = list(values.values())
     common = next(iter(bare)) if bare else max(set(every), key=every.count)
-    rest = {re.escape(path.partition(".")[2]): value for path, value in values.items() if value != common and "." in path}
+    rest = {
+        re.escape(path.partition(".")[2]): value
+        for path, value in values.items()
+        if value != common and "." in path
+    }
     for path, value in values.items():
         found = next((v for key, v in rest.items() if re.match(rf".*\.{key}$", path)), common)
         if found != value:
-            raise UnsupportedError(f"to_peft: {what} can't tell {path!r} apart from the others; write a folder for each value")
+            raise UnsupportedError(
+                f"to_peft: {what} can't tell {path!r} apart from the others; write a folder for "
+                f"each value"
+            )
     return common, rest
 
 
-LOHA = Method(
+LOHA = Codec(
     "LOHA",
     (LoHaConfig,),
     tuple(_HADA.values()),
@@ -235,7 +330,7 @@ LOHA = Method(
     _write_loha,
     kinds="linear conv1d conv2d",
 )
-LOKR = Method(
+LOKR = Codec(
     "LOKR",
     (LoKrConfig,),
     tuple(_LOKR.values()),
@@ -244,7 +339,7 @@ LOKR = Method(
     _write_lokr,
     _lokr_sizes,
 )
-ADALORA = Method(
+ADALORA = Codec(
     "ADALORA",
     (AdaLoRAConfig,),
     ("lora_A", "lora_B", "lora_E"),
@@ -252,11 +347,12 @@ ADALORA = Method(
     _read_adalora,
     _write_adalora,
     _columns_rows("lora_A", "lora_B"),
-    ignored="target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step init_lora_weights loftq_config qalora_group_size",
+    ignored="target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step "
+    "init_lora_weights loftq_config qalora_group_size",
     kinds="linear conv2d",
     biased="lora_only",
 )
-HIRA = Method(
+HIRA = Codec(
     "HIRA",
     (HiRAConfig,),
     ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
@@ -266,7 +362,7 @@ HIRA = Method(
     _columns_rows("hira_A", "hira_B"),
     kinds="linear conv1d conv2d conv3d embedding",
 )
-GRALORA = Method(
+GRALORA = Codec(
     "GRALORA",
     (GraLoRAConfig,),
     ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"),
@@ -275,7 +371,7 @@ GRALORA = Method(
     _write_gralora,
     biased="gralora_only",
 )
-DELORA = Method(
+DELORA = Codec(
     "DELORA",
     (DeLoRAConfig,),
     ("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
@@ -285,8 +381,16 @@ DELORA = Method(
     _columns_rows("delora_A", "delora_B"),
     biased="delora_only",
 )
-MISS = Method("MISS", (MiSSConfig,), ("miss_block",), "r mini_r miss_dropout", _read_miss, _write_miss, biased="MiSS_only")
-C3A = Method(
+MISS = Codec(
+    "MISS",
+    (MiSSConfig,),
+    ("miss_block",),
+    "r mini_r miss_dropout",
+    _read_miss,
+    _write_miss,
+    biased="MiSS_only",
+)
+C3A = Codec(
     "C3A",
     (C3AConfig,),
     ("c3a_kernel",),

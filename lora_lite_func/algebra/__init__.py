@@ -1,0 +1,1 @@
+"""Adapters to adapters: trees, stacks, rows, optimizers. No model has a part in it."""

@@ -1,0 +1,44 @@
+"""What the verbs take for `params`: one adapter, rows of a stack, or several of them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.adapter import Adapter, check_shapes, members_of
+from ..core.errors import StructureError
+from ..kernels.row_plan import RowPlan
+from .rows import Rows
+
+__all__ = ["Adapters", "flatten"]
+
+Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
+"""One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
+
+
+def flatten(params: Adapters) -> list[tuple[Adapter, RowPlan | None]]:
+    """The adapters in order, checked; with a plan a stack, of which each row has its own.
+
+    Raises:
+        StructureError: something that isn't an adapter, or a tensor of the wrong shape.
+    """
+    if isinstance(params, Adapter):
+        check_shapes(params)
+        return [(params, None)]
+    if isinstance(params, Rows):
+        if members_of(params.stack, "rows") != params.plan.members:
+            raise StructureError(
+                f"rows: made for {params.plan.members} members, found "
+                f"{members_of(params.stack, 'rows')}"
+            )
+        return [(params.stack, params.plan)]
+    if isinstance(params, (tuple, list, Mapping)):
+        parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
+        return [adapter for part in parts for adapter in flatten(part)]
+    swapped = "; the model comes first, then its adapter" if isinstance(params, nn.Module) else ""
+    raise StructureError(
+        f"expected an Adapter, or a tuple, list or dict of them, found "
+        f"{type(params).__name__}{swapped}"
+    )

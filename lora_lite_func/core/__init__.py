@@ -1,0 +1,1 @@
+"""Values and contracts: errors, configs, adapters, the contract of a method. Knows no layer and no model."""

@@ -1,0 +1,1 @@
+"""How an adapter's maths gets into a copied module tree."""

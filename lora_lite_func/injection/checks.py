@@ -1,0 +1,161 @@
+"""What is refused at a site before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.config import dropout_of
+from ..core.errors import StructureError, UnsupportedError, nearest
+from ..core.site import Site
+from ..layers.affine import is_affine
+from ..layers.kinds import misfit, module_and_name
+from ..layers.weights import how_to_bake, is_packed
+from .attachment import Attachment
+from .state import parameters_of
+
+__all__ = [
+    "check_bias",
+    "check_dense",
+    "check_dropout",
+    "check_mergeable",
+    "check_site",
+    "check_substitutable",
+    "no_module",
+]
+
+
+# ----------------------------------------------------------------------------- the dense equivalent
+def check_bias(module: Any, attachment: Attachment, b: Tensor | None) -> None:
+    """Refuse a merged bias that has no place.
+
+    Raises:
+        UnsupportedError: the layer has no parameter for it.
+    """
+    if b is not None and "bias" not in parameters_of(module):
+        raise UnsupportedError(
+            f"{attachment.site.path!r} ({type(module).__name__}): {attachment.variant.name} "
+            f"merges into a bias, and this layer has no "
+            "parameter for one; leave it out with exclude_names, or keep the adapter unmerged"
+        )
+
+
+def check_dropout(module: Any, attachments: Iterable[Attachment]) -> None:
+    """Refuse to leave dropout out of training where a weight stands for the method: there is no
+        branch whose input could be dropped.
+
+    Raises:
+        UnsupportedError: with the field that asks for it.
+    """
+    for attachment in attachments if module.training else ():
+        if dropout_of(attachment.cfg):
+            raise UnsupportedError(
+                f"{attachment.site.path!r}: {dropout_of(attachment.cfg)} acts on features that "
+                f"come to a layer's call, and in this model the weight itself "
+                "is used here; set it to 0, leave the layer out with exclude_names, or put the "
+                "model in eval mode"
+            )
+
+
+def check_dense(attachment: Attachment) -> None:
+    """Refuse a method that no weight can stand for, and rows, which one weight can't serve.
+
+    Raises:
+        UnsupportedError: it has no dense equivalent, or another adapter for each row.
+    """
+    if attachment.variant.weight is None and not attachment.variant.has_phases:
+        raise UnsupportedError(
+            f"{attachment.site.path!r}: {attachment.variant.name} has neither `inputs`, "
+            f"`outputs` nor `weight` in its Variant"
+        )
+    if attachment.variant.weight is None:
+        raise UnsupportedError(
+            f"{attachment.site.path!r}: {attachment.variant.name} has no dense equivalent, so it "
+            f"can't be merged there"
+        )
+    if attachment.row_plan is not None:
+        raise UnsupportedError(
+            f"{attachment.site.path!r}: the weight itself is used here, one for the whole batch, "
+            f"so its rows can't have adapters of their own; "
+            "leave it out with exclude_names, or call the model once per adapter"
+        )
+
+
+def no_module(model: nn.Module, path: str) -> StructureError:
+    """The error for a site that the model hasn't."""
+    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return StructureError(
+        f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, known)}"
+    )
+
+
+def check_substitutable(module: Any, path: str, name: str) -> None:
+    tensor = module._parameters.get(name)
+    what = f"{path!r} ({type(module).__name__}): its {name}"
+    if tensor is None:
+        raise UnsupportedError(
+            f"{what} is computed, not a parameter, so nothing can stand in its place; bake it in "
+            f"first ({how_to_bake(module, name)})"
+        )
+    if is_packed(tensor):
+        raise UnsupportedError(
+            f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; "
+            f"use the unquantised model"
+        )
+    if tensor.is_meta and "_hf_hook" in module.__dict__:
+        raise UnsupportedError(
+            f"{what} is offloaded, and here it would have to be adapted itself; keep the module "
+            f"on a device"
+        )
+
+
+def check_site(module: Any, site: Site) -> None:
+    """Refuse a module that isn't what the adapter was made for.
+
+    Raises:
+        StructureError: with what was expected and found.
+    """
+    wrong = misfit(site, module)
+    if wrong is not None:
+        raise StructureError(
+            f"site {site.path!r}: expected {wrong[0]}, found {type(module).__name__} ({wrong[1]})"
+        )
+
+
+def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
+    """Refuse a layer whose weight isn't a plain floating parameter.
+
+    Raises:
+        UnsupportedError: it is packed (and isn't to be dequantised), computed by a parametrization,
+            offloaded, or its layer does more than multiply by it.
+    """
+    path, name = module_and_name(site)
+    weight = module._parameters.get(name)
+    if weight is None:
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its {name} is computed, not a parameter, so "
+            f"merged values have nowhere to go; "
+            f"bake it in first ({how_to_bake(module, name)})"
+        )
+    if is_packed(weight) and not dequantize:
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape "
+            f"{tuple(weight.shape)}); merge it into a "
+            "dense layer with dequantize=True, which costs the memory that packing saves, or "
+            "merge into the unquantised model"
+        )
+    if weight.is_meta and "_hf_hook" in module.__dict__:
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its {name} is offloaded, so there are no "
+            f"values at hand to merge into; "
+            "merge into the model before it is dispatched"
+        )
+    if site.kind == "linear" and not is_packed(weight) and not is_affine(module, site):
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}): its call isn't x W^T + b, so a merged weight "
+            f"wouldn't give what its adapter gives around "
+            f"the call; adapt the weight itself "
+            f"(target_parameters={path + '.weight' if path else 'weight'!r}), or don't merge"
+        )

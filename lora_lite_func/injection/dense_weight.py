@@ -1,0 +1,103 @@
+"""The dense weight that adapters make of a layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.layout import unfolded
+from ..core.site import Params
+from ..core.torch_internals import autocasts
+from ..layers.embedding import keeping_padding
+from ..layers.kinds import KINDS, matrix, restored
+from .attachment import Attachment
+from .checks import check_dense
+from .state import tensors_at
+
+__all__ = ["merge_site"]
+
+
+def merge_site(
+    module: Any, attachments: Iterable[Attachment], W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weight (as it is stored) and bias with the adapters in, summed in float32 at least,
+    returned in the weight's dtype.
+
+    Raises:
+        UnsupportedError: a method has no dense equivalent, or the weight isn't at hand (packed,
+            offloaded).
+    """
+    if autocasts(W.device.type):  # merging isn't the layer's call
+        with torch.autocast(W.device.type, enabled=False):
+            return merge_site(module, attachments, W, b)
+    dtype = W.dtype
+    core = torch.promote_types(dtype, torch.float32)
+    start = None if b is None else b.to(core).reshape(-1)  # a norm's may have several dimensions
+    new, bias = W.to(core), start
+    for attachment in attachments:
+        check_dense(attachment)
+        M, moved = _dense(
+            attachment, tensors_at(attachment, module), matrix(new, attachment.site), bias
+        )
+        M = restored(M, new, attachment.site)
+        if attachment.here is not None:
+            M = torch.where(attachment.here, M, new)
+            moved = (
+                moved
+                if moved is bias or moved is None
+                else torch.where(attachment.here, moved, 0.0 if bias is None else bias)
+            )
+        new, bias = M, moved
+    if KINDS[attachment.site.kind].one_hot:
+        if bias is not None:  # every row has it: a one-hot vector's entries sum to one
+            new, bias = (
+                restored(matrix(new, attachment.site) + bias[:, None], new, attachment.site),
+                None,
+            )
+        new = keeping_padding(module, W, new)
+    if bias is start or bias is None:
+        return new.to(dtype), b
+    shape = b.shape if b is not None else W.shape if attachment.site.d_in == 1 else bias.shape
+    return new.to(dtype), bias.reshape(shape).to(dtype)
+
+
+def _dense(
+    attachment: Attachment, p: Params, M: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The variant's dense equivalent on (d_out, d_in), or on each matrix of a stack."""
+    weight: Any = attachment.variant.weight
+    p, site = unfolded(p, attachment.site)
+    if not site.num_experts:
+        return _checked(attachment, weight(attachment.cfg, p, site, M, b), M)
+    return torch.func.vmap(
+        lambda p, M: _checked(attachment, weight(attachment.cfg, p, site, M, None), M)[0]
+    )(dict(p), M), b
+
+
+def _checked(attachment: Attachment, made: Any, M: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a variant's `weight` gave, if it is the dense equivalent that it should be.
+
+    Raises:
+        ConfigError: another type or shape.
+        UnsupportedError: a bias where none can be.
+    """
+    where, size = f"{attachment.site.path!r}: {attachment.variant.name}", M.shape[:1]
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ConfigError(f"{where}.weight gave {type(made).__name__}, expected (W', b')")
+    for name, new, shape in (("W'", made[0], M.shape), ("b'", made[1], size)):
+        if (new is not None or name == "W'") and (
+            not isinstance(new, Tensor) or new.shape != shape
+        ):
+            found = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ConfigError(f"{where}.weight gave {found} for {name} {tuple(shape)}")
+    if made[1] is not None and KINDS[attachment.site.kind].bare:
+        raise UnsupportedError(
+            f"{where} moves a bias, which a bare parameter hasn't; choose other parameters (a "
+            f"method that always moves one says in its "
+            "`sites` what it can adapt)"
+        )
+    return made

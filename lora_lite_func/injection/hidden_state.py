@@ -1,0 +1,58 @@
+"""The hidden state in a whole module's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..core.errors import UnsupportedError
+
+__all__ = ["hidden_state"]
+
+
+def hidden_state(output: Any, path: str, width: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The hidden state (..., width) in a module's output, and how to put another in its place.
+
+    A tensor is one itself; of a tuple, a list or a mapping (a transformers ModelOutput too) it is
+    the first member.
+
+    Raises:
+        UnsupportedError: there is none; with the path.
+    """
+    if isinstance(output, Tensor):
+        return _checked(output, path, width), lambda h: h
+    if isinstance(output, Mapping) and output:
+        name = next(iter(output))
+        return _checked(output[name], path, width), lambda h: _with_item(output, name, h)
+    if isinstance(output, (tuple, list)) and output:
+        kind = type(output)
+        first = _checked(output[0], path, width)
+        if hasattr(output, "_fields"):
+            return first, lambda h: kind(h, *output[1:])
+        return first, lambda h: kind([h, *output[1:]])
+    raise UnsupportedError(
+        f"{path!r}: expected a hidden state from the module, found {type(output).__name__}; name "
+        f"a block instead"
+    )
+
+
+def _with_item(output: Any, name: Any, h: Tensor) -> Any:
+    """A mapping of the same kind with another item: a ModelOutput is rebuilt from its fields."""
+    items = {**dict(output.items()), name: h}
+    return items if type(output) is dict else type(output)(**items)
+
+
+def _checked(h: Any, path: str, width: int) -> Tensor:
+    if not isinstance(h, Tensor) or not h.is_floating_point() or h.ndim < 1 or h.shape[-1] != width:
+        found = (
+            f"a {h.dtype} tensor of shape {tuple(h.shape)}"
+            if isinstance(h, Tensor)
+            else type(h).__name__
+        )
+        raise UnsupportedError(
+            f"{path!r}: expected a hidden state (..., {width}) first in the module's output, "
+            f"found {found}"
+        )
+    return h

@@ -1,0 +1,218 @@
+"""Adapters made of what another library's file says, module by module."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Adapter
+from ..core.config import AdapterConfig
+from ..core.errors import CheckpointError, UnsupportedError, short_repr
+from ..core.layout import Layout
+from ..core.method import ParamSpec, dtype_fits, leaf_dtype, site_for, variant_for
+from ..core.site import Site
+from ..layers.kinds import KINDS, matrix, module_and_name
+from ..layers.weights import dense_weight
+
+__all__ = ["ModuleEntry", "Part", "assemble", "check_tensors"]
+
+
+@dataclass
+class ModuleEntry:
+    """A module that a file has tensors for.
+
+    Attributes:
+        path: its path in the base model.
+        shared: tensors that all modules of the file share.
+        site: its dimensions, if a model was given.
+        module: itself, likewise.
+        times: what PEFT multiplies the update by here, beyond what its config says.
+        named: what the config's patterns call it, where that isn't its path.
+    """
+
+    path: str
+    shared: Mapping[str, Tensor]
+    site: Site | None = None
+    module: Any = None
+    times: float = 1.0
+    named: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of layer; linear where no model says otherwise."""
+        return "linear" if self.site is None else self.site.kind
+
+    def known(self, why: str) -> Site:
+        """Its dimensions.
+
+        Raises:
+            CheckpointError: no model was given.
+        """
+        if self.site is None:
+            raise CheckpointError(
+                f"{short_repr(self.path)}: {why}, which the file doesn't say; give the base "
+                f"model too"
+            )
+        return self.site
+
+    def weight(self, method: str) -> Tensor:
+        """The dense base weight (d_out, d_in), float32 at least.
+
+        Raises:
+            CheckpointError: no model was given.
+            UnsupportedError: it is packed.
+        """
+        site = self.site
+        if site is None or self.module is None:
+            raise CheckpointError(
+                f"{short_repr(self.path)}: {method} depends on the base weight; give the base "
+                f"model too"
+            )
+        size = max(site.num_experts, 1) * site.d_in * site.d_out
+        return matrix(dense_weight(self.module, method, size, module_and_name(site)[1]), site)
+
+
+@dataclass
+class Part:
+    """What one module's tensors say, as ours.
+
+    Attributes:
+        config: class of our config.
+        fields: its settings; modules with equal ones become one adapter.
+        leaves: {lora_name: tensor}; those left out start as the method starts them.
+        r, alpha: of this site.
+        order: parts of a lower order are applied first.
+    """
+
+    config: type[AdapterConfig]
+    leaves: dict[str, Tensor]
+    fields: dict[str, Any] = field(default_factory=dict)
+    r: int = 8
+    alpha: float = 16.0
+    order: int = 0
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that no adapter has.
+
+    Raises:
+        CheckpointError: no strided tensor with its values, or of a dtype that isn't a floating one
+            of 16 bits or more.
+    """
+    for key, t in tensors.items():
+        if t.layout != torch.strided or t.is_meta:
+            raise CheckpointError(
+                f"{short_repr(key)}: expected a tensor with its values, found one {_form(t)}"
+            )
+        if not (
+            dtype_fits(None, t.dtype)
+            or (key.endswith("indices") and not t.is_floating_point() and not t.is_complex())
+        ):
+            raise CheckpointError(
+                f"{short_repr(key)}: expected a floating tensor of 16 bits or more, found {t.dtype}"
+            )
+
+
+def _form(t: Tensor) -> str:
+    return "on the meta device" if t.is_meta else f"of layout {t.layout}"
+
+
+# ----------------------------------------------------------------------------------------- adapters
+def assemble(parts: Iterable[tuple[ModuleEntry, Part]]) -> Adapter | tuple[Adapter, ...]:
+    """Adapters of parts with equal settings, in order; one alone as itself.
+
+    Raises:
+        CheckpointError: there are none, or a tensor doesn't fit.
+    """
+    groups: dict[Any, list[tuple[ModuleEntry, Part]]] = {}
+    for entry, part in parts:
+        groups.setdefault((part.order, part.config, repr(sorted(part.fields.items()))), []).append(
+            (entry, part)
+        )
+    made = [
+        _adapter(list(group)) for _, group in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+    if not made:
+        raise CheckpointError("the file holds no adapter")
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def _adapter(group: list[tuple[ModuleEntry, Part]]) -> Adapter:
+    config = group[0][1].config
+    rows = {entry.path: part for entry, part in group}
+    r, rank_pattern = _patterns({p: part.r for p, part in rows.items()})
+    alpha, alpha_pattern = _patterns({p: part.alpha for p, part in rows.items()})
+    names = tuple(f"^{re.escape(p)}$" for p in rows)
+    where: dict[str, Any] = {
+        "target_names": names,
+        "exclude_names": (),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    bare = tuple(n for n, (entry, _) in zip(names, group, strict=True) if KINDS[entry.kind].bare)
+    where |= {"target_parameters": bare, "target_names": tuple(n for n in names if n not in bare)}
+    where["target_kinds"] = tuple(
+        sorted({entry.kind for entry, _ in group if not KINDS[entry.kind].bare})
+    )
+    cfg = config(r=r, alpha=alpha, **where, **group[0][1].fields)
+    variant, scale_tensors, sites, data = variant_for(config), {}, [], {}  # type: ignore[var-annotated]
+    for entry, part in group:
+        s = entry.known(f"{variant.name} needs both sizes of a layer")
+        if s.kind not in variant.sites:
+            raise UnsupportedError(
+                f"{s.path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is of kind "
+                f"{s.kind!r}"
+            )
+        sites.append(
+            site_for(
+                variant, cfg, dataclasses.replace(s, r=part.r, alpha=part.alpha), scale_tensors
+            )
+        )
+        data[s.path] = part.leaves
+    layout = Layout(variant, cfg, sites)
+    return Adapter(layout, {path: _fitted(layout, path, data[path]) for path in data})
+
+
+def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves in the dtypes and shapes that the method asks for."""
+    expected, fitted = layout.specs[path], {}
+    odd = leaves.keys() ^ expected.keys()
+    if odd:
+        raise CheckpointError(
+            f"{short_repr(path)}: expected the tensors of {', '.join(expected)}, differing: "
+            f"{short_repr(min(odd))}"
+        )
+    for name, t in leaves.items():
+        if tuple(t.shape) != expected[name].shape:
+            raise CheckpointError(
+                f"{short_repr(path)} {name}: expected shape {expected[name].shape}, found "
+                f"{tuple(t.shape)}"
+            )
+        if not dtype_fits(None, t.dtype):
+            raise CheckpointError(
+                f"{short_repr(path)} {name}: expected a floating tensor of 16 bits or more, "
+                f"found {t.dtype}"
+            )
+        fitted[name] = (
+            t.detach()
+            .to(leaf_dtype(ParamSpec((), dtype=expected[name].dtype), t.dtype))
+            .contiguous()
+        )
+    return fitted
+
+
+def _patterns(values: Mapping[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+    """The commonest value, and a pattern for every other one."""
+    every = list(values.values())
+    common = max(dict.fromkeys(every), key=every.count)
+    others: dict[Any, list[str]] = {}
+    for path, value in values.items():
+        if value != common:
+            others.setdefault(value, []).append(re.escape(path))
+    return common, tuple((f"^(?:{'|'.join(paths)})$", value) for value, paths in others.items())

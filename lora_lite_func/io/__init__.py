@@ -1,0 +1,1 @@
+"""Our own files, and the folders of models."""

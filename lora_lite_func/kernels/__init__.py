@@ -1,0 +1,1 @@
+"""Maths on tensors and plans of indices. Knows no module and no adapter."""

@@ -1,0 +1,69 @@
+"""Models that cannot be adapted, and why."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import UnsupportedError
+from ..core.torch_internals import at_trace_time
+
+__all__ = ["check_model", "refusal", "refuse_uncopyable"]
+
+
+@at_trace_time
+def refusal(cls: type) -> str | None:
+    """Why modules of a class can't be copied, and what to do instead; None if they can."""
+    return _refusal(cls)
+
+
+@functools.cache
+def _refusal(cls: type) -> str | None:
+    homes = [base.__module__ for base in cls.__mro__]
+    if issubclass(cls, torch.jit.ScriptModule):
+        return "is a TorchScript module, whose calls can't be changed; give the nn.Module it was made from"
+    if issubclass(cls, nn.modules.lazy.LazyModuleMixin) and cls.cls_to_become is not None:
+        return "is lazy and hasn't its sizes yet; call the model once on an example, then use it"
+    if any(home == "torch._dynamo.eval_frame" for home in homes):
+        return (
+            "is the result of torch.compile, which holds on to the original; give that one "
+            "(`compiled._orig_mod`) and compile the call: "
+            "torch.compile(lambda params, x: ll.apply(model, params, x))"
+        )
+    if any(home.startswith(("torch.distributed.fsdp", "torch.nn.parallel")) for home in homes):
+        return (
+            "spreads its module over devices or processes; bind first, then wrap: "
+            "DistributedDataParallel(ll.bind(model, params)), fully_shard(ll.bind(model, params))"
+        )
+    return None
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        UnsupportedError: with what it is.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise UnsupportedError(
+            f"expected an nn.Module, found the class {model.__name__} itself; give an instance "
+            f"of it"
+        )
+    raise UnsupportedError(f"expected an nn.Module, found {type(model).__name__}")
+
+
+def refuse_uncopyable(model: nn.Module) -> None:
+    """Refuse a model with a part that can't be copied.
+
+    Raises:
+        UnsupportedError: with the path and what to do instead.
+    """
+    for path, module in model.named_modules():
+        reason = refusal(type(module))
+        if reason is not None:
+            raise UnsupportedError(f"{path!r} ({type(module).__name__}) {reason}")
