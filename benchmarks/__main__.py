@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from . import results
-from .harness import Row, Suite, machine, versions
+from .measure import results
+from .measure.harness import Row, Suite, machine, versions
 
 AREAS = (
     "forward",
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
     for name in given.only:
         start = time.perf_counter()
         rows[name] = []
-        for row in importlib.import_module(f"{__package__}.{name}").area(suite):
+        for row in importlib.import_module(f"{__package__}.measure.{name}").area(suite):
             rows[name].append(row)
             print(results.line(name, row), flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from test_new_method import MixConfig
+from new_method import MixConfig
 from torch import nn
 
 import lora_lite_func as ll

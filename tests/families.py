@@ -97,7 +97,7 @@ def _clip() -> nn.Module:
 def _minilm() -> nn.Module:
     import transformers
 
-    from benchmarks.sentiment import minilm
+    from benchmarks.examples.sentiment import minilm
 
     return transformers.AutoModel.from_pretrained(minilm())
 

@@ -1,6 +1,6 @@
 """AdaLoRA's budget at work on the sentiment task: 200 steps, the rank of every layer falling as the cubic schedule says, then pruned.
 
-python -m benchmarks.adalora
+python -m benchmarks.examples.adalora
     trains, checks in every step that as many triplets are left as the schedule allows, prunes, and checks that nothing else changed.
 """
 
@@ -224,7 +224,7 @@ def _plot(file: Path, seen: History, schedule: ll.adalora.Schedule) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.adalora",
+        "python -m benchmarks.examples.adalora",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

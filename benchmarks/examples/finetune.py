@@ -1,9 +1,9 @@
 """Fine-tune a real model with several methods through `ll.init` and `ll.apply`, compare them, save them, and check what was saved.
 
-python -m benchmarks.finetune
+python -m benchmarks.examples.finetune
     all-MiniLM-L6-v2 learns how people rate words; both come from PyPI packages, nothing is downloaded.
-python -m benchmarks.finetune --variants all --epochs 2
-python -m benchmarks.finetune --model Qwen/Qwen3-0.6B-Base --task metamathqa.jsonl --eval gsm8k.jsonl --r 32
+python -m benchmarks.examples.finetune --variants all --epochs 2
+python -m benchmarks.examples.finetune --model Qwen/Qwen3-0.6B-Base --task metamathqa.jsonl --eval gsm8k.jsonl --r 32
     a causal language model learns responses to prompts; scored by the final number of what it generates.
 """
 
@@ -187,7 +187,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.finetune", description=__doc__, formatter_class=formatter
+        "python -m benchmarks.examples.finetune", description=__doc__, formatter_class=formatter
     )
     add = parser.add_argument
     add(
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=_count, help="(default 3; causal 1)")
     add("--r", type=_count, default=8, help="rank, alpha is 2 r (default 8)")
     add("--lr", type=float, help="peak learning rate of the adapters (default: per method, "
-                                 "LEARNING_RATES in benchmarks/settings.py; "
+                                 "LEARNING_RATES in benchmarks/examples/settings.py; "
         f"causal {CAUSAL_FACTOR} of it)")  # fmt: skip
     add("--batch", type=_count, help="examples per step (default 32; causal 4)")
     add("--seed", type=int, default=0, help="of split, order and adapters (default 0)")

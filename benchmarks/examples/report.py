@@ -10,8 +10,8 @@ from typing import Any
 
 import lora_lite_func as ll
 
+from ..measure.harness import machine, versions
 from .checks import Fact
-from .harness import machine, versions
 from .training import PAIRS, Run, Task
 
 __all__ = ["plot", "spread", "table", "write_json"]

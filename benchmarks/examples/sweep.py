@@ -1,6 +1,6 @@
 """16 adapters at once: 4 learning rates x 2 ranks x 2 seeds of LoRA on the sentiment task, against the same 16 one after another.
 
-    python -m benchmarks.sweep [--quick] [--steps 80] [--plot sweep.png]
+    python -m benchmarks.examples.sweep [--quick] [--steps 80] [--plot sweep.png]
 
 Trains the 16 as one stack, prints what that saves against one after another (ours, and PEFT's), the table of results, what an ensemble of
 them gains and how its spread tells of its error (a plot), and serves a batch whose rows each use another of the 16. Each learns on its

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import lora_lite_func as ll
 
-from .harness import saved
+from ..measure.harness import saved
 
 __all__ = ["Batch", "Evaluation", "Run", "Task", "measure", "saved_mib", "stepper", "train"]
 

@@ -1,7 +1,7 @@
 """What each method costs a forward: `ll.apply`, `ll.prepared` and PEFT over the bare base at 512 tokens, and what is kept for the
 backward pass.
 
-python -m benchmarks.methods [name ...]
+python -m benchmarks.measure.methods [name ...]
 """
 
 from __future__ import annotations

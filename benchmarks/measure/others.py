@@ -1,6 +1,6 @@
 """The functional relatives beside us: jax-lorax and qwix (JAX), each probed in an environment of its own, and PEFT in this one.
 
-python -m benchmarks.others [--lorax PYTHON] [--qwix PYTHON] [--report README.md]
+python -m benchmarks.measure.others [--lorax PYTHON] [--qwix PYTHON] [--report README.md]
 
 The two don't install together (they need other releases of JAX), hence an interpreter each:
     python -m venv lorax && lorax/bin/pip install jax-lorax==0.3.1 jax==0.4.23 jaxlib==0.4.23 'plum-dispatch<2.5' 'numpy<2' 'scipy<1.13'
@@ -26,7 +26,7 @@ import lora_lite_func as ll
 __all__ = ["main", "table"]
 
 LAYERS, WIDTH, ROWS, RANK = 8, 512, 512, 8
-START, END = "<!-- others: rendered by benchmarks/others.py -->", "<!-- end of others -->"
+START, END = "<!-- others: rendered by benchmarks/measure/others.py -->", "<!-- end of others -->"
 WHAT = {
     "version": "version",
     "methods": "adapter methods",
@@ -143,7 +143,8 @@ def _shown(value: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Probe what is there, print the table, write it where it is kept."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.others", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m benchmarks.measure.others",
+        description=__doc__.splitlines()[0] if __doc__ else "",
     )
     parser.add_argument("--lorax", metavar="PYTHON", help="an interpreter that has jax-lorax")
     parser.add_argument("--qwix", metavar="PYTHON", help="an interpreter that has qwix")

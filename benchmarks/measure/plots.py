@@ -1,7 +1,7 @@
-"""Pictures: python -m benchmarks.plots ADAPTER_OR_RESULTS... --out FOLDER   (needs matplotlib)
+"""Pictures: python -m benchmarks.measure.plots ADAPTER_OR_RESULTS... --out FOLDER   (needs matplotlib)
 
 An adapter's file (or PEFT folder) gives its updates' norms by layer and module as a heat map, and their singular values; a result.json
-of benchmarks.finetune gives learning curves and quality over number of parameters. What depends on the
+of benchmarks.examples.finetune gives learning curves and quality over number of parameters. What depends on the
 base (IA3, HRA ...) has no such picture.
 """
 
@@ -174,7 +174,7 @@ def _rows(results: Any) -> list[Mapping[str, Any]]:
     methods = results.get("methods") if isinstance(results, Mapping) else None
     if not isinstance(methods, Mapping) or not methods:
         raise ll.CheckpointError(
-            "expected the result.json of benchmarks.finetune, which has methods"
+            "expected the result.json of benchmarks.examples.finetune, which has methods"
         )
     return [{**numbers, "method": name} for name, numbers in methods.items()]
 

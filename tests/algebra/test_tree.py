@@ -16,6 +16,7 @@ from hypothesis import given
 from torch import Tensor
 
 import lora_lite_func as ll
+from lora_lite_func.core import method as methods
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 
@@ -300,7 +301,7 @@ def test_a_method_without_a_path_has_no_strength(monkeypatch: pytest.MonkeyPatch
     variant = ll.Variant(
         name="stiff", config=config, param_specs=lambda cfg, site: {"lora_g": ll.ParamSpec((2,))}
     )
-    monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
+    monkeypatch.setitem(methods._REGISTRY, config, variant)
     with pytest.raises(
         ll.UnsupportedError,
         match="stiff has no `scale` function in its Variant, so its strength can't be set",

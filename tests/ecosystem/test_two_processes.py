@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import close, net
-from spread import adapter, members, trained
+from two_processes import adapter, members, trained
 
 import lora_lite_func as ll
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -25,7 +25,7 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
-        str(HERE / "spread.py"),
+        str(HERE / "two_processes.py"),
         str(tmp_path),
     ]
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])

@@ -12,10 +12,11 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from helpers import close, leaves, moved, net
+from linear_layers import rows, wet
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-from benchmarks.harness import saved
+from benchmarks.measure.harness import saved
 from lora_lite_func.injection import linear as plain
 from lora_lite_func.kernels import cost as _cost
 from lora_lite_func.kernels import low_rank_fused as fused
@@ -28,10 +29,6 @@ LOW_RANK = [
     ll.AdaLoRAConfig(r=4),
     ll.DeLoRAConfig(r=4),
 ]
-
-
-def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(3), dtype=dtype)
 
 
 def by_phases(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
@@ -139,9 +136,6 @@ def test_other_dtypes_autocast_tangents_and_base_weights_are_left_to_the_phases(
 
 
 # ------------------------------------------------------------------------------------------ dropout
-def wet(p: float = 0.5, **config: Any) -> tuple[nn.Module, ll.Adapter]:
-    model = net(bias=True).train()
-    return model, moved(ll.init(model, ll.LoRAConfig(r=4, dropout=p, **config)))
 
 
 def test_dropout_is_unbiased_in_its_share_and_ruled_by_the_seed() -> None:

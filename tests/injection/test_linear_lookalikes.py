@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.utils.prune as prune
 from helpers import close, moved, net
-from test_plain import rows, wet
+from linear_layers import rows, wet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import (

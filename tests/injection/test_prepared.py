@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 from cases import CASES, Case, start
+from counting import counted
 from helpers import close, moved, net, same_state, snapshot
-from test_growth import counted
 
 import lora_lite_func as ll
 

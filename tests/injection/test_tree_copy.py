@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from hooks import hooked
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -97,17 +97,6 @@ def test_the_model_itself_is_a_linear() -> None:
 
 
 # ----------------------------------------------------------------------------- what instances carry
-def hooked(module: nn.Module) -> None:
-    """As accelerate's add_hook_to_module does it: a partial on the instance around its old bound
-    forward.
-    """
-    old = module.forward
-    module._old_forward = old  # type: ignore[assignment]
-
-    def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return module._old_forward(*args, **kwargs)
-
-    module.forward = functools.update_wrapper(functools.partial(new_forward, module), old)  # type: ignore[method-assign]
 
 
 def test_instance_level_forwards_are_bound_to_the_copy() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
+from lora_lite_func.core import method as methods
 
 CONFIGS = [
     ll.LoRAConfig(r=4),
@@ -227,7 +228,7 @@ def test_a_method_without_a_dense_form_says_so(monkeypatch: pytest.MonkeyPatch) 
         param_specs=spec,
         outputs=lambda cfg, p, d, x, y, site: y + p["lora_v"],
     )
-    monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
+    monkeypatch.setitem(methods._REGISTRY, config, variant)
     model = Reader("linear")
     with pytest.raises(ll.UnsupportedError, match="'layer': call_only has no dense equivalent"):
         ll.apply(model, ll.init(model, config()), X)

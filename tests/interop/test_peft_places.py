@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import close, moved
 from hypothesis import HealthCheck, given, settings
-from test_peft_files import IDS, Mixed, base, load_file, loaded, saved
+from peft_models import IDS, Mixed, base, load_file, loaded, saved
 from torch import Tensor, nn
 
 import lora_lite_func as ll

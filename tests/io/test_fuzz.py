@@ -1,4 +1,4 @@
-"""A few hundred damaged files; `python -m benchmarks.fuzz` runs ten thousand."""
+"""A few hundred damaged files; `python tests/fuzz_files.py` runs ten thousand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import random
 import shutil
 from pathlib import Path
 
+import fuzz_files as fuzz
 import pytest
-
-from benchmarks import fuzz
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of a damaged pickle

@@ -175,7 +175,9 @@ def test_strength(case: Case, s: dict[str, Any]) -> None:
 @every
 def test_attention_output_projection_goes_by_weight(case: Case) -> None:
     if not case.linear:
-        pytest.skip("it adapts something else: tests/test_kinds.py has it on every kind of place")
+        pytest.skip(
+            "it adapts something else: tests/laws/test_every_kind.py has it on every kind of place"
+        )
     model = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
     if case.calibration:
         with pytest.raises(

@@ -10,39 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from counting import counted
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite_func as ll
-from benchmarks import results
-from benchmarks.harness import Row, Suite, compare, machine, saved, versions
-from benchmarks.memory import own_bytes
-
-
-class Counted(TorchDispatchMode):
-    """Operations that reach the dispatcher, views apart, and how many numbers they write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-        self.written = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.operations += 1
-            self.written += out.numel() if isinstance(out, torch.Tensor) else 0
-        return out
+from benchmarks.measure import results
+from benchmarks.measure.harness import Row, Suite, compare, machine, saved, versions
+from benchmarks.measure.memory import own_bytes
 
 
 def chain(sites: int, width: int = 16) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(sites)))
-
-
-def counted(call: Callable[[], Any]) -> Counted:
-    with torch.no_grad(), Counted() as mode:
-        call()
-    return mode
 
 
 def test_operations_are_in_proportion_to_the_sites_and_bind_adds_none() -> None:

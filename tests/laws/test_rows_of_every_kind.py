@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from cases import CASES, Case
 from helpers import close, leaves, moved, same_state, snapshot
-from test_kinds import Experts, Mixing, Own, Scaled, Transposed, features, method, seeded
+from places import Experts, Mixing, Own, Scaled, Transposed, features, method, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode

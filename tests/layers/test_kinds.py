@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.attention
 from helpers import close, moved, net, same_state, snapshot
+from hooks import hooked
 from hypothesis import given, settings
-from test_kinds import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features, seeded
-from test_skeleton import hooked
+from places import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lora_lite_func as ll
+from lora_lite_func.core import method as methods
 
 LoRA = ll.LoRAConfig
 
@@ -257,7 +258,7 @@ def test_a_kind_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     variant = ll.Variant(
         name="odd", config=config, param_specs=lambda cfg, site: {}, sites=("lineer",)
     )
-    monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
+    monkeypatch.setitem(methods._REGISTRY, config, variant)
     with pytest.raises(
         ll.UnsupportedError, match=r"odd says that it adapts 'lineer'; did you mean 'linear'\?"
     ):
@@ -269,7 +270,7 @@ def test_a_kind_of_layer_the_method_has_not(monkeypatch: pytest.MonkeyPatch) -> 
     variant = ll.Variant(
         name="conv_only", config=config, param_specs=lambda cfg, site: {}, sites=frozenset({"conv"})
     )
-    monkeypatch.setitem(ll.spec._REGISTRY, config, variant)
+    monkeypatch.setitem(methods._REGISTRY, config, variant)
     with pytest.raises(
         ll.UnsupportedError, match=r"target_kinds: conv_only adapts conv, this asks for 'linear'"
     ):

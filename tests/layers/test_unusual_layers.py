@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import close, leaves, moved, same_state, snapshot
-from test_kinds import features, seeded
+from places import features, seeded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

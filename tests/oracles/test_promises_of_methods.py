@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import lora_lite_func as ll
+from lora_lite_func.core.method import variant_for
 
-DENSE = [case for case in CASES if ll.spec.lookup(type(case.config(r=4))).dense is not None]
+DENSE = [case for case in CASES if variant_for(type(case.config(r=4))).dense is not None]
 
 
 def rows(count: int, width: int = 16, seed: int = 5) -> Tensor:

@@ -15,7 +15,7 @@ import lora_lite_func as ll
 
 pytest.importorskip("tqdm")
 
-from benchmarks import causal, checks, finetune, report, sentiment, training
+from benchmarks.examples import causal, checks, finetune, report, sentiment, training
 
 
 # ------------------------------------------------------------------------------------------ numbers

@@ -11,14 +11,14 @@ import torch
 from helpers import moved, net
 
 import lora_lite_func as ll
-from benchmarks import others
+from benchmarks.measure import others
 
 pytest.importorskip("matplotlib").use("Agg")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_and_results_are_drawn(tmp_path: Path) -> None:
-    from benchmarks import plots
+    from benchmarks.measure import plots
 
     for name, config in (("a", ll.LoRAConfig(r=2)), ("b", ll.HRAConfig(r=2))):
         ll.save(moved(ll.init(net(dtype=torch.float32), config)), tmp_path / name)
