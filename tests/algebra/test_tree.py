@@ -58,10 +58,10 @@ def test_partition_then_combine_is_nothing(case: Case, data: st.DataObject) -> N
 def test_partition_by_default_parts_what_learns(case: Case) -> None:
     params = made(case)
     trainable, frozen = ll.partition(params)
-    for path, flags in params.layout.trainable.items():
-        for name, learns in flags.items():
-            assert isinstance(trainable[path][name], Tensor) == learns
-            assert isinstance(frozen[path][name], Tensor) != learns
+    for path, specs in params.layout.specs.items():
+        for name, spec in specs.items():
+            assert isinstance(trainable[path][name], Tensor) == spec.trainable
+            assert isinstance(frozen[path][name], Tensor) != spec.trainable
 
 
 def test_combine_refuses_what_is_no_partition() -> None:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
 from lora_lite_func.core import method as methods
+from lora_lite_func.injection import weight_route
 
 CONFIGS = [
     ll.LoRAConfig(r=4),
@@ -121,7 +122,7 @@ def test_a_bias_that_an_adapter_brings() -> None:
 
 def test_questions_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = ll.bind(Reader("linear"), ll.init(Reader("linear"), ll.LoRAConfig(r=4))).layer
-    monkeypatch.setattr(ll.substitution, "merge_site", lambda *_: 1 / 0)
+    monkeypatch.setattr(weight_route, "merge_site", lambda *_: 1 / 0)
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     assert (weight.dtype, weight.shape, weight.device.type, weight.ndim, weight.numel()) == (

@@ -220,10 +220,12 @@ def test_gradient_reaches_every_trainable_leaf_and_nothing_else(case: Case) -> N
         optimizer.step()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     everything = grad(lambda p: loss(model, p, x))(params)
-    flags = params.layout.trainable
+    specs = params.layout.specs
     for path, names in everything.items():
         for name, g in names.items():
-            assert flags[path][name] or not g.any(), f"frozen {path} {name} got a gradient"
+            assert specs[path][name].trainable or not g.any(), (
+                f"frozen {path} {name} got a gradient"
+            )
 
 
 def _home(params: ll.Adapter, path: str) -> str:
@@ -240,13 +242,13 @@ def test_grads_of_bound_module_and_functional_agree(case: Case) -> None:
     for path in params:
         held = dict(bound.get_submodule(_home(params, path)).named_parameters())
         for name, g in expected[path].items():
-            if params.layout.trainable[path][name]:
+            if params.layout.specs[path][name].trainable:
                 close(held[f"adapter.0.{name}"].grad, g, 1e-10)
     assert {n for n, p in bound.named_parameters() if p.requires_grad} == {
         f"{_home(params, path)}.adapter.0.{name}"
         for path in params
         for name in params[path]
-        if params.layout.trainable[path][name]
+        if params.layout.specs[path][name].trainable
     }
     assert all(p.grad is None for p in model.parameters())
 
@@ -258,7 +260,7 @@ def test_gradient_equals_that_of_merged_weights(case: Case) -> None:
     through = grad(lambda p: _dense(model, p, x).square().sum())(params)
     for path in params:
         for name, g in direct[path].items():
-            if params.layout.trainable[path][name]:
+            if params.layout.specs[path][name].trainable:
                 close(g, through[path][name], 1e-9)
     close(
         grad(lambda x: loss(model, params, x))(x),

@@ -220,7 +220,7 @@ def test_scale_like_leaves_move_in_any_dtype(dtype: torch.dtype) -> None:
             bound(x).float().square().mean().backward()
             optimizer.step()
         for name, t in params[""].items():
-            if params.layout.trainable[""][name]:
+            if params.layout.specs[""][name].trainable:
                 assert not torch.equal(t, start[""][name]), f"{type(cfg).__name__} {name} is stuck"
 
 

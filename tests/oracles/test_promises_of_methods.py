@@ -100,7 +100,7 @@ def test_sites_of_a_shape_share_their_frozen_start(cfg: ll.AdapterConfig, tmp_pa
     expected = {
         (n, n[:9] == "lora_rand" or wide, shape)
         for n, wide, shape in drawn
-        if not layout.trainable["layers.0.up"][n]
+        if not layout.specs["layers.0.up"][n].trainable
     }
     assert len(frozen(params)) == len(expected) < 6  # two shapes, three sites each
     ll.save(params, tmp_path / "a.safetensors")
