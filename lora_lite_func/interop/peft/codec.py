@@ -1,4 +1,4 @@
-"""What it takes to read and write one of PEFT's methods: a record of pure functions over one module's tensors."""
+"""What it takes to read and write one of PEFT's methods: a record of pure functions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
-from ...core.errors import UnsupportedError
-from ...variants import BitFitConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
 
-__all__ = ["Codec", "Written", "of_config", "ranks", "same", "shifts_of"]
+__all__ = ["Codec", "Written"]
 
 
 @dataclass
@@ -26,7 +24,8 @@ class Written:
         fields: of adapter_config.json.
         tensors: {path: {suffix: tensor}}.
         shared: {name: tensor}, of the whole model.
-        ranks: {path: r}, alphas: {path: alpha}, where the method has them.
+        ranks: {path: r}, where the method has them.
+        alphas: {path: alpha}, likewise.
     """
 
     fields: dict[str, Any]
@@ -36,18 +35,18 @@ class Written:
     alphas: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Codec:
     """One of PEFT's methods.
 
     Attributes:
-        peft_type: how a config names it.
-        configs: our methods that it can hold.
+        peft_type: its name in a config.
+        configs: our methods that a file of this type is for.
         suffixes: what a module's keys end with.
-        understood: fields of its config that `read` honours.
-        read: (says, place, {suffix: tensor}) -> parts.
-        write: (adapters, paths' modules) -> Written; the adapters' configs are among `configs`,
-            their sites differ.
+        understood: fields of the config that `read` honours.
+        read: (reader, entry, {suffix: tensor}) -> parts.
+        write: (adapters, {path: module}) -> Written; the adapters' configs are among `configs` and
+            `converts`, their sites differ.
         sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where
             they don't.
         shared: names of tensors that stand beside the modules.
@@ -57,6 +56,15 @@ class Codec:
         kinds: the kinds of layer that PEFT adapts with it.
         biased: what its `bias` says where the adapted layers' own biases are learned; "" where it
             has no such field.
+        holds: which adapters of `configs` a file can say as they are; None for all.
+        converts: further methods that `write` turns into this one.
+        takes_shifts: (adapters, {path: shift}, {path: module}) -> whether `write` takes these
+            learned shifts of outputs too; None where it takes none.
+        token_prefix: what stands in front of `trainable_tokens_delta` in the keys of replaced rows;
+            None where PEFT replaces no rows beside this method.
+        keeps_modules: whether PEFT keeps modules trained whole beside it.
+        prunes: whether a targeted module may have no tensors.
+        rewrites_base: reader -> whether PEFT changes the base's weights as it loads the file.
     """
 
     peft_type: str
@@ -72,52 +80,18 @@ class Codec:
     ignored: str = ""
     kinds: str = "linear"
     biased: str = ""
+    holds: Callable[[Adapter], bool] | None = None
+    converts: tuple[type[AdapterConfig], ...] = ()
+    takes_shifts: (
+        Callable[[Sequence[Adapter], Mapping[str, Tensor], Mapping[str, Any]], bool] | None
+    ) = None
+    token_prefix: str | None = None
+    keeps_modules: bool = True
+    prunes: bool = False
+    rewrites_base: Callable[[ConfigReader], bool] | None = None
 
-
-def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
-    """Settings that all adapters must share, since one file has one config.
-
-    Raises:
-        UnsupportedError: they differ.
-    """
-    found = {}
-    for name in names:
-        values = [getattr(a.config, name) for a in adapters]
-        if any(v != values[0] for v in values):
-            raise UnsupportedError(
-                f"to_peft: one {method} file has one {name}, these adapters have {values}; write "
-                f"a folder for each"
-            )
-        found[name] = values[0]
-    return found
-
-
-def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]]:
-    """({path: r}, {path: alpha}) of all sites."""
-    sites = [s for a in adapters for s in a.sites.values()]
-    return {s.path: s.r for s in sites}, {s.path: s.alpha for s in sites}
-
-
-def same(adapters: Sequence[Adapter], **renamed: str) -> dict[str, dict[str, Tensor]]:
-    """{path: {PEFT's suffix: tensor}} by a change of names alone, given as ours=theirs with __ for
-    a dot; absent ones are left out.
-    """
-    return {
-        path: {
-            theirs.replace("__", "."): held[ours]
-            for ours, theirs in renamed.items()
-            if ours in held
-        }
-        for a in adapters
-        for path, held in a.items()
-    }
-
-
-def shifts_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """{path: what the BitFits among these add to its output}."""
-    found: dict[str, Tensor] = {}
-    for a in adapters:
-        if isinstance(a.config, BitFitConfig):
-            for path, held in a.items():
-                found[path] = found[path] + held["lora_b"] if path in found else held["lora_b"]
-    return found
+    def is_for(self, adapter: Adapter) -> bool:
+        """Whether an adapter's natural form is a file of this type."""
+        return isinstance(adapter.config, self.configs) and (
+            self.holds is None or self.holds(adapter)
+        )

@@ -1,4 +1,4 @@
-"""What a file of PEFT's holds beside its method's tensors: learned biases, modules trained whole, new rows of embeddings."""
+"""What a file holds beside its method's tensors: biases, modules trained whole, new rows."""
 
 from __future__ import annotations
 
@@ -144,7 +144,10 @@ def _unknown(model: Any, path: str, bare: str) -> str:
         return "nothing here corresponds to it"
     if not isinstance(model, nn.Module):
         return "if it is PEFT's copy of the base's, give the base model too"
-    return f"it isn't what {short_repr(bare)} of this model has: a copy of another base, or of one that was trained or resized"
+    return (
+        f"it isn't what {short_repr(bare)} of this model has: a copy of another base, or of one "
+        f"that was trained or resized"
+    )
 
 
 def _whole(

@@ -1,4 +1,4 @@
-"""What a folder holds beside its method's own tensors, as it is written: modules trained whole, learned biases, replaced token rows."""
+"""What is written beside a method's tensors: modules trained whole, biases, replaced rows."""
 
 from __future__ import annotations
 

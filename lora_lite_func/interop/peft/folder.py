@@ -1,4 +1,4 @@
-"""An adapter's folder as PEFT lays it out: adapter_config.json beside adapter_model.safetensors (or .bin); keys to modules."""
+"""An adapter's folder as PEFT lays it out: its config, its tensors, keys to modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where PEFT keeps a site's tensors: the wrappers in its keys, and what its config calls the place."""
+"""Where PEFT keeps a site's tensors: wrappers in its keys, the config's names for modules."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...layers.kinds import KINDS
+from .codec import Codec
 
 __all__ = ["WRAPPED", "KeyMap", "attention", "elsewhere", "key_map", "ties"]
 
@@ -86,7 +87,7 @@ def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
     ]
 
 
-def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: str) -> KeyMap:
+def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec) -> KeyMap:
     """Where these sites go.
 
     Raises:
@@ -99,7 +100,7 @@ def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], peft_type: st
     for path, site in sites.items():
         module, home = attention(modules, path), path.rpartition(".")[0]
         bare = module is None and KINDS[site.kind].bare
-        if (module is not None or bare) and peft_type != "LORA":
+        if (module is not None or bare) and "parameter" not in codec.kinds.split():
             raise UnsupportedError(
                 f"to_peft: {path!r}: of PEFT's methods LoRA alone adapts "
                 f"{'this' if bare else 'attention'}; merge it"

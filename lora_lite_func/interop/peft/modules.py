@@ -1,4 +1,4 @@
-"""From the paths in PEFT's keys to the places of a model: modules, parameters under their wrappers, learned biases, replaced tokens."""
+"""From the paths in PEFT's keys to a model's modules and parameters."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def entries_of(
     missing = next(
         (p for p in _targeted(model, reader) if p not in sites and p not in where.values()), None
     )
-    if (
-        missing is not None and method.suffixes and method.peft_type != "ADALORA"
-    ):  # which leaves out what it pruned
+    if missing is not None and method.suffixes and not method.prunes:
         raise CheckpointError(
             f"{reader.where}: target_modules name {short_repr(missing)}, for which there is no "
             f"tensor"
@@ -71,19 +69,17 @@ def entries_of(
             f"tensor"
         )
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
-    start = str(reader.get("init_lora_weights")) if method.peft_type == "LORA" else ""
-    for entry in (
-        entries.values()
-    ):  # PEFT changes one of two places here, or both where the start was meant for one
-        if KINDS[entry.kind].bare or (entry.kind == "linear" and start in ("pissa", "olora")):
+    rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
+    for entry in entries.values():
+        # PEFT changes one of two places here, or both where the start was meant for one
+        if KINDS[entry.kind].bare or (entry.kind == "linear" and rewritten):
             refuse_tied(
                 reader, modules, entry.path if KINDS[entry.kind].bare else f"{entry.path}.weight"
             )
     for entry in entries.values():
         home = attention(modules, entry.path)
-        if (
-            home is not None
-        ):  # PEFT (0.21 at least) adds out_proj's update twice in each call, so its adapters were trained that way
+        if home is not None:
+            # PEFT (0.21 at least) adds out_proj's update twice in each call, and trained it so
             entry.named, entry.times = home, 2.0 if entry.path.endswith("out_proj") else 1.0
     across = next(
         (

@@ -1,4 +1,4 @@
-"""to_peft: adapters as a folder that PEFT, and what reads PEFT's files, loads. PEFT itself isn't needed."""
+"""to_peft: adapters as a folder that PEFT loads. PEFT itself isn't needed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...io.files import write_safetensors, write_text
 from ...layers.kinds import KINDS
-from ...variants import BitFitConfig, DeLoRAConfig, FullConfig, TokensConfig
-from .codec import Codec, Written, shifts_of
+from ...variants import BitFitConfig, FullConfig, TokensConfig
+from .codec import Codec, Written
 from .extras_write import biases, tokens, whole
 from .folder import CONFIG, TENSORS
 from .keys import KeyMap, key_map
-from .methods import METHODS, TOKENS
-from .methods.gates import BEFT
-from .methods.lora import LORA
-from .methods.low_rank import as_lora_bias
+from .methods import LORA, METHODS, TOKENS
+from .methods.tensor_names import shifts_of
 
 __all__ = ["to_peft"]
 
@@ -117,23 +115,13 @@ def _folder(
     )
     adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
     method = _method(adapters, as_lora) if adapters or not rows else TOKENS
-    shifts: dict[str, Tensor] = {}
-    if method is not BEFT:
-        low = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
-        shifts = shifts_of(adapters)
-        if not (method is LORA and as_lora_bias(low, shifts, modules)):
-            adapters = low
-        else:
-            shifts = {}
-    sites = _sites(
-        [a for a in adapters if method is BEFT or not isinstance(a.config, BitFitConfig)],
-        method,
-        modules,
-    )
-    made = method.write(adapters, modules)
-    homes = key_map(
-        {p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method.peft_type
-    )
+    low, shifts = _shifts_apart(adapters, method)
+    sites = _sites(low, method, modules)
+    if shifts and method.takes_shifts is not None and method.takes_shifts(low, shifts, modules):
+        made, shifts = method.write(adapters, modules), {}
+    else:
+        made = method.write(low, modules)
+    homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
     fields = {"peft_type": method.peft_type} | made.fields | _numbers(method, made, homes)
     fields |= _targeted(made, homes, modules, fields.get("feedforward_modules"))
     tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
@@ -155,12 +143,22 @@ def _folder(
         tensors |= {f"base_model.model.{key}": t for key, t in learned.items()}
     if rows:
         fields |= _replaced(rows, method, modules, homes, tensors)
-    if method is TOKENS and saved:
+    if not method.keeps_modules and saved:
         raise UnsupportedError(
             f"to_peft: {saved[0]!r}: PEFT keeps no whole modules beside replaced rows alone; "
             f"write a folder for each"
         )
-    return fields if method is TOKENS else {"modules_to_save": saved or None} | fields, tensors
+    return {"modules_to_save": saved or None} | fields if method.keeps_modules else fields, tensors
+
+
+def _shifts_apart(
+    adapters: list[Adapter], method: Codec
+) -> tuple[list[Adapter], dict[str, Tensor]]:
+    """(the method's own adapters, {path: shift} of the BitFits beside them)."""
+    if BitFitConfig in method.configs:
+        return adapters, {}
+    own = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
+    return own, shifts_of(adapters)
 
 
 def _sites(adapters: list[Adapter], method: Codec, modules: Mapping[str, Any]) -> dict[str, Site]:
@@ -213,17 +211,16 @@ def _replaced(
     others.
     """
     ids, held = tokens(rows, modules)
-    if method is not TOKENS and method is not LORA:
+    if method.token_prefix is None:
         raise UnsupportedError(
             f"to_peft: {next(iter(ids))!r}: PEFT replaces rows beside a LoRA alone; write a "
             f"folder for each"
         )
-    middle = "" if method is TOKENS else "token_adapter."
     tensors |= {
-        f"base_model.model.{homes.inside(p)}.{middle}trainable_tokens_delta": t
+        f"base_model.model.{homes.inside(p)}.{method.token_prefix}trainable_tokens_delta": t
         for p, t in held.items()
     }
-    if method is LORA:
+    if method.token_prefix:
         return {"trainable_token_indices": ids}
     first, *others = ids.values()
     if any(other != first for other in others):
@@ -256,25 +253,25 @@ def _check(adapters: list[Adapter]) -> None:
 
 
 def _method(adapters: list[Adapter], as_lora: bool) -> Codec:
+    """The one form for these adapters: that of their method, beside which biases may be learned,
+    else a LoRA.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
     configs = {type(a.config) for a in adapters}
-    subtracted = any(
-        isinstance(a.config, DeLoRAConfig) and a.config.init == "subtract" for a in adapters
-    )
-    if as_lora or subtracted or (len(configs) > 1 and configs <= {*LORA.configs}):
+    own = [a for a in adapters if not isinstance(a.config, BitFitConfig)] or adapters
+    named = next((m for m in METHODS.values() if all(m.is_for(a) for a in own)), None)
+    convertible = configs <= {*LORA.configs, *LORA.converts}
+    if as_lora or (convertible and (named is None or len(configs) > 1)):
         return LORA
-    own = configs - {BitFitConfig} or configs
-    for method in METHODS.values():
-        if (
-            own
-            and own <= set(method.configs)
-            and not (method is LORA and own <= {BitFitConfig, DeLoRAConfig})
-        ):
-            return method
-    names = ", ".join(sorted(a.layout.variant.name for a in adapters))
-    raise UnsupportedError(
-        f"to_peft: PEFT has no one form for {names}; merge it (ll.merge), or write a folder for "
-        f"each"
-    )
+    if named is None:
+        names = ", ".join(sorted(a.layout.variant.name for a in adapters))
+        raise UnsupportedError(
+            f"to_peft: PEFT has no one form for {names}; merge it (ll.merge), or write a folder "
+            f"for each"
+        )
+    return named
 
 
 def _about(model: nn.Module | None) -> dict[str, Any]:
@@ -301,11 +298,7 @@ def _numbers(method: Codec, made: Written, homes: KeyMap) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     pairs: tuple[tuple[str, str, Mapping[str, float]], ...] = (
         (method.rank, "rank_pattern", made.ranks),
-        (
-            "alpha" if method.peft_type in ("LOHA", "LOKR") else method.alpha,
-            "alpha_pattern",
-            made.alphas,
-        ),
+        (method.alpha, "alpha_pattern", made.alphas),
     )
     for name, pattern, values in pairs:
         if values:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..codec import Codec, Written
-from .gates import BEFT, BOFT, HRA, IA3, LN_TUNING, OFT, ROAD
+from ..codec import Codec
+from .adalora import ADALORA
+from .beft import BEFT
+from .boft import BOFT
+from .c3a import C3A
+from .delora import DELORA
+from .fourierft import FOURIERFT
+from .gralora import GRALORA
+from .hira import HIRA
+from .hra import HRA
+from .ia3 import IA3
+from .ln_tuning import LN_TUNING
+from .loha import LOHA
+from .lokr import LOKR
 from .lora import LORA
-from .seeded import FOURIERFT, RANDLORA, SHIRA, VERA
-from .updates import ADALORA, C3A, DELORA, GRALORA, HIRA, LOHA, LOKR, MISS
+from .miss import MISS
+from .oft import OFT
+from .randlora import RANDLORA
+from .road import ROAD
+from .shira import SHIRA
+from .tokens import TOKENS
+from .vera import VERA
 
-__all__ = ["METHODS", "TOKENS"]
-
-
-def _nothing(*_: Any) -> Any:
-    """Replaced rows stand beside a method's tensors in any file; here there are no others."""
-    return Written({}, {})
-
-
-TOKENS = Codec("TRAINABLE_TOKENS", (), (), "token_indices", _nothing, _nothing)
+__all__ = ["LORA", "METHODS", "TOKENS"]
 
 METHODS: dict[str, Codec] = {
-    m.peft_type: m
-    for m in (
+    codec.peft_type: codec
+    for codec in (
         LORA,
         ADALORA,
         LOHA,

@@ -1,0 +1,61 @@
+"""What one config can say of many sites: settings that all share, numbers by pattern."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ....core.adapter import Adapter
+from ....core.errors import UnsupportedError
+
+__all__ = ["of_config", "patterned", "ranks"]
+
+
+def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
+    """Settings that all adapters must share, since one file has one config.
+
+    Raises:
+        UnsupportedError: they differ.
+    """
+    found = {}
+    for name in names:
+        values = [getattr(a.config, name) for a in adapters]
+        if any(v != values[0] for v in values):
+            raise UnsupportedError(
+                f"to_peft: one {method} file has one {name}, these adapters have {values}; write "
+                f"a folder for each"
+            )
+        found[name] = values[0]
+    return found
+
+
+def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]]:
+    """({path: r}, {path: alpha}) of all sites."""
+    sites = [s for a in adapters for s in a.sites.values()]
+    return {s.path: s.r for s in sites}, {s.path: s.alpha for s in sites}
+
+
+def patterned(values: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
+    """One number for most modules and {pattern: number} for the rest, for patterns that only match
+    behind a dot.
+
+    Raises:
+        UnsupportedError: they can't be told apart so.
+    """
+    bare = {v for path, v in values.items() if "." not in path}
+    every = list(values.values())
+    common = next(iter(bare)) if bare else max(set(every), key=every.count)
+    rest = {
+        re.escape(path.partition(".")[2]): value
+        for path, value in values.items()
+        if value != common and "." in path
+    }
+    for path, value in values.items():
+        found = next((v for key, v in rest.items() if re.match(rf".*\.{key}$", path)), common)
+        if found != value:
+            raise UnsupportedError(
+                f"to_peft: {what} can't tell {path!r} apart from the others; write a folder for "
+                f"each value"
+            )
+    return common, rest

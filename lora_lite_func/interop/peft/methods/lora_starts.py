@@ -1,0 +1,104 @@
+"""LoRA files that hang on the base weight: starts that PEFT takes out of it, DoRA's magnitudes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....core import random
+from ....core.errors import CheckpointError, short_repr
+from ....core.method import site_for, variants
+from ....variants import DoRAConfig, OLoRAConfig, PiSSAConfig
+from ...assembly import ModuleEntry, Part
+from ...metadata import ConfigReader
+
+__all__ = ["magnitudes", "rewrites_base", "subtracted_start"]
+
+_HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva")
+_CONFIGS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
+
+
+def rewrites_base(reader: ConfigReader) -> bool:
+    """Whether PEFT takes this file's start out of the base weights as it loads it."""
+    return reader.get("init_lora_weights") in ("pissa", "olora")
+
+
+def subtracted_start(
+    reader: ConfigReader,
+    entry: ModuleEntry,
+    leaves: dict[str, Tensor],
+    fields: dict[str, Any],
+    r: int,
+    scale: float,
+) -> Part | None:
+    """The part of a start that PEFT takes out of the base weight; None for those that leave it
+    alone, as all do of an embedding.
+
+    Raises:
+        CheckpointError: a start that the file doesn't hold, or that isn't read here.
+    """
+    start = reader.get("init_lora_weights", True)
+    plain = isinstance(start, str) and start.lower() in ("gaussian", "true", "false")
+    if entry.kind == "embedding" or start in _HARMLESS or plain:
+        return None
+    config = _CONFIGS.get(start if isinstance(start, str) else "")
+    if config is None:
+        raise CheckpointError(
+            f"{reader.where}: init_lora_weights={short_repr(start)} changes the base weights by "
+            f"something the file doesn't hold; save it in "
+            "PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    if reader.flag("use_dora"):
+        raise CheckpointError(
+            f"{reader.where}: use_dora with init_lora_weights={short_repr(start)} isn't read; "
+            f"convert it to a plain LoRA in PEFT"
+        )
+    if entry.kind != "linear":
+        raise CheckpointError(
+            f"{reader.where}: init_lora_weights={short_repr(start)} has no meaning for "
+            f"{short_repr(entry.path)}, a {entry.kind}"
+        )
+    site, weight = entry.known(f"{start} starts from the base weight"), entry.weight(str(start))
+    variant, cfg = variants()[str(start)], config(r=r, alpha=scale * r)
+    here = site_for(variant, cfg, dataclasses.replace(site, r=r, alpha=scale * r), {})
+    assert variant.init is not None
+    first = variant.init(
+        cfg,
+        here,
+        variant.param_specs(cfg, here),
+        weight,
+        None,
+        lambda name: random.generator(0, entry.path, name),
+    )
+    wide = torch.promote_types(leaves["lora_A"].dtype, torch.float32)
+    frozen = {name: first[name].to(wide) for name in ("lora_A0", "lora_B0")}
+    trained = {name: t.to(wide) for name, t in leaves.items()}
+    return Part(config, trained | frozen, fields, r, scale * r)
+
+
+def magnitudes(
+    entry: ModuleEntry,
+    held: Mapping[str, Tensor],
+    leaves: dict[str, Tensor],
+    fields: dict[str, Any],
+    r: int,
+    scale: float,
+) -> tuple[Part, Tensor]:
+    """(the DoRA of a pair, what its magnitudes multiply the rows of the update by, (d_out,)).
+
+    Raises:
+        CheckpointError: use_dora without magnitudes.
+    """
+    if "lora_magnitude_vector" not in held:
+        raise CheckpointError(
+            f"{short_repr(entry.path)}: use_dora is set, but there is no lora_magnitude_vector"
+        )
+    m = held["lora_magnitude_vector"].flatten()  # of a convolution (1, d_out, 1, ...)
+    W = entry.weight("DoRA")
+    dora = {**leaves, "lora_m": m, "lora_wnorm2": W.square().sum(1)}
+    norm = torch.addmm(W, leaves["lora_B"].to(W), leaves["lora_A"].to(W), alpha=scale).norm(dim=1)
+    return Part(DoRAConfig, dora, fields, r, scale * r), m / norm

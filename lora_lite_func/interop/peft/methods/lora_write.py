@@ -1,0 +1,189 @@
+"""Low-rank adapters as PEFT writes a LoRA: one pair of factors and one scale for each site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....core.adapter import Adapter
+from ....core.errors import UnsupportedError
+from ....core.site import Params, Site
+from ....variants import BitFitConfig, DoRAConfig, VeRAConfig
+from ..codec import Written
+from ..keys import attention
+from .config_fields import of_config
+from .layer_shapes import as_stored
+from .tensor_names import shifts_of
+
+__all__ = ["as_lora_bias", "divisor", "write"]
+
+
+def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """LoRA and DoRA as they are, every other update as the pair of factors that its method gives
+    (a subtracted start has twice the rank); a BitFit on the same sites as lora_bias.
+
+    Raises:
+        UnsupportedError: PEFT has no form for this mixture.
+    """
+    low = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
+    shifts = shifts_of(adapters)
+    dora = _one([isinstance(a.config, DoRAConfig) for a in low], "use_dora")
+    rslora = _one([bool(getattr(a.config, "rslora", False)) for a in low], "use_rslora")
+    fields = {"use_dora": dora, "use_rslora": rslora, "lora_bias": bool(shifts)}
+    made = Written(fields | {"lora_dropout": _dropout(low)}, {})
+    for adapter in low:
+        for path, site in adapter.sites.items():
+            A, B, scale = _pair(adapter, path)
+            r = A.shape[-2]
+            made.ranks[path], made.alphas[path] = r, scale * divisor(r, rslora)
+            made.tensors[path] = as_stored(site, A, B, modules.get(path))
+            if dora:
+                made.tensors[path]["lora_magnitude_vector"] = _magnitude(adapter, path, modules)
+            if shifts:
+                shift = shifts.get(path, torch.zeros(site.d_out, dtype=B.dtype))
+                made.tensors[path]["lora_B.bias"] = shift / scale if path in shifts else shift
+    _complete_attention(made, modules, rslora)
+    _refuse_beside_transposed([s for a in low for s in a.sites.values()], modules)
+    return made
+
+
+def as_lora_bias(
+    low: Sequence[Adapter], shifts: Mapping[str, Tensor], modules: Mapping[str, Any]
+) -> bool:
+    """Whether learned shifts can be the lora_bias of these: PEFT has it on the output of linear
+    layers and convolutions alone.
+    """
+    sites = [site for a in low for site in a.sites.values()]
+    plain = all(s.kind in ("linear", "conv") and attention(modules, s.path) is None for s in sites)
+    dora = any(isinstance(a.config, DoRAConfig) for a in low)
+    return plain and not dora and shifts.keys() <= {s.path for s in sites}
+
+
+def divisor(r: int, rslora: bool) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(r) if rslora else float(r)
+
+
+# ------------------------------------------------------------------------------------------ factors
+def _pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
+    """The update of a site as s B A: A (r, d_in), B (d_out, r), s; of experts with (E, ...) in
+    front.
+
+    Raises:
+        UnsupportedError: the method's update isn't such a product.
+    """
+    variant, held, site = adapter.layout.variant, adapter[path], adapter.sites[path]
+    factors = variant.low_rank_factors or _FACTORS.get(variant.config)
+    if factors is None:
+        raise UnsupportedError(
+            f"to_peft: {path!r}: the update of {variant.name} is no pair of factors, as a LoRA's "
+            f"is; write it in its own form (as_lora=False), or merge it"
+        )
+    A, B, s = factors(adapter.config, held, site)
+    dtype = next(t.dtype for name, t in held.items() if name.endswith("_A"))
+    return A.to(dtype), B.to(dtype), float(s)
+
+
+def _plain_factors(cfg: Any, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """DoRA's, whose magnitudes a file has beside them."""
+    return p["lora_A"], p["lora_B"], site.scaling
+
+
+def _scaled_projections(cfg: Any, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
+    """VeRA's: its two vectors folded into its projections."""
+    A = p["lora_vera_d"][:, None] * p["lora_vera_A"]
+    return A, p["lora_vera_b"][:, None] * p["lora_vera_B"], 1.0
+
+
+_FACTORS = {DoRAConfig: _plain_factors, VeRAConfig: _scaled_projections}
+"""Factors of methods that the runtime doesn't go by them for."""
+
+
+# --------------------------------------------------------------------------------------- one config
+def _one(values: list[bool], name: str) -> bool:
+    if len(set(values)) != 1:
+        raise UnsupportedError(
+            f"to_peft: one LoRA file has one {name}, some of these adapters have it and some don't"
+        )
+    return values[0]
+
+
+def _dropout(low: Sequence[Adapter]) -> float:
+    """The one rate of all that have an input to drop; rows that are looked up have none."""
+    others = [a for a in low if any(s.kind != "embedding" for s in a.sites.values())]
+    rate: float = of_config(others or low, "dropout", method="LoRA")["dropout"]
+    bare = next((p for a in low for p, s in a.sites.items() if s.kind == "parameter"), None)
+    if rate and bare is not None:
+        raise UnsupportedError(
+            f"to_peft: {bare!r}: PEFT drops no inputs of a parameter; set dropout=0.0 for the file"
+        )
+    return rate
+
+
+def _refuse_beside_transposed(sites: Sequence[Site], modules: Mapping[str, Any]) -> None:
+    """Refuse what PEFT gets wrong with fan_in_fan_out, a setting of the whole file."""
+    across = next((s.path for s in sites if s.kind == "linear" and s.transposed), None)
+    if across is not None and any(
+        s.kind == "parameter" or attention(modules, s.path) is not None for s in sites
+    ):
+        raise UnsupportedError(
+            f"to_peft: {across!r} is stored transposed, beside which PEFT takes no parameters "
+            f"and turns attention's out_proj around; write two folders"
+        )
+
+
+# --------------------------------------------------------------------------------- kinds of layer
+def _magnitude(adapter: Adapter, path: str, modules: Mapping[str, Any]) -> Tensor:
+    """(d_out,); of a convolution (1, d_out, 1, ...).
+
+    Raises:
+        UnsupportedError: PEFT has no DoRA there, or one that moves a padding row.
+    """
+    site, m = adapter.sites[path], adapter[path]["lora_m"]
+    if site.kind == "parameter" or attention(modules, path) is not None:
+        raise UnsupportedError(
+            f"to_peft: {path!r}: PEFT has no DoRA of attention or of a parameter; merge it"
+        )
+    padding = getattr(modules.get(path), "padding_idx", None) if site.kind == "embedding" else None
+    if padding is not None:
+        row, update = modules[path].weight[padding], adapter[path]["lora_A"][:, padding]
+        if bool((row != 0).any() | (update != 0).any()):
+            raise UnsupportedError(
+                f"to_peft: {path!r}: PEFT's DoRA changes the padding row {padding} too; merge it"
+            )
+    return m.view(1, -1, *(1 for _ in modules[path].weight.shape[2:])) if site.kind == "conv" else m
+
+
+def _complete_attention(made: Written, modules: Mapping[str, Any], rslora: bool) -> None:
+    """Give both projections of each attention a pair of one rank and one scale, as PEFT adapts both
+    or none, and adds the second's update twice in each call.
+    """
+    for home in {home for path in made.tensors if (home := attention(modules, path)) is not None}:
+        times = {f"{home}.in_proj_weight": 1.0, f"{home}.out_proj": 2.0}
+        scales = {
+            path: made.alphas[path] / divisor(made.ranks[path], rslora) / n
+            for path, n in times.items()
+            if path in made.tensors
+        }
+        r, common = max(made.ranks[path] for path in scales), next(iter(scales.values()))
+        width = modules[home].embed_dim
+        for path in times:
+            inputs = path.endswith("in_proj_weight")
+            rows = modules[home].in_proj_weight.shape[0] if inputs else width
+            nothing = {
+                "lora_A.weight": torch.zeros(0, width),
+                "lora_B.weight": torch.zeros(rows, 0),
+            }
+            A, B = (made.tensors.get(path) or nothing).values()
+            ratio = scales.get(path, common) / common if common else 1.0
+            more = r - A.shape[0]
+            made.tensors[path] = {
+                "lora_A.weight": F.pad(A, (0, 0, 0, more)),
+                "lora_B.weight": F.pad(B if ratio == 1.0 else B * ratio, (0, more)),
+            }
+            made.ranks[path], made.alphas[path] = r, common * divisor(r, rslora)

@@ -1,0 +1,110 @@
+"""PEFT's OFT: block-diagonal rotations of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ....core.adapter import Adapter
+from ....core.errors import CheckpointError, UnsupportedError, short_repr
+from ....variants import (
+    OFTConfig,
+)
+from ...assembly import ModuleEntry, Part
+from ...metadata import ConfigReader
+from ..codec import Codec, Written
+from .config_fields import of_config
+
+__all__ = ["OFT"]
+
+
+def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
+    """oft_R.weight (n, b (b - 1) / 2): PEFT's exact branch turns the other way, its series as
+    ours.
+    """
+    site = entry.known("OFT acts on inputs alone")
+    q = held["oft_R.weight"]
+    if _overlaps(entry.module):
+        raise CheckpointError(
+            f"{short_repr(entry.path)}: PEFT's OFT adds up the patches of a convolution's input, "
+            f"which isn't a rotation of them"
+        )
+    block = int((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
+    share, series = reader.flag("block_share"), reader.flag("use_cayley_neumann", True)
+    if block * (block - 1) // 2 != q.shape[-1] or site.d_in % block:
+        raise CheckpointError(
+            f"{short_repr(entry.path)}: {q.shape[-1]} numbers aren't the upper triangle of a "
+            f"block that divides {site.d_in}"
+        )
+    if series and reader.whole("num_cayley_neumann_terms", 5) != 5:
+        raise reader.refuse("num_cayley_neumann_terms", "5, the one length of the series here")
+    fields = {"block_size": block, "cayley": "neumann" if series else "exact", "block_share": share}
+    return [Part(OFTConfig, {"lora_oft_q": q if series else -q}, fields)]
+
+
+def _overlaps(module: Any) -> bool:
+    """A convolution whose kernel sees more than one place: PEFT rotates its patches and folds them
+    back, where they add up.
+    """
+    size = getattr(module, "kernel_size", ())
+    return isinstance(size, tuple) and any(n != 1 for n in size)
+
+
+def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    wide = next((path for a in adapters for path in a if _overlaps(modules.get(path))), None)
+    if wide is not None:
+        raise UnsupportedError(
+            f"to_peft: {wide!r}: PEFT's OFT of a convolution isn't a rotation of its input; "
+            f"merge it"
+        )
+    said = of_config(adapters, "cayley", "block_share", method="OFT")
+    sign = 1.0 if said["cayley"] == "neumann" else -1.0
+    blocks = {path: (a.sites[path].d_in, a.config.block_size) for a in adapters for path in a}  # type: ignore[attr-defined]
+    tensors = {
+        path: {"oft_R.weight": sign * held["lora_oft_q"]}
+        for a in adapters
+        for path, held in a.items()
+    }
+    fields = {
+        "use_cayley_neumann": sign > 0,
+        "block_share": said["block_share"],
+        "r": 0,
+        "oft_block_size": 0,
+        "coft": False,
+    }
+    sizes, counts = {b for _, b in blocks.values()}, {d // b for d, b in blocks.values()}
+    for size in sorted(sizes, reverse=True):
+        if all(_adjusted(d, size) == b for d, b in blocks.values()):
+            return Written(fields | {"oft_block_size": size}, tensors)
+    if len(counts) == 1:
+        return Written(fields | {"r": counts.pop()}, tensors)
+    raise UnsupportedError(
+        f"to_peft: one OFT file has one block size or one count, these sites have "
+        f"{sorted(sizes)}; write a folder for each"
+    )
+
+
+def _adjusted(width: int, size: int) -> int:
+    """The block size that PEFT takes where `size` doesn't divide: the nearest that does, the
+    smaller of two.
+    """
+    if size >= width:
+        return width
+    above = next(b for b in range(size, width + 1) if width % b == 0)
+    below = next(b for b in range(size, 0, -1) if width % b == 0)
+    return below if size - below <= above - size else above
+
+
+OFT = Codec(
+    peft_type="OFT",
+    configs=(OFTConfig,),
+    suffixes=("oft_R.weight",),
+    understood="r oft_block_size block_share use_cayley_neumann num_cayley_neumann_terms",
+    read=read,
+    write=write,
+    ignored="eps",
+    kinds="linear conv2d",
+    biased="oft_only",
+)

@@ -1,0 +1,50 @@
+"""Tensors that all modules of a PEFT file share: each module uses a leading corner of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ....core.errors import CheckpointError, UnsupportedError
+from ...assembly import ModuleEntry
+from ...metadata import ConfigReader
+
+__all__ = ["corner", "joined", "shared_tensor"]
+
+
+def shared_tensor(reader: ConfigReader, entry: ModuleEntry, name: str) -> Tensor:
+    if name not in entry.shared:
+        raise CheckpointError(
+            f"{reader.where}: no {name} among its tensors (save_projection=false): PEFT draws it "
+            f"again from the sizes of all targets; "
+            "save it in PEFT with save_projection=True"
+        )
+    return entry.shared[name]
+
+
+def corner(t: Tensor, name: str, *sizes: int) -> Tensor:
+    """The leading corner of these sizes."""
+    if t.ndim != len(sizes) or any(n < size for n, size in zip(t.shape, sizes, strict=True)):
+        raise CheckpointError(f"{name}: expected at least {sizes}, found {tuple(t.shape)}")
+    return t[tuple(slice(size) for size in sizes)].contiguous()
+
+
+def joined(parts: Sequence[Tensor], name: str, way_out: str, least: Sequence[int] = ()) -> Tensor:
+    """The smallest tensor, `least` or larger, that all parts are leading corners of.
+
+    Raises:
+        UnsupportedError: they disagree where they overlap.
+    """
+    shapes = [p.shape for p in parts] + ([least] if least else [])
+    whole = torch.zeros([max(sizes) for sizes in zip(*shapes, strict=True)], dtype=parts[0].dtype)
+    for part in sorted(parts, key=torch.numel):
+        whole[tuple(slice(n) for n in part.shape)] = part.to(whole)
+    for part in parts:
+        if not torch.equal(whole[tuple(slice(n) for n in part.shape)], part.to(whole)):
+            raise UnsupportedError(
+                f"to_peft: PEFT has one {name} for all modules, and these differ by shape; "
+                f"{way_out}"
+            )
+    return whole

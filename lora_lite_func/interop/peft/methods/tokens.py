@@ -1,0 +1,26 @@
+"""PEFT's trainable tokens: replaced rows of embeddings, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..codec import Codec, Written
+
+__all__ = ["TOKENS"]
+
+
+def _nothing(*_: Any) -> Any:
+    """Replaced rows stand beside a method's tensors in any file; here there are no others."""
+    return Written({}, {})
+
+
+TOKENS = Codec(
+    peft_type="TRAINABLE_TOKENS",
+    configs=(),
+    suffixes=(),
+    understood="token_indices",
+    read=_nothing,
+    write=_nothing,
+    token_prefix="",
+    keeps_modules=False,
+)
