@@ -224,10 +224,10 @@ def _specs(variant: Variant, cfg: AdapterConfig, site: Site) -> Mapping[str, Par
                 f"{variant.name} names a tensor {name!r}; expected a name that begins with "
                 f"'lora_', without dots"
             )
-        if spec.init not in ("zeros", "ones") and not callable(spec.init):
+        if spec.init not in ("zeros", "ones", "kaiming") and not callable(spec.init):
             raise ConfigError(
-                f"{variant.name}: {name} starts as {spec.init!r}; expected 'zeros', 'ones' or a "
-                f"draw"
+                f"{variant.name}: {name} starts as {spec.init!r}; expected 'zeros', 'ones', "
+                f"'kaiming' or a draw"
             )
         _check_spec(spec, f"{variant.name}: {name}")
     return specs
@@ -283,7 +283,8 @@ def _drawn(
         return torch.zeros(spec.shape, dtype=dtype, device=device)
     if spec.init == "ones":
         return torch.ones(spec.shape, dtype=dtype, device=device)
-    value = spec.init(spec.shape, draw(name))
+    start = random.kaiming if spec.init == "kaiming" else spec.init
+    value = start(spec.shape, draw(name))
     if not isinstance(value, Tensor):
         raise ConfigError(f"the draw of {name} gave {short_repr(value)}, expected a tensor")
     return value

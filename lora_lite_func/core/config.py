@@ -22,8 +22,10 @@ from .errors import ConfigError, nearest, short_repr
 __all__ = [
     "DEFAULT_EXCLUDE",
     "LARGEST",
+    "LORA_LITE_EXCLUDE",
     "AdapterConfig",
     "Role",
+    "added",
     "dropout_of",
     "field",
     "from_dict",
@@ -42,6 +44,9 @@ DEFAULT_EXCLUDE = (
 )
 """Output heads and embeddings, by the names that model families give them."""
 
+LORA_LITE_EXCLUDE = ("lm_head", "embed_tokens")
+"""lora-lite's defaults: a config that was carried over may name them where there are none."""
+
 LARGEST = 2**31 - 1
 """A rank or a layer's dimension above it is a mistake, or a hostile file's."""
 
@@ -53,6 +58,14 @@ def record(default: Any) -> Any:
     adapters stack.
     """
     return dataclasses.field(default=default, compare=False)
+
+
+def added(default: Any) -> Any:
+    """A field that older files don't have; without it they mean the default."""
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
+_ADDED = "added after files of the class were written"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +211,8 @@ def to_dict(cfg: AdapterConfig) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config back from JSON types, every field spelt out: a default isn't what was written.
+    """The config back from JSON types, every field spelt out: a default isn't what was written,
+    except of a field that was `added` since.
 
     Raises:
         ConfigError: not a mapping of names, a field missing, or what the class itself refuses.
@@ -207,7 +221,8 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"{cls.__name__}: expected a mapping of field names, found {type(values).__name__}"
         )
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
+    fields = [f for f in dataclasses.fields(cls) if _ADDED not in f.metadata]
+    missing = [f.name for f in fields if f.name not in values]
     if missing:
         raise ConfigError(f"{cls.__name__}: expected every field, missing: {', '.join(missing)}")
     return cls(**values)

@@ -38,8 +38,8 @@ class ParamSpec:
 
     Attributes:
         shape: its shape.
-        init: "zeros", "ones", or a draw (shape, generator) -> float32 CPU tensor, by that
-            torch.Generator alone.
+        init: "zeros", "ones", "kaiming" (uniform in +-1/sqrt(n), n the last dimension), or a draw
+            (shape, generator) -> float32 CPU tensor, by that torch.Generator alone.
         trainable: False for a tensor that is part of the adapter but never learned.
         dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates,
             angles, magnitudes); an integer dtype is taken as it is.
@@ -48,7 +48,7 @@ class ParamSpec:
     """
 
     shape: tuple[int, ...]
-    init: Literal["zeros", "ones"] | Draw = "zeros"
+    init: Literal["zeros", "ones", "kaiming"] | Draw = "zeros"
     trainable: bool = True
     dtype: torch.dtype | None = None
     rank_axis: int | None = None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..core.config import DEFAULT_EXCLUDE, AdapterConfig, dropout_of
+from ..core.config import DEFAULT_EXCLUDE, LORA_LITE_EXCLUDE, AdapterConfig, dropout_of
 from ..core.errors import TargetError, UnsupportedError, nearest, short_repr
 from ..core.method import Variant, site_for
 from ..core.site import Site
@@ -137,9 +137,9 @@ def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> 
         )
     paths = [candidate.path for candidate in candidates]
     _check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
-    _check_patterns(
-        "exclude_names", [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE], paths, words
-    )
+    needless = (*DEFAULT_EXCLUDE, *LORA_LITE_EXCLUDE)
+    written = [p for p in cfg.exclude_names if p not in needless]
+    _check_patterns("exclude_names", written, paths, words)
     layers = _layers(cfg, paths, words)
     width = residual_width(model)
     matches = [re.compile(p).search for p in cfg.target_names]

@@ -1,10 +1,15 @@
-"""LoKr: the update is a Kronecker product of a small matrix and a larger one, the larger of low rank if that is smaller.
+"""LoKr: the update is a Kronecker product of a small matrix and a larger one, which is of low rank
+where that is smaller.
 
-    W' = W + s W1 (x) W2      W1 (l, m), W2 (k, n), d_out = l k, d_in = m n;  W2 = W2a W2b of rank r if r < max(k, n) / 2
-    vec trick:  X = x.view(m, n),   y' = y + s (W1 X W2^T).view(d_out)          s = alpha / r, or 1 if neither factor is low-rank
+    W' = W + s W1 (x) W2      W1 (l, m), W2 (k, n), d_out = l k, d_in = m n
+                              W2 = W2a W2b of rank r where r < max(k, n) / 2
+    s = alpha / r, or 1 where neither factor is of low rank
+    vec trick:  X = x.view(m, n),   y' = y + s (W1 X W2^T).view(d_out)
 
-Papers: LyCORIS, Yeh et al. 2023, arXiv 2309.14859; the Kronecker adapter is KronA, Edalati et al. 2022, arXiv 2212.10650.
-As in LyCORIS the smaller factor of a dimension is W1's, and two full matrices have no rank to divide by (PEFT divides, and doesn't swap).
+Papers: LyCORIS, Yeh et al. 2023, arXiv 2309.14859; the Kronecker adapter is KronA, Edalati et al.
+2022, arXiv 2212.10650.
+As in LyCORIS, W1 has the smaller factor of each dimension, and two full matrices have no rank to
+divide by (PEFT divides, and doesn't swap).
 Identity at the start: W1 = 0. Needs only x and y.
 """
 
@@ -17,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability
-from ..core.errors import ConfigError
+from ..core.config import AdapterConfig, added, probability
+from ..core.errors import ConfigError, short_repr
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.random import kaiming
 from ..core.site import Params, Site
@@ -32,6 +37,8 @@ class LoKrConfig(AdapterConfig):
     Args:
         factor: how a dimension is split in two: -1 for the most square split; else the largest
             divisor of at most that.
+        w1_shapes: {path: (l, m)}, the shape of W1 at some sites, instead of what `factor` gives.
+            LyCORIS splits a convolution's channels, while d_in counts all entries of its kernel.
         decompose_both: W1 of low rank too, where that is smaller.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
@@ -39,9 +46,16 @@ class LoKrConfig(AdapterConfig):
     factor: int = -1
     decompose_both: bool = False
     dropout: float = 0.0
+    w1_shapes: tuple[tuple[str, tuple[int, int]], ...] = added(())
 
     def validate(self) -> None:
         probability(self.dropout, "LoKrConfig.dropout")
+        for path, shape in self.w1_shapes:
+            if min(shape) < 1:
+                raise ConfigError(
+                    f"LoKrConfig.w1_shapes[{short_repr(path)}]: expected two sizes of at least 1, "
+                    f"found {shape}"
+                )
         if self.factor < 1 and self.factor != -1:
             raise ConfigError(
                 f"LoKrConfig.factor: expected -1 (most square) or at least 1, found {self.factor}"
@@ -71,7 +85,21 @@ class _Shape(NamedTuple):
 
 
 def _shape(cfg: LoKrConfig, site: Site) -> _Shape:
+    """The shapes at a site.
+
+    Raises:
+        ConfigError: `w1_shapes` gives sizes that don't divide the layer's.
+    """
     (l, k), (m, n) = split(site.d_out, cfg.factor), split(site.d_in, cfg.factor)  # noqa: E741
+    given = next((shape for path, shape in cfg.w1_shapes if path == site.path), None)
+    if given is not None:
+        l, m = given  # noqa: E741
+        if site.d_out % l or site.d_in % m:
+            raise ConfigError(
+                f"LoKrConfig.w1_shapes: {site.path!r}: W1 of shape {given} doesn't divide "
+                f"({site.d_out}, {site.d_in})"
+            )
+        k, n = site.d_out // l, site.d_in // m
     full1 = not cfg.decompose_both or site.r >= max(l, m) / 2
     return _Shape(l, m, k, n, full1, site.r >= max(k, n) / 2)
 
@@ -128,7 +156,7 @@ def weight(
 
 
 def dense(cfg: LoKrConfig, site: Site, tokens: int) -> bool:
-    """Where the Kronecker product is built for less than the three passes over the features cost."""
+    """Where building the Kronecker product costs less than three passes over the features."""
     return cost.dense_pays(
         site,
         tokens,

@@ -283,6 +283,12 @@ def test_a_config_read_back_spells_out_every_field() -> None:
         from_dict(ll.LoRAConfig, written)
 
 
+def test_a_field_that_was_added_since_may_be_missing() -> None:
+    written = to_dict(ll.LoKrConfig(r=4))
+    del written["w1_shapes"]
+    assert from_dict(ll.LoKrConfig, written) == ll.LoKrConfig(r=4)
+
+
 def test_a_message_repeats_no_long_value() -> None:
     for fields in (
         {"r": "9" * 10**6},

@@ -46,6 +46,11 @@ def named(**modules: nn.Module) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------- what fits
+def test_lora_lites_own_exclusions_need_match_nothing() -> None:
+    cfg = LoRA(exclude_names=("lm_head", "embed_tokens"))
+    assert paths(nn.ModuleDict({"q": nn.Linear(4, 4)}), cfg) == ["q"]
+
+
 def test_every_linear_but_heads_and_embeddings_by_default() -> None:
     names = ("q", "lm_head", "score", "patch_embed", "heads")
     model = named(table=nn.Embedding(3, 4), **{name: nn.Linear(4, 4) for name in names})

@@ -88,11 +88,15 @@ def _loha(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 @oracle(ll.LoKrConfig(r=2, alpha=6.0, factor=8), what="swapped")
 @oracle(ll.LoKrConfig(r=2, alpha=6.0, decompose_both=True), d_in=100, d_out=72, what="both")
 @oracle(ll.LoKrConfig(r=2, alpha=6.0), d_in=13, d_out=7, what="primes")
+@oracle(ll.LoKrConfig(r=2, alpha=6.0, w1_shapes={"": (8, 2)}), d_in=24, d_out=16, what="given")
 def _lokr(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     W1 = p["lora_w1"] if "lora_w1" in p else p["lora_w1_a"] @ p["lora_w1_b"]
     W2 = p["lora_w2"] if "lora_w2" in p else p["lora_w2_a"] @ p["lora_w2_b"]
-    assert W1.shape[0] <= W2.shape[0]
-    assert W1.shape[1] <= W2.shape[1]
+    if cfg.w1_shapes:
+        assert [*cfg.w1_shapes] == [("", tuple(W1.shape))]
+    else:
+        assert W1.shape[0] <= W2.shape[0]
+        assert W1.shape[1] <= W2.shape[1]
     s = 1.0 if "lora_w1" in p and "lora_w2" in p else cfg.alpha / cfg.r
     return W + s * torch.kron(W1.contiguous(), W2.contiguous()), b
 
@@ -388,6 +392,11 @@ def test_what_does_not_divide_is_refused_with_what_fits(
         (lambda: ll.BOFTConfig(block_size=3), r"even for half-blocks"),
         (lambda: ll.BOFTConfig(m=0), r"m: expected at least one factor"),
         (lambda: ll.LoKrConfig(factor=0), r"factor: expected -1"),
+        (lambda: ll.LoKrConfig(w1_shapes={"a": (0, 2)}), r"w1_shapes\['a'\]: expected two sizes"),
+        (
+            lambda: ll.init(nn.Linear(8, 8), ll.LoKrConfig(w1_shapes={"": (3, 2)})),
+            r"W1 of shape \(3, 2\) doesn't divide \(8, 8\)",
+        ),
         (lambda: ll.C3AConfig(block_size=0), r"block_size: expected at least 1"),
         (lambda: ll.FourierFTConfig(n_frequency=0), r"n_frequency: expected at least 1"),
         (lambda: ll.MiSSConfig(mini_r=0), r"mini_r: expected at least 1"),
