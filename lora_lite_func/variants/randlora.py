@@ -12,6 +12,7 @@ Identity at the start: lam = 0. Needs only x and y.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,8 @@ def param_specs(cfg: RandLoRAConfig, site: Site) -> dict[str, ParamSpec]:
 def _random(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Uniform, of standard deviation 1. One tensor per (seed, name, shape)."""
     drawn = random.uniform(1.0)(shape, random.generator(seed, f"{shape}", name))
+    if drawn.numel() == 1:  # one number has no deviation: divide by that of the distribution
+        return drawn * math.sqrt(3.0)
     return drawn / drawn.std()
 
 
