@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import UnsupportedError
@@ -51,8 +53,8 @@ def _is_its_own(module: Any, name: str) -> bool:
 
 
 def stored(module: Any, name: str) -> Any:
-    """A layer's tensor as it is stored: of a parametrized one what it is computed from, as
-    computing it may write on the model.
+    """A layer's tensor as it is stored: of a computed one what it is computed from, as computing it
+    may write on the model, and what was computed last may be of another dtype or device.
     """
     own = getattr(module, "__dict__", {}).get("_parameters", {})
     if name in own:  # a parametrized one isn't
@@ -67,7 +69,25 @@ def stored(module: Any, name: str) -> Any:
             if name.startswith("original")
         ]
         return max(parts, key=Tensor.numel)  # of a size and a direction the direction
+    if name not in own and _computing_hooks(module, name):
+        sources = (own.get(name + suffix) for suffix in ("_v", "_orig"))
+        found = next((t for t in sources if t is not None), None)
+        if found is not None:
+            return found
     return getattr(module, name, None)
+
+
+def _computing_hooks(module: Any, name: str) -> list[Any]:
+    """The hooks by which torch.nn.utils' weight_norm, spectral_norm and prune compute a tensor
+    before each call.
+    """
+    hooks = getattr(module, "__dict__", {}).get("_forward_pre_hooks") or {}
+    return [
+        hook
+        for hook in hooks.values()
+        if (isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == name)
+        or getattr(hook, "_tensor_name", None) == name  # a pruning method
+    ]
 
 
 def how_to_bake(module: Any, name: str) -> str:
@@ -190,9 +210,22 @@ _WITHOUT = "use a method that needs none there (LoRA, IA3, HRA ...), or initiali
 
 
 def _computed(module: Any, name: str) -> Tensor:
-    """The weight; a parametrized one as evaluation mode has it, computed on a copy."""
+    """The weight that the layer would compute now, in evaluation mode, on a copy."""
     if parametrize.is_parametrized(module, name):
         with torch.no_grad():
             return copy.deepcopy(module.parametrizations[name]).eval()()
+    hooks = _computing_hooks(module, name)
+    if hooks:
+        module = _with_own_attributes(module)
+        with torch.no_grad():
+            for hook in hooks:
+                hook(module, None)  # it sets the tensor on the copy
     weight: Tensor = getattr(module, name)
     return weight
+
+
+def _with_own_attributes(module: Any) -> Any:
+    """A shallow copy in evaluation mode: what is set on it isn't set on the module."""
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__, training=False)
+    return made
