@@ -1,6 +1,7 @@
-"""Entries of a d_out x d_in matrix as a frozen leaf (2, n): their rows and columns.
+"""Indices as frozen leaves: token ids (k,), and entries of a d_out x d_in matrix as (2, n), their rows and columns.
 
-Stored as float32 numbers, exact up to 2^24, since torch.func.grad refuses a tree with an integer leaf.
+They are floating numbers, since torch.func.grad refuses a tree with an integer leaf: float32, exact up to 2^24, and float64 where a
+layer is larger than that.
 """
 
 from __future__ import annotations
@@ -14,50 +15,63 @@ from ..core.errors import UnsupportedError
 from ..core.method import ParamSpec
 from ..core.random import generator
 
-__all__ = ["dense", "drawn", "pack", "spec", "unpack"]
+__all__ = ["decoded", "dense", "drawn", "index_dtype", "pack", "spec", "unpack"]
+
+_EXACT = 2**24
+"""float32 holds every whole number up to it."""
 
 
-def spec(n: int) -> ParamSpec:
-    """The leaf of n entries."""
-    return ParamSpec((2, n), trainable=False, dtype=torch.float32)
+def index_dtype(size: int) -> torch.dtype:
+    """The dtype of a leaf of indices below `size`: float32, or float64 where that would round."""
+    return torch.float32 if size <= _EXACT else torch.float64
+
+
+def spec(n: int, d_out: int, d_in: int) -> ParamSpec:
+    """The leaf (2, n) of n entries of a (d_out, d_in) matrix."""
+    return ParamSpec((2, n), trainable=False, dtype=index_dtype(max(d_out, d_in)))
 
 
 def pack(flat: Tensor, d_in: int) -> Tensor:
-    """The leaf, from entry numbers row * d_in + column."""
-    return torch.stack([flat // d_in, flat % d_in]).to(torch.float32)
+    """The leaf's values (2, n), as integers, from entry numbers row * d_in + column (n,)."""
+    return torch.stack([flat // d_in, flat % d_in])
 
 
 @functools.lru_cache(maxsize=8)
 def drawn(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
-    """The leaf of n different entries, drawn from the seed and the sizes alone, in the order drawn."""
-    return pack(
-        torch.randperm(d_out * d_in, generator=generator(seed, f"{d_out} {d_in}", "positions"))[:n],
-        d_in,
-    )
+    """The leaf's values for n different entries, drawn from the seed and the sizes alone, in the
+    order drawn.
+    """
+    source = generator(seed, f"{d_out} {d_in}", "positions")
+    return pack(torch.randperm(d_out * d_in, generator=source)[:n], d_in)
 
 
-def unpack(leaf: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, columns) as integers, (n,) each.
+def decoded(leaf: Tensor, size: int) -> Tensor:
+    """A leaf of indices below `size` as integers.
+
+    Raises:
+        UnsupportedError: the leaf was rounded to a dtype that can't hold them.
+    """
+    if torch.promote_types(leaf.dtype, index_dtype(size)) != leaf.dtype:
+        raise UnsupportedError(
+            f"indices below {size} are stored as {index_dtype(size)} or wider, found {leaf.dtype}, "
+            f"where they are rounded; change an adapter's dtype with ll.cast before ll.bind, not "
+            f"the bound module's with .to() or .half()"
+        )
+    return leaf.long()
+
+
+def unpack(leaf: Tensor, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """(rows, columns) as integers, (n,) each, of a leaf (2, n).
 
     Raises:
         UnsupportedError: the leaf was rounded to a dtype that can't hold it.
     """
-    if leaf.dtype not in (torch.float32, torch.float64):
-        raise UnsupportedError(
-            f"positions are stored as float32 or float64, found {leaf.dtype}, where they are "
-            f"rounded; "
-            "change an adapter's dtype with ll.cast before ll.bind, not the bound module's with "
-            ".to() or .half()"
-        )
-    rows, columns = leaf.long().unbind(-2)
+    rows, columns = decoded(leaf, max(d_out, d_in)).unbind(-2)
     return rows, columns
 
 
 def dense(leaf: Tensor, values: Tensor, d_out: int, d_in: int) -> Tensor:
     """The (d_out, d_in) matrix with these values (n,) at these entries, zero elsewhere."""
-    rows, columns = unpack(leaf)
-    return (
-        torch.zeros(d_out * d_in, dtype=values.dtype, device=values.device)
-        .scatter(0, rows * d_in + columns, values)
-        .view(d_out, d_in)
-    )
+    rows, columns = unpack(leaf, d_out, d_in)
+    zeros = torch.zeros(d_out * d_in, dtype=values.dtype, device=values.device)
+    return zeros.scatter(0, rows * d_in + columns, values).view(d_out, d_in)

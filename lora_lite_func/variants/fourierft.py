@@ -73,7 +73,10 @@ def param_specs(cfg: FourierFTConfig, site: Site) -> dict[str, ParamSpec]:
             f"d_in = {site.d_in * site.d_out}, "
             f"found {cfg.n_frequency}; lower n_frequency"
         )
-    return {"lora_c": ParamSpec((cfg.n_frequency,)), "lora_idx": positions.spec(cfg.n_frequency)}
+    return {
+        "lora_c": ParamSpec((cfg.n_frequency,)),
+        "lora_idx": positions.spec(cfg.n_frequency, site.d_out, site.d_in),
+    }
 
 
 def init(
@@ -92,7 +95,7 @@ def init(
 
 def prepare(cfg: FourierFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     """Frequencies folded into half spectra."""
-    j, l = positions.unpack(p["lora_idx"])  # noqa: E741
+    j, l = positions.unpack(p["lora_idx"], site.d_out, site.d_in)  # noqa: E741
     mirrored_j, mirrored_l = 2 * j > site.d_out, 2 * l > site.d_in
     j, l = torch.where(mirrored_j, site.d_out - j, j), torch.where(mirrored_l, site.d_in - l, l)  # noqa: E741
     alone = (j == 0) | (
@@ -130,7 +133,7 @@ def _upper(idx: Tensor, c: Tensor, site: Site) -> Tensor:
     half the columns of F made even.
     """
     rows, columns, half = site.d_out, site.d_in, site.d_in // 2 + 1
-    j, l = positions.unpack(idx)  # noqa: E741
+    j, l = positions.unpack(idx, rows, columns)  # noqa: E741
     j2, l2 = -j % rows, -l % columns
     left, left2 = l < half, l2 < half
     # rfft has the other sign than ifft, so along j each coefficient takes its mirror's place

@@ -84,7 +84,7 @@ def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
             f"with r={site.r}; "
             "lower r, or set it there with rank_pattern"
         )
-    return {"lora_v": ParamSpec((n,)), "lora_idx": positions.spec(n)}
+    return {"lora_v": ParamSpec((n,)), "lora_idx": positions.spec(n, site.d_out, site.d_in)}
 
 
 def init(

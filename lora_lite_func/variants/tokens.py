@@ -21,6 +21,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.site import Params, Site
+from ..kernels import positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,7 @@ class TokensConfig(AdapterConfig):
 
 
 def param_specs(cfg: TokensConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_rows (k, d_out), frozen lora_ids (k,), ascending: as float32 numbers, exact up to 2^24,
-    as torch.func.grad takes no integers.
+    """lora_rows (k, d_out), frozen lora_ids (k,), ascending, stored as positions.py says.
 
     Raises:
         UnsupportedError: not a table of rows, or without such an id, or no ids.
@@ -65,7 +65,7 @@ def param_specs(cfg: TokensConfig, site: Site) -> dict[str, ParamSpec]:
     k = len(set(cfg.token_ids))
     return {
         "lora_rows": ParamSpec((k, site.d_out)),
-        "lora_ids": ParamSpec((k,), trainable=False, dtype=torch.float32),
+        "lora_ids": ParamSpec((k,), trainable=False, dtype=positions.index_dtype(site.d_in)),
     }
 
 
@@ -78,12 +78,12 @@ def init(
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The ids."""
-    return {"lora_ids": torch.tensor(sorted(set(cfg.token_ids)), dtype=torch.float32, device="cpu")}
+    return {"lora_ids": torch.tensor(sorted(set(cfg.token_ids)), device="cpu")}
 
 
 def prepare(cfg: TokensConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """Which row of d each id has, (d_in,): k for those that aren't chosen."""
-    ids = p["lora_ids"].long()
+    ids = positions.decoded(p["lora_ids"], site.d_in)
     k = torch.arange(ids.shape[0], device=ids.device)
     return torch.full((site.d_in,), ids.shape[0], device=ids.device).scatter(0, ids, k)
 
@@ -98,7 +98,8 @@ def weight(
     cfg: TokensConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """W with the chosen columns moved, (d_out, ids)."""
-    return W.index_add(1, p["lora_ids"].long(), p["lora_rows"].to(W.dtype).mT), b
+    ids = positions.decoded(p["lora_ids"], site.d_in)
+    return W.index_add(1, ids, p["lora_rows"].to(W.dtype).mT), b
 
 
 def scale(cfg: TokensConfig, p: Params, c: Any) -> dict[str, Tensor]:

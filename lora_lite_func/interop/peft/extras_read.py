@@ -219,7 +219,7 @@ def _tokens(
         if m is not module and stored(m, "weight") is stored(module, "weight")
     ]
     if not shared or not ties(model, module):
-        leaves = {"lora_rows": change, "lora_ids": ids.to(torch.float32)}
+        leaves = {"lora_rows": change, "lora_ids": ids.double()}
         return [
             (
                 ModuleEntry(path, {}, site, module),
