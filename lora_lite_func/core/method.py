@@ -68,8 +68,19 @@ class Layer(Protocol):
         """
 
     @property
+    def is_changed(self) -> bool:
+        """Whether its weight isn't the one that the method's start may have read: other adapters
+        are inside, or the call has another base weight.
+        """
+
+    @property
     def training(self) -> bool:
         """Whether it is in training mode."""
+
+    def current_weight(self) -> Tensor:
+        """Its weight (d_out, d_in) with the other adapters in, made for this call: as much work as
+        d_in rows through the layer.
+        """
 
     def linear(self, x: Tensor) -> Tensor:
         """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""

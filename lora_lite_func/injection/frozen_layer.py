@@ -67,6 +67,20 @@ class FrozenLayer:
         return self._call(zero)[0]
 
     @property
+    def is_changed(self) -> bool:
+        return self.count > 0
+
+    def current_weight(self) -> Tensor:
+        weight, site = getattr(self.module, "weight", None), self.attachments[0].site
+        inside = self.attachments[: self.count]
+        mergeable = all(a.variant.weight is not None and a.row_plan is None for a in inside)
+        if isinstance(weight, Tensor) and is_dense(weight, site.d_in * site.d_out) and mergeable:
+            return matrix(merge_site(self.module, inside, weight, None)[0], site)
+        first = next(iter(self.p.values()))
+        unit = torch.eye(site.d_in, dtype=compute_dtype(self.module), device=first.device)
+        return self.linear(unit).mT
+
+    @property
     def training(self) -> bool:
         return bool(self.module.training)
 

@@ -4,7 +4,8 @@
 
 Paper: Liu et al. 2024, arXiv 2402.09353. The norm n is a constant for the gradient (section 4.3), unless `detach_norm=False`.
 Row norms without a d_out x d_in temporary:  n_i^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T,
-where W A^T is r rows through the frozen layer, so a quantised layer serves as it is.
+where W A^T is r rows through the frozen layer, so a quantised layer serves as it is. Over other adapters W is the weight with those in;
+its |W_i|^2 are then found anew in each call.
 Identity at the start: B = 0 and m = |W_i|, so m / n is exactly 1. Needs |W_i| once, then only the layer's call.
 With dropout only the low-rank branch sees the dropped x (PEFT recomputes the whole product to drop the other term too).
 """
@@ -23,6 +24,9 @@ from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
+
+_ROUNDING = 32
+"""Sums of d_in squares that differ by so many units in the last place are the same sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,29 +78,45 @@ def init(
     return {"lora_m": wnorm2.sqrt(), "lora_wnorm2": wnorm2}
 
 
-def _gain(
-    cfg: DoRAConfig,
-    p: Params,
-    s: float | Tensor,
-    linear: Callable[[Tensor], Tensor],
-    core: torch.dtype,
-) -> Tensor:
-    """m / n, (d_out,)."""
-    A, B = p["lora_A"], p["lora_B"]
-    if cfg.detach_norm:
-        A, B = A.detach(), B.detach()
-    WA = linear(A).to(core).mT  # (d_out, r)
-    A, B = A.to(core), B.to(core)
-    half = torch.addmm(WA, B, A @ A.mT * (0.5 * s))  # (d_out, r)
-    n2 = p["lora_wnorm2"].to(core) + 2.0 * s * (half * B).sum(
-        dim=1
-    )  # |W_i|^2 + 2 s W_i (B A)_i^T + s^2 |(B A)_i|^2
-    return p["lora_m"].to(core) / n2.clamp_min(torch.finfo(core).tiny).sqrt()
+def _gain(p: Params, n2: Tensor, wnorm2: Tensor) -> Tensor:
+    """m / n (d_out,), of n^2 and |W_i|^2; an n^2 that is lost in the rounding of |W_i|^2 counts as
+    that rounding.
+    """
+    finfo = torch.finfo(n2.dtype)
+    least = (finfo.eps * wnorm2.detach()).clamp_min(finfo.tiny)
+    return p["lora_m"].to(n2.dtype) / torch.maximum(n2, least).sqrt()
+
+
+def _as_stored(stored: Tensor, found: Tensor) -> Tensor:
+    """Squared row norms `found` (d_out,), exactly the stored ones where they differ by rounding
+    alone: at the start m / n is then exactly 1, in whatever order they were summed.
+    """
+    close = (found - stored).abs() <= _ROUNDING * torch.finfo(found.dtype).eps * stored
+    return torch.where(close, stored + (found - found.detach()), found)  # differentiable either way
+
+
+def _row_norms(p: Params, layer: Layer, core: torch.dtype) -> Tensor:
+    """|W_i|^2 (d_out,) of the layer underneath: those of the base, or with other adapters in."""
+    stored = p["lora_wnorm2"].to(core)
+    if not layer.is_changed:
+        return stored
+    found = torch.linalg.vector_norm(layer.current_weight().to(core), dim=1)
+    return _as_stored(stored, found.square())
 
 
 def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     """m / n and what follows from it."""
-    gain = _gain(cfg, p, site.scale, layer.linear, low_rank.core_dtype(p["lora_m"].dtype))
+    core, s = low_rank.core_dtype(p["lora_m"].dtype), site.scale
+    A, B, wnorm2 = p["lora_A"], p["lora_B"], _row_norms(p, layer, core)
+    if cfg.detach_norm:
+        A, B, wnorm2 = A.detach(), B.detach(), wnorm2.detach()
+    WA = layer.linear(A).to(core).mT  # (d_out, r)
+    if cfg.detach_norm:
+        WA = WA.detach()
+    A, B = A.to(core), B.to(core)
+    half = torch.addmm(WA, B, A @ A.mT * (0.5 * s))  # (d_out, r)
+    # |W_i|^2 + 2 s W_i (B A)_i^T + s^2 |(B A)_i|^2
+    gain = _gain(p, wnorm2 + 2.0 * s * (half * B).sum(dim=1), wnorm2)
     shift = None if layer.bias is None else (1.0 - gain) * layer.bias
     return Prepared(gain, shift, (p["lora_B"] * gain[:, None]).to(p["lora_B"].dtype))
 
@@ -113,12 +133,12 @@ def weight(
     cfg: DoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """diag(m / n) (W + s B A)."""
-    gain = _gain(
-        cfg, p, site.scale, lambda A: A.to(W.dtype) @ W.mT, low_rank.core_dtype(p["lora_m"].dtype)
-    )
-    return gain[:, None].to(W.dtype) * low_rank.add_dense(
-        W, p["lora_A"], p["lora_B"], site.scale
-    ), b
+    core = low_rank.core_dtype(p["lora_m"].dtype)
+    V = low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale)
+    whole = V.detach() if cfg.detach_norm else V
+    stored = p["lora_wnorm2"].to(core)
+    n2 = _as_stored(stored, torch.linalg.vector_norm(whole, dim=1).to(core).square())
+    return _gain(p, n2, stored)[:, None].to(W.dtype) * V, b
 
 
 def scale(cfg: DoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
