@@ -3,7 +3,7 @@
 python -m benchmarks                      all of it: minutes
 python -m benchmarks --only forward train
 python -m benchmarks --quick              a look, nothing to report
-python -m benchmarks --report results.json README.md    README's table and the plots, from what a run wrote
+python -m benchmarks --report run.json benchmarks/README.md     the table there, from a run's JSON
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--report",
         nargs=2,
         type=Path,
-        metavar=("JSON", "README"),
-        help="no run: rewrite README's table from a run's JSON",
+        metavar=("JSON", "PAGE"),
+        help="no run: rewrite a page's table from a run's JSON",
     )
     parser.add_argument(
         "--plots", type=Path, help="a folder for plots of the growth, with --json or --report"

@@ -178,7 +178,7 @@ if TYPE_CHECKING:
     from .interop.lora_lite import from_lora_lite
     from .interop.peft import from_peft, to_peft
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ON_USE = {
     "from_diffusion": "interop.diffusion",

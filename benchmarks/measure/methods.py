@@ -6,7 +6,7 @@ python -m benchmarks.measure.methods [name ...]
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -133,8 +133,19 @@ def area(suite: Suite, names: Sequence[str] = ()) -> Iterator[Row]:
         yield Row(f"{name}, saved bytes", kept / reference, "LoRA's", 1.4)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the methods that are named, or all, and print their rows."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.measure.methods",
+        description=__doc__.splitlines()[0] if __doc__ else "",
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help="(default: every method)")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(2)
     print(results.HEADER)
-    for row in area(Suite(), sys.argv[1:]):
+    for row in area(Suite(), given.names):
         print(results.line("methods", row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """The functional relatives beside us: jax-lorax and qwix (JAX), each probed in an environment of its own, and PEFT in this one.
 
-python -m benchmarks.measure.others [--lorax PYTHON] [--qwix PYTHON] [--report README.md]
+python -m benchmarks.measure.others [--lorax PYTHON] [--qwix PYTHON] [--report benchmarks/README.md]
 
 The two don't install together (they need other releases of JAX), hence an interpreter each:
     python -m venv lorax && lorax/bin/pip install jax-lorax==0.3.1 jax==0.4.23 jaxlib==0.4.23 'plum-dispatch<2.5' 'numpy<2' 'scipy<1.13'
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lorax", metavar="PYTHON", help="an interpreter that has jax-lorax")
     parser.add_argument("--qwix", metavar="PYTHON", help="an interpreter that has qwix")
     parser.add_argument(
-        "--report", type=Path, metavar="README", help="put the table between its marks there"
+        "--report", type=Path, metavar="PAGE", help="put the table between its marks there"
     )
     given = parser.parse_args(argv)
     torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""What the suite leaves: lines of a table, a JSON file, README's table rendered from it, plots of the growth."""
+"""What the suite leaves: lines of a table, a JSON file, a page's table, plots of the growth."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _row(found: Mapping[str, Any]) -> Row:
     return Row(**{**fields, "curve": tuple(fields["curve"]) if fields["curve"] else None})
 
 
-# ------------------------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------------- the page's table
 def table(result: Mapping[str, Any]) -> str:
-    """README's table: every figure that isn't a point of a curve, and what it was taken on."""
+    """The page's table: every figure that isn't a point of a curve, and what it was taken on."""
     lines = [
         "| area | what | over | lora_lite_func | others | target |",
         "|---|---|---|---|---|---|",
@@ -96,7 +96,7 @@ def _taken_on(result: Mapping[str, Any]) -> str:
 
 
 def rewritten(text: str, result: Mapping[str, Any]) -> str:
-    """README with the table of that run between its markers; the text as it is, if it has none.
+    """A page with the table of that run between its markers; the text as it is, if it has none.
 
     Raises:
         ValueError: the run was a quick one, whose figures are nothing to report.
