@@ -104,5 +104,5 @@ setuptools.setup(script_args=["-q", "build_py", "--build-lib", {str(tmp_path)!r}
     made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert set(SHIPPED) <= made
     assert "lora_lite_func/py.typed" in made
-    assert "lora_lite_func/interop/peft/methods/gates.py" in made
+    assert "lora_lite_func/interop/peft/methods/hra.py" in made
     assert not any(name.startswith(("tests", "benchmarks")) for name in made)
