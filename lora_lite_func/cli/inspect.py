@@ -14,24 +14,6 @@ from ..interop.peft.folder import unpack
 
 __all__ = ["delta_norm", "describe_raw", "inspected", "table"]
 
-_ADDITIVE = (
-    *(
-        "lora",
-        "eva",
-        "pissa",
-        "olora",
-        "corda",
-        "asvd",
-        "lora_ga",
-        "adalora",
-        "delora",
-        "vera",
-        "loha",
-        "lokr",
-    ),
-    *("c3a", "fourierft", "gralora", "randlora", "shira"),
-)
-"""Methods whose update doesn't depend on the weight: its norm needs no base."""
 _CHEAP = 2**24  # entries of an update that is built to be measured
 
 
@@ -41,7 +23,7 @@ def delta_norm(adapter: Adapter, path: str) -> float | None:
     """
     site, variant = adapter.sites[path], adapter.layout.variant
     if (
-        variant.name not in _ADDITIVE
+        not variant.additive
         or variant.weight is None
         or site.num_experts
         or site.d_in * site.d_out > _CHEAP

@@ -116,6 +116,11 @@ class Variant:
             (d_out,) or None; W and b are float32 at least, whatever the layer's dtype. b is None
             where the layer has no bias; a b' then gives it one, an embedding adds it to every row
             of its table, and a bare parameter ("parameter", "vector") refuses it.
+        additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b
+            on b.
+        validate: (cfg, p, site) -> None: raises StructureError where a frozen tensor holds values
+            that can't be meant, such as an index out of range. Asked of what a file says; p may
+            have a leading axis of a stack's members.
         dense: (cfg, site, tokens) -> bool: whether, for that many rows of input, one product with
             `weight`'s W' costs less than the frozen layer and the phases; by sizes (and grad mode,
             as training pays for a gradient of W') alone. The runtime then takes it at plain dense
@@ -150,6 +155,8 @@ class Variant:
     weight: (
         Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None
     ) = None
+    additive: bool = False
+    validate: Callable[[Any, Params, Site], None] | None = None
     dense: Callable[[Any, Site, int], bool] | None = None
     scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
     project: Callable[[Any, Params], Mapping[str, Tensor]] | None = None
@@ -228,6 +235,7 @@ _OPTIONAL = (
     "inputs",
     "outputs",
     "weight",
+    "validate",
     "dense",
     "scale",
     "project",
@@ -285,6 +293,8 @@ def _check_fields(variant: Variant) -> None:
         raise ConfigError(
             f"{where}: sites: expected a tuple of names, found {short_repr(variant.sites)}"
         )
+    if variant.additive and variant.weight is None:
+        raise ConfigError(f"{where} is `additive`, which says how its `weight` acts, but has none")
     if variant.dense is not None and variant.weight is None:
         raise ConfigError(
             f"{where} has `dense`, which asks for a product with `weight`'s W', but no `weight`"

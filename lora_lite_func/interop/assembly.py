@@ -13,14 +13,18 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
-from ..core.errors import CheckpointError, UnsupportedError, short_repr
+from ..core.errors import CheckpointError, StructureError, UnsupportedError, short_repr
 from ..core.layout import Layout
 from ..core.method import ParamSpec, dtype_fits, leaf_dtype, site_for, variant_for
 from ..core.site import Site
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.weights import dense_weight
 
-__all__ = ["ModuleEntry", "Part", "assemble", "check_tensors"]
+__all__ = ["ModelNeededError", "ModuleEntry", "Part", "assemble", "check_tensors"]
+
+
+class ModelNeededError(CheckpointError):
+    """What a file says hangs on the base model, which wasn't given."""
 
 
 @dataclass
@@ -52,10 +56,10 @@ class ModuleEntry:
         """Its dimensions.
 
         Raises:
-            CheckpointError: no model was given.
+            ModelNeededError: no model was given.
         """
         if self.site is None:
-            raise CheckpointError(
+            raise ModelNeededError(
                 f"{short_repr(self.path)}: {why}, which the file doesn't say; give the base "
                 f"model too"
             )
@@ -65,12 +69,12 @@ class ModuleEntry:
         """The dense base weight (d_out, d_in), float32 at least.
 
         Raises:
-            CheckpointError: no model was given.
+            ModelNeededError: no model was given.
             UnsupportedError: it is packed.
         """
         site = self.site
         if site is None or self.module is None:
-            raise CheckpointError(
+            raise ModelNeededError(
                 f"{short_repr(self.path)}: {method} depends on the base weight; give the base "
                 f"model too"
             )
@@ -179,6 +183,16 @@ def _adapter(group: list[tuple[ModuleEntry, Part]]) -> Adapter:
     return Adapter(layout, {path: _fitted(layout, path, data[path]) for path in data})
 
 
+def _valid(layout: Layout, path: str, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves, whose values the method finds possible."""
+    if layout.variant.validate is not None:
+        try:
+            layout.variant.validate(layout.config, leaves, layout.sites[path])
+        except StructureError as error:
+            raise CheckpointError(f"{short_repr(path)} {error}") from None
+    return leaves
+
+
 def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The leaves in the dtypes and shapes that the method asks for."""
     expected, fitted = layout.specs[path], {}
@@ -204,7 +218,7 @@ def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str
             .to(leaf_dtype(ParamSpec((), dtype=expected[name].dtype), t.dtype))
             .contiguous()
         )
-    return fitted
+    return _valid(layout, path, fitted)
 
 
 def _patterns(values: Mapping[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:

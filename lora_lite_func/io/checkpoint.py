@@ -1,11 +1,15 @@
-"""Files: one safetensors file for an adapter, several, or a stack; flat keys `<path>.<lora_name>`, the layouts as JSON metadata.
+"""One safetensors file for an adapter, several, or a stack.
 
-    one adapter   {"format", "variant", "config", "sites"}, and "stack": K where every tensor has a leading K
-    several       {"format", "parts": [as above, ...], "as": "tuple" | "list" | "dict", "names": [...]}, keys `<name>/<path>.<lora_name>`
+Keys are flat, `<path>.<lora_name>`; the layouts are JSON metadata:
+
+    one adapter   {"format", "variant", "config", "sites"}, and "stack": K where every tensor has a
+                  leading K
+    several       {"format", "parts": [as above, ...], "as": "tuple" | "list" | "dict",
+                  "names": [...]}, keys `<name>/<path>.<lora_name>`
     both          "same": {key: key}: frozen tensors that share memory are stored once
 
-A file is hostile until shown otherwise: everything it says is checked before anything is built, no code is run, and a fault is a
-CheckpointError that names what and where.
+A file is hostile until shown otherwise: everything it says is checked before anything is built, no
+code is run, and a fault is a CheckpointError that names what and where.
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import ABSENT, Adapter, rebuild
-from ..core.errors import CheckpointError, nearest, short_repr
+from ..core.errors import CheckpointError, StructureError, nearest, short_repr
 from ..core.layout import Layout, Stacked
 from ..core.method import dtype_fits
 from ..layers.kinds import KINDS, misfit, module_and_name
-from .files import parse_json, write_safetensors
+from .files import check_regular, parse_json
 from .manifest import Piece, contents, describe_all, described_all, joined
+from .writing import write_safetensors
 
 __all__ = ["Saved", "load", "save"]
 
@@ -37,13 +42,13 @@ Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 
 def save(params: Saved, path: str | os.PathLike[str]) -> None:
     """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file: atomic,
-        exact for every dtype.
+    exact for every dtype.
 
     Frozen tensors that several sites share are stored once.
 
     Args:
         params: what to save; of a dict, names without "/".
-        path: the file; an old one is replaced when the new one is whole.
+        path: the file; an old one is replaced when the new one is whole, and keeps its permissions.
 
     Raises:
         CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or
@@ -77,13 +82,15 @@ def load(
     Raises:
         CheckpointError: not a safetensors file, truncated, no metadata, unknown variant or format
             version, a config or site with missing, unknown or wrongly typed fields, missing,
-            unexpected, mis-shaped or mis-typed tensors, or a site that `model` hasn't.
+            unexpected, mis-shaped or mis-typed tensors, indices out of range, or a site that
+            `model` hasn't.
     """
     where = os.fsdecode(path)
     if os.path.isdir(where):
         raise CheckpointError(
             f"{where}: not a readable safetensors file: it is a folder; ll.from_peft reads PEFT's"
         )
+    check_regular(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             says = (file.metadata() or {}).get(_KEY)
@@ -164,7 +171,7 @@ def _read(
         {*stored, *same},
         sum(len(names) for piece in pieces for names in piece.layout.names.values()),
     )
-    wanted, index = shape.chosen(member)
+    shape, index = shape.chosen(member)
     cache: dict[Any, Tensor] = {}
 
     def tensor(key: str, row: int | None) -> Tensor:
@@ -177,7 +184,7 @@ def _read(
         return cache[key, row]
 
     made = []
-    for piece in wanted:
+    for piece in shape.pieces:
         _check_shapes(file, piece, same)
         made.append(_adapter(piece, index, tensor, same))
         if model is not None:
@@ -211,6 +218,7 @@ def _adapter(
                 raise CheckpointError(
                     f"{short_repr(path)} {name} shares another tensor, and it is a trainable one"
                 )
+        _check_values(layout, path, held)
     return rebuild(
         layout, (data[path][name] for path, names in layout.names.items() for name in names)
     )
@@ -270,6 +278,16 @@ def _check_tensor(piece: Piece, path: str, name: str, leaf: Any) -> None:
             else f"; {'16 bits' if least is None else least} at least"
         )
         raise CheckpointError(f"{short_repr(path)} {name}: expected a {kind}{wide}")
+
+
+def _check_values(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
+    """What the method itself says of a site's frozen tensors."""
+    if layout.variant.validate is None:
+        return
+    try:
+        layout.variant.validate(layout.config, held, layout.sites[path])
+    except StructureError as error:
+        raise CheckpointError(f"{short_repr(path)} {error}") from None
 
 
 def _check_model(layout: Layout, model: nn.Module) -> None:

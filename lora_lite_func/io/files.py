@@ -1,96 +1,38 @@
-"""Reading and writing files that nobody vouches for: bounded, atomic, no code run. Faults are CheckpointErrors."""
+"""Reading files that nobody vouches for: bounded, no code run. Faults are CheckpointErrors."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
+import pickletools
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError, short_repr
 
 __all__ = [
+    "check_regular",
     "parse_json",
     "read_json",
     "read_pickle",
     "read_safetensors",
-    "write_safetensors",
-    "write_text",
 ]
 
 _LONGEST_JSON = 2**25  # bytes; a configuration of real adapters has kilobytes
 _LONGEST_PICKLE = 2**26  # bytes of the index of a .bin file, its tensors not counted
-
-
-# ------------------------------------------------------------------------------------------ writing
-def write_safetensors(
-    tensors: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, str],
-    what: str,
-) -> None:
-    """Write tensors (contiguous, no shared storage) to a file: atomic, by writing beside it and
-    renaming.
-
-    Raises:
-        CheckpointError: it can't be written; beginning with `what`.
-    """
-    _atomic(
-        path,
-        what,
-        lambda beside: safetensors.torch.save_file(dict(tensors), beside, dict(metadata)),
-    )
-
-
-def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:
-    """Write a text file, likewise.
-
-    Raises:
-        CheckpointError: it can't be written.
-    """
-    _atomic(path, what, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any]) -> None:
-    where = os.fsdecode(path)
-    try:
-        target = Path(os.path.realpath(where))  # a link stays one: what it points to is replaced
-        beside = target.parent / f".{secrets.token_hex(8)}.tmp"
-        rights = _created(beside)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{what}: can't write in {os.path.dirname(where) or '.'}: {error}"
-        ) from error
-    try:
-        write(beside)
-        os.chmod(beside, rights)
-        os.replace(beside, target)
-    except (OSError, safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{what}: can't write {where}: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _created(path: Path) -> int:
-    """The rights a new file gets here, by making one; safetensors gives its own fewer."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return os.fstat(handle).st_mode & 0o777
-    finally:
-        os.close(handle)
+_SHARED_BY = 4  # tensors of equal memory, as tied ones are; readers copy each
+_ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")
+"""What torch's restricted reader would make of any size that a file names."""
 
 
 # ------------------------------------------------------------------------------------------ reading
-def _regular(where: str) -> None:
+def check_regular(where: str) -> None:
     """Refuse what would never end, or never begin: a pipe, a device.
 
     Raises:
@@ -114,7 +56,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         CheckpointError: it isn't one, or can't be read.
     """
     where = os.fsdecode(path)
-    _regular(where)
+    check_regular(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             # clones: aligned, so that products are bit-equal to those before the save, and
@@ -127,31 +69,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, by its restricted reader: no code in it is run.
+    """The tensors of a file that torch.save wrote, by its restricted reader: no code in it is run,
+    and no more memory taken than a few times the file's size.
 
     Raises:
         CheckpointError: it holds anything but a flat mapping of tensors, is compressed, or can't be
             read.
     """
     where = os.fsdecode(path)
-    _regular(where)
-    try:
-        with zipfile.ZipFile(where) as archive:
-            for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(
-                        f"{where}: {short_repr(entry.filename)} is compressed, which torch.save "
-                        f"doesn't do"
-                    )
-                if entry.filename.endswith(".pkl") and entry.file_size > _LONGEST_PICKLE:
-                    raise CheckpointError(
-                        f"{where}: its index has {entry.file_size} bytes, expected at most "
-                        f"{_LONGEST_PICKLE}"
-                    )
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{where}: not a readable file of torch.save (1.6 or newer): {error}"
-        ) from error
+    check_regular(where)
+    _check_archive(where)
     try:
         found = torch.load(where, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the restricted reader says of a damaged or hostile file
@@ -164,13 +91,76 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{where}: expected a flat mapping of names to tensors, found {type(found).__name__}"
         )
+    _check_memory(where, found)
+    return {key: t.contiguous() for key, t in found.items()}
+
+
+def _check_archive(where: str) -> None:
+    """Refuse an archive that unpacks to more than its size, or whose index makes other things than
+    tensors.
+    """
+    try:
+        with zipfile.ZipFile(where) as archive:
+            entries = archive.infolist()
+            for entry in entries:
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"{where}: {short_repr(entry.filename)} is compressed, which torch.save "
+                        f"doesn't do"
+                    )
+            claimed, size = sum(entry.file_size for entry in entries), os.path.getsize(where)
+            if claimed > size:
+                raise CheckpointError(
+                    f"{where}: its entries overlap: they have {claimed} bytes, the file {size}"
+                )
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    _check_index(where, archive, entry)
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{where}: not a readable file of torch.save (1.6 or newer): {error}"
+        ) from error
+
+
+def _check_index(where: str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    if entry.file_size > _LONGEST_PICKLE:
+        raise CheckpointError(
+            f"{where}: its index has {entry.file_size} bytes, expected at most {_LONGEST_PICKLE}"
+        )
+    strings: list[str] = []
+    try:
+        for code, argument, _ in pickletools.genops(archive.read(entry)):
+            if isinstance(argument, str):
+                strings.append(argument)
+            named = argument if code.name == "GLOBAL" else " ".join(strings[-2:])
+            if code.name in ("GLOBAL", "STACK_GLOBAL") and str(named) in _ALLOCATES:
+                raise CheckpointError(f"{where}: its index makes a {named}, not tensors alone")
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged index, whichever way
+        raise CheckpointError(f"{where}: its index is damaged: {short_repr(str(error))}") from error
+
+
+def _check_memory(where: str, found: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that take more memory of their own than the file has for them."""
+    storages: dict[int, int] = {}
+    total = 0
     for key, t in found.items():
-        if t.layout != torch.strided or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+        held = 0 if t.layout != torch.strided else t.untyped_storage().nbytes()
+        if t.numel() * t.element_size() > held:
             raise CheckpointError(
                 f"{where}: {short_repr(key)} claims shape {tuple(t.shape)}, more than the file "
                 f"holds for it"
             )
-    return {key: t.contiguous() for key, t in found.items()}
+        storages[t.untyped_storage().data_ptr()] = held
+        total += t.nbytes
+    if total > _SHARED_BY * sum(storages.values()):
+        raise CheckpointError(
+            f"{where}: its tensors are views of each other: they have {total} bytes, the file "
+            f"{sum(storages.values())} for them"
+        )
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -180,7 +170,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         CheckpointError: it can't be read, is huge, isn't JSON, or says a key twice.
     """
     where = os.fsdecode(path)
-    _regular(where)
+    check_regular(where)
     try:
         with open(where, "rb") as file:
             raw = file.read(_LONGEST_JSON + 1)

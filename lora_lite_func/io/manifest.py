@@ -1,4 +1,4 @@
-"""What a file holds, as JSON types and back: one adapter, a stack of K, or several of either under names."""
+"""What a file holds, as JSON types and back: an adapter, a stack, or several under names."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _description(piece: Piece) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------ reading
-@dataclass
+@dataclass(frozen=True)
 class Contents:
     """What a file says it holds.
 
@@ -140,38 +140,36 @@ class Contents:
     pieces: list[Piece]
     container: str | None
 
-    def chosen(self, member: int | str | None) -> tuple[list[Piece], int | None]:
-        """(the pieces to read, the row of their stack to read).
+    def chosen(self, member: int | str | None) -> tuple[Contents, int | None]:
+        """(the part of the contents to read, the row of its stack to read).
 
         Raises:
             CheckpointError: no such member.
         """
         if member is None:
-            return self.pieces, None
+            return self, None
         if hasattr(member, "__index__") and not isinstance(member, bool):
             member = member.__index__()
         if self.container is None:
-            count, labels = (
-                self.pieces[0].count,
-                getattr(self.pieces[0].layout, "labels", None) or (),
-            )
-            member = (
-                labels.index(member) if isinstance(member, str) and member in labels else member
-            )
-            if type(member) is not int or not -count <= member < count:
-                what = f"a stack of {count}" if count else "one adapter"
-                raise CheckpointError(f"member: the file holds {what}, found {short_repr(member)}")
-            return self.pieces, member % count
+            return self, self._row(member)
         names = [piece.prefix[:-1] for piece in self.pieces]
-        name = (
-            names[member] if type(member) is int and -len(names) <= member < len(names) else member
-        )
+        by_number = type(member) is int and -len(names) <= member < len(names)
+        name = names[member] if by_number else member  # type: ignore[index]
         if name not in names:
             raise CheckpointError(
                 f"member: the file holds no {short_repr(member)}; {nearest(str(member), names)}"
             )
-        self.container = None
-        return [self.pieces[names.index(str(name))]], None
+        return Contents([self.pieces[names.index(str(name))]], None), None
+
+    def _row(self, member: int | str) -> int:
+        """A member's place in a stack that is alone in the file."""
+        piece = self.pieces[0]
+        labels = getattr(piece.layout, "labels", None) or ()
+        index = labels.index(member) if isinstance(member, str) and member in labels else member
+        if type(index) is not int or not -piece.count <= index < piece.count:
+            what = f"a stack of {piece.count}" if piece.count else "one adapter"
+            raise CheckpointError(f"member: the file holds {what}, found {short_repr(member)}")
+        return index % piece.count
 
     def put_together(self, made: list[Adapter]) -> Any:
         """What was saved."""

@@ -1,4 +1,4 @@
-"""A model's folder as safetensors shards, read tensor by tensor, and a skeleton of the model made of their headers alone."""
+"""A model's folder as safetensors shards, and a meta model made of their headers alone."""
 
 from __future__ import annotations
 

@@ -84,6 +84,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
     batched=True,

@@ -89,6 +89,7 @@ VARIANT = Variant(
     low_rank_factors=_subtracted.low_rank_factors,
     batched=True,
     weight=_subtracted.weight,
+    additive=True,
     scale=_subtracted.scale,
     needs=frozenset({"weight", "inputs"}),
 )

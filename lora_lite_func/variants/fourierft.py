@@ -21,6 +21,7 @@ from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.site import Params, Site
+from ..kernels.indices import check_indices
 from ..core.torch_internals import may_overwrite
 from ..kernels import cost, low_rank, positions
 
@@ -185,6 +186,16 @@ def scaling(cfg: FourierFTConfig, site: Site) -> float:
     return site.alpha
 
 
+def validate(cfg: FourierFTConfig, p: Params, site: Site) -> None:
+    """The entries are different ones of the matrix.
+
+    Raises:
+        StructureError: they aren't.
+    """
+    rows, columns = p["lora_idx"].unbind(-2)
+    check_indices((rows, columns), (site.d_out, site.d_in), "lora_idx")
+
+
 VARIANT = Variant(
     name="fourierft",
     config=FourierFTConfig,
@@ -194,6 +205,8 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    additive=True,
+    validate=validate,
     dense=dense,
     scale=scale,
     scaling=scaling,

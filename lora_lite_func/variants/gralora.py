@@ -112,6 +112,7 @@ VARIANT = Variant(
     param_specs=param_specs,
     outputs=outputs,
     weight=weight,
+    additive=True,
     scale=scale,
     scaling=scaling,
 )

@@ -185,6 +185,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    additive=True,
     dense=dense,
     scale=scale,
     scaling=scaling,

@@ -125,6 +125,7 @@ VARIANT = Variant(
     init=init,
     outputs=outputs,
     weight=weight,
+    additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
     scaling=scaling,

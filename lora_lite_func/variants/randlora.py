@@ -142,6 +142,7 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    additive=True,
     dense=dense,
     scale=scale,
     sites=(*MATRICES, "embedding"),

@@ -21,6 +21,7 @@ from ..core.config import AdapterConfig, probability, record
 from ..core.errors import UnsupportedError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.site import Params, Site
+from ..kernels.indices import check_indices
 from ..kernels import low_rank, positions
 
 
@@ -143,6 +144,17 @@ _NEEDS = {
     "snip": frozenset({"weight", "gradients"}),
 }
 
+
+def validate(cfg: SHiRAConfig, p: Params, site: Site) -> None:
+    """The entries are different ones of the matrix.
+
+    Raises:
+        StructureError: they aren't.
+    """
+    rows, columns = p["lora_idx"].unbind(-2)
+    check_indices((rows, columns), (site.d_out, site.d_in), "lora_idx")
+
+
 VARIANT = Variant(
     name="shira",
     config=SHiRAConfig,
@@ -152,6 +164,8 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    additive=True,
+    validate=validate,
     dense=dense,
     scale=scale,
     needs=frozenset({"weight", "gradients"}),

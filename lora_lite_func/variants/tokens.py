@@ -22,6 +22,7 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.site import Params, Site
 from ..kernels import positions
+from ..kernels.indices import check_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,15 @@ def scale(cfg: TokensConfig, p: Params, c: Any) -> dict[str, Tensor]:
     return {**p, "lora_rows": p["lora_rows"] * c}
 
 
+def validate(cfg: TokensConfig, p: Params, site: Site) -> None:
+    """The ids are different rows of the table.
+
+    Raises:
+        StructureError: they aren't.
+    """
+    check_indices((p["lora_ids"],), (site.d_in,), "lora_ids")
+
+
 VARIANT = Variant(
     name="tokens",
     config=TokensConfig,
@@ -115,6 +125,8 @@ VARIANT = Variant(
     prepare=prepare,
     outputs=outputs,
     weight=weight,
+    additive=True,
+    validate=validate,
     scale=scale,
     sites=("embedding", "parameter"),
 )

@@ -121,6 +121,7 @@ VARIANT = Variant(
     init=init,
     outputs=outputs,
     weight=weight,
+    additive=True,
     dense=dense,
     scale=scale,
     sites=(*MATRICES, "embedding"),

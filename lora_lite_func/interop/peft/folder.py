@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
 from ...io.files import read_json, read_pickle, read_safetensors
+from ...io.writing import interrupted
 from ..metadata import ConfigReader
 
 __all__ = ["CONFIG", "TENSORS", "split", "unpack"]
@@ -51,6 +52,11 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
     if not files:
         raise CheckpointError(
             f"{path}: expected {TENSORS} or {PICKLE} in this folder, found neither"
+            f"{interrupted(folder)}"
+        )
+    if config is None and not (folder / CONFIG).exists():
+        raise CheckpointError(
+            f"{path}: expected {CONFIG} beside the tensors, found none{interrupted(folder)}"
         )
     reader = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
     return reader, read_pickle(files[0]) if files[0].suffix in _PICKLES else read_safetensors(

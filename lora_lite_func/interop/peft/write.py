@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ...algebra.flatten import Adapters, flatten
 from ...core.adapter import ABSENT, Adapter
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
-from ...io.files import write_safetensors, write_text
+from ...io.writing import swapped, write_safetensors, write_text
 from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, FullConfig, TokensConfig
 from .codec import Codec, Written
@@ -51,7 +50,8 @@ def to_peft(
         params: the adapter, or a tuple, list or dict of them.
         model: the base it was made for; None leaves unchecked that the names mean its modules and
             no others.
-        folder: made if it isn't there; the two files in it are replaced.
+        folder: made if it isn't there; the two files in it are replaced together: an interruption
+            leaves the old adapter, the new one, or a folder that isn't read.
         as_lora: write VeRA as the LoRA that it amounts to (PEFT has one pair of projections for
             every layer, so that layers of unlike shapes make it of more directions).
 
@@ -89,21 +89,14 @@ def to_peft(
         {} if model is None else dict(model.named_modules(remove_duplicate=False)),
         as_lora,
     )
-    target = Path(os.fsdecode(folder))
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"to_peft: can't make {target}: {error}") from error
     own = {
         key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         for key, t in tensors.items()
     }
-    write_safetensors(own, target / TENSORS, {"format": "pt"}, "to_peft")
-    write_text(
-        json.dumps(_about(model) | fields, indent=2, sort_keys=True) + "\n",
-        target / CONFIG,
-        "to_peft",
-    )
+    says = json.dumps(_about(model) | fields, indent=2, sort_keys=True) + "\n"
+    with swapped(folder, "to_peft", marker=CONFIG) as work:
+        write_safetensors(own, work / TENSORS, {"format": "pt"}, "to_peft")
+        write_text(says, work / CONFIG, "to_peft")
 
 
 def _folder(
