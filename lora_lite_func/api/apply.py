@@ -106,10 +106,11 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
     Raises:
         StructureError: with what to do instead.
     """
-    first = next(leaves(adapter), None)
+    found = leaves(adapter)
     if (
-        not isinstance(first, Tensor)
-        or not first.is_meta
+        not found
+        or not isinstance(found[0], Tensor)
+        or not found[0].is_meta
         or model is None
         or all(p.is_meta for p in model.parameters())
     ):

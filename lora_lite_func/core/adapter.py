@@ -152,10 +152,10 @@ class Adapter(Mapping[str, Mapping[str, Tensor]]):
         return rebuild, (self.layout, list(leaves(self)))
 
 
-def leaves(params: Adapter) -> Iterator[Any]:
+def leaves(params: Adapter) -> list[Any]:
     """All leaves in order (absent ones included)."""
-    for tensors in params._data.values():
-        yield from tensors.values()
+    # a list: not every torch compiles a generator that is left before its end
+    return [leaf for tensors in params._data.values() for leaf in tensors.values()]
 
 
 def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
