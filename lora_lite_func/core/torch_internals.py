@@ -1,57 +1,123 @@
-"""What is going on around a call: transforms, tracing, autocast, a graph."""
+"""The private names of torch that this library uses, each behind what it means, with a fallback.
+
+Questions about a call (is it traced, transformed, watched?) are answered for the calling thread
+alone: what another thread compiles or exports at the same time doesn't count. A fallback, for a
+torch that lacks the name, gives the same answer, if more slowly; where none can, it gives the
+answer that leads to the slower of two right ways.
+
+`torch.utils._pytree` is used where it is needed: torch.func and torch.export go through it, so
+nothing else could stand in for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+import torch.utils._python_dispatch as python_dispatch
+from torch import Tensor, nn
 
 __all__ = [
+    "BATCH_NORMS",
+    "CALL_HOOKS",
+    "CONVOLUTIONS",
+    "RUNNING_NORMS",
+    "STATE_HOOKS",
     "at_trace_time",
     "autocasts",
+    "draws_differ",
+    "flatten_again",
+    "is_batched",
+    "is_compiled",
+    "is_differentiated",
+    "is_followed",
     "is_ordinary",
     "is_traced",
+    "is_tracing_here",
     "is_transformed",
     "is_watched",
+    "is_wrapper",
     "makes_graph",
     "may_overwrite",
+    "outside_transforms",
+    "own_attributes",
+    "parameters_of",
+    "surroundings",
 ]
 
+_levels: Any = getattr(torch._C, "_functorch", None)
+"""The interpreters of torch.func's transforms, and the tensors that they wrap."""
 
+
+# ---------------------------------------------------------------------------------------- autocast
 def autocasts(device: str) -> bool:
     """Whether the caller's autocast reaches a type of device."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+
+
+def _autocasts_anywhere() -> bool:
+    return any(map(torch.is_autocast_enabled, _DEVICES))
+
+
+_any_autocast: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", _autocasts_anywhere
+)
+
+
+# ----------------------------------------------------------------------------------------- tracing
 def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch.compile call `function` while it traces and take the result as a constant.
 
     What `torch.compiler.assume_constant_result` does, without importing the compiler (a second and
-    a half) to say so.
+    a half). A torch that doesn't know the mark traces the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-_transform = torch._C._functorch.peek_interpreter_stack
-_GRAD = torch._C._functorch.TransformType.Grad
+def is_tracing_here() -> bool:
+    """Whether this thread records the call for other values than these: by torch.compile, by
+    torch.export (strict or not) or by make_fx, or runs it on fake tensors.
 
-
-def is_ordinary() -> bool:
-    """Whether eager calls on plain tensors, and reverse mode over them, are all that is going on:
-        nothing batched, no tangents, no
-    nested transforms, no tracing, no autocast.
+    `torch.compiler.is_compiling()` says that of all threads while any of them compiles or exports.
+    Under torch.compile this is the constant True because the call is traced.
     """
-    inner = _transform()
-    return (
-        (inner is None or (inner.level() == 1 and inner.key() == _GRAD))
-        and forward_ad._current_level < 0
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._get_tracing_state() is None
-    )
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return is_watched() and _records()
+
+
+def _modes_of_tracing() -> bool:
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
+def _signs_of_tracing() -> bool:
+    # where the modes can't be asked for: fake and functional ones show in what a factory makes
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    proxies = tracer is not None and getattr(tracer, "get_proxy_mode", lambda: None)() is not None
+    return proxies or type(torch.empty(0)) is not Tensor
+
+
+_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+_TRACERS = tuple(
+    getattr(_keys, name) for name in ("FAKE", "PROXY", "FUNCTIONAL") if hasattr(_keys, name)
+)
+_records: Callable[[], bool] = (
+    _modes_of_tracing
+    if len(_TRACERS) == 3 and hasattr(torch._C, "_get_dispatch_mode")
+    else _signs_of_tracing
+)
 
 
 def is_traced() -> bool:
@@ -61,9 +127,37 @@ def is_traced() -> bool:
     return torch.jit.is_tracing()
 
 
-def makes_graph() -> bool:
-    """Whether what is computed may be differentiated later, and nothing else is to be served by it."""
-    return torch.is_grad_enabled() and not is_traced()
+def is_compiled(cls: type) -> bool:
+    """Whether modules of a class are what torch.compile gave; without importing the compiler."""
+    return any(base.__module__ == "torch._dynamo.eval_frame" for base in cls.__mro__)
+
+
+# ------------------------------------------------------------------------------------- who watches
+def _count_modes() -> int:
+    stack = getattr(python_dispatch, "_get_current_dispatch_mode_stack", None)
+    return 1 if stack is None else len(stack())  # unknown: a call that is watched is right, too
+
+
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _count_modes)
+
+
+def is_watched() -> bool:
+    """Whether something sees each operation, in this thread.
+
+    A graph that is made of them must have no number that was drawn, and a checkpoint that keeps
+    some of them nothing that is written in place later.
+    """
+    return _modes() > 0
+
+
+# -------------------------------------------------------------------------------------- transforms
+def _innermost() -> Any:
+    stack = _levels.get_interpreter_stack()
+    return stack[-1] if stack else None
+
+
+_transform: Callable[[], Any] = getattr(_levels, "peek_interpreter_stack", _innermost)
+_GRAD = getattr(getattr(_levels, "TransformType", None), "Grad", None)
 
 
 def is_transformed() -> bool:
@@ -71,27 +165,205 @@ def is_transformed() -> bool:
     return _transform() is not None
 
 
+def is_differentiated() -> bool:
+    """Whether forward-mode derivatives are taken outside of torch.func (a dual level)."""
+    try:
+        return forward_ad._current_level >= 0
+    except AttributeError:
+        return _is_in_dual_level()
+
+
+def _is_in_dual_level() -> bool:
+    try:
+        with forward_ad.dual_level():  # which can't be nested
+            return False
+    except RuntimeError:
+        return True
+
+
+def surroundings() -> Literal["eager", "grad"] | None:
+    """What surrounds an eager call: "eager", nothing; "grad", one torch.func.grad or vjp.
+
+    None where anything else takes part: batches, tangents, nested transforms, tracing, autocast.
+    """
+    inner = _transform()
+    if inner is not None and (inner.level() != 1 or inner.key() != _GRAD):
+        return None
+    if is_differentiated() or _any_autocast() or torch.jit.is_tracing():
+        return None
+    return "eager" if inner is None else "grad"
+
+
+def is_ordinary() -> bool:
+    """Whether `surroundings` names what surrounds the call."""
+    return surroundings() is not None
+
+
+def makes_graph() -> bool:
+    """Whether what is computed may be differentiated later, and nothing else is to be served by
+    it.
+    """
+    return torch.is_grad_enabled() and not is_traced()
+
+
 def may_overwrite(gradient: Tensor | None = None) -> bool:
     """Whether a tensor made here may be written over in place: no graph has it, and no transform or
-        compiler has a part in it.
+    compiler has a part in it.
 
     Args:
         gradient: in a backward pass what came in, which may be several at once
             (`is_grads_batched`), of which no transform knows.
     """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or not is_ordinary()
-        or is_transformed()
-    ):
+    if torch.is_grad_enabled() or is_tracing_here() or surroundings() != "eager":
         return False
-    return gradient is None or not torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return gradient is None or not _is_legacy_batch(gradient)
 
 
-def is_watched() -> bool:
-    """Whether something sees each operation: a graph made of them has no number that is drawn, a
-        checkpoint that keeps some nothing
-    written in place.
+_is_legacy_batch: Callable[[Tensor], bool] = getattr(
+    _levels, "is_legacy_batchedtensor", lambda t: True
+)
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether vmap's innermost level holds the tensor: its values differ among the members."""
+    return _is_batched(t)
+
+
+_is_batched: Callable[[Tensor], bool] = getattr(
+    _levels, "is_batchedtensor", lambda t: is_transformed()
+)
+_is_tracked: Callable[[Tensor], bool] = getattr(
+    _levels, "is_gradtrackingtensor", lambda t: is_transformed()
+)
+
+
+def is_followed(t: Tensor) -> bool:
+    """Whether torch.func.grad, vjp or jvp follows the tensor, at any level."""
+    return any(map(_is_tracked, _layers(t)))
+
+
+def draws_differ(drawn: Tensor) -> bool:
+    """Whether a number drawn here differs among the members of a vmap
+    (`randomness="different"`).
     """
-    return torch._C._len_torch_dispatch_stack() > 0
+    return any(map(_is_batched, _layers(drawn)))
+
+
+def _layers(t: Tensor) -> Iterator[Tensor]:
+    """A tensor as each transform around the call has it, the innermost first."""
+    yield t
+    wrapped = getattr(_levels, "is_functorch_wrapped_tensor", None)
+    inner = getattr(_levels, "get_unwrapped", None)
+    while wrapped is not None and inner is not None and wrapped(t):
+        t = inner(t)
+        yield t
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Operations on plain tensors that no transform around the call sees: what they make is of no
+    transform, and they may draw from a generator of their own.
+    """
+    with _without_levels(), _without_legacy_vmap():
+        yield
+
+
+@contextlib.contextmanager
+def _popped_levels() -> Iterator[None]:
+    popped = []
+    try:
+        while is_transformed():
+            popped.append(_levels.pop_dynamic_layer_stack())
+        yield
+    finally:
+        for level in reversed(popped):
+            _levels.push_dynamic_layer_stack(level)
+
+
+try:
+    from torch._functorch.pyfunctorch import (
+        temporarily_clear_interpreter_stack as _without_levels,
+    )
+except ImportError:
+    _without_levels = _popped_levels  # type: ignore[assignment]
+
+
+def _legacy_vmap_guard() -> Callable[[], AbstractContextManager[Any]]:
+    """What keeps vmap over gradients (`is_grads_batched`) out: it forbids every draw."""
+    try:
+        key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("VmapMode"))
+        guard = torch._C._ExcludeDispatchKeyGuard
+    except AttributeError:
+        return contextlib.nullcontext
+    return lambda: guard(key)
+
+
+_without_legacy_vmap = _legacy_vmap_guard()
+
+
+# ----------------------------------------------------------------------------------------- tensors
+def is_wrapper(t: Any) -> bool:
+    """Whether a tensor is of a subclass that holds others (torchao's, DTensor)."""
+    return bool(_is_wrapper(t))
+
+
+def _flattens(t: Any) -> bool:
+    return hasattr(t, "__tensor_flatten__") and hasattr(t, "__tensor_unflatten__")
+
+
+_is_wrapper: Callable[[Any], bool] = getattr(
+    python_dispatch, "is_traceable_wrapper_subclass", _flattens
+)
+
+
+# ----------------------------------------------------------------------------------------- modules
+_BASE = tuple(vars(nn.Module()))
+_BASE_NAMES = frozenset(_BASE)
+
+STATE_HOOKS = tuple(name for name in _BASE if name.endswith("_hooks") and "state_dict" in name)
+"""The attributes in which a module keeps hooks on its state dict: no call installs them."""
+
+CALL_HOOKS = tuple(
+    name
+    for name, value in vars(nn.Module()).items()
+    if name.startswith(("_forward", "_backward")) and isinstance(value, OrderedDict)
+)
+"""The attributes in which a module keeps hooks on its calls."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS: Any = getattr(nn.modules.conv, "_ConvNd", (*_CONVOLUTIONS, *_TRANSPOSED))
+"""What every convolution of torch is an instance of, for isinstance."""
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+BATCH_NORMS: Any = getattr(nn.modules.batchnorm, "_BatchNorm", _BATCH_NORMS)
+"""What every batch norm of torch is an instance of."""
+
+RUNNING_NORMS: Any = getattr(nn.modules.batchnorm, "_NormBase", (*_BATCH_NORMS, *_INSTANCE_NORMS))
+"""What every norm of torch with running statistics is an instance of."""
+
+
+def own_attributes(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of a module's `__dict__` what nn.Module didn't put there."""
+    if tuple(islice(attributes, len(_BASE))) == _BASE:  # cheaper than to ask for each name
+        return islice(attributes.items(), len(_BASE), None)
+    return ((name, value) for name, value in attributes.items() if name not in _BASE_NAMES)
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters; of a replica that torch.nn.DataParallel made, which has none, the
+    tensors that stand for them.
+    """
+    stand_ins: dict[str, Tensor | None] | None = module.__dict__.get("_former_parameters")
+    own: Any = module._parameters
+    return {**own, **stand_ins} if stand_ins else own
+
+
+def flatten_again(module: Any) -> None:
+    """A recurrent layer's flat list of its tensors, as they are now."""
+    attributes = module.__dict__
+    if "_flat_weights" in attributes and "_flat_weights_names" in attributes:
+        flat = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
+        attributes["_flat_weights"] = flat
+        attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
