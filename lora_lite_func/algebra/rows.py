@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, members_of
 from ..core.errors import StructureError, nearest
 from ..core.layout import Stacked
+from ..core.torch_internals import is_batched, is_tracing_here
 from ..kernels.row_plan import RowPlan
 
 __all__ = ["Rows", "rows"]
@@ -69,7 +70,7 @@ def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
             raise StructureError(
                 f"rows: expected integer ids (N,), found {ids.dtype} of shape {tuple(ids.shape)}"
             )
-        if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(ids):
+        if is_tracing_here() or is_batched(ids):
             return Rows(stack, RowPlan(ids.long(), count, None))
         known: Any = ids.tolist()
     elif isinstance(ids, (str, Mapping, Set)) or not isinstance(ids, Iterable):

@@ -7,10 +7,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..core.errors import StructureError, UnsupportedError
-from ..core.torch_internals import is_traced, is_watched
+from ..core.torch_internals import is_traced, is_tracing_here, is_watched, outside_transforms
 from .segments import SegmentLayout, laid_out, traced
 
 __all__ = ["RowGroups", "RowPlan", "not_rows", "parted"]
@@ -114,7 +113,7 @@ class RowPlan:
             raise _untraceable(f"site {path!r}: ")
         if x.ndim < 1 + x.is_floating_point() or x.shape[0] != self.rows:
             raise not_rows(path, x, self.rows)
-        if self._ids is None or torch.compiler.is_compiling():
+        if self._ids is None or is_tracing_here():
             return traced(self.ids.to(x.device), self.members)
         size = (
             x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1))
@@ -143,7 +142,7 @@ def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
     watched = is_watched()
     found = None if watched else made.get(key)
     if found is None:
-        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        with torch.inference_mode(False), outside_transforms():
             found = make()
         if not watched:
             made[key] = found
@@ -172,7 +171,7 @@ def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
     if is_traced():
         raise _untraceable()
     known = [plan._ids for plan in plans]
-    if any(ids is None for ids in known) or torch.compiler.is_compiling():
+    if any(ids is None for ids in known) or is_tracing_here():
         rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]
         each = tuple((row,) for row in range(rows))
         return RowGroups(

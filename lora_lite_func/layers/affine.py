@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.site import Site
+from ..core.torch_internals import is_tracing_here
 from .kinds import matrix
 
 __all__ = ["is_affine"]
@@ -19,7 +20,7 @@ def is_affine(module: Any, site: Site) -> bool:
     """Whether a linear-like layer's own call is x W^T + b; also where that can't be tried."""
     base: type[nn.Module] = getattr(type(module), "_ll_base", type(module))
     weight = module._parameters["weight"]
-    if base.forward is nn.Linear.forward or weight.is_meta or torch.compiler.is_compiling():
+    if base.forward is nn.Linear.forward or weight.is_meta or is_tracing_here():
         return True
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(2, site.d_in, generator=gen, device="cpu").to(weight.device, weight.dtype)

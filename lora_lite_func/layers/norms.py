@@ -1,4 +1,7 @@
-"""Recognising a norm by what it does: a tiny call on a copy tells whether a module normalises, and whether it uses 1 + its weight."""
+"""Recognising a norm by what it does.
+
+A tiny call on a copy tells whether a module normalises, and whether it uses 1 + its weight.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.torch_internals import CALL_HOOKS, RUNNING_NORMS
+
 __all__ = ["normalises", "uses_one_plus"]
 
-_TORCHS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_LIKE = 1e-2  # what eps does to the output of a norm whose input grows eightfold is far less
+_TORCHS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, RUNNING_NORMS)
+_LIKE = 1e-2
+"""Far more than eps does to the output of a norm whose input grows eightfold."""
 
 
 def normalises(module: nn.Module) -> bool:
@@ -48,7 +54,7 @@ def _probed(module: nn.Module, gain: float, x: Tensor) -> Tensor | None:
     """The call with every gain at `gain` and no bias, on a copy; None if it can't be called so."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for name in CALL_HOOKS:
         copy.__dict__[name] = type(module.__dict__[name])()
     given: dict[str, Any] = {
         name: None if p is None else torch.zeros(p.shape, device="cpu")

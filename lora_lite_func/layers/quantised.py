@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import UnsupportedError
+from ..core.torch_internals import is_wrapper
 
 __all__ = ["dequantised", "unpacked"]
 
@@ -46,7 +46,7 @@ def unpacked(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
     made: Any = nn.Linear(
         module.in_features, module.out_features, bias=bias is not None, device="meta"
     )
-    if is_traceable_wrapper_subclass(module._parameters["weight"]):
+    if is_wrapper(module._parameters["weight"]):
         made = copy.copy(module)
         made.__dict__["_parameters"] = dict(module._parameters)
     made.weight = nn.Parameter(weight, requires_grad=False)
@@ -56,11 +56,7 @@ def unpacked(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
 
 def _wrapped(module: Any, weight: Any) -> Tensor | None:
     """A tensor subclass that knows its values (torchao)."""
-    values = (
-        weight.dequantize()
-        if is_traceable_wrapper_subclass(weight) and hasattr(weight, "dequantize")
-        else None
-    )
+    values = weight.dequantize() if is_wrapper(weight) and hasattr(weight, "dequantize") else None
     return values if isinstance(values, Tensor) else None
 
 

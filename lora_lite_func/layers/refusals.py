@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import at_trace_time
+from ..core.torch_internals import at_trace_time, is_compiled
 
 __all__ = ["check_model", "refusal", "refuse_uncopyable"]
 
@@ -27,7 +27,7 @@ def _refusal(cls: type) -> str | None:
         return "is a TorchScript module, whose calls can't be changed; give the nn.Module it was made from"
     if issubclass(cls, nn.modules.lazy.LazyModuleMixin) and cls.cls_to_become is not None:
         return "is lazy and hasn't its sizes yet; call the model once on an example, then use it"
-    if any(home == "torch._dynamo.eval_frame" for home in homes):
+    if is_compiled(cls):
         return (
             "is the result of torch.compile, which holds on to the original; give that one "
             "(`compiled._orig_mod`) and compile the call: "

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import UnsupportedError
+from ..core.torch_internals import is_wrapper
 from .quantised import dequantised
 
 __all__ = [
@@ -109,11 +109,7 @@ def is_packed(weight: Tensor) -> bool:
     """Quantised: not a floating tensor of 16 bits at least, or a subclass that keeps its values in
     other tensors.
     """
-    return (
-        not weight.is_floating_point()
-        or weight.itemsize == 1
-        or is_traceable_wrapper_subclass(weight)
-    )
+    return not weight.is_floating_point() or weight.itemsize == 1 or is_wrapper(weight)
 
 
 def held(module: Any, name: str = "weight") -> Tensor:
