@@ -1,19 +1,38 @@
-"""The contract between a method and the runtime: Site (where), ParamSpec (which tensors), Variant (the maths)."""
+"""Variant: one method as a record of pure functions; and the methods that are known, by config and by name."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import ConfigError, nearest, short_repr
-from .random import Draw
-from .site import Params, Site
+from .phases import (
+    ConfigT,
+    DataT,
+    DenseFn,
+    FactorsFn,
+    InitFn,
+    InputsFn,
+    Layer,
+    NeedsFn,
+    OutputsFn,
+    ParamSpec,
+    ParamSpecsFn,
+    PlanFn,
+    PrepareFn,
+    ProjectFn,
+    ScaleFn,
+    ScalingFn,
+    ValidateFn,
+    WeightFn,
+)
+from .site import Site
 
 __all__ = [
     "MATRICES",
@@ -29,61 +48,7 @@ __all__ = [
 ]
 
 MATRICES = ("linear", "conv", "parameter")
-"""The kinds that a dense equivalent is all it takes for."""
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One tensor of a method at a site.
-
-    Attributes:
-        shape: its shape.
-        init: "zeros", "ones", "kaiming" (uniform in +-1/sqrt(n), n the last dimension), or a draw
-            (shape, generator) -> float32 CPU tensor, by that torch.Generator alone.
-        trainable: False for a tensor that is part of the adapter but never learned.
-        dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates,
-            angles, magnitudes); an integer dtype is taken as it is.
-        rank_axis: the axis that counts directions, where one more direction of zeros changes
-            nothing: such tensors of different ranks stack.
-    """
-
-    shape: tuple[int, ...]
-    init: Literal["zeros", "ones", "kaiming"] | Draw = "zeros"
-    trainable: bool = True
-    dtype: torch.dtype | None = None
-    rank_axis: int | None = None
-
-
-class Layer(Protocol):
-    """The frozen layer as `prepare` may see it."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Its bias (d_out,), if it has one."""
-
-    @property
-    def weight(self) -> Tensor:
-        """Its dense weight (d_out, d_in). Raises UnsupportedError where there is none (packed,
-        offloaded, adapted already).
-        """
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether its weight isn't the one that the method's start may have read: other adapters
-        are inside, or the call has another base weight.
-        """
-
-    @property
-    def training(self) -> bool:
-        """Whether it is in training mode."""
-
-    def current_weight(self) -> Tensor:
-        """Its weight (d_out, d_in) with the other adapters in, made for this call: as much work as
-        d_in rows through the layer.
-        """
-
-    def linear(self, x: Tensor) -> Tensor:
-        """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""
+"""Kinds of site that any method with `weight` can adapt."""
 
 
 def _default_scaling(cfg: AdapterConfig, site: Site) -> float:
@@ -91,102 +56,76 @@ def _default_scaling(cfg: AdapterConfig, site: Site) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One method: a record of pure functions. `p` is the site's {lora_name: tensor}, `d` what
-        `prepare` returned.
+class Variant(Generic[ConfigT, DataT]):
+    """One method: a record of pure functions, none of which may write on what it is given.
 
-    None of them may write on what it is given: x, W and b can be the model's own.
+    The types of the functions, in core/phases.py, say their arguments and shapes. A method needs
+    `param_specs` and at least one of `inputs`, `outputs` and `weight`.
 
     Attributes:
         name: how files and tables call it.
         config: its config class.
+        param_specs: which tensors a site has.
         paper: authors, year, arXiv id.
-        param_specs: (cfg, site) -> {lora_name: ParamSpec}. Raises UnsupportedError for what it
-            can't do there.
-        init: (cfg, site, specs, weight, stats, generator) -> {lora_name: tensor}, for starts that
-            the specs' inits don't say; may return some of the tensors. `weight` is the dense
-            (d_out, d_in) float weight if "weight" is in `needs`, else None; `generator(name)` gives
-            the torch.Generator of a tensor.
-        prepare: (cfg, p, site, layer) -> d, small tensors that the phases share.
-        inputs: (cfg, p, d, x, site) -> x', before the frozen layer, shapes (..., d_in), in x's
-            dtype (which needn't be p's: a spec's own dtype may be wider).
-        outputs: (cfg, p, d, x, y, site) -> y' (..., d_out), after it, in y's dtype; x is what came
-            to this adapter, y what the layer gave.
-        weight: (cfg, p, site, W, b) -> (W', b'), the dense equivalent, shapes (d_out, d_in) and
-            (d_out,) or None; W and b are float32 at least, whatever the layer's dtype. b is None
-            where the layer has no bias; a b' then gives it one, an embedding adds it to every row
-            of its table, and a bare parameter ("parameter", "vector") refuses it.
-        additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b
-            on b.
-        validate: (cfg, p, site) -> None: raises StructureError where a frozen tensor holds values
-            that can't be meant, such as an index out of range. Asked of what a file says; p may
-            have a leading axis of a stack's members.
-        dense: (cfg, site, tokens) -> bool: whether, for that many rows of input, one product with
-            `weight`'s W' costs less than the frozen layer and the phases; by sizes (and grad mode,
-            as training pays for a gradient of W') alone. The runtime then takes it at plain dense
-            layers where nothing would be rounded away; by default it never does.
-        scale: (cfg, p, c) -> p', the adapter at c times its strength: c = 0 is the base, c = 1
-            changes nothing. What p' leaves out stays.
-        project: (cfg, p) -> p' likewise, the nearest parameters that a constraint of the method
-            allows; for `ll.project`, after a step.
-        scaling: (cfg, site) -> float, what `site.scale` is; alpha / r by default.
-        needs: what init may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
-        needs_by: cfg -> which of these it needs under a config; None for all.
-        plan: (cfg, sites, seen) -> cfg', from what all sites saw; for ranks that are shared out
-            among them.
-        sites: kinds of site it can adapt, the one that it takes when the config names none first.
-            By default `MATRICES` for a method with `weight` whose start needs no data, else linear
-            layers; so a `weight` that always moves the bias needs them named.
-        low_rank_factors: (cfg, p, site) -> (A (k, d_in), B (d_out, k), s), where the update is s B
-            A and nothing else; a plain linear layer then goes by them instead of the phases, and
-            `ll.combine_adapters` and the files of others take them.
-        batched: its phases take several members at once as they are, leaves (m, ...) and x (m, n,
-            ..., d_in), and `site.scale` may be (m,); otherwise they are mapped over the members.
+        init: starts that the specs' own inits don't say.
+        prepare: small tensors that the phases share, of the parameters alone.
+        inputs: the phase before the frozen layer.
+        outputs: the phase after it.
+        weight: the dense equivalent, for merging and for weights that are used uncalled.
+        additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b on
+            b.
+        validate: a check of frozen tensors' values, for what a file says.
+        dense: whether, for so many tokens, a product with `weight`'s W' costs less than the frozen
+            layer and the phases. Plain dense layers then take it where nothing would be rounded
+            away; without it they never do.
+        scale: the adapter at another strength, for `ll.scale`.
+        project: the nearest tensors that a constraint of the method allows, for `ll.project`.
+        scaling: the scale of a site's update, alpha / r by default.
+        needs: what `init` may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
+        needs_by: which of these it needs under a config; None for all.
+        plan: a config made anew from what all sites saw.
+        sites: kinds of site that the method can adapt, first the one that it takes when the config
+            names none. By default `MATRICES` for a method with `weight` whose start needs no data,
+            else linear layers; a `weight` that always moves the bias has to name its kinds.
+        low_rank_factors: the update as a factor pair. A plain linear layer then takes that instead
+            of the phases; `ll.combine_adapters` and other libraries' files take it too.
+        batched: the phases take several members at once as they are, leaves (m, ...) and x (m, n,
+            ..., d_in), where `site.scale` may be (m,). Otherwise they are mapped over the members.
     """
 
     name: str
-    config: type[AdapterConfig]
-    param_specs: Callable[[Any, Site], Mapping[str, ParamSpec]]
+    config: type[ConfigT]
+    param_specs: ParamSpecsFn[ConfigT]
     paper: str = ""
-    init: Callable[..., Mapping[str, Tensor]] | None = None
-    prepare: Callable[[Any, Params, Site, Layer], Any] | None = None
-    inputs: Callable[[Any, Params, Any, Tensor, Site], Tensor] | None = None
-    outputs: Callable[[Any, Params, Any, Tensor, Tensor, Site], Tensor] | None = None
-    weight: (
-        Callable[[Any, Params, Site, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None
-    ) = None
+    init: InitFn[ConfigT] | None = None
+    prepare: PrepareFn[ConfigT, DataT] | None = None
+    inputs: InputsFn[ConfigT, DataT] | None = None
+    outputs: OutputsFn[ConfigT, DataT] | None = None
+    weight: WeightFn[ConfigT] | None = None
     additive: bool = False
-    validate: Callable[[Any, Params, Site], None] | None = None
-    dense: Callable[[Any, Site, int], bool] | None = None
-    scale: Callable[[Any, Params, Any], Mapping[str, Tensor]] | None = None
-    project: Callable[[Any, Params], Mapping[str, Tensor]] | None = None
-    scaling: Callable[[Any, Site], float] = _default_scaling
+    validate: ValidateFn[ConfigT] | None = None
+    dense: DenseFn[ConfigT] | None = None
+    scale: ScaleFn[ConfigT] | None = None
+    project: ProjectFn[ConfigT] | None = None
+    scaling: ScalingFn[ConfigT] = _default_scaling
     needs: frozenset[str] = frozenset()
-    needs_by: Callable[[Any], frozenset[str]] | None = None
-    plan: Callable[[Any, Sequence[Site], Mapping[str, Any]], AdapterConfig] | None = None
+    needs_by: NeedsFn[ConfigT] | None = None
+    plan: PlanFn[ConfigT] | None = None
     sites: tuple[str, ...] = ()
-    low_rank_factors: (
-        Callable[[Any, Params, Site], tuple[Tensor, Tensor, float | Tensor]] | None
-    ) = None
+    low_rank_factors: FactorsFn[ConfigT] | None = None
     batched: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.needs, set):
             object.__setattr__(self, "needs", frozenset(self.needs))
         if not self.sites:
-            object.__setattr__(
-                self,
-                "sites",
-                MATRICES
-                if self.weight is not None and set(self.needs) <= {"weight"}
-                else MATRICES[:1],
-            )
+            anywhere = self.weight is not None and set(self.needs) <= {"weight"}
+            object.__setattr__(self, "sites", MATRICES if anywhere else MATRICES[:1])
         if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
-            object.__setattr__(
-                self, "sites", tuple(sorted(self.sites, key=lambda kind: (kind != "linear", kind)))
-            )
+            ordered = sorted(self.sites, key=lambda kind: (kind != "linear", kind))
+            object.__setattr__(self, "sites", tuple(ordered))
 
-    def needs_of(self, cfg: AdapterConfig) -> frozenset[str]:
+    def needs_of(self, cfg: ConfigT) -> frozenset[str]:
         """What init needs under a config."""
         return self.needs if self.needs_by is None else self.needs_by(cfg)
 
@@ -195,24 +134,32 @@ class Variant:
         """Whether it can act around a layer's call; a method that can't goes by the weight."""
         return self.inputs is not None or self.outputs is not None
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _OLD_KEYWORDS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self, _OLD_KEYWORDS[name])
+    @property
+    def factor(self) -> ScalingFn[ConfigT]:
+        """What versions before 0.2.0 called `scaling`."""
+        return self.scaling
+
+    @property
+    def factors(self) -> FactorsFn[ConfigT] | None:
+        """What versions before 0.2.0 called `low_rank_factors`."""
+        return self.low_rank_factors
+
+    @property
+    def leading(self) -> bool:
+        """What versions before 0.2.0 called `batched`."""
+        return self.batched
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return variant_for, (
-            self.config,
-        )  # a record of functions travels as the class of its config
+        return variant_for, (self.config,)  # functions don't travel, the config's class finds them
 
 
 _OLD_KEYWORDS = {"factor": "scaling", "factors": "low_rank_factors", "leading": "batched"}
-"""What versions before 0.2.0 called fields of a Variant; still taken as keywords, and read."""
+"""What versions before 0.2.0 called fields of a Variant; still taken as keywords."""
 
 
 def _with_old_keywords(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def take(self: Variant, **fields: Any) -> None:
+    def take(self: Variant, **fields: object) -> None:
         for old, new in _OLD_KEYWORDS.items():
             if old in fields:
                 if new in fields:

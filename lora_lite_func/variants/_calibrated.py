@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.site import Site
+from ..core.statistics import SiteStatistics
 
-__all__ = ["Seen", "check_tokens", "projected", "wide"]
-
-
-class Seen(Protocol):
-    """The calibration statistics of a site, as a method's `init` gets them."""
-
-    @property
-    def moments(self) -> object:
-        """The sums; one object for layers with one input."""
-
-    @property
-    def pairs(self) -> Tensor:
-        """(2, n, d_in): the input at the last token, of n positive texts and of their negative
-        counterparts.
-        """
-
-    @property
-    def count(self) -> int:
-        """N, the tokens seen."""
-
-    @property
-    def mean(self) -> Tensor:
-        """(d_in,) mean of x."""
-
-    @property
-    def magnitude(self) -> Tensor:
-        """(d_in,) mean of |x|."""
-
-    @property
-    def second(self) -> Tensor:
-        """(d_in, d_in) mean of x^T x."""
-
-    @property
-    def gradient(self) -> Tensor:
-        """(d_out, d_in) mean gradient of the loss in the weight."""
+__all__ = ["check_tokens", "projected", "wide"]
 
 
 def wide(t: Tensor) -> Tensor:
@@ -54,7 +19,7 @@ def wide(t: Tensor) -> Tensor:
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 
-def check_tokens(seen: Seen, least: int, method: str) -> None:
+def check_tokens(seen: SiteStatistics, least: int, method: str) -> None:
     """Refuse statistics of fewer tokens than there are directions to find, or of inputs that are
     all zero.
 

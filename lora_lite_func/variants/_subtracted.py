@@ -1,26 +1,24 @@
-"""Methods that start at non-zero factors and subtract their frozen start: y' = y + s (B A - B0 A0) x. They differ in the start alone."""
+"""Methods that start at non-zero factors and subtract that start: y' = y + s (B A - B0 A0) x.
+
+They differ in the start alone: `variant` makes their record of it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
-from ..core.method import Layer, ParamSpec
+from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import ConfigT, Factors, InitFn, ParamSpecsFn
 from ..core.site import Params, Site
 from ..kernels import low_rank
 
-__all__ = [
-    "check_alpha",
-    "low_rank_factors",
-    "outputs",
-    "param_specs",
-    "prepare",
-    "scale",
-    "weight",
-]
+__all__ = ["check_alpha", "factor_specs", "started", "variant"]
+
+_NAMES = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
 def check_alpha(cfg: AdapterConfig) -> None:
@@ -35,8 +33,8 @@ def check_alpha(cfg: AdapterConfig) -> None:
         )
 
 
-def param_specs(site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_A (r, d_in), lora_B (d_out, r), and their frozen starts."""
+def factor_specs(site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_A (r, d_in) and lora_B (d_out, r), and their frozen starts."""
     a, b = (site.r, site.d_in), (site.d_out, site.r)
     return {
         "lora_A": ParamSpec(a, rank_axis=0),
@@ -46,11 +44,20 @@ def param_specs(site: Site) -> dict[str, ParamSpec]:
     }
 
 
+def started(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The tensors at their start, A (r, d_in) and B (d_out, r)."""
+    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+
+
+def _difference(p: Params) -> tuple[Tensor, Tensor]:
+    """B A - B0 A0 as one factor pair of rank 2r, (2r, d_in) and (d_out, 2r)."""
+    A, B, A0, B0 = (p[name] for name in _NAMES)
+    return low_rank.difference(A, B, A0, B0)
+
+
 def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
     """The update as one factor pair of rank 2r."""
-    return low_rank.difference(
-        p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"]
-    )  # (2r, d_in), (d_out, 2r)
+    return _difference(p)
 
 
 def outputs(
@@ -64,19 +71,54 @@ def weight(
     cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """W + s (B A - B0 A0)."""
-    A, B = low_rank.difference(
-        *(p[n].to(W.dtype) for n in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-    )
+    A, B = _difference({name: t.to(W.dtype) for name, t in p.items()})
     return low_rank.add_dense(W, A, B, site.scale), b
 
 
-def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: AdapterConfig, p: Params, c: float | Tensor) -> Mapping[str, Tensor]:
     """Both terms times c."""
     return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}
 
 
-def low_rank_factors(
-    cfg: AdapterConfig, p: Params, site: Site
-) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
     """The update as one factor pair of rank 2r, and alpha / r."""
-    return (*low_rank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"]), site.scale)
+    return (*_difference(p), site.scale)
+
+
+def variant(
+    *,
+    name: str,
+    config: type[ConfigT],
+    paper: str,
+    param_specs: ParamSpecsFn[ConfigT],
+    init: InitFn[ConfigT],
+    needs: frozenset[str],
+    sites: tuple[str, ...] = (),
+) -> Variant[ConfigT, tuple[Tensor, Tensor]]:
+    """The record of a method that differs from the others in its start.
+
+    Args:
+        name: as files and tables call it.
+        config: its config class.
+        paper: authors, year, arXiv id.
+        param_specs: `factor_specs`, after the method's own checks.
+        init: gives `started(A, B)`.
+        needs: what `init` needs.
+        sites: kinds of site; the default as in Variant.
+    """
+    return Variant(
+        name=name,
+        config=config,
+        paper=paper,
+        param_specs=param_specs,
+        init=init,
+        prepare=prepare,
+        outputs=outputs,
+        weight=weight,
+        additive=True,
+        scale=scale,
+        low_rank_factors=low_rank_factors,
+        batched=True,
+        needs=needs,
+        sites=sites,
+    )

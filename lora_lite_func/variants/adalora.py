@@ -9,12 +9,12 @@ Identity at the start: lam = 0. Needs only x and y. (PEFT divides by r + 1e-5.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Factors
 from ..core.random import normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -64,14 +64,12 @@ def weight(
     ), b
 
 
-def scale(cfg: AdaLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: AdaLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """lam times c."""
     return {**p, "lora_E": p["lora_E"] * c}
 
 
-def low_rank_factors(
-    cfg: AdaLoRAConfig, p: Params, site: Site
-) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(cfg: AdaLoRAConfig, p: Params, site: Site) -> Factors:
     """diag(lam) Q, P and alpha / r."""
     return p["lora_E"].unsqueeze(-1) * p["lora_A"], p["lora_B"], site.scale
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.site import Params, Site
+from ..core.statistics import SiteStatistics
 from ..kernels import block_diagonal, cayley, cost, low_rank
 from . import _calibrated
 
@@ -96,7 +97,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: Tensor,
-    stats: _calibrated.Seen | None,
+    stats: SiteStatistics | None,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The chosen r singular triplets, in order of their singular values.
@@ -164,7 +165,7 @@ def dense(cfg: AntiPaSTOConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: AntiPaSTOConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: AntiPaSTOConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """d and A times c."""
     return {name: t * c if name in ("lora_delta_s", "lora_rot") else t for name, t in p.items()}
 

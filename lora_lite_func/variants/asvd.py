@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
-from ..core.method import ParamSpec, Variant
+from ..core.method import ParamSpec
 from ..core.site import Site
+from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _calibrated, _subtracted
 
@@ -55,7 +56,7 @@ def param_specs(cfg: ASVDConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: r is above min(d_in, d_out).
     """
     low_rank.check_rank(site, "ASVD")
-    return _subtracted.param_specs(site)
+    return _subtracted.factor_specs(site)
 
 
 def init(
@@ -63,7 +64,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: Tensor,
-    stats: _calibrated.Seen,
+    stats: SiteStatistics,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The top r singular triplets of W M.
@@ -82,21 +83,14 @@ def init(
         ).sqrt()  # a root up to a rotation, which U and S don't see
     U, S, _ = torch.linalg.svd(WM, full_matrices=False)
     A, B = _calibrated.projected(W, U, S, slice(site.r), site)
-    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+    return _subtracted.started(A, B)
 
 
-VARIANT = Variant(
+VARIANT = _subtracted.variant(
     name="asvd",
     config=ASVDConfig,
     paper="Yuan et al. 2023, arXiv 2312.05821",
     param_specs=param_specs,
     init=init,
-    prepare=_subtracted.prepare,
-    outputs=_subtracted.outputs,
-    low_rank_factors=_subtracted.low_rank_factors,
-    batched=True,
-    weight=_subtracted.weight,
-    additive=True,
-    scale=_subtracted.scale,
     needs=frozenset({"weight", "inputs"}),
 )

@@ -9,7 +9,6 @@ Identity at the start: b~ = 0. Needs only y. r and alpha have no part in this me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ def weight(
     return W, shift if b is None else b + shift
 
 
-def scale(cfg: BitFitConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: BitFitConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """b~ times c."""
     return {"lora_b": p["lora_b"] * c}
 

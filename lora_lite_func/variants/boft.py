@@ -11,7 +11,7 @@ Identity at the start: Q = 0 and s = 1, exactly. Needs only x and y. r and alpha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ def dense(cfg: BOFTConfig, site: Site, tokens: int) -> bool:
     return cost.dense_pays(site, tokens, branch=turn + cost.PASS * site.d_out, build=build)
 
 
-def scale(cfg: BOFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: BOFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Q times c, the scale moved along its line from 1."""
     return {"lora_boft_q": p["lora_boft_q"] * c, "lora_boft_s": 1.0 + c * (p["lora_boft_s"] - 1.0)}
 

@@ -11,7 +11,6 @@ Identity at the start: w = 0 (PEFT draws it). Needs only x and y. r and alpha ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +107,7 @@ def dense(cfg: C3AConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: C3AConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: C3AConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """w times c."""
     return {"lora_w": p["lora_w"] * c}
 

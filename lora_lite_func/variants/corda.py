@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
-from ..core.method import ParamSpec, Variant
+from ..core.method import ParamSpec
 from ..core.site import Site
+from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _calibrated, _subtracted
 
@@ -53,7 +54,7 @@ def param_specs(cfg: CorDAConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: r is above min(d_in, d_out).
     """
     low_rank.check_rank(site, "CorDA")
-    return _subtracted.param_specs(site)
+    return _subtracted.factor_specs(site)
 
 
 def init(
@@ -61,7 +62,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: Tensor,
-    stats: _calibrated.Seen,
+    stats: SiteStatistics,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The top or bottom r singular triplets of W C.
@@ -75,21 +76,14 @@ def init(
     U, S, _ = torch.linalg.svd(W @ C, full_matrices=False)  # (d_out, k), (k,)
     chosen = slice(0, site.r) if cfg.mode == "ipm" else slice(len(S) - site.r, None)
     A, B = _calibrated.projected(W, U, S, chosen, site)
-    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+    return _subtracted.started(A, B)
 
 
-VARIANT = Variant(
+VARIANT = _subtracted.variant(
     name="corda",
     config=CorDAConfig,
     paper="Yang et al. 2024, arXiv 2406.05223",
     param_specs=param_specs,
     init=init,
-    prepare=_subtracted.prepare,
-    outputs=_subtracted.outputs,
-    low_rank_factors=_subtracted.low_rank_factors,
-    batched=True,
-    weight=_subtracted.weight,
-    additive=True,
-    scale=_subtracted.scale,
     needs=frozenset({"weight", "inputs"}),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Factors
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -122,14 +123,12 @@ def weight(
     return low_rank.add_dense(W, *_factors(p, low_rank.core_dtype(W.dtype))), b
 
 
-def scale(cfg: DeLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: DeLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Both strengths times c."""
     return {name: t * c if name.startswith("lora_lambda") else t for name, t in p.items()}
 
 
-def low_rank_factors(
-    cfg: DeLoRAConfig, p: Params, site: Site
-) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(cfg: DeLoRAConfig, p: Params, site: Site) -> Factors:
     """A~, B~ and 1."""
     return (*_factors(p, low_rank.core_dtype(p["lora_A"].dtype)), 1.0)
 

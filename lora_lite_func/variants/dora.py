@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ def weight(
     return _gain(p, n2, stored)[:, None].to(W.dtype) * V, b
 
 
-def scale(cfg: DoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: DoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B times c, m moved along its line from |W_i|."""
     start = p["lora_wnorm2"].sqrt()
     return {**p, "lora_B": p["lora_B"] * c, "lora_m": start + c * (p["lora_m"] - start)}

@@ -23,7 +23,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
+from ..core.phases import Factors
 from ..core.site import Params, Site
+from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _calibrated
 
@@ -78,7 +80,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: None,
-    stats: _calibrated.Seen,
+    stats: SiteStatistics,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The top r eigenvectors of the second moment, each with its largest entry positive.
@@ -97,7 +99,7 @@ def init(
     return {"lora_A": A}
 
 
-def _moment(cfg: EVAConfig, seen: _calibrated.Seen) -> Tensor:
+def _moment(cfg: EVAConfig, seen: SiteStatistics) -> Tensor:
     """Mean of x^T x, (d_in, d_in), of the centred inputs if asked."""
     C = _calibrated.wide(seen.second)
     if not cfg.center:
@@ -106,7 +108,7 @@ def _moment(cfg: EVAConfig, seen: _calibrated.Seen) -> Tensor:
     return C - torch.outer(mean, mean)
 
 
-def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, _calibrated.Seen]) -> EVAConfig:
+def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, SiteStatistics]) -> EVAConfig:
     """The config with the ranks shared out anew.
 
     Raises:
@@ -167,9 +169,7 @@ def scaling(cfg: EVAConfig, site: Site) -> float:
     return site.alpha / (site.r**0.5 if cfg.rslora else site.r)
 
 
-def low_rank_factors(
-    cfg: EVAConfig, p: Params, site: Site
-) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(cfg: EVAConfig, p: Params, site: Site) -> Factors:
     """A, B and alpha / r."""
     return p["lora_A"], p["lora_B"], site.scale
 

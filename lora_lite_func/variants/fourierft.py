@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: FourierFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: FourierFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """The coefficients times c."""
     return {**p, "lora_c": p["lora_c"] * c}
 

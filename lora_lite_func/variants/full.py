@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ def weight(
     return p["lora_W"].to(W.dtype), b
 
 
-def scale(cfg: FullConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: FullConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """The copy moved along the line from its start.
 
     Raises:

@@ -10,7 +10,6 @@ Identity at the start: B = 0 (and B~ = 0). Needs only x and y.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ def weight(
     ) if cfg.hybrid_r else W, b
 
 
-def scale(cfg: GraLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: GraLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B (and B~) times c."""
     return {name: t * c if name.startswith("lora_B") else t for name, t in p.items()}
 

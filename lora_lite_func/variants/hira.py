@@ -9,7 +9,6 @@ Identity at the start: B = 0. Multiplies the dense weight in every call: not for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +75,7 @@ def dense(cfg: HiRAConfig, site: Site, tokens: int) -> bool:
     return True
 
 
-def scale(cfg: HiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: HiRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B times c."""
     return {**p, "lora_B": p["lora_B"] * c}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,7 @@ def weight(
     return torch.addmm(W, (W @ U.mT) @ _T(U), U, alpha=-1.0), b
 
 
-def scale(cfg: HRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: HRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Each pair of reflections is a rotation by twice the angle between its rows: turn the second
     row to c times that angle.
     """

@@ -10,7 +10,6 @@ Identity at the start: g = 1. Needs only x and y. r and alpha have no part in th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ def input_weight(
     return W * p["lora_g"].to(W.dtype), b
 
 
-def scale(cfg: AdapterConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: AdapterConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """The gate moved along its line from 1."""
     return {"lora_g": 1.0 + c * (p["lora_g"] - 1.0)}
 

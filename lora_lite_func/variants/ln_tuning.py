@@ -10,7 +10,6 @@ Identity at the start: dw = db = 0. Needs nothing. r and alpha have no part in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +40,7 @@ def weight(
     )
 
 
-def scale(cfg: LNTuningConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: LNTuningConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """dw and db times c."""
     return {name: t * c for name, t in p.items()}
 

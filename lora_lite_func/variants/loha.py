@@ -11,7 +11,6 @@ Identity at the start: A2 = 0. Needs only x and y.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -90,7 +89,7 @@ def dense(cfg: LoHaConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: LoHaConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: LoHaConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """One factor times c."""
     return {**p, "lora_w2_b": p["lora_w2_b"] * c}
 

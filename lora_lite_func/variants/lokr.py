@@ -16,7 +16,7 @@ Identity at the start: W1 = 0. Needs only x and y.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ def dense(cfg: LoKrConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: LoKrConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: LoKrConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """W1 times c."""
     name = "lora_w1" if "lora_w1" in p else "lora_w1_a"
     return {**p, name: p[name] * c}

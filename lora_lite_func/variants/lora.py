@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.phases import Factors
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -100,7 +101,7 @@ def weight(
     return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
 
 
-def scale(cfg: LoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: LoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B times c."""
     return {**p, "lora_B": p["lora_B"] * c}
 
@@ -110,9 +111,7 @@ def scaling(cfg: LoRAConfig, site: Site) -> float:
     return site.alpha / (math.sqrt(site.r) if cfg.rslora else site.r)
 
 
-def low_rank_factors(
-    cfg: LoRAConfig, p: Params, site: Site
-) -> tuple[Tensor, Tensor, float | Tensor]:
+def low_rank_factors(cfg: LoRAConfig, p: Params, site: Site) -> Factors:
     """A, B and alpha / r."""
     return p["lora_A"], p["lora_B"], site.scale
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.method import ParamSpec, Variant
+from ..core.method import ParamSpec
 from ..core.site import Site
+from ..core.statistics import SiteStatistics
 from . import _calibrated, _subtracted
 
 
@@ -65,7 +66,7 @@ def param_specs(cfg: LoRAGAConfig, site: Site) -> dict[str, ParamSpec]:
             f"rank of at most {limit}, found r={site.r}; "
             "lower r, or set it there with rank_pattern"
         )
-    return _subtracted.param_specs(site)
+    return _subtracted.factor_specs(site)
 
 
 def init(
@@ -73,7 +74,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: None,
-    stats: _calibrated.Seen,
+    stats: SiteStatistics,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The gradient's top 2r singular vectors, half of them on each side.
@@ -99,7 +100,7 @@ def init(
         else 1.0
     )
     A, B = c * Vh[of_A], c * U[:, of_B]  # (r, d_in), (d_out, r)
-    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+    return _subtracted.started(A, B)
 
 
 def _split(direction: str, r: int, gen: torch.Generator) -> tuple[list[int], list[int]]:
@@ -112,18 +113,11 @@ def _split(direction: str, r: int, gen: torch.Generator) -> tuple[list[int], lis
     return (order[r:], order[:r]) if direction == "A2rBr" else (order[:r], order[r:])
 
 
-VARIANT = Variant(
+VARIANT = _subtracted.variant(
     name="lora_ga",
     config=LoRAGAConfig,
     paper="Wang, Yu and Li 2024, arXiv 2407.05000",
     param_specs=param_specs,
     init=init,
-    prepare=_subtracted.prepare,
-    outputs=_subtracted.outputs,
-    low_rank_factors=_subtracted.low_rank_factors,
-    batched=True,
-    weight=_subtracted.weight,
-    additive=True,
-    scale=_subtracted.scale,
     needs=frozenset({"gradients"}),
 )

@@ -11,7 +11,7 @@ Identity at the start: D = 0. Needs only x and y; "bat" multiplies the dense wei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ def dense(cfg: MiSSConfig, site: Site, tokens: int) -> bool:
     return cfg.mode == "bat"
 
 
-def scale(cfg: MiSSConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: MiSSConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """D times c."""
     return {"lora_D": p["lora_D"] * c}
 

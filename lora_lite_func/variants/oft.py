@@ -13,7 +13,6 @@ Identity at the start: Q = 0, so E is exactly zero. Needs only x. r and alpha ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: OFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: OFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Q times c; at -1 the inverse rotation."""
     return {"lora_oft_q": p["lora_oft_q"] * c}
 

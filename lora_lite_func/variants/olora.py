@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
-from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.method import MATRICES, ParamSpec
 from ..core.site import Site
 from ..kernels import low_rank
 from . import _subtracted
@@ -44,7 +44,7 @@ def param_specs(cfg: OLoRAConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: r is above min(d_in, d_out).
     """
     low_rank.check_rank(site, "OLoRA")
-    return _subtracted.param_specs(site)
+    return _subtracted.factor_specs(site)
 
 
 def init(
@@ -58,22 +58,15 @@ def init(
     """The first r columns of Q and rows of R."""
     Q, R = torch.linalg.qr(weight)  # (d_out, k), (k, d_in)
     A, B = R[: site.r], Q[:, : site.r]
-    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+    return _subtracted.started(A, B)
 
 
-VARIANT = Variant(
+VARIANT = _subtracted.variant(
     name="olora",
     config=OLoRAConfig,
     paper="Büyükakyüz 2024, arXiv 2406.01775",
     param_specs=param_specs,
     init=init,
-    prepare=_subtracted.prepare,
-    outputs=_subtracted.outputs,
-    low_rank_factors=_subtracted.low_rank_factors,
-    batched=True,
-    weight=_subtracted.weight,
-    additive=True,
-    scale=_subtracted.scale,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
 )

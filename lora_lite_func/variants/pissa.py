@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
-from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.method import MATRICES, ParamSpec
 from ..core.site import Site
 from ..kernels import low_rank
 from . import _subtracted
@@ -52,7 +52,7 @@ def param_specs(cfg: PiSSAConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: r is above min(d_in, d_out).
     """
     low_rank.check_rank(site, "PiSSA")
-    return _subtracted.param_specs(site)
+    return _subtracted.factor_specs(site)
 
 
 def init(
@@ -67,22 +67,15 @@ def init(
     U, S, Vh = low_rank.top_svd(weight, site.r, cfg.svd_niter, generator("lora_A0"))
     root = (S / site.scaling).sqrt()  # (r,)
     A, B = root[:, None] * Vh, U * root  # (r, d_in), (d_out, r)
-    return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
+    return _subtracted.started(A, B)
 
 
-VARIANT = Variant(
+VARIANT = _subtracted.variant(
     name="pissa",
     config=PiSSAConfig,
     paper="Meng, Wang and Zhang 2024, arXiv 2404.02948",
     param_specs=param_specs,
     init=init,
-    prepare=_subtracted.prepare,
-    outputs=_subtracted.outputs,
-    low_rank_factors=_subtracted.low_rank_factors,
-    batched=True,
-    weight=_subtracted.weight,
-    additive=True,
-    scale=_subtracted.scale,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
 )

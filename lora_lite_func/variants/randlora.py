@@ -15,7 +15,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +127,7 @@ def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: RandLoRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: RandLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """lam times c."""
     return {**p, "lora_lambda": p["lora_lambda"] * c}
 

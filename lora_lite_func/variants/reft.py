@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,13 +197,13 @@ def direft(cfg: DiReFTConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Si
     return _edited(cfg, x, y, change)
 
 
-def loreft_scale(cfg: LoReFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def loreft_scale(cfg: LoReFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """W - R and b times c."""
     _, apart = _apart(p)  # lora_W + R0 - R
     return {**p, "lora_W": p["lora_W"] + (c - 1.0) * apart, "lora_b": c * p["lora_b"]}
 
 
-def direft_scale(cfg: DiReFTConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def direft_scale(cfg: DiReFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B times c."""
     return {**p, "lora_B": p["lora_B"] * c}
 

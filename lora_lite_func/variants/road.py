@@ -11,7 +11,7 @@ Identity at the start: theta = 0, a = 1, so f = 1 and s = 0 exactly. Needs only 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def weight(
     )
 
 
-def scale(cfg: ROADConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: ROADConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Angles times c, magnitudes moved along their line from 1."""
     return {
         "lora_road_theta": p["lora_road_theta"] * c,

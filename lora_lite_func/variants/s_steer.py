@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.site import Params, Site
+from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _calibrated
 
@@ -60,7 +60,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: Tensor,
-    stats: _calibrated.Seen,
+    stats: SiteStatistics,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The oriented singular directions in which the pairs differ most.
@@ -115,7 +115,7 @@ def weight(
     return low_rank.add_dense(W, *_factors(p, W.dtype)), b
 
 
-def scale(cfg: SSteerConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: SSteerConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """delta times c."""
     return {**p, "lora_delta": p["lora_delta"] * c}
 

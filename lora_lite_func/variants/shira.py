@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from ..core.config import AdapterConfig, probability, record
 from ..core.errors import UnsupportedError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.site import Params, Site
-from ..kernels.indices import check_indices
+from ..core.statistics import SiteStatistics
 from ..kernels import low_rank, positions
+from ..kernels.indices import check_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def init(
     site: Site,
     specs: Mapping[str, ParamSpec],
     weight: Tensor,
-    stats: Any,
+    stats: SiteStatistics,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """The places."""
@@ -133,16 +134,9 @@ def dense(cfg: SHiRAConfig, site: Site, tokens: int) -> bool:
     return True
 
 
-def scale(cfg: SHiRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: SHiRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """v times c."""
     return {**p, "lora_v": p["lora_v"] * c}
-
-
-_NEEDS = {
-    "magnitude": frozenset({"weight"}),
-    "grad": frozenset({"gradients"}),
-    "snip": frozenset({"weight", "gradients"}),
-}
 
 
 def validate(cfg: SHiRAConfig, p: Params, site: Site) -> None:
@@ -154,6 +148,12 @@ def validate(cfg: SHiRAConfig, p: Params, site: Site) -> None:
     rows, columns = p["lora_idx"].unbind(-2)
     check_indices((rows, columns), (site.d_out, site.d_in), "lora_idx")
 
+
+_NEEDS = {
+    "magnitude": frozenset({"weight"}),
+    "grad": frozenset({"gradients"}),
+    "snip": frozenset({"weight", "gradients"}),
+}
 
 VARIANT = Variant(
     name="shira",

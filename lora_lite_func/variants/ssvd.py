@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ def dense(cfg: SSVDConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: SSVDConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: SSVDConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """dS and K times c."""
     return {**p, "lora_delta_s": p["lora_delta_s"] * c, "lora_rot_K": p["lora_rot_K"] * c}
 

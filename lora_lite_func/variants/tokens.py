@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ def weight(
     return W.index_add(1, ids, p["lora_rows"].to(W.dtype).mT), b
 
 
-def scale(cfg: TokensConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: TokensConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """d times c."""
     return {**p, "lora_rows": p["lora_rows"] * c}
 

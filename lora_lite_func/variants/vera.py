@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +107,7 @@ def dense(cfg: VeRAConfig, site: Site, tokens: int) -> bool:
     )
 
 
-def scale(cfg: VeRAConfig, p: Params, c: Any) -> dict[str, Tensor]:
+def scale(cfg: VeRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """b times c."""
     return {**p, "lora_vera_b": p["lora_vera_b"] * c}
 

@@ -1,0 +1,282 @@
+"""What a method's functions take and give: the types of a Variant's fields.
+
+Their arguments, everywhere:
+
+    cfg      the method's own config
+    site     the Site: path, kind, d_in, d_out, rank, strength
+    p        the site's {lora_name: tensor}
+    d        what the method's own `prepare` returned; None where it has none
+    x        (..., d_in) the layer's input; ids (...) of an embedding
+    y        (..., d_out) the layer's output
+    W, b     the dense weight (d_out, d_in) and bias (d_out,) or None, float32 at least
+
+They are pure: none may write on what it is given, since x, y, W and b can be the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .config import AdapterConfig
+from .random import Draw
+from .site import Params, Site
+from .statistics import SiteStatistics
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    ConfigT = TypeVar("ConfigT", bound=AdapterConfig, default=Any)
+    DataT = TypeVar("DataT", default=Any)
+    ConfigIn = TypeVar("ConfigIn", bound=AdapterConfig, contravariant=True)
+    DataIn = TypeVar("DataIn", contravariant=True)
+    DataOut = TypeVar("DataOut", covariant=True)
+else:
+    from typing import TypeVar
+
+    ConfigT = TypeVar("ConfigT", bound=AdapterConfig)
+    DataT = TypeVar("DataT")
+    ConfigIn = TypeVar("ConfigIn", bound=AdapterConfig, contravariant=True)
+    DataIn = TypeVar("DataIn", contravariant=True)
+    DataOut = TypeVar("DataOut", covariant=True)
+
+__all__ = [
+    "ConfigT",
+    "DataT",
+    "DenseFn",
+    "Factors",
+    "FactorsFn",
+    "InitFn",
+    "InputsFn",
+    "Layer",
+    "NeedsFn",
+    "OutputsFn",
+    "ParamSpec",
+    "ParamSpecsFn",
+    "PlanFn",
+    "PrepareFn",
+    "ProjectFn",
+    "ScaleFn",
+    "ScalingFn",
+    "ValidateFn",
+    "WeightFn",
+]
+
+Factors: TypeAlias = tuple[Tensor, Tensor, float | Tensor]
+"""A (k, d_in), B (d_out, k) and s of an update s B A; s may be a tensor ()."""
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of a method at a site.
+
+    Attributes:
+        shape: its shape.
+        init: "zeros", "ones", "kaiming" (uniform in +-1/sqrt(n), n the last dimension), or a draw
+            (shape, generator) -> float32 CPU tensor, by that torch.Generator alone.
+        trainable: False for a tensor that is part of the adapter but never learned.
+        dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates,
+            angles, magnitudes); an integer dtype is taken as it is.
+        rank_axis: the axis that counts directions, where one more direction of zeros changes
+            nothing: such tensors of different ranks stack.
+    """
+
+    shape: tuple[int, ...]
+    init: Literal["zeros", "ones", "kaiming"] | Draw = "zeros"
+    trainable: bool = True
+    dtype: torch.dtype | None = None
+    rank_axis: int | None = None
+
+
+class Layer(Protocol):
+    """The frozen layer as `prepare` may see it."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias (d_out,), if it has one."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Its dense weight (d_out, d_in).
+
+        Raises:
+            UnsupportedError: it has none: it is packed, offloaded, or adapted already.
+        """
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its weight isn't the one that the method's start may have read: other adapters
+        are inside, or the call has another base weight.
+        """
+
+    @property
+    def training(self) -> bool:
+        """Whether it is in training mode."""
+
+    def current_weight(self) -> Tensor:
+        """Its weight (d_out, d_in) with the other adapters in, made for this call: as much work as
+        d_in rows through the layer.
+        """
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x W^T without the bias, (..., d_in) -> (..., d_out); works on quantised layers too."""
+
+
+# ---------------------------------------------------------------------------------------- the start
+class ParamSpecsFn(Protocol[ConfigIn]):
+    """Which tensors a site has."""
+
+    def __call__(self, cfg: ConfigIn, site: Site, /) -> Mapping[str, ParamSpec]:
+        """{lora_name: ParamSpec}; at least one, each name beginning with "lora_".
+
+        Raises:
+            UnsupportedError: the method can't adapt this site, with what would fit.
+        """
+
+
+class InitFn(Protocol[ConfigIn]):
+    """Starts that the specs' own inits don't say."""
+
+    def __call__(
+        self,
+        cfg: ConfigIn,
+        site: Site,
+        specs: Mapping[str, ParamSpec],
+        weight: Any,
+        stats: Any,
+        generator: Callable[[str], torch.Generator],
+        /,
+    ) -> Mapping[str, Tensor]:
+        """{lora_name: tensor} of the specs' shapes, for some or all of the names.
+
+        Args:
+            cfg: the config.
+            site: the site.
+            specs: what `param_specs` gave for it.
+            weight: the dense weight (d_out, d_in), a Tensor of float32 at least, if "weight" is in
+                the method's `needs`; else None.
+            stats: the site's SiteStatistics, if `needs` has "inputs", "gradients" or "pairs"; else
+                None.
+            generator: lora_name -> the torch.Generator to draw that tensor with, on the CPU.
+
+        Raises:
+            ConfigError: the statistics can't serve.
+        """
+
+
+class NeedsFn(Protocol[ConfigIn]):
+    """What `init` needs under a config."""
+
+    def __call__(self, cfg: ConfigIn, /) -> frozenset[str]:
+        """A part of the method's `needs`."""
+
+
+class PlanFn(Protocol[ConfigT]):
+    """A config made anew from what all sites saw, where ranks are shared out among them."""
+
+    def __call__(
+        self, cfg: ConfigT, sites: Sequence[Site], seen: Mapping[str, SiteStatistics], /
+    ) -> ConfigT:
+        """The config to start with.
+
+        Args:
+            cfg: the config.
+            sites: in model order.
+            seen: {path: what the site saw}.
+        """
+
+
+class ScalingFn(Protocol[ConfigIn]):
+    """The scale s of a site's update."""
+
+    def __call__(self, cfg: ConfigIn, site: Site, /) -> float:
+        """What `site.scale` is to be; alpha / r by default."""
+
+
+# --------------------------------------------------------------------------------------- the phases
+class PrepareFn(Protocol[ConfigIn, DataOut]):
+    """Small tensors that depend on the parameters alone, shared by the phases."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, site: Site, layer: Layer, /) -> DataOut:
+        """d, any pytree."""
+
+
+class InputsFn(Protocol[ConfigIn, DataIn]):
+    """The phase before the frozen layer."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, d: DataIn, x: Tensor, site: Site, /) -> Tensor:
+        """x' (..., d_in), in x's dtype, which needn't be that of p."""
+
+
+class OutputsFn(Protocol[ConfigIn, DataIn]):
+    """The phase after the frozen layer."""
+
+    def __call__(
+        self, cfg: ConfigIn, p: Params, d: DataIn, x: Tensor, y: Tensor, site: Site, /
+    ) -> Tensor:
+        """y' (..., d_out), in y's dtype. x is what came to this adapter, before its `inputs`; y
+        what the layer gave.
+        """
+
+
+# ----------------------------------------------------------------------------- the dense equivalent
+class WeightFn(Protocol[ConfigIn]):
+    """The dense equivalent of the phases: for merging, and for weights that are used uncalled."""
+
+    def __call__(
+        self, cfg: ConfigIn, p: Params, site: Site, W: Tensor, b: Tensor | None, /
+    ) -> tuple[Tensor, Tensor | None]:
+        """W' (d_out, d_in) and b' (d_out,) or None, in W's dtype.
+
+        b is None where the layer has no bias. A b' then gives it one; an embedding adds it to every
+        row of its table; a bare parameter ("parameter", "vector") refuses it.
+        """
+
+
+class ValidateFn(Protocol[ConfigIn]):
+    """A check of frozen tensors' values, which a file may have got wrong."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> None:
+        """Asked of what a file says; p may have a leading axis of a stack's members.
+
+        Raises:
+            StructureError: a frozen tensor holds what can't be meant, such as an index out of
+                range.
+        """
+
+
+class DenseFn(Protocol[ConfigIn]):
+    """Whether one product with W' is the cheaper form."""
+
+    def __call__(self, cfg: ConfigIn, site: Site, tokens: int, /) -> bool:
+        """True where, for `tokens` rows of input, a product with W' costs less than the frozen
+        layer and the phases. By sizes and grad mode alone: training pays for a gradient of W'.
+        """
+
+
+class FactorsFn(Protocol[ConfigIn]):
+    """The update as a factor pair."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> Factors:
+        """A (k, d_in), B (d_out, k), s, where the update of the weight is s B A and nothing else."""
+
+
+# ----------------------------------------------------------------------------------------- strength
+class ScaleFn(Protocol[ConfigIn]):
+    """The adapter at another strength."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, c: float | Tensor, /) -> Mapping[str, Tensor]:
+        """The tensors at c times their strength; those left out stay. c = 0 is the base, c = 1
+        changes nothing. A tensor c has shape (), or one that broadcasts over a stack's members.
+        """
+
+
+class ProjectFn(Protocol[ConfigIn]):
+    """A constraint of the method."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, /) -> Mapping[str, Tensor]:
+        """The nearest tensors that the constraint allows; those left out stay."""
