@@ -35,7 +35,7 @@ from .core.errors import (
     TargetError,
     UnsupportedError,
 )
-from .core.method import ParamSpec, Variant, register
+from .core.method import Layer, ParamSpec, Variant, register
 from .core.site import Site
 from .core.statistics import Statistics
 from .injection.prompt import prompted
@@ -105,6 +105,7 @@ __all__ = [
     "IA3Config",
     "IA3FFConfig",
     "LNTuningConfig",
+    "Layer",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
@@ -189,12 +190,16 @@ _ON_USE = {
 """Readers and writers of other libraries' files, imported when they are first asked for."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _ON_USE:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
-        )
-    return getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
+if not TYPE_CHECKING:  # a type checker has the imports above, and finds a misspelt name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _ON_USE:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}",
+                name=name,
+                obj=sys.modules[__name__],
+            )
+        return getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

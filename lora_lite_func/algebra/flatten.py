@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.adapter import Adapter, check_shapes, members_of
 from ..core.errors import StructureError
@@ -14,7 +14,15 @@ from .rows import Rows
 
 __all__ = ["Adapters", "flatten"]
 
-Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
+if TYPE_CHECKING:
+    from optree import PyTree
+
+    # a PyTree[Tensor] is what optree's functions say that they give back: an Adapter for an Adapter
+    Adapters: TypeAlias = (
+        Adapter | PyTree[Tensor] | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
+    )
+else:
+    Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
 """One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
 
 

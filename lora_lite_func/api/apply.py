@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
+from ..core.config import feature_dropout
 from ..core.errors import StructureError, nearest
 from ..injection.attachment import Attachment, everywhere
 from ..injection.prompt import Prompt, Prompted, known
@@ -85,7 +86,7 @@ def attachments_of(
         check_values(adapter, model)
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
-        dropout = getattr(cfg, "dropout", 0.0)
+        dropout = feature_dropout(cfg)
         asked = prompt() if reads_prompt(variant) else None
         for path, tensors in adapter._data.items():
             if constant:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
+from ..core.config import feature_dropout
 from ..core.errors import StructureError, UnsupportedError
 from ..core.layout import Layout
 from ..core.site import Site
@@ -25,10 +26,13 @@ from ..layers.refusals import check_model
 from ..layers.tied import home_of, tied_names
 from .apply import check_values
 
-__all__ = ["Frozen", "bind", "check_untracked", "prepared", "unbind"]
+__all__ = ["Frozen", "ModelT", "bind", "check_untracked", "prepared", "unbind"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+"""The model's class, which its copies have too."""
 
 
-def bind(model: nn.Module, params: Adapters) -> nn.Module:
+def bind(model: ModelT, params: Adapters) -> ModelT:
     """A module of the model's own class with the adapter inside: for `generate`, a Trainer, an
     optimizer, a pipeline, an export.
 
@@ -70,14 +74,14 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
                     layout.config,
                     site,
                     None,
-                    getattr(layout.config, "dropout", 0.0),
+                    feature_dropout(layout.config),
                     slot,
                     None,
                     plan,
                 )
                 sites.setdefault(site.path, []).append(attachment)
         homes.append((layout, indices))
-    bound = copy_tree(model, sites, Frozen())
+    bound = cast(ModelT, copy_tree(model, sites, Frozen()))
     for adapter, _ in adapters:
         more = tied_names(model, adapter.layout.sites.values())
         for path, tensors in adapter._data.items():
@@ -90,7 +94,7 @@ def bind(model: nn.Module, params: Adapters) -> nn.Module:
     return bound
 
 
-def prepared(model: nn.Module, params: Adapters) -> nn.Module:
+def prepared(model: ModelT, params: Adapters) -> ModelT:
     """`bind` for inference loops: what depends on the adapter alone is made once, not in every
         call.
 

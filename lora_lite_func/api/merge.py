@@ -17,7 +17,7 @@ from ..layers.refusals import check_model
 from ..layers.tied import tied_names
 from ..layers.weights import compute_dtype, is_packed
 from .apply import attachments_of
-from .bind import Frozen, check_untracked
+from .bind import Frozen, ModelT, check_untracked
 
 __all__ = ["merge", "merged"]
 
@@ -67,7 +67,7 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
     return merged_tensors
 
 
-def merged(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> nn.Module:
+def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> ModelT:
     """A plain module of the model's class with the merged weights: base speed, no adapter. The
     user's model isn't changed.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import optree
 import torch.utils._pytree as torch_pytree
@@ -31,6 +31,12 @@ __all__ = [
 ]
 
 
+if TYPE_CHECKING:
+    _TensorTree = optree.PyTree[Tensor]  # so that optree's functions take an Adapter
+else:
+    _TensorTree = object
+
+
 class _Absent:
     """Stands where a leaf was taken out: a pytree node without children, so that no transform sees
     it.
@@ -46,7 +52,7 @@ class _Absent:
 ABSENT = _Absent()
 
 
-class Adapter(Mapping[str, Mapping[str, Tensor]]):
+class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[misc]
     """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static
         data.
 
@@ -160,7 +166,7 @@ def leaves(params: Adapter) -> list[Any]:
 
 def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
     """Without validation: transforms put ints, shapes and None where tensors were."""
-    new = Adapter.__new__(Adapter)
+    new: Adapter = Adapter.__new__(Adapter)
     it = iter(children)
     object.__setattr__(new, "layout", layout)
     object.__setattr__(

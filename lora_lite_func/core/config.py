@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "Role",
     "added",
     "dropout_of",
+    "feature_dropout",
     "field",
     "from_dict",
     "probability",
@@ -36,6 +37,15 @@ __all__ = [
 ]
 
 Role = Literal["reader", "writer", "inner"]
+
+if TYPE_CHECKING:  # what may be given; what is kept is a tuple
+    Names: TypeAlias = Sequence[str]
+    Roles: TypeAlias = Sequence[Role]
+    Indices: TypeAlias = Sequence[int]
+else:
+    Names, Roles, Indices = tuple[str, ...], tuple[Role, ...], tuple[int, ...]
+
+T = TypeVar("T")
 Config = TypeVar("Config", bound="AdapterConfig")
 
 DEFAULT_EXCLUDE = (
@@ -53,7 +63,7 @@ LARGEST = 2**31 - 1
 field = dataclasses.field
 
 
-def record(default: Any) -> Any:
+def record(default: T) -> T:
     """A field that only records where an adapter came from: it takes no part in equality, so such
     adapters stack.
     """
@@ -105,13 +115,13 @@ class AdapterConfig:
     r: int = 8
     alpha: float = 16.0
     dtype: torch.dtype | None = record(None)
-    target_names: tuple[str, ...] = record(())
-    target_kinds: tuple[str, ...] = record(())
-    target_parameters: tuple[str, ...] = record(())
-    transposed_parameters: tuple[str, ...] = record(())
-    exclude_names: tuple[str, ...] = record(DEFAULT_EXCLUDE)
-    target_roles: tuple[Role, ...] = record(())
-    layers: tuple[int, ...] | None = record(None)
+    target_names: Names = record(())
+    target_kinds: Names = record(())
+    target_parameters: Names = record(())
+    transposed_parameters: Names = record(())
+    exclude_names: Names = record(DEFAULT_EXCLUDE)
+    target_roles: Roles = record(())
+    layers: Indices | None = record(None)
     rank_pattern: tuple[tuple[str, int], ...] = record(())
     alpha_pattern: tuple[tuple[str, float], ...] = record(())
 
@@ -182,6 +192,11 @@ def probability(value: float, where: str) -> None:
     """
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{where}: expected a probability in [0, 1), found {value}")
+
+
+def feature_dropout(cfg: AdapterConfig) -> float:
+    """The probability by which entries of a branch's input are dropped in training."""
+    return float(getattr(cfg, "dropout", 0.0))
 
 
 def dropout_of(cfg: AdapterConfig) -> str:

@@ -192,7 +192,7 @@ _OPTIONAL = (
 )
 
 
-def register(variant: Variant) -> Variant:
+def register(variant: Variant[ConfigT, DataT]) -> Variant[ConfigT, DataT]:
     """Make a method known by its config class and its name (files find it so); returns it.
 
     Raises:

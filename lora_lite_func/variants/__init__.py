@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.method import register, variants
+from ..core.method import Variant, register, variants
 from . import (
     adalora,
     antipasto,
@@ -112,7 +112,7 @@ __all__ = [
     "variants",
 ]
 
-TABLE = (
+TABLE: tuple[Variant, ...] = (
     lora.VARIANT,
     pissa.VARIANT,
     delora.VARIANT,

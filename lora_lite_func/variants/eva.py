@@ -143,7 +143,7 @@ def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, SiteStatistic
         rho=1.0,
         rank_pattern=tuple((names[i], ranks[i]) for i in kept),
         alpha_pattern=tuple((names[i], strong[i]) for i in kept),
-        exclude_names=cfg.exclude_names + tuple(names[i] for i, r in enumerate(ranks) if not r),
+        exclude_names=(*cfg.exclude_names, *(names[i] for i, r in enumerate(ranks) if not r)),
     )
 
 
