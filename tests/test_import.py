@@ -120,6 +120,11 @@ def _imports(name: str) -> tuple[set[str], set[str]]:
         node = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            # nothing outside is imported by it
+            pending += [n for n in node.body if isinstance(n, ast.ImportFrom) and n.level]
+            pending += node.orelse
+            continue
         if isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:

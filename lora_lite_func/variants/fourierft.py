@@ -21,9 +21,9 @@ from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.site import Params, Site
-from ..kernels.indices import check_indices
 from ..core.torch_internals import may_overwrite
 from ..kernels import cost, low_rank, positions
+from ..kernels.indices import check_indices
 
 
 @dataclass(frozen=True, kw_only=True)
