@@ -1,5 +1,5 @@
-"""What each method costs a forward: `ll.apply`, `ll.prepared` and PEFT over the bare base at 512 tokens, and what is kept for the
-backward pass.
+"""What each method costs: a forward of 512 tokens by `ll.apply`, `ll.prepared` and PEFT over the
+bare base, and what is kept for the backward pass.
 
 python -m benchmarks.measure.methods [name ...]
 """

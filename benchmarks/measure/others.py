@@ -1,9 +1,11 @@
-"""The functional relatives beside us: jax-lorax and qwix (JAX), each probed in an environment of its own, and PEFT in this one.
+"""The functional relatives beside us: jax-lorax and qwix, each probed in an environment of its own.
 
 python -m benchmarks.measure.others [--lorax PYTHON] [--qwix PYTHON] [--report benchmarks/README.md]
 
 The two don't install together (they need other releases of JAX), hence an interpreter each:
-    python -m venv lorax && lorax/bin/pip install jax-lorax==0.3.1 jax==0.4.23 jaxlib==0.4.23 'plum-dispatch<2.5' 'numpy<2' 'scipy<1.13'
+    python -m venv lorax
+    lorax/bin/pip install jax-lorax==0.3.1 jax==0.4.24 jaxlib==0.4.24
+    lorax/bin/pip install 'plum-dispatch<2.5' 'numpy<2' 'scipy<1.13'
     python -m venv qwix && qwix/bin/pip install qwix==0.1.8 flax
 Every row is a program that was run; a library without an interpreter has no column.
 """
@@ -42,7 +44,8 @@ x = jax.random.normal(jax.random.PRNGKey(1), (N, D))
 def say(**found):
     print(json.dumps({{k: v if isinstance(v, str) else float(v) for k, v in found.items()}}))
 def methods(module):
-    return str(sum(isinstance(v, type) and n.startswith("Lora") and not n.endswith("Rule") for n, v in vars(module).items()))
+    names = [name for name, value in vars(module).items() if isinstance(value, type)]
+    return str(sum(name.startswith("Lora") and not name.endswith("Rule") for name in names))
 """
 
 PROGRAMS = {
@@ -61,7 +64,8 @@ of = lambda factors: [type(v)(w, a, b, alpha=v.alpha) for v, w, (a, b) in zip(ma
 moved = [[(v.a + 0.01, v.b + 0.01) for v in m] for m in made]
 stack = jax.tree_util.tree_map(lambda *t: jnp.stack(t), *moved)
 each = jnp.stack([g(of(m), x) for m in moved])
-say(version=importlib.metadata.version("jax-lorax"), methods=methods(lorax), identity=jnp.abs(g(made[0], x) - f(W, x)).max(),
+say(version=importlib.metadata.version("jax-lorax"), methods=methods(lorax),
+    identity=jnp.abs(g(made[0], x) - f(W, x)).max(),
     vmap=jnp.abs(jax.vmap(lambda m: g(of(m), x))(stack) - each).max())
 """,
     "qwix": _SHARED
@@ -76,13 +80,15 @@ class Net(nnx.Module):
             x = jnp.tanh(layer(x))
         return x
 net = Net(nnx.Rngs(0))
-adapted = qwix.apply_lora_to_model(net, qwix.LoraProvider(module_path=".*", rank=R, alpha=16.0), x, rngs=nnx.Rngs(1))
+provider = qwix.LoraProvider(module_path=".*", rank=R, alpha=16.0)
+adapted = qwix.apply_lora_to_model(net, provider, x, rngs=nnx.Rngs(1))
 graph, own, rest = nnx.split(adapted, nnx.LoRAParam, ...)
 moved = [jax.tree_util.tree_map(lambda t: t + 0.01 * (i + 1), own) for i in range(3)]
 call = lambda p: nnx.merge(graph, p, rest)(x)
 stack = jax.tree_util.tree_map(lambda *t: jnp.stack(t), *moved)
 each = jnp.stack([call(p) for p in moved])
-say(version=importlib.metadata.version("qwix"), methods=methods(qwix), identity=jnp.abs(call(own) - net(x)).max(),
+say(version=importlib.metadata.version("qwix"), methods=methods(qwix),
+    identity=jnp.abs(call(own) - net(x)).max(),
     vmap=jnp.abs(jax.vmap(call)(stack) - each).max())
 """,
 }

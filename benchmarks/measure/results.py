@@ -28,7 +28,8 @@ def line(area: str, row: Row) -> str:
     guard = "" if row.guard is None else f"{row.guard:.3f}"
     what = row.what if row.curve is None else f"{row.what}, {row.curve[1]} {row.curve[2]:g}"
     peers = "".join(f"; {name} {number(value)}" for name, value in row.peers.items())
-    return f"{area:11} {what:46} {number(row.value):>7} {_target(row):>8} {row.verdict:8} {guard:>6}  {row.over}{peers}"
+    figures = f"{number(row.value):>7} {_target(row):>8} {row.verdict:8} {guard:>6}"
+    return f"{area:11} {what:46} {figures}  {row.over}{peers}"
 
 
 def _target(row: Row) -> str:
@@ -68,7 +69,7 @@ def _row(found: Mapping[str, Any]) -> Row:
     return Row(**{**fields, "curve": tuple(fields["curve"]) if fields["curve"] else None})
 
 
-# ---------------------------------------------------------------------------------- the page's table
+# --------------------------------------------------------------------------------- the page's table
 def table(result: Mapping[str, Any]) -> str:
     """The page's table: every figure that isn't a point of a curve, and what it was taken on."""
     lines = [
@@ -112,7 +113,7 @@ def rewritten(text: str, result: Mapping[str, Any]) -> str:
 
 # -------------------------------------------------------------------------------------------- plots
 def plots(folder: Path, rows: Mapping[str, Sequence[Row]]) -> list[Path]:
-    """A PNG for each title among the curves; its lines are the rows of one `what`, and their peers."""
+    """A PNG for each title among the curves; a line for each `what` and for each of its peers."""
     import matplotlib
 
     matplotlib.use("Agg")
