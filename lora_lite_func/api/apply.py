@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
-from ..core.adapter import Adapter, leaves
+from ..core.adapter import Adapter
 from ..core.config import feature_dropout
 from ..core.errors import StructureError, nearest
-from ..injection.attachment import Attachment, everywhere
-from ..injection.prompt import Prompt, Prompted, known
-from ..injection.tree_copy import constant, copy_tree, own_bias, own_buffers
-from ..layers.kinds import reads_prompt
+from ..injection.attachment import Attachment
+from ..injection.prompt import Prompt, Prompted, prompt_of
+from ..injection.tree_copy import Constants, copy_tree
 
 __all__ = ["apply", "attachments_of", "check_values", "functional_call"]
 
@@ -64,11 +63,13 @@ def functional_call(
         StructureError: as `apply`; or `base` names what the model hasn't.
     """
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    adapters, prompt = known(params, model, args, kwargs)
-    skeleton = copy_tree(
-        model, everywhere(model, attachments_of(adapters, prompt, model)), _Constant(model, base)
-    )
-    return skeleton(*args, **kwargs)
+    if type(params) is Prompted:
+        adapters, given = params.params, Prompt(params.mask, True)
+    else:
+        adapters, given = params, None
+    sites = attachments_of(adapters, lambda: given or prompt_of(model, args, kwargs), model)
+    tree = copy_tree(model, sites, Constants(_tied(model, base) if base is not None else {}))
+    return tree(*args, **kwargs)
 
 
 def attachments_of(
@@ -81,22 +82,23 @@ def attachments_of(
             given) have.
     """
     sites: dict[str, list[Attachment]] = {}
-    constant = torch.is_grad_enabled()
+    detach_frozen = torch.is_grad_enabled()
     for adapter, plan in flatten(params):
         check_values(adapter, model)
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         dropout = feature_dropout(cfg)
-        asked = prompt() if reads_prompt(variant) else None
+        known = prompt() if variant.reads_prompt else None
         for path, tensors in adapter._data.items():
-            if constant:
+            if detach_frozen:
                 specs = layout.specs[path]
                 tensors = {
                     name: t if specs[name].trainable else t.detach() for name, t in tensors.items()
                 }
-            sites.setdefault(path, []).append(
-                Attachment(variant, cfg, layout.sites[path], tensors, dropout, 0, asked, plan)
+            attachment = Attachment(
+                variant, cfg, layout.sites[path], tensors, dropout, prompt=known, row_plan=plan
             )
+            sites.setdefault(path, []).append(attachment)
     return sites
 
 
@@ -107,49 +109,19 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
     Raises:
         StructureError: with what to do instead.
     """
-    found = leaves(adapter)
-    if (
-        not found
-        or not isinstance(found[0], Tensor)
-        or not found[0].is_meta
-        or model is None
-        or all(p.is_meta for p in model.parameters())
-    ):
+    first: Any = None
+    for tensors in adapter._data.values():
+        for first in tensors.values():
+            break
+        break
+    if not isinstance(first, Tensor) or not first.is_meta or model is None:
+        return
+    if all(p.is_meta for p in model.parameters()):
         return
     raise StructureError(
         "the adapter's tensors are on the meta device, so they have no values, and the model's "
         "aren't; load the adapter"
     )
-
-
-class _Constant:
-    """What a copy holds in `apply`: the base's own tensors as constants, or those of `base` in
-    their place.
-    """
-
-    def __init__(self, model: nn.Module, base: Mapping[str, Tensor] | None) -> None:
-        self.grad = torch.is_grad_enabled()
-        self.base = {} if base is None else _tied(model, base)
-
-    def __call__(self, copy: nn.Module, path: str) -> None:
-        parameters: dict[str, Any] = copy._parameters
-        buffers: dict[str, Any] = copy._buffers
-        if buffers and copy.training:
-            own_buffers(copy)
-        if parameters:
-            own_bias(copy)
-        if self.base:
-            for tensors in (parameters, buffers):
-                for name in tensors:
-                    tensors[name] = self.base.get(f"{path}.{name}" if path else name, tensors[name])
-        if self.grad:
-            for name, p in parameters.items():
-                if (
-                    p is not None
-                    and p.requires_grad
-                    and not (self.base and p is self.base.get(f"{path}.{name}" if path else name))
-                ):
-                    parameters[name] = constant(p, copy)
 
 
 def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

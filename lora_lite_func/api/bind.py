@@ -21,7 +21,6 @@ from ..injection.attachment import Attachment
 from ..injection.prompt import install_prompt_hooks
 from ..injection.state import Leaves, held_by, hold, leaves_at
 from ..injection.tree_copy import copy_tree, own_buffers
-from ..layers.kinds import reads_prompt
 from ..layers.refusals import check_model
 from ..layers.tied import home_of, tied_names
 from .apply import check_values
@@ -58,15 +57,15 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
         check_values(adapter, model)
     sites: dict[str, list[Attachment]] = {}
     counts: dict[str, int] = {}
-    homes: list[tuple[Layout, dict[str, int]]] = list(model.__dict__.get("_ll_bound", ()))
+    homes: list[tuple[Layout, dict[str, str]]] = list(model.__dict__.get("_ll_bound", ()))
     for adapter, plan in adapters:
         layout = adapter.layout
-        indices: dict[str, int] = {}
+        indices: dict[str, str] = {}
         more = tied_names(model, layout.sites.values())
         for path, own in layout.sites.items():
             for site in (own, *more.get(path, ())):
                 home = home_of(site)
-                slot = counts.setdefault(home, _bound_before(model, home))
+                slot = str(counts.setdefault(home, _bound_before(model, home)))
                 counts[home] += 1
                 indices.setdefault(path, slot)
                 attachment = Attachment(
@@ -89,7 +88,7 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     bound.__dict__["_ll_bound"] = homes
-    if any(reads_prompt(layout.variant) for layout, _ in homes):
+    if any(layout.variant.reads_prompt for layout, _ in homes):
         install_prompt_hooks(bound)
     return bound
 
@@ -130,7 +129,7 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     Raises:
         StructureError: the module wasn't made by `ll.bind`, or a site was taken out of it since.
     """
-    homes: Iterable[tuple[Layout, dict[str, int]]] | None = getattr(bound, "__dict__", {}).get(
+    homes: Iterable[tuple[Layout, dict[str, str]]] | None = getattr(bound, "__dict__", {}).get(
         "_ll_bound"
     )
     if homes is None:
@@ -150,9 +149,9 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _held(bound: nn.Module, site: Site, index: int) -> dict[str, Tensor]:
+def _held(bound: nn.Module, site: Site, slot: str) -> dict[str, Tensor]:
     try:
-        return leaves_at(bound.get_submodule(home_of(site)), index).tensors()
+        return leaves_at(bound.get_submodule(home_of(site)), slot).tensors()
     except (AttributeError, KeyError):
         raise StructureError(
             f"site {site.path!r}: the module there isn't the one that was bound, its adapter "

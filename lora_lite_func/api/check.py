@@ -71,7 +71,7 @@ def check(
     recorder = _Recorder({path: here[-1].site for path, here in attachments.items()})
     recorder.run(model, attachments, example)
     y = run(
-        copy_tree(model, everywhere(model, attachments), eval_copy), example
+        copy_tree(model, attachments, eval_copy), example
     )  # as `apply` makes it, without the recorder
     effect, size, _ = apart(y, run(copy_tree(model, {}, eval_copy), example))
     if size < 0:

@@ -265,9 +265,12 @@ def _is_site(row: Any) -> bool:
 
 
 def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
-    """A method's own tensors, and the site with the scale that is among them, if one is: a member
-    of a mixed stack.
+    """A method's own tensors, and the site with its scale as data, where it is.
+
+    It is among the tensors of a mixed stack's member; under torch.compile any scale is data.
     """
     if SCALING not in p:
+        if torch.compiler.is_compiling() and site.scale_tensor is not None:
+            return p, site.scaled(site.scale_tensor)
         return p, site
     return {name: t for name, t in p.items() if name != SCALING}, site.scaled(p[SCALING])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import torch
@@ -91,6 +91,8 @@ class Variant(Generic[ConfigT, DataT]):
             of the phases; `ll.combine_adapters` and other libraries' files take it too.
         batched: the phases take several members at once as they are, leaves (m, ...) and x (m, n,
             ..., d_in), where `site.scale` may be (m,). Otherwise they are mapped over the members.
+        has_phases: whether it can act around a layer's call; a method that can't goes by the weight.
+        reads_prompt: whether it edits tokens of the prompt in the hidden states of whole modules.
     """
 
     name: str
@@ -114,6 +116,8 @@ class Variant(Generic[ConfigT, DataT]):
     sites: tuple[str, ...] = ()
     low_rank_factors: FactorsFn[ConfigT] | None = None
     batched: bool = False
+    has_phases: bool = field(init=False, compare=False)
+    reads_prompt: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.needs, set):
@@ -124,15 +128,13 @@ class Variant(Generic[ConfigT, DataT]):
         if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
             ordered = sorted(self.sites, key=lambda kind: (kind != "linear", kind))
             object.__setattr__(self, "sites", tuple(ordered))
+        has_phases = self.inputs is not None or self.outputs is not None
+        object.__setattr__(self, "has_phases", has_phases)
+        object.__setattr__(self, "reads_prompt", self.sites[:1] == ("module",))
 
     def needs_of(self, cfg: ConfigT) -> frozenset[str]:
         """What init needs under a config."""
         return self.needs if self.needs_by is None else self.needs_by(cfg)
-
-    @property
-    def has_phases(self) -> bool:
-        """Whether it can act around a layer's call; a method that can't goes by the weight."""
-        return self.inputs is not None or self.outputs is not None
 
     @property
     def factor(self) -> ScalingFn[ConfigT]:
@@ -228,10 +230,10 @@ def register(variant: Variant[ConfigT, DataT]) -> Variant[ConfigT, DataT]:
 
 def _check_fields(variant: Variant) -> None:
     where = f"variant {variant.name!r}"
-    for field in ("param_specs", "scaling", *_OPTIONAL):
-        value = getattr(variant, field)
-        if not callable(value) and not (value is None and field in _OPTIONAL):
-            raise ConfigError(f"{where}: {field}: expected a function, found {short_repr(value)}")
+    for name in ("param_specs", "scaling", *_OPTIONAL):
+        value = getattr(variant, name)
+        if not callable(value) and not (value is None and name in _OPTIONAL):
+            raise ConfigError(f"{where}: {name}: expected a function, found {short_repr(value)}")
     if isinstance(variant.needs, str):
         raise ConfigError(
             f"{where}: needs: expected a set of names, found {short_repr(variant.needs)}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["Params", "Site"]
@@ -36,6 +34,10 @@ class Site:
             its own; 0 where there is just the one.
         transposed: the tensor is stored (d_in, d_out).
         plus_one: the layer uses 1 + the stored weight.
+        scale_tensor: `scaling` as a 0-dim tensor.
+        scale: `scaling` as phases should use it: a Python float in eager mode, where it costs
+            nothing; a tensor where it is data, as for a member of a mixed stack, and under
+            torch.compile, so that a graph compiled for one strength serves every other.
     """
 
     path: str
@@ -49,18 +51,11 @@ class Site:
     num_experts: int = 0
     transposed: bool = False
     plus_one: bool = False
-    scale_tensor: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    scale_tensor: Tensor | None = field(default=None, compare=False, repr=False)
+    scale: float | Tensor = field(init=False, compare=False, repr=False)
 
-    @property
-    def scale(self) -> float | Tensor:
-        """`scaling` as phases should use it.
-
-        A Python float in eager mode, where it costs nothing; under torch.compile a 0-dim tensor of
-        the same value, so that a graph compiled for one strength serves every other.
-        """
-        if torch.compiler.is_compiling() and self.scale_tensor is not None:
-            return self.scale_tensor
-        return self.scaling
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", self.scaling)
 
     @property
     def factor(self) -> float:
@@ -72,12 +67,14 @@ class Site:
         """What versions before 0.2.0 called `num_experts`."""
         return self.num_experts
 
-    def scaled(self, scaling: Tensor) -> Site:
+    def scaled(self, scale: Tensor) -> Site:
         """The site with a scale that is data."""
-        return self.having(scaling=scaling, scale_tensor=None)
+        return self.having(scale=scale)
 
     def having(self, **fields: Any) -> Site:
         """What dataclasses.replace gives, without asking each field."""
         made = object.__new__(Site)
         made.__dict__.update(self.__dict__, **fields)
+        if "scaling" in fields:
+            made.__dict__["scale"] = fields["scaling"]
         return made

@@ -2,26 +2,79 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params, Site
+from ..core.torch_internals import at_trace_time
 from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
-from .prepared import ready_at, stamped
+from .prepared import Made, keep, ready_at
 from .prompt import tokens_of
 from .rows_activation import by_rows, undisturbed
-from .state import tensors_at
+from .state import layer_call, tensors_at
 from .weight_view import enter, leave
 
-__all__ = ["get_ready", "phases"]
+__all__ = ["forward", "get_ready", "phases"]
+
+
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A site's call: the frozen layer with the adapters' phases around it.
+
+    The layer's own class works on a stand-in, an object of that class with the very attributes of
+    the site, so it reads its stored tensors. Where that can't be (a call of the instance's own,
+    tracing), the site itself notes that its call is running.
+    """
+    attributes, state = self.__dict__, self._ll
+    plain = self._ll_by_stand_in and state.own_forward is None and "forward" not in attributes
+    if plain and not torch.compiler.is_compiling():
+        stand_in = object.__new__(self._ll_base)
+        object.__setattr__(stand_in, "__dict__", attributes)
+        return _around(state.attachments, stand_in, stand_in.forward, args, kwargs)
+    enter(self)
+    try:
+        return _around(state.attachments, self, layer_call(self), args, kwargs)
+    finally:
+        leave(self)
+
+
+def _around(
+    attachments: Sequence[Attachment],
+    module: Any,
+    layer: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The phases around a call whose first argument is the layer's input."""
+    if len(args) == 1 and not kwargs:
+        return phases(attachments, len(attachments), layer, module, args[0])
+    if not args and not kwargs:
+        return layer()  # to say itself what is missing
+    if args:
+        rest = args[1:]
+        return phases(
+            attachments, len(attachments), lambda x: layer(x, *rest, **kwargs), module, args[0]
+        )
+    name = _input_name(getattr(type(module), "_ll_base", type(module)), tuple(kwargs))
+    return phases(
+        attachments, len(attachments), lambda x: layer(**{**kwargs, name: x}), module, kwargs[name]
+    )
+
+
+@at_trace_time
+def _input_name(cls: type[nn.Module], given: tuple[str, ...]) -> str:
+    """Which of the keywords of a layer's call is its input: the first that its forward lists."""
+    listed = inspect.signature(cls.forward).parameters
+    return next((name for name in listed if name in given), given[0])
 
 
 def phases(
@@ -52,7 +105,7 @@ def phases(
         d = (
             _prepare(attachments, count - 1, module, p, site, x.device.type)
             if ready is None
-            else ready[0]
+            else ready.d
         )
     inner = x if variant.inputs is None else variant.inputs(cfg, p, d, x, site)
     y = frozen(inner) if count == 1 else phases(attachments, count - 1, frozen, module, inner)
@@ -86,40 +139,33 @@ def _prepare(
 
 
 def get_ready(site: Any) -> None:
-    """Make once what the phases of a bound site's adapters share, from its tensors as they are now."""
-    made: dict[int, tuple[Any, Any]] = {}
+    """Make once what a bound site's adapters need in every call, of their tensors as they are now."""
+    made: dict[str, Made] = {}
     enter(site)
     try:
-        for i, attachment in enumerate(site._ll_attachments):
-            variant = attachment.variant
-            if attachment.row_plan is not None or (
-                variant.prepare is None and variant.low_rank_factors is None
-            ):
-                continue
-            p, at = unfolded(tensors_at(attachment, site), attachment.site)
-            d = (
-                None
-                if variant.prepare is None
-                else _prepare(
-                    site._ll_attachments, i, site, p, at, next(iter(p.values())).device.type
-                )
-            )
-            factors = (
-                None
-                if variant.low_rank_factors is None
-                else variant.low_rank_factors(attachment.cfg, p, at)
-            )
-            if d is not None or (
-                factors is not None
-                and not all(any(f is t for t in p.values()) for f in factors[:2])
-            ):
-                made[attachment.slot] = (
-                    d,
-                    factors,
-                )  # not where the factors are the adapter's own tensors
+        for i, attachment in enumerate(site._ll.attachments):
+            if attachment.row_plan is None:
+                one = _made(site, i, attachment)
+                if one is not None:
+                    made[attachment.slot] = one
     finally:
         leave(site)
-    site.__dict__["_ll_ready"] = stamped(site, made)
+    keep(site, made)
+
+
+def _made(site: Any, under: int, attachment: Attachment) -> Made | None:
+    """What one adapter needs in every call; None where that is its own tensors."""
+    variant = attachment.variant
+    p, at = unfolded(tensors_at(attachment, site), attachment.site)
+    device = next(iter(p.values())).device.type
+    d = factors = None
+    if variant.prepare is not None:
+        d = _prepare(site._ll.attachments, under, site, p, at, device)
+    if variant.low_rank_factors is not None:
+        factors = undisturbed(device, variant.low_rank_factors, attachment.cfg, p, at)
+        if all(any(factor is t for t in p.values()) for factor in factors[:2]):
+            factors = None
+    return None if d is None and factors is None else Made(d, factors)
 
 
 def _rows(

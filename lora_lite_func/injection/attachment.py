@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -32,15 +32,15 @@ class Attachment(NamedTuple):
     site: Site
     p: Params | None
     dropout: float
-    slot: int = 0
+    slot: str = "0"
     prompt: Prompt | None = None
     row_plan: RowPlan | None = None
     here: Tensor | None = None
 
 
 def everywhere(
-    model: nn.Module, sites: Mapping[str, list[Attachment]]
-) -> Mapping[str, list[Attachment]]:
+    model: nn.Module, sites: Mapping[str, Sequence[Attachment]]
+) -> Mapping[str, Sequence[Attachment]]:
     """The adapters by path, those of tied bare parameters under each of their names."""
     more = tied_names(model, (attachments[-1].site for attachments in sites.values()))
     if not more:

@@ -44,7 +44,7 @@ def check_apart(module: Any) -> None:
         )
         if together or counts:
             raise UnsupportedError(
-                f"{module._ll_path!r}: statistics of its {type(part).__name__} are the whole "
+                f"{module._ll.path!r}: statistics of its {type(part).__name__} are the whole "
                 f"batch's, so its rows can't have adapters of "
                 "their own; put that in eval mode, with running statistics, or leave the site "
                 "out with exclude_names"
@@ -64,7 +64,7 @@ def input_axes(
         StructureError: a leaf's dimension there isn't the rows.
         UnsupportedError: it can't be told which leaves have rows.
     """
-    path = module._ll_path
+    path = module._ll.path
     if isinstance(module, nn.MultiheadAttention):
         places = _of_attention(module, args, kwargs)
     elif isinstance(module, nn.RNNBase):
@@ -103,12 +103,12 @@ def _of_attention(
 
 
 def _of_recurrent(
-    module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flat: list[Any]
 ) -> list[Axis | None]:
     x = args[0] if args else kwargs["input"]
     if isinstance(x, nn.utils.rnn.PackedSequence):
         raise UnsupportedError(
-            f"{module._ll_path!r}: rows of a packed sequence can't have adapters of their own; "
+            f"{module._ll.path!r}: rows of a packed sequence can't have adapters of their own; "
             f"give it padded"
         )
     if x.ndim != 3:
@@ -126,14 +126,14 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
     if odd is not None or not tensors:
         what = "no tensor" if odd is None else f"a {type(odd).__name__}"
         raise UnsupportedError(
-            f"{module._ll_path!r} ({type(module).__name__}): is given {what}, in which rows "
+            f"{module._ll.path!r} ({type(module).__name__}): is given {what}, in which rows "
             f"can't be told apart; {_LEAVE}"
         )
     x, least = tensors[0], _least(module)
     if x.ndim < (least or 1):
         raise _unbatched(module, x)
     if x.shape[0] != rows:
-        raise not_rows(module._ll_path, x, rows)
+        raise not_rows(module._ll.path, x, rows)
     if least:
         return [_FIRST if isinstance(t, Tensor) else None for t in flat]
     return [
@@ -157,7 +157,7 @@ def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
     if inner != (t.shape[0] == rows):
         return None if inner else _FIRST
     raise UnsupportedError(
-        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape "
+        f"{module._ll.path!r} ({type(module).__name__}): is given a tensor of shape "
         f"{tuple(t.shape)} beside one of shape "
         f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} "
         f"rows; {_LEAVE}"
@@ -186,7 +186,7 @@ def _least(module: Any) -> int:
 
 def _unbatched(module: Any, x: Tensor) -> UnsupportedError:
     return UnsupportedError(
-        f"{module._ll_path!r} ({type(module).__name__}): is given a tensor of shape "
+        f"{module._ll.path!r} ({type(module).__name__}): is given a tensor of shape "
         f"{tuple(x.shape)}, which has no dimension of rows; "
         "give it a batch, or call the model once per adapter"
     )

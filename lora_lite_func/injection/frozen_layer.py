@@ -16,6 +16,7 @@ from ..layers.quantised import dequantised
 from ..layers.weights import compute_dtype, is_dense, is_packed
 from .attachment import Attachment
 from .dense_weight import merge_site
+from .state import layer_call
 
 __all__ = ["FrozenLayer"]
 
@@ -138,10 +139,7 @@ class FrozenLayer:
                 f"adapters are outside"
             )
         module = self.module
-        layer = (
-            module._ll_frozen if hasattr(module, "_ll_frozen") else module.forward
-        )  # a site, or its plain twin
         y: Tensor = self.phases(
-            self.attachments, self.count, layer, module, x.to(compute_dtype(module))
+            self.attachments, self.count, layer_call(module), module, x.to(compute_dtype(module))
         )
         return y

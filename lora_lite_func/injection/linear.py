@@ -1,7 +1,13 @@
-"""A plain linear layer with one adapter in: the cheapest of equal forms, where nothing but W, its bias and the adapter has a part in it."""
+"""The shortest way through a plain linear layer with one adapter in.
+
+`choose` picks a step when the site is made; each step serves the calls in which nothing but W, the
+bias and the adapter takes part, and leaves the others to the phases (None). The forms of a low-rank
+update are equal; each is there for what it saves (see kernels/low_rank_fused.py for the numbers).
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +16,17 @@ from torch import Tensor, nn
 
 from ..core.layout import SCALING, unfolded
 from ..core.site import Params
-from ..core.torch_internals import is_ordinary, is_transformed, is_watched
+from ..core.torch_internals import is_watched, surroundings
 from ..kernels.low_rank_fused import linear_with_low_rank, low_rank, one_row
 from ..kernels.low_rank_rows import low_rank_by_rows
 from ..kernels.recompute import recomputed_linear
+from . import activation_route
 from .attachment import Attachment
-from .prepared import ready_at
+from .prepared import ready_of
 from .rows_activation import shared
-from .state import tensors_at
+from .state import Step, leaves_at, tensors_at, tensors_of
 
-__all__ = ["linear", "only"]
+__all__ = ["choose", "forward"]
 
 _DENSE = (nn.Parameter, Tensor)
 _WIDE = (torch.float32, torch.float64)
@@ -29,92 +36,125 @@ ranks 8 and 64).
 """
 
 
-def only(attachments: tuple[Attachment, ...]) -> Attachment | None:
-    """The one adapter of a site that `linear` may serve; None if phases have to."""
+def choose(attachments: tuple[Attachment, ...]) -> Step | None:
+    """The step of a linear layer with these adapters; None if the phases have to make its output."""
     if len(attachments) != 1 or attachments[0].site.kind != "linear":
         return None
     attachment, variant = attachments[0], attachments[0].variant
     if attachment.row_plan is not None:
-        return attachment if variant.low_rank_factors is not None and variant.batched else None
-    return attachment if variant.low_rank_factors is not None or variant.dense is not None else None
+        by_rows = variant.low_rank_factors is not None and variant.batched
+        return RowsStep(attachment) if by_rows else None
+    if variant.low_rank_factors is not None:
+        return LowRankStep(attachment)
+    return None if variant.dense is None else DenseStep(attachment)
 
 
-def linear(module: Any, attachment: Attachment, x: Any) -> Tensor | None:
-    """The layer's output with the adapter in, (..., d_out); None where the phases have to make it.
+def forward(self: Any, input: Tensor) -> Any:
+    """nn.Linear's own call with the adapters in."""
+    step = self._ll.step
+    if step is not None and not torch.compiler.is_compiling():
+        made = step(self, input)
+        if made is not None:
+            return made
+    return activation_route.forward(self, input)
 
-    One product with W' where that costs less, by sizes alone: where the method says so
-    (`Variant.dense`), or for a low-rank update that isn't to be differentiated. Else a low-rank
-    update in place, as one function where it is to be; within torch.func.grad, where a function
-    costs more than it saves, the phases do without dropout.
+
+def _operands(module: Any, x: Any, way: str | None) -> tuple[Tensor, Tensor | None] | None:
+    """(W, bias) where the call is a plain product x W^T + b of constants; else None.
+
+    A bias may come from elsewhere (computed, pruned, a buffer), tensors may be sparse or of another
+    dtype, and what surrounds the call may need its operations one by one.
     """
     own = module._parameters
     W, b = own.get("weight"), own.get("bias")
-    if (
-        type(x) is not Tensor
-        or type(W) not in _DENSE
-        or x.dtype is not W.dtype
-        or not is_ordinary()
-        or not x.numel()
-    ):
+    if type(x) is not Tensor or type(W) not in _DENSE or x.dtype is not W.dtype or way is None:
         return None
-    if (
-        (b is None and "bias" not in own)
-        or x.layout is not torch.strided
-        or W.layout is not torch.strided
-    ):
-        return None  # a bias from elsewhere (computed, pruned, a buffer), or something sparse
-    variant, site, graph = attachment.variant, attachment.site, torch.is_grad_enabled()
-    dropout = attachment.dropout and module.training
-    if graph and (
-        W.requires_grad
-        or (b is not None and b.requires_grad)
-        or (is_transformed() and not dropout and variant.low_rank_factors)
-    ):
+    if b is None and "bias" not in own:
         return None
-    if graph and torch.is_inference_mode_enabled():
-        return None  # a function would keep what can't be kept; plain calls make no graph there
-    p = tensors_at(attachment, module)
-    if attachment.row_plan is not None:
-        agree = (
-            x.is_contiguous()
-            and attachment.row_plan.known
-            and all(t.dtype is x.dtype for name, t in p.items() if name != SCALING)
-        )
-        return (
-            _by_rows(attachment, p, W, b, x)
-            if agree and not dropout and not (graph and (x.is_meta or is_watched()))
-            else None
-        )
-    if variant.low_rank_factors is None:
-        return None if dropout else _whole(attachment, p, x, W, b)
-    if SCALING in p:
-        p, site = unfolded(p, site)
-    ready = ready_at(attachment, module)
-    A, B, s = variant.low_rank_factors(attachment.cfg, p, site) if ready is None else ready[1]
-    if (
-        type(s) is not float
-        or A.dtype is not x.dtype
-        or B.dtype is not x.dtype
-        or not x.is_contiguous()
-    ):
+    if not x.numel() or x.layout is not torch.strided or W.layout is not torch.strided:
         return None
-    if dropout or graph:
-        return (
-            None
-            if x.is_meta or is_watched()
-            else low_rank(x, W, b, A, B, s, attachment.dropout if dropout else 0.0)
-        )
-    if x.numel() == site.d_in:
-        return one_row(x, W, b, A, B, s)
-    r = A.shape[0]
-    if (
-        x.numel() * (site.d_in + site.d_out) * r > site.d_in**2 * site.d_out * (r + _COPY)
-        and x.dtype in _WIDE
-    ):
-        return F.linear(
-            x, torch.addmm(W, B, A, alpha=s), b
-        )  # cheaper than both products beside x W^T
-    return linear_with_low_rank(x, W, b, A, B, s)[0]
+    if not x.ndim or x.shape[-1] != W.shape[1]:
+        return None  # the layer itself says what is wrong
+    if torch.is_grad_enabled():
+        if W.requires_grad or (b is not None and b.requires_grad):
+            return None
+        if torch.is_inference_mode_enabled():
+            return None  # a function would keep tensors, which plain calls don't there
+    return W, b
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankStep:
+    """y = x W^T + b + s (drop(x) A^T) B^T, by `Variant.low_rank_factors`."""
+
+    attachment: Attachment
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        way, attachment = surroundings(), self.attachment
+        operands = _operands(module, x, way)
+        if operands is None:
+            return None
+        W, b = operands
+        graph = torch.is_grad_enabled()
+        dropout = attachment.dropout if module.training else 0.0
+        if graph and way == "grad" and not dropout:
+            return None  # a function costs more there than it saves
+        A, B, s = self._factors(module)
+        if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype:
+            return None
+        if not x.is_contiguous():
+            return None
+        if dropout or graph:
+            if x.is_meta or is_watched():
+                return None
+            return low_rank(x, W, b, A, B, s, dropout, way == "grad")
+        d_out, d_in = W.shape
+        if x.numel() == d_in:
+            return one_row(x, W, b, A, B, s)
+        r = A.shape[0]
+        dense_costs = d_in**2 * d_out * (r + _COPY)
+        if x.numel() * (d_in + d_out) * r > dense_costs and x.dtype in _WIDE:
+            return F.linear(x, torch.addmm(W, B, A, alpha=s), b)
+        return linear_with_low_rank(x, W, b, A, B, s)[0]
+
+    def _factors(self, module: Any) -> tuple[Tensor, Tensor, float | Tensor]:
+        attachment = self.attachment
+        p, site = attachment.p, attachment.site
+        if p is None:
+            leaves = leaves_at(module, attachment.slot)
+            ready = None if module.training else ready_of(leaves)
+            if ready is not None and ready.factors is not None:
+                return ready.factors
+            p = tensors_of(leaves)
+        if SCALING in p:
+            p, site = unfolded(p, site)
+        assert attachment.variant.low_rank_factors is not None
+        return attachment.variant.low_rank_factors(attachment.cfg, p, site)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsStep:
+    """A low-rank update of which each row of the batch has its own."""
+
+    attachment: Attachment
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        way, attachment = surroundings(), self.attachment
+        operands = _operands(module, x, way)
+        row_plan = attachment.row_plan
+        assert row_plan is not None
+        if operands is None or not row_plan.known or not x.is_contiguous():
+            return None
+        graph = torch.is_grad_enabled()
+        if (attachment.dropout and module.training) or (graph and way == "grad"):
+            return None
+        p = tensors_at(attachment, module)
+        for name, t in p.items():
+            if t.dtype is not x.dtype and name != SCALING:
+                return None
+        if graph and (x.is_meta or is_watched()):
+            return None
+        return _by_rows(attachment, p, *operands, x)
 
 
 def _by_rows(
@@ -146,27 +186,35 @@ def _by_rows(
     return low_rank_by_rows(x, W, b, A, B, s, layout, segments, X)
 
 
-def _whole(
-    attachment: Attachment, p: Params, x: Tensor, W: Tensor, b: Tensor | None
-) -> Tensor | None:
-    """x W'^T + b', where the method says so and W' wouldn't round what the phases keep."""
-    variant, cfg, names = attachment.variant, attachment.cfg, tuple(p)
-    assert variant.dense is not None
-    if (
-        x.dtype not in _WIDE
-        or any(t.dtype != x.dtype for t in p.values())
-        or not variant.dense(cfg, attachment.site, x.numel() // attachment.site.d_in)
-    ):
-        return None
+@dataclass(frozen=True, eq=False)
+class DenseStep:
+    """y = x W'^T + b' with the dense equivalent W', where the method says that it costs less."""
 
-    def make(W: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
-        own, site = unfolded(dict(zip(names, rest, strict=False)), attachment.site)
-        assert variant.weight is not None
-        return variant.weight(cfg, own, site, W, None if b is None else rest[-1])
+    attachment: Attachment
 
-    tensors = (W, *p.values()) if b is None else (W, *p.values(), b)
-    return (
-        recomputed_linear(make, x, tensors)
-        if torch.is_grad_enabled()
-        else F.linear(x, *make(*tensors))
-    )
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        attachment = self.attachment
+        if attachment.dropout and module.training:
+            return None
+        operands = _operands(module, x, surroundings())
+        if operands is None or x.dtype not in _WIDE:
+            return None
+        W, b = operands
+        variant, cfg, site = attachment.variant, attachment.cfg, attachment.site
+        p = tensors_at(attachment, module)
+        if any(t.dtype != x.dtype for t in p.values()):
+            return None  # W' would round what the phases keep
+        assert variant.dense is not None
+        if not variant.dense(cfg, site, x.numel() // site.d_in):
+            return None
+        names = tuple(p)
+
+        def make(W: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+            own, at = unfolded(dict(zip(names, rest, strict=False)), site)
+            assert variant.weight is not None
+            return variant.weight(cfg, own, at, W, None if b is None else rest[-1])
+
+        tensors = (W, *p.values()) if b is None else (W, *p.values(), b)
+        if torch.is_grad_enabled():
+            return recomputed_linear(make, x, tensors)
+        return F.linear(x, *make(*tensors))

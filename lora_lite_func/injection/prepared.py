@@ -1,103 +1,155 @@
-"""What a prepared model made once of its adapters' tensors, site by site: good while those are the very tensors, unchanged."""
+"""What a prepared model makes once of its adapters' tensors, site by site.
+
+It is used while those are the very tensors, unchanged; otherwise each call makes it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attachment import Attachment
-from .state import leaves_of
+from .state import Leaves, leaves_at, leaves_of
 
-__all__ = ["Ready", "kept", "moved", "ready_at", "replicated", "stamped"]
+__all__ = ["Made", "keep", "ready_at", "ready_of"]
 
 
-class Ready(NamedTuple):
-    """What a site's adapters need in every call, made once.
+Source = tuple[Mapping[str, Any], str, Tensor]
+"""(the dict that holds a tensor, its name there, the tensor)"""
+
+
+class Made(NamedTuple):
+    """What one adapter needs in every call at a site.
 
     Attributes:
-        made: {slot: (`prepare`'s d or None, `factors`' triple or None)}.
-        of: the site's tensors, its adapters' and its own, that it was made of: (the dict that holds
-            it, its name there, it, its version, which in-place writes move).
+        d: what the method's `prepare` gave, or None.
+        factors: what its `low_rank_factors` gave, or None.
     """
 
-    made: Mapping[int, tuple[Any, Any]]
-    of: tuple[tuple[Mapping[str, Any], str, Tensor, int], ...]
+    d: Any
+    factors: Any
 
 
-def stamped(site: Any, made: Mapping[int, tuple[Any, Any]]) -> Ready | None:
-    """`made` with the tensors that it is of; None if there is nothing, or writes on them couldn't
-    be seen.
+class _Sources:
+    """The tensors that something was made of: who holds them, under which name, as they were.
+
+    A copy of the model (deep, pickled) takes its own tensors as the sources: what was made goes
+    with it, if it was good when it was copied.
     """
-    of = list(_sources(site))
-    if not made or any(t.is_inference() for _, _, t in of):
-        return None
-    return Ready(made, tuple((held, name, t, t._version) for held, name, t in of))
+
+    __slots__ = ("held", "moved", "stamps")
+
+    def __init__(self, held: Iterable[Source], good: bool = True) -> None:
+        self.held = tuple(held)
+        self.stamps = tuple((t._version, t.dtype) for _, _, t in self.held) if good else None
+        self.moved = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Sources, (self.held, self.unchanged())
+
+    def unchanged(self) -> bool:
+        """Whether the tensors are those, in their dtype, unwritten, and nothing is to be learned."""
+        if self.stamps is None:
+            return False
+        learning = torch.is_grad_enabled()
+        try:
+            for (holder, name, t), (version, dtype) in zip(self.held, self.stamps, strict=True):
+                found = holder[name]
+                if found is not t:
+                    return self.moved and self._stamped_again()
+                if t._version != version or t.dtype is not dtype:
+                    return False
+                if learning and t.requires_grad:
+                    return False
+        except (KeyError, RuntimeError):  # taken out, or in inference mode, which keeps no version
+            return False
+        return True
+
+    def _stamped_again(self) -> bool:
+        """After a move to another device: buffers are new tensors, which nobody has written on."""
+        self.moved = False
+        assert self.stamps is not None
+        held = []
+        for (holder, name, t), (version, dtype) in zip(self.held, self.stamps, strict=True):
+            found = holder[name]
+            if found.dtype is not dtype or found._version != (version if found is t else 0):
+                return False
+            held.append((holder, name, found))
+        self.held = tuple(held)
+        self.stamps = tuple((t._version, t.dtype) for _, _, t in held)
+        return self.unchanged()
 
 
-def ready_at(attachment: Attachment, module: Any) -> tuple[Any, Any] | None:
-    """What was made of an adapter's tensors at a site; None where a call makes it: because nothing
-    was, or they aren't what they were (loaded, replaced for a call, written on, put away), or are
-    to be trained.
+class Prepared(nn.Module):
+    """What was made for one adapter at one site: a child of its leaves, so it moves with them."""
+
+    def __init__(self, made: Made, sources: _Sources) -> None:
+        super().__init__()
+        self.made: Made | None = made
+        self.sources = sources
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
+        self.sources.moved = self.sources.unchanged()
+        self.made = pytree.tree_map_only(Tensor, fn, self.made)
+        return self
+
+    def forget(self, *_: Any) -> None:
+        """A compiled call sees no writes on tensors; it does see this."""
+        self.made = None
+
+
+def keep(site: Any, made: Mapping[str, Made]) -> None:
+    """Let a bound site keep what was made for its adapters, {slot: Made}.
+
+    Nothing is kept where writes on the tensors couldn't be seen (inference tensors).
+    """
+    sources = _Sources(_tensors_of(site))
+    if any(t.is_inference() for _, _, t in sources.held):
+        return
+    for slot, one in made.items():
+        prepared = Prepared(one, sources)
+        leaves = leaves_at(site, slot)
+        leaves.prepared = prepared
+        for module in (site, leaves):
+            module.register_load_state_dict_post_hook(_forget)
+
+
+def _forget(module: Any, incompatible: Any) -> None:
+    """After a state dict was loaded into a site or its leaves."""
+    for leaves in (module,) if isinstance(module, Leaves) else leaves_of(module):
+        prepared = leaves._modules.get("prepared")
+        if isinstance(prepared, Prepared):
+            prepared.forget()
+
+
+def ready_at(attachment: Attachment, module: Any) -> Made | None:
+    """What was made of an adapter's tensors at a site; None where a call has to make it.
+
+    That is where nothing was kept, where the tensors aren't what they were (loaded, replaced for a
+    call, written on, put away, of another dtype), and where they are to be trained.
     """
     if attachment.p is not None or module.training:
         return None
-    ready = module._ll_ready
-    found = None if ready is None else ready.made.get(attachment.slot)
-    return found if found is None or torch.compiler.is_compiling() or _unchanged(ready) else None
+    return ready_of(leaves_at(module, attachment.slot))
 
 
-def moved(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """A site's `_apply`: what was made goes to other devices with its tensors; in another dtype
-    calls make it again.
-    """
-    ready = self._ll_ready
-    good = ready is not None and _unchanged(ready)
-    before = [t.dtype for _, _, t in _sources(self)]
-    self._ll_base._apply(self, fn, recurse)
-    same = good and before == [t.dtype for _, _, t in _sources(self)]
-    self.__dict__["_ll_ready"] = (
-        stamped(self, pytree.tree_map_only(Tensor, fn, ready.made)) if same else None
-    )
-    return self
+def ready_of(leaves: Leaves) -> Made | None:
+    """What was made of an adapter's leaves in evaluation mode; None where a call has to make it."""
+    prepared: Any = leaves._modules.get("prepared")
+    if prepared is None or prepared.made is None:
+        return None
+    if torch.compiler.is_compiling() or prepared.sources.unchanged():
+        return prepared.made
+    return None
 
 
-def replicated(self: Any) -> Any:
-    """A site's `_replicate_for_data_parallel`: the replica, on a device of its own, makes
-    everything in each call.
-    """
-    replica = self._ll_base._replicate_for_data_parallel(self)
-    replica.__dict__["_ll_ready"] = None
-    return replica
-
-
-def kept(site: Any) -> Mapping[int, tuple[Any, Any]] | None:
-    """What a copy of a site (pickled, deep) may take with it."""
-    ready = site._ll_ready
-    return ready.made if ready is not None and _unchanged(ready) else None
-
-
-def _unchanged(ready: Ready) -> bool:
-    """Whether the tensors are those that `ready` was made of, unwritten, and nothing is to be
-    learned about them.
-    """
-    try:
-        for held, name, t, version in ready.of:
-            if held[name] is not t or t._version != version:
-                return False
-    except (
-        KeyError,
-        RuntimeError,
-    ):  # taken out, or moved under inference_mode, where no version is kept
-        return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for _, _, t, _ in ready.of)
-
-
-def _sources(site: Any) -> Iterator[tuple[Mapping[str, Any], str, Tensor]]:
+def _tensors_of(site: Any) -> Iterable[Source]:
+    """A site's own parameters and all that its adapters hold, each with who holds it."""
     holders = [site._parameters]
     for leaves in leaves_of(site):
         holders += [leaves._parameters, leaves._buffers]
-    return ((held, name, t) for held in holders for name, t in held.items() if t is not None)
+    return [(held, name, t) for held in holders for name, t in held.items() if t is not None]

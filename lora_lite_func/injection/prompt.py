@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import StructureError, UnsupportedError
 
-__all__ = ["Prompt", "Prompted", "install_prompt_hooks", "known", "prompted", "tokens_of"]
+__all__ = ["Prompt", "Prompted", "install_prompt_hooks", "prompt_of", "prompted", "tokens_of"]
 
 
 # --------------------------------------------------------------------------------------- the prompt
@@ -58,18 +58,7 @@ class Prompt(NamedTuple):
     cached: bool = False
 
 
-def known(
-    params: Any, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, Callable[[], Prompt]]:
-    """The adapters, and how to learn what is known of the prompt in a call of the model with these
-    arguments.
-    """
-    if type(params) is Prompted:
-        return params.params, lambda: Prompt(params.mask, True)
-    return params, lambda: _of(model, args, kwargs)
-
-
-def _of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt:
+def prompt_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt:
     """By the attention mask (N, T) among a model's arguments: padding is no part of a prompt."""
     mask = kwargs.get("attention_mask")
     if mask is None and len(args) > 1:
@@ -157,7 +146,7 @@ def install_prompt_hooks(bound: nn.Module) -> None:
 
 
 def _start(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    _say(_of(module, args, kwargs))
+    _say(prompt_of(module, args, kwargs))
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:

@@ -6,6 +6,7 @@ Like parts of a norm or a linear layer are mapped over; kernels of convolutions,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from ..core.site import Params
 from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
+from .linear import choose
 from .references import BINDABLE, rebound, shallow_copy
 from .rows_activation import mapped
-from .state import tensors_at
+from .state import SiteState, tensors_at
 
 __all__ = ["Chains", "Within", "by_adapters", "narrowed"]
 
@@ -122,7 +124,7 @@ def _maps(module: Any) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return torch.compiler.is_compiling()
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-    own = module._ll_subs.get("weight", ())
+    own = module._ll.substituted.get("weight", ())
     return isinstance(module, (*norms, nn.Linear)) or any(
         attachment.site.kind == "norm" for attachment in own
     )
@@ -224,7 +226,7 @@ def _sizes(parts: RowGroups, runs: Sequence[tuple[int, int]]) -> list[int]:
 def _joined(module: Any, made: list[Any], parts: RowGroups, runs: Sequence[tuple[int, int]]) -> Any:
     """The runs' outputs as one, each row where it was."""
     columns, forms = zip(*map(pytree.tree_flatten, made), strict=True)
-    path, kind = module._ll_path, type(module).__name__
+    path, kind = module._ll.path, type(module).__name__
     joined: list[Any] = []
     for n, column in enumerate(zip(*columns, strict=True)):
         if not isinstance(column[0], Tensor):
@@ -261,6 +263,9 @@ def _of(rows: Sequence[int]) -> Within:
     return within
 
 
+_NO_SITE = SiteState("")
+
+
 def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
     """A module's children for a part's rows: copies of those in which rows have adapters of their
     own, the others themselves.
@@ -282,7 +287,8 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
             child.__dict__,
             {name: c if c is None else visit(c) for name, c in child._modules.items()},
         )
-        attachments, subs = had.get("_ll_attachments", ()), had.get("_ll_subs", {})
+        state: SiteState = had.get("_ll", _NO_SITE)
+        attachments, subs = state.attachments, state.substituted
         mixed = any(
             attachment.row_plan is not None
             for chain in (attachments, *subs.values())
@@ -293,9 +299,12 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
             made = shallow_copy(child, type(child))
             made.__dict__["_modules"] = inside
             if mixed:
-                made.__dict__.update(
-                    _ll_attachments=narrow(attachments),
-                    _ll_subs={name: narrow(chain) for name, chain in subs.items()},
+                attachments = narrow(attachments)
+                made.__dict__["_ll"] = replace(
+                    state,
+                    attachments=attachments,
+                    substituted={name: narrow(chain) for name, chain in subs.items()},
+                    step=state.step and choose(attachments),
                 )
         copies[id(child)] = made
         return made

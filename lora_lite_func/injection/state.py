@@ -1,9 +1,10 @@
-"""Where a bound site holds its adapters' tensors."""
+"""What a site's copy carries: its adapters, and in a bound model their tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,22 +16,68 @@ from .attachment import Attachment
 __all__ = [
     "Held",
     "Leaves",
+    "SiteState",
+    "Step",
     "held_by",
     "hold",
+    "layer_call",
     "leaves_at",
     "leaves_of",
     "parameters_of",
     "tensors_at",
+    "tensors_of",
 ]
 
-_CHILD = "adapter"  # the name under which a bound site holds its adapters' tensors
+_CHILD = "adapter"
+"""The name under which a bound site holds its adapters' tensors."""
+
+
+class Step(Protocol):
+    """The shortest way through a site's call, where only its layer and one adapter take part."""
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """The site's output, or None where the phases have to make it."""
+
+
+@dataclass(eq=False)
+class SiteState:
+    """What a site's copy carries beside its layer's own attributes, as its attribute `_ll`.
+
+    Attributes:
+        path: the site's module.
+        attachments: the adapters whose phases go around the layer's call, innermost first.
+        substituted: {name of a tensor: the adapters that go into it before the layer's call}.
+        inner: names of children whose tensors are substituted in this module's call (out_proj of
+            attention, which torch reads without calling it).
+        step: the shortest way through the call, chosen when the site is made; None: by phases.
+        own_forward: the `forward` that the instance carried (accelerate's, a user's), which is the
+            layer's call here.
+        running: how many of the site's own calls torch.compile is tracing.
+    """
+
+    path: str
+    attachments: tuple[Attachment, ...] = ()
+    substituted: dict[str, tuple[Attachment, ...]] = field(default_factory=dict)
+    inner: tuple[str, ...] = ()
+    step: Step | None = None
+    own_forward: Callable[..., Any] | None = None
+    running: int = 0
+
+
+def layer_call(module: Any) -> Callable[..., Any]:
+    """The frozen layer's call: of a site, or of the plain object that stands for its layer."""
+    own: Callable[..., Any] | None = module._ll.own_forward
+    if own is not None and not module._ll_substitutes:
+        return own
+    call: Callable[..., Any] = getattr(module, "_ll_layer_call", module.forward)
+    return call
 
 
 class Leaves(nn.Module):
-    """The tensors of one adapter at one site of a bound model: trainable ones as parameters, frozen
-        ones as buffers.
+    """The tensors of one adapter at one site of a bound model.
 
-    What computes one of them (torch.nn.utils.parametrize, prune) is heeded in each call.
+    Trainable ones are parameters, frozen ones buffers. What computes one of them
+    (torch.nn.utils.parametrize, prune) is heeded in each call.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], specs: Mapping[str, LeafSpec]) -> None:
@@ -73,9 +120,9 @@ class Held(nn.ModuleList):
     """
 
 
-def leaves_at(site: Any, index: int) -> Leaves:
-    """The tensors that a bound site holds for its `index`-th adapter."""
-    return site._modules[_CHILD]._modules[str(index)]
+def leaves_at(site: Any, slot: str) -> Leaves:
+    """The tensors that a bound site holds for the adapter in that slot."""
+    return site._modules[_CHILD]._modules[slot]
 
 
 def leaves_of(site: Any) -> Iterable[Leaves]:
@@ -104,15 +151,20 @@ def hold(site: Any, leaves: Leaves) -> None:
     site._modules[_CHILD].append(leaves)
 
 
+_PLAIN_CHILDREN = frozenset({"prepared"})
+"""Children of `Leaves` that compute none of its tensors."""
+
+
 def tensors_at(attachment: Attachment, module: Any) -> Params:
     """The tensors of an adapter at a site."""
-    if attachment.p is not None:
-        return attachment.p
-    leaves = leaves_at(module, attachment.slot)
-    simple = (
-        leaves._parameters
-        and not leaves._buffers
-        and not leaves._modules
-        and "_hf_hook" not in leaves.__dict__
-    )
-    return leaves._parameters if simple else leaves.tensors()  # type: ignore[return-value]
+    p = attachment.p
+    return tensors_of(leaves_at(module, attachment.slot)) if p is None else p
+
+
+def tensors_of(leaves: Leaves) -> Params:
+    """{lora_name: tensor} of a bound site's adapter."""
+    if not leaves._parameters or leaves._buffers or "_hf_hook" in leaves.__dict__:
+        return leaves.tensors()
+    if not leaves._modules.keys() <= _PLAIN_CHILDREN:
+        return leaves.tensors()
+    return leaves._parameters  # type: ignore[return-value]

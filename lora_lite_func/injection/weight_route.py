@@ -47,11 +47,11 @@ def _chains(site: Any) -> Chains:
     """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of
     all that a site substitutes.
     """
-    own = {("", name): attachments for name, attachments in site._ll_subs.items()}
+    own = {("", name): attachments for name, attachments in site._ll.substituted.items()}
     return own | {
         (child, name): attachments
-        for child in site._ll_inner
-        for name, attachments in site._modules[child]._ll_subs.items()
+        for child in site._ll.inner
+        for name, attachments in site._modules[child]._ll.substituted.items()
     }
 
 
@@ -92,7 +92,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
         attributes.get("max_norm") is not None
     ):  # torch bounds the table in place: let it be a table of this call's own
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
-    inner = attributes["_ll_inner"]
+    inner = site._ll.inner
     if inner:
         held = {
             name: {
@@ -106,10 +106,9 @@ def _concrete(site: Any, chains: Chains) -> Any:
             **site._modules,
             **{name: _concrete(site._modules[name], held[name]) for name in inner},
         }
-    own = attributes.pop("_ll_own", None)
-    if (
-        own is not None
-    ):  # what an instance carried as its forward, and whatever else is bound to it, works on this one
+    own = site._ll.own_forward
+    if own is not None:
+        # what an instance carried as its forward, and whatever is bound to it, works on this one
         attributes["forward"] = own
         for name, value in attributes.items():
             if isinstance(value, BINDABLE):
@@ -164,7 +163,7 @@ def read(name: str) -> property:
         weight = _own(self, "weight")
         if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
             return found  # packed or put away: nothing that an adapter could go into
-        return _lazily(self._ll_path, name, found, lambda: _merged(self, weight, name))
+        return _lazily(self._ll.path, name, found, lambda: _merged(self, weight, name))
 
     return property(get, _putting(name), _refusing(name))
 
@@ -175,7 +174,7 @@ def read_substituted(name: str) -> property:
     def get(self: Any) -> Any:
         found = parameters_of(self).get(name)
         return _lazily(
-            self._ll_path, name, found, lambda: _adapted(self, _chains(self)).get(name, found)
+            self._ll.path, name, found, lambda: _adapted(self, _chains(self)).get(name, found)
         )
 
     return property(get, _putting(name), _refusing(name))
@@ -201,7 +200,7 @@ def _refusing(name: str) -> Callable[[Any], None]:
 
     def drop(self: Any) -> None:
         raise UnsupportedError(
-            f"{self._ll_path!r} ({self._ll_base.__name__}): its {name} is part of what its "
+            f"{self._ll.path!r} ({self._ll_base.__name__}): its {name} is part of what its "
             f"adapter makes, so it can't be taken out, as "
             "FullyShardedDataParallel does; shard with "
             "torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
@@ -236,8 +235,8 @@ def _own(self: Any, name: str) -> Any:
 
 
 def _merged(self: Any, weight: Tensor, name: str) -> Any:
-    check_dropout(self, self._ll_attachments)
+    check_dropout(self, self._ll.attachments)
     bias = _own(self, "bias")
-    return merge_site(self, self._ll_attachments, weight, None if bias is _NONE else bias)[
+    return merge_site(self, self._ll.attachments, weight, None if bias is _NONE else bias)[
         name == "bias"
     ]

@@ -17,8 +17,6 @@ from ..core.errors import UnsupportedError
 
 __all__ = ["LazyWeight", "enter", "inside", "leave"]
 
-_FLAG = "_ll_inside"
-
 
 class _Calls(threading.local):
     """The sites, by id, whose call this thread is in."""
@@ -35,7 +33,7 @@ def enter(site: Any) -> None:
     it.
     """
     if torch.compiler.is_compiling():
-        site.__dict__[_FLAG] = site.__dict__.get(_FLAG, 0) + 1
+        site._ll.running += 1
     else:
         _CALLS.sites.append(id(site))
 
@@ -43,7 +41,7 @@ def enter(site: Any) -> None:
 def leave(site: Any) -> None:
     """It ends."""
     if torch.compiler.is_compiling():
-        site.__dict__[_FLAG] -= 1
+        site._ll.running -= 1
     else:
         _CALLS.sites.pop()
 
@@ -51,7 +49,7 @@ def leave(site: Any) -> None:
 def inside(site: Any) -> bool:
     """Whether the site's own call is running."""
     if torch.compiler.is_compiling():
-        return bool(site.__dict__.get(_FLAG, 0))
+        return bool(site._ll.running)
     return id(site) in _CALLS.sites
 
 

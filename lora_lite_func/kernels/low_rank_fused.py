@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from ..core.torch_internals import is_transformed, may_overwrite
+from ..core.torch_internals import may_overwrite
 
 __all__ = ["linear_with_low_rank", "low_rank", "one_row"]
 
@@ -29,7 +29,14 @@ _LEVELS = 1 << 16
 
 
 def low_rank(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float = 0.0
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: float,
+    dropout: float = 0.0,
+    transformed: bool = False,
 ) -> Tensor:
     """x W^T + b + s (drop(x) A^T) B^T, (..., d_out); gradients reach x, A and B.
 
@@ -41,11 +48,12 @@ def low_rank(
         B: (d_out, r).
         s: the scale.
         dropout: probability that an entry of the branch's input is dropped.
+        transformed: whether a transform of torch.func has a part in the call.
     """
     seed = (
         int(torch.randint(1 << 62, (), device="cpu")) if dropout else 0
     )  # torch.manual_seed, checkpointing, forked generators rule it
-    call = _LowRank if is_transformed() else _Eager
+    call = _LowRank if transformed else _Eager
     y: Tensor = call.apply(_flat(x), W, b, A, B, s, dropout, seed)[0]
     return (
         y if x.ndim == 2 else y.view(*x.shape[:-1], W.shape[0])

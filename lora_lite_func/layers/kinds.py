@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..core.config import DEFAULT_EXCLUDE
-from ..core.method import Variant
 from ..core.site import Site
 from .embedding import defers
 from .norms import normalises, uses_one_plus
@@ -37,7 +36,6 @@ __all__ = [
     "matrix",
     "misfit",
     "module_and_name",
-    "reads_prompt",
     "restored",
 ]
 
@@ -208,11 +206,6 @@ KINDS: Mapping[str, Kind] = {
         Kind("module", "module", "modules", _is_module, _unknown, _never, listed=True),
     )
 }
-
-
-def reads_prompt(variant: Variant) -> bool:
-    """Whether a method edits tokens of the prompt in whole modules' hidden states."""
-    return KINDS[variant.sites[0]].listed
 
 
 def kind_of(module: Any) -> Kind | None:

@@ -34,7 +34,7 @@ LOW_RANK = [
 def by_phases(monkeypatch: pytest.MonkeyPatch, call: Any) -> Any:
     """A call where nothing is ordinary, so that phases make every output."""
     with monkeypatch.context() as patch:
-        patch.setattr(plain, "is_ordinary", lambda: False)
+        patch.setattr(plain, "surroundings", lambda: None)
         return call()
 
 
@@ -181,7 +181,7 @@ def test_gradients_of_one_function_are_exact_twice(shape: tuple[int, ...], p: fl
 
     def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return fused.low_rank(x, W, b, A, B, 1.5, p)
+        return fused.low_rank(x, W, b, A, B, 1.5, p, transformed=True)
 
     given = (x, A.requires_grad_(), B.requires_grad_())
     assert torch.autograd.gradcheck(call, given)

@@ -1,0 +1,118 @@
+"""The copy of a site: which way each of its adapters goes, and the state that it carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.errors import UnsupportedError
+from ..layers.kinds import KINDS
+from .attachment import Attachment
+from .checks import check_site, check_substitutable
+from .linear import choose
+from .references import slots
+from .site_class import site_class
+from .state import SiteState
+
+__all__ = ["Make", "site_copy"]
+
+Make = Callable[[nn.Module, type[nn.Module], tuple[str, ...]], nn.Module]
+"""(module, class, its slots): a new object of the class with the module's attributes."""
+
+
+def site_copy(
+    module: nn.Module,
+    path: str,
+    new: Mapping[str, Sequence[Attachment]],
+    by_weight: bool,
+    inner: tuple[str, ...],
+    make: Make,
+) -> nn.Module:
+    """The copy of a site, its adapters behind those it has already (a bound model may be adapted
+    again).
+
+    Args:
+        module: the layer.
+        path: its path.
+        new: {"" for the layer, else the name of a bare tensor: adapters}.
+        by_weight: the layer isn't called, so its adapters go into its weight.
+        inner: its children whose tensors are substituted in its own call.
+        make: makes the copy.
+
+    Raises:
+        StructureError: the layer isn't what an adapter was made for.
+        UnsupportedError: a tensor would have to be substituted and can't be.
+    """
+    for attachments in new.values():
+        check_site(module, attachments[-1].site)
+    had: SiteState = module.__dict__.get("_ll") or SiteState(path)
+    attachments, substituted = _routes(module, path, had, new, by_weight)
+    inner = inner or had.inner
+    names = _substituted_names(substituted) if substituted or inner else None
+    bounds = module.__dict__.get("max_norm") is not None  # torch's call would write on the table
+    looks_up = isinstance(module, nn.Embedding) and not substituted
+    if bounds and not looks_up:
+        names = names or ()
+    base: type[nn.Module] = getattr(type(module), "_ll_base", type(module))
+    copy = make(
+        module, site_class(base, bool(attachments) or (bounds and looks_up), names), slots(base)
+    )
+    state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
+    copy.__dict__["_ll"] = state
+    if looks_up and base is not nn.Embedding:
+        return copy  # its phases are further down, around nn.Embedding's own forward
+    # an instance-level forward would shadow the class's: it is the layer's call
+    state.own_forward = copy.__dict__.pop("forward", None) or had.own_forward
+    if state.own_forward is None:
+        state.step = choose(attachments)
+    return copy
+
+
+def _substituted_names(substituted: Mapping[str, Sequence[Attachment]]) -> tuple[str, ...]:
+    """The tensors that are substituted, biases of layers among them, which a method may move."""
+    names: dict[str, None] = {}
+    for name, attachments in substituted.items():
+        names[name] = None
+        if not _bare(attachments):
+            names["bias"] = None
+    return tuple(names)
+
+
+def _bare(attachments: Sequence[Attachment]) -> bool:
+    return KINDS[attachments[0].site.kind].bare
+
+
+def _routes(
+    module: Any,
+    path: str,
+    had: SiteState,
+    new: Mapping[str, Sequence[Attachment]],
+    by_weight: bool,
+) -> tuple[tuple[Attachment, ...], dict[str, tuple[Attachment, ...]]]:
+    """(adapters whose phases go around the call, {tensor: adapters that go into it}), old first."""
+    substituted = dict(had.substituted)
+    own = substituted.get("weight", ())
+    own = () if own and _bare(own) else own
+    attachments = (*had.attachments, *own, *new.get("", ()))
+    if attachments:
+        by_weight = by_weight or bool(own) or KINDS[attachments[0].site.kind].by_weight(module)
+        for attachment in attachments:
+            by_weight = by_weight or not attachment.variant.has_phases
+        if by_weight:
+            substituted["weight"], attachments = attachments, ()
+    for name, chain in new.items():
+        if not name:
+            continue
+        layers_own = substituted.get("weight", ())
+        with_layer = attachments or (layers_own and not _bare(layers_own))
+        if name in ("weight", "bias") and with_layer:
+            raise UnsupportedError(
+                f"{path + '.' + name!r} is adapted as a bare parameter and with its layer "
+                f"{path!r}; choose one of the two"
+            )
+        substituted[name] = (*substituted.get(name, ()), *chain)
+    for name in substituted:
+        check_substitutable(module, path, name)
+    return attachments, substituted
