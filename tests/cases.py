@@ -169,6 +169,11 @@ CASES = (
     Case("shira_magnitude", _set(ll.SHiRAConfig, r=2, mask="magnitude")),
     Case("hira", _fixed(ll.HiRAConfig), dead=A),
     Case("ln_tuning", _norms, linear=False),
+    Case(
+        "tokens_of_a_head",
+        _fixed(ll.TokensConfig, token_ids=(0, 2, 3), target_kinds="linear"),
+        linear=False,
+    ),
     Case("full", _weights, linear=False),
     Case("from_outside", _fixed(MixConfig), dead=frozenset({"lora_v"})),
 )

@@ -1,9 +1,10 @@
-"""Full: chosen parameters themselves are trained, as a copy: a classifier's head, norms, an embedding, of any shape.
+"""Full: chosen parameters themselves are trained, as a copy of any shape: a head, norms, a table.
 
     W' = lora_W        (the parameter's entries as a matrix, (d_out, d_in))
 
-A file then holds them beside an adapter of another method (`ll.save((adapter, full), path)`): a new head is drawn anew whenever its model
-is loaded, so its change alone wouldn't bring it back. `keep_start` keeps the copy's start too, between which and the copy `ll.scale` moves.
+A file then holds them beside an adapter of another method (`ll.save((adapter, full), path)`): a new
+head is drawn anew whenever its model is loaded, so its change alone wouldn't bring it back.
+`keep_start` keeps the copy's start too, between which and the copy `ll.scale` moves.
 Identity at the start: lora_W = W. Needs W once. r and alpha have no part in this method.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
+from ..core.config import AdapterConfig, added
 from ..core.errors import UnsupportedError
 from ..core.method import ParamSpec, Variant
 from ..core.site import Params, Site
@@ -28,14 +29,17 @@ class FullConfig(AdapterConfig):
 
     Args:
         keep_start: keep a frozen copy of the start, as `ll.scale` needs it; twice the size.
+        frozen: the copy isn't trained, it only stands for the base's: a table that was resized, a
+            norm's running statistics, as a file of PEFT's has them.
     """
 
     keep_start: bool = False
+    frozen: bool = added(False)
 
 
 def param_specs(cfg: FullConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_W (d_out, d_in), and frozen lora_W0 if the start is kept."""
-    specs = {"lora_W": ParamSpec((site.d_out, site.d_in))}
+    specs = {"lora_W": ParamSpec((site.d_out, site.d_in), trainable=not cfg.frozen)}
     return (
         specs | {"lora_W0": ParamSpec((site.d_out, site.d_in), trainable=False)}
         if cfg.keep_start

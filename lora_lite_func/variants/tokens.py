@@ -1,11 +1,14 @@
-"""Tokens: chosen rows of an embedding are trained, by what is added to them.
+"""Tokens: chosen rows of a table of ids are trained, by what is added to them.
 
-    table'[t] = table[t] + d[k]   for the k-th chosen id t        d lora_rows (k, d_out), zero at the start
+    table'[t] = table[t] + d[k]   for the k-th chosen id t
+    d lora_rows (k, width), zero at the start
 
 No paper: the usual way to teach a model new or special tokens without training the whole table.
 Identity at the start: d = 0. Needs nothing. r and alpha have no part in this method.
-A site is an embedding, whose rows are then looked up in d too; or, under its full name in `target_parameters`, the table as a bare
-tensor, so that an output head that is tied to it scores the chosen tokens with the trained rows as well.
+
+A site is one of three. An embedding: its looked-up rows move. A linear head: its scores of the
+chosen ids move. A table under its full name in `target_parameters`: where an embedding and a head
+share it, both move by the same trained rows.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import AdapterConfig
@@ -41,31 +45,46 @@ class TokensConfig(AdapterConfig):
             )
 
 
+def _by_input(site: Site) -> bool:
+    """Whether the ids are a site's inputs, as an embedding's are; a head's are its outputs."""
+    return site.transposed and site.kind != "linear"
+
+
+def _sizes(site: Site) -> tuple[int, int]:
+    """(how many ids there are, the width of a row)."""
+    return (site.d_in, site.d_out) if _by_input(site) else (site.d_out, site.d_in)
+
+
+def _ids(p: Params, site: Site) -> Tensor:
+    return positions.decoded(p["lora_ids"], _sizes(site)[0])
+
+
 def param_specs(cfg: TokensConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_rows (k, d_out), frozen lora_ids (k,), ascending, stored as positions.py says.
+    """lora_rows (k, width), frozen lora_ids (k,), ascending, stored as positions.py says.
 
     Raises:
-        UnsupportedError: not a table of rows, or without such an id, or no ids.
+        UnsupportedError: not a table, or without such an id, or no ids.
     """
     if not cfg.token_ids:
         raise UnsupportedError(
             "tokens trains the rows of chosen ids, and none are chosen; name them: "
             "TokensConfig(token_ids=...)"
         )
-    if not site.transposed:
+    if site.num_experts:
         raise UnsupportedError(
-            "tokens are rows of an embedding's table; name the embedding's weight, not the "
-            "head's that is tied to it"
+            f"{site.path!r}: tokens are rows of one table, this is a stack of {site.num_experts} "
+            f"weights; name an embedding's or a head's"
         )
-    if max(cfg.token_ids) >= site.d_in:
+    ids, width = _sizes(site)
+    if max(cfg.token_ids) >= ids:
         raise UnsupportedError(
-            f"token id {max(cfg.token_ids)}: the table has {site.d_in} rows; choose the table "
+            f"token id {max(cfg.token_ids)}: the table has {ids} rows; choose the table "
             f"with target_names"
         )
     k = len(set(cfg.token_ids))
     return {
-        "lora_rows": ParamSpec((k, site.d_out)),
-        "lora_ids": ParamSpec((k,), trainable=False, dtype=positions.index_dtype(site.d_in)),
+        "lora_rows": ParamSpec((k, width)),
+        "lora_ids": ParamSpec((k,), trainable=False, dtype=positions.index_dtype(ids)),
     }
 
 
@@ -82,24 +101,31 @@ def init(
 
 
 def prepare(cfg: TokensConfig, p: Params, site: Site, layer: Layer) -> Tensor:
-    """Which row of d each id has, (d_in,): k for those that aren't chosen."""
-    ids = positions.decoded(p["lora_ids"], site.d_in)
+    """Of an embedding which row of d each id has, (d_in,), k for those that aren't chosen; of a
+    head the chosen ids.
+    """
+    ids = _ids(p, site)
+    if not _by_input(site):
+        return ids
     k = torch.arange(ids.shape[0], device=ids.device)
     return torch.full((site.d_in,), ids.shape[0], device=ids.device).scatter(0, ids, k)
 
 
 def outputs(cfg: TokensConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y, and the chosen ids' rows of d."""
-    rows = torch.cat([p["lora_rows"], torch.zeros_like(p["lora_rows"][:1])])  # (k + 1, d_out)
-    return (y + rows[d[x]]).to(y.dtype)
+    """y, and the chosen ids' rows of d, or their products with x."""
+    rows = p["lora_rows"]
+    if not _by_input(site):
+        return y.index_add(-1, d, F.linear(x.to(rows.dtype), rows).to(y.dtype))
+    padded = torch.cat([rows, torch.zeros_like(rows[:1])])  # (k + 1, d_out)
+    return (y + padded[d[x]]).to(y.dtype)
 
 
 def weight(
     cfg: TokensConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """W with the chosen columns moved, (d_out, ids)."""
-    ids = positions.decoded(p["lora_ids"], site.d_in)
-    return W.index_add(1, ids, p["lora_rows"].to(W.dtype).mT), b
+    """W with the chosen columns moved, (d_out, ids), or a head's chosen rows, (ids, d_in)."""
+    ids, rows = _ids(p, site), p["lora_rows"].to(W.dtype)
+    return (W.index_add(1, ids, rows.mT) if _by_input(site) else W.index_add(0, ids, rows)), b
 
 
 def scale(cfg: TokensConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
@@ -113,7 +139,7 @@ def validate(cfg: TokensConfig, p: Params, site: Site) -> None:
     Raises:
         StructureError: they aren't.
     """
-    check_indices((p["lora_ids"],), (site.d_in,), "lora_ids")
+    check_indices((p["lora_ids"],), (_sizes(site)[0],), "lora_ids")
 
 
 VARIANT = Variant(
@@ -127,5 +153,5 @@ VARIANT = Variant(
     additive=True,
     validate=validate,
     scale=scale,
-    sites=("embedding", "parameter"),
+    sites=("embedding", "linear", "parameter"),
 )

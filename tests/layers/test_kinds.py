@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from typing import Any
@@ -834,10 +835,24 @@ def test_chosen_tokens_of_a_tied_table_are_scored_too() -> None:
         ll.init(model, ll.TokensConfig(token_ids=(16,)))
     with pytest.raises(ll.ConfigError, match="expected ids of 0 and up, found -1"):
         ll.TokensConfig(token_ids=(-1,))
-    with pytest.raises(
-        ll.UnsupportedError, match=r"'mid.weight': tokens are rows of an embedding's table"
-    ):
-        ll.init(model, ll.TokensConfig(token_ids=(1,), target_parameters="mid.weight"))
+    named = ll.init(model, ll.TokensConfig(token_ids=(1, 5), target_parameters="lm_head.weight"))
+    rows = {("lm_head.weight", "lora_rows"): params["embed.weight", "lora_rows"]}
+    close(ll.apply(model, ll.update(named, rows), IDS), y, 1e-12)
+
+
+def test_chosen_tokens_of_a_head_alone() -> None:
+    model = seeded(Tied())
+    cfg = ll.TokensConfig(
+        token_ids=(5, 1), target_kinds="linear", target_names="lm_head", exclude_names=()
+    )
+    params = moved(ll.init(model, cfg))
+    assert params["lm_head", "lora_rows"].shape == (2, 8)
+    y, base = ll.apply(model, params, IDS), model(IDS)
+    assert (y != base).flatten(0, 1).any(0).nonzero().flatten().tolist() == [1, 5]
+    hidden = torch.tanh(model.mid(model.embed(IDS)))
+    close(y[..., [1, 5]] - base[..., [1, 5]], hidden @ params["lm_head", "lora_rows"].mT, 1e-12)
+    with pytest.raises(ll.UnsupportedError, match="token id 16: the table has 16 rows"):
+        ll.init(model, dataclasses.replace(cfg, token_ids=(16,)))
 
 
 # ------------------------------------------------------------------------------- real architectures

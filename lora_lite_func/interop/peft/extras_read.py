@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,89 +13,165 @@ from ...core.errors import CheckpointError, short_repr
 from ...core.site import Site
 from ...layers.kinds import matrix
 from ...layers.weights import held, stored
-from ...variants import BitFitConfig, FullConfig, LoRAConfig, TokensConfig
+from ...variants import BitFitConfig, FullConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
-from .keys import WRAPPED, elsewhere, ties
+from .keys import WRAPPED, elsewhere, first_name
 from .modules import adaptable, in_one_of, refuse_tied
+from .token_rows import read_rows
 
 __all__ = ["beside"]
 
 
+@dataclass
+class _Extras:
+    """What a file holds beside its method's tensors.
+
+    Attributes:
+        whole: {path of a parameter: values}, of modules that were trained whole.
+        copies: {path of a parameter: values} of the base as the file was made.
+        biases: {path of a module: its learned bias}.
+        rows: {path of a module: new rows of its table}.
+    """
+
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+
 def beside(
-    reader: ConfigReader, rest: Mapping[str, Tensor], model: Any
+    reader: ConfigReader, rest: Mapping[str, Tensor], model: Any, adapted: Container[str] = ()
 ) -> list[tuple[ModuleEntry, Part]]:
-    """What a file holds beside its method's tensors: learned biases (bias="all", "lora_only"),
-    replaced token embeddings.
+    """What a file holds beside its method's tensors: modules trained whole (modules_to_save),
+    learned biases (bias="all", "lora_only"), new rows of tables, tables of a resized base.
+
+    Args:
+        reader: the config.
+        rest: the tensors that aren't the method's.
+        model: the base, if it was given.
+        adapted: paths of the modules that the method adapts.
 
     Raises:
-        CheckpointError: a tensor that is neither, one that needs the model and there is none, or
-            none of a module that was trained whole.
+        CheckpointError: a tensor that is none of these, one that needs the model and there is none,
+            or none of what the config says was trained.
     """
-    learned, saved = (
-        reader.get("bias", "none") not in ("none", None),
-        reader.names("modules_to_save"),
-    )
-    modules = (
-        dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
-    )
-    tying = reader.flag(
-        "ensure_weight_tying"
-    )  # PEFT keeps a copy of what shares a tensor with a module trained whole, too
-    whole: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}
-    tokens: dict[str, Tensor] = {}
+    base = model if isinstance(model, nn.Module) else None
+    modules = {} if base is None else dict(base.named_modules(remove_duplicate=False))
+    found = _sorted_out(reader, rest, modules)
+    if base is None:
+        if found.whole or found.biases or found.rows or found.copies:
+            raise CheckpointError(
+                f"{reader.where}: {short_repr(next(iter(rest)))} replaces a tensor of the base; "
+                f"give the base model too"
+            )
+        return []
+    _check_saved(reader, found.whole, base)
+    _check_learned(reader, found.biases, found.rows, modules)
+    whole = _once(reader, found.whole, modules)
+    copies = _once(reader, found.copies, modules)
+    for path in [path for path in copies if path.endswith(".bias")]:
+        home = path.removesuffix(".bias")
+        if home in adapted and f"{home}.weight" not in copies:
+            found.biases[home] = copies.pop(path)  # the layer is adapted as it is, its bias shifted
+    known = adaptable(base, [*whole, *copies, *found.biases])
+    parts = [_whole(reader, path, t, *known[path]) for path, t in whole.items()]
+    parts += [_whole(reader, path, t, *known[path], frozen=True) for path, t in copies.items()]
+    parts += [_bias(reader, path, t, *known[path]) for path, t in found.biases.items()]
+    return parts + read_rows(reader, found.rows, found.whole | found.copies, base)
+
+
+def _once(
+    reader: ConfigReader, tensors: Mapping[str, Tensor], modules: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Each parameter once, under the name that comes first in the model.
+
+    Raises:
+        CheckpointError: not all places are there, or they differ.
+    """
+    kept: dict[str, Tensor] = {}
+    for path, t in tensors.items():
+        refuse_tied(reader, modules, path, tensors)
+        kept[first_name(modules, path)] = t
+    return kept
+
+
+def _sorted_out(
+    reader: ConfigReader, rest: Mapping[str, Tensor], modules: Mapping[str, Any]
+) -> _Extras:
+    """What each tensor is.
+
+    Raises:
+        CheckpointError: one that is nothing that is read here.
+    """
+    found = _Extras()
+    saved, learned = reader.names("modules_to_save"), reader.get("bias", "none") != "none"
+    # PEFT keeps a copy of what shares a tensor with a module trained whole, too
+    tying = reader.flag("ensure_weight_tying")
     for key, t in rest.items():
         path, _, name = key.rpartition(".")
-        bare = (
-            path.removesuffix(WRAPPED)
-            if path.removesuffix(WRAPPED) in modules
-            else path.replace(WRAPPED, "")
+        unwrapped = path.removesuffix(WRAPPED).removesuffix(".token_adapter")
+        bare = unwrapped if unwrapped in modules else path.replace(WRAPPED, "")
+        kept = in_one_of(saved, path) or (
+            tying and any(in_one_of(saved, p.rpartition(".")[0]) for p in elsewhere(modules, key))
         )
         if ".original_module." in key and in_one_of(saved, path):
-            pass  # bias="all" keeps what a copy replaces, too
-        elif in_one_of(saved, path) or (
-            tying
-            and any(in_one_of(saved, other.rpartition(".")[0]) for other in elsewhere(modules, key))
-        ):
-            whole[key.replace(".modules_to_save.", ".")] = t
-        elif name == "bias" and learned:
-            biases[bare] = t
+            continue  # bias="all" keeps what a copy replaces, too
+        if kept:
+            found.whole[key.replace(".modules_to_save.", ".")] = t
+        elif name == "bias" and learned and reader.get("bias") is not None:
+            found.biases[bare] = t
         elif name == "trainable_tokens_delta":
-            tokens[path.removesuffix(".token_adapter")] = t
-        elif name in ("weight", "bias") and _is_the_base(model, bare, name, t):
-            pass  # PEFT copies an embedding that it adapts into the file, and the head beside it
+            found.rows[path.removesuffix(".token_adapter")] = t
+        elif name in ("weight", "bias") and _is_copy(reader, bare, name, t, modules):
+            if not _is_the_base(modules[bare], name, t):
+                found.copies[f"{bare}.{name}"] = t
         else:
             raise CheckpointError(
                 f"{reader.where}: unexpected tensor {short_repr(key)}; "
-                f"{_unknown(model, path, bare)}"
+                f"{_unknown(modules, path, bare)}"
             )
-    if (whole or biases or tokens) and not isinstance(model, nn.Module):
+    return found
+
+
+def _is_copy(
+    reader: ConfigReader, path: str, name: str, t: Tensor, modules: Mapping[str, Any]
+) -> bool:
+    """Whether a tensor is PEFT's copy of a table or a head, which it takes with an embedding that
+    is adapted or resized, and loads in place of the base's.
+
+    Raises:
+        CheckpointError: of another size than the model's.
+    """
+    module = modules.get(path)
+    base = None if module is None else stored(module, name)
+    if not isinstance(base, Tensor):
+        return False
+    model = modules[""]
+    tables = [
+        getattr(model, get)()
+        for get in ("get_input_embeddings", "get_output_embeddings")
+        if callable(getattr(model, get, None))
+    ]
+    if base.shape == t.shape:
+        return any(module is table for table in tables) or _is_the_base(module, name, t)
+    if any(module is table for table in tables) and t.shape[1:] == base.shape[1:]:
         raise CheckpointError(
-            f"{reader.where}: {short_repr(next(iter(rest)))} replaces a tensor of the base; give "
-            f"the base model too"
+            f"{reader.where}: {path + '.' + name!r} has {len(t)} rows in the file and "
+            f"{len(base)} in the model, whose vocabulary had been resized; do so first "
+            f"(model.resize_token_embeddings({len(t)}))"
         )
-    _check_saved(reader, saved, whole, model)
-    _check_learned(reader, biases, tokens, modules)
-    known = adaptable(model, [*whole, *biases]) if whole or biases else {}
-    for path in whole:
-        refuse_tied(reader, modules, path, whole)
-    found = [_whole(reader, path, t, *known[path]) for path, t in whole.items()]
-    found += [_bias(reader, path, t, *known[path]) for path, t in biases.items()]
-    return found + [part for path, t in tokens.items() for part in _tokens(reader, path, t, model)]
+    return False
 
 
-def _check_saved(
-    reader: ConfigReader, saved: Iterable[str], whole: Iterable[str], model: Any
-) -> None:
+def _check_saved(reader: ConfigReader, whole: Iterable[str], model: nn.Module) -> None:
     """Refuse a file that has lost a module which its config says was trained whole.
 
     Raises:
         CheckpointError: with the module.
     """
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    meant = [path for path, module in modules if path and module.state_dict()]
-    for name in saved:
+    meant = [path for path, module in model.named_modules() if path and module.state_dict()]
+    for name in reader.names("modules_to_save"):
         paths = [path for path in meant if path.endswith(name)]
         if paths and not any(f"{key}.".startswith(f"{path}.") for key in whole for path in paths):
             raise CheckpointError(
@@ -128,21 +205,16 @@ def _check_learned(
         )
 
 
-def _is_the_base(model: Any, path: str, name: str, t: Tensor) -> bool:
-    module = dict(model.named_modules()).get(path) if isinstance(model, nn.Module) else None
-    base = None if module is None else stored(module, name)
-    return (
-        isinstance(base, Tensor)
-        and base.shape == t.shape
-        and torch.equal(held(module, name).to(t), t)
-    )
+def _is_the_base(module: Any, name: str, t: Tensor) -> bool:
+    """Whether a tensor is the base's own, unchanged."""
+    return torch.equal(held(module, name).to(t), t)
 
 
-def _unknown(model: Any, path: str, bare: str) -> str:
+def _unknown(modules: Mapping[str, Any], path: str, bare: str) -> str:
     """What to say of a tensor that isn't the base's own."""
     if not path.endswith(WRAPPED):
         return "nothing here corresponds to it"
-    if not isinstance(model, nn.Module):
+    if not modules:
         return "if it is PEFT's copy of the base's, give the base model too"
     return (
         f"it isn't what {short_repr(bare)} of this model has: a copy of another base, or of one "
@@ -151,10 +223,10 @@ def _unknown(model: Any, path: str, bare: str) -> str:
 
 
 def _whole(
-    reader: ConfigReader, path: str, t: Tensor, site: Site, module: Any
+    reader: ConfigReader, path: str, t: Tensor, site: Site, module: Any, frozen: bool = False
 ) -> tuple[ModuleEntry, Part]:
-    """A parameter that was trained whole (modules_to_save): it takes the base's place before
-    anything else is applied.
+    """A parameter that the file has in place of the base's, before anything else is applied:
+    trained (modules_to_save), or frozen.
     """
     base = module._parameters[path.rpartition(".")[2]]
     if base.shape != t.shape:
@@ -163,7 +235,7 @@ def _whole(
             f"{tuple(t.shape)}"
         )
     return ModuleEntry(path, {}, site, module), Part(
-        FullConfig, {"lora_W": matrix(t, site)}, order=-1
+        FullConfig, {"lora_W": matrix(t, site)}, {"frozen": frozen}, order=-1
     )
 
 
@@ -179,60 +251,3 @@ def _bias(
     return ModuleEntry(path, {}, site, module), Part(
         BitFitConfig, {"lora_b": learned - base.detach().to(learned)}, order=2
     )
-
-
-def _tokens(
-    reader: ConfigReader, path: str, rows: Tensor, model: nn.Module
-) -> list[tuple[ModuleEntry, Part]]:
-    """New rows of an embedding, as what is added to them; with a head that shares its table, as a
-    LoRA of each that picks those rows.
-    """
-    listed: Any = reader.get("trainable_token_indices") or reader.get("token_indices")
-    if isinstance(listed, Mapping):
-        listed = next(
-            (ids for name, ids in listed.items() if path == name or path.endswith("." + name)), None
-        )
-    site, module = adaptable(model, [path])[path]
-    many = rows.shape[0] if rows.ndim == 2 else 0
-    if (
-        not isinstance(listed, list)
-        or len(listed) != many
-        or not all(type(i) is int and 0 <= i < site.d_in for i in listed)
-    ):
-        raise reader.refuse(
-            "trainable_token_indices", f"{many} token ids below {site.d_in} for {path!r}"
-        )
-    if (
-        site.kind != "embedding"
-        or rows.shape != (len(listed), site.d_out)
-        or len(set(listed)) != len(listed)
-    ):
-        raise CheckpointError(
-            f"{reader.where}: {short_repr(path)}: rows of shape {tuple(rows.shape)} don't fit "
-            f"this {type(module).__name__}"
-        )
-    ids, order = torch.tensor(listed).sort()
-    change = rows[order] - held(module)[ids].to(rows)  # (n, dim)
-    shared = [
-        path
-        for path, m in model.named_modules()
-        if m is not module and stored(m, "weight") is stored(module, "weight")
-    ]
-    if not shared or not ties(model, module):
-        leaves = {"lora_rows": change, "lora_ids": ids.double()}
-        return [
-            (
-                ModuleEntry(path, {}, site, module),
-                Part(TokensConfig, leaves, {"token_ids": tuple(ids.tolist())}, order=3),
-            )
-        ]
-    picks = torch.zeros(many, site.d_in, dtype=rows.dtype).scatter(1, ids[:, None], 1.0)  # (n, num)
-    pairs = {path: {"lora_A": picks, "lora_B": change.mT}} | {
-        key: {"lora_A": change, "lora_B": picks.mT} for key in shared
-    }
-    known = adaptable(model, pairs)
-    fields = {"dropout": 0.0, "rslora": False}
-    return [
-        (ModuleEntry(p, {}, *known[p]), Part(LoRAConfig, pair, fields, many, float(many), order=3))
-        for p, pair in pairs.items()
-    ]

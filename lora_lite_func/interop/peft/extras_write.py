@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from ...core.adapter import Adapter
-from ...core.errors import CheckpointError, UnsupportedError, short_repr
+from ...core.errors import UnsupportedError
 from ...layers.kinds import restored
 from ...layers.weights import held as held_tensor
 from ...layers.weights import stored
-from .keys import KeyMap, elsewhere, ties
+from .keys import KeyMap, elsewhere
 
-__all__ = ["biases", "tokens", "whole"]
+__all__ = ["biases", "copies", "whole"]
 
 
 def whole(
@@ -61,6 +61,40 @@ def whole(
     return sorted(homes), kept
 
 
+def copies(
+    adapters: Sequence[Adapter],
+    modules: Mapping[str, Any],
+    homes: KeyMap,
+    rows: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """{key: tensor} of what stands for the base's own and isn't trained, at all places that hold
+    it: PEFT loads what it finds under a base's key.
+
+    Args:
+        adapters: of FullConfig(frozen=True).
+        modules: the base's, by path.
+        homes: the wrappers around modules.
+        rows: {path of a module with replaced rows: the wrapper that PEFT has around it for them}.
+
+    Raises:
+        UnsupportedError: a parameter that the model given hasn't.
+    """
+    kept: dict[str, Tensor] = {}
+    for a in adapters:
+        for path, held in a.items():
+            for place in (path, *elsewhere(modules, path)):
+                home, _, name = place.rpartition(".")
+                if home not in modules or modules[home]._parameters.get(name) is None:
+                    raise UnsupportedError(
+                        f"to_peft: {path!r} stands for a parameter of the base, and the model "
+                        f"given has none of this name"
+                    )
+                base, W = held_tensor(modules[home], name), held["lora_W"]
+                key = f"{homes.inside(home)}{rows.get(home, '')}.{name}"
+                kept[key] = restored(W, base.to(W.dtype), a.sites[path])
+    return kept
+
+
 def biases(
     shifts: Mapping[str, Tensor],
     modules: Mapping[str, Any],
@@ -102,45 +136,3 @@ def biases(
             else bias.detach().to(shifts[path].dtype) + shifts[path]
         )
     return "only" if alone else "all", kept
-
-
-def tokens(
-    adapters: Sequence[Adapter], modules: Mapping[str, Any]
-) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
-    """({path: ids}, {path: rows}): replaced rows of embeddings.
-
-    Raises:
-        CheckpointError: no model was given, whose rows they are.
-        UnsupportedError: a table that PEFT would change elsewhere too, or that its names can't tell
-            apart.
-    """
-    ids, rows = {}, {}
-    for a in adapters:
-        for path, held in a.items():
-            if path not in modules:
-                raise CheckpointError(
-                    f"to_peft: {short_repr(path)}: PEFT's files hold whole rows of an embedding; "
-                    f"give the base model"
-                )
-            table = stored(modules[path], "weight")
-            tied = ties(modules[""], modules[path])
-            shared = [
-                p
-                for p, m in modules.items()
-                if tied and m is not modules[path] and stored(m, "weight") is table
-            ]
-            alike = [p for p in modules if p != path and p.endswith(path)]
-            if shared or alike:
-                raise UnsupportedError(
-                    f"to_peft: {path!r}: PEFT would replace rows of {(shared + alike)[0]!r} too; "
-                    f"merge it"
-                )
-            chosen, change = held["lora_ids"].long(), held["lora_rows"]
-            padding = modules[path].padding_idx
-            if padding is not None:
-                change = change.masked_fill((chosen == padding)[:, None], 0.0)
-            ids[path], rows[path] = (
-                chosen.tolist(),
-                held_tensor(modules[path])[chosen].to(change.dtype) + change,
-            )
-    return ids, rows

@@ -13,7 +13,7 @@ from ...core.site import Site
 from ...layers.kinds import KINDS
 from .codec import Codec
 
-__all__ = ["WRAPPED", "KeyMap", "attention", "elsewhere", "key_map", "ties"]
+__all__ = ["WRAPPED", "KeyMap", "attention", "elsewhere", "first_name", "key_map", "ties"]
 
 WRAPPED = ".base_layer"
 
@@ -85,6 +85,13 @@ def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
         for name, t in module._parameters.items()
         if t is tensor
     ]
+
+
+def first_name(modules: Mapping[str, Any], path: str) -> str:
+    """The name of a parameter that comes first in the model, among all that it has."""
+    names = {path, *elsewhere(modules, path)}
+    homes = {name.rpartition(".")[0]: name for name in names}
+    return next((homes[home] for home in modules if home in homes), path)
 
 
 def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec) -> KeyMap:

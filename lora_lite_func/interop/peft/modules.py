@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, UnsupportedError, nearest, short_repr
+from ...core.method import variant_for
 from ...core.site import Site
 from ...layers.kinds import KINDS, facts, kind_of
 from ...layers.refusals import refuse_uncopyable
@@ -20,7 +21,7 @@ from ..metadata import ConfigReader
 from .codec import Codec
 from .keys import WRAPPED, attention, elsewhere
 
-__all__ = ["adaptable", "check_padding", "entries_of", "in_one_of", "refuse_tied"]
+__all__ = ["adaptable", "entries_of", "in_one_of", "padding_checked", "refuse_tied"]
 
 
 def entries_of(
@@ -241,33 +242,38 @@ def in_one_of(names: list[str], path: str) -> bool:
     return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
 
 
-def check_padding(reader: ConfigReader, entry: ModuleEntry, part: Part) -> None:
-    """Refuse what moves an embedding's padding row, which stays as it is here.
+def padding_checked(
+    reader: ConfigReader, entry: ModuleEntry, part: Part, model: Any
+) -> ModuleEntry:
+    """The place of an embedding's part: its table instead, where the padding row moves, which stays
+    as it is where the module is adapted.
 
     Raises:
-        CheckpointError: with the id.
+        CheckpointError: the table has other places, which would move too.
     """
     padding = getattr(entry.module, "padding_idx", None) if entry.kind == "embedding" else None
-    A, ids, table = (
-        part.leaves.get("lora_A"),
-        part.leaves.get("lora_ids"),
-        stored(entry.module, "weight"),
-    )
-    if (
-        padding is None
-        or not isinstance(table, Tensor)
-        or (A is not None and (A.ndim != 2 or A.shape[1] != len(table)))
-    ):
-        return  # a misfit is refused where it is fitted
-    if ids is not None:
-        moved = bool((part.leaves["lora_rows"][ids == padding] != 0).any())
-    elif A is None:
-        moved = False
-    else:
-        update, row = bool((A[:, padding] != 0).any()), bool((table[padding] != 0).any())
-        moved = {HiRAConfig: update and row, DoRAConfig: update or row}.get(part.config, update)
-    if moved:
+    if padding is None or not _moves(part, padding, stored(entry.module, "weight")):
+        return entry
+    modules = dict(model.named_modules(remove_duplicate=False))
+    table = f"{entry.path}.weight"
+    if "parameter" not in variant_for(part.config).sites or elsewhere(modules, table):
         raise CheckpointError(
             f"{reader.where}: {short_repr(entry.path)}: changes the row of id {padding}, "
             f"padding, which stays as it is here"
         )
+    return ModuleEntry(table, entry.shared, *adaptable(model, [table])[table])
+
+
+def _moves(part: Part, padding: int, table: Any) -> bool:
+    """Whether a part changes the padding row of a table (ids, features)."""
+    A, ids = part.leaves.get("lora_A"), part.leaves.get("lora_ids")
+    if not isinstance(table, Tensor) or (
+        A is not None and (A.ndim != 2 or A.shape[1] != len(table))
+    ):
+        return False  # a misfit is refused where it is fitted
+    if ids is not None:
+        return bool((part.leaves["lora_rows"][ids == padding] != 0).any())
+    if A is None:
+        return False
+    update, row = bool((A[:, padding] != 0).any()), bool((table[padding] != 0).any())
+    return {HiRAConfig: update and row, DoRAConfig: update or row}.get(part.config, update)

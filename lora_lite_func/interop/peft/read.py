@@ -15,13 +15,14 @@ from ...core.errors import (
     nearest,
     short_repr,
 )
+from ...variants import FullConfig
 from ..assembly import ModuleEntry, Part, assemble, check_tensors
 from ..metadata import ConfigReader
 from .codec import Codec
 from .extras_read import beside
 from .folder import split, unpack
 from .methods import METHODS
-from .modules import check_padding, entries_of
+from .modules import adaptable, entries_of, padding_checked
 
 __all__ = ["from_peft"]
 
@@ -80,10 +81,11 @@ def from_peft(
             for p, entry in entries.items()
             for part in _parts(reader, method, entry, _plain(sites[p]))
         ]
-        parts += beside(reader, rest, model)
-        for entry, part in parts:
-            check_padding(reader, entry, part)
-        return assemble(parts)
+        extras = beside(reader, rest, model, {entry.path for entry in entries.values()})
+        parts = [*_on_tables(parts, extras, model), *extras]
+        return assemble(
+            (padding_checked(reader, entry, part, model), part) for entry, part in parts
+        )
     except (KeyError, IndexError) as error:
         raise CheckpointError(
             f"{reader.where}: a module of this {kind} adapter lacks the tensor "
@@ -111,6 +113,22 @@ def _parts(
             f"{reader.where}: {short_repr(entry.path)}: {shapes} don't make a module of "
             f"{method.peft_type}: {short_repr(str(error))}"
         ) from error
+
+
+def _on_tables(
+    parts: Sequence[tuple[ModuleEntry, Part]],
+    extras: Sequence[tuple[ModuleEntry, Part]],
+    model: nn.Module | None,
+) -> list[tuple[ModuleEntry, Part]]:
+    """A module's adapter as one of its weight, where the file has another weight for the module."""
+    replaced = {entry.path for entry, part in extras if part.config is FullConfig}
+    moved = []
+    for entry, part in parts:
+        weight = f"{entry.path}.weight"
+        if model is not None and weight in replaced:
+            entry = ModuleEntry(weight, entry.shared, *adaptable(model, [weight])[weight])
+        moved.append((entry, part))
+    return moved
 
 
 def _plain(held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -20,11 +20,12 @@ from ...io.writing import swapped, write_safetensors, write_text
 from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, FullConfig, TokensConfig
 from .codec import Codec, Written
-from .extras_write import biases, tokens, whole
+from .extras_write import biases, copies, whole
 from .folder import CONFIG, TENSORS
 from .keys import KeyMap, key_map
 from .methods import LORA, METHODS, TOKENS
 from .methods.tensor_names import shifts_of
+from .token_rows import tied_homes, written_rows
 
 __all__ = ["to_peft"]
 
@@ -103,9 +104,8 @@ def _folder(
     every: list[Adapter], modules: Mapping[str, Any], as_lora: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of the config, and the tensors by their keys."""
-    full, rows = (
-        [a for a in every if isinstance(a.config, kind)] for kind in (FullConfig, TokensConfig)
-    )
+    full, frozen = _trained_whole(every)
+    rows = [a for a in every if isinstance(a.config, TokensConfig)]
     adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
     method = _method(adapters, as_lora) if adapters or not rows else TOKENS
     low, shifts = _shifts_apart(adapters, method)
@@ -123,8 +123,8 @@ def _folder(
         for p, held in made.tensors.items()
         for s, t in held.items()
     }
-    saved, copies = whole(full, modules, [*sites, *(p for a in rows for p in a)])
-    tensors |= {f"base_model.model.{key}": t for key, t in copies.items()}
+    saved, kept = whole(full, modules, [*sites, *(p for a in rows for p in a)])
+    tensors |= {f"base_model.model.{key}": t for key, t in kept.items()}
     if shifts:
         if not method.biased:
             raise UnsupportedError(
@@ -134,14 +134,30 @@ def _folder(
         kind, learned = biases(shifts, modules, homes, sites, saved)
         fields["bias"] = "all" if kind == "all" else method.biased
         tensors |= {f"base_model.model.{key}": t for key, t in learned.items()}
+    wrapped: dict[str, str] = {}
     if rows:
-        fields |= _replaced(rows, method, modules, homes, tensors)
+        more, wrapped = _replaced(rows, method, modules, homes, tensors)
+        fields |= more
+    held = copies(frozen, modules, homes, wrapped)
+    tensors |= {f"base_model.model.{key}": t for key, t in held.items()}
     if not method.keeps_modules and saved:
         raise UnsupportedError(
             f"to_peft: {saved[0]!r}: PEFT keeps no whole modules beside replaced rows alone; "
             f"write a folder for each"
         )
     return {"modules_to_save": saved or None} | fields if method.keeps_modules else fields, tensors
+
+
+def _trained_whole(every: list[Adapter]) -> tuple[list[Adapter], list[Adapter]]:
+    """(parameters that go with copies of their modules, those that stand for the base's alone)."""
+    full = [a for a in every if isinstance(a.config, FullConfig)]
+    trained = {p.rpartition(".")[0] for a in full if not a.config.frozen for p in a}  # type: ignore[attr-defined]
+    frozen = [
+        a
+        for a in full
+        if a.config.frozen and not any(p.rpartition(".")[0] in trained for p in a)  # type: ignore[attr-defined]
+    ]
+    return [a for a in full if not any(a is other for other in frozen)], frozen
 
 
 def _shifts_apart(
@@ -199,11 +215,11 @@ def _replaced(
     modules: Mapping[str, Any],
     homes: KeyMap,
     tensors: dict[str, Tensor],
-) -> dict[str, Any]:
-    """The fields that say which rows of embeddings are replaced; their tensors are put beside the
-    others.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the fields that say which rows of tables are replaced, {path of a module: the wrapper around
+    it}); the rows are put beside the other tensors.
     """
-    ids, held = tokens(rows, modules)
+    ids, held = written_rows(rows, modules, every_place=not method.token_prefix)
     if method.token_prefix is None:
         raise UnsupportedError(
             f"to_peft: {next(iter(ids))!r}: PEFT replaces rows beside a LoRA alone; write a "
@@ -213,15 +229,18 @@ def _replaced(
         f"base_model.model.{homes.inside(p)}.{method.token_prefix}trainable_tokens_delta": t
         for p, t in held.items()
     }
+    wrapper = f".{method.token_prefix}base_layer"
+    places = {home for path in ids for home in tied_homes(path, modules)}
     if method.token_prefix:
-        return {"trainable_token_indices": ids}
+        return {"trainable_token_indices": ids}, dict.fromkeys(places, wrapper)
     first, *others = ids.values()
     if any(other != first for other in others):
         raise UnsupportedError(
             "to_peft: one file of trainable tokens has one list of ids for all tables; write a "
             "folder for each"
         )
-    return {"token_indices": first, "target_modules": _targets(list(ids), modules)}
+    fields = {"token_indices": first, "target_modules": _targets(list(ids), modules)}
+    return fields, dict.fromkeys(places, wrapper)
 
 
 def _check(adapters: list[Adapter]) -> None:

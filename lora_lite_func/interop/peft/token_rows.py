@@ -1,0 +1,193 @@
+"""Replaced rows of tables of ids (PEFT's trainable tokens): read, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter
+from ...core.errors import CheckpointError, UnsupportedError, short_repr
+from ...layers.kinds import KINDS
+from ...layers.weights import held as held_tensor
+from ...variants import TokensConfig
+from ..assembly import ModuleEntry, Part
+from ..metadata import ConfigReader
+from .keys import elsewhere, first_name, ties
+from .modules import adaptable
+
+__all__ = ["read_rows", "tied_homes", "written_rows"]
+
+
+# ------------------------------------------------------------------------------------------ reading
+def read_rows(
+    reader: ConfigReader,
+    rows: Mapping[str, Tensor],
+    replaced: Mapping[str, Tensor],
+    model: nn.Module,
+) -> list[tuple[ModuleEntry, Part]]:
+    """New rows of tables, as what is added to them.
+
+    Where PEFT changes all places that share a table, it is one site, the table itself.
+
+    Args:
+        reader: the config, with the ids.
+        rows: {path of a module: its new rows (k, width)}.
+        replaced: {path of a parameter: what the file has in its place}.
+        model: the base.
+
+    Raises:
+        CheckpointError: ids and rows that don't fit the table, or places that share one and differ.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    listed = {path: _listed(reader, path, new, modules) for path, new in rows.items()}
+    found: list[tuple[ModuleEntry, Part]] = []
+    done: dict[str, Tensor] = {}
+    for path, new in rows.items():
+        names = [f"{path}.weight", *elsewhere(modules, f"{path}.weight")]
+        homes = [name.rpartition(".")[0] for name in names]
+        alike = all(listed[home] == listed[path] for home in homes if home in listed)
+        tied = alike and len(homes) > 1 and any(ties(model, modules[home]) for home in homes)
+        if tied and path in done:
+            if not torch.equal(done[path], new):
+                raise CheckpointError(
+                    f"{reader.where}: other rows of {path!r} than of {homes[1]!r}, with which it "
+                    f"shares its table; untie them in the model first (layer.weight = "
+                    f"nn.Parameter(layer.weight.detach().clone()))"
+                )
+            continue
+        source = path
+        stored = next((replaced[name] for name in names if name in replaced), None)
+        if tied:
+            done |= dict.fromkeys(homes, new)
+        if tied or stored is not None:
+            source = first_name(modules, names[0])
+        part = _change(listed[path], new, held_tensor(modules[path]) if stored is None else stored)
+        found.append((ModuleEntry(source, {}, *adaptable(model, [source])[source]), part))
+    return found
+
+
+def _change(ids: list[int], rows: Tensor, table: Tensor) -> Part:
+    chosen, order = torch.tensor(ids).sort()
+    change = rows[order] - table[chosen].to(rows)  # (k, width)
+    exact = torch.float32 if len(table) <= 2**24 else torch.float64
+    leaves = {"lora_rows": change, "lora_ids": chosen.to(exact)}
+    return Part(TokensConfig, leaves, {"token_ids": tuple(chosen.tolist())}, order=3)
+
+
+def _listed(reader: ConfigReader, path: str, rows: Tensor, modules: Mapping[str, Any]) -> list[int]:
+    """The ids of a table's new rows, in the file's order.
+
+    Raises:
+        CheckpointError: there are none, or they don't fit.
+    """
+    listed: Any = reader.get("trainable_token_indices") or reader.get("token_indices")
+    if isinstance(listed, Mapping):
+        listed = next(
+            (ids for name, ids in listed.items() if path == name or path.endswith("." + name)), None
+        )
+    module = modules.get(path)
+    table = getattr(module, "weight", None)
+    if not isinstance(table, Tensor) or table.ndim != 2 or not isinstance(module, nn.Module):
+        raise CheckpointError(
+            f"{reader.where}: the model has no table of rows at {short_repr(path)}, of which the "
+            f"file has some"
+        )
+    many, width = (rows.shape[0], rows.shape[1]) if rows.ndim == 2 else (0, 0)
+    if (
+        not isinstance(listed, list)
+        or len(listed) != many
+        or not all(type(i) is int and 0 <= i < len(table) for i in listed)
+    ):
+        raise reader.refuse(
+            "trainable_token_indices", f"{many} token ids below {len(table)} for {path!r}"
+        )
+    if width != table.shape[1] or len(set(listed)) != len(listed):
+        raise CheckpointError(
+            f"{reader.where}: {short_repr(path)}: rows of shape {tuple(rows.shape)} don't fit "
+            f"this {type(module).__name__}"
+        )
+    return listed
+
+
+def _padding(module: Any) -> int | None:
+    """The id whose row of an embedding stays as it is where its module is the site."""
+    padding: int | None = getattr(module, "padding_idx", None)
+    return padding
+
+
+# ------------------------------------------------------------------------------------------ writing
+def written_rows(
+    adapters: Iterable[Adapter], modules: Mapping[str, Any], every_place: bool
+) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """({path: ids}, {path: rows (k, width)}): replaced rows of tables, by module.
+
+    Args:
+        adapters: of TokensConfig.
+        modules: the base's, by path.
+        every_place: whether PEFT's file has the rows of a tied table once for each of its places.
+
+    Raises:
+        CheckpointError: no model was given, whose rows they are.
+        UnsupportedError: a table that PEFT would change elsewhere too, or in fewer places, or that
+            its names can't tell apart.
+    """
+    ids: dict[str, list[int]] = {}
+    rows: dict[str, Tensor] = {}
+    for a in adapters:
+        for path, held in a.items():
+            site = a.sites[path]
+            bare = KINDS[site.kind].bare
+            home = path.rpartition(".")[0] if bare else path
+            if home not in modules:
+                raise CheckpointError(
+                    f"to_peft: {short_repr(path)}: PEFT's files hold whole rows of an embedding; "
+                    f"give the base model"
+                )
+            source, places = _places(home, bare, modules)
+            chosen, change = held["lora_ids"].long(), held["lora_rows"]
+            padding = _padding(modules[home])
+            if site.kind == "embedding" and padding is not None:
+                change = change.masked_fill(chosen.eq(padding)[:, None], 0.0)
+            table = held_tensor(modules[source])
+            ids[source] = chosen.tolist()
+            new = table[chosen].to(change.dtype) + change
+            rows |= dict.fromkeys(places if every_place else [source], new)
+    return ids, rows
+
+
+def tied_homes(home: str, modules: Mapping[str, Any]) -> list[str]:
+    """The modules whose rows PEFT replaces together with one's, that one among them."""
+    names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
+    homes = [name.rpartition(".")[0] for name in names]
+    return homes if any(ties(modules[""], modules[path]) for path in homes) else [home]
+
+
+def _places(home: str, bare: bool, modules: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """(the module that PEFT's config names, all modules whose rows PEFT then replaces).
+
+    Raises:
+        UnsupportedError: these aren't the places that the adapter changes.
+    """
+    names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
+    together = tied_homes(home, modules)
+    if not bare and len(together) > 1:
+        other = next(path for path in together if path != home)
+        raise UnsupportedError(
+            f"to_peft: {home!r}: PEFT would replace rows of {other!r} too, which shares its "
+            f"table; train them together (target_parameters={names[0]!r}), or merge it"
+        )
+    if bare and len(names) > 1 and len(together) == 1:
+        raise UnsupportedError(
+            f"to_peft: {names[0]!r} is {names[1]!r} too, and PEFT would replace rows of one of "
+            f"them alone; merge it"
+        )
+    named = next((path for path in together if ties(modules[""], modules[path])), home)
+    alike = [p for p in modules if p not in together and p.endswith(named)]
+    if alike:
+        raise UnsupportedError(
+            f"to_peft: {named!r}: PEFT would replace rows of {alike[0]!r} too; merge it"
+        )
+    return named, together

@@ -1,0 +1,207 @@
+"""PEFT's trainable tokens and stored tables, on models that share a table and on others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import close
+from peft_models import IDS, load_file, peft
+from torch import Tensor, nn
+
+import lora_lite_func as ll
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::peft", "ignore:::torch")
+
+SMALL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def gpt2(**more: Any) -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, **SMALL, **more)
+    )
+
+
+def opt() -> nn.Module:
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_hidden_layers=1,
+            ffn_dim=8,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            pad_token_id=1,
+        )
+    )
+
+
+def t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=8, num_layers=1, num_heads=2)
+    )
+
+
+def bart() -> nn.Module:
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=20,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=8,
+            decoder_ffn_dim=8,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            max_position_embeddings=20,
+            decoder_start_token_id=2,
+            **SMALL,
+        )
+    )
+
+
+def gemma3() -> nn.Module:
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_hidden_layers=1,
+            intermediate_size=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            **SMALL,
+        )
+    )
+
+
+def llama(tie: bool = False) -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=tie,
+            **SMALL,
+        )
+    )
+
+
+def with_logits(model: nn.Module, x: Tensor) -> Callable[..., Tensor]:
+    """What the model says of these ids, and of the same ones to a decoder where it has one."""
+    more = {"decoder_input_ids": x.flip(1)} if model.config.is_encoder_decoder else {}
+    return lambda call: call(input_ids=x, **more).logits
+
+
+def noisy(model: nn.Module) -> nn.Module:
+    gen = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn(p.shape, generator=gen)
+    return model
+
+
+def both_ways(model: nn.Module, config: Any, folder: Path, **how: Any) -> Any:
+    """PEFT's file gives PEFT's outputs here, what is written of it gives them in PEFT."""
+    said = with_logits(model, IDS)
+    made = noisy(peft.get_peft_model(copy.deepcopy(model), config)).eval()
+    right = said(made)
+    made.save_pretrained(folder, **how)
+    params = ll.from_peft(folder, model)
+    close(said(lambda **x: ll.apply(model, params, **x)), right, 1e-5)
+    close(said(ll.merged(model, params)), right, 1e-5)
+    ll.to_peft(params, model, folder / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder / "ours").eval()
+    close(said(again), right, 1e-5)
+    assert load_file(folder / "ours").keys() <= load_file(folder).keys()
+    return params
+
+
+TIED = {"gpt2": gpt2, "opt": opt, "t5": t5, "bart": bart, "gemma3": gemma3}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tokens_of_a_table_that_others_share(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TIED[name]().eval()
+    # OPT's padding id 1 is among them, and PEFT moves its row
+    tokens = both_ways(model, peft.TrainableTokensConfig(token_indices=[9, 1, 5]), tmp_path / "1")
+    (path,) = tokens
+    assert path.endswith(".weight")
+    assert tokens.config.token_ids == (1, 5, 9)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        trainable_token_indices=[9, 1, 5],
+        lora_dropout=0.1,
+    )
+    both = both_ways(model, config, tmp_path / "2")
+    assert [type(a.config) for a in both] == [ll.LoRAConfig, ll.TokensConfig]
+
+
+def test_tokens_of_a_table_and_of_a_head_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    tokens = {"embed_tokens": [5, 6], "lm_head": [7, 5, 2]}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    params = both_ways(model, config, tmp_path / "both")
+    assert sorted(path for a in params[1:] for path in a) == ["lm_head", "model.embed_tokens"]
+    alone = peft.TrainableTokensConfig(token_indices=[3], target_modules=["lm_head"])
+    assert list(both_ways(model, alone, tmp_path / "head")) == ["lm_head"]
+
+
+def test_a_table_and_a_head_that_share_it_with_ids_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(tie=True).eval()
+    tokens = {"embed_tokens": [5, 6], "lm_head": [7, 5, 2]}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    made = noisy(peft.get_peft_model(copy.deepcopy(model), config)).eval()
+    made.save_pretrained(tmp_path)
+    params = ll.from_peft(tmp_path, model)
+    close(ll.apply(model, params, IDS).logits, made(IDS).logits, 1e-5)
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'lm_head': PEFT would replace rows of 'model.embed_tokens' too"
+    ):
+        ll.to_peft(params, model, tmp_path / "ours")
+
+
+# ----------------------------------------------------------------------------------- stored tables
+def resized(seed: int, tie: bool) -> nn.Module:
+    """A vocabulary that grew; the new rows are drawn anew in every process."""
+    torch.manual_seed(0)
+    model = llama(tie)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(23)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("tokens", [None, [20, 21, 22]])
+def test_tables_of_a_resized_base_are_those_of_the_file(
+    tie: bool, tokens: Any, tmp_path: Path
+) -> None:
+    x = torch.tensor([[3, 20, 5, 22], [1, 21, 19, 4]])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    made = noisy(peft.get_peft_model(resized(1, tie), config)).eval()
+    made.save_pretrained(tmp_path, save_embedding_layers=True)
+    right, other = made(x).logits, resized(2, tie)
+    params = ll.from_peft(tmp_path, other)
+    close(ll.apply(other, params, x).logits, right, 1e-5)
+    close(ll.merged(other, params)(x).logits, right, 1e-5)
+    tables = [a for a in params if isinstance(a.config, ll.FullConfig)]
+    assert tables
+    assert all(a.config.frozen for a in tables)
+    ll.to_peft(params, other, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(resized(3, tie), tmp_path / "ours").eval()
+    close(again(x).logits, right, 1e-5)
+    with pytest.raises(ll.CheckpointError, match=r"23 rows in the file and 20 .*resize_token_emb"):
+        ll.from_peft(tmp_path, llama(tie))
