@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,9 @@ from ..core.site import Site
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.weights import dense_weight
 
-__all__ = ["ModelNeededError", "ModuleEntry", "Part", "assemble", "check_tensors"]
+__all__ = ["ModelNeededError", "ModuleEntry", "Part", "assemble", "check_tensors", "widened"]
+
+_BYTES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 
 
 class ModelNeededError(CheckpointError):
@@ -91,6 +94,7 @@ class Part:
         fields: its settings; modules with equal ones become one adapter.
         leaves: {lora_name: tensor}; those left out start as the method starts them.
         r, alpha: of this site.
+        sited: settings that are kept path by path, {field: value}.
         order: parts of a lower order are applied first.
     """
 
@@ -100,6 +104,12 @@ class Part:
     r: int = 8
     alpha: float = 16.0
     order: int = 0
+    sited: dict[str, Any] = field(default_factory=dict)
+
+
+def widened(t: Tensor) -> Tensor:
+    """A tensor of 8-bit floats as the same values in float32; others as they are."""
+    return t.float() if str(t.dtype).removeprefix("torch.") in _BYTES and not t.is_meta else t
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -135,10 +145,12 @@ def assemble(parts: Iterable[tuple[ModuleEntry, Part]]) -> Adapter | tuple[Adapt
         CheckpointError: there are none, or a tensor doesn't fit.
     """
     groups: dict[Any, list[tuple[ModuleEntry, Part]]] = {}
+    times: Counter[Any] = Counter()  # a second part with the same settings on a path has its own
     for entry, part in parts:
-        groups.setdefault((part.order, part.config, repr(sorted(part.fields.items()))), []).append(
-            (entry, part)
-        )
+        kind = (part.order, part.config, repr(sorted(part.fields.items())))
+        here = (*kind, entry.path)
+        groups.setdefault((*kind, times[here]), []).append((entry, part))
+        times[here] += 1
     made = [
         _adapter(list(group)) for _, group in sorted(groups.items(), key=lambda item: item[0][0])
     ]
@@ -164,7 +176,11 @@ def _adapter(group: list[tuple[ModuleEntry, Part]]) -> Adapter:
     where["target_kinds"] = tuple(
         sorted({entry.kind for entry, _ in group if not KINDS[entry.kind].bare})
     )
-    cfg = config(r=r, alpha=alpha, **where, **group[0][1].fields)
+    sited: dict[str, Any] = {}
+    for path, part in rows.items():
+        for name, value in part.sited.items():
+            sited.setdefault(name, {})[path] = value
+    cfg = config(r=r, alpha=alpha, **where, **group[0][1].fields, **sited)
     variant, scale_tensors, sites, data = variant_for(config), {}, [], {}  # type: ignore[var-annotated]
     for entry, part in group:
         s = entry.known(f"{variant.name} needs both sizes of a layer")

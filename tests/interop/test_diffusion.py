@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,8 @@ def test_components_and_refusals() -> None:
     refused(both, "component: expected one of", component="vae")
     refused({}, "holds no tensors")
     refused(
-        {**low_rank("kohya"), "lora_unet_x.dora_scale": noise(8, 1)},
-        "unexpected tensor 'x.dora_scale'",
+        {**low_rank("kohya"), "lora_unet_x.surprise": noise(8, 1)},
+        "unexpected tensor 'lora_unet_x.surprise'",
     )
     refused(
         {k.replace("to_q", "to_z"): t for k, t in low_rank("kohya").items()},
@@ -186,3 +187,326 @@ def test_an_alpha_that_is_no_number(alpha: torch.Tensor) -> None:
         ll.from_diffusion(
             tensors | {"up.lora_up.weight": torch.ones(6, 2, dtype=torch.bool)}, model
         )
+
+
+# ------------------------------------------------------------------------------ spellings, prefixes
+FORMS = [
+    ("lora_down.weight", "lora_up.weight"),
+    ("lora_A.weight", "lora_B.weight"),
+    ("lora_A.default.weight", "lora_B.default.weight"),
+    ("lora_A", "lora_B"),
+    ("lora.down.weight", "lora.up.weight"),
+    ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+]
+
+
+@pytest.mark.parametrize(("down", "up"), FORMS)
+@pytest.mark.parametrize(
+    "start", ["unet.", "lora_unet_", "diffusion_model.", "model.diffusion_model.", "lycoris_", ""]
+)
+def test_every_spelling_with_every_prefix(start: str, down: str, up: str) -> None:
+    model = unet()
+    name = start + (Q.replace(".", "_") if start.endswith("_") else Q)
+    file = {f"{name}.{down}": noise(2, 8), f"{name}.{up}": noise(8, 2, seed=2)}
+    for component in (None, "unet"):
+        params = ll.from_diffusion(file, model, component=component)
+        close(delta(model, params, Q), noise(8, 2, seed=2) @ noise(2, 8), 1e-6)
+
+
+def test_an_older_text_encoders_attention() -> None:
+    layer = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})})
+    model = nn.ModuleDict({"text_model": nn.ModuleDict({"layers": nn.ModuleList([layer])})})
+    key = "text_encoder.text_model.layers.0.self_attn.to_q_lora"
+    file = {f"{key}.down.weight": noise(2, 8), f"{key}.up.weight": noise(8, 2, seed=2)}
+    path = "text_model.layers.0.self_attn.q_proj"
+    params = ll.from_diffusion(file, model, component="text_encoder")
+    close(delta(model, params, path), noise(8, 2, seed=2) @ noise(2, 8), 1e-6)
+
+
+def test_a_path_that_begins_as_a_prefix_does() -> None:
+    model = nn.ModuleDict({"transformer": nn.ModuleDict({"up": nn.Linear(8, 8)})})
+    file = {
+        "transformer.up.lora_A.weight": noise(2, 8),
+        "transformer.up.lora_B.weight": noise(8, 2),
+    }
+    for component in (None, "transformer"):
+        params = ll.from_diffusion(file, model, component=component)
+        close(delta(model, params, "transformer.up"), noise(8, 2) @ noise(2, 8), 1e-6)
+
+
+def diffusers_metadata(**fields: Any) -> dict[str, str]:
+    return {
+        "lora_adapter_metadata": json.dumps({k.replace("__", "."): v for k, v in fields.items()})
+    }
+
+
+def test_metadata_speaks_of_each_component(tmp_path: Path) -> None:
+    """As save_lora_weights of diffusers writes it."""
+    model, file = unet(), tmp_path / "a.safetensors"
+    pair = {"lora_A.weight": noise(2, 8), "lora_B.weight": noise(8, 2, seed=2)}
+    tensors = {f"{c}.{Q}.{n}": t.clone() for c in ("unet", "text_encoder") for n, t in pair.items()}
+    says = {
+        "unet__r": 2,
+        "unet__lora_alpha": 6,
+        "text_encoder__r": 2,
+        "text_encoder__lora_alpha": 1,
+    }
+    safetensors.torch.save_file(tensors, file, diffusers_metadata(**says, unet__use_rslora=True))
+    update = noise(8, 2, seed=2) @ noise(2, 8)
+    for component, scale in (("unet", 6 / 2**0.5), ("text_encoder", 0.5)):
+        params = ll.from_diffusion(file, model, component=component)
+        close(delta(model, params, Q), scale * update, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"r": 2, "lora_alpha": 4, "surprise": 1}, "'surprise' is 1, which has no counterpart"),
+        ({"r": 3, "lora_alpha": 4}, "has rank 2, its config says another"),
+        ({"r": 2, "lora_alpha": 4, "init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 2, "lora_alpha": 4, "peft_type": "IA3"}, "peft_type: expected LORA, LOHA or LOKR"),
+        ({"r": 2, "lora_alpha": 4, "use_dora": True}, "use_dora is set"),
+        ([1], "expected an object"),
+    ],
+)
+def test_metadata_that_means_something_else(says: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    tensors = {f"{Q}.lora_A.weight": noise(2, 8), f"{Q}.lora_B.weight": noise(8, 2)}
+    safetensors.torch.save_file(tensors, file, {"lora_adapter_metadata": json.dumps(says)})
+    model = unet()
+    if "pissa" in message:  # starts out of the weight are subtracted, as from_peft does
+        assert isinstance(ll.from_diffusion(file, model), ll.Adapter)
+        return
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.from_diffusion(file, model)
+
+
+def test_an_alpha_that_the_metadata_contradicts(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(
+        low_rank("diffusers"), file, diffusers_metadata(unet__r=2, unet__lora_alpha=4)
+    )
+    with pytest.raises(ll.CheckpointError, match=r"its alpha is 1, .* says another"):
+        ll.from_diffusion(file, unet())
+
+
+# --------------------------------------------------------------------------------- more of LyCORIS
+def test_factors_of_kernels() -> None:
+    """CP factors of LoCon, LoHa and LoKr: a small kernel between factors of single entries."""
+    model, c = unet(), f"lora_unet_{CONV.replace('.', '_')}"
+    tucker = lambda t, a, b: torch.einsum("ijxy,ip,jc->pcxy", t, a, b)  # noqa: E731
+    t, a, b = noise(2, 2, 3, 3), noise(2, 8, seed=2), noise(2, 4, seed=3)
+    file = {
+        f"{c}.lora_mid.weight": t,
+        f"{c}.lora_up.weight": a.mT[:, :, None, None],
+        f"{c}.lora_down.weight": b[:, :, None, None],
+        f"{c}.alpha": torch.tensor(1.0),
+    }
+    close(delta(model, ll.from_diffusion(file, model), CONV), 0.5 * tucker(t, a, b), 1e-5)
+    hada = {"t1": t, "w1_a": a, "w1_b": b, "t2": t.flip(0), "w2_a": 2 * a, "w2_b": b.flip(0)}
+    file = {f"{c}.hada_{n}": v for n, v in hada.items()}
+    expected = tucker(t, a, b) * tucker(t.flip(0), 2 * a, b.flip(0))
+    close(delta(model, ll.from_diffusion(file, model), CONV), expected, 1e-5)
+    w1, a, b = noise(2, 2, seed=5), noise(1, 4, seed=6), noise(1, 2, seed=7)
+    t = noise(1, 1, 3, 3, seed=8)
+    file = {f"{c}.lokr_w1": w1, f"{c}.lokr_t2": t, f"{c}.lokr_w2_a": a, f"{c}.lokr_w2_b": b}
+    expected = torch.kron(w1[:, :, None, None], tucker(t, a, b))
+    close(delta(model, ll.from_diffusion(file, model), CONV), expected, 1e-5)
+
+
+@pytest.mark.parametrize("w1", [(2, 2), (4, 1), (8, 4), (1, 2)], ids=str)
+def test_lokr_of_a_convolution_splits_its_channels(w1: tuple[int, int]) -> None:
+    model, c = unet(), f"lora_unet_{CONV.replace('.', '_')}"
+    W1, W2 = noise(*w1), noise(8 // w1[0], 4 // w1[1], 3, 3, seed=2)
+    params = ll.from_diffusion({f"{c}.lokr_w1": W1, f"{c}.lokr_w2": W2}, model)
+    close(delta(model, params, CONV), torch.kron(W1[:, :, None, None], W2), 1e-5)
+    assert isinstance(params, ll.Adapter)
+    close(delta(model, ll.scale(params, 0.5), CONV), torch.kron(W1[:, :, None, None], W2) / 2, 1e-5)
+
+
+def test_lokr_with_factors_that_ours_would_not_have() -> None:
+    """Both of low rank, whole beside low rank, ranks above half the factor's size."""
+    model, o = unet(), f"lora_unet_{OUT.replace('.', '_')}"
+    a1, b1, a2, b2 = noise(2, 3), noise(3, 2, seed=2), noise(4, 3, seed=3), noise(3, 4, seed=4)
+    file = {
+        f"{o}.lokr_{n}": t
+        for n, t in zip(("w1_a", "w1_b", "w2_a", "w2_b"), (a1, b1, a2, b2), strict=True)
+    }
+    file[f"{o}.alpha"] = torch.tensor(6.0)
+    close(delta(model, ll.from_diffusion(file, model), OUT), 2 * torch.kron(a1 @ b1, a2 @ b2), 1e-5)
+    file = {
+        f"{o}.lokr_w1_a": a1,
+        f"{o}.lokr_w1_b": b1,
+        f"{o}.lokr_w2": a2 @ b2,
+        f"{o}.alpha": torch.tensor(6.0),
+    }
+    close(delta(model, ll.from_diffusion(file, model), OUT), 2 * torch.kron(a1 @ b1, a2 @ b2), 1e-5)
+
+
+def test_magnitudes_over_every_update() -> None:
+    """DoRA over LoRA is a DoRA; over LoHa and LoKr the whole change; of inputs it is refused."""
+    model, q, m = unet(), f"lora_unet_{Q.replace('.', '_')}", 0.5 + noise(8, 1, seed=9).abs()
+    W = model.get_parameter(f"{Q}.weight").detach()
+    w = {
+        f"hada_w{i}_{s}": noise(*((8, 2) if s == "a" else (2, 8)), seed=i)
+        for i in (1, 2)
+        for s in "ab"
+    }
+    updates = {
+        "lora": (
+            {"lora_down.weight": noise(2, 8), "lora_up.weight": noise(8, 2)},
+            noise(8, 2) @ noise(2, 8),
+        ),
+        "loha": (w, (w["hada_w1_a"] @ w["hada_w1_b"]) * (w["hada_w2_a"] @ w["hada_w2_b"])),
+        "lokr": (
+            {"lokr_w1": noise(2, 2), "lokr_w2": noise(4, 4)},
+            torch.kron(noise(2, 2), noise(4, 4)),
+        ),
+    }
+    for name, (tensors, update) in updates.items():
+        file = {f"{q}.{n}": t for n, t in tensors.items()} | {f"{q}.dora_scale": m}
+        params = ll.from_diffusion(file, model)
+        V = W + update
+        close(delta(model, params, Q), m * V / V.norm(dim=1, keepdim=True) - W, 1e-5)
+        assert isinstance(params, ll.Adapter)
+        assert (params.layout.variant.name == "dora") == (name == "lora")
+        with pytest.raises(ll.UnsupportedError, match="wd_on_out=False"):
+            ll.from_diffusion(file | {f"{q}.dora_scale": m.mT}, model)
+
+
+def test_changes_of_weights_biases_norms_and_parameters() -> None:
+    """diff, diff_b, w_norm, b_norm, set_weight, on everything that has a method."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modulation = nn.Parameter(noise(1, 6, 8))
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"up": nn.Linear(8, 8), "conv": nn.Conv2d(4, 8, 3), "norm": nn.LayerNorm(8),
+         "rms": nn.RMSNorm(8), "words": nn.Embedding(5, 8), "table": Table()}
+    )  # fmt: skip
+    file = {
+        "diffusion_model.up.diff": noise(8, 8),
+        "diffusion_model.up.diff_b": noise(8, seed=2),
+        "diffusion_model.conv.diff": noise(8, 4, 3, 3, seed=3),
+        "lora_unet_norm.w_norm": noise(8, seed=4),
+        "lora_unet_norm.b_norm": noise(8, seed=5),
+        "diffusion_model.rms.diff": noise(8, seed=6),
+        "diffusion_model.words.diff": noise(5, 8, seed=7),
+        "diffusion_model.table.modulation.diff": noise(1, 6, 8, seed=8),
+    }
+    merged = ll.merge(model, ll.from_diffusion(file, model))
+    state = {name: t.detach() for name, t in model.named_parameters()}
+    changed = {
+        "up.weight": noise(8, 8), "up.bias": noise(8, seed=2),
+        "conv.weight": noise(8, 4, 3, 3, seed=3), "norm.weight": noise(8, seed=4),
+        "norm.bias": noise(8, seed=5), "rms.weight": noise(8, seed=6),
+        "words.weight": noise(5, 8, seed=7), "table.modulation": noise(1, 6, 8, seed=8),
+    }  # fmt: skip
+    for name, t in changed.items():
+        close(merged[name].detach(), state[name] + t, 1e-5)
+    params = ll.from_diffusion({"diffusion_model.up.set_weight": noise(8, 8)}, model)
+    close(ll.merge(model, params)["up.weight"], noise(8, 8), 1e-6)
+    for role, t, message in (
+        ("up.diff", noise(8, 7), "diff: expected 64 entries"),
+        ("up.diff_b", noise(7), "diff_b: expected 8 entries"),
+        ("rms.diff_b", noise(8), "this RMSNorm has none"),
+        ("table.modulation.diff", noise(6, 4), "diff: expected 48 entries"),
+    ):
+        with pytest.raises(ll.CheckpointError, match=message):
+            ll.from_diffusion({f"diffusion_model.{role}": t}, model)
+
+
+def test_an_update_and_its_bias_and_a_shift_add_up() -> None:
+    model, q = unet(), f"diffusion_model.{Q}"
+    file = {
+        f"{q}.lora_A.weight": noise(2, 8),
+        f"{q}.lora_B.weight": noise(8, 2),
+        f"{q}.alpha": torch.tensor(1),
+    }
+    file |= {f"{q}.lora_B.bias": noise(8, seed=3), f"{q}.diff_b": noise(8, seed=4)}
+    merged = ll.merge(model, ll.from_diffusion(file, model))
+    bias = model.get_parameter(f"{Q}.bias").detach()
+    close(merged[f"{Q}.bias"], bias + 0.5 * noise(8, seed=3) + noise(8, seed=4), 1e-5)
+
+
+# --------------------------------------------------------------------------------- from the field
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_tensors_of_8_bits_are_widened(dtype: torch.dtype) -> None:
+    model = unet()
+    file = {k: t.to(dtype) if t.ndim else t for k, t in low_rank("kohya").items()}
+    wide = {k: t.float() for k, t in file.items()}
+    for a, b in zip(*(ll.from_diffusion(f, model)[Q].values() for f in (file, wide)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_files_from_the_field() -> None:
+    model = unet()
+    pair = low_rank("kohya")
+    mixed = {
+        k: t.half() if "down" in k else t.bfloat16() if "up" in k else t for k, t in pair.items()
+    }
+    close(
+        delta(model, ll.from_diffusion(mixed, model), Q),
+        0.5 * noise(8, 2, seed=2) @ noise(2, 8),
+        0.05,
+    )
+    q = f"lora_unet_{Q.replace('.', '_')}"
+    for message, file in {
+        "is 0, which kohya's scripts": pair | {f"{q}.alpha": torch.tensor(0.0)},
+        "textual inversion": pair | {"bundle_emb.word.string_to_param.*": noise(1, 8)},
+        "ll.from_peft reads the folder": {f"base_model.model.{Q}.lora_A.weight": noise(2, 8)},
+        "is a tensor of OFT or BOFT": {f"{q}.oft_blocks": noise(2, 4, 4)},
+        "is a tensor of GLoRA": {f"{q}.a1.weight": noise(2, 4)},
+        "is a tensor of IA3": {f"{q}.on_input": torch.tensor(True), f"{q}.weight": noise(1, 8)},
+        "lacks its factors": {f"{q}.alpha": torch.tensor(1.0)},
+        "lacks down": {f"{q}.lora_up.weight": noise(8, 2)},
+        "lacks hada_w2_b": {f"{q}.hada_{n}": noise(8, 8) for n in ("w1_a", "w1_b", "w2_a")},
+        "lacks lokr_w2_b": {f"{q}.lokr_w1": noise(2, 2), f"{q}.lokr_w2_a": noise(4, 1)},
+        r"found those of \(2 \* 2, 2 \* 4\)": {
+            f"{q}.lokr_w1": noise(2, 2),
+            f"{q}.lokr_w2": noise(2, 4),
+        },
+        "has magnitudes .* lacks the factors": {f"{q}.dora_scale": noise(8, 1)},
+        "has factors of both lora and lokr": pair | {f"{q}.lokr_w1": noise(2, 2)},
+        "say which of them this model is, component='unet'": pair
+        | {"lora_te1_x.lora_down.weight": noise(2, 8)},
+        "both change": {
+            **{
+                f"unet.{Q}.{n}": t
+                for n, t in (("lora_A.weight", noise(2, 8)), ("lora_B.weight", noise(8, 2)))
+            },
+            f"unet.{Q}.weight.diff": noise(8, 8),
+        },
+    }.items():
+        if "both change" in message:
+            with pytest.raises(ll.CheckpointError, match="no module for"):
+                ll.from_diffusion(file, model)
+            continue
+        with pytest.raises(ll.CheckpointError, match=message):
+            ll.from_diffusion(file, model)
+
+
+def test_what_is_opened(tmp_path: Path) -> None:
+    model, update = unet(), 0.5 * noise(8, 2, seed=2) @ noise(2, 8)
+    safetensors.torch.save_file(
+        low_rank("diffusers"), tmp_path / "pytorch_lora_weights.safetensors"
+    )
+    torch.save(low_rank("older"), tmp_path / "old.bin")
+    for source in (tmp_path, tmp_path / "old.bin"):
+        close(delta(model, ll.from_diffusion(source, model), Q), update, 1e-6)
+    (tmp_path / "peft").mkdir()
+    with pytest.raises(ll.CheckpointError, match="name the file in it"):
+        ll.from_diffusion(tmp_path / "peft", model)
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ll.CheckpointError, match=r"ll.from_peft reads PEFT's"):
+        ll.from_diffusion(tmp_path / "peft", model)
+    ll.save(ll.init(model, ll.LoRAConfig(r=2, target_names="to_q")), tmp_path / "own")
+    with pytest.raises(ll.CheckpointError, match=r"ll.load reads it"):
+        ll.from_diffusion(tmp_path / "own", model)
+    with pytest.raises(
+        ll.CheckpointError, match=r"holds no tensors of text_encoder; it has keys of unet"
+    ):
+        ll.from_diffusion(low_rank("kohya"), model, component="text_encoder")

@@ -16,7 +16,7 @@ from ...core.errors import (
     short_repr,
 )
 from ...variants import FullConfig
-from ..assembly import ModuleEntry, Part, assemble, check_tensors
+from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
 from .codec import Codec
 from .extras_read import beside
@@ -66,6 +66,7 @@ def from_peft(
     understood = method.understood.split()
     reader.check([*understood, *method.ignored.split()], ignore)
     reader = reader.without(ignore, understood)
+    tensors = {key: widened(t) for key, t in tensors.items()}
     check_tensors(tensors)
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     try:

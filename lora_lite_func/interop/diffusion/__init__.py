@@ -1,0 +1,5 @@
+"""Diffusion models' adapters in the keys of diffusers, ComfyUI, kohya's scripts and LyCORIS."""
+
+from .read import from_diffusion
+
+__all__ = ["from_diffusion"]
