@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params, Site
 from ..core.torch_internals import at_trace_time
+from ..kernels.dropout import dropped
 from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .frozen_layer import FrozenLayer
@@ -124,7 +124,7 @@ def phases(
             f"changes the input alone (HRA)"
         )
     if attachment.dropout and module.training:
-        x = F.dropout(x, attachment.dropout)
+        x = dropped(x, attachment.dropout)
     return variant.outputs(cfg, p, d, x, y, site)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from ..core.errors import UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params
 from ..core.torch_internals import autocasts, is_transformed
+from ..kernels.dropout import dropped
 from ..kernels.row_plan import not_rows
 from ..kernels.segments import Segment, SegmentLayout
 from .attachment import Attachment
@@ -152,10 +152,10 @@ def by_rows(
     if h.shape[:1] != x.shape[:1]:
         raise not_rows(path, h, plan.rows)
     H = h if layout.take is None else h.index_select(0, layout.take)
+    if attachment.dropout and training:  # before the sort: the mask doesn't depend on the mix
+        seen = dropped(seen, attachment.dropout)
     if seen is not x:
         X = seen if layout.take is None else seen.index_select(0, layout.take)
-    if attachment.dropout and training:
-        X = F.dropout(X, attachment.dropout)
     return put(_joined(rows.call(variant.outputs, layout, X, H), layout, H, h))
 
 

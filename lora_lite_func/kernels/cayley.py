@@ -1,4 +1,4 @@
-"""Rotations from a few free numbers: skew matrices and their Cayley transform, minus the identity. Tensors in, tensors out.
+"""Rotations from a few free numbers: skew matrices and their Cayley transform, minus the identity.
 
     R = (I + Q)(I - Q)^-1,   E = R - I = 2 (I - Q)^-1 Q,   exactly zero at Q = 0
 
@@ -38,8 +38,8 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
     Args:
         q: strict upper triangles.
         b: size of a block.
-        kind: "exact" (closed forms up to b = 4, one batched solve beyond), or "neumann", the series
-            I + 2Q + 2Q^2 + 2Q^3 + Q^4 that OFTv2 uses: only nearly orthogonal, and only while Q is
+        kind: "exact" (closed forms up to b = 4, one batched inverse beyond), or "neumann", the
+            series I + 2Q + 2Q^2 + 2Q^3 + Q^4 that OFTv2 uses: only nearly orthogonal, and only while Q is
             small.
     """
     if kind == "neumann":
@@ -54,9 +54,9 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
         return _four(q)
     Q = skew(q, b)
     eye = torch.eye(b, dtype=q.dtype, device=q.device)
-    # I - Q is never singular: no check, so no wait for the device; from the right the result lies
-    # row by row, with a copy less
-    return torch.linalg.solve_ex(eye - Q, 2.0 * Q, left=False)[0]
+    # I - Q is never singular, so nothing has to be checked and no device waited for. Not by
+    # torch.linalg.solve, whose forward-mode derivative is a constant for a second derivative
+    return (2.0 * Q) @ torch.linalg.inv_ex(eye - Q)[0]
 
 
 def _two(q: Tensor) -> Tensor:

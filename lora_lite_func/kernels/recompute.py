@@ -1,8 +1,8 @@
-"""x W'^T + b' of an adapted weight W', which is made again in the backward pass: nothing of its size is kept."""
+"""x W'^T + b' of an adapted weight W', which the backward pass makes again instead of keeping it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,21 @@ from torch import Tensor
 __all__ = ["recomputed_linear"]
 
 Make = Callable[..., tuple[Tensor, Tensor | None]]
-"""Tensors to (W' (d_out, d_in), b' (d_out,) or None), without randomness."""
+"""Tensors to (W' (d_out, d_in), b' (d_out,) or None); draws nothing at random."""
 
 
 def recomputed_linear(make: Make, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     """x W'^T + b', (..., d_out), where W', b' = make(*tensors); gradients reach x and the tensors.
 
     Args:
-        make: of the tensors alone: what else it knows is constant.
+        make: a function of the tensors alone; anything else it reads is a constant.
         x: (..., d_in).
-        tensors: all that W' and b' depend on.
+        tensors: everything that W' and b' depend on.
     """
     flat = x if x.ndim <= 2 else x.flatten(0, -2)  # (T, d_in)
     y: Tensor = _OneProduct.apply(make, flat, *tensors)
-    return (
-        y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
-    )  # not inside: autograd lets nobody write on a view that a function gives
+    # viewed out here: autograd lets nobody write on a view that a function returns
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _OneProduct(torch.autograd.Function):
@@ -45,25 +44,38 @@ class _OneProduct(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         to_x, *to = ctx.needs_input_grad[1:]
         learned = [t for t, needed in zip(tensors, to, strict=True) if needed]
-
-        def again(*learned: Tensor) -> tuple[Tensor, ...]:
-            these = iter(learned)
-            W, b = ctx.make(
-                *(next(these) if needed else t for t, needed in zip(tensors, to, strict=True))
-            )
-            return (W,) if b is None else (W, b)
-
-        if not learned:
-            return None, g @ again()[0], *(None for _ in tensors)
-        both: Any = torch.func.vjp(
-            again, *learned
-        )  # which composes, should this be differentiated again
-        made, pull = both
+        W, pull = _again(ctx.make, tensors, to) if learned else (ctx.make(*tensors)[0], None)
+        dx = g @ W if to_x else None
+        if pull is None:
+            return None, dx, *(None for _ in tensors)
         G = g.reshape(-1, g.shape[-1])  # (T, d_out)
         dW = G.mT @ x.reshape(-1, x.shape[-1])  # (d_out, d_in)
-        back = iter(pull((dW, G.sum(0))[: len(made)]))
-        return (
-            None,
-            g @ made[0] if to_x else None,
-            *(next(back) if needed else None for needed in to),
-        )
+        back = iter(pull(dW, G))
+        return None, dx, *(next(back) if needed else None for needed in to)
+
+
+Pull = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""(dW (d_out, d_in), G (T, d_out), the gradient of y) to the gradients of the learned tensors."""
+
+
+def _again(make: Make, tensors: Sequence[Tensor], to: Sequence[bool]) -> tuple[Tensor, Pull]:
+    """W', made again, and how its gradient and b's become those of the tensors that `to` marks.
+
+    By torch.func.vjp, which can itself be differentiated.
+    """
+
+    def again(*learned: Tensor) -> tuple[Tensor, ...]:
+        these = iter(learned)
+        W, b = make(*(next(these) if needed else t for t, needed in zip(tensors, to, strict=True)))
+        # a constant bias is left out: it has no gradient, and a transform that has ended since it
+        # was saved may still wrap it, which vjp can't return
+        return (W,) if b is None or any(b is t for t in tensors) else (W, b)
+
+    both: Any = torch.func.vjp(again, *(t for t, needed in zip(tensors, to, strict=True) if needed))
+    made, pull = both
+
+    def gradients(dW: Tensor, G: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = pull((dW,) if len(made) == 1 else (dW, G.sum(0)))
+        return found
+
+    return made[0], gradients

@@ -19,6 +19,7 @@ import lora_lite_func as ll
 from benchmarks.measure.harness import saved
 from lora_lite_func.injection import linear as plain
 from lora_lite_func.kernels import cost as _cost
+from lora_lite_func.kernels import dropout
 from lora_lite_func.kernels import low_rank_fused as fused
 from lora_lite_func.kernels import low_rank_rows as fused_rows
 
@@ -141,14 +142,14 @@ def test_other_dtypes_autocast_tangents_and_base_weights_are_left_to_the_phases(
 def test_dropout_is_unbiased_in_its_share_and_ruled_by_the_seed() -> None:
     x = torch.ones(300, 401)
     for p in (0.1, 0.5, 0.9, 1e-3):
-        mask = fused._mask(x, p, 7)
+        mask = dropout.mask(x, p, 7)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
         share, error = (mask == 0).double().mean().item(), (p * (1 - p) / x.numel()) ** 0.5
         assert abs(share - p) < 5 * error + 2**-16
-        assert abs(fused._gain(p) * (1 - round(p * 65536) / 65536) - 1) < 1e-12
-        assert torch.equal(mask, fused._mask(x, p, 7))
-        assert not torch.equal(mask, fused._mask(x, p, 8))
-    columns = fused._mask(torch.ones(4000, 64), 0.5, 1).ne(0).double().mean(0)
+        assert abs(dropout.gain(p) * (1 - round(p * 65536) / 65536) - 1) < 1e-12
+        assert torch.equal(mask, dropout.mask(x, p, 7))
+        assert not torch.equal(mask, dropout.mask(x, p, 8))
+    columns = dropout.mask(torch.ones(4000, 64), 0.5, 1).ne(0).double().mean(0)
     assert (columns - 0.5).abs().max() < 0.05
     model, params = wet()
     x = rows(5, 7)
@@ -200,7 +201,7 @@ def test_gradients_of_one_function_are_exact_twice(shape: tuple[int, ...], p: fl
     ):
         close(many, torch.stack(one), 1e-12)
     torch.manual_seed(5)
-    mask = fused._mask(x.detach().reshape(-1, 16), 0.5, int(torch.randint(1 << 62, ()))).view(
+    mask = dropout.mask(x.detach().reshape(-1, 16), 0.5, int(torch.randint(1 << 62, ()))).view(
         x.shape
     )
     dropped = 2.0 * x * mask if p else x
