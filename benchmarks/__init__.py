@@ -1,1 +1,1 @@
-"""Programs that measure the library: fine-tuning real models, timing against other implementations."""
+"""Programs that measure the library: `examples` fine-tunes real models, `measure` times it."""

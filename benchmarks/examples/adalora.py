@@ -1,7 +1,9 @@
-"""AdaLoRA's budget at work on the sentiment task: 200 steps, the rank of every layer falling as the cubic schedule says, then pruned.
+"""AdaLoRA's budget at work on the sentiment task, in 200 steps.
 
 python -m benchmarks.examples.adalora
-    trains, checks in every step that as many triplets are left as the schedule allows, prunes, and checks that nothing else changed.
+    The rank of every layer falls as the cubic schedule says. Each step is checked to leave as many
+    triplets as the schedule allows; at the end the adapter is pruned and checked to be otherwise
+    unchanged.
 """
 
 from __future__ import annotations
@@ -170,7 +172,8 @@ def _prune_fact(task: Any, params: ll.Adapter, small: ll.Adapter, head: dict[str
     whole, pruned = task.evaluate(params, head), task.evaluate(small, head)
     difference = (whole.outputs - pruned.outputs).abs().max().item()
     numbers = f"{ll.num_params(params):,} numbers became {ll.num_params(small):,}"
-    text = f"pruned: {numbers}, {len(whole.outputs)} predictions differ by at most {difference:.1e}; {task.metric} {pruned.score:.3f}"
+    predictions = f"{len(whole.outputs)} predictions differ by at most {difference:.1e}"
+    text = f"pruned: {numbers}, {predictions}; {task.metric} {pruned.score:.3f}"
     return Fact(
         "prune",
         difference <= TOLERANCE * 10 and ll.num_params(small) < ll.num_params(params),

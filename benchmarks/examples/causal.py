@@ -1,7 +1,9 @@
-"""The causal task: a language model learns responses to prompts, and is scored on the final number of what it generates.
+"""The causal task: a language model learns responses to prompts.
 
-The set-up of lora-lite and of PEFT's method comparison: MetaMathQA to GSM8K. A file has one JSON object a line, with the fields
-prompt and response, query and response (MetaMathQA), or question and answer (GSM8K); the latter two are put in a template.
+It is scored on the final number of what it generates, as lora-lite and PEFT's method comparison do
+with MetaMathQA and GSM8K. A file has one JSON object a line, with the fields prompt and response,
+query and response (MetaMathQA), or question and answer (GSM8K); the latter two are put in a
+template.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What must hold after training: the file gives the same predictions on a fresh base, and no tensor of the base has changed a bit."""
+"""What must hold after training.
+
+The saved file gives the same predictions on a fresh base, and no tensor of the base has changed a
+bit.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,10 @@ def _to(adapter: ll.Adapter, device: torch.device) -> ll.Adapter:
 def _compared(method: str, first: Evaluation, again: Evaluation) -> Fact:
     difference = (first.outputs - again.outputs).abs().max().item()
     texts = sum(a != b for a, b in zip(first.texts, again.texts, strict=True))
-    text = f"{method}: loaded onto a fresh base, {len(again.outputs)} held-out predictions differ by at most {difference:.1e}"
+    text = (
+        f"{method}: loaded onto a fresh base, {len(again.outputs)} held-out predictions differ by "
+        f"at most {difference:.1e}"
+    )
     if first.texts:
         text += f", {texts} of {len(again.texts)} generated texts differ"
     return Fact(method, difference <= TOLERANCE and texts == 0, text, difference)
@@ -98,7 +105,10 @@ def base_fact(model: nn.Module, source: Path, before: dict[str, Tensor], after: 
     pairs = [*((name, t) for name, t in _matched(model, source)), *before.items()]
     changed = [name for name, t in pairs if not _same_bits(state[name], t)]
     gradients = [name for name, p in model.named_parameters() if p.grad is not None]
-    text = f"base after {after}: {len(pairs) - len(changed)} of {len(pairs)} tensors bit-identical to the files it was loaded from"
+    text = (
+        f"base after {after}: {len(pairs) - len(changed)} of {len(pairs)} tensors bit-identical to "
+        f"the files it was loaded from"
+    )
     if changed:
         text += f"; changed: {', '.join(changed[:3])}"
     if gradients:

@@ -1,10 +1,13 @@
-"""Fine-tune a real model with several methods through `ll.init` and `ll.apply`, compare them, save them, and check what was saved.
+"""Fine-tune a real model with several methods, compare them, save them, check what was saved.
 
 python -m benchmarks.examples.finetune
-    all-MiniLM-L6-v2 learns how people rate words; both come from PyPI packages, nothing is downloaded.
+    all-MiniLM-L6-v2 learns how people rate words. Both come from PyPI packages; nothing is
+    downloaded.
 python -m benchmarks.examples.finetune --variants all --epochs 2
-python -m benchmarks.examples.finetune --model Qwen/Qwen3-0.6B-Base --task metamathqa.jsonl --eval gsm8k.jsonl --r 32
-    a causal language model learns responses to prompts; scored by the final number of what it generates.
+python -m benchmarks.examples.finetune --model Qwen/Qwen3-0.6B-Base --task metamathqa.jsonl
+        --eval gsm8k.jsonl --r 32
+    A causal language model learns responses to prompts. It is scored by the final number of what it
+    generates.
 """
 
 from __future__ import annotations

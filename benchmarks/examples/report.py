@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves: a table on stdout, result.json, and the learning curves as a PNG."""
+"""What a fine-tuning run leaves: a table on stdout, result.json, the learning curves as PNG."""
 
 from __future__ import annotations
 

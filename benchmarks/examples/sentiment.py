@@ -1,4 +1,4 @@
-"""The sentiment task: a sentence encoder learns how people rate words, from files that PyPI packages carry."""
+"""The sentiment task: a sentence encoder learns how people rate words. PyPI packages ship both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each method is fine-tuned with: peak learning rate, places, sizes that its own defaults don't suit."""
+"""What each method is fine-tuned with: peak learning rate, places, sizes beside its defaults."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""16 adapters at once: 4 learning rates x 2 ranks x 2 seeds of LoRA on the sentiment task, against the same 16 one after another.
+"""16 adapters at once: 4 learning rates x 2 ranks x 2 seeds of LoRA on the sentiment task.
 
     python -m benchmarks.examples.sweep [--quick] [--steps 80] [--plot sweep.png]
 
-Trains the 16 as one stack, prints what that saves against one after another (ours, and PEFT's), the table of results, what an ensemble of
-them gains and how its spread tells of its error (a plot), and serves a batch whose rows each use another of the 16. Each learns on its
-own batches, as it would alone; under torchrun each process trains its share of the 16.
+Trains the 16 as one stack, each on its own batches, as it would alone. Prints what that saves
+against the same 16 one after another (ours, and PEFT's), the table of results, what an ensemble of
+them gains and how its spread tells of its error (a plot). Then serves a batch whose rows each use
+another of the 16. Under torchrun each process trains its share.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def peft_model(task: SentimentTask, r: int) -> Any:
 
 
 def speed(task: SentimentTask, rounds: int) -> None:
-    """Print a step of all 16 at once over 16 steps one after another, in turn on the same batches."""
+    """Print a step of all 16 at once over 16 steps one after another, on the same batches."""
     steps = 3 * rounds
     together = Together(task, GRID, steps)
     bound = {

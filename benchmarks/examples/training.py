@@ -1,4 +1,7 @@
-"""One training loop for every task: the adapter is a value, its leaves and the head's go to AdamW, the base is never touched."""
+"""One training loop for every task.
+
+The adapter is a value; its leaves and the head's go to AdamW, and the base is never touched.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""torch.compile with its default backend: forward and training step over eager and over the compiled base, and how many graphs."""
+"""Forward and training step under torch.compile's default backend, over eager and over the compiled
+base, and how many graphs.
+"""
 
 from __future__ import annotations
 

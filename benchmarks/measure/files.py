@@ -1,4 +1,6 @@
-"""The life of an adapter of 168 sites around its use: init, save, load, merge; beside PEFT and what the disk and a copy cost."""
+"""The life of an adapter of 168 sites around its use: init, save, load, merge; beside PEFT and what
+the disk and a copy cost.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What an adapter costs a forward: `ll.apply`, a bound or prepared model and PEFT over the bare base, from one token to 2,048."""
+"""What an adapter costs a forward of one to 2,048 tokens: `ll.apply`, a bound or prepared model and
+PEFT over the bare base.
+"""
 
 from __future__ import annotations
 

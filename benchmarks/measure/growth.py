@@ -1,4 +1,6 @@
-"""How the cost of a call grows: with the sites, the rank, the tokens, the adapters of a batch, the adapters that the process holds."""
+"""How the cost of a call grows: with the sites, the rank, the tokens, the adapters of a batch, and
+the adapters that the process holds.
+"""
 
 from __future__ import annotations
 

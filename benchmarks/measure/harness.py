@@ -1,4 +1,6 @@
-"""Honest ratios: everything in one process, rounds interleaved, medians of per-round ratios, a base-against-base guard."""
+"""Honest ratios: everything in one process, rounds interleaved, medians of per-round ratios, and a
+guard, the base against itself.
+"""
 
 from __future__ import annotations
 

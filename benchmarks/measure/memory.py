@@ -1,4 +1,6 @@
-"""What a forward keeps for its backward, in bytes over the base's; and what K bound adapters hold of memory that isn't the base's."""
+"""What a forward keeps for its backward, in bytes over the base's; and what K bound adapters hold
+of memory that isn't the base's.
+"""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the methods that are named, or all, and print their rows."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.measure.methods",
-        description=__doc__.splitlines()[0] if __doc__ else "",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="name", help="(default: every method)")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The other implementations that a run measures beside: PEFT (extra `bench`), and lora-lite from a checkout."""
+"""What a run measures beside: PEFT (extra `bench`), and lora-lite from a checkout."""
 
 from __future__ import annotations
 

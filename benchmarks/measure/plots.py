@@ -1,8 +1,10 @@
-"""Pictures: python -m benchmarks.measure.plots ADAPTER_OR_RESULTS... --out FOLDER   (needs matplotlib)
+"""Pictures of an adapter or of results.
 
-An adapter's file (or PEFT folder) gives its updates' norms by layer and module as a heat map, and their singular values; a result.json
-of benchmarks.examples.finetune gives learning curves and quality over number of parameters. What depends on the
-base (IA3, HRA ...) has no such picture.
+python -m benchmarks.measure.plots ADAPTER_OR_RESULTS... --out FOLDER       (needs matplotlib)
+
+An adapter's file (or PEFT folder) gives its updates' norms by layer and module as a heat map, and
+their singular values. A result.json of benchmarks.examples.finetune gives learning curves, and
+quality over number of parameters. What depends on the base (IA3, HRA ...) has no such picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Sets of adapters: mixed batches, many trained at once, per-sample gradients, the optimizer, memory; beside the base and PEFT.
+"""Sets of adapters, beside the base and PEFT: mixed batches, many trained at once, per-sample
+gradients, the optimizer, memory.
 
 python -m benchmarks --only sets
 """
@@ -155,7 +156,7 @@ def ragged(suite: Suite) -> Iterator[Row]:
 
 
 def ranks(suite: Suite) -> Iterator[Row]:
-    """16 adapters of ranks 4 to 64 in one batch against 16 of the mean rank; 64 rows x 16 tokens."""
+    """16 adapters of ranks 4 to 64 in one batch over 16 of the mean rank; 64 rows x 16 tokens."""
     base, wide = llama(4), [4, 8, 16, 64] * 4
     mean = sum(wide) // len(wide)
     ids, who = torch.randint(0, 1024, (64, 16)), torch.arange(64) // 4

@@ -1,4 +1,6 @@
-"""A training step, forward and backward: over the frozen base's (activation gradients alone), which bounds any adapter's, and PEFT's."""
+"""A training step, forward and backward: over the frozen base's (activation gradients alone), which
+bounds any adapter's, and PEFT's.
+"""
 
 from __future__ import annotations
 
