@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lora_lite_func as ll
-from lora_lite_func.cli.inspect import delta_norm
+from lora_lite_func.cli.health import update_norm
 from lora_lite_func.interop.open import open_adapter
 from lora_lite_func.layers.targeting import layer_index
 
@@ -51,7 +51,7 @@ def drawn(source: Path, out: Path) -> list[Path]:
     made = []
     for i, adapter in enumerate(parts):
         tail = f"_{i}" if len(parts) > 1 else ""
-        if all(delta_norm(adapter, path) is None for path in adapter):
+        if all(update_norm(adapter, path) is None for path in adapter):
             print(
                 f"{source}: what {adapter.layout.variant.name} changes depends on the base (or "
                 f"is a stack's); nothing to draw",
@@ -85,7 +85,7 @@ def norms(adapter: ll.Adapter, file: Path) -> Path:
     tails, layers = _modules(adapter)
     table = torch.full((len(tails), len(layers)), math.nan)
     for path in adapter:
-        norm = delta_norm(adapter, path)
+        norm = update_norm(adapter, path)
         table[tails.index(_tail(path)), layers.index(layer_index(path) or 0)] = (
             math.nan if norm is None else norm
         )
@@ -120,7 +120,7 @@ def norms(adapter: ll.Adapter, file: Path) -> Path:
 def _singular_values(adapter: ll.Adapter, path: str) -> Tensor | None:
     """Of a site's update; None where it depends on the base."""
     variant, site = adapter.layout.variant, adapter.sites[path]
-    if delta_norm(adapter, path) is None or variant.weight is None:
+    if update_norm(adapter, path) is None or variant.weight is None:
         return None
     held = {name: t.detach().float() for name, t in adapter[path].items()}
     update, _ = variant.weight(adapter.config, held, site, torch.zeros(site.d_out, site.d_in), None)

@@ -69,6 +69,7 @@ def check(
         )
     attachments = attachments_of(params)
     recorder = _Recorder({path: here[-1].site for path, here in attachments.items()})
+    recorder.not_finite = _not_finite(attachments)
     recorder.run(model, attachments, example)
     y = run(
         copy_tree(model, attachments, eval_copy), example
@@ -91,6 +92,17 @@ def check(
     )
     return recorder.report(
         model, effect=effect, difference=difference, tolerance=tolerance, parts_at=where
+    )
+
+
+def _not_finite(attachments: Mapping[str, list[Attachment]]) -> tuple[str, ...]:
+    """The adapters' tensors with NaN or infinity."""
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, here in attachments.items()
+        for attachment in here
+        for name, t in (attachment.p or {}).items()
+        if t.is_floating_point() and not t.is_meta and not t.isfinite().all()
     )
 
 
@@ -127,6 +139,7 @@ class _Recorder(TorchFunctionMode):
         self.by_weight: dict[str, None] = {}
         self.watched: dict[int, tuple[str, Tensor]] = {}
         self.eps = 0.0
+        self.not_finite: tuple[str, ...] = ()
         self.keep = keep
         self.kept: list[tuple[str, Any]] = []
 
@@ -219,6 +232,7 @@ class _Recorder(TorchFunctionMode):
             path: tuple(names) for path, names in self.reads.items() if path not in self.by_weight
         }
         tied, shared = _tied(model, self.sites)
+        found.setdefault("not_finite", self.not_finite)
         return Report(
             calls=self.calls,
             weights=tuple(self.by_weight),

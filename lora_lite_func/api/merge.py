@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,7 +113,29 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
                 tensor.detach(), requires_grad=True if old is None else old.requires_grad
             )
         module.register_parameter(leaf, kept[id(tensor)])
+    _tell_untied(made, model)
     return made
+
+
+def _tell_untied(made: Any, model: Any) -> None:
+    """A config that says that the head is the table, where merging has given each its own, says so
+    no longer: what loads the saved model would believe it. The base's config is left alone.
+    """
+    config = getattr(made, "config", None)
+    table, head = (
+        getattr(found() if callable(found) else None, "weight", None)
+        for found in (getattr(made, f"get_{end}put_embeddings", None) for end in ("in", "out"))
+    )
+    apart = table is not None and head is not None and table is not head
+    if not apart or not getattr(config, "tie_word_embeddings", False):
+        return
+    if config is getattr(model, "config", None):
+        config = made.config = copy.deepcopy(config)
+    inner: Any = getattr(config, "get_text_config", lambda: config)()
+    both: tuple[Any, ...] = (config, inner)
+    for says in both:
+        if getattr(says, "tie_word_embeddings", False):
+            says.tie_word_embeddings = False
 
 
 def _plain(module: Any, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Report:
             output (1 at least).
         parts_at: the first site whose output differs, where `difference` is too large and a site's
             does.
+        not_finite: the adapter's tensors that hold NaN or infinity.
         unmerged: why apply and merged weren't compared; "" where they were.
     """
 
@@ -46,6 +48,7 @@ class Report:
     difference: float | None = None
     tolerance: float | None = None
     parts_at: str | None = None
+    not_finite: tuple[str, ...] = ()
     unmerged: str = ""
 
     @property
@@ -77,11 +80,19 @@ class Report:
         )
 
     @property
-    def ok(self) -> bool:
-        """Every site was reached, none in a way that misses its adapter, and apply and merged
-        agree.
+    def finite(self) -> bool:
+        """The adapter's tensors are numbers, and so are the outputs with it in, where the base's
+        are.
         """
-        return not self.uncalled and not self.reads and not self.escaped and self.agrees
+        return not self.not_finite and (self.effect is None or math.isfinite(self.effect))
+
+    @property
+    def ok(self) -> bool:
+        """Every site was reached, none in a way that misses its adapter, apply and merged agree,
+        and nothing is NaN or infinite by the adapter.
+        """
+        reached = not self.uncalled and not self.reads and not self.escaped
+        return reached and self.agrees and self.finite
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -116,6 +127,8 @@ class Report:
                 "called more than once: "
                 + _some([f"{path} ({n} times)" for path, n in self.repeated.items()])
             )
+        if self.not_finite:
+            lines.append(f"NaN or infinity in {_some(self.not_finite)}")
         for path, names in list(self.tied.items())[:_SHOWN]:
             lines.append(
                 f"{path!r} is tied to {_some(names)}, which this site's adapter doesn't reach"
@@ -126,8 +139,10 @@ class Report:
 
     def _compared(self) -> list[str]:
         lines = []
-        if self.effect is not None:
+        if self.effect is not None and math.isfinite(self.effect):
             lines.append(f"it moves the output by at most {self.effect:.2e}")
+        elif self.effect is not None:
+            lines.append("it makes the output another size, NaN or infinite where the base's isn't")
         if self.unmerged:
             return [*lines, f"not compared with merged weights: {self.unmerged}"]
         where = f"; first at {self.parts_at!r}" if self.parts_at is not None else ""

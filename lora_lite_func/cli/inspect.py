@@ -1,44 +1,50 @@
-"""What an adapter is and how two differ, as data and as text."""
+"""inspect: what an adapter is, as data and as text."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.config import to_dict
+from ..core.errors import printable
+from ..interop.assembly import ModelNeededError
+from ..interop.open import form_of
 from ..interop.peft.folder import unpack
+from .health import health, health_lines, update_norm
+from .opening import Answer, opened
 
-__all__ = ["delta_norm", "describe_raw", "inspected", "table"]
+__all__ = ["HELP", "add_arguments", "inspected", "run"]
 
-_CHEAP = 2**24  # entries of an update that is built to be measured
-
-
-def delta_norm(adapter: Adapter, path: str) -> float | None:
-    """The Frobenius norm of a site's update W' - W; None where it depends on W, or is too large to
-    build.
-    """
-    site, variant = adapter.sites[path], adapter.layout.variant
-    if (
-        not variant.additive
-        or variant.weight is None
-        or site.num_experts
-        or site.d_in * site.d_out > _CHEAP
-    ):
-        return None
-    held = {
-        name: t.detach().to(torch.float32) if t.is_floating_point() else t
-        for name, t in adapter[path].items()
-    }
-    if any(t.is_meta for t in held.values()):
-        return None
-    update, _ = variant.weight(adapter.config, held, site, torch.zeros(site.d_out, site.d_in), None)
-    return float(update.norm())
+HELP = "what an adapter is: method, config, sites, numbers of parameters, norms of its updates"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the verb takes."""
+    parser.add_argument("file", help="a file of ll.save, or a PEFT folder")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the base, for PEFT methods whose files don't say both sides of a layer",
+    )
+
+
+def run(given: argparse.Namespace) -> Answer:
+    """The adapter; of a PEFT folder that means nothing without its base, what is in it."""
+    try:
+        data = inspected(opened(given.file, given.model))
+    except ModelNeededError as error:
+        if given.model is not None or form_of(given.file) != "peft":
+            raise
+        data = _raw(given.file)
+        return f"{_raw_table(data)}\n{printable(str(error))} (--model)", data, 0
+    return _tables(data), data, 0
+
+
+# ------------------------------------------------------------------------------------------ as data
 def inspected(params: Any) -> dict[str, Any]:
     """An adapter (or several) as JSON types."""
     if isinstance(params, Adapter):
@@ -49,35 +55,37 @@ def inspected(params: Any) -> dict[str, Any]:
 
 
 def _one(adapter: Adapter) -> dict[str, Any]:
-    members = _members(adapter)
-    rows = []
-    for path, site in adapter.sites.items():
-        held = adapter[path]
-        row: dict[str, Any] = {
-            "site": path,
-            "kind": site.kind,
-            "d_in": site.d_in,
-            "d_out": site.d_out,
-            "r": site.r,
-            "alpha": site.alpha,
-        }
-        row["tensors"] = {
-            name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in held.items()
-        }
-        row["trainable"] = sum(
-            t.numel() for name, t in held.items() if adapter.layout.specs[path][name].trainable
-        )
-        row["norm"] = None if members else delta_norm(adapter, path)
-        rows.append(row)
-    size = sum(t.nbytes for held in adapter.values() for t in held.values())
-    every = {"trainable": sum(int(row["trainable"]) for row in rows), "bytes": size}
+    labels = getattr(adapter.layout, "labels", None)
+    rows = [_site(adapter, path) for path in adapter.sites]
     return {
         "method": adapter.layout.variant.name,
-        "members": members,
+        "members": _members(adapter),
+        "names": None if labels is None else list(labels),
         "config": to_dict(adapter.config),
-        **every,
+        "trainable": sum(int(row["trainable"]) for row in rows),
+        "bytes": sum(t.nbytes for held in adapter.values() for t in held.values()),
         "sites": rows,
+        "health": health(adapter),
     }
+
+
+def _site(adapter: Adapter, path: str) -> dict[str, Any]:
+    site, held, specs = adapter.sites[path], adapter[path], adapter.layout.specs[path]
+    return {
+        "site": path,
+        "kind": site.kind,
+        "d_in": site.d_in,
+        "d_out": site.d_out,
+        "r": site.r,
+        "alpha": site.alpha,
+        "tensors": {name: _form(t) for name, t in held.items()},
+        "trainable": sum(t.numel() for name, t in held.items() if specs[name].trainable),
+        "norm": update_norm(adapter, path),
+    }
+
+
+def _form(t: Tensor) -> list[Any]:
+    return [list(t.shape), str(t.dtype).removeprefix("torch.")]
 
 
 def _members(adapter: Adapter) -> int:
@@ -87,44 +95,48 @@ def _members(adapter: Adapter) -> int:
     return leaf.shape[0] if leaf.ndim > len(adapter.layout.specs[path][names[0]].shape) else 0
 
 
-def table(data: Mapping[str, Any]) -> str:
-    """`inspected` or `describe_raw` for people."""
-    if "parts" in data:
-        return "\n\n".join(f"[{name}]\n{table(part)}" for name, part in data["parts"].items())
-    if "keys" in data:
-        width = max(map(len, data["keys"]), default=0)
-        return "\n".join(
-            [
-                f"{data['method']} (PEFT)",
-                *(f"  {k:<{width}}  {s} {d}" for k, (s, d) in data["keys"].items()),
-            ]
-        )
-    of = f" x {data['members']}" if data["members"] else ""
-    head = f"{data['method']}{of}: {len(data['sites'])} sites, {data['trainable']:,} trainable parameters, {data['bytes']:,} bytes"
-    said = ", ".join(
-        f"{k}={v!r}"
-        for k, v in data["config"].items()
-        if not k.endswith(("_names", "_pattern", "_parameters", "_kinds"))
+def _raw(path: str) -> dict[str, Any]:
+    """A PEFT folder as it is, where its meaning hangs on a base that isn't given."""
+    says, tensors = unpack(path, None)
+    keys = {key: _form(t) for key, t in sorted(tensors.items())}
+    return {"method": str(says.get("peft_type")), "config": dict(says), "keys": keys}
+
+
+# ------------------------------------------------------------------------------------------ as text
+def _tables(data: Mapping[str, Any]) -> str:
+    if "parts" not in data:
+        return _table(data)
+    return "\n\n".join(
+        f"[{printable(name)}]\n{_table(part)}" for name, part in data["parts"].items()
     )
-    width = max(len(row["site"]) for row in data["sites"])
+
+
+def _table(data: Mapping[str, Any]) -> str:
+    of = f" x {data['members']}" if data["members"] else ""
+    names = "" if data["names"] is None else f" ({', '.join(map(printable, data['names']))})"
+    hidden = ("_names", "_pattern", "_parameters", "_kinds")
+    said = [f"{k}={v!r}" for k, v in data["config"].items() if not k.endswith(hidden)]
+    paths = [printable(row["site"]) for row in data["sites"]]
+    width = max(map(len, paths))
     lines = [
-        head,
-        f"  {said}",
+        f"{data['method']}{of}{names}: {len(paths)} sites, {data['trainable']:,} trainable "
+        f"parameters, {data['bytes']:,} bytes",
+        f"  {', '.join(said)}",
         f"  {'site':<{width}}  {'kind':<9} {'d_in':>7} {'d_out':>7} {'r':>4} {'alpha':>7} "
         f"{'params':>11} {'|dW|':>9}",
     ]
-    for row in data["sites"]:
+    for path, row in zip(paths, data["sites"], strict=True):
         norm = "" if row["norm"] is None else f"{row['norm']:.4g}"
-        numbers = f"{row['d_in']:>7} {row['d_out']:>7} {row['r']:>4} {row['alpha']:>7g} {row['trainable']:>11,} {norm:>9}"
-        lines.append(f"  {row['site']:<{width}}  {row['kind']:<9} {numbers}")
-    return "\n".join(lines)
+        lines.append(
+            f"  {path:<{width}}  {row['kind']:<9} {row['d_in']:>7} {row['d_out']:>7} "
+            f"{row['r']:>4} {row['alpha']:>7g} {row['trainable']:>11,} {norm:>9}"
+        )
+    odd = health_lines(data["health"], len(paths))
+    return "\n".join([*lines, *(f"  ! {printable(line)}" for line in odd)])
 
 
-def describe_raw(path: str) -> dict[str, Any]:
-    """A PEFT folder as it is, where its meaning hangs on a base that isn't given."""
-    says, tensors = unpack(path, None)
-    keys = {
-        key: [list(t.shape), str(t.dtype).removeprefix("torch.")]
-        for key, t in sorted(tensors.items())
-    }
-    return {"method": str(says.get("peft_type")), "config": dict(says), "keys": keys}
+def _raw_table(data: Mapping[str, Any]) -> str:
+    keys = {printable(key): form for key, form in data["keys"].items()}
+    width = max(map(len, keys), default=0)
+    lines = [f"  {key:<{width}}  {shape} {dtype}" for key, (shape, dtype) in keys.items()]
+    return "\n".join([f"{printable(data['method'])} (PEFT)", *lines])

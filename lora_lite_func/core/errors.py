@@ -14,6 +14,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "nearest",
+    "printable",
     "short_repr",
 ]
 
@@ -67,7 +68,7 @@ def nearest(word: str, known: Iterable[str], *, first: int = 3) -> str:
 def short_repr(value: Any) -> str:
     """A value for a message: its repr, cut where it is long.
 
-    >>> shown("q_proj")
+    >>> short_repr("q_proj")
     "'q_proj'"
     """
     try:
@@ -75,6 +76,18 @@ def short_repr(value: Any) -> str:
     except ValueError:  # an int of more digits than Python prints
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def printable(text: str) -> str:
+    r"""A name as it may be printed: characters that a terminal would act on, or that make a line
+    look like two, are escaped.
+
+    >>> printable("up\x1b[2J")
+    'up\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 _LONGEST = 200  # characters of a value that a message repeats

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .errors import printable
 from .layout import LeafSpec
 from .site import Site
 
@@ -41,7 +42,7 @@ def render(
             numbers
         )
     rows = [
-        (_fold(texts, numbers) or '""', dims, cells)
+        (printable(_fold(texts, numbers)) or '""', dims, cells)
         for (texts, dims, cells), numbers in groups.items()
     ]
     head = f"Adapter({variant}: {len(sites)} sites, {learned:,} trainable parameters"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import CheckpointError, short_repr
 from .files import read_json
 
-__all__ = ["Shards", "meta_model"]
+__all__ = ["INDEX", "Shards", "meta_model"]
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -6,6 +6,7 @@ Faults are CheckpointErrors.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 
-__all__ = ["interrupted", "swapped", "write_safetensors", "write_text"]
+__all__ = ["interrupted", "is_left_over", "swapped", "write_safetensors", "write_text"]
 
 try:
     import fcntl
@@ -189,6 +190,11 @@ def _swap(
         for source, destination in reversed(done):
             os.rename(destination, source)
         raise
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a file's name is that of a working folder."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT_OVER)
 
 
 def interrupted(folder: Path) -> str:

@@ -14,9 +14,10 @@ from ...io.files import read_json, read_pickle, read_safetensors
 from ...io.writing import interrupted
 from ..metadata import ConfigReader
 
-__all__ = ["CONFIG", "TENSORS", "split", "unpack"]
+__all__ = ["CONFIG", "FILES", "TENSORS", "split", "unpack"]
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FILES = (CONFIG, TENSORS, PICKLE)
 _PICKLES = (".bin", ".pt", ".pth")
 _PREFIX, _SHARED = "base_model.model.", "base_model."
 

@@ -290,13 +290,10 @@ def _about(model: nn.Module | None) -> dict[str, Any]:
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
         model, "name_or_path", None
     )
-    origin = (
-        None
-        if name
-        else {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    )
+    kind = type(model)  # PEFT's Auto classes find the base's class by it
+    origin = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     fixed = {
-        "auto_mapping": origin,
+        "auto_mapping": None if model is None else origin,
         "revision": None,
         "task_type": None,
         "inference_mode": True,

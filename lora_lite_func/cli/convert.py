@@ -1,0 +1,90 @@
+"""convert: an adapter in another form."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..core.errors import CheckpointError, LoraLiteError, printable
+from ..interop.open import form_of
+from ..interop.peft import to_peft
+from ..interop.peft.folder import FILES
+from ..io.checkpoint import Saved, load, save
+from ..io.model_folder import Shards, meta_model
+from .opening import Answer, opened, parts_of, whole_model
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "an adapter in another form"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the verb takes."""
+    parser.add_argument("input", help="a file of ll.save, or a PEFT folder")
+    parser.add_argument("output", help="a file (ll) or a folder (peft)")
+    parser.add_argument("--to", choices=("peft", "ll"), required=True)
+    parser.add_argument("--model", metavar="FOLDER", help="the base: a folder with safetensors")
+    parser.add_argument(
+        "--as-lora", action="store_true", help="write VeRA as the LoRA that it amounts to"
+    )
+
+
+def run(given: argparse.Namespace) -> Answer:
+    """Read, written, and read again."""
+    _check_output(given.input, given.output, given.to)
+    params = opened(given.input, given.model)
+    if given.to == "ll":
+        save(params, given.output)
+        load(given.output)
+    else:
+        _write_peft(params, given)
+    data = {"input": given.input, "output": given.output, "to": given.to}
+    return printable(f"{given.input} -> {given.output} ({given.to})"), data, 0
+
+
+def _write_peft(params: Saved, given: argparse.Namespace) -> None:
+    if given.model is None:
+        to_peft(params, None, given.output, as_lora=given.as_lora)
+        return
+    sites = [site for part in parts_of(params).values() for site in part.sites.values()]
+    tables = [site.path for site in sites if site.kind == "embedding"]
+    shards = Shards(given.model)
+    try:
+        base = meta_model(shards, embeddings=tables)
+        to_peft(params, base, given.output, as_lora=given.as_lora)
+    except LoraLiteError as error:  # the folder's names may not be the model's own
+        base = whole_model(shards, given.input, error)
+        to_peft(params, base, given.output, as_lora=given.as_lora)
+
+
+def _check_output(source: str, output: str, form: str) -> None:
+    """Refuse to write onto what is read, or into a PEFT folder what PEFT doesn't read.
+
+    Raises:
+        CheckpointError: with the file that would be replaced.
+    """
+    read, target = _files(source), Path(os.fsdecode(output))
+    try:
+        written = [target] if form == "ll" else [target / name for name in FILES]
+        for file in written:
+            if any(file.exists() and other.exists() and file.samefile(other) for other in read):
+                raise CheckpointError(f"{file}: is of the input itself; choose another output")
+        if form == "ll" and target.is_file() and form_of(target) == "peft":
+            raise CheckpointError(
+                f"{target}: belongs to a PEFT folder, which this would break; choose another output"
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{target}: {error}") from None
+
+
+def _files(source: str) -> list[Path]:
+    """The files that an input is read from, or may be."""
+    path = Path(os.fsdecode(source))
+    try:
+        folder = path if path.is_dir() else path.parent if form_of(path) == "peft" else None
+    except ValueError:
+        folder = None
+    return [path] if folder is None else [path, *(folder / name for name in FILES)]

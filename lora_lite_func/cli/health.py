@@ -1,0 +1,110 @@
+"""What an adapter's values alone show of a failed training run, or of a save that lost some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Adapter
+from ..core.layout import LeafSpec
+from .opening import parts_of
+
+__all__ = ["Health", "health", "health_lines", "update_norm"]
+
+Health = dict[str, list[str]]
+"""{"not_finite": tensors with NaN or infinity, "zero": sites whose update is zero, "cut": tensors
+of which one shard was saved}."""
+_CHEAP = 2**24  # entries of an update that is built to be measured
+_FEWEST = 8  # entries along an axis of which a shard can be told
+_SHOWN = 5
+
+
+def health(params: Any) -> Health:
+    """What is odd about the values of an adapter, or of several."""
+    found: Health = {"not_finite": [], "zero": [], "cut": []}
+    for name, adapter in parts_of(params).items():
+        prefix = f"{name}/" if name else ""
+        for path in adapter:
+            _look(adapter, path, prefix + path, found)
+    return found
+
+
+def _look(adapter: Adapter, path: str, shown: str, found: Health) -> None:
+    finite = True
+    for name, t in adapter[path].items():
+        key = f"{shown}.{name}" if shown else name
+        spec = adapter.layout.specs[path][name]
+        if t.is_meta or not t.is_floating_point():
+            continue
+        if not t.isfinite().all():
+            finite = False
+            found["not_finite"].append(key)
+        elif spec.trainable:
+            cut = _cut(t, spec)
+            if cut:
+                found["cut"].append(f"{key}: {cut}")
+    if finite and update_norm(adapter, path) == 0.0:
+        found["zero"].append(shown)
+
+
+def _cut(t: Tensor, spec: LeafSpec) -> str:
+    """What says that a tensor is one rank's shard among zeros: nothing but zeros behind a whole
+    fraction of an axis. Axes of the rank are left out: unused directions are zeros.
+    """
+    members = t.ndim - len(spec.shape)
+    if len(spec.shape) < 2:
+        return ""
+    for axis, size in enumerate(spec.shape):
+        if axis == spec.rank_axis or size < _FEWEST:
+            continue
+        others = [i for i in range(t.ndim) if i != axis + members]
+        used = (t != 0).sum(others).nonzero()
+        last = int(used[-1]) + 1 if used.numel() else size
+        if last < size and size % last == 0:
+            return (
+                f"entries {last} to {size - 1} along its axis {axis} are zero, as where one shard "
+                f"of {size // last} was saved"
+            )
+    return ""
+
+
+def update_norm(adapter: Adapter, path: str) -> float | None:
+    """The Frobenius norm of a site's update W' - W; None where it depends on W, is a stack's, or is
+    too large to build.
+    """
+    site, variant = adapter.sites[path], adapter.layout.variant
+    specs = adapter.layout.specs[path]
+    p = {n: t.detach().double() if t.is_floating_point() else t for n, t in adapter[path].items()}
+    if site.num_experts or any(t.is_meta or t.ndim != len(specs[n].shape) for n, t in p.items()):
+        return None
+    if variant.low_rank_factors is not None:
+        A, B, scaling = variant.low_rank_factors(adapter.config, p, site)
+        squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)  # |B A|^2 without B A
+        return float(squared.sqrt()) * abs(float(scaling))
+    if not variant.additive or variant.weight is None or site.d_in * site.d_out > _CHEAP:
+        return None
+    zeros = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
+    return float(variant.weight(adapter.config, p, site, zeros, None)[0].norm())
+
+
+def health_lines(found: Mapping[str, Sequence[str]], sites: int) -> list[str]:
+    """The same for people."""
+    lines = []
+    if found["not_finite"]:
+        lines.append(f"NaN or infinity in {_some(found['not_finite'])}")
+    if found["zero"]:
+        count = len(found["zero"])
+        which = "every site" if count == sites else f"{count} of {sites} sites"
+        lines.append(f"the update of {which} is zero: {_some(found['zero'])}")
+    lines += [f"only in part: {line}" for line in found["cut"][:_SHOWN]]
+    if len(found["cut"]) > _SHOWN:
+        lines.append(f"only in part: {len(found['cut']) - _SHOWN} more")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(name or '""' for name in names[:_SHOWN]) + more

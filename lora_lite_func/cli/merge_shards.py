@@ -1,0 +1,156 @@
+"""Merging into a model's folder shard by shard, without building the model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from ..api.apply import attachments_of
+from ..core.errors import CheckpointError, UnsupportedError, nearest, short_repr
+from ..injection.attachment import Attachment
+from ..injection.dense_weight import merge_site
+from ..io.model_folder import Shards
+from ..layers.kinds import module_and_name
+from .merge_folders import merged_into, others
+
+__all__ = ["Job", "bar", "jobs_of", "write_shards"]
+
+
+def write_shards(
+    shards: Shards,
+    jobs: Mapping[str, Job],
+    target: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[Iterator[str], int], Iterator[str]] | None = None,
+) -> None:
+    """Write the folder with the jobs done, one shard in memory at a time.
+
+    Everything is written in a folder of its own inside the target first and moved when all of it is
+    there. Other files of the base (config, tokenizer) are copied.
+
+    Args:
+        shards: the base.
+        jobs: what `jobs_of` gave.
+        target: a folder, made if it isn't there.
+        force: replace files of a model that is there; write values that aren't finite.
+        progress: wraps the loop over shards.
+
+    Raises:
+        CheckpointError: a folder or file that can't be read or written.
+        UnsupportedError: a packed weight, a bias with nowhere to go, a weight that overflows.
+    """
+    along = others(shards.folder)
+    files: Iterator[str] = iter(shards.files)
+    with merged_into(target, shards, force) as work:
+        for file in files if progress is None else progress(files, len(shards.files)):
+            _write(shards, file, jobs, work, force)
+        for entry in along:
+            shutil.copyfile(entry, work / entry.name)
+
+
+Job = tuple[list[Attachment], str, str | None]
+"""(the adapters there, the weight's name, the bias's name)."""
+
+
+def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
+    """{tensor name: what makes it}.
+
+    Raises:
+        CheckpointError: a site that the folder has no tensor for.
+        UnsupportedError: a method without a dense equivalent, or a table that the head shares.
+    """
+    jobs: dict[str, Job] = {}
+    for path, attachments in attachments_of(params).items():
+        home, leaf = module_and_name(attachments[-1].site)
+        prefix = home + "." if home else ""
+        weight, bias = prefix + leaf, prefix + "bias"
+        if weight not in shards:
+            raise CheckpointError(
+                f"{shards.folder}: no tensor {short_repr(weight)} for the site "
+                f"{short_repr(path)}; {nearest(weight, shards)}"
+            )
+        if attachments[-1].site.kind == "embedding":
+            _refuse_tied(shards, path, weight)
+        jobs[weight] = (
+            attachments,
+            weight,
+            bias if attachments[-1].site.bias and bias in shards else None,
+        )
+        if bias in shards and attachments[-1].site.bias:
+            jobs[bias] = jobs[weight]
+    return jobs
+
+
+def _refuse_tied(shards: Shards, path: str, weight: str) -> None:
+    """Refuse a table that the model's head shares: the folder has one tensor for both, and the
+    adapter is the table's alone.
+    """
+    says, shape = shards.config(), shards.shapes[weight][0]
+    heads = [
+        name
+        for name, (other, _) in shards.shapes.items()
+        if name != weight and other[:1] == shape[:1] and len(other) == 2
+    ]
+    named = says.get("architectures")
+    writes = isinstance(named, list) and any(
+        isinstance(n, str) and re.search("LM|Generation|PreTraining", n) for n in named
+    )
+    tied = says.get("tie_word_embeddings", writes and not heads)
+    if tied is not False and (writes or not named) and says.get("vocab_size", shape[0]) == shape[0]:
+        raise UnsupportedError(
+            f"{short_repr(path)}: {shards.folder} has one tensor for this table and the model's "
+            f"head, and the adapter is the table's alone; "
+            "merge in memory (ll.merged unties them), or adapt the table under its full name in "
+            "target_parameters"
+        )
+
+
+def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path, force: bool) -> None:
+    tensors: dict[str, Tensor] = {}
+    with shards.open(file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            if name not in jobs:
+                tensors[name] = opened.get_tensor(name)
+                continue
+            tensors[name] = _merged(shards, name, jobs[name])
+            if not force and not tensors[name].isfinite().all():
+                raise UnsupportedError(
+                    f"{short_repr(name)}: the merged tensor holds NaN or infinity in "
+                    f"{tensors[name].dtype}; --force writes it all the same"
+                )
+        safetensors.torch.save_file(tensors, work / file, shards.metadata[file] or {"format": "pt"})
+
+
+def _merged(shards: Shards, name: str, job: Job) -> Tensor:
+    attachments, weight, bias = job
+    W, b = shards.read(weight), None if bias is None else shards.read(bias)
+    if not W.is_floating_point() or W.element_size() == 1:
+        raise UnsupportedError(
+            f"{short_repr(weight)} is packed ({W.dtype}); merge into the unquantised model instead"
+        )
+    new, moved = merge_site(None, attachments, W, b)
+    if bias is None and moved is not None:
+        raise UnsupportedError(
+            f"{short_repr(attachments[-1].site.path)}: {attachments[-1].variant.name} merges "
+            f"into a bias, and this layer has none in the folder; "
+            "leave the layer out, or keep the adapter unmerged"
+        )
+    result = new if name == weight else moved
+    return (b if result is None else result).contiguous()  # type: ignore[union-attr]
+
+
+def bar(files: Iterator[str], count: int) -> Iterator[str]:
+    """The shards with a progress bar, where tqdm is installed and somebody watches."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return files
+    return iter(tqdm(files, total=count, unit="shard", disable=not sys.stderr.isatty()))
