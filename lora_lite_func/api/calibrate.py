@@ -24,6 +24,9 @@ __all__ = ["arguments", "calibrate", "eval_copy", "gather"]
 
 _DATA = frozenset({"inputs", "gradients", "pairs"})
 
+Found = list[tuple[Site, nn.Module]]
+"""Sites with the modules that hold them, as `find` gives them."""
+
 
 # ----------------------------------------------------------------------------------------- the verb
 def calibrate(
@@ -57,7 +60,18 @@ def calibrate(
     """
     variant = variant_for(type(cfg))
     needs = _checked_needs(variant, cfg, batches, loss_fn)
-    found = find(model, variant, cfg)
+    return _recorded(model, cfg, find(model, variant, cfg), needs, batches, loss_fn)
+
+
+def _recorded(
+    model: nn.Module,
+    cfg: AdapterConfig,
+    found: Found,
+    needs: frozenset[str],
+    batches: Iterable[Any],
+    loss_fn: Any,
+) -> Statistics:
+    """What the sites see, by one pass over the batches."""
     recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs)
     record = Variant(
         name="calibration",
@@ -85,31 +99,38 @@ def calibrate(
 
 
 def gather(
-    model: nn.Module, cfg: AdapterConfig, data: Any, loss_fn: Any
+    model: nn.Module, variant: Variant, cfg: AdapterConfig, found: Found, data: Any, loss_fn: Any
 ) -> Mapping[str, SiteStatistics]:
     """What `init` gives a method's start: {path: SiteStatistics}, every site with what it needs;
     empty if it needs no data.
+
+    Args:
+        model: the frozen base.
+        variant: the method.
+        cfg: its config.
+        found: the sites.
+        data: batches, or what `calibrate` returned.
+        loss_fn: as in `calibrate`.
 
     Raises:
         ConfigError: data is missing, or given to a method that takes none; a site that no batch or
             no gradient reached.
     """
-    variant = variant_for(type(cfg))
     needs = variant.needs_of(cfg) & _DATA
     if not needs and data is None and loss_fn is None:
         return {}
-    found = (
-        data
-        if needs and isinstance(data, Statistics)
-        else calibrate(model, cfg, data, loss_fn=loss_fn)
-    )
-    for site, _ in find(model, variant, cfg):
-        if site.path not in found:
+    if needs and isinstance(data, Statistics):
+        seen = data
+    else:
+        needs = _checked_needs(variant, cfg, data, loss_fn)
+        seen = _recorded(model, cfg, found, needs, data, loss_fn)
+    for site, _ in found:
+        if site.path not in seen:
             raise ConfigError(
-                f"site {site.path!r}: the statistics haven't it; {nearest(site.path, found)}"
+                f"site {site.path!r}: the statistics haven't it; {nearest(site.path, seen)}"
             )
-        _check_complete(site, found[site.path], needs)
-    return found
+        _check_complete(site, seen[site.path], needs)
+    return seen
 
 
 def _checked_needs(
@@ -188,7 +209,7 @@ def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> 
 class _Recorder:
     """The sums as they grow; its `outputs` is a phase like any method's and returns y as it came."""
 
-    def __init__(self, found: list[tuple[Site, nn.Module]], needs: frozenset[str]) -> None:
+    def __init__(self, found: Found, needs: frozenset[str]) -> None:
         self.calls = {site.path: 0 for site, _ in found}
         self.moments: dict[str, Moments] = {}
         self.slopes: dict[str, Tensor] = {}

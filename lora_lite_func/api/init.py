@@ -59,10 +59,11 @@ def init(
         raise ConfigError(f"seed: expected int, found {short_repr(seed)}")
     variant = variant_for(type(cfg))
     found = find(model, variant, cfg)
-    seen = gather(model, cfg, calibration_data, loss_fn)
+    seen = gather(model, variant, cfg, found, calibration_data, loss_fn)
     if variant.plan is not None:
-        cfg = variant.plan(cfg, [site for site, _ in found], seen)
-        found = find(model, variant, cfg)
+        planned = variant.plan(cfg, [site for site, _ in found], seen)
+        if planned is not cfg:
+            cfg, found = planned, find(model, variant, planned)
     data: dict[str, dict[str, Tensor]] = {}
     copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}
     homes = [_Home(*_home(site, module), copies) for site, module in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -843,3 +844,18 @@ def test_a_language_model_with_padding_and_labels() -> None:
     ):
         assert g.shape == weight.shape
         close(slopes[path].gradient / g.norm(), g / g.norm(), 1e-6)
+
+
+@pytest.mark.parametrize("given", ["batches", "statistics"])
+def test_a_start_from_data_looks_for_its_sites_once(
+    given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cfg = net(), ll.CorDAConfig(r=4)
+    seen = data() if given == "batches" else ll.calibrate(model, cfg, data())
+    looked = []
+    for home in ("init", "calibrate"):
+        module = importlib.import_module(f"lora_lite_func.api.{home}")
+        find = module.find
+        monkeypatch.setattr(module, "find", lambda *args, f=find: looked.append(args) or f(*args))
+    ll.init(model, cfg, calibration_data=seen)
+    assert len(looked) == 1

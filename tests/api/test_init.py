@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES, Case
-from helpers import leaves, net, same_state, snapshot
+from helpers import close, leaves, net, same_state, snapshot
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -151,15 +152,33 @@ def test_an_integer_weight_has_a_float32_adapter() -> None:
         ll.init(model, ll.PiSSAConfig(r=2))
 
 
-def test_a_float8_weight_is_read_or_refused_with_its_path() -> None:
+class Upcasting(nn.Linear):
+    """A layer that stores its weight in eight bits and multiplies in the input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+def test_a_float8_weight_is_refused_with_its_path_where_its_layer_cannot_be_called() -> None:
     model = net(dtype=torch.float32)
-    model.layers[0].up.weight = nn.Parameter(
-        model.layers[0].up.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
-    )
-    try:
+    eight = model.layers[0].up.weight.detach().to(torch.float8_e4m3fn)
+    model.layers[0].up.weight = nn.Parameter(eight, requires_grad=False)
+    with pytest.raises(
+        ll.UnsupportedError,
+        match=r"site 'layers\.0\.up': pissa needs the dense weight; .*torch\.float8_e4m3fn",
+    ):
         ll.init(model, ll.PiSSAConfig(r=2))
-    except ll.UnsupportedError:
-        return
+
+
+def test_a_float8_weight_is_read_where_its_layer_can_be_called() -> None:
+    model = nn.Sequential(Upcasting(16, 16))
+    eight = model[0].weight.detach().to(torch.float8_e4m3fn)
+    model[0].weight = nn.Parameter(eight, requires_grad=False)
+    params = ll.init(model, ll.DoRAConfig(r=2))
+    assert {t.dtype for t in params["0"].values()} == {torch.float32}
+    close(params["0", "lora_wnorm2"], eight.float().square().sum(1), 1e-6)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ll.apply(model, params, x), model(x))
 
 
 def test_a_weight_that_is_not_finite_is_refused_with_its_path() -> None:
