@@ -83,8 +83,10 @@ class AdapterConfig:
     """What every method shares. Each method's own config adds its knobs.
 
     Args:
-        r: rank (number of directions), where the method has one.
-        alpha: strength, where the method has one; a low-rank method scales its update by alpha / r.
+        r: rank (number of directions), where the method has one. A method without one takes the
+            field and leaves it alone, and its own config says so.
+        alpha: strength, where the method has one, likewise; a low-rank method scales its update by
+            alpha / r.
         dtype: of the adapter's tensors; None takes the base weight's (float32 where that isn't a
             floating type). Gates, angles and magnitudes are float32 at least: in bfloat16 an
             optimizer's step doesn't move them.
