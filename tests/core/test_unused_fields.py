@@ -1,4 +1,4 @@
-"""Fields that every config has and a method may have no use for: its docstring says so, and it is so."""
+"""Fields that every config has and a method may have no use for: its docstring says so, rightly."""
 
 from __future__ import annotations
 
