@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UnsupportedError
+from ..core.errors import StructureError, UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params, Site
 from ..core.torch_internals import at_trace_time
@@ -18,6 +18,7 @@ from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
+from .nested import by_values
 from .prepared import Made, keep, ready_at
 from .prompt import tokens_of
 from .rows_activation import by_rows, undisturbed
@@ -56,18 +57,58 @@ def _around(
 ) -> Any:
     """The phases around a call whose first argument is the layer's input."""
     if len(args) == 1 and not kwargs:
-        return phases(attachments, len(attachments), layer, module, args[0])
+        return _on_input(attachments, layer, module, args[0])
     if not args and not kwargs:
         return layer()  # to say itself what is missing
     if args:
         rest = args[1:]
-        return phases(
-            attachments, len(attachments), lambda x: layer(x, *rest, **kwargs), module, args[0]
-        )
+        return _on_input(attachments, lambda x: layer(x, *rest, **kwargs), module, args[0])
     name = _input_name(getattr(type(module), "_ll_base", type(module)), tuple(kwargs))
-    return phases(
-        attachments, len(attachments), lambda x: layer(**{**kwargs, name: x}), module, kwargs[name]
-    )
+    return _on_input(attachments, lambda x: layer(**{**kwargs, name: x}), module, kwargs[name])
+
+
+def _on_input(
+    attachments: Sequence[Attachment], frozen: Callable[[Any], Any], module: Any, x: Any
+) -> Any:
+    """All phases, for an input that the layer itself would take.
+
+    Raises:
+        StructureError: its last dimension isn't the layer's, and the layer doesn't say so.
+        UnsupportedError: it is sparse or nested in a way that the phases can't take.
+    """
+
+    def call(x: Any) -> Any:
+        return phases(attachments, len(attachments), frozen, module, x)
+
+    site = attachments[-1].site
+    if KINDS[site.kind].listed:
+        return call(x)  # a whole module: its phase acts on what it gives
+    if not isinstance(x, Tensor):
+        frozen(x)  # the layer's own error
+        return call(x)
+    if x.is_nested:
+        return by_values(x, attachments, call)
+    if site.kind == "linear" and not _fits(x, site):
+        frozen(x)  # likewise: a phase might broadcast such an input
+        raise StructureError(
+            f"site {site.path!r}: expected real numbers (..., {site.d_in}), found "
+            f"{tuple(x.shape)}, {x.dtype}"
+        )
+    if x.layout is torch.strided and not x.is_meta:
+        return call(x)
+    try:
+        return call(x)
+    except (RuntimeError, NotImplementedError) as error:
+        frozen(x)
+        raise UnsupportedError(
+            f"site {site.path!r}: {attachments[-1].variant.name} can't take an input of layout "
+            f"{x.layout} on {x.device}; give a dense one (x.to_dense()) on the layer's device"
+        ) from error
+
+
+def _fits(x: Tensor, site: Site) -> bool:
+    """Whether x is (..., d_in), of real numbers."""
+    return x.ndim > 0 and x.shape[-1] == site.d_in and not x.dtype.is_complex
 
 
 @at_trace_time

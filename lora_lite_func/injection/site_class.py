@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.torch_internals import at_trace_time
 from ..layers.embedding import bounded, padded, rows
 from . import activation_route, linear
+from .nested import by_values
 from .references import slots
 from .state import Held
 from .weight_route import flatten_again, read, read_substituted, substituted
@@ -26,6 +27,8 @@ class _Lookup(nn.Embedding):
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """The frozen look-up with the adapters' phases around it; x is the ids."""
+        if input.is_nested:
+            return by_values(input, self._ll.attachments, lambda ids: _Lookup.forward(self, ids))
         seen: list[Tensor] = []
 
         def frozen(ids: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+"""Jagged inputs: sequences of unlike lengths in one tensor (N, *, d), whose tokens lie in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UnsupportedError
+from .attachment import Attachment
+
+__all__ = ["by_values"]
+
+
+def by_values(
+    x: Any, attachments: Sequence[Attachment], call: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A layer's output for a jagged x, of its call on all tokens (T, ...): it takes each alone.
+
+    Raises:
+        UnsupportedError: x is nested in another way, or each sequence has an adapter of its own.
+    """
+    site = attachments[-1].site
+    if x.layout is not torch.jagged or not x.is_contiguous() or x._ragged_idx != 1:
+        raise UnsupportedError(
+            f"site {site.path!r}: expected a nested tensor of layout torch.jagged, contiguous, with "
+            f"its lengths behind the first dimension, found layout {x.layout}; make it so "
+            f"(torch.nested.nested_tensor(..., layout=torch.jagged)), or pad it"
+        )
+    if any(attachment.row_plan is not None for attachment in attachments):
+        raise UnsupportedError(
+            f"site {site.path!r}: a jagged input's tokens lie in a row, in which rows with adapters "
+            f"of their own can't be told apart; pad it"
+        )
+    return torch.nested.nested_tensor_from_jagged(call(x.values()), x.offsets())
