@@ -167,6 +167,7 @@ __all__ = [
     "stack",
     "summary",
     "targets",
+    "to_diffusion",
     "to_peft",
     "unbind",
     "unstack",
@@ -175,7 +176,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .interop.diffusion import from_diffusion
+    from .interop.diffusion import from_diffusion, to_diffusion
     from .interop.lora_lite import from_lora_lite
     from .interop.peft import from_peft, to_peft
 
@@ -185,6 +186,7 @@ _ON_USE = {
     "from_diffusion": "interop.diffusion",
     "from_lora_lite": "interop.lora_lite",
     "from_peft": "interop.peft",
+    "to_diffusion": "interop.diffusion",
     "to_peft": "interop.peft",
 }
 """Readers and writers of other libraries' files, imported when they are first asked for."""

@@ -328,3 +328,130 @@ def test_a_text_encoder_of_kohya_as_diffusers_reads_it(start: str) -> None:
         0.5 * file[f"{name}.lora_up.weight"] @ file[f"{name}.lora_down.weight"],
         1e-5,
     )
+
+
+# ------------------------------------------------------------------------------------------- writing
+def shaken(params: Any, seed: int = 0) -> Any:
+    """Every trained tensor with noise."""
+    gen = torch.Generator().manual_seed(seed)
+    trained, frozen = ll.partition(params)
+    moved = torch.utils._pytree.tree_map(
+        lambda t: t + 0.2 * torch.randn(t.shape, generator=gen).to(t), trained
+    )
+    return ll.combine(moved, frozen)
+
+
+TARGETS: dict[str, Any] = {
+    "target_names": (r"to_k$", r"to_out\.0$", r"conv1$", "time_embedding"),
+    "target_kinds": ("linear", "conv"),
+}
+WRITTEN = {
+    "lora": ll.LoRAConfig(
+        r=4, alpha=3, rank_pattern={"to_k": 2}, alpha_pattern={"0.conv1": 5}, **TARGETS
+    ),
+    "rslora": ll.LoRAConfig(r=4, alpha=3, rslora=True, **TARGETS),
+    "dora": ll.DoRAConfig(r=2, alpha=6, **TARGETS),
+    "pissa": ll.PiSSAConfig(r=2, alpha=6, **TARGETS),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_diffusers_loads_what_is_written(name: str, tmp_path: Path) -> None:
+    model, file = unet(), tmp_path / "pytorch_lora_weights.safetensors"
+    params = shaken(ll.init(model, WRITTEN[name]))
+    ll.to_diffusion(params, model, file, component="unet")
+    loaded = unet()
+    loaded.load_lora_adapter(str(tmp_path), prefix="unet", use_safetensors=True)
+    y = outputs(loaded, **unet_inputs())
+    close(ours(model, params, **unet_inputs()), y, 2e-4)
+    close(ours(model, ll.from_diffusion(file, model), **unet_inputs()), y, 2e-4)
+
+
+def test_diffusers_loads_lokr_as_it_is_written(tmp_path: Path) -> None:
+    model = unet()
+    for cfg in (
+        ll.LoKrConfig(r=1, alpha=3, target_names=("to_k$", "proj_in")),
+        ll.LoKrConfig(r=2, alpha=3, factor=2, target_names="to_k$"),
+    ):
+        params = shaken(ll.init(model, cfg))
+        ll.to_diffusion(
+            params, model, tmp_path / "pytorch_lora_weights.safetensors", component="unet"
+        )
+        loaded = unet()
+        loaded.load_lora_adapter(str(tmp_path), prefix="unet", use_safetensors=True)
+        y = outputs(loaded, **unet_inputs())
+        close(ours(model, params, **unet_inputs()), y, 2e-4)
+        close(ours(model, ll.from_diffusion(tmp_path, model), **unet_inputs()), y, 2e-4)
+
+
+def test_two_components_in_one_file(tmp_path: Path) -> None:
+    """As a pipeline's save_lora_weights writes them; diffusers loads each into its model."""
+    models = {"unet": unet(), "text_encoder": text_encoder()}
+    params = {
+        "unet": shaken(ll.init(models["unet"], WRITTEN["lora"])),
+        "text_encoder": shaken(
+            ll.init(models["text_encoder"], ll.LoRAConfig(r=2, alpha=5, target_names="_proj$"))
+        ),
+    }
+    file, ids = tmp_path / "a.safetensors", torch.tensor([[1, 7, 9, 2]])
+    ll.to_diffusion(params, models, file)
+    mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    theirs, alphas, metadata = mixin.lora_state_dict(
+        tmp_path, weight_name="a.safetensors", return_lora_metadata=True
+    )
+    model, encoder = unet(), text_encoder()
+    mixin.load_lora_into_unet(theirs, alphas, model, metadata=metadata)
+    mixin.load_lora_into_text_encoder(theirs, alphas, encoder, metadata=metadata)
+    close(
+        ours(models["unet"], params["unet"], **unet_inputs()), outputs(model, **unet_inputs()), 2e-4
+    )
+    with torch.no_grad():
+        expected = encoder(ids)[0]
+        close(ll.apply(models["text_encoder"], params["text_encoder"], ids)[0], expected, 1e-4)
+        again = ll.from_diffusion(file, models["text_encoder"], component="text_encoder")
+        close(ll.apply(models["text_encoder"], again, ids)[0], expected, 1e-4)
+
+
+def test_diffusers_reads_kohyas_style(tmp_path: Path) -> None:
+    models = {"unet": unet(), "text_encoder": text_encoder()}
+    cfg = ll.LoRAConfig(
+        r=2, alpha=3, target_names=(r"to_k$", "conv1", "_proj$"), target_kinds=("linear", "conv")
+    )
+    params = {name: shaken(ll.init(model, cfg)) for name, model in models.items() if name == "unet"}
+    params["text_encoder"] = shaken(
+        ll.init(models["text_encoder"], ll.LoRAConfig(r=2, alpha=3, target_names="fc1"))
+    )
+    file, ids = tmp_path / "a.safetensors", torch.tensor([[1, 7, 9, 2]])
+    ll.to_diffusion(params, models, file, style="kohya")
+    mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    theirs, alphas = mixin.lora_state_dict(
+        tmp_path, weight_name="a.safetensors", unet_config=models["unet"].config
+    )
+    model, encoder = unet(), text_encoder()
+    mixin.load_lora_into_unet(theirs, alphas, model)
+    mixin.load_lora_into_text_encoder(theirs, alphas, encoder)
+    close(
+        ours(models["unet"], params["unet"], **unet_inputs()), outputs(model, **unet_inputs()), 2e-4
+    )
+    with torch.no_grad():
+        close(
+            ll.apply(models["text_encoder"], params["text_encoder"], ids)[0], encoder(ids)[0], 1e-4
+        )
+
+
+def test_diffusers_reads_kohyas_style_of_a_transformer(tmp_path: Path) -> None:
+    model = flux()
+    params = shaken(
+        ll.init(model, ll.LoRAConfig(r=2, alpha=3, target_names=(r"attn\.to_[qkv]$", "add_k_proj")))
+    )
+    ll.to_diffusion(
+        params, model, tmp_path / "a.safetensors", component="transformer", style="kohya"
+    )
+    theirs = diffusers.loaders.FluxLoraLoaderMixin.lora_state_dict(
+        tmp_path, weight_name="a.safetensors"
+    )
+    for key, t in theirs.items():
+        path, _, name = key.removeprefix("transformer.").removesuffix(".weight").rpartition(".")
+        expected = params[path][name] * (1.5 if name == "lora_A" else 1.0)
+        close(t, expected, 1e-6)
+    assert len(theirs) == 2 * len(params)

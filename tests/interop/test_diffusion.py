@@ -510,3 +510,110 @@ def test_what_is_opened(tmp_path: Path) -> None:
         ll.CheckpointError, match=r"holds no tensors of text_encoder; it has keys of unet"
     ):
         ll.from_diffusion(low_rank("kohya"), model, component="text_encoder")
+
+
+# ------------------------------------------------------------------------------------------- writing
+class Little(nn.Module):
+    """A linear layer, a convolution and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.conv, self.norm = nn.Linear(8, 12), nn.Conv2d(4, 8, 3), nn.LayerNorm(8)
+
+
+BOTH = {"target_kinds": ("linear", "conv")}
+KOHYA = {
+    "lora": ll.LoRAConfig(r=2, alpha=3, rank_pattern={"conv": 4}, **BOTH),
+    "rslora": ll.LoRAConfig(r=4, alpha=3, rslora=True, **BOTH),
+    "silent": ll.LoRAConfig(r=2, alpha=0, **BOTH),
+    "dora": ll.DoRAConfig(r=2, alpha=3, **BOTH),
+    "pissa": ll.PiSSAConfig(r=2, alpha=3, **BOTH),
+    "loha": ll.LoHaConfig(r=2, alpha=3, **BOTH),
+    "silent loha": ll.LoHaConfig(r=2, alpha=0, **BOTH),
+    "lokr": ll.LoKrConfig(r=1, alpha=3),
+    "lokr of channels": ll.LoKrConfig(r=1, alpha=3, w1_shapes={"conv": (2, 2)}, **BOTH),
+    "whole lokr": ll.LoKrConfig(r=99, w1_shapes={"conv": (2, 4)}, **BOTH),
+    "diff": ll.LoKrConfig(r=99, factor=1, **BOTH),
+    "bitfit": ll.BitFitConfig(target_kinds=("linear", "conv", "norm")),
+    "ln_tuning": ll.LNTuningConfig(),
+}
+
+
+def shaken(params: Any) -> Any:
+    """Every trained tensor with noise."""
+    trained, frozen = ll.partition(params)
+    leaves, tree = torch.utils._pytree.tree_flatten(trained)
+    moved = [t + noise(*t.shape, seed=i).to(t) for i, t in enumerate(leaves)]
+    return ll.combine(torch.utils._pytree.tree_unflatten(moved, tree), frozen)
+
+
+@pytest.mark.parametrize("name", KOHYA)
+def test_kohyas_style_reads_back_as_the_same_model(name: str, tmp_path: Path) -> None:
+    model, file = Little(), tmp_path / "a.safetensors"
+    params = shaken(ll.init(model, KOHYA[name]))
+    ll.to_diffusion(params, model, file, component="unet", style="kohya")
+    expected, found = (ll.merge(model, p) for p in (params, ll.from_diffusion(file, model)))
+    changed = {
+        k
+        for k, t in expected.items()
+        if "silent" in name or not torch.equal(t, model.get_parameter(k))
+    }
+    assert changed <= found.keys()
+    for key in changed:
+        close(found[key].detach(), expected[key].detach(), 2e-5)
+
+
+def test_an_adapter_and_its_biases_in_one_file(tmp_path: Path) -> None:
+    model, file = Little(), tmp_path / "a.safetensors"
+    params = (
+        shaken(ll.init(model, ll.LoRAConfig(r=2, **BOTH))),
+        shaken(ll.init(model, ll.BitFitConfig(target_names="up"))),
+        shaken(ll.init(model, ll.LNTuningConfig())),
+    )
+    for style in ("kohya", "diffusers"):
+        given = params if style == "kohya" else params[:2]
+        if style == "diffusers":  # lora_B.bias beside every pair
+            given = (given[0], shaken(ll.init(model, ll.BitFitConfig(**BOTH))))
+        ll.to_diffusion(given, model, file, component="unet", style=style)
+        expected, found = (ll.merge(model, p) for p in (given, ll.from_diffusion(file, model)))
+        assert expected.keys() == found.keys()
+        for key, t in expected.items():
+            close(found[key].detach(), t.detach(), 2e-5)
+
+
+def test_what_no_file_holds_is_refused(tmp_path: Path) -> None:
+    model, file = Little(), tmp_path / "a.safetensors"
+    lora = ll.init(model, ll.LoRAConfig(r=2))
+
+    def refused(error: Any, message: str, params: Any, base: Any = model, **how: Any) -> None:
+        with pytest.raises(error, match=message):
+            ll.to_diffusion(params, base, file, **({"component": "unet"} | how))
+        assert not file.exists()
+
+    refused(
+        ll.UnsupportedError, "no form for hra", ll.init(model, ll.HRAConfig(r=2)), style="kohya"
+    )
+    loha = ll.init(model, ll.LoHaConfig(r=2))
+    refused(ll.UnsupportedError, "LoRA, DoRA and LoKr alone, this is loha", loha)
+    refused(ll.UnsupportedError, "PEFT has no one form", (lora, loha))
+    refused(ll.UnsupportedError, "'up' has two adapters of its weight", (lora, loha), style="kohya")
+    refused(ll.ConfigError, "style: did you mean 'kohya'", lora, style="kohja")
+    refused(ll.ConfigError, "component: did you mean 'unet'", lora, component="unett")
+    refused(ll.ConfigError, "give the component", lora, component=None)
+    refused(ll.ConfigError, "of several components", lora, {"unet": model})
+    refused(ll.CheckpointError, "unet: expected the base", {"unet": lora}, {}, component=None)
+    refused(ll.StructureError, "a stack of 2 adapters", ll.stack([lora, lora]), style="kohya")
+    given = ll.init(model, ll.LoKrConfig(w1_shapes={"up": (6, 1)}))
+    refused(ll.UnsupportedError, "this W1 has a shape of its own", given)
+    lokr = ll.init(model, ll.LoKrConfig(r=99, **BOTH))
+    refused(ll.UnsupportedError, "LyCORIS splits the 4 channels", lokr, style="kohya")
+    with torch.no_grad():
+        twins = nn.ModuleDict(
+            {
+                "a_b": nn.ModuleDict({"c": nn.Linear(4, 4)}),
+                "a": nn.ModuleDict({"b_c": nn.Linear(4, 4)}),
+            }
+        )
+    both = ll.init(twins, ll.LoRAConfig(r=2))
+    refused(ll.CheckpointError, "are one name with underscores", both, twins, style="kohya")

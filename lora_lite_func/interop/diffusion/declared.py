@@ -19,7 +19,7 @@ from ..metadata import ConfigReader
 from ..peft.methods import METHODS
 from .keys import COMPONENTS
 
-__all__ = ["Declared"]
+__all__ = ["KEY", "Declared"]
 
 KEY = "lora_adapter_metadata"
 _ROLES = {  # of diffusers' files, as PEFT's methods call them

@@ -27,7 +27,7 @@ from .methods import LORA, METHODS, TOKENS
 from .methods.tensor_names import shifts_of
 from .token_rows import tied_homes, written_rows
 
-__all__ = ["to_peft"]
+__all__ = ["peft_form", "to_peft"]
 
 _VERSION = "0.17.0"  # the release whose loader the layout is written for; newer ones read it
 
@@ -59,6 +59,22 @@ def to_peft(
     Raises:
         UnsupportedError: the method, a setting or a mixture that PEFT has no form for.
         CheckpointError: a part of a partition, a stack, or the folder can't be written.
+    """
+    fields, tensors = peft_form(params, model, as_lora=as_lora)
+    says = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    with swapped(folder, "to_peft", marker=CONFIG) as work:
+        write_safetensors(tensors, work / TENSORS, {"format": "pt"}, "to_peft")
+        write_text(says, work / CONFIG, "to_peft")
+
+
+def peft_form(
+    params: Adapters, model: nn.Module | None, *, as_lora: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(the fields of adapter_config.json, the tensors by PEFT's keys) of adapters, for `to_peft`
+    and for files that share its form.
+
+    Raises:
+        UnsupportedError, CheckpointError: as `to_peft`.
     """
     parts = flatten(params)
     adapters = [adapter for adapter, _ in parts]
@@ -94,10 +110,7 @@ def to_peft(
         key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         for key, t in tensors.items()
     }
-    says = json.dumps(_about(model) | fields, indent=2, sort_keys=True) + "\n"
-    with swapped(folder, "to_peft", marker=CONFIG) as work:
-        write_safetensors(own, work / TENSORS, {"format": "pt"}, "to_peft")
-        write_text(says, work / CONFIG, "to_peft")
+    return _about(model) | fields, own
 
 
 def _folder(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ....core.adapter import Adapter
+from ....core.errors import UnsupportedError
 from ....variants import (
     LoKrConfig,
 )
@@ -40,7 +41,18 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """The factors under PEFT's names, two whole ones without our lack of a scale.
+
+    Raises:
+        UnsupportedError: sizes of factors that PEFT wouldn't make of its one `decompose_factor`.
+    """
     said = of_config(adapters, "factor", "decompose_both", method="LoKr")
+    given = next((path for a in adapters for path, _ in a.config.w1_shapes if path in a), None)  # type: ignore[attr-defined]
+    if given is not None:
+        raise UnsupportedError(
+            f"to_peft: {given!r}: PEFT splits every layer by one factor, this W1 has a shape of its "
+            f"own (w1_shapes); merge it"
+        )
     tensors, (r, alpha) = same(adapters, **_LOKR), ranks(adapters)
     for path, held in tensors.items():
         if "lokr_w1" in held and "lokr_w2" in held:
