@@ -1,4 +1,4 @@
-"""What an adapter_config.json says, read with suspicion: typed access, PEFT's own rules of matching, nothing understood by half."""
+"""What an adapter_config.json says, read with suspicion: typed access, PEFT's rules of matching."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from ..core.errors import CheckpointError, short_repr
 __all__ = ["ConfigReader", "literal"]
 
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, 0.0, "", "none", [], {})
-# of the file's origin, or of a start that is over: nothing a loaded adapter computes with
+"""Values of a field that say nothing."""
+
 _ABOUT = (
-    *(
-        "peft_type",
-        "peft_version",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "task_type",
-        "runtime_config",
-    ),
-    *(
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "fan_in_fan_out",
-        "bias",
-        "modules_to_save",
-    ),
-    *("init_weights", "megatron_core", "ensure_weight_tying", "progressbar"),
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "task_type",
+    "runtime_config",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "fan_in_fan_out",
+    "bias",
+    "modules_to_save",
+    "init_weights",
+    "megatron_core",
+    "ensure_weight_tying",
+    "progressbar",
 )
-_QUANTIFIED = 4  # unbounded quantifiers in a pattern; more can take hours on a long path
+"""Fields of the file's origin and of its modules, and of starts that are over."""
+
+_QUANTIFIED = 4  # unbounded quantifiers in an alternative; more can take hours on a long path
 _LARGEST = 10**30  # of a number; NaN is not below it
 _LONGEST = 5_000  # characters of a pattern
 
@@ -69,22 +71,33 @@ class ConfigReader(Mapping[str, Any]):
             f"{self.where}: {name}: expected {expected}, found {short_repr(self.get(name))}"
         )
 
-    def check(self, understood: Iterable[str], ignore: Iterable[str]) -> None:
+    def check(
+        self, understood: Iterable[str], ignore: Iterable[str], unread: Iterable[str] = ()
+    ) -> None:
         """Refuse a field that says something and isn't understood: it would be dropped in silence.
 
+        Args:
+            understood: fields that are honoured, or have no part in a loaded adapter.
+            ignore: fields that the caller leaves out of account.
+            unread: fields that outputs depend on, whatever the caller says of them.
+
         Raises:
-            CheckpointError: with the field's name and how to read the file all the same.
+            CheckpointError: with the field's name, and how to read the file all the same.
         """
-        known = {*_ABOUT, *understood, *ignore}
+        known = {*_ABOUT, *understood, *ignore}.difference(unread)
         for name, value in self.items():
-            if name not in known and not any(
-                type(value) is type(n) and value == n for n in _NEUTRAL
-            ):
+            if name in known or any(type(value) is type(n) and value == n for n in _NEUTRAL):
+                continue
+            said = f"{self.where}: {short_repr(name)} is {short_repr(value)}"
+            if name in unread:
                 raise CheckpointError(
-                    f"{self.where}: {short_repr(name)} is {short_repr(value)}, which has no "
-                    f"counterpart here; if the adapter's outputs don't depend "
-                    f"on it (a setting of training), read it with ignore=({short_repr(name)},)"
+                    f"{said}, on which outputs depend, and which isn't read here; merge the "
+                    f"adapter in PEFT (merge_and_unload) and take the merged model"
                 )
+            raise CheckpointError(
+                f"{said}, which has no counterpart here; if the adapter's outputs don't depend "
+                f"on it (a setting of training), read it with ignore=({short_repr(name)},)"
+            )
 
     def without(self, ignore: Iterable[str], understood: Iterable[str]) -> ConfigReader:
         """The config with some fields' settings left out.
@@ -184,9 +197,11 @@ class ConfigReader(Mapping[str, Any]):
     # -------------------------------------------------------------------------------------- targets
     def targeted(self, path: str) -> bool | None:
         """Whether PEFT would adapt the module at a path; None where that depends on the model
-        ("all-linear", defaults by model type).
+        ("all-linear", defaults by model type), or a pattern could take too long to tell.
         """
-        targets = self.get("target_modules")
+        targets, excluded = self.get("target_modules"), self.get("exclude_modules")
+        if isinstance(excluded, str) and not _bounded(excluded):
+            return None
         if self._listed("exclude_modules", path):
             return False
         if targets is None or (isinstance(targets, str) and targets == "all-linear"):
@@ -214,9 +229,8 @@ class ConfigReader(Mapping[str, Any]):
             raise self.refuse("layers_to_transform", "layer numbers")
         parts = path.split(".")
         names = self.names("layers_pattern")
-        for i in range(
-            1, len(parts) - 1
-        ):  # name.<number>.rest; without a pattern a name in front of it must itself stand behind a dot
+        for i in range(1, len(parts) - 1):
+            # name.<number>.rest; without a pattern the name must itself stand behind a dot
             above = "." + ".".join(parts[:i])
             if parts[i].isdecimal() and (
                 any(above.endswith("." + name) for name in names) if names else i >= 2
@@ -231,15 +245,17 @@ def literal(key: str) -> bool:
 
 
 def _bounded(pattern: str) -> bool:
-    """Whether matching takes time polynomial in the path, of a low degree: few unbounded
-    quantifiers, none of them inside another's.
+    """Whether matching takes time polynomial in the path, of a low degree: in each alternative few
+    unbounded quantifiers, none of them inside another's.
     """
     if len(pattern) > _LONGEST:
         return False
-    text = re.sub(
-        r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL
-    )  # escapes and sets are one character each
-    if len(re.findall(r"[*+]|\{", text)) > _QUANTIFIED or re.search(r"\(\?[P(<]|\(\?=|\(\?!", text):
+    # escapes and sets are one character each
+    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)
+    text = re.sub(r"\(\?(?:P<\w+>|<?[=!]|:)", "(", text)  # named, looking around, not captured
+    if "(?" in text or any(
+        len(re.findall(r"[*+]|\{", part)) > _QUANTIFIED for part in _alternatives(text)
+    ):
         return False
     while True:  # a group with a quantifier inside, itself repeated
         inner = re.search(r"\(([^()]*)\)([*+{]?)", text)
@@ -249,3 +265,15 @@ def _bounded(pattern: str) -> bool:
             return False
         mark = "Q" if inner[2] or re.search(r"[*+{Q]", inner[1]) else "a"
         text = text[: inner.start()] + mark + text[inner.end() :]
+
+
+def _alternatives(text: str) -> list[str]:
+    """The parts of a pattern between the bars that stand in no group."""
+    depth, parts = 0, [""]
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

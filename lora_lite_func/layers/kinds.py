@@ -268,7 +268,8 @@ def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
     tensor = module._parameters.get(name)
     if tensor is not None and tensor.numel() == max(site.num_experts, 1) * site.d_in * site.d_out:
         shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
-        if not site.num_experts or tuple(tensor.shape) == (site.num_experts, *shape):
+        turned = tuple(tensor.shape) == shape[::-1] != shape  # as many entries, other rows
+        if not (site.num_experts or turned) or tuple(tensor.shape) == (site.num_experts, *shape):
             return None
     expected = (
         f"{site.num_experts} x {site.d_in} -> {site.d_out}"

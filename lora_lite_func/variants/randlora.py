@@ -48,12 +48,8 @@ class RandLoRAConfig(AdapterConfig):
 
 def param_specs(cfg: RandLoRAConfig, site: Site) -> dict[str, ParamSpec]:
     """Trainable lora_lambda (r, N), lora_gamma (N, m); frozen lora_rand_A (r, m), lora_rand_B (M,
-    N, r).
-
-    Raises:
-        UnsupportedError: r is above min(d_in, d_out).
+    N, r). An r above m makes one map.
     """
-    low_rank.check_rank(site, "RandLoRA")
     small, large = sorted((site.d_in, site.d_out))
     n = -(-small // site.r)
     return {

@@ -383,7 +383,7 @@ def changed(folder: Path, **fields: Any) -> Path:
         ({"peft_type": 3}, "peft_type: expected a string"),
         (
             {"alora_invocation_tokens": [1, 2]},
-            "'alora_invocation_tokens' is .1, 2., which has no counterpart",
+            "'alora_invocation_tokens' is .1, 2., on which outputs depend",
         ),
         ({"use_qalora": True}, "'use_qalora' is True"),
         ({"layer_replication": [[0, 1]]}, "'layer_replication'"),

@@ -369,7 +369,6 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "bool": lambda t: t.to(torch.bool),
     "complex": lambda t: t.to(torch.complex64),
     "int": lambda t: t.to(torch.int64),
-    "float8": lambda t: t.to(torch.float8_e4m3fn),
     "sparse": lambda t: t.to_sparse(),
     "meta": lambda t: t.to("meta"),
     "scalar": lambda t: t.flatten()[0],

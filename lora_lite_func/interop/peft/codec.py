@@ -52,7 +52,9 @@ class Codec:
         shared: names of tensors that stand beside the modules.
         rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern`
             override.
-        ignored: fields without a part in a loaded adapter.
+        ignored: fields without a part in a loaded adapter: of its start, or of training alone.
+        unread: fields that outputs depend on and that nothing here corresponds to.
+        leftovers: what of a training's state may be left in the file: whole parts of keys.
         kinds: the kinds of layer that PEFT adapts with it.
         biased: what its `bias` says where the adapted layers' own biases are learned; "" where it
             has no such field.
@@ -78,6 +80,8 @@ class Codec:
     rank: str = "r"
     alpha: str = "lora_alpha"
     ignored: str = ""
+    unread: str = ""
+    leftovers: tuple[str, ...] = ()
     kinds: str = "linear"
     biased: str = ""
     holds: Callable[[Adapter], bool] | None = None

@@ -36,7 +36,8 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
             )
         if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in source.items()):
             raise CheckpointError("expected a state dict, a mapping of names to tensors")
-        return _config(config, "the config"), {k: t.detach() for k, t in source.items()}
+        # of its own memory: the model that it came from may train on
+        return _config(config, "the config"), {k: t.detach().clone() for k, t in source.items()}
     try:
         path = Path(os.fsdecode(source))
         folder = path if path.is_dir() else path.parent

@@ -15,6 +15,7 @@ from ...core.errors import (
     nearest,
     short_repr,
 )
+from ...layers.kinds import KINDS
 from ...variants import FullConfig
 from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
@@ -22,7 +23,7 @@ from .codec import Codec
 from .extras_read import beside
 from .folder import split, unpack
 from .methods import METHODS
-from .modules import adaptable, entries_of, padding_checked
+from .modules import adaptable, entries_of, padding_checked, refuse_tied
 
 __all__ = ["from_peft"]
 
@@ -64,9 +65,9 @@ def from_peft(
         )
     method = METHODS[kind]
     understood = method.understood.split()
-    reader.check([*understood, *method.ignored.split()], ignore)
+    reader.check([*understood, *method.ignored.split()], ignore, method.unread.split())
     reader = reader.without(ignore, understood)
-    tensors = {key: widened(t) for key, t in tensors.items()}
+    tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
     check_tensors(tensors)
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     try:
@@ -82,6 +83,7 @@ def from_peft(
             for p, entry in entries.items()
             for part in _parts(reader, method, entry, _plain(sites[p]))
         ]
+        _refuse_tied_tables(reader, parts, model)
         extras = beside(reader, rest, model, {entry.path for entry in entries.values()})
         parts = [*_on_tables(parts, extras, model), *extras]
         return assemble(
@@ -114,6 +116,23 @@ def _parts(
             f"{reader.where}: {short_repr(entry.path)}: {shapes} don't make a module of "
             f"{method.peft_type}: {short_repr(str(error))}"
         ) from error
+
+
+def _refuse_tied_tables(
+    reader: ConfigReader, parts: Iterable[tuple[ModuleEntry, Part]], model: nn.Module | None
+) -> None:
+    """Refuse an adapted parameter that is held elsewhere too: PEFT adapts its module alone."""
+    tables = [entry.path for entry, _ in parts if KINDS[entry.kind].bare]
+    if model is not None and tables:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path in tables:
+            refuse_tied(reader, modules, path)
+
+
+def _is_left(key: str, leftovers: Iterable[str]) -> bool:
+    """Whether a tensor is of a training's state, and no part of what it made."""
+    parts = key.split(".")
+    return any(name in parts for name in leftovers)
 
 
 def _on_tables(

@@ -65,6 +65,7 @@ BOFT = Codec(
     configs=(BOFTConfig,),
     suffixes=("boft_R", "boft_s"),
     understood="boft_block_size boft_block_num boft_n_butterfly_factor",
+    ignored="boft_dropout",
     read=read,
     write=write,
     kinds="linear conv2d",

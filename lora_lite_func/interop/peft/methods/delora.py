@@ -45,6 +45,7 @@ DELORA = Codec(
     configs=(DeLoRAConfig,),
     suffixes=("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
     understood="r delora_lambda rank_pattern lambda_pattern",
+    ignored="module_dropout",
     read=read,
     write=write,
     sizes=columns_rows("delora_A", "delora_B"),

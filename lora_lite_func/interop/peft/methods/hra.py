@@ -42,6 +42,7 @@ HRA = Codec(
     configs=(HRAConfig,),
     suffixes=("hra_u",),
     understood="r",
+    unread="apply_GS",
     read=read,
     write=write,
     kinds="linear conv2d",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ....core.errors import CheckpointError, UnsupportedError
 from ....core.site import Site
 
-__all__ = ["as_stored", "kernel", "without_padding"]
+__all__ = ["as_stored", "kernel", "through_core", "without_padding"]
 
 
 def as_stored(site: Site, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
@@ -59,3 +59,10 @@ def kernel(path: str, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor
         )
     shape = module.weight.shape
     return A.unflatten(1, tuple(shape[1:])), B.reshape(*B.shape, *(1 for _ in shape[2:]))
+
+
+def through_core(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (d_out, r), (r, c * entries) of a kernel that is stored in Tucker's form: a core
+    (r, r, *k) between a (r, d_out) and b (r, c).
+    """
+    return a.mT, (core.flatten(2).mT @ b).mT.flatten(1)

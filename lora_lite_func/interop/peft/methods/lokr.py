@@ -8,84 +8,133 @@ from typing import Any
 from torch import Tensor
 
 from ....core.adapter import Adapter
-from ....core.errors import UnsupportedError
-from ....variants import (
-    LoKrConfig,
-)
+from ....core.errors import CheckpointError, UnsupportedError, short_repr
+from ....variants import LoKrConfig
+from ....variants.lokr import split
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
 from .config_fields import of_config, ranks
+from .layer_shapes import through_core
 from .tensor_names import renamed, same
 
 __all__ = ["LOKR"]
 
-
-_LOKR = {f"lora_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
+_NAMES = {f"lora_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """lokr_w1 (l, m) or its factors, lokr_w2 (k, n) or its: kron(w1, w2) alpha / r, also where both
-    are full.
+    are full. Of a convolution lokr_w2 is (k, n, *kernel), or lokr_t2 stands between its factors.
     """
     r = int(reader.at("rank_pattern", entry.path, reader.whole("r", 8)))
     alpha = reader.at("alpha_pattern", entry.path, reader.number("alpha", 8))
-    leaves = renamed(held, _LOKR)
+    if entry.kind == "conv":
+        return [_of_convolution(entry, held, r, alpha)]
+    leaves, factor = renamed(held, _NAMES), reader.get("decompose_factor", -1)
     if "lora_w1" in leaves and "lora_w2" in leaves:
         leaves["lora_w1"] = leaves["lora_w1"] * (alpha / r)  # ours has no rank to divide by
-    fields = {
-        "factor": reader.get("decompose_factor", -1),
-        "decompose_both": reader.flag("decompose_both"),
-    }
-    return [Part(LoKrConfig, leaves, fields, r, alpha)]
+    fields = {"factor": factor, "decompose_both": reader.flag("decompose_both")}
+    d_in, d_out = sizes(entry.path, held)
+    (l, m), _ = _shapes(held)  # noqa: E741
+    usual = (l, m) == (split(d_out, factor)[0], split(d_in, factor)[0])
+    return [
+        Part(LoKrConfig, leaves, fields, r, alpha, sited={} if usual else {"w1_shapes": (l, m)})
+    ]
+
+
+def _of_convolution(entry: ModuleEntry, held: Mapping[str, Tensor], r: int, alpha: float) -> Part:
+    """PEFT splits the channels, here all entries of a kernel are inputs; so W1's shape is said, and
+    W2 is whole where PEFT's is, whatever its rank.
+
+    Raises:
+        CheckpointError: two full factors of a kernel of one dimension, which PEFT multiplies in
+            another order.
+    """
+    w1 = held["lokr_w1"] if "lokr_w1" in held else held["lokr_w1_a"] @ held["lokr_w1_b"]
+    fields = {"factor": -1, "decompose_both": False}
+    sited = {"w1_shapes": tuple(w1.shape)}
+    full = held.get("lokr_w2")
+    if full is None:
+        a, b = held["lokr_w2_a"], held["lokr_w2_b"]
+        a, b = through_core(held["lokr_t2"], a, b) if "lokr_t2" in held else (a, b)
+        leaves = {"lora_w1": w1, "lora_w2_a": a, "lora_w2_b": b}
+        return Part(LoKrConfig, leaves, fields, r, alpha, sited=sited)
+    if full.ndim == 3:
+        if full.shape[-1] != 1:
+            raise CheckpointError(
+                f"{short_repr(entry.path)}: PEFT's LoKr of this convolution isn't a Kronecker "
+                f"product: the two factors, both full, are multiplied in an order that mixes the "
+                f"kernel's entries; merge it in PEFT"
+            )
+        w1, full = full[..., 0], w1  # as PEFT multiplies them
+        sited = {"w1_shapes": tuple(w1.shape)}
+    w2 = full.flatten(1)
+    whole = max(w2.shape)
+    leaves = {"lora_w1": w1 * (alpha / r), "lora_w2": w2}
+    return Part(LoKrConfig, leaves, fields, whole, float(whole), sited=sited)
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
-    """The factors under PEFT's names, two whole ones without our lack of a scale.
+    """Linear layers alone.
 
     Raises:
-        UnsupportedError: sizes of factors that PEFT wouldn't make of its one `decompose_factor`.
+        UnsupportedError: sizes of W1 that PEFT doesn't take.
     """
     said = of_config(adapters, "factor", "decompose_both", method="LoKr")
-    given = next((path for a in adapters for path, _ in a.config.w1_shapes if path in a), None)  # type: ignore[attr-defined]
-    if given is not None:
-        raise UnsupportedError(
-            f"to_peft: {given!r}: PEFT splits every layer by one factor, this W1 has a shape of its "
-            f"own (w1_shapes); merge it"
-        )
-    tensors, (r, alpha) = same(adapters, **_LOKR), ranks(adapters)
+    tensors, (r, alpha) = same(adapters, **_NAMES), ranks(adapters)
     for path, held in tensors.items():
+        d_in, d_out = sizes(path, held)
+        expected = tuple(_split_by_peft(d, said["factor"]) for d in (d_out, d_in))
+        if _shapes(held)[0] != expected:
+            raise UnsupportedError(
+                f"to_peft: {path!r}: its W1 has shape {_shapes(held)[0]}, and PEFT's LoKr of this "
+                f"layer has {expected} with decompose_factor={said['factor']}; merge it"
+            )
         if "lokr_w1" in held and "lokr_w2" in held:
             if not alpha[path]:
                 alpha[path] = float(r[path])
             held["lokr_w1"] = held["lokr_w1"] * (r[path] / alpha[path])
-    return Written(
-        {"decompose_factor": said["factor"], "decompose_both": said["decompose_both"]},
-        tensors,
-        {},
-        r,
-        alpha,
-    )
+    fields = {"decompose_factor": said["factor"], "decompose_both": said["decompose_both"]}
+    return Written(fields, tensors, {}, r, alpha)
 
 
 def sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(d_in, d_out), of a linear layer."""
+    if "lokr_t2" in held or ("lokr_w2" in held and held["lokr_w2"].ndim > 2):
+        raise CheckpointError(
+            f"{short_repr(path)}: a convolution's factors don't say its kernel's size; give the "
+            f"base model too"
+        )
+    (l, m), (k, n) = _shapes(held)  # noqa: E741
+    return m * n, l * k
+
+
+def _shapes(held: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(l, m) of W1, (k, n) of W2."""
+
     def shape(name: str) -> tuple[int, int]:
         full = held.get(name)
         if full is not None:
             return int(full.shape[0]), int(full.shape[1])
         return int(held[f"{name}_a"].shape[0]), int(held[f"{name}_b"].shape[1])
 
-    (l, m), (k, n) = shape("lokr_w1"), shape("lokr_w2")  # noqa: E741
-    return m * n, l * k
+    return shape("lokr_w1"), shape("lokr_w2")
+
+
+def _split_by_peft(width: int, factor: int) -> int:
+    """W1's part of a dimension: `factor` itself where it divides, else as `split` has it."""
+    return factor if factor > 0 and width % factor == 0 else split(width, factor)[0]
 
 
 LOKR = Codec(
-    sizes=sizes,
-    alpha="alpha",
     peft_type="LOKR",
     configs=(LoKrConfig,),
-    suffixes=tuple(_LOKR.values()),
+    suffixes=(*_NAMES.values(), "lokr_t2"),
     understood="r alpha rank_pattern alpha_pattern decompose_both decompose_factor",
+    ignored="rank_dropout module_dropout rank_dropout_scale use_effective_conv2d",
     read=read,
     write=write,
+    sizes=sizes,
+    alpha="alpha",
 )

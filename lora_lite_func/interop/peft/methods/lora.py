@@ -145,7 +145,11 @@ LORA = Codec(
     ),
     understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern "
     "alpha_pattern init_lora_weights target_parameters trainable_token_indices",
-    ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size",
+    ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size "
+    "velora_config monteclora_config",
+    unread="use_qalora use_bdlora alora_invocation_tokens layer_replication arrow_config "
+    "kasa_config",
+    leftovers=("lora_velora_embed", "lora_monteclora_sampler"),
     read=read,
     write=write,
     sizes=sizes,

@@ -18,13 +18,18 @@ from ...metadata import ConfigReader
 
 __all__ = ["magnitudes", "rewrites_base", "subtracted_start"]
 
-_HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva")
+_HARMLESS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 _CONFIGS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 
 def rewrites_base(reader: ConfigReader) -> bool:
     """Whether PEFT takes this file's start out of the base weights as it loads it."""
-    return reader.get("init_lora_weights") in ("pissa", "olora")
+    return _start(reader) in _CONFIGS
+
+
+def _start(reader: ConfigReader) -> str:
+    """The start's name; PEFT takes some of them in any case."""
+    return str(reader.get("init_lora_weights", True)).lower()
 
 
 def subtracted_start(
@@ -41,11 +46,10 @@ def subtracted_start(
     Raises:
         CheckpointError: a start that the file doesn't hold, or that isn't read here.
     """
-    start = reader.get("init_lora_weights", True)
-    plain = isinstance(start, str) and start.lower() in ("gaussian", "true", "false")
-    if entry.kind == "embedding" or start in _HARMLESS or plain:
+    start = _start(reader)
+    if entry.kind == "embedding" or start in _HARMLESS:
         return None
-    config = _CONFIGS.get(start if isinstance(start, str) else "")
+    config = _CONFIGS.get(start)
     if config is None:
         raise CheckpointError(
             f"{reader.where}: init_lora_weights={short_repr(start)} changes the base weights by "
@@ -62,8 +66,8 @@ def subtracted_start(
             f"{reader.where}: init_lora_weights={short_repr(start)} has no meaning for "
             f"{short_repr(entry.path)}, a {entry.kind}"
         )
-    site, weight = entry.known(f"{start} starts from the base weight"), entry.weight(str(start))
-    variant, cfg = variants()[str(start)], config(r=r, alpha=scale * r)
+    site, weight = entry.known(f"{start} starts from the base weight"), entry.weight(start)
+    variant, cfg = variants()[start], config(r=r, alpha=scale * r)
     here = site_for(variant, cfg, dataclasses.replace(site, r=r, alpha=scale * r), {})
     assert variant.init is not None
     first = variant.init(

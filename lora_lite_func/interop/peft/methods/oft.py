@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.errors import CheckpointError, UnsupportedError, short_repr
+from ....core.site import Site
 from ....variants import (
     OFTConfig,
 )
@@ -25,7 +27,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     ours.
     """
     site = entry.known("OFT acts on inputs alone")
-    q = held["oft_R.weight"]
+    table = "oft_embedding_R.weight" in held
+    q = held["oft_embedding_R.weight" if table else "oft_R.weight"]
     if _overlaps(entry.module):
         raise CheckpointError(
             f"{short_repr(entry.path)}: PEFT's OFT adds up the patches of a convolution's input, "
@@ -33,15 +36,31 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         )
     block = int((1 + (1 + 8 * q.shape[-1]) ** 0.5) / 2)
     share, series = reader.flag("block_share"), reader.flag("use_cayley_neumann", True)
-    if block * (block - 1) // 2 != q.shape[-1] or site.d_in % block:
+    width = site.d_out if table else site.d_in
+    if block * (block - 1) // 2 != q.shape[-1] or width % block:
         raise CheckpointError(
             f"{short_repr(entry.path)}: {q.shape[-1]} numbers aren't the upper triangle of a "
-            f"block that divides {site.d_in}"
+            f"block that divides {width}"
         )
     if series and reader.whole("num_cayley_neumann_terms", 5) != 5:
         raise reader.refuse("num_cayley_neumann_terms", "5, the one length of the series here")
     fields = {"block_size": block, "cayley": "neumann" if series else "exact", "block_share": share}
+    if table:  # its rows turn the other way than a layer's inputs
+        entry.site, series = _as_rows(site), not series
+        entry.path = entry.site.path
     return [Part(OFTConfig, {"lora_oft_q": q if series else -q}, fields)]
+
+
+def _as_rows(site: Site) -> Site:
+    """An embedding's table (ids, features) as a matrix that is stored so: d_in is the features."""
+    return dataclasses.replace(
+        site,
+        path=f"{site.path}.weight",
+        d_in=site.d_out,
+        d_out=site.d_in,
+        kind="parameter",
+        transposed=False,
+    )
 
 
 def _overlaps(module: Any) -> bool:
@@ -100,11 +119,12 @@ def _adjusted(width: int, size: int) -> int:
 OFT = Codec(
     peft_type="OFT",
     configs=(OFTConfig,),
-    suffixes=("oft_R.weight",),
+    suffixes=("oft_R.weight", "oft_embedding_R.weight"),
     understood="r oft_block_size block_share use_cayley_neumann num_cayley_neumann_terms",
     read=read,
     write=write,
-    ignored="eps",
+    ignored="eps module_dropout",
+    unread="coft",
     kinds="linear conv2d",
     biased="oft_only",
 )

@@ -1,0 +1,231 @@
+"""What PEFT's configs can ask of a method: read right, or refused with a way out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import close
+from peft_models import peft, saved
+from torch import Tensor, nn
+
+import lora_lite_func as ll
+
+pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::torch", "ignore:::transformers")
+
+
+class Convs(nn.Module):
+    """Convolutions of two and of one dimension, whose channels have several divisors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = nn.Conv2d(6, 12, 3, padding=1)
+        self.point = nn.Conv2d(12, 6, 1)
+        self.one = nn.Conv1d(6, 8, 3)
+        self.narrow = nn.Conv1d(8, 12, 1)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.point(torch.tanh(self.two(x))).flatten(2)
+        return self.head(torch.tanh(self.narrow(self.one(h))).mean(-1))
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.head = nn.Embedding(10, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.e(x))
+
+
+def linears() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+
+
+X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+PICTURES = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(1))
+IDS = torch.arange(10)[None]
+LYCORIS = {
+    "full": {"r": 8},
+    "low": {"r": 1},
+    "both": {"r": 1, "decompose_both": True},
+    "effective": {"r": 1, "use_effective_conv2d": True},
+    "factor": {"r": 2, "decompose_factor": 4},
+}
+TWO = ["two", "point", "head"]
+
+
+def read(config: Any, model: nn.Module, folder: Path, x: Tensor, **how: Any) -> Any:
+    """PEFT's file, whose outputs here are PEFT's."""
+    torch.manual_seed(0)
+    theirs = saved(config, model, folder, x=x)
+    params = ll.from_peft(folder, model, **how)
+    close(ll.apply(model, params, x), theirs, 1e-5)
+    close(ll.merged(model, params)(x), theirs, 1e-5)
+    return params
+
+
+@pytest.mark.parametrize("name", LYCORIS)
+def test_lokr_of_convolutions(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Convs().eval()
+    config = peft.LoKrConfig(target_modules=TWO, init_weights=False, **LYCORIS[name])
+    params = read(config, model, tmp_path / "two", PICTURES)
+    with pytest.raises(ll.UnsupportedError, match="PEFT"):
+        ll.to_peft(params, model, tmp_path / "ours")
+    config = peft.LoKrConfig(target_modules=["one", "narrow"], init_weights=False, **LYCORIS[name])
+    if name == "effective":
+        return  # PEFT itself fails on these
+    if LYCORIS[name]["r"] == 1:
+        read(config, model, tmp_path / "one", PICTURES)
+        return
+    saved(config, model, tmp_path / "one", x=PICTURES)
+    with pytest.raises(ll.CheckpointError, match="'one': PEFT's LoKr of this convolution isn't"):
+        ll.from_peft(tmp_path / "one", model)
+    config = peft.LoKrConfig(target_modules=["narrow"], init_weights=False, **LYCORIS[name])
+    read(config, model, tmp_path / "narrow", PICTURES)
+
+
+@pytest.mark.parametrize("effective", [False, True])
+def test_loha_of_convolutions(effective: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Convs().eval()
+    config = peft.LoHaConfig(
+        r=3,
+        target_modules=[*TWO, "one", "narrow"],
+        init_weights=False,
+        use_effective_conv2d=effective,
+    )
+    params = read(config, model, tmp_path, PICTURES)
+    ll.to_peft(params, model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    close(again(PICTURES), ll.apply(model, params, PICTURES), 1e-5)
+
+
+@pytest.mark.parametrize("cayley", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_oft_of_a_table(cayley: bool, share: bool, tmp_path: Path) -> None:
+    model = Table().eval()
+    config = peft.OFTConfig(
+        target_modules=["e", "head"],
+        oft_block_size=4,
+        use_cayley_neumann=cayley,
+        block_share=share,
+    )
+    params = read(config, model, tmp_path, IDS)
+    assert sorted(params) == ["e.weight", "head"]
+    tied = Table()
+    tied.head = nn.Linear(8, 10, bias=False)
+    tied.head.weight = tied.e.weight
+    saved(peft.OFTConfig(target_modules=["e"], oft_block_size=4), tied, tmp_path / "tied", x=IDS)
+    with pytest.raises(ll.CheckpointError, match=r"changes 'e.weight', which is 'head.weight' too"):
+        ll.from_peft(tmp_path / "tied", tied)
+
+
+def test_randlora_of_a_rank_above_a_dimension(tmp_path: Path) -> None:
+    config = peft.RandLoraConfig(target_modules=["0", "2"])  # r = 32
+    params = read(config, linears(), tmp_path, X)
+    ll.to_peft(params, linears(), tmp_path / "ours")
+
+
+# ----------------------------------------------------------------------------------------- starts
+def starts() -> dict[str, dict[str, Any]]:
+    from peft.tuners.lora import config
+
+    return {
+        "mica": {"init_lora_weights": "mica"},
+        "MiCA": {"init_lora_weights": "MiCA"},
+        "OLoRA": {"init_lora_weights": "OLoRA"},
+        "velora": {"velora_config": config.VeloraConfig(num_groups=2)},
+        "monteclora": {"monteclora_config": config.MontecloraConfig(num_samples=2)},
+    }
+
+
+@pytest.mark.parametrize("name", ["mica", "MiCA", "OLoRA", "velora", "monteclora"])
+def test_starts_and_trainings_that_leave_a_plain_lora(name: str, tmp_path: Path) -> None:
+    if not hasattr(peft.tuners.lora.config, "MontecloraConfig"):
+        pytest.skip("this PEFT has not all of them")
+    read(peft.LoraConfig(r=4, target_modules=["0"], **starts()[name]), linears(), tmp_path, X)
+
+
+DROPOUTS = {
+    "loha": lambda: peft.LoHaConfig(
+        r=2, rank_dropout=0.1, module_dropout=0.1, target_modules=["0"]
+    ),
+    "lokr": lambda: peft.LoKrConfig(
+        r=2, rank_dropout=0.1, module_dropout=0.1, rank_dropout_scale=True, target_modules=["0"]
+    ),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, module_dropout=0.1, target_modules=["0"]),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, boft_dropout=0.1, target_modules=["0"]),
+    "delora": lambda: peft.DeloraConfig(r=2, module_dropout=0.1, target_modules=["0"]),
+    "hira": lambda: peft.HiraConfig(r=2, hira_dropout=0.1, target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropouts_of_training_alone_are_nothing_to_outputs(name: str, tmp_path: Path) -> None:
+    read(DROPOUTS[name](), linears(), tmp_path, X)
+
+
+UNREAD = {
+    "coft": lambda: peft.OFTConfig(oft_block_size=4, coft=True, eps=0.01, target_modules=["0"]),
+    "apply_GS": lambda: peft.HRAConfig(
+        r=2, apply_GS=True, init_weights=False, target_modules=["0"]
+    ),
+    "alora_invocation_tokens": lambda: peft.LoraConfig(r=2, target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_outputs_depend_on_is_never_ignored(name: str, tmp_path: Path) -> None:
+    model = linears()
+    peft.get_peft_model(copy.deepcopy(model), UNREAD[name]()).save_pretrained(tmp_path)
+    if name == "alora_invocation_tokens":  # PEFT makes one of language models alone
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: [1, 2]}))
+    for ignore in ((), (name,)):
+        with pytest.raises(
+            ll.CheckpointError, match=rf"'{name}' is .*outputs depend.*merge_and_unload"
+        ) as error:
+            ll.from_peft(tmp_path, model, ignore=ignore)
+        assert "ignore=" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?!.*\.2$).*", r".*\.(?:0)", r"^(?!net\.0).*$", r"(.*.*)*x|.*.*.*.*.*.*z"]
+)
+def test_modules_left_out_by_a_pattern(pattern: str, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("net", linears())
+    config = peft.LoraConfig(r=2, target_modules=["0", "2"], exclude_modules=pattern)
+    read(config, model, tmp_path, X)
+
+
+# ------------------------------------------------------------------------------ parameters, memory
+def test_a_transposed_weight_named_in_target_parameters(tmp_path: Path) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(16, 12), nn.Tanh(), Conv1D(8, 16))
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight", "2.weight"])
+    params = read(config, model, tmp_path, X)
+    with pytest.raises(
+        ll.StructureError, match=r"site '0.weight': expected 12 -> 16, found Linear"
+    ):
+        ll.apply(linears(), params, X)
+
+
+def test_a_state_dict_shares_no_memory_with_the_live_model() -> None:
+    made = peft.get_peft_model(linears(), peft.LoraConfig(r=2, target_modules=["0"]))
+    live = peft.get_peft_model_state_dict(made)
+    params = ll.from_peft(live, linears(), config=made.peft_config["default"])
+    before = params["0"]["lora_A"].clone()
+    with torch.no_grad():
+        for t in live.values():
+            t.zero_()
+    assert torch.equal(params["0"]["lora_A"], before)
