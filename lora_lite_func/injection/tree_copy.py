@@ -111,7 +111,9 @@ class _Copier:
         sites: Mapping[str, Sequence[Attachment]],
         base_tensors: BaseTensors,
     ) -> None:
-        if any(KINDS[attachments[-1].site.kind].bare for attachments in sites.values()):
+        bare = [a[-1] for a in sites.values() if KINDS[a[-1].site.kind].bare]
+        if any(attachment.p is not None for attachment in bare):
+            # a bound model's are under each of their names already, with slots of their own
             sites = everywhere(model, sites)
         self.sites = _by_module(sites)
         self.left = dict.fromkeys(self.sites)
