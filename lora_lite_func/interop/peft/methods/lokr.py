@@ -88,8 +88,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         expected = tuple(_split_by_peft(d, said["factor"]) for d in (d_out, d_in))
         if _shapes(held)[0] != expected:
             raise UnsupportedError(
-                f"to_peft: {path!r}: its W1 has shape {_shapes(held)[0]}, and PEFT's LoKr of this "
-                f"layer has {expected} with decompose_factor={said['factor']}; merge it"
+                f"to_peft: {path!r}: PEFT splits every layer by one factor, and by "
+                f"{said['factor']} this W1 would be {expected}, found {_shapes(held)[0]}; merge it"
             )
         if "lokr_w1" in held and "lokr_w2" in held:
             if not alpha[path]:
