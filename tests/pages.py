@@ -23,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
 def commands(page: str) -> list[str]:
     """The command lines of a page's shell blocks, without their comments."""
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line.partition("  #")[0].strip() for line in lines if line.partition("#")[0].strip()]
+    return [bare for line in lines if (bare := re.sub(r"(^|\s)#.*", "", line).strip())]
 
 
 def named_commands(page: str) -> Iterator[str]:
