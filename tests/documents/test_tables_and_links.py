@@ -99,9 +99,8 @@ def test_a_method_touches_the_files_that_contributing_says() -> None:
 
 def test_a_command_touches_the_files_that_contributing_says() -> None:
     said = section("Add a command").keys()
-    found = mentions(r"^from \.diff import|verb\(\"diff\"", "lora_lite_func/cli")
-    assert found <= said
-    assert "lora_lite_func/cli/main.py" in found
+    assert mentions(r"\"diff\": diff", "lora_lite_func/cli") == {"lora_lite_func/cli/main.py"}
+    assert {"lora_lite_func/cli/main.py", "lora_lite_func/cli/diff.py"} <= said
     assert "python -m lora_lite_func diff" in PAGES["lora_lite_func/guides/serving.md"]
 
 
