@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ __all__ = [
     "DenseFn",
     "Factors",
     "FactorsFn",
+    "Forms",
     "InitFn",
     "InputsFn",
     "Layer",
@@ -64,6 +65,7 @@ __all__ = [
     "ScalingFn",
     "ValidateFn",
     "WeightFn",
+    "Work",
 ]
 
 Factors: TypeAlias = tuple[Tensor, Tensor, float | Tensor]
@@ -249,12 +251,36 @@ class ValidateFn(Protocol[ConfigIn]):
         """
 
 
+class Work(NamedTuple):
+    """What a computation does, whatever the device.
+
+    Attributes:
+        multiply_adds: of matrix products.
+        passes: numbers read and written by elementwise operations.
+    """
+
+    multiply_adds: float
+    passes: float = 0.0
+
+
+class Forms(NamedTuple):
+    """The work of two equal forms, which the runtime compares for a device.
+
+    Attributes:
+        row: what the phases do for each row of input, beside the frozen layer.
+        weight: what it takes to make W', after which one product gives the output.
+    """
+
+    row: Work
+    weight: Work
+
+
 class DenseFn(Protocol[ConfigIn]):
     """Whether one product with W' is the cheaper form."""
 
-    def __call__(self, cfg: ConfigIn, site: Site, tokens: int, /) -> bool:
-        """True where, for `tokens` rows of input, a product with W' costs less than the frozen
-        layer and the phases. By sizes and grad mode alone: training pays for a gradient of W'.
+    def __call__(self, cfg: ConfigIn, site: Site, tokens: int, /) -> bool | Forms:
+        """Whether, for `tokens` rows of input, a product with W' costs less than the frozen layer
+        and the phases, by sizes alone; or the work of both, by which the runtime decides.
         """
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import StructureError, UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params, Site
-from ..core.torch_internals import at_trace_time
+from ..core.torch_internals import at_trace_time, is_traced
 from ..kernels.dropout import dropped
 from ..layers.kinds import KINDS
 from .attachment import Attachment
@@ -107,7 +107,9 @@ def _on_input(
 
 
 def _fits(x: Tensor, site: Site) -> bool:
-    """Whether x is (..., d_in), of real numbers."""
+    """Whether x is (..., d_in), of real numbers; torch.jit.trace has no numbers to ask."""
+    if is_traced():
+        return True
     return x.ndim > 0 and x.shape[-1] == site.d_in and not x.dtype.is_complex
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.layout import SCALING, unfolded
 from ..core.site import Params
 from ..core.torch_internals import is_watched, surroundings
+from ..kernels import cost
 from ..kernels.low_rank_fused import linear_with_low_rank, low_rank, one_row
 from ..kernels.low_rank_rows import low_rank_by_rows
 from ..kernels.recompute import recomputed_linear
@@ -30,10 +31,6 @@ __all__ = ["choose", "forward"]
 
 _DENSE = (nn.Parameter, Tensor)
 _WIDE = (torch.float32, torch.float64)
-_COPY = 16
-"""Writing W' costs what this much more of the rank would (measured on a CPU at 512 to 2,048 tokens,
-ranks 8 and 64).
-"""
 
 
 def choose(attachments: tuple[Attachment, ...]) -> Step | None:
@@ -111,10 +108,11 @@ class LowRankStep:
         d_out, d_in = W.shape
         if x.numel() == d_in:
             return one_row(x, W, b, A, B, s)
-        r = A.shape[0]
-        dense_costs = d_in**2 * d_out * (r + _COPY)
-        if x.numel() * (d_in + d_out) * r > dense_costs and x.dtype in _WIDE:
-            return F.linear(x, torch.addmm(W, B, A, alpha=s), b)
+        r, costs = A.shape[0], cost.costs_on(x.device)
+        if costs is not None and x.dtype in _WIDE:
+            dense_costs = d_in**2 * d_out * (r + costs.copied_weight)
+            if x.numel() * (d_in + d_out) * r > dense_costs:
+                return F.linear(x, torch.addmm(W, B, A, alpha=s), b)
         return linear_with_low_rank(x, W, b, A, B, s)[0]
 
     def _factors(self, module: Any) -> tuple[Tensor, Tensor, float | Tensor]:
@@ -205,7 +203,8 @@ class DenseStep:
         if any(t.dtype != x.dtype for t in p.values()):
             return None  # W' would round what the phases keep
         assert variant.dense is not None
-        if not variant.dense(cfg, site, x.numel() // site.d_in):
+        tokens = x.numel() // site.d_in
+        if not cost.dense_pays(variant.dense(cfg, site, tokens), site, tokens, x.device):
             return None
         names = tuple(p)
 

@@ -9,13 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-__all__ = ["RankBand", "rank_bands"]
+from .cost import CPU, Costs
 
-_CALL, _MEMBER, _RANK = 20, 3, 20
-"""What a product costs: at once, for reading a member's leaves, and beside what its rank does, for
-    rows that are read and written, in
-ranks (measured on a CPU at ranks 4 to 64, 64 rows a member).
-"""
+__all__ = ["RankBand", "rank_bands"]
 
 
 class RankBand(NamedTuple):
@@ -28,7 +24,7 @@ class RankBand(NamedTuple):
 
 
 def rank_bands(
-    ranks: Sequence[int], low: int, high: int, rows: int, first: int = 0
+    ranks: Sequence[int], low: int, high: int, rows: int, first: int = 0, costs: Costs = CPU
 ) -> list[RankBand]:
     """The cheapest that single cuts, one after another, come to: each layers a band under the
         members, or sets them apart.
@@ -39,14 +35,15 @@ def rank_bands(
         high: behind the last.
         rows: of a member, tokens included.
         first: the rank that they begin at.
+        costs: of the device.
     """
     whole = RankBand(low, high, first, max(ranks[low:high]))
-    best, chosen = _cost(whole, rows), None
+    best, chosen = _cost(whole, rows, costs), None
     for cut in sorted({r for r in ranks[low:high] if first < r < whole.last}):
         apart = list(_apart(ranks, low, high, first, cut))
         more = [RankBand(b.low, b.high, cut, b.last) for b in apart if b.last > cut]
         for done, parts in (([RankBand(low, high, first, cut)], more), ([], apart)):
-            cost = sum(_cost(band, rows) for band in (*done, *parts))
+            cost = sum(_cost(band, rows, costs) for band in (*done, *parts))
             if cost < best:
                 best, chosen = cost, (done, parts)
     if chosen is None:
@@ -57,7 +54,7 @@ def rank_bands(
         *(
             band
             for part in parts
-            for band in rank_bands(ranks, part.low, part.high, rows, part.first)
+            for band in rank_bands(ranks, part.low, part.high, rows, part.first, costs)
         ),
     ]
 
@@ -69,10 +66,10 @@ def _apart(ranks: Sequence[int], low: int, high: int, first: int, cut: int) -> I
         yield RankBand(members[0], members[-1] + 1, first, max(ranks[members[0] : members[-1] + 1]))
 
 
-def _cost(band: RankBand, rows: int) -> float:
-    """In units of a row at rank `_RANK`; one member more than there are, since they are shared out
-    among threads.
+def _cost(band: RankBand, rows: int, costs: Costs) -> float:
+    """In units of a row at rank `costs.band_rank`. One member more than there are is counted, since
+    they are shared out among threads.
     """
-    return _CALL + (band.high - band.low + 1) * (_MEMBER + rows) * (
-        band.last - band.first + _RANK
-    ) / (2 * _RANK)
+    members = band.high - band.low + 1
+    rank = (band.last - band.first + costs.band_rank) / (2 * costs.band_rank)
+    return costs.band + members * (costs.band_member + rows) * rank

@@ -7,13 +7,9 @@ from torch import Tensor
 
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import is_traced, may_overwrite
+from .cost import costs_on
 
 __all__ = ["check_divides", "plus_product", "product", "together", "widened"]
-
-_WIDTH = 32
-"""Blocks are multiplied up to this wide, narrow ones with zeros beside them: a product of those
-takes longer (on a CPU).
-"""
 
 
 def check_divides(
@@ -80,19 +76,20 @@ def _by_block(x: Tensor, n: int, b: int) -> Tensor:
     return x.view(-1, n, b).transpose(0, 1)
 
 
-def together(n: int, b: int) -> int:
-    """How many of n blocks of size b make one of at most `_WIDTH`, so that all do; with a graph
-    one, since it keeps the zeros too.
+def together(n: int, b: int, device: torch.device) -> int:
+    """How many of n blocks of size b to multiply as one block, which cost no more than one alone;
+    with a graph one, since it keeps the zeros too.
     """
-    if torch.is_grad_enabled() or is_traced():
+    costs = costs_on(device)
+    if costs is None or torch.is_grad_enabled() or is_traced():
         return 1
-    return next((k for k in range(_WIDTH // b, 1, -1) if n % k == 0), 1)
+    return next((k for k in range(costs.block_width // b, 1, -1) if n % k == 0), 1)
 
 
 def widened(M: Tensor) -> Tensor:
-    """The same block diagonal (n, b, b) as fewer and larger blocks, up to `_WIDTH` wide."""
+    """The same block diagonal (n, b, b) as fewer and larger blocks, by `together`."""
     n, b, _ = M.shape
-    k = together(n, b)
+    k = together(n, b, M.device)
     if k == 1:
         return M
     apart = torch.eye(k, dtype=M.dtype, device=M.device).view(k, 1, k, 1)

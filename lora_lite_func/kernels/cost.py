@@ -1,39 +1,105 @@
-"""Which of two equal forms costs less, by sizes alone: a method's phases beside the frozen product, or one product with W'.
+"""What operations cost on each type of device, where it was measured, and which of equal forms costs less.
 
-Costs are in multiply-adds of a matrix product. In training both forms are differentiated, and W' has a gradient of its own to be formed.
+Costs are in multiply-adds of a matrix product unless an attribute says otherwise. Measure a device
+with `python -m benchmarks.measure.costs`, then give it a row in `MEASURED`. On a device without a
+row nothing is rearranged for speed: a layer and its phases run as the method writes them.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from ..core.phases import Forms, Work
 from ..core.site import Site
 
-__all__ = ["PASS", "dense_pays"]
+__all__ = ["CPU", "MEASURED", "Costs", "costs_on", "dense_pays"]
 
-PASS = 20
-"""What reading and writing one number in an elementwise operation costs (measured on a CPU; a
-memory-bound pass against a product).
-"""
 
-# a differentiated form costs about as much again for each of its two gradients; W' is built once
-# more for them
+class Costs(NamedTuple):
+    """A device's numbers.
+
+    Attributes:
+        elementwise: reading and writing one number in an elementwise operation.
+        copied_weight: writing W' = W + s B A, beyond its product: as much as so many ranks more.
+        run: a run of like members (segments.py), in units of one row's token.
+        member: reading one member's leaves, in the same units.
+        copies: so many copies of a row's token, out of the batch or back, cost what an adapter on
+            it does.
+        band: a product on a band of ranks (bands.py), in units of a row at rank `band_rank`.
+        band_member: reading one member's leaves, in the same units.
+        band_rank: what reading and writing a row costs beside what its rank does, in ranks.
+        block_width: blocks of a diagonal are multiplied together up to so wide, with zeros beside
+            the narrow ones: one product of those takes no longer.
+        circulant_blocks: up to so many circulant blocks in a row, a sum over them beats a batch of
+            tiny complex products.
+        butterfly_run: runs of up to so many features are rotated by one product.
+    """
+
+    elementwise: float
+    copied_weight: int
+    run: int
+    member: int
+    copies: int
+    band: int
+    band_member: int
+    band_rank: int
+    block_width: int
+    circulant_blocks: int
+    butterfly_run: int
+
+    def of(self, work: Work) -> float:
+        """What work costs."""
+        return work.multiply_adds + self.elementwise * work.passes
+
+
+CPU = Costs(
+    elementwise=20,
+    copied_weight=16,  # at 512 to 2,048 tokens, ranks 8 and 64
+    run=60,
+    member=3,
+    copies=3,  # at 1 to 16 tokens a row
+    band=20,  # this and the next two at ranks 4 to 64, 64 rows a member
+    band_member=3,
+    band_rank=20,
+    block_width=32,
+    circulant_blocks=16,
+    butterfly_run=128,
+)
+"""Measured with float32 on x86-64 (2 to 4 threads, torch 2.13)."""
+
+MEASURED = {"cpu": CPU}
+"""By torch.device.type."""
+
+
+def costs_on(device: torch.device) -> Costs | None:
+    """A device's numbers; None where nothing was measured."""
+    return MEASURED.get(device.type)
+
+
 _BACKWARD = 3
+"""A form that is differentiated costs about as much again for each of its two gradients."""
 
 
-def dense_pays(site: Site, tokens: int, *, branch: float, build: float) -> bool:
+def dense_pays(forms: bool | Forms, site: Site, tokens: int, device: torch.device) -> bool:
     """Whether x W'^T is the cheaper form for so many rows of x.
 
+    In training both forms are differentiated: W' is built once more, and a gradient of it formed.
+
     Args:
+        forms: what the method's `dense` says, which may be the answer.
         site: for its sizes.
         tokens: rows of x.
-        branch: what the phases cost per row.
-        build: what W' costs.
+        device: x's.
     """
-    beside, whole = tokens * branch, build
+    if isinstance(forms, bool):
+        return forms
+    costs = costs_on(device)
+    if costs is None:
+        return False
+    beside, whole = tokens * costs.of(forms.row), costs.of(forms.weight)
     if torch.is_grad_enabled():
-        beside, whole = (
-            _BACKWARD * beside,
-            (_BACKWARD + 1) * whole + tokens * site.d_in * site.d_out,
-        )
+        gradient = tokens * site.d_in * site.d_out
+        beside, whole = _BACKWARD * beside, (_BACKWARD + 1) * whole + gradient
     return whole < beside

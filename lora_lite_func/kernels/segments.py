@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from .bands import rank_bands
+from .cost import Costs, costs_on
 
 __all__ = ["Segment", "SegmentLayout", "laid_out", "traced"]
-
-_CALL, _MEMBER = 60, 3
-"""What a run and a member in it cost, in units of one row's token: rough times of a few calls, and
-of reading an adapter.
-"""
-
-_COPIES = 3
-"""So many copies of a row's token, out of the batch or back, cost what an adapter on it does
-(measured on a CPU, 1 to 16 tokens a row).
-"""
 
 
 class Segment(NamedTuple):
@@ -94,24 +85,18 @@ def laid_out(
     bare = groups.pop(-1, [])
     used = sorted(groups)
     counts = [len(groups[k]) for k in used]
-    chosen = _joined(used, counts, tokens, idle)
-    if in_place:
-        alike, slots = (
-            _alike(used, counts),
-            sum((high - low) * width for low, high, width in chosen),
-        )
-        copies = (slots + len(ids)) * tokens // _COPIES
-        if (
-            not idle or _total(alike, tokens) <= _total(chosen, tokens) + copies
-        ):  # gradients of repeats would go by the phases
-            chosen = alike
+    costs = costs_on(device)
+    chosen = _chosen(used, counts, tokens, idle, in_place, costs)
     first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
     order: list[int] = list(bare) if first else []
     back = [0] * len(ids)
     segments: list[Segment] = []
     for low, high, width in chosen:
         segment = Segment(low, high, width, len(order))
-        segments += [segment] if ranks is None else _banded(segment, ranks, tokens)
+        if ranks is None or costs is None:
+            segments.append(segment)
+        else:
+            segments += _banded(segment, ranks, tokens, costs)
         for member in range(low, high):
             own = groups.get(member, ())
             for row in own:
@@ -137,18 +122,39 @@ def laid_out(
     )
 
 
+def _chosen(
+    used: Sequence[int],
+    counts: Sequence[int],
+    tokens: int,
+    idle: bool,
+    in_place: bool,
+    costs: Costs | None,
+) -> list[tuple[int, int, int]]:
+    """[(low, high, width)] of the runs; where nothing was measured no row is repeated."""
+    alike = _alike(used, counts)
+    if costs is None or (in_place and not idle):
+        return alike  # gradients of repeats would go by the phases
+    joined = _joined(used, counts, tokens, idle, costs)
+    if not in_place:
+        return joined
+    slots = sum((high - low) * width for low, high, width in joined)
+    copies = (slots + sum(counts)) * tokens // costs.copies
+    return (
+        alike if _total(alike, tokens, costs) <= _total(joined, tokens, costs) + copies else joined
+    )
+
+
 def _joined(
-    used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool
+    used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool, costs: Costs
 ) -> list[tuple[int, int, int]]:
     """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
     segments: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
-        if segments:
-            low, high, width = segments[-1]
+        if segments and (idle or member == segments[-1][1]):
+            low, _, width = segments[-1]
             joined = (low, member + 1, max(width, count))
-            if (idle or member == high) and _total([joined], tokens) <= _total(
-                [segments[-1], (member, member + 1, count)], tokens
-            ):
+            apart = [segments[-1], (member, member + 1, count)]
+            if _total([joined], tokens, costs) <= _total(apart, tokens, costs):
                 segments[-1] = joined
                 continue
         segments.append((member, member + 1, count))
@@ -168,11 +174,13 @@ def _alike(used: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, i
     return segments
 
 
-def _total(segments: Sequence[tuple[int, int, int]], tokens: int) -> int:
-    return sum(_CALL + (high - low) * (_MEMBER + width * tokens) for low, high, width in segments)
+def _total(segments: Sequence[tuple[int, int, int]], tokens: int, costs: Costs) -> int:
+    return sum(
+        costs.run + (high - low) * (costs.member + width * tokens) for low, high, width in segments
+    )
 
 
-def _banded(segment: Segment, ranks: Sequence[int], tokens: int) -> list[Segment]:
+def _banded(segment: Segment, ranks: Sequence[int], tokens: int, costs: Costs) -> list[Segment]:
     """A run as runs on its rows, cut by ranks."""
     return [
         Segment(
@@ -182,7 +190,9 @@ def _banded(segment: Segment, ranks: Sequence[int], tokens: int) -> list[Segment
             segment.start + (band.low - segment.low) * segment.width,
             (band.first, band.last),
         )
-        for band in rank_bands(ranks, segment.low, segment.high, segment.width * tokens)
+        for band in rank_bands(
+            ranks, segment.low, segment.high, segment.width * tokens, costs=costs
+        )
     ]
 
 

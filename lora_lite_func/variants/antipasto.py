@@ -23,9 +23,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
-from ..kernels import block_diagonal, cayley, cost, low_rank
+from ..kernels import block_diagonal, cayley, low_rank
 from . import _calibrated
 
 
@@ -157,12 +158,10 @@ def weight(
     return low_rank.add_dense(W, _through(p["lora_Vh"].to(W.dtype).mT, core).mT, p["lora_U"]), b
 
 
-def dense(cfg: AntiPaSTOConfig, site: Site, tokens: int) -> bool:
-    """Where the update is built for less than the branch costs."""
+def dense(cfg: AntiPaSTOConfig, site: Site, tokens: int) -> Forms:
+    """The branch, or the update built."""
     size = site.d_in * site.d_out
-    return cost.dense_pays(
-        site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + cost.PASS) * size
-    )
+    return Forms(Work(site.r * (site.d_in + site.d_out)), Work(site.r * size, passes=size))
 
 
 def scale(cfg: AntiPaSTOConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

@@ -19,11 +19,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
 from ..core.torch_internals import may_overwrite
 from ..kernels import block_diagonal, cayley, cost, low_rank
-
-_LONG = 128  # runs up to so many features are rotated by one product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +129,10 @@ def _rotation(cfg: BOFTConfig, q: Tensor) -> Tensor:
     span = _span(cfg)
     if cfg.m == 1:
         return block_diagonal.widened(E[0])
-    if span > _LONG:
+    costs = cost.costs_on(E.device)
+    if costs is None or span > costs.butterfly_run:
         return E
-    width = span * block_diagonal.together(E.shape[1] * cfg.block_size // span, span)
+    width = span * block_diagonal.together(E.shape[1] * cfg.block_size // span, span, E.device)
     *others, whole = (_within(E[i], i, width) for i in range(cfg.m))
     for F in reversed(others):
         whole = torch.baddbmm(whole + F, whole, F)  # (I + whole) (I + F) - I
@@ -170,13 +170,14 @@ def weight(
     return turned.mul_(s) if may_overwrite() else turned * s, b
 
 
-def dense(cfg: BOFTConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: BOFTConfig, site: Site, tokens: int) -> Forms:
     """Where the rows of W are fewer than those of x, or as many (they are scaled in place), and no
     gradient of W' is formed.
     """
-    turn = (_span(cfg) + 3 * cost.PASS) * site.d_in
-    build = (turn + cost.PASS / 2 * site.d_in) * site.d_out
-    return cost.dense_pays(site, tokens, branch=turn + cost.PASS * site.d_out, build=build)
+    turn = Work(_span(cfg) * site.d_in, passes=3 * site.d_in)
+    row = turn._replace(passes=turn.passes + site.d_out)
+    each = turn._replace(passes=turn.passes + site.d_in / 2)
+    return Forms(row, Work(each.multiply_adds * site.d_out, each.passes * site.d_out))
 
 
 def scale(cfg: BOFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

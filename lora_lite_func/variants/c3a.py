@@ -18,12 +18,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
 from ..kernels import block_diagonal, cost
-
-# up to so many blocks in a row, a sum over them beats a batch of tiny complex products (measured on
-# a CPU)
-_FEW = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,8 @@ def prepare(cfg: C3AConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 def _correlate(X: Tensor, K: Tensor) -> Tensor:
     """sum_j X_j K_ij, frequency by frequency: (..., n, f) and (m, n, f) give (..., m, f)."""
     n = K.shape[1]
-    if n > _FEW:
+    costs = cost.costs_on(X.device)
+    if costs is None or n > costs.circulant_blocks:
         return torch.einsum("...nf,mnf->...mf", X, K)
     total = X[..., 0, None, :] * K[:, 0]
     for j in range(1, n):
@@ -94,17 +92,12 @@ def weight(
     return (W.view(grid.shape) + grid).reshape(W.shape), b
 
 
-def dense(cfg: C3AConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: C3AConfig, site: Site, tokens: int) -> Forms:
     """Where the circulant blocks are written out for less than the rows of x are transformed,
     multiplied and transformed back.
     """
     wide, size = site.d_in + site.d_out, site.d_in * site.d_out
-    return cost.dense_pays(
-        site,
-        tokens,
-        branch=cost.PASS * (6 * wide + 2 * size / cfg.block_size),
-        build=4 * cost.PASS * size,
-    )
+    return Forms(Work(0.0, 6 * wide + 2 * size / cfg.block_size), Work(0.0, 4 * size))
 
 
 def scale(cfg: C3AConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

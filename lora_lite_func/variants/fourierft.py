@@ -20,9 +20,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
 from ..core.torch_internals import may_overwrite
-from ..kernels import cost, low_rank, positions
+from ..kernels import low_rank, positions
 from ..kernels.indices import check_indices
 
 
@@ -166,14 +167,12 @@ def weight(
     return new, b
 
 
-def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> Forms:
     """Where the update is transformed for less than the rows of x are, forth and back, what they
     keep for the backward pass counted.
     """
-    branch = cost.PASS * (10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
-    return cost.dense_pays(
-        site, tokens, branch=branch, build=7 * cost.PASS * site.d_in * site.d_out
-    )
+    row = Work(0.0, passes=10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
+    return Forms(row, Work(0.0, passes=7 * site.d_in * site.d_out))
 
 
 def scale(cfg: FourierFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

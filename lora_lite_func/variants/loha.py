@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.random import kaiming
 from ..core.site import Params, Site
-from ..kernels import cost, low_rank
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +79,11 @@ def weight(
     return low_rank.plus_times(W, B1 @ (A1 * site.scale), B2 @ A2), b
 
 
-def dense(cfg: LoHaConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: LoHaConfig, site: Site, tokens: int) -> Forms:
     """Where the update is built for less than the branch of rank r^2 costs."""
-    size, rank = site.d_in * site.d_out, site.r**2
-    return cost.dense_pays(
-        site,
-        tokens,
-        branch=rank * (site.d_in + site.d_out),
-        build=(2 * site.r + 3 * cost.PASS) * size,
-    )
+    size = site.d_in * site.d_out
+    row = Work(site.r**2 * (site.d_in + site.d_out))
+    return Forms(row, Work(2 * site.r * size, passes=3 * size))
 
 
 def scale(cfg: LoHaConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

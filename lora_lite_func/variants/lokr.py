@@ -25,9 +25,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, added, probability
 from ..core.errors import ConfigError, short_repr
 from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.random import kaiming
 from ..core.site import Params, Site
-from ..kernels import cost, low_rank
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +156,10 @@ def weight(
     return W + blocks.flatten(2, 3).flatten(0, 1), b
 
 
-def dense(cfg: LoKrConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: LoKrConfig, site: Site, tokens: int) -> Forms:
     """Where building the Kronecker product costs less than three passes over the features."""
-    return cost.dense_pays(
-        site,
-        tokens,
-        branch=3 * cost.PASS * (site.d_in + site.d_out),
-        build=2 * cost.PASS * site.d_in * site.d_out,
-    )
+    row = Work(0.0, passes=3 * (site.d_in + site.d_out))
+    return Forms(row, Work(0.0, passes=2 * site.d_in * site.d_out))
 
 
 def scale(cfg: LoKrConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
-from ..kernels import block_diagonal, cayley, cost, low_rank
+from ..kernels import block_diagonal, cayley, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +96,12 @@ def weight(
     return block_diagonal.plus_product(W, block_diagonal.widened(E).mT), b
 
 
-def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool | Forms:
     """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
-    branch = (cfg.block_size + 3 * cost.PASS) * site.d_in
-    return not cfg.block_dropout and cost.dense_pays(
-        site, tokens, branch=branch, build=branch * site.d_out
-    )
+    if cfg.block_dropout:
+        return False
+    row = Work(cfg.block_size * site.d_in, passes=3 * site.d_in)
+    return Forms(row, Work(row.multiply_adds * site.d_out, row.passes * site.d_out))
 
 
 def scale(cfg: OFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..core import random
 from ..core.config import AdapterConfig, probability, record
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
-from ..kernels import cost, low_rank
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +116,10 @@ def weight(
     return low_rank.add_dense(W, A, B, site.scale), b
 
 
-def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> bool:
+def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> Forms:
     """Where W + the sum is built for less than the branch costs."""
     rank = -(-min(site.d_in, site.d_out) // site.r) * site.r
-    return cost.dense_pays(
-        site, tokens, branch=rank * (site.d_in + site.d_out), build=rank * site.d_in * site.d_out
-    )
+    return Forms(Work(rank * (site.d_in + site.d_out)), Work(rank * site.d_in * site.d_out))
 
 
 def scale(cfg: RandLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from ..core import random
 from ..core.config import AdapterConfig, probability, record
 from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.site import Params, Site
-from ..kernels import cost, low_rank
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,10 @@ def weight(
     return low_rank.add_dense(W, d[:, None] * A, gate[:, None] * B), b
 
 
-def dense(cfg: VeRAConfig, site: Site, tokens: int) -> bool:
-    """Where the update is built for less than the branch costs."""
+def dense(cfg: VeRAConfig, site: Site, tokens: int) -> Forms:
+    """The branch, or the update built."""
     size = site.d_in * site.d_out
-    return cost.dense_pays(
-        site, tokens, branch=site.r * (site.d_in + site.d_out), build=(site.r + cost.PASS) * size
-    )
+    return Forms(Work(site.r * (site.d_in + site.d_out)), Work(site.r * size, passes=size))
 
 
 def scale(cfg: VeRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

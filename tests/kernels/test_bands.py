@@ -68,8 +68,8 @@ def test_rows_of_unlike_ranks_and_strengths(
     ids = [k for k in (3, 0, 1, 2, 4, 5, 6, -1) for _ in range(width)]
     x = torch.randn(len(ids), 9, 40, dtype=torch.float64, generator=gen)
     ways = {
-        "one": lambda ranks, low, high, rows: [RankBand(low, high, 0, max(ranks[low:high]))],
-        "layers": lambda ranks, low, high, rows: [
+        "one": lambda ranks, low, high, rows, costs: [RankBand(low, high, 0, max(ranks[low:high]))],
+        "layers": lambda ranks, low, high, rows, costs: [
             RankBand(k, k + 1, first, last)
             for k in range(low, high)
             for first, last in ((0, 1), (1, 3), (3, 12))
