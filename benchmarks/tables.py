@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lora_lite_func as ll
+from lora_lite_func.interop.peft.methods import METHODS, TOKENS
 from lora_lite_func.layers.kinds import KINDS
-from lora_lite_func.variants import TABLE
+from lora_lite_func.variants import TABLE, FullConfig, TokensConfig
 
 __all__ = ["PAGES", "kinds", "main", "methods", "rewritten", "verbs"]
 
@@ -27,13 +28,15 @@ GUIDES = ROOT / "lora_lite_func" / "guides"
 
 
 def methods() -> str:
-    """Config, name in files, what it does, on which side it acts, what it reads, paper."""
+    """Config, name in files, what it does, on which side it acts, what it reads, PEFT's name, paper."""
     rows = [
         f"As of version {ll.__version__}, {len(TABLE)} methods.",
         "",
-        "| config | name | what | acts on | reads | paper |",
-        "|---|---|---|---|---|---|",
+        "| config | name | what | acts on | reads | PEFT file | paper |",
+        "|---|---|---|---|---|---|---|",
     ]
+    peft_types = {cfg: codec.peft_type for codec in METHODS.values() for cfg in codec.configs}
+    peft_types |= {TokensConfig: TOKENS.peft_type, FullConfig: "modules_to_save"}
     for variant in sorted(TABLE, key=lambda v: v.name):
         doc = sys.modules[variant.param_specs.__module__].__doc__ or ""
         what = doc.partition("\n")[0].rstrip(".").split(": ", 1)[-1]
@@ -42,7 +45,7 @@ def methods() -> str:
         reads = ", ".join(sorted(variant.needs)) or "nothing"
         rows.append(
             f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {acts_on} | {reads} | "
-            f"{variant.paper} |"
+            f"{peft_types.get(variant.config, '')} | {variant.paper} |"
         )
     return "\n".join(rows)
 

@@ -7,6 +7,7 @@ import posixpath
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,20 @@ def test_every_generated_table_stands_somewhere() -> None:
     for name in tables.PAGES:
         begin = f"<!-- {name}: rendered by benchmarks/tables.py -->"
         assert sum(begin in text for text in PAGES.values()) == 1, name
+
+
+def test_ratios_in_readme_are_figures_of_the_performance_table() -> None:
+    figures: defaultdict[str, set[str]] = defaultdict(set)
+    for area, row in re.findall(r"^\| (\w+) \| (.*) \|$", PAGES["benchmarks/README.md"], re.M):
+        for number in re.findall(r"\d+\.\d+", row):
+            figures[area] |= {f"{float(number):.2f}", f"{float(number):.1f}"}
+    command = r"^(\| .*) \| `python -m benchmarks --only (\w+)` \|$"
+    best = re.findall(command, PAGES["README.md"], re.M)
+    assert len(best) >= 5
+    for row, area in best:
+        for number in re.findall(r"(\d+\.\d+)(?:x| times)", row):
+            says = f"README says {number}, which is no figure of {area} in benchmarks/README.md"
+            assert number in figures[area] or float(number) == 1.0, says
 
 
 @pytest.mark.parametrize("page", PAGES)
