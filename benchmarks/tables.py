@@ -28,7 +28,7 @@ GUIDES = ROOT / "lora_lite_func" / "guides"
 
 
 def methods() -> str:
-    """Config, name in files, what it does, on which side it acts, what it reads, PEFT's name, paper."""
+    """Config, name, what it does, on which side it acts, what it reads, PEFT's file, paper."""
     rows = [
         f"As of version {ll.__version__}, {len(TABLE)} methods.",
         "",
