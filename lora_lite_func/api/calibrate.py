@@ -16,13 +16,14 @@ from ..core.site import Params, Site
 from ..core.statistics import Moments, SiteStatistics, Statistics
 from ..injection.attachment import Attachment
 from ..injection.tree_copy import constant, copy_tree, own_bias, own_buffers
+from ..layers.kinds import matrix, module_and_name
 from ..layers.targeting import find
-from ..layers.weights import compute_dtype, device_of
+from ..layers.weights import compute_dtype, dense_weight, device_of
 from .pairs import PairRecorder
 
 __all__ = ["arguments", "calibrate", "eval_copy", "gather"]
 
-_DATA = frozenset({"inputs", "gradients", "pairs"})
+_DATA = frozenset({"inputs", "activity", "gradients", "pairs"})
 
 Found = list[tuple[Site, nn.Module]]
 """Sites with the modules that hold them, as `find` gives them."""
@@ -72,7 +73,8 @@ def _recorded(
     loss_fn: Any,
 ) -> Statistics:
     """What the sites see, by one pass over the batches."""
-    recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs)
+    rows = _directions(cfg, found) if "activity" in needs else {}
+    recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs, rows)
     record = Variant(
         name="calibration",
         config=AdapterConfig,
@@ -96,6 +98,17 @@ def _recorded(
             "batches once)"
         )
     return recorder.statistics(count)
+
+
+def _directions(cfg: AdapterConfig, found: Found) -> dict[str, Tensor]:
+    """{path: (k, d_in)}: the directions whose activity a method chooses by."""
+    variant, made = variant_for(type(cfg)), {}
+    assert variant.directions is not None
+    for site, module in found:
+        path, name = module_and_name(site)
+        weight = matrix(dense_weight(module, variant.name, site.d_in * site.d_out, name), site)
+        made[site.path] = variant.directions(cfg, site, weight.detach())
+    return made
 
 
 def gather(
@@ -182,6 +195,11 @@ def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> 
             )
         if not bool(seen.second.isfinite().all()):
             raise ConfigError(f"{where}: its inputs on the calibration data aren't all finite")
+    if "activity" in needs and (seen.active is None or not bool(seen.active.isfinite().all())):
+        raise ConfigError(
+            f"{where}: expected a finite activity of its directions; calibrate on this model, for "
+            f"this method"
+        )
     if "pairs" in needs:
         if seen.points is None or seen.points.shape[-1] != site.d_in:
             raise ConfigError(
@@ -209,10 +227,14 @@ def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> 
 class _Recorder:
     """The sums as they grow; its `outputs` is a phase like any method's and returns y as it came."""
 
-    def __init__(self, found: Found, needs: frozenset[str]) -> None:
+    def __init__(
+        self, found: Found, needs: frozenset[str], directions: Mapping[str, Tensor]
+    ) -> None:
         self.calls = {site.path: 0 for site, _ in found}
         self.moments: dict[str, Moments] = {}
         self.slopes: dict[str, Tensor] = {}
+        self.directions = directions
+        self.active: dict[str, Tensor] = {}
         self.gradients = "gradients" in needs
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, int, dict[int, tuple[Moments, Moments]]] | None = None
@@ -265,6 +287,8 @@ class _Recorder:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.moments:
                 self._see(site.path, x)
+            if site.path in self.directions:
+                self._see_directions(site.path, x.detach())
         if not self.gradients:
             return y
         y = y + self.probe
@@ -283,6 +307,12 @@ class _Recorder:
         if id(old) not in known:
             known[id(old)] = (old, old.seeing(self._unmasked(x.detach())))
         self.moments[path] = known[id(old)][1]
+
+    def _see_directions(self, path: str, x: Tensor) -> None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        V = self.directions[path].to(x.device, dtype)  # (k, d_in)
+        seen = (self._unmasked(x).to(dtype) @ V.mT).abs().sum(0)
+        self.active[path] = self.active[path] + seen if path in self.active else seen
 
     def _unmasked(self, x: Tensor) -> Tensor:
         """The rows of x (..., d_in) that count."""
@@ -314,7 +344,13 @@ class _Recorder:
         """The sums as a value."""
         return Statistics(
             {
-                path: SiteStatistics(calls, batches, self.moments.get(path), self.slopes.get(path))
+                path: SiteStatistics(
+                    calls,
+                    batches,
+                    self.moments.get(path),
+                    self.slopes.get(path),
+                    active=self.active.get(path),
+                )
                 for path, calls in self.calls.items()
             }
         )

@@ -16,6 +16,7 @@ from .phases import (
     ConfigT,
     DataT,
     DenseFn,
+    DirectionsFn,
     FactorsFn,
     InitFn,
     InputsFn,
@@ -81,8 +82,10 @@ class Variant(Generic[ConfigT, DataT]):
         scale: the adapter at another strength, for `ll.scale`.
         project: the nearest tensors that a constraint of the method allows, for `ll.project`.
         scaling: the scale of a site's update, alpha / r by default.
-        needs: what `init` may need: a subset of {"weight", "inputs", "gradients", "pairs"}.
+        needs: what `init` may need: a subset of {"weight", "inputs", "activity", "gradients",
+            "pairs"}.
         needs_by: which of these it needs under a config; None for all.
+        directions: whose activity is recorded, where `init` needs the "activity".
         plan: a config made anew from what all sites saw.
         sites: kinds of site that the method can adapt, first the one that it takes when the config
             names none. By default `MATRICES` for a method with `weight` whose start needs no data,
@@ -112,6 +115,7 @@ class Variant(Generic[ConfigT, DataT]):
     scaling: ScalingFn[ConfigT] = _default_scaling
     needs: frozenset[str] = frozenset()
     needs_by: NeedsFn[ConfigT] | None = None
+    directions: DirectionsFn[ConfigT] | None = None
     plan: PlanFn[ConfigT] | None = None
     sites: tuple[str, ...] = ()
     low_rank_factors: FactorsFn[ConfigT] | None = None
@@ -177,7 +181,7 @@ def _with_old_keywords(init: Callable[..., None]) -> Callable[..., None]:
 Variant.__init__ = _with_old_keywords(Variant.__init__)  # type: ignore[method-assign]
 
 _REGISTRY: dict[type[AdapterConfig], Variant] = {}
-_NEEDS = frozenset({"weight", "inputs", "gradients", "pairs"})
+_NEEDS = frozenset({"weight", "inputs", "activity", "gradients", "pairs"})
 _OPTIONAL = (
     "init",
     "prepare",
@@ -189,6 +193,7 @@ _OPTIONAL = (
     "scale",
     "project",
     "needs_by",
+    "directions",
     "plan",
     "low_rank_factors",
 )

@@ -48,6 +48,7 @@ __all__ = [
     "ConfigT",
     "DataT",
     "DenseFn",
+    "DirectionsFn",
     "Factors",
     "FactorsFn",
     "Forms",
@@ -175,6 +176,19 @@ class NeedsFn(Protocol[ConfigIn]):
 
     def __call__(self, cfg: ConfigIn, /) -> frozenset[str]:
         """A part of the method's `needs`."""
+
+
+class DirectionsFn(Protocol[ConfigIn]):
+    """Directions v of a site's inputs whose activity, the mean of |v x|, calibration records."""
+
+    def __call__(self, cfg: ConfigIn, site: Site, weight: Tensor, /) -> Tensor:
+        """(k, d_in).
+
+        Args:
+            cfg: the config.
+            site: the place.
+            weight: its dense weight (d_out, d_in), float32 at least.
+        """
 
 
 class PlanFn(Protocol[ConfigT]):

@@ -59,6 +59,8 @@ class SiteStatistics:
         moments: sums over its input's tokens, if the method needs inputs.
         slope: the sum over batches of d loss / d W (d_out, d_in), if the method needs gradients and
             any came.
+        active: (k,), the sums of |v x| over its input's tokens, if the method needs the activity of
+            directions v.
         points: (2, n, d_in), its input at the last token of n positive texts and their negative
             counterparts, if the method needs pairs.
     """
@@ -68,6 +70,7 @@ class SiteStatistics:
     moments: Moments | None = None
     slope: Tensor | None = None
     points: Tensor | None = None
+    active: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -88,6 +91,20 @@ class SiteStatistics:
     def second(self) -> Tensor:
         """(d_in, d_in) mean of x^T x."""
         return self._seen.squares / self.count
+
+    @property
+    def activity(self) -> Tensor:
+        """(k,) mean of |v x| over tokens, for the directions v that the method named.
+
+        Raises:
+            ConfigError: none was recorded.
+        """
+        if self.active is None:
+            raise ConfigError(
+                "these statistics have no activity of directions; calibrate with a method that "
+                "chooses by it"
+            )
+        return self.active / self.count
 
     @property
     def gradient(self) -> Tensor:
@@ -184,4 +201,11 @@ def _plus(
     slope = None if not slopes else slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1]
     points = [s.points for s in (a, b) if s.points is not None]
     joined = torch.cat(points, dim=1) if points else None
-    return SiteStatistics(a.calls + b.calls, a.batches + b.batches, moments, slope, joined)
+    both = a.active is not None and b.active is not None
+    if not both and (a.active is not None or b.active is not None):
+        raise StructureError(
+            f"statistics: site {path!r} has the activity of directions in one of the two alone; "
+            f"calibrate both for the same method"
+        )
+    active = a.active + b.active if a.active is not None and b.active is not None else None
+    return SiteStatistics(a.calls + b.calls, a.batches + b.batches, moments, slope, joined, active)

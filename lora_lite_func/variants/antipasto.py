@@ -3,6 +3,7 @@
     W' = W + U [ (S + d) R - S ] V^T        U (d_out, r), S (r,), V^T lora_Vh (r, d_in) frozen;  d (r,), R of blocks (b, b)
     R_i = (I - X)^-1 (I + X),  X = A / 2,  A skew;      basis "U":  U [ R^T (S + d) - S ] V^T;      "none":  R = I
     y' = y + [ M (x V) ] U^T,   M = (S + d)(R - I) + d,  or  (R - I)^T (S + d) + d
+    lora_rot holds the entries of A above its diagonal, or twice them (`half_angles`)
 
 Paper: Clark 2026, arXiv 2601.07473. The runtime coefficient c of `ll.scale` goes in as S + c d and c A, so R(-c) is the inverse of R(c).
 `max_angle` bounds A entry by entry: A <- a tanh(A / a), a = 2 tan(max_angle / 2). It is the largest angle for blocks of two; larger
@@ -20,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
+from ..core.config import AdapterConfig, added, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.phases import Forms, Work
@@ -40,8 +41,12 @@ class AntiPaSTOConfig(AdapterConfig):
         basis: which singular vectors are rotated: those of the input ("V"), of the output ("U"), or
             "none".
         max_angle: bound on the angle, in radians below pi; None for no bound.
+        half_angles: halve lora_rot before use, as lora-lite does (A = (T - T^T) / 2 of its
+            triangle T): an optimizer's state that belongs to its angles goes on with these.
         select: which directions: "top" takes the largest singular values, "spread" those whose part
-            of the output varies most on the calibration data, by S_i std(v_i x).
+            of the output varies most on the calibration data, by S_i std(v_i x), "active" those
+            whose part is largest there, by S_i mean|v_i x| (Wanda's rule, Sun et al. 2023, arXiv
+            2306.11695; lora-lite's choice).
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
@@ -49,7 +54,8 @@ class AntiPaSTOConfig(AdapterConfig):
     block_size: int = 4
     basis: Literal["V", "U", "none"] = "V"
     max_angle: float | None = None
-    select: Literal["top", "spread"] = record("top")
+    half_angles: bool = added(False)
+    select: Literal["top", "spread", "active"] = record("top")
     dropout: float = 0.0
 
     def validate(self) -> None:
@@ -112,10 +118,19 @@ def init(
     assert stats is not None  # `needs_by` says so
     _calibrated.check_tokens(stats, 2, "AntiPaSTO")
     U, S, Vh = torch.linalg.svd(_calibrated.wide(weight), full_matrices=False)
-    second, mean = (_calibrated.wide(t).to(Vh.device) for t in (stats.second, stats.mean))
-    spread = ((Vh @ second) * Vh).sum(1) - (Vh @ mean).square()  # (k,) variance of v_i x
-    kept = (S * spread.clamp_min(0.0).sqrt()).topk(site.r).indices.sort().values
+    if cfg.select == "active":
+        size = _calibrated.wide(stats.activity).to(S.device)  # (k,) mean of |v_i x|
+    else:
+        second, mean = (_calibrated.wide(t).to(Vh.device) for t in (stats.second, stats.mean))
+        spread = ((Vh @ second) * Vh).sum(1) - (Vh @ mean).square()  # (k,) variance of v_i x
+        size = spread.clamp_min(0.0).sqrt()
+    kept = (S * size).topk(site.r).indices.sort().values
     return {"lora_U": U[:, kept], "lora_S": S[kept], "lora_Vh": Vh[kept]}
+
+
+def directions(cfg: AntiPaSTOConfig, site: Site, weight: Tensor) -> Tensor:
+    """All right singular vectors of W (k, d_in), for the choice by their activity."""
+    return torch.linalg.svd(_calibrated.wide(weight), full_matrices=False).Vh
 
 
 def _core(cfg: AntiPaSTOConfig, p: Params, dtype: torch.dtype) -> Tensor:
@@ -124,6 +139,8 @@ def _core(cfg: AntiPaSTOConfig, p: Params, dtype: torch.dtype) -> Tensor:
     if cfg.basis == "none":
         return shift
     A, b = p["lora_rot"].to(dtype), cfg.block_size
+    if cfg.half_angles:
+        A = A / 2.0
     if cfg.max_angle is not None:
         a = 2.0 * math.tan(cfg.max_angle / 2.0)
         A = a * torch.tanh(A / a)
@@ -169,6 +186,12 @@ def scale(cfg: AntiPaSTOConfig, p: Params, c: float | Tensor) -> dict[str, Tenso
     return {name: t * c if name in ("lora_delta_s", "lora_rot") else t for name, t in p.items()}
 
 
+_NEEDS = {
+    "top": {"weight"},
+    "spread": {"weight", "inputs"},
+    "active": {"weight", "inputs", "activity"},
+}
+
 VARIANT = Variant(
     name="antipasto",
     config=AntiPaSTOConfig,
@@ -180,7 +203,8 @@ VARIANT = Variant(
     weight=weight,
     dense=dense,
     scale=scale,
-    needs=frozenset({"weight", "inputs"}),
-    needs_by=lambda cfg: frozenset({"weight", "inputs"} if cfg.select == "spread" else {"weight"}),
+    directions=directions,
+    needs=frozenset({"weight", "inputs", "activity"}),
+    needs_by=lambda cfg: frozenset(_NEEDS[cfg.select]),
     sites=(*MATRICES, "embedding"),
 )

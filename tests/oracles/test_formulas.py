@@ -225,6 +225,7 @@ def _ssvd(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 @oracle(ll.AntiPaSTOConfig(r=8, block_size=4))
 @oracle(ll.AntiPaSTOConfig(r=8, block_size=4, basis="U"))
 @oracle(ll.AntiPaSTOConfig(r=6, block_size=2, max_angle=0.3), what="bounded")
+@oracle(ll.AntiPaSTOConfig(r=6, block_size=2, max_angle=0.3, half_angles=True), what="halved")
 @oracle(ll.AntiPaSTOConfig(r=7, basis="none"))
 @oracle(ll.AntiPaSTOConfig(r=15, block_size=5), d_in=24, d_out=16)
 def _antipasto(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
@@ -233,7 +234,7 @@ def _antipasto(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     U, S, Vh, n = p["lora_U"], p["lora_S"], p["lora_Vh"], cfg.block_size
     R = torch.eye(cfg.r, dtype=W.dtype)
     if cfg.basis != "none":
-        A = p["lora_rot"]
+        A = p["lora_rot"] / 2 if cfg.half_angles else p["lora_rot"]
         if cfg.max_angle:
             a = 2 * torch.tan(torch.tensor(cfg.max_angle / 2, dtype=W.dtype))
             A = a * torch.tanh(A / a)

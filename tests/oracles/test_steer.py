@@ -168,3 +168,24 @@ def test_antipasto_takes_the_directions_in_which_the_outputs_vary() -> None:
         ll.init(model, cfg)
     with pytest.raises(ll.ConfigError, match="takes no calibration data"):
         ll.init(model, ll.AntiPaSTOConfig(r=4), calibration_data=batches)
+
+
+def test_antipasto_takes_the_directions_that_are_most_active() -> None:
+    """S_i mean|v_i x|, as lora-lite chooses them; statistics of shards add up."""
+    scales = torch.linspace(3.0, 0.1, 16, dtype=torch.float64)
+    batches = [data(9, 4, seed=s) * scales + 1.0 for s in range(3)]
+    model, cfg = net(), ll.AntiPaSTOConfig(r=4, select="active")
+    params = ll.init(model, cfg, calibration_data=batches)
+    x = torch.cat([model.layers[0].norm(b).reshape(-1, 16) for b in batches]).detach()
+    _, S, Vh = torch.linalg.svd(model.layers[0].up.weight.detach(), full_matrices=False)
+    score = S * (x @ Vh.T).abs().mean(0)
+    best = sorted(sorted(range(16), key=lambda i: -float(score[i]))[:4])
+    close(params["layers.0.up"]["lora_S"].double(), S[best], 1e-6)
+    shards = ll.calibrate(model, cfg, batches[:1]) + ll.calibrate(model, cfg, batches[1:])
+    again = ll.init(model, cfg, calibration_data=shards)
+    assert torch.equal(again["layers.0.up"]["lora_S"], params["layers.0.up"]["lora_S"])
+    spread = ll.calibrate(model, ll.AntiPaSTOConfig(r=4, select="spread"), batches)
+    with pytest.raises(ll.ConfigError, match="expected a finite activity of its directions"):
+        ll.init(model, cfg, calibration_data=spread)
+    with pytest.raises(ll.StructureError, match="activity of directions in one of the two alone"):
+        shards + spread
