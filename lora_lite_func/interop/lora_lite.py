@@ -1,10 +1,13 @@
 """from_lora_lite: the .safetensors of lora-lite (github.com/wassname/lora-lite).
 
     keys      <path>.lora_<name>, the layers' own state
-    metadata  "cfg": the config as JSON, flat, with its `variant`;  "base_fp": {path: "shape|sum of squares"} of the base as it was left
+    metadata  "cfg": the config as JSON, flat, with its `variant`
+              "base_fp" (some versions): {path: "shape|sum of squares"} of the base as it was left
 
-Its PiSSA and AntiPaSTO take their start out of the base weight; here the base stays, and the start is subtracted, worked out anew from
-the weight (PiSSA) or read from the file (AntiPaSTO). The fingerprint tells whether the base is the one that was trained on.
+Its PiSSA and AntiPaSTO take their start out of the base weight. Here the base stays, and the start
+is subtracted: worked out anew from the weight (PiSSA) or read from the file (AntiPaSTO). What tells
+whether the base is the one that was trained on: the fingerprint, AntiPaSTO's singular triplets,
+DeLoRA's norms.
 """
 
 from __future__ import annotations
@@ -50,6 +53,12 @@ _SHARED = (
     "layers",
     "variant_kwargs",
 )
+_PICKLES = (".pt", ".pth", ".bin")
+_OLD = (
+    "old = torch.load(path, weights_only=True); safetensors.torch.save_file(old['state'], "
+    "'adapter.safetensors', {'cfg': json.dumps(old['cfg']), "
+    "'base_fp': json.dumps(old.get('base_fp', {}))}) makes one"
+)
 _CLOSE = 2e-3  # fingerprints are sums of squares of weights that may have been rounded to 16 bits
 Held = Mapping[str, Tensor]
 
@@ -78,13 +87,17 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
     Args:
         path: its .safetensors file.
         model: the base as it was before lora-lite touched it. LoRA, EVA, DeLoRA and AntiPaSTO can
-            do without; with it, the file's fingerprint of the base is compared.
+            do without; with it, what the file tells of the base is compared.
 
     Raises:
         CheckpointError: not such a file, another variant or field, missing or mis-shaped tensors, a
             path that the model hasn't, or another base.
     """
     where = os.fsdecode(path)
+    if where.endswith(_PICKLES):
+        raise CheckpointError(
+            f"{where}: expected .safetensors; earlier versions of lora-lite wrote .pt: {_OLD}"
+        )
     tensors, metadata = read_safetensors(path)
     if "cfg" not in metadata:
         raise CheckpointError(
@@ -201,6 +214,33 @@ def _dora(
     return {"lora_wnorm2": entry.weight("DoRA").square().sum(1)}
 
 
+def _delora(
+    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+) -> dict[str, Tensor]:
+    """Its column norms are the base's: they tell another one."""
+    _plain(entry, held, r, scale, expected)
+    norms = held.get("lora_wnorm")
+    if entry.module is not None and norms is not None:
+        _refuse_apart(entry, norms, entry.weight("DeLoRA").norm(dim=0), "norms of its columns")
+    return {}
+
+
+def _refuse_apart(entry: ModuleEntry, held: Tensor, own: Tensor, what: str) -> None:
+    """Refuse a base that isn't the one which a file's frozen tensor was made of.
+
+    Raises:
+        CheckpointError: they are further apart than rounding makes them.
+    """
+    if held.shape != own.shape:
+        return  # a misfit is refused where it is fitted
+    allowed = 1e-3 + 4.0 * torch.finfo(held.dtype).eps
+    if float((held.to(own) - own).abs().max()) > allowed * float(own.abs().max()):
+        raise CheckpointError(
+            f"{short_repr(entry.path)}: the file was made on another base (the {what} differ); "
+            f"give the base as it was before lora-lite touched it"
+        )
+
+
 def _pissa(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
@@ -227,7 +267,9 @@ def _pissa(
 def _antipasto(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Its angles are halved where ours aren't: A = (T - T^T) / 2 of the strict upper triangle T."""
+    """Its singular triplets are of the base: U_i^T W v_i = S_i. `half_angles` is how it uses T."""
+    if entry.module is not None:
+        _refuse_triplets(entry, held)
     if entry.module is not None and expected is not None:
         W = entry.weight("AntiPaSTO")
         start = (held["lora_U"] * held["lora_S"]).to(W) @ held["lora_Vh"].to(W)
@@ -236,15 +278,24 @@ def _antipasto(
                 f"{short_repr(entry.path)}: the file was made on another base (its fingerprint "
                 f"differs)"
             )
-    return {"lora_rot": held["lora_rot_T"] / 2} if "lora_rot_T" in held else {}
+    return {}
+
+
+def _refuse_triplets(entry: ModuleEntry, held: Held) -> None:
+    U, S, Vh = (held.get(f"lora_{name}") for name in ("U", "S", "Vh"))
+    W = entry.weight("AntiPaSTO")
+    if U is None or S is None or Vh is None or U.shape[:1] + Vh.shape[-1:] != W.shape:
+        return  # a misfit is refused where it is fitted
+    own = ((U.to(W).mT @ W) * Vh.to(W)).sum(1)
+    _refuse_apart(entry, own.to(S.dtype), S.to(W), "singular values")
 
 
 _WAYS: Mapping[str, _Way] = {
     "lora": _Way(LoRAConfig, {}, _plain),
     "eva": _Way(EVAConfig, {}, _plain),
-    "dora": _Way(DoRAConfig, {}, _dora, fixed={"detach_norm": False}),
+    "dora": _Way(DoRAConfig, {}, _dora, fixed={"detach_norm": True}),
     "pissa": _Way(PiSSAConfig, {}, _pissa),
-    "delora": _Way(DeLoRAConfig, {"lambda0": ""}, _plain, fixed={"init": "zero_B"}),
+    "delora": _Way(DeLoRAConfig, {"lambda0": ""}, _delora, fixed={"init": "zero_B"}),
     "ia3": _Way(IA3Config, {}, _plain),
     "ia3_ff": _Way(IA3FFConfig, {}, _plain),
     "hra": _Way(HRAConfig, {}, _plain),
@@ -254,6 +305,6 @@ _WAYS: Mapping[str, _Way] = {
         {"block_size": "block_size", "rotate_basis": "basis", "max_rotation_angle": "max_angle"},
         _antipasto,
         renamed={"lora_rot_T": "lora_rot"},
-        fixed={"max_angle": 0.5},
+        fixed={"max_angle": 0.5, "half_angles": True},
     ),
 }
