@@ -619,3 +619,40 @@ def test_a_tied_parameter_trained_whole_goes_to_peft_in_both_places(tmp_path: Pa
         tmp_path,
         IDS,
     )
+
+
+class Heads(nn.Module):
+    """Modules under the name that PEFT gives its first adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pair = {"default": nn.Linear(8, 8), "other": nn.Linear(8, 8)}
+        self.heads = nn.ModuleDict({name: nn.Sequential(layer) for name, layer in pair.items()})
+        self.default = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.heads["default"](x) + self.heads["other"](x)
+        return self.out(self.default(h))
+
+
+@pytest.mark.parametrize("targets", [r".*\.0|default", "default", r".*\.0"])
+def test_modules_called_default(targets: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Heads().eval(), torch.randn(3, 8)
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=targets)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(x)
+    raw = {k: t for k, t in theirs.state_dict().items() if "lora_" in k}
+    for source, how in (
+        (tmp_path / "theirs", {}),
+        (raw, {"config": tmp_path / "theirs" / "adapter_config.json"}),
+    ):
+        params = ll.from_peft(source, model, **how)
+        torch.testing.assert_close(ll.apply(model, params, x), expected)
+    ll.to_peft(params, model, tmp_path / "ours")
+    again = ll.from_peft(tmp_path / "ours", model)
+    torch.testing.assert_close(ll.apply(model, again, x), expected)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(loaded(x), expected)

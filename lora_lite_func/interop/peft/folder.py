@@ -19,6 +19,9 @@ __all__ = ["CONFIG", "FILES", "TENSORS", "split", "unpack"]
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 _PICKLES = (".bin", ".pt", ".pth")
+_NAMED = ".default"
+_WRAPPERS = (".modules_to_save", "trainable_tokens_delta")
+"""What PEFT puts its adapter's name behind, of no method's own."""
 _PREFIX, _SHARED = "base_model.model.", "base_model."
 
 
@@ -79,13 +82,27 @@ def _config(config: Any, where: str) -> ConfigReader:
     return ConfigReader(config, where)
 
 
+def _ending(key: str, endings: Iterable[str]) -> tuple[str, str | None]:
+    """(the key without an adapter's name, the method's suffix that it ends with)."""
+    front, _, last = key.rpartition(".")
+    for candidate in (key, key.removesuffix(_NAMED), f"{front.removesuffix(_NAMED)}.{last}"):
+        found = next((e for e in endings if candidate.endswith("." + e)), None)
+        if found is not None:
+            return candidate, found
+    for name in _WRAPPERS:
+        key = key.replace(f"{name}{_NAMED}.", f"{name}.")
+        key = key.removesuffix(_NAMED) if key.endswith(name + _NAMED) else key
+    return key, None
+
+
 def split(
     tensors: Mapping[str, Tensor], suffixes: Iterable[str], shared: Iterable[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
 
-    The longest suffix at a key's end counts, so a module may be called anything. An adapter's name
-    (`.default`) may still be in the keys of a state dict that was never saved.
+    The longest suffix at a key's end counts, so a module may be called anything. The name of PEFT's
+    own adapter (`default`) may still be in the keys of a state dict that was never saved: beside
+    the suffix, where no module's name can be.
 
     Raises:
         CheckpointError: two keys mean the same tensor.
@@ -96,12 +113,11 @@ def split(
     rest: dict[str, Tensor] = {}
     names = set(shared)
     for key, t in tensors.items():
-        bare = key.removesuffix(".default").replace(".default.", ".")
-        stripped = bare.removeprefix(_PREFIX)
-        if bare.removeprefix(_SHARED) in names:
-            common[bare.removeprefix(_SHARED)] = t
+        outer = key.removeprefix(_SHARED)
+        if outer.removesuffix(_NAMED) in names:
+            common[outer.removesuffix(_NAMED)] = t
             continue
-        ending = next((e for e in endings if stripped.endswith("." + e)), None)
+        stripped, ending = _ending(key.removeprefix(_PREFIX), endings)
         home, name = (
             (rest, stripped)
             if ending is None
