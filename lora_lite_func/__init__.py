@@ -25,7 +25,7 @@ from .api.init import init, targets
 from .api.merge import merge, merged
 from .api.per_sample import per_sample_grads
 from .api.report import Report
-from .core.adapter import Adapter
+from .core.adapter import ABSENT, Adapter, rebuild
 from .core.config import AdapterConfig
 from .core.errors import (
     CheckpointError,
@@ -35,11 +35,14 @@ from .core.errors import (
     TargetError,
     UnsupportedError,
 )
-from .core.method import Layer, ParamSpec, Variant, register
+from .core.layout import Layout, Stacked
+from .core.method import Layer, ParamSpec, Variant, register, variant_for
+from .core.pinning import pin
 from .core.site import Site
-from .core.statistics import Statistics
+from .core.statistics import Moments, SiteStatistics, Statistics
 from .injection.prompt import prompted
 from .io.checkpoint import load, save
+from .kernels.row_plan import RowPlan
 from .variants import (
     AdaLoRAConfig,
     AntiPaSTOConfig,
@@ -201,7 +204,32 @@ if not TYPE_CHECKING:  # a type checker has the imports above, and finds a missp
                 name=name,
                 obj=sys.modules[__name__],
             )
-        return getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
+        value = getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
+        pin((name,), {name: value}, __name__)
+        return value
+
+
+_PICKLED = {
+    "ABSENT": ABSENT,
+    "Layout": Layout,
+    "Moments": Moments,
+    "RowPlan": RowPlan,
+    "SiteStatistics": SiteStatistics,
+    "Stacked": Stacked,
+    "rebuild": rebuild,
+    "variant_for": variant_for,
+}
+"""What pickles of public values name beside public classes: found here whatever file it is in."""
+
+pin((name for name in __all__ if name not in _ON_USE), globals(), __name__)
+pin(_PICKLED, _PICKLED, __name__)
+pin(adalora.__all__, vars(adalora), f"{__name__}.adalora")
+sys.modules[f"{__name__}.adalora"] = adalora
+type(ABSENT).__module__ = __name__
+
+lookup = variant_for
+for _old in ("adapter", "layout", "spec"):  # where pickles of 0.1.0 look for what they name
+    sys.modules.setdefault(f"{__name__}.{_old}", sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

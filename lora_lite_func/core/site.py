@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -67,6 +67,12 @@ class Site:
         """What versions before 0.2.0 called `num_experts`."""
         return self.num_experts
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle's, also of 0.1.0, which had other names."""
+        known = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
+        known.setdefault("scale", known["scaling"])
+        self.__dict__.update({field.name: known[field.name] for field in fields(Site)})
+
     def scaled(self, scale: Tensor) -> Site:
         """The site with a scale that is data."""
         return self.having(scale=scale)
@@ -78,3 +84,6 @@ class Site:
         if "scaling" in fields:
             made.__dict__["scale"] = fields["scaling"]
         return made
+
+
+_OLD_NAMES = {"factor": "scaling", "stack": "num_experts", "twin": "scale_tensor"}
