@@ -6,7 +6,7 @@ import argparse
 
 from ..core.errors import printable
 from .health import health, health_lines
-from .opening import Answer, opened, parts_of
+from .opening import Answer, add_component, opened, parts_of
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -19,12 +19,13 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the verb takes."""
     parser.add_argument("model", help="the model's folder, with safetensors")
-    parser.add_argument("adapter", help="a file of ll.save, or a PEFT folder")
+    parser.add_argument("adapter", help="an adapter's file of any form, or a PEFT folder")
+    add_component(parser)
 
 
 def run(given: argparse.Namespace) -> Answer:
     """Fits, or an error says why not; a tensor with NaN or infinity is a fault too."""
-    params = opened(given.adapter, given.model)
+    params = opened(given.adapter, given.model, given.component)
     sites = [path for part in parts_of(params).values() for path in part]
     found = health(params)
     ok = not found["not_finite"]

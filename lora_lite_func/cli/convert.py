@@ -7,36 +7,46 @@ import os
 from pathlib import Path
 
 from ..core.errors import CheckpointError, LoraLiteError, printable
+from ..interop.diffusion import from_diffusion, to_diffusion
 from ..interop.open import form_of
 from ..interop.peft import to_peft
 from ..interop.peft.folder import FILES
 from ..io.checkpoint import Saved, load, save
 from ..io.model_folder import Shards, meta_model
-from .opening import Answer, opened, parts_of, whole_model
+from .opening import Answer, add_component, opened, parts_of, whole_model
 
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "an adapter in another form"
+_STYLES = ("diffusers", "kohya")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the verb takes."""
-    parser.add_argument("input", help="a file of ll.save, or a PEFT folder")
-    parser.add_argument("output", help="a file (ll) or a folder (peft)")
-    parser.add_argument("--to", choices=("peft", "ll"), required=True)
+    parser.add_argument("input", help="an adapter's file of any form, or a PEFT folder")
+    parser.add_argument("output", help="a file (ll, diffusers, kohya) or a folder (peft)")
+    parser.add_argument("--to", choices=("peft", "ll", *_STYLES), required=True)
     parser.add_argument("--model", metavar="FOLDER", help="the base: a folder with safetensors")
     parser.add_argument(
         "--as-lora", action="store_true", help="write VeRA as the LoRA that it amounts to"
     )
+    add_component(parser)
 
 
 def run(given: argparse.Namespace) -> Answer:
     """Read, written, and read again."""
     _check_output(given.input, given.output, given.to)
-    params = opened(given.input, given.model)
+    if given.to in _STYLES and None in (given.model, given.component):
+        lacks = "--model" if given.model is None else "--component"
+        raise CheckpointError(
+            f"convert --to {given.to}: names follow the component that the base is; give {lacks}"
+        )
+    params = opened(given.input, given.model, given.component)
     if given.to == "ll":
         save(params, given.output)
         load(given.output)
+    elif given.to in _STYLES:
+        _write_diffusion(params, given)
     else:
         _write_peft(params, given)
     data = {"input": given.input, "output": given.output, "to": given.to}
@@ -58,6 +68,13 @@ def _write_peft(params: Saved, given: argparse.Namespace) -> None:
         to_peft(params, base, given.output, as_lora=given.as_lora)
 
 
+def _write_diffusion(params: Saved, given: argparse.Namespace) -> None:
+    """Written for one component, and read again."""
+    base = meta_model(Shards(given.model))
+    to_diffusion(params, base, given.output, component=given.component, style=given.to)
+    from_diffusion(given.output, base, component=given.component)
+
+
 def _check_output(source: str, output: str, form: str) -> None:
     """Refuse to write onto what is read, or into a PEFT folder what PEFT doesn't read.
 
@@ -66,11 +83,12 @@ def _check_output(source: str, output: str, form: str) -> None:
     """
     read, target = _files(source), Path(os.fsdecode(output))
     try:
-        written = [target] if form == "ll" else [target / name for name in FILES]
+        alone = form != "peft"
+        written = [target] if alone else [target / name for name in FILES]
         for file in written:
             if any(file.exists() and other.exists() and file.samefile(other) for other in read):
                 raise CheckpointError(f"{file}: is of the input itself; choose another output")
-        if form == "ll" and target.is_file() and form_of(target) == "peft":
+        if alone and target.is_file() and form_of(target) == "peft":
             raise CheckpointError(
                 f"{target}: belongs to a PEFT folder, which this would break; choose another output"
             )

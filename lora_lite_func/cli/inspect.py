@@ -15,7 +15,7 @@ from ..interop.assembly import ModelNeededError
 from ..interop.open import form_of
 from ..interop.peft.folder import unpack
 from .health import health, health_lines, update_norm
-from .opening import Answer, opened
+from .opening import Answer, add_component, opened
 
 __all__ = ["HELP", "add_arguments", "inspected", "run"]
 
@@ -24,18 +24,19 @@ HELP = "what an adapter is: method, config, sites, numbers of parameters, norms 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the verb takes."""
-    parser.add_argument("file", help="a file of ll.save, or a PEFT folder")
+    parser.add_argument("file", help="an adapter's file of any form, or a PEFT folder")
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the base, for PEFT methods whose files don't say both sides of a layer",
+        help="the base, for files that don't say both sides of a layer, or which layers they mean",
     )
+    add_component(parser)
 
 
 def run(given: argparse.Namespace) -> Answer:
     """The adapter; of a PEFT folder that means nothing without its base, what is in it."""
     try:
-        data = inspected(opened(given.file, given.model))
+        data = inspected(opened(given.file, given.model, given.component))
     except ModelNeededError as error:
         if given.model is not None or form_of(given.file) != "peft":
             raise

@@ -12,7 +12,7 @@ from ..io.model_folder import Shards, meta_model
 from .merge_folders import check_finite, check_out
 from .merge_shards import bar, jobs_of, write_shards
 from .merge_whole import write_whole
-from .opening import Answer
+from .opening import Answer, add_component
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -25,8 +25,9 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the verb takes."""
     parser.add_argument("base", help="the model's folder, with safetensors")
-    parser.add_argument("adapter", help="a file of ll.save, or a PEFT folder")
+    parser.add_argument("adapter", help="an adapter's file of any form, or a PEFT folder")
     parser.add_argument("output", help="a new or empty folder")
+    add_component(parser)
     parser.add_argument(
         "--force",
         action="store_true",
@@ -39,7 +40,9 @@ def run(given: argparse.Namespace) -> Answer:
     shards, target = Shards(given.base), Path(os.fsdecode(given.output))
     check_out(shards.folder, target, given.force)
     try:
-        params = open_adapter(given.adapter, lambda **how: meta_model(shards, **how))
+        params = open_adapter(
+            given.adapter, lambda **how: meta_model(shards, **how), component=given.component
+        )
         jobs = jobs_of(shards, params)
     except LoraLiteError as error:
         names = write_whole(shards, given.adapter, target, force=given.force, why=error)

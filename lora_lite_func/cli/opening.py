@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,21 +15,29 @@ from ..interop.peft.folder import unpack
 from ..io.checkpoint import Saved, load
 from ..io.model_folder import Shards, meta_model
 
-__all__ = ["Answer", "opened", "parts_of", "whole_model"]
+__all__ = ["Answer", "add_component", "opened", "parts_of", "whole_model"]
 
 Answer = tuple[str, Any, int]
 """What a verb gives: (text, JSON, exit code)."""
 
 
-def opened(path: str, model: str | None) -> Saved:
+def add_component(parser: argparse.ArgumentParser) -> None:
+    """The option that says which component of a diffusion pipeline is meant."""
+    parser.add_argument(
+        "--component",
+        help="of a diffusion model's file: whose keys are read (unet, transformer, text_encoder)",
+    )
+
+
+def opened(path: str, model: str | None, component: str | None = None) -> Saved:
     """The adapter in a file or folder, checked against a base's folder if one is given."""
     if model is None:
         return open_adapter(path)
     shards = Shards(model)
     try:
-        return open_adapter(path, lambda **how: meta_model(shards, **how))
+        return open_adapter(path, lambda **how: meta_model(shards, **how), component=component)
     except LoraLiteError as error:
-        return open_adapter(path, whole_model(shards, path, error))
+        return open_adapter(path, whole_model(shards, path, error), component=component)
 
 
 def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
@@ -43,9 +52,10 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
         LoraLiteError: `why`, where transformers knows no such model, isn't installed, or can't load
             it; or the adapter can't be read.
     """
-    if form_of(adapter) == "peft":
+    form = form_of(adapter)
+    if form == "peft":
         unpack(adapter, None)
-    else:
+    elif form == "ll":
         load(adapter)
     says = shards.config()
     named = says.get("architectures")

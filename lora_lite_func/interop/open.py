@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.errors import CheckpointError
-from ..io.checkpoint import Saved, load
+from ..io.checkpoint import OWN, Saved, load
+from .assembly import ModelNeededError
+from .diffusion import from_diffusion
+from .diffusion.keys import split_role
+from .lora_lite import from_lora_lite
 from .peft import from_peft
 from .peft.folder import CONFIG, unpack
 
@@ -19,7 +24,8 @@ __all__ = ["form_of", "open_adapter"]
 
 
 def form_of(path: str | os.PathLike[str]) -> str:
-    """Which form a file or folder has: "peft" where an adapter_config.json is, else "ll".
+    """Which form a file or folder has: "peft" where an adapter_config.json is, "lora_lite" or
+    "diffusion" by what a safetensors file's header says, else "ll".
 
     Raises:
         CheckpointError: not a path.
@@ -34,13 +40,33 @@ def form_of(path: str | os.PathLike[str]) -> str:
                 f"{here}: a folder without {CONFIG}, so no PEFT adapter; an adapter's file of "
                 f"this library is named itself"
             )
-        return "ll"
+        return _form_of_file(here)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{here}: {error}") from None
 
 
+def _form_of_file(path: Path) -> str:
+    if path.suffix == ".bin":
+        return "diffusion"
+    if not path.is_file():
+        return "ll"
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata, keys = file.metadata() or {}, list(file.keys())
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return "ll"  # reading it says what is wrong
+    if OWN in metadata:
+        return "ll"
+    if "cfg" in metadata:
+        return "lora_lite"
+    return "diffusion" if any(split_role(key) is not None for key in keys) else "ll"
+
+
 def open_adapter(
-    path: str | os.PathLike[str], model: nn.Module | Callable[..., nn.Module] | None = None
+    path: str | os.PathLike[str],
+    model: nn.Module | Callable[..., nn.Module] | None = None,
+    *,
+    component: str | None = None,
 ) -> Saved:
     """The adapter in a file or folder.
 
@@ -48,11 +74,15 @@ def open_adapter(
         path: of it.
         model: the base, or what makes a skeleton of it, given what the adapter's form says:
             `transposed`, `embeddings`.
+        component: of a diffusion model's file, whose keys are read.
 
     Raises:
         CheckpointError: it can't be read, or doesn't fit.
     """
-    if form_of(path) == "peft":
+    form = form_of(path)
+    if form in ("lora_lite", "diffusion"):
+        return _of_others(path, form, _base(model), component)
+    if form == "peft":
         if callable(model) and not isinstance(model, nn.Module):
             reader, tensors = unpack(path, None)
             tables = _tables(tensors)
@@ -75,6 +105,25 @@ def open_adapter(
         path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards)
     )  # refuses a misfit
     return saved
+
+
+def _base(model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module | None:
+    if model is None or isinstance(model, nn.Module):
+        return model
+    return model()
+
+
+def _of_others(
+    path: str | os.PathLike[str], form: str, model: nn.Module | None, component: str | None
+) -> Saved:
+    if form == "lora_lite":
+        return from_lora_lite(path, model)
+    if model is None:
+        raise ModelNeededError(
+            f"{os.fsdecode(path)}: the names in a diffusion model's file are found in the model; "
+            f"give the base model too"
+        )
+    return from_diffusion(path, model, component=component)
 
 
 def _typed(found: Any) -> Saved:

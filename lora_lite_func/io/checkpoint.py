@@ -32,9 +32,10 @@ from .files import check_regular, parse_json
 from .manifest import Piece, contents, describe_all, described_all, joined
 from .writing import write_safetensors
 
-__all__ = ["Saved", "load", "save"]
+__all__ = ["OWN", "Saved", "load", "save"]
 
-_KEY = "lora_lite_func"
+OWN = "lora_lite_func"
+"""The metadata entry of our own files."""
 
 Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 """What a file may hold."""
@@ -60,7 +61,7 @@ def save(params: Saved, path: str | os.PathLike[str]) -> None:
     says = describe_all(params, pieces)
     if same:
         says["same"] = same
-    write_safetensors(tensors, path, {_KEY: json.dumps(says, separators=(",", ":"))}, "save")
+    write_safetensors(tensors, path, {OWN: json.dumps(says, separators=(",", ":"))}, "save")
 
 
 def load(
@@ -93,16 +94,14 @@ def load(
     check_regular(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            says = (file.metadata() or {}).get(_KEY)
+            says = (file.metadata() or {}).get(OWN)
             try:
                 if says is None:
                     raise CheckpointError(
-                        f"no {_KEY!r} entry in its metadata, so it isn't an adapter that ll.save "
+                        f"no {OWN!r} entry in its metadata, so it isn't an adapter that ll.save "
                         f"wrote"
                     )
-                return _read(
-                    file, parse_json(says, f"its {_KEY!r} metadata"), model, member, device
-                )
+                return _read(file, parse_json(says, f"its {OWN!r} metadata"), model, member, device)
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: {error}") from None
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
