@@ -69,14 +69,15 @@ class FrozenLayer:
 
     @property
     def is_changed(self) -> bool:
-        return self.count > 0
+        return self.count > 0 or bool(self.module._ll.rebased)
 
     def current_weight(self) -> Tensor:
         weight, site = getattr(self.module, "weight", None), self.attachments[0].site
         inside = self.attachments[: self.count]
         mergeable = all(a.variant.weight is not None and a.row_plan is None for a in inside)
         if isinstance(weight, Tensor) and is_dense(weight, site.d_in * site.d_out) and mergeable:
-            return matrix(merge_site(self.module, inside, weight, None)[0], site)
+            whole = merge_site(self.module, inside, weight, None)[0] if inside else weight
+            return matrix(whole, site)
         first = next(iter(self.p.values()))
         unit = torch.eye(site.d_in, dtype=compute_dtype(self.module), device=first.device)
         return self.linear(unit).mT

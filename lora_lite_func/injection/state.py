@@ -52,6 +52,7 @@ class SiteState:
         step: the shortest way through the call, chosen when the site is made; None: by phases.
         own_forward: the `forward` that the instance carried (accelerate's, a user's), which is the
             layer's call here.
+        rebased: the call has another weight than the base's own.
         running: how many of the site's own calls torch.compile is tracing.
     """
 
@@ -61,6 +62,7 @@ class SiteState:
     inner: tuple[str, ...] = ()
     step: Step | None = None
     own_forward: Callable[..., Any] | None = None
+    rebased: bool = False
     running: int = 0
 
 

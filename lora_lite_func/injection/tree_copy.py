@@ -284,6 +284,8 @@ class Constants:
                 if found is not None:
                     held[name] = found
                     given.add(name)
+        if "weight" in given and "_ll" in copy.__dict__:
+            copy.__dict__["_ll"].rebased = True
         return given
 
 

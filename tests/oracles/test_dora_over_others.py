@@ -72,3 +72,21 @@ def test_starts_on_top_of_starts_are_the_identity(dtype: torch.dtype) -> None:
     both = ll.init(model, ll.LoRAConfig(r=2)), ll.init(model, ll.DoRAConfig(r=2))
     assert torch.equal(ll.apply(model, both, x), model(x))
     assert torch.equal(ll.merged(model, both)(x), model(x))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_its_norms_are_those_of_the_weight_that_the_call_is_given(detach: bool) -> None:
+    model, other, x = layer(), layer(seed=5), features(4)
+    dora = moved(ll.init(model, ll.DoRAConfig(r=3, detach_norm=detach)), size=0.7)
+    base = dict(other.named_parameters())
+    W, b = base["0.weight"], base["0.bias"]
+    expected = formula(W, b, dora["0"], dora.sites["0"].scaling, x)
+    close(ll.functional_call(model, dora, x, base=base), expected, 1e-12)
+    close(ll.functional_call(model, dora, x, base={"0.weight": W, "0.bias": b}), expected, 1e-12)
+    if not detach:
+        wanted = torch.autograd.grad(expected.square().sum(), W)
+        y = ll.functional_call(model, dora, x, base=base)
+        close(torch.autograd.grad(y.square().sum(), W), wanted, 1e-9)
+    same = dict(model.named_parameters())
+    start = ll.init(model, ll.DoRAConfig(r=3))
+    assert torch.equal(ll.functional_call(model, start, x, base=same), model(x))
