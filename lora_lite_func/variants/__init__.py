@@ -1,4 +1,7 @@
-"""The table of methods, one file each. A new one is a file here and a row below; outsiders call `ll.register`."""
+"""The table of methods, one file each.
+
+A new method is a file here and a row below; a user's own is registered by `ll.register`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts from what a layer saw: directions of its inputs, the weight as its inputs weigh it. Tensors in, tensors out."""
+"""Starts from what a layer saw: directions of its inputs, and its weight as they weigh it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""AdaLoRA: a low-rank update in the form of a singular value decomposition, whose values can be pruned during training.
+"""AdaLoRA: a low-rank update as a singular value decomposition whose values can be pruned.
 
-    y' = y + s ((x Q^T) * lam) P^T      Q lora_A (r, d_in), lam lora_E (r,), P lora_B (d_out, r), s = alpha / r
+    y' = y + s ((x Q^T) * lam) P^T      s = alpha / r
+    Q lora_A (r, d_in), lam lora_E (r,), P lora_B (d_out, r)
 
-Paper: Zhang et al. 2023, arXiv 2303.10512. P and Q are kept near orthonormal by a penalty in the loss, not by their form.
-Identity at the start: lam = 0. Needs only x and y. (PEFT divides by r + 1e-5.)
+Paper: Zhang et al. 2023, arXiv 2303.10512. A penalty in the loss keeps P and Q near orthonormal;
+their form doesn't. (PEFT divides by r + 1e-5.)
+Identity at the start: lam = 0. Needs only x and y.
 """
 
 from __future__ import annotations

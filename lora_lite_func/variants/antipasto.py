@@ -1,14 +1,20 @@
-"""AntiPaSTO: the top singular values are shifted and their vectors rotated in small blocks; made for steering both ways.
+"""AntiPaSTO: the top singular values are shifted, their vectors rotated in small blocks.
 
-    W' = W + U [ (S + d) R - S ] V^T        U (d_out, r), S (r,), V^T lora_Vh (r, d_in) frozen;  d (r,), R of blocks (b, b)
-    R_i = (I - X)^-1 (I + X),  X = A / 2,  A skew;      basis "U":  U [ R^T (S + d) - S ] V^T;      "none":  R = I
-    y' = y + [ M (x V) ] U^T,   M = (S + d)(R - I) + d,  or  (R - I)^T (S + d) + d
+    W' = W + U [ (S + d) R - S ] V^T
+    U (d_out, r), S (r,), V^T lora_Vh (r, d_in) frozen;  d (r,), R of blocks (b, b)
+    R_i = (I - X)^-1 (I + X),  X = A / 2,  A skew
+    y' = y + [ M (x V) ] U^T,   M = (S + d)(R - I) + d
+    basis "U":  W' = W + U [ R^T (S + d) - S ] V^T,   M = (R - I)^T (S + d) + d
+    basis "none":  R = I
     lora_rot holds the entries of A above its diagonal, or twice them (`half_angles`)
 
-Paper: Clark 2026, arXiv 2601.07473. The runtime coefficient c of `ll.scale` goes in as S + c d and c A, so R(-c) is the inverse of R(c).
-`max_angle` bounds A entry by entry: A <- a tanh(A / a), a = 2 tan(max_angle / 2). It is the largest angle for blocks of two; larger
-blocks turn further (twice as far for four). c is applied before the bound, which it can't exceed.
-Identity at the start: d = 0 and A = 0, exactly. Needs W once, for the decomposition. alpha has no part in this method.
+Paper: Clark 2026, arXiv 2601.07473. It is made for steering both ways: a strength c of `ll.scale`
+enters as S + c d and c A, so R(-c) is the inverse of R(c).
+`max_angle` bounds A entry by entry: A <- a tanh(A / a), a = 2 tan(max_angle / 2). It is the largest
+angle for blocks of two; larger blocks turn further (twice as far for four). c is applied before the
+bound, so no strength exceeds it.
+Identity at the start: d = 0 and A = 0, exactly. Needs W once, for the decomposition. alpha has no
+part in this method.
 """
 
 from __future__ import annotations

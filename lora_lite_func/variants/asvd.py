@@ -1,12 +1,16 @@
-"""ASVD: start from the principal part of the weight as the data sees it, subtracted rather than taken out of W.
+"""ASVD: train the principal part of the weight as the data sees it; its start is subtracted.
 
-    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      s = alpha / r
+    A, A0 (r, d_in); B, B0 (d_out, r)
     W M = U S V^T:   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r^T M^-1
-    "magnitude":  M = diag(mean |x_j|)^power + 1e-6 I           "root":  M M^T = mean x^T x
+    "magnitude":  M = diag(mean |x_j|)^power + 1e-6 I
+    "root":       M M^T = mean x^T x
 
-Paper: Yuan et al. 2023, arXiv 2312.05821, which compresses W so; starting an adapter from it is this library's transfer.
-"root" is the rank r part of W with the least squared error of the layer's output on the data (SVD-LLM: Wang et al. 2024).
-Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W and statistics of the inputs, once.
+Paper: Yuan et al. 2023, arXiv 2312.05821, which compresses W this way; to start an adapter from it
+is this library's transfer. "root" is the rank r part of W with the least squared error of the
+layer's output on the data (SVD-LLM: Wang et al. 2024).
+Identity at the start: A = A0 and B = B0, so both brackets are exactly zero in every dtype.
+Needs W and statistics of the inputs, once.
 """
 
 from __future__ import annotations

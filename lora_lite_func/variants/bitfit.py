@@ -2,7 +2,8 @@
 
     y' = y + b~       b~ lora_b (d_out,)
 
-Paper: Ben Zaken, Goldberg and Ravfogel 2021, arXiv 2106.10199 (there existing biases alone; a layer without one gets one on merging).
+Paper: Ben Zaken, Goldberg and Ravfogel 2021, arXiv 2106.10199, which trains existing biases alone;
+here a layer without one gets one on merging.
 Identity at the start: b~ = 0. Needs only y. r and alpha have no part in this method.
 """
 

@@ -1,11 +1,14 @@
-"""BOFT: the input goes through a product of sparse rotations, each mixing blocks further apart, and each output has a scale.
+"""BOFT: the input goes through a product of sparse rotations, and each output has a scale.
 
-    y' = s * (W (x R)) + b,  W' = diag(s) W R^T,  R = M_{m-1} ... M_0,  M_i = P_i diag(R_i1 ... R_in) P_i^T
-    P_i: in each run of b 2^i features, the even half-blocks first, then the odd ones (P_0 is the identity)
+    y' = s * (W (x R)) + b,   W' = diag(s) W R^T,   R = M_{m-1} ... M_0
+    M_i = P_i diag(R_i1 ... R_in) P_i^T,   R_ij = (I + Q)(I - Q)^-1 as in OFT
+    P_i: in each run of b 2^i features, the even half-blocks first, then the odd ones; P_0 = I
 
-Paper: Liu et al. 2023, arXiv 2311.06243. The permutations are reshapes here; the released code multiplies by dense ones.
-R_ij = (I + Q)(I - Q)^-1 as in OFT (the released code and PEFT have the inverse: negate q).
-Identity at the start: Q = 0 and s = 1, exactly. Needs only x and y. r and alpha have no part in this method.
+Each factor mixes blocks further apart than the one before.
+Paper: Liu et al. 2023, arXiv 2311.06243. The permutations are reshapes here; the released code
+multiplies by dense ones. (It and PEFT have the inverse of R_ij: negate q.)
+Identity at the start: Q = 0 and s = 1, exactly. Needs only x and y. r and alpha have no part in
+this method.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """C3A: the update is a grid of circulant matrices, so it is applied by short Fourier transforms.
 
-    y_i' = y_i + (1 / d_in) sum_j C(w_ij) x_j,   C(w)[p, q] = w[(q - p) mod b]       w (d_out / b, d_in / b, b)
-    C(w) x = irfft( rfft(x) conj(rfft(w)) )
+    y_i' = y_i + (1 / d_in) sum_j C(w_ij) x_j        w (d_out / b, d_in / b, b)
+    C(w)[p, q] = w[(q - p) mod b],   C(w) x = irfft( rfft(x) conj(rfft(w)) )
 
-Paper: Chen et al. 2024, arXiv 2407.19342; the factor 1 / d_in is that of PEFT. (The backward that the paper and PEFT write by hand gives
-a wrong gradient for x: it takes C(w)^T for C(w). Here autograd differentiates the transforms.)
-Identity at the start: w = 0 (PEFT draws it). Needs only x and y. r and alpha have no part in this method.
+Paper: Chen et al. 2024, arXiv 2407.19342; the factor 1 / d_in is PEFT's. (The backward pass that
+the paper and PEFT write by hand gives a wrong gradient for x: it takes C(w)^T for C(w). Here
+autograd differentiates the transforms.)
+Identity at the start: w = 0 (PEFT draws it). Needs only x and y. r and alpha have no part in this
+method.
 """
 
 from __future__ import annotations

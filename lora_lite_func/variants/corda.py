@@ -1,11 +1,15 @@
-"""CorDA: start from the singular directions of the weight as the inputs' covariance weighs it, subtracted rather than taken out of W.
+"""CorDA: train singular directions of the covariance-weighted W; its start is subtracted.
 
-    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
-    C = mean x^T x + damp mean(diag) I;   W C = U S V^T:   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r^T C^-1
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      s = alpha / r
+    A, A0 (r, d_in); B, B0 (d_out, r)
+    C = mean x^T x + damp mean(diag) I
+    W C = U S V^T:   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r^T C^-1
 
 Paper: Yang et al. 2024, arXiv 2406.05223 (there W is rewritten; here it is left as it is).
-"ipm" trains the top r (adapts to what the data is about), "kpm" the bottom r (keeps what the data is about as it is).
-Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W and the second moment of the inputs, once.
+"ipm" trains the top r directions, which adapts to what the data is about; "kpm" trains the bottom
+r, which keeps that as it is.
+Identity at the start: A = A0 and B = B0, so both brackets are exactly zero in every dtype.
+Needs W and the second moment of the inputs, once.
 """
 
 from __future__ import annotations

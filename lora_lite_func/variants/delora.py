@@ -1,11 +1,14 @@
 """DeLoRA: a low-rank update whose directions are normalised and whose strength is learned apart.
 
-    y' = y + [ (lam/r) B Xi A  -  (lam0/r) B0 Xi0 A0 ] (w * x)        Xi = diag 1 / (|a_i| |b_i|), w_j = |W[:, j]|
-    A (r, d_in) rows a_i, B (d_out, r) columns b_i, lam () strength, w (d_in,) column norms of the frozen weight
+    y' = y + [ (lam/r) B Xi A  -  (lam0/r) B0 Xi0 A0 ] (w * x)
+    Xi = diag 1 / (|a_i| |b_i|),   w_j = |W[:, j]|
+    A (r, d_in) rows a_i, B (d_out, r) columns b_i, lam () strength, w (d_in,) frozen
 
-Paper: Bini, Girrbach and Akata 2025, arXiv 2503.18225. The subtracted start is the paper's; `init="zero_B"` drops the second term and
-starts from B = 0, as PEFT does: exact too, but its first optimizer step moves the weight by about lam / sqrt(r d_in).
-Identity at the start: the two terms are equal and the difference form makes it exact. Needs |W[:, j]| once.
+Paper: Bini, Girrbach and Akata 2025, arXiv 2503.18225. The paper subtracts the start, as
+`init="subtract"` does. `init="zero_B"` drops the second term and starts from B = 0, as PEFT does:
+exact too, but its first optimizer step moves the weight by about lam / sqrt(r d_in).
+Identity at the start: the two terms are equal, and the difference form makes it exact. Needs
+|W[:, j]| once.
 """
 
 from __future__ import annotations

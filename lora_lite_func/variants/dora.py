@@ -1,13 +1,19 @@
 """DoRA: the direction of each weight row gets a low-rank update, its magnitude is learned apart.
 
-    y' = (m / n) * (y - b + s (x A^T) B^T) + b         V = W + s B A,  n_i = |V_i| (row norms),  m (d_out,)
+    y' = (m / n) * (y - b + s (x A^T) B^T) + b        m (d_out,)
+    V = W + s B A,   n_i = |V_i| (row norms)
 
-Paper: Liu et al. 2024, arXiv 2402.09353. The norm n is a constant for the gradient (section 4.3), unless `detach_norm=False`.
-Row norms without a d_out x d_in temporary:  n_i^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T,
-where W A^T is r rows through the frozen layer, so a quantised layer serves as it is. Over other adapters W is the weight with those in;
-its |W_i|^2 are then found anew in each call.
-Identity at the start: B = 0 and m = |W_i|, so m / n is exactly 1. Needs |W_i| once, then only the layer's call.
-With dropout only the low-rank branch sees the dropped x (PEFT recomputes the whole product to drop the other term too).
+Paper: Liu et al. 2024, arXiv 2402.09353. The norm n is a constant for the gradient (section 4.3),
+unless `detach_norm=False`. Its square comes without a d_out x d_in temporary:
+
+    n_i^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T
+
+W A^T is r rows through the frozen layer, so a quantised layer serves as it is; |W_i|^2 is kept from
+the start. Over other adapters, or with another base weight in the call, W is that weight, and
+|W_i|^2 is found anew in each call. (A base that was merged into since the start is not noticed.)
+Identity at the start: B = 0 and m = |W_i|, so m / n is exactly 1. Needs |W_i| once.
+With dropout only the low-rank branch sees the dropped x. (PEFT recomputes the whole product to drop
+the other term too.)
 """
 
 from __future__ import annotations

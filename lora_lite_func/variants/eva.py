@@ -1,11 +1,15 @@
 """EVA: LoRA whose A starts at the directions in which the layer's inputs vary most.
 
-    y' = y + s (x A^T) B^T        A (r, d_in), B (d_out, r), s = alpha / r   (rsLoRA: alpha / sqrt(r))
-    X = U S V^T, the calibration inputs:   A = V_r^T   (whiten: each row over the root of its mean square, so that x A^T has unit size)
+    y' = y + s (x A^T) B^T        s = alpha / r   (rsLoRA: alpha / sqrt(r))
+    A (r, d_in), B (d_out, r)
+    X = U S V^T, the calibration inputs:   A = V_r^T
+    whiten: each row over the root of its mean square, so that x A^T has unit size
 
-Paper: Paischer et al. 2024, arXiv 2410.07170. With rho > 1 the ranks are shared out anew: of all sites' directions, at most rho r each,
-those that explain the largest part of their own inputs' variance are kept, as many in all as before, each at the strength it would have
-had; a site without any is left alone. The config of the result records it, in rank_pattern, alpha_pattern and exclude_names.
+Paper: Paischer et al. 2024, arXiv 2410.07170. With rho > 1 the ranks are shared out anew. Of all
+sites' directions, at most rho r each, those are kept that explain the largest part of their own
+inputs' variance: as many in all as before, each at the strength that it would have had. A site
+without any is left alone. The config of the result records it, in rank_pattern, alpha_pattern and
+exclude_names.
 Identity at the start: B = 0. Needs the second moment of the inputs, once.
 """
 

@@ -1,11 +1,14 @@
-"""FourierFT: the update is the inverse 2-D Fourier transform of a few learned coefficients at fixed random frequencies.
+"""FourierFT: the update is the inverse 2-D Fourier transform of a few learned coefficients.
 
-    W' = W + alpha Re ifft2(F),   F zero but for F[j_k, l_k] = c_k        c (n,), frequencies (2, n)
+    W' = W + alpha Re ifft2(F),   F zero but for F[j_k, l_k] = c_k
+    c (n,) learned, frequencies (2, n) fixed and random
     y' = y + alpha Re ifft_{d_out}( sum_k c_k e_{j_k} ifft_{d_in}(x)[l_k] )
 
-Paper: Gao et al. 2024, arXiv 2405.03003. x is real and so is the result, hence half spectra do: a frequency above the middle is the
-conjugate of its mirror image, in both dimensions. W' itself is never built.
-Identity at the start: c = 0 (the paper and PEFT draw it). Needs only x and y. r has no part in this method.
+Paper: Gao et al. 2024, arXiv 2405.03003. x is real and so is the result, hence half spectra do: a
+frequency above the middle is the conjugate of its mirror image, in both dimensions. The phases
+never build W'.
+Identity at the start: c = 0 (the paper and PEFT draw it). Needs only x and y. r has no part in this
+method.
 """
 
 from __future__ import annotations

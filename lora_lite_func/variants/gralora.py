@@ -1,9 +1,10 @@
-"""GraLoRA: the weight is cut into a k x k grid, each part with a LoRA of rank r / k; as many parameters as one LoRA of rank r.
+"""GraLoRA: the weight is cut into a k x k grid, each part with a LoRA of rank r / k.
 
-    W'_jn = W_jn + s B_j[:, n] A_n[j]        A (k, r, d_in / k), B (k, d_out / k, r), [n] the n-th of k groups of the r directions
-    with hybrid_r > 0 also  + s B~ A~,  A~ (hybrid_r, d_in), B~ (d_out, hybrid_r);       s = alpha / (r + hybrid_r)
+    W'_jn = W_jn + s B_j[:, n] A_n[j]        s = alpha / (r + hybrid_r)
+    A (k, r, d_in / k), B (k, d_out / k, r), [n] the n-th of k groups of the r directions
+    hybrid_r > 0 adds  s B~ A~,  A~ (hybrid_r, d_in), B~ (d_out, hybrid_r)
 
-Paper: Jung et al. 2025, arXiv 2505.20355.
+It has as many parameters as one LoRA of rank r. Paper: Jung et al. 2025, arXiv 2505.20355.
 Identity at the start: B = 0 (and B~ = 0). Needs only x and y.
 """
 

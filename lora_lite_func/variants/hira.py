@@ -1,8 +1,9 @@
-"""HiRA: the weight is multiplied, entry by entry, by one plus a low-rank matrix, so the update's rank isn't bounded by r.
+"""HiRA: the weight is multiplied, entry by entry, by one plus a low-rank matrix.
 
     W' = W + s W * (B A)      A (r, d_in), B (d_out, r), s = alpha / r
 
-Paper: Huang et al. 2025, HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models, ICLR 2025 (there s = 1).
+So r doesn't bound the update's rank. Paper: Huang et al. 2025, HiRA: Parameter-Efficient Hadamard
+High-Rank Adaptation for Large Language Models, ICLR 2025 (there s = 1).
 Identity at the start: B = 0. Multiplies the dense weight in every call: not for quantised layers.
 """
 

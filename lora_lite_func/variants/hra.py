@@ -1,11 +1,15 @@
 """HRA: the layer's input goes through a chain of r Householder reflections.
 
-    W' = W R,  R = H_0 H_1 ... H_{r-1},  H_i = I - 2 u_i u_i^T / |u_i|^2        U (r, d_in), rows u_i
-    compact WY:  R = I - U^T T U,  T^-1 = striu(U U^T) + 1/2 diag(|u_i|^2)      x' = x - ((x U^T) T^T) U
+    W' = W R,   R = H_0 H_1 ... H_{r-1},   H_i = I - 2 u_i u_i^T / |u_i|^2
+    U (r, d_in), rows u_i
+    compact WY:  R = I - U^T T U,   T^-1 = striu(U U^T) + 1/2 diag(|u_i|^2)
+    x' = x - ((x U^T) T^T) U
 
-Paper: Yuan, Liu and Xu 2024, arXiv 2405.17484 (WY: Schreiber and Van Loan 1989; Joffrain et al. 2006 for this T).
-Identity at the start: rows in equal pairs cancel (to rounding: 1e-7 in float32), hence r is even. Needs only x.
-Rows start with unit norm; the map doesn't depend on their length, an optimizer's angular step does.
+Paper: Yuan, Liu and Xu 2024, arXiv 2405.17484. (WY: Schreiber and Van Loan 1989; this T: Joffrain
+et al. 2006.)
+Identity at the start: rows in equal pairs cancel (to rounding: 1e-7 in float32), hence r is even.
+Needs only x. Rows start with unit norm: the map doesn't depend on their length, but the angle of an
+optimizer's step does. alpha has no part in this method.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     ia3:     y' = g * y           g (d_out,);  also scales the bias
     ia3_ff:  y' = W (g * x) + b   g (d_in,)
 
-Paper: Liu et al. 2022, arXiv 2205.05638 (gates on keys and values, and on the input of the second feed-forward layer).
+Paper: Liu et al. 2022, arXiv 2205.05638 (gates on keys and values, and on the input of the second
+feed-forward layer).
 Identity at the start: g = 1. Needs only x and y. r and alpha have no part in this method.
 """
 

@@ -2,8 +2,9 @@
 
     w' = w + dw,   b' = b + db        dw lora_ln_w (n,), db lora_ln_b (n,)
 
-Paper: Zhao et al. 2023, Tuning LayerNorm in Attention, arXiv 2312.11420. Training the change gives w's own gradients, and leaves the base's
-gain where it is. Of norms that multiply by 1 + w it is the same. An RMSNorm has no bias, so none is trained.
+Paper: Zhao et al. 2023, Tuning LayerNorm in Attention, arXiv 2312.11420. The gradients of the
+change are those of w, and the base's gain stays where it is. Norms that multiply by 1 + w are no
+different. An RMSNorm has no bias, so none is trained.
 Identity at the start: dw = db = 0. Needs nothing. r and alpha have no part in this method.
 """
 

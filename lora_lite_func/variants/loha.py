@@ -1,10 +1,12 @@
-"""LoHa: the update is the elementwise product of two low-rank matrices, so its rank goes up to r^2.
+"""LoHa: the update is the elementwise product of two low-rank matrices, of a rank up to r^2.
 
     W' = W + s (B1 A1) * (B2 A2)      B1, B2 (d_out, r); A1, A2 (r, d_in); s = alpha / r
-    Khatri-Rao:  (B1 A1) * (B2 A2) = Bk Ak,   Bk[o, ij] = B1[o, i] B2[o, j] (d_out, r^2),   Ak[ij] = A1[i] * A2[j] (r^2, d_in)
+    Khatri-Rao:  (B1 A1) * (B2 A2) = Bk Ak
+    Bk[o, ij] = B1[o, i] B2[o, j] (d_out, r^2),   Ak[ij] = A1[i] * A2[j] (r^2, d_in)
 
-Papers: FedPara, Hyeon-Woo, Ye-Bin and Oh 2021, arXiv 2108.06098; LyCORIS, Yeh et al. 2023, arXiv 2309.14859.
-The branch is a LoRA of rank r^2; where that costs more than the layer itself, the update is built instead (a choice by sizes alone).
+Papers: FedPara, Hyeon-Woo, Ye-Bin and Oh 2021, arXiv 2108.06098; LyCORIS, Yeh et al. 2023, arXiv
+2309.14859. The branch is a LoRA of rank r^2; where that costs more than the layer itself, by sizes
+alone, the update is built instead.
 Identity at the start: A2 = 0. Needs only x and y.
 """
 

@@ -1,15 +1,13 @@
-"""LoKr: the update is a Kronecker product of a small matrix and a larger one, which is of low rank
-where that is smaller.
+"""LoKr: the update is a Kronecker product of a small matrix and a larger one of low rank.
 
     W' = W + s W1 (x) W2      W1 (l, m), W2 (k, n), d_out = l k, d_in = m n
-                              W2 = W2a W2b of rank r where r < max(k, n) / 2
+                              W2 = W2a W2b of rank r where r < max(k, n) / 2, else full
     s = alpha / r, or 1 where neither factor is of low rank
     vec trick:  X = x.view(m, n),   y' = y + s (W1 X W2^T).view(d_out)
 
 Papers: LyCORIS, Yeh et al. 2023, arXiv 2309.14859; the Kronecker adapter is KronA, Edalati et al.
-2022, arXiv 2212.10650.
-As in LyCORIS, W1 has the smaller factor of each dimension, and two full matrices have no rank to
-divide by (PEFT divides, and doesn't swap).
+2022, arXiv 2212.10650. As in LyCORIS, W1 has the smaller factor of each dimension, and two full
+matrices have no rank to divide by. (PEFT divides, and doesn't swap.)
 Identity at the start: W1 = 0. Needs only x and y.
 """
 

@@ -1,9 +1,11 @@
 """LoRA: a trainable low-rank update beside the frozen weight.
 
-    y' = y + s (x A^T) B^T        A (r, d_in), B (d_out, r), s = alpha / r   (rsLoRA: alpha / sqrt(r))
+    y' = y + s (x A^T) B^T        s = alpha / r   (rsLoRA: alpha / sqrt(r))
+    A (r, d_in), B (d_out, r)
 
 Papers: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
-Identity at the start: B = 0 (orthogonal init: B A = 0 with both factors non-zero). Needs only x and y.
+Identity at the start: B = 0 (orthogonal init: B A = 0 with both factors non-zero). Needs only x and
+y.
 """
 
 from __future__ import annotations

@@ -1,12 +1,18 @@
-"""LoRA-GA: start where the first step of the factors is the best low-rank step of the weight, subtracted rather than taken out of W.
+"""LoRA-GA: start where the first step is W's best low-rank step; the start is subtracted.
 
-    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
-    G = d loss / d W = U S V^T, its top 2r triplets split:   "ArB2r":  A0 = c V_{1..r}^T,   B0 = c U_{r+1..2r}
-    "stable":  c = d_out^(1/4) / sqrt(gamma)                 "gd":  c = 1 / s               "unit":  c = 1
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      s = alpha / r
+    A, A0 (r, d_in); B, B0 (d_out, r)
+    G = d loss / d W = U S V^T, its top 2r triplets split
+    "ArB2r":   A0 = c V_{1..r}^T,   B0 = c U_{r+1..2r}
+    "stable":  c = d_out^(1/4) / sqrt(gamma)
+    "gd":      c = 1 / s
+    "unit":    c = 1
 
 Paper: Wang, Yu and Li 2024, arXiv 2407.05000 (there W is rewritten; here it is left as it is).
-A gradient step moves B A along B0 B0^T G + G A0^T A0, which any such split makes c^2 times the best rank 2r part of G.
-Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs the gradient of the weight, once; not W.
+A gradient step moves B A along B0 B0^T G + G A0^T A0. Any such split makes that c^2 times the best
+rank 2r part of G.
+Identity at the start: A = A0 and B = B0, so both brackets are exactly zero in every dtype.
+Needs the gradient of the weight, once; not W.
 """
 
 from __future__ import annotations

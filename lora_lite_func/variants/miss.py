@@ -1,11 +1,14 @@
 """MiSS (earlier Bone): one small matrix shared by all shards of the input.
 
-    plain:  y' = y + S D,  S = sum_g x[g r : (g + 1) r]     D (r, d_out)      W' = W + (D^T repeated along the inputs)
-    mini:   D (r, mini_r) also repeated along the outputs
-    bat:    W'_oi = W_oi + W_oi D_o + D_o, in blocks of r x r            D (d_out / r, r, r)
+    plain:  y' = y + S D,   S = sum_g x[g r : (g + 1) r]        D (r, d_out)
+            W' = W + (D^T repeated along the inputs)
+    mini:   D (r, mini_r) is also repeated along the outputs
+    bat:    W'_oi = W_oi + W_oi D_o + D_o, in blocks of r x r   D (d_out / r, r, r)
 
-Paper: Kang and Yin 2024, arXiv 2409.15371. x is padded with zeros where r doesn't divide d_in (plain and mini).
-Identity at the start: D = 0. Needs only x and y; "bat" multiplies the dense weight in every call. alpha has no part in this method.
+Paper: Kang and Yin 2024, arXiv 2409.15371. Where r doesn't divide d_in, x is padded with zeros
+(plain and mini).
+Identity at the start: D = 0. Needs only x and y; "bat" multiplies the dense weight in every call.
+alpha has no part in this method.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""OFT: the layer's input goes through a block-diagonal rotation, block by block a Cayley transform.
+"""OFT: the layer's input goes through a block-diagonal rotation, block by block a Cayley map.
 
-    x' = x R,  W' = W R^T,  R = diag(R_1 ... R_n),  R_i = (I + Q_i)(I - Q_i)^-1        Q_i (b, b) skew, n b = d_in
-    x' = x + x E,  E_i = R_i - I = 2 (I - Q_i)^-1 Q_i
+    x' = x R,   W' = W R^T,   R = diag(R_1 ... R_n)        n b = d_in
+    R_i = (I + Q_i)(I - Q_i)^-1                            Q_i (b, b) skew
+    x' = x + x E,   E_i = R_i - I = 2 (I - Q_i)^-1 Q_i
 
-Papers: Qiu et al. 2023, arXiv 2306.07280; OFTv2 (input side, Neumann series): Qiu et al. 2025, arXiv 2506.19847.
-`cayley="neumann"` is the series of OFTv2, I + 2Q + 2Q^2 + 2Q^3 + Q^4, of the same sense of rotation (PEFT's exact branch is the inverse
-rotation of its Neumann branch: negate q of a checkpoint trained with it).
-COFT keeps the rotation near the identity: apply `project` to a site's tensors after each optimizer step.
-Identity at the start: Q = 0, so E is exactly zero. Needs only x. r and alpha have no part in this method.
+Papers: Qiu et al. 2023, arXiv 2306.07280; OFTv2 (input side, Neumann series): Qiu et al. 2025,
+arXiv 2506.19847. `cayley="neumann"` is the series of OFTv2, I + 2Q + 2Q^2 + 2Q^3 + Q^4, of the same
+sense of rotation. (PEFT's exact branch is the inverse rotation of its Neumann branch: negate q of a
+checkpoint trained with it.)
+COFT keeps the rotation near the identity: apply `ll.project` after each optimizer step.
+Identity at the start: Q = 0, so E is exactly zero. Needs only x. r and alpha have no part in this
+method.
 """
 
 from __future__ import annotations

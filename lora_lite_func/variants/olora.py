@@ -1,11 +1,14 @@
-"""OLoRA: start from the orthonormal basis of the weight's first columns, subtracted rather than taken out of W.
+"""OLoRA: start from an orthonormal basis of the weight's first columns, which is subtracted.
 
-    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      s = alpha / r
+    A, A0 (r, d_in); B, B0 (d_out, r)
     W = Q R (Householder, unpivoted):   B0 = Q[:, :r],   A0 = R[:r]
 
 Paper: Büyükakyüz 2024, arXiv 2406.01775 (there W is rewritten; here it is left as it is).
-Q_r R_r is the first r columns of W and a part of the others: the start depends on the order of the input channels.
-Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W once, for the decomposition.
+Q_r R_r is the first r columns of W and a part of the others, so the start depends on the order of
+the input channels.
+Identity at the start: A = A0 and B = B0, so both brackets are exactly zero in every dtype.
+Needs W once, for the decomposition.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""PiSSA: train the principal singular directions of the weight, whose start is subtracted rather than taken out of W.
+"""PiSSA: train the principal singular directions of the weight; their start is subtracted.
 
-    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      A, A0 (r, d_in); B, B0 (d_out, r); s = alpha / r
+    y' = y + s [ (x A^T)(B - B0)^T + (x (A - A0)^T) B0^T ]      s = alpha / r
+    A, A0 (r, d_in); B, B0 (d_out, r)
     W = U S V^T:   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r^T
 
-Paper: Meng, Wang and Zhang 2024, arXiv 2404.02948 (there s = 1 and W is rewritten; here W is left as it is).
-Identity at the start: A = A0 and B = B0, both brackets exactly zero in every dtype. Needs W once, for the decomposition.
+Paper: Meng, Wang and Zhang 2024, arXiv 2404.02948 (there s = 1 and W is rewritten; here W is left
+as it is).
+Identity at the start: A = A0 and B = B0, so both brackets are exactly zero in every dtype.
+Needs W once, for the decomposition.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""RandLoRA: a sum of many frozen random low-rank maps, of full rank together; only their diagonal scalings are learned.
+"""RandLoRA: a sum of frozen random low-rank maps, whose diagonal scalings alone are learned.
 
-    W' = W + s sum_j B_j diag(lam_j) A diag(gam_j)      j = 1 ... N = ceil(m / r), m = min(d_in, d_out), M = max(d_in, d_out)
-    A (r, m), B (M, N, r) frozen; lam lora_lambda (r, N), gam lora_gamma (N, m); transposed where d_out < d_in; s = alpha / r
+    W' = W + s sum_j B_j diag(lam_j) A diag(gam_j)        s = alpha / r
+    j = 1 ... N = ceil(m / r),   m = min(d_in, d_out),   M = max(d_in, d_out)
+    A (r, m), B (M, N, r) frozen;   lam lora_lambda (r, N), gam lora_gamma (N, m)
+    transposed where d_out < d_in
 
-Paper: Albert et al. 2025, arXiv 2502.00987. Equal shapes have equal random maps, drawn from `projection_seed` and the shape alone.
-The sum is one product of inner size N r; with square layers that is twice the layer's own cost.
-(PEFT pairs the columns of B with the rows of A in another order: the same method with its random columns permuted.)
+Together the maps have full rank. Paper: Albert et al. 2025, arXiv 2502.00987. Equal shapes have
+equal random maps, drawn from `projection_seed` and the shape alone. The sum is one product of inner
+size N r: for square layers twice the layer's own cost. (PEFT pairs the columns of B with the rows
+of A in another order: the same method with its random columns permuted.)
 Identity at the start: lam = 0. Needs only x and y.
 """
 

@@ -1,16 +1,19 @@
-"""ReFT: the hidden states of a few prompt tokens are edited in a low-rank subspace, the weights are left alone.
+"""ReFT: the hidden states of a few prompt tokens are edited in a low-rank subspace.
 
     loreft:   h' = h + R^T (W h + b - R h)     R (r, d) with orthonormal rows, W (r, d), b (r,)
     direft:   h' = h + B (A h + b)             A (r, d), B (d, r), b (r,)
 
-A site is a module whose output is a hidden state (..., T, d), a decoder block say; a tuple's first member is meant. Edited are the first
-`first` and the last `last` tokens of the prompt; of a prompt of n < first + last tokens the first min(first, n // 2) and the last
+A site is a module whose output is a hidden state (..., T, d), such as a decoder block; of a tuple
+it is the first member. The first `first` and the last `last` tokens of the prompt are edited. Of a
+prompt of n < first + last tokens those are the first min(first, n // 2) and the last
 min(last, n - n // 2). Tokens that are generated later aren't edited.
 
-Paper: Wu et al. 2024, arXiv 2404.03592. R = L^-1 M with L L^T = M M^T (Cholesky), so an orthonormal M is R itself.
-Identity at the start: W is learned as its distance from the start R0 of R, W - R = lora_W + (R0 - R), exactly zero in every dtype while
-lora_W = 0 and M = M0; b = 0 (the released code's random W isn't the identity). DiReFT: B = 0. Needs only h.
-Can't be merged: no weight acts on some tokens alone. alpha has no part in this method.
+Paper: Wu et al. 2024, arXiv 2404.03592. R = L^-1 M with L L^T = M M^T (Cholesky), so an orthonormal
+M is R itself.
+Identity at the start: W is learned as its distance from the start R0 of R. Then
+W - R = lora_W + (R0 - R) is exactly zero in every dtype while lora_W = 0 and M = M0, and b = 0.
+(The released code's random W isn't the identity.) DiReFT: B = 0. Needs only h.
+No weight acts on some tokens alone, so it can't be merged. alpha has no part in this method.
 """
 
 from __future__ import annotations

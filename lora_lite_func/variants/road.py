@@ -2,10 +2,13 @@
 
     (y1', y2') = ( f1 y1 - s1 y2,  s2 y1 + f2 y2 )      f = a cos(theta), s = a sin(theta)
 
-In a group of G features, j is paired with j + G/2. road_1: one (theta, a) per pair; road_2: one per feature; road_4: one per
-entry of the 2 x 2 block, laid out (groups, 2, G) with [0] for the cosine and [1] for the sine column.
+In a group of G features, j is paired with j + G/2.
+road_1: one (theta, a) per pair.   road_2: one per feature.
+road_4: one per entry of the 2 x 2 block, laid out (groups, 2, G), [0] for the cosine's column and
+[1] for the sine's.
 Paper: Petrushkov et al. 2024, arXiv 2409.00119 (which pairs neighbours; a permutation of this).
-Identity at the start: theta = 0, a = 1, so f = 1 and s = 0 exactly. Needs only y. r and alpha have no part in this method.
+Identity at the start: theta = 0, a = 1, so f = 1 and s = 0 exactly. Needs only y. r and alpha have
+no part in this method.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
-"""S-steer: steering without training, along the singular directions in which contrastive pairs differ.
+"""S-steer: steering without training, along singular directions in which contrastive pairs differ.
 
-    y' = y + U (S * delta * (V x))          W = U S V,  U (d_out, r), S (r,), V (r, d_in), delta (r,)
-    delta = m / |m|,  m = sqrt(S) * mean over pairs of V (x+ - x-),  x the layer's input at the last token
+    y' = y + U (S * delta * (V x))
+    W = U S V,   U (d_out, r), S (r,), V (r, d_in), delta (r,)
+    delta = m / |m|,   m = sqrt(S) * mean over pairs of V (x+ - x-)
+    x is the layer's input at the last token
 
-Each singular pair (u_i, v_i) is turned so that V x+ > V x- in at least half of the pairs, which leaves W alone and makes delta's entries
-mostly positive: strength above zero amplifies what sets the positive texts apart. The r directions with the largest |delta| are kept.
-`ll.scale(params, c)` sets the strength: 0 is the base, exactly, -1 steers the other way; the update is linear in c.
+Each singular pair (u_i, v_i) is turned so that V x+ > V x- in at least half of the pairs. That
+leaves W alone and makes delta's entries mostly positive, so a strength above zero amplifies what
+sets the positive texts apart. The r directions with the largest |delta| are kept.
+`ll.scale(params, c)` sets the strength: 0 is the base, exactly, -1 steers the other way; the update
+is linear in c.
 
-Source: wassname 2026, ssteer-eval-aware and steering-lite (no paper); the untrained relative of AntiPaSTO, arXiv 2601.07473.
-Not the identity at the start: it starts as what it does. Needs the weight's decomposition and pairs at the start, then only x and y.
-alpha has no part in this method.
+Source: wassname 2026, ssteer-eval-aware and steering-lite (no paper); the untrained relative of
+AntiPaSTO, arXiv 2601.07473.
+Not the identity at the start: nothing is learned, so it starts as what it does. Needs the weight's
+decomposition and pairs at the start, then only x and y. alpha has no part in this method.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 """SHiRA: a few entries of the weight are trained, at fixed places.
 
-    W' = W + D,   D zero but for D[o_k, i_k] = v_k        v (n,), places lora_idx (2, n);  n = r (d_in + d_out), as many as a LoRA's
+    W' = W + D,   D zero but for D[o_k, i_k] = v_k
+    v (n,), places lora_idx (2, n);   n = r (d_in + d_out), as many as a LoRA's
 
-Masks: "rand" (the same for every layer of a shape), "struct" (r rows and r columns, evenly spaced, and the diagonal), "magnitude" (the
-largest entries of W), "grad" (of the gradient G of a loss in W), "snip" (of W * G). Paper: Bhardwaj et al. 2024, arXiv 2406.13175.
-D is built for the call: gathering (tokens, n) entries costs more than one dense product unless n is tiny.
-Identity at the start: v = 0. Needs x and y; the weight or a gradient once, if the mask does. alpha has no part in this method.
+Masks: "rand" (the same for every layer of a shape), "struct" (r rows and r columns, evenly spaced,
+and the diagonal), "magnitude" (the largest entries of W), "grad" (of the gradient G of a loss in
+W), "snip" (of W * G).
+Paper: Bhardwaj et al. 2024, arXiv 2406.13175. D is built for the call: to gather (tokens, n)
+entries costs more than one dense product unless n is tiny.
+Identity at the start: v = 0. Needs x and y; the weight or a gradient once, if the mask does. alpha
+has no part in this method.
 """
 
 from __future__ import annotations

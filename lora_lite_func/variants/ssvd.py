@@ -1,11 +1,14 @@
-"""SSVD: the top singular directions of the weight are rotated on the input side and their values shifted.
+"""SSVD: the top singular directions are rotated on the input side, their values shifted.
 
-    W' = W + U [ (S + dS) G - S ] V^T       U (d_out, k), S (k,), V^T lora_Vh (k, d_in) frozen;  dS (k,), K (k, k) skew
+    W' = W + U [ (S + dS) G - S ] V^T
+    U (d_out, k), S (k,), V^T lora_Vh (k, d_in) frozen;   dS (k,), K (k, k) skew
     y' = y + (x V) [ diag(dS) + diag(S + dS)(G - I) ]^T U^T
     first_order: G = I - 2K;   cayley: G = (I - K)(I + K)^-1
 
-Paper: Wang et al. 2025, arXiv 2509.02830 (first order by default; k there is 20 to 80 % of the smaller side).
-Identity at the start: dS = 0 and K = 0, exactly. Needs W once, for the decomposition. alpha has no part in this method.
+Paper: Wang et al. 2025, arXiv 2509.02830 (first order by default; k there is 20 to 80 % of the
+smaller side).
+Identity at the start: dS = 0 and K = 0, exactly. Needs W once, for the decomposition. alpha has no
+part in this method.
 """
 
 from __future__ import annotations

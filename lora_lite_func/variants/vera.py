@@ -1,9 +1,11 @@
 """VeRA: frozen random factors, the same for every layer of a shape; two small vectors are learned.
 
-    y' = y + b * ( ((x A^T) * d) B^T )      A (r, d_in), B (d_out, r) frozen;  d (r,), b (d_out,)
+    y' = y + b * ( ((x A^T) * d) B^T )
+    A (r, d_in), B (d_out, r) frozen;   d (r,), b (d_out,)
 
-Paper: Kopiczko, Blankevoort and Asano 2023, arXiv 2310.11454 (there one A and B of the largest size are sliced; here each shape has its
-own, drawn from `projection_seed` and the shape alone, with the bounds that fit it).
+Paper: Kopiczko, Blankevoort and Asano 2023, arXiv 2310.11454. There one A and B of the largest size
+are sliced; here each shape has its own, drawn from `projection_seed` and the shape alone, with the
+bounds that fit it.
 Identity at the start: b = 0. Needs only x and y. alpha has no part in this method.
 """
 
