@@ -47,7 +47,7 @@ def projected(W: Tensor, U: Tensor, S: Tensor, chosen: slice, site: Site) -> tup
         U: (d_out, k), orthonormal columns.
         S: (k,), at least 0, descending.
         chosen: which r of them.
-        site: for s, its factor.
+        site: for s, its scaling.
     """
     least = S[0] * max(W.shape) * torch.finfo(S.dtype).eps
     U, S = U[:, chosen], S[chosen]

@@ -82,9 +82,8 @@ def init(
         WM = W * (_calibrated.wide(stats.magnitude) ** cfg.power + 1e-6)  # (d_out, d_in)
     else:
         values, Q = torch.linalg.eigh(_calibrated.wide(stats.second))
-        WM = (W @ Q) * values.clamp_min(
-            0.0
-        ).sqrt()  # a root up to a rotation, which U and S don't see
+        # a root of the moment up to a rotation, which U and S don't see
+        WM = (W @ Q) * values.clamp_min(0.0).sqrt()
     U, S, _ = torch.linalg.svd(WM, full_matrices=False)
     A, B = _calibrated.projected(W, U, S, slice(site.r), site)
     return _subtracted.started(A, B)

@@ -102,31 +102,29 @@ def prepare(cfg: BOFTConfig, p: Params, site: Site, layer: Layer) -> Prepared:
 def _factor(X: Tensor, E: Tensor, i: int) -> Tensor:
     """M_i^T X = X + P_i [E^T (P_i^T X)], for columns X (d_in, T)."""
     n, b, _ = E.shape
-    apart = X.unflatten(0, (-1, 2, 2**i, b // 2)).transpose(
-        1, 2
-    )  # each run's two halves interleaved, half-block by half-block
+    # each run's two halves interleaved, half-block by half-block
+    apart = X.unflatten(0, (-1, 2, 2**i, b // 2)).transpose(1, 2)
     turned = E.mT @ apart.reshape(n, b, X.shape[1])  # (n, b, T)
-    return X + turned.unflatten(1, (2, -1)).unflatten(0, (-1, 2**i)).transpose(1, 2).reshape(
-        X.shape
-    )
+    halves = turned.unflatten(1, (2, -1)).unflatten(0, (-1, 2**i))
+    return X + halves.transpose(1, 2).reshape(X.shape)
 
 
 def _turn(x: Tensor, E: Tensor, transposed: bool = False) -> Tensor:
-    """x R, or x R^T, for row vectors x (..., d_in). Features go first meanwhile: then swapping
+    """x R, or x R^T, for row vectors x (..., d_in). Inside, features go first, so that swapping
     half-blocks moves whole rows.
     """
     E = E.to(x.dtype)
     X = start = x.reshape(-1, x.shape[-1]).mT.contiguous()  # (d_in, T)
-    for i in range(E.shape[0]) if transposed else reversed(range(E.shape[0])):
+    factors = range(E.shape[0])
+    for i in factors if transposed else reversed(factors):
         X = _factor(X, E[i].mT if transposed else E[i], i)
-    return x + (X - start).mT.reshape(
-        x.shape
-    )  # x as it came at the identity, its memory layout too: the same product follows, bit by bit
+    # at the identity x stays as it came, memory layout too, so the same product follows bit by bit
+    return x + (X - start).mT.reshape(x.shape)
 
 
 def _rotation(cfg: BOFTConfig, q: Tensor) -> Tensor:
-    """The factors' E, multiplied together where that makes blocks short enough: one product then
-    does for m of them.
+    """The factors' E (m, n, b, b), or that of their product where its blocks are short enough: one
+    product of the input then does for m.
     """
     E = cayley.minus_identity(q, cfg.block_size)  # (m, n, b, b)
     span = _span(cfg)
@@ -146,9 +144,8 @@ def _within(E: Tensor, i: int, width: int) -> Tensor:
     """M_i - I in each `width` features, (d_in / width, width, width)."""
     b, k = E.shape[-1], 2**i  # k blocks mix in a run
     runs = width // (k * b)
-    halves = E.reshape(-1, runs, k, 2, b // 2, 1, 2, 1, b // 2).transpose(
-        2, 3
-    )  # a run's even half-blocks, then the odd ones
+    # a run's even half-blocks, then the odd ones
+    halves = E.reshape(-1, runs, k, 2, b // 2, 1, 2, 1, b // 2).transpose(2, 3)
     apart = torch.eye(runs * k, dtype=E.dtype, device=E.device).view(runs, 1, k, 1, runs, 1, k, 1)
     return (halves * apart).reshape(-1, width, width)
 
@@ -174,9 +171,7 @@ def weight(
 
 
 def dense(cfg: BOFTConfig, site: Site, tokens: int) -> Forms:
-    """Where the rows of W are fewer than those of x, or as many (they are scaled in place), and no
-    gradient of W' is formed.
-    """
+    """The same turn for each row of x and of W; the latter are scaled in place."""
     turn = Work(_span(cfg) * site.d_in, passes=3 * site.d_in)
     row = turn._replace(passes=turn.passes + site.d_out)
     each = turn._replace(passes=turn.passes + site.d_in / 2)

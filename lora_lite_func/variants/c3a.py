@@ -87,17 +87,14 @@ def weight(
 ) -> tuple[Tensor, Tensor | None]:
     """W + the grid of circulant matrices over d_in."""
     w, size = p["lora_w"].to(W.dtype) / site.d_in, cfg.block_size
-    shifts = torch.cat([w, w], dim=-1).unfold(-1, size, 1)[
-        ..., 1:, :
-    ]  # (m, n, b, b): row i holds w[(q + i + 1) mod b]
+    windows = torch.cat([w, w], dim=-1).unfold(-1, size, 1)  # (m, n, b + 1, b)
+    shifts = windows[..., 1:, :]  # row i holds w[(q + i + 1) mod b]
     grid = shifts.transpose(1, 2).flip(1)  # (m, b, n, b): row p holds w[(q - p) mod b]
     return (W.view(grid.shape) + grid).reshape(W.shape), b
 
 
 def dense(cfg: C3AConfig, site: Site, tokens: int) -> Forms:
-    """Where the circulant blocks are written out for less than the rows of x are transformed,
-    multiplied and transformed back.
-    """
+    """A row of x transformed, multiplied and transformed back, or the blocks written out."""
     wide, size = site.d_in + site.d_out, site.d_in * site.d_out
     return Forms(Work(0.0, 6 * wide + 2 * size / cfg.block_size), Work(0.0, 4 * size))
 

@@ -28,9 +28,8 @@ from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _calibrated, _subtracted
 
-_DAMP = (
-    0.01  # the official code's; it doubles it while C's inverse is bad, which float64 never needs
-)
+_DAMP = 0.01
+"""The official code's, which doubles it while C's inverse is bad; float64 never needs that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
 
-# norms below it count as it: a zero column of B must not divide by zero (the released code's clamp)
 _FLOOR = 1e-4
+"""Norms below it count as it, as in the released code: a zero column of B divides by no zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,8 @@ def init(
 
 def _folded(A: Tensor, B: Tensor, lam: Tensor, core: torch.dtype) -> Tensor:
     """B (lam / r) Xi, (d_out, r)."""
-    a, b = (
-        A.to(core).norm(dim=1).clamp_min(_FLOOR),
-        B.to(core).norm(dim=0).clamp_min(_FLOOR),
-    )  # (r,), (r,)
+    a = A.to(core).norm(dim=1).clamp_min(_FLOOR)  # (r,)
+    b = B.to(core).norm(dim=0).clamp_min(_FLOOR)  # (r,)
     return B.to(core) * (lam.to(core) / (A.shape[0] * a * b))
 
 

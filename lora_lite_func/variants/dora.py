@@ -78,9 +78,8 @@ def init(
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
     """Row norms of W."""
-    wnorm2 = (
-        weight.square().sum(dim=1).to(low_rank.core_dtype(cfg.dtype or weight.dtype))
-    )  # (d_out,), as it is stored
+    stored_as = low_rank.core_dtype(cfg.dtype or weight.dtype)
+    wnorm2 = weight.square().sum(dim=1).to(stored_as)  # (d_out,)
     return {"lora_m": wnorm2.sqrt(), "lora_wnorm2": wnorm2}
 
 
@@ -129,9 +128,8 @@ def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
 
 def outputs(cfg: DoRAConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """(m / n) (y - b + s (x A^T) B^T) + b."""
-    scaled = (
-        y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)
-    )  # gain * (y - b) + b
+    # gain * (y - b) + b
+    scaled = y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)
     return low_rank.add(scaled.to(y.dtype), x, p["lora_A"], d.B, site.scale)
 
 

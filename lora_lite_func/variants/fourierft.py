@@ -103,9 +103,8 @@ def prepare(cfg: FourierFTConfig, p: Params, site: Site, layer: Layer) -> Prepar
     j, l = positions.unpack(p["lora_idx"], site.d_out, site.d_in)  # noqa: E741
     mirrored_j, mirrored_l = 2 * j > site.d_out, 2 * l > site.d_in
     j, l = torch.where(mirrored_j, site.d_out - j, j), torch.where(mirrored_l, site.d_in - l, l)  # noqa: E741
-    alone = (j == 0) | (
-        2 * j == site.d_out
-    )  # its own mirror image: the result has only its real part
+    # a frequency that is its own mirror image: the result has only its real part
+    alone = (j == 0) | (2 * j == site.d_out)
     c = p["lora_c"].to(low_rank.core_dtype(p["lora_c"].dtype)) * (site.scale / site.d_in)
     real = torch.where(alone, c, 0.5 * c)
     # ifft(x)[l] is conj(rfft(x)[l]) / d_in; each mirror conjugates once more
@@ -116,19 +115,17 @@ def prepare(cfg: FourierFTConfig, p: Params, site: Site, layer: Layer) -> Prepar
 def outputs(
     cfg: FourierFTConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site
 ) -> Tensor:
-    """y + alpha Re ifft(scattered c * ifft(x)). Frequencies go first meanwhile, so that picking and
+    """y + alpha Re ifft(scattered c * ifft(x)). Inside, frequencies go first, so that picking and
     adding them moves whole rows.
     """
     if not x.numel():
         return y  # MKL's transforms refuse an empty batch
     spectrum = torch.fft.rfft(x.reshape(-1, site.d_in).to(d.real.dtype)).mT  # (d_in // 2 + 1, T)
     zeros = torch.zeros(site.d_out // 2 + 1, spectrum.shape[1], dtype=d.real.dtype, device=x.device)
-    real = zeros.index_add(
-        0, d.j, spectrum.real.contiguous().index_select(0, d.l) * d.real[:, None]
-    )  # (d_out // 2 + 1, T)
-    imaginary = zeros.index_add(
-        0, d.j, spectrum.imag.contiguous().index_select(0, d.l) * d.imaginary[:, None]
-    )
+    picked_real = spectrum.real.contiguous().index_select(0, d.l)  # (n, T)
+    picked_imaginary = spectrum.imag.contiguous().index_select(0, d.l)
+    real = zeros.index_add(0, d.j, picked_real * d.real[:, None])  # (d_out // 2 + 1, T)
+    imaginary = zeros.index_add(0, d.j, picked_imaginary * d.imaginary[:, None])
     update = torch.fft.irfft(torch.complex(real, imaginary).mT, n=site.d_out)  # (T, d_out)
     return (y + update.view(y.shape)).to(y.dtype)
 
@@ -144,19 +141,16 @@ def _upper(idx: Tensor, c: Tensor, site: Site) -> Tensor:
     # rfft has the other sign than ifft, so along j each coefficient takes its mirror's place
     place = torch.cat([torch.where(left, l * rows + j2, 0), torch.where(left2, l2 * rows + j, 0)])
     value = torch.cat([torch.where(left, c, 0.0), torch.where(left2, c, 0.0)]) * (0.5 / rows)
-    even = (
-        torch.zeros(half * rows, dtype=c.dtype, device=c.device)
-        .index_add(0, place, value)
-        .view(half, rows)
-    )
+    zeros = torch.zeros(half * rows, dtype=c.dtype, device=c.device)
+    even = zeros.index_add(0, place, value).view(half, rows)
     return torch.fft.irfft(torch.fft.rfft(even).mT, n=columns)
 
 
 def weight(
     cfg: FourierFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """W + alpha Re ifft2(F), which is even, D[-o, -i] = D[o, i]: the first half of its rows has all
-    of it.
+    """W + D, D = alpha Re ifft2(F). D is even, D[-o, -i] = D[o, i], so the first half of its rows
+    says all.
     """
     upper = _upper(p["lora_idx"], p["lora_c"].to(W.dtype) * site.scale, site)
     k = upper.shape[0]
@@ -171,8 +165,8 @@ def weight(
 
 
 def dense(cfg: FourierFTConfig, site: Site, tokens: int) -> Forms:
-    """Where the update is transformed for less than the rows of x are, forth and back, what they
-    keep for the backward pass counted.
+    """A row of x transformed there and back, with what it keeps for the backward pass, or the
+    update transformed once.
     """
     row = Work(0.0, passes=10 * (site.d_in + site.d_out) + 6 * cfg.n_frequency)
     return Forms(row, Work(0.0, passes=7 * site.d_in * site.d_out))

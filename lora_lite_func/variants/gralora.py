@@ -71,28 +71,26 @@ def outputs(cfg: GraLoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: 
     A, B, k = p["lora_A"], p["lora_B"], cfg.k
     parts = low_rank.cast(x, A.dtype).unflatten(-1, (k, -1))  # (..., n, d_in / k)
     h = torch.einsum("...ni,nri->...nr", parts, A).unflatten(-1, (k, -1))  # (..., n, j, r / k)
-    h = h.transpose(-3, -2).flatten(
-        -2
-    )  # (..., j, r): each part of the output hears a group of every part of the input
-    y = (y + torch.einsum("...jr,jor->...jo", h, B).flatten(-2) * site.scale).to(y.dtype)
-    return (
-        low_rank.add(y, x, p["lora_A_whole"], p["lora_B_whole"], site.scale) if cfg.hybrid_r else y
-    )
+    # each part of the output hears a group of every part of the input
+    h = h.transpose(-3, -2).flatten(-2)  # (..., j, r)
+    grid = torch.einsum("...jr,jor->...jo", h, B).flatten(-2)  # (..., d_out)
+    y = (y + grid * site.scale).to(y.dtype)
+    if not cfg.hybrid_r:
+        return y
+    return low_rank.add(y, x, p["lora_A_whole"], p["lora_B_whole"], site.scale)
 
 
 def weight(
     cfg: GraLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """W + s grid (+ s B~ A~)."""
-    A, B = (p[n].to(W.dtype) for n in ("lora_A", "lora_B"))
-    A, B = (
-        A.unflatten(1, (cfg.k, -1)),
-        B.unflatten(2, (cfg.k, -1)),
-    )  # (n, j, q, d_in / k), (j, d_out / k, n, q)
-    W = W + torch.einsum("jonq,njqi->joni", B, A).flatten(2, 3).flatten(0, 1) * site.scale
-    return low_rank.add_dense(
-        W, p["lora_A_whole"], p["lora_B_whole"], site.scale
-    ) if cfg.hybrid_r else W, b
+    A = p["lora_A"].to(W.dtype).unflatten(1, (cfg.k, -1))  # (n, j, q, d_in / k)
+    B = p["lora_B"].to(W.dtype).unflatten(2, (cfg.k, -1))  # (j, d_out / k, n, q)
+    grid = torch.einsum("jonq,njqi->joni", B, A).flatten(2, 3).flatten(0, 1)  # (d_out, d_in)
+    W = W + grid * site.scale
+    if cfg.hybrid_r:
+        W = low_rank.add_dense(W, p["lora_A_whole"], p["lora_B_whole"], site.scale)
+    return W, b
 
 
 def scale(cfg: GraLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

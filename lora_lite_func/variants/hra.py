@@ -59,9 +59,8 @@ def init(
 ) -> dict[str, Tensor]:
     """Unit rows in equal pairs."""
     half = normal(1.0)((site.r // 2, site.d_in), generator("lora_U"))
-    return {
-        "lora_U": F.normalize(half, dim=1).repeat_interleave(2, dim=0)
-    }  # u_0 = u_1, u_2 = u_3, ...
+    rows = F.normalize(half, dim=1).repeat_interleave(2, dim=0)  # u_0 = u_1, u_2 = u_3, ...
+    return {"lora_U": rows}
 
 
 def _T(U: Tensor) -> Tensor:
@@ -100,16 +99,14 @@ def scale(cfg: HRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     row to c times that angle.
     """
     U = p["lora_U"]
-    first, second = F.normalize(
-        U.to(low_rank.core_dtype(U.dtype)).unflatten(-2, (-1, 2)), dim=-1
-    ).unbind(-2)  # (..., r/2, d_in) each
+    pairs = U.to(low_rank.core_dtype(U.dtype)).unflatten(-2, (-1, 2))
+    first, second = F.normalize(pairs, dim=-1).unbind(-2)  # (..., r/2, d_in) each
     cosine = (first * second).sum(-1, keepdim=True)
     across = second - cosine * first  # the part of the second row off the first
     sine = across.norm(dim=-1, keepdim=True)
     angle = torch.atan2(sine, cosine) * c
-    turned = angle.cos() * first + angle.sin() * across / sine.clamp_min(
-        torch.finfo(sine.dtype).tiny
-    )
+    direction = across / sine.clamp_min(torch.finfo(sine.dtype).tiny)
+    turned = angle.cos() * first + angle.sin() * direction
     return {"lora_U": torch.stack([first, turned], dim=-2).flatten(-3, -2).to(U.dtype)}
 
 

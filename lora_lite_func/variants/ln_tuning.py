@@ -36,9 +36,8 @@ def weight(
     cfg: LNTuningConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """w + dw as a column (n, 1), b + db."""
-    return W + p["lora_ln_w"].to(W.dtype)[:, None], None if b is None else b + p["lora_ln_b"].to(
-        b.dtype
-    )
+    gain = W + p["lora_ln_w"].to(W.dtype)[:, None]
+    return gain, None if b is None else b + p["lora_ln_b"].to(b.dtype)
 
 
 def scale(cfg: LNTuningConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

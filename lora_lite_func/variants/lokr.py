@@ -136,9 +136,8 @@ def outputs(cfg: LoKrConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: S
     """y + (s W1 X W2^T).view(d_out)."""
     h = low_rank.cast(x, d.dtype).unflatten(-1, (d.shape[1], -1))  # (..., m, n)
     low = "lora_w2" not in p
-    h = torch.einsum(
-        "lm,...mn->...ln", d, F.linear(h, p["lora_w2_b" if low else "lora_w2"])
-    )  # (..., l, r or k)
+    h = F.linear(h, p["lora_w2_b" if low else "lora_w2"])  # (..., m, r or k)
+    h = torch.einsum("lm,...mn->...ln", d, h)  # (..., l, r or k)
     if low:
         h = F.linear(h, p["lora_w2_a"])  # (..., l, k)
     return (y + h.flatten(-2)).to(y.dtype)

@@ -80,15 +80,12 @@ def init(
     if cfg.init_A != "orthogonal":
         return {}
     draw = generator("lora_A")
-    Q = torch.linalg.qr(torch.randn(site.r, site.r, generator=draw, dtype=torch.float64))[
-        0
-    ]  # (r, r), orthogonal rows
+    square = torch.randn(site.r, site.r, generator=draw, dtype=torch.float64)
+    Q = torch.linalg.qr(square)[0]  # (r, r), orthogonal rows
     left = torch.randn(site.d_out, site.r // 2, generator=generator("lora_B"), dtype=torch.float64)
     right = torch.randn(site.r // 2, site.d_in, generator=draw, dtype=torch.float64)
-    return {
-        "lora_A": Q[::2].mT @ right / 10.0,
-        "lora_B": left @ Q[1::2] / 10.0,
-    }  # B A = left (Q_odd Q_even^T) right = 0
+    # B A = left (Q_odd Q_even^T) right = 0
+    return {"lora_A": Q[::2].mT @ right / 10.0, "lora_B": left @ Q[1::2] / 10.0}
 
 
 def outputs(cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:

@@ -98,15 +98,16 @@ def init(
             f"more tokens, or lower r"
         )
     of_A, of_B = _split(cfg.direction, site.r, generator("lora_A0"))
-    c = (
-        site.d_out**0.25 / cfg.gamma**0.5
-        if cfg.scale == "stable"
-        else 1.0 / site.scaling
-        if cfg.scale == "gd"
-        else 1.0
-    )
+    c = _size(cfg, site)
     A, B = c * Vh[of_A], c * U[:, of_B]  # (r, d_in), (d_out, r)
     return _subtracted.started(A, B)
+
+
+def _size(cfg: LoRAGAConfig, site: Site) -> float:
+    """c, by which both factors start."""
+    if cfg.scale == "stable":
+        return float(site.d_out**0.25 / cfg.gamma**0.5)
+    return 1.0 / site.scaling if cfg.scale == "gd" else 1.0
 
 
 def _split(direction: str, r: int, gen: torch.Generator) -> tuple[list[int], list[int]]:

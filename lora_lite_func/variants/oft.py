@@ -77,10 +77,9 @@ def prepare(cfg: OFTConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """E, (n, b, b), or as fewer and larger blocks."""
     E = cayley.minus_identity(p["lora_oft_q"], cfg.block_size, cfg.cayley)
     if cfg.block_dropout and layer.training:
-        blocks = site.d_in // cfg.block_size
-        E = E * (torch.rand(blocks, 1, 1, device=E.device) >= cfg.block_dropout).to(
-            E.dtype
-        )  # a shared block is dropped here and there
+        blocks = site.d_in // cfg.block_size  # so a shared block is dropped in some places
+        kept = torch.rand(blocks, 1, 1, device=E.device) >= cfg.block_dropout
+        E = E * kept.to(E.dtype)
     return block_diagonal.widened(E)
 
 
@@ -100,7 +99,7 @@ def weight(
 
 
 def dense(cfg: OFTConfig, site: Site, tokens: int) -> bool | Forms:
-    """Where the rows of W are fewer than those of x, and no gradient of W' is formed."""
+    """The same turn for each row of x and of W."""
     if cfg.block_dropout:
         return False
     row = Work(cfg.block_size * site.d_in, passes=3 * site.d_in)
@@ -118,9 +117,8 @@ def project(cfg: OFTConfig, p: Params) -> dict[str, Tensor]:
     """
     q = p["lora_oft_q"]  # (n, b (b - 1) / 2)
     bound = cfg.coft_eps / q.shape[-2] ** 0.5
-    norm = (
-        (2.0 * q.square().sum(-1, keepdim=True)).clamp_min(bound**2).sqrt()
-    )  # each entry stands in Q twice
+    square = 2.0 * q.square().sum(-1, keepdim=True)  # each entry stands in Q twice
+    norm = square.clamp_min(bound**2).sqrt()
     return {**p, "lora_oft_q": q * (bound / norm)}
 
 

@@ -92,9 +92,8 @@ def init(
 
 def _factors(p: Params, site: Site) -> tuple[Tensor, Tensor]:
     """The sum as one pair (N r, d_in), (d_out, N r)."""
-    scaled = (
-        p["lora_lambda"].mT.unsqueeze(2) * p["lora_rand_A"] * p["lora_gamma"].unsqueeze(1)
-    )  # (N, r, m)
+    lam, gam = p["lora_lambda"].mT.unsqueeze(2), p["lora_gamma"].unsqueeze(1)
+    scaled = lam * p["lora_rand_A"] * gam  # (N, r, m)
     A, B = scaled.flatten(0, 1), p["lora_rand_B"].flatten(1)  # (N r, m), (M, N r)
     return (A, B) if site.d_in <= site.d_out else (B.mT, A.mT)
 
@@ -120,7 +119,7 @@ def weight(
 
 
 def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> Forms:
-    """Where W + the sum is built for less than the branch costs."""
+    """The branch, or W + the sum built."""
     rank = -(-min(site.d_in, site.d_out) // site.r) * site.r
     return Forms(Work(rank * (site.d_in + site.d_out)), Work(rank * site.d_in * site.d_out))
 

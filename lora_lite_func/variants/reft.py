@@ -136,13 +136,11 @@ def _chosen(cfg: _ReFTConfig, prompt: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.where(short, (count // 2).clamp_max(cfg.first), cfg.first)
     last = torch.where(short, (count - count // 2).clamp_max(cfg.last), cfg.last)
     ahead, behind = (torch.arange(n, device=prompt.device) for n in (cfg.first, cfg.last))
-    rank = torch.cat(
-        [ahead.expand(prompt.shape[0], -1), count - 1 - behind], dim=-1
-    )  # which token of the prompt
+    # which token of the prompt, counted from its beginning
+    rank = torch.cat([ahead.expand(prompt.shape[0], -1), count - 1 - behind], dim=-1)
     counts = torch.cat([ahead < first, behind < last], dim=-1)
-    place = (prompt.cumsum(-1)[:, None, :] <= rank[..., None]).sum(
-        -1
-    )  # tokens before the one of that rank
+    before = prompt.cumsum(-1)[:, None, :] <= rank[..., None]  # (N, first + last, T)
+    place = before.sum(-1)
     return place.clamp_max(prompt.shape[-1] - 1), counts
 
 

@@ -108,9 +108,8 @@ def weight(
     """R W, R b."""
     core = low_rank.core_dtype(W.dtype)
     f, s = (c.to(core) for c in _columns(cfg, p))
-    return _turn(W.mT, f, s, cfg.group_size).mT, None if b is None else _turn(
-        b, f, s, cfg.group_size
-    )
+    turned = _turn(W.mT, f, s, cfg.group_size).mT
+    return turned, None if b is None else _turn(b, f, s, cfg.group_size)
 
 
 def scale(cfg: ROADConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:

@@ -70,9 +70,8 @@ def _count(cfg: SHiRAConfig, site: Site) -> int:
             f"{_MOST_ROWS}, found {site.r}"
         )
     short = min(site.d_in, site.d_out)
-    covered = {
-        i * d // site.r for d in (site.d_out, site.d_in) for i in range(site.r)
-    }  # diagonal entries in a chosen row or column
+    # diagonal entries that are in a chosen row or column
+    covered = {i * d // site.r for d in (site.d_out, site.d_in) for i in range(site.r)}
     return site.r * (site.d_in + site.d_out - site.r) + short - sum(i < short for i in covered)
 
 

@@ -65,10 +65,9 @@ def param_specs(cfg: VeRAConfig, site: Site) -> dict[str, ParamSpec]:
 
 @functools.lru_cache(maxsize=8)
 def _random(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
-    """Kaiming-uniform with gain sqrt(2): +-sqrt(6 / columns). One tensor per (seed, name, shape)."""
-    return random.uniform(math.sqrt(6.0 / shape[1]))(
-        shape, random.generator(seed, f"{shape}", name)
-    )
+    """Kaiming-uniform of gain sqrt(2), within +-sqrt(6 / columns); one per (seed, name, shape)."""
+    draw = random.uniform(math.sqrt(6.0 / shape[1]))
+    return draw(shape, random.generator(seed, f"{shape}", name))
 
 
 def init(
@@ -85,8 +84,8 @@ def init(
 
 
 def outputs(cfg: VeRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + b * (((x A^T) * d) B^T). Scaling h and the result, not A and B, spares the backward two
-    weight-sized products.
+    """y + b * (((x A^T) * d) B^T). To scale h and the result, not A and B, spares the backward pass
+    two weight-sized products.
     """
     A, B = p["lora_vera_A"], p["lora_vera_B"]
     h = low_rank.project(x, A)  # (..., r)
