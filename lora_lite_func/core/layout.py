@@ -270,7 +270,7 @@ def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
     It is among the tensors of a mixed stack's member; under torch.compile any scale is data.
     """
     if SCALING not in p:
-        if torch.compiler.is_compiling() and site.scale_tensor is not None:
+        if torch.compiler.is_dynamo_compiling() and site.scale_tensor is not None:
             return p, site.scaled(site.scale_tensor)
         return p, site
     return {name: t for name, t in p.items() if name != SCALING}, site.scaled(p[SCALING])

@@ -12,10 +12,11 @@ nothing else could stand in for it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
@@ -44,13 +45,18 @@ __all__ = [
     "is_tracing_here",
     "is_transformed",
     "is_watched",
+    "is_wrapped",
     "is_wrapper",
     "makes_graph",
     "may_overwrite",
+    "not_compiled",
     "outside_transforms",
     "own_attributes",
     "parameters_of",
+    "plain_tensors",
     "surroundings",
+    "tensor_without_values",
+    "writes_on",
 ]
 
 _levels: Any = getattr(torch._C, "_functorch", None)
@@ -84,6 +90,22 @@ def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable`, without importing the compiler where nobody has done so yet."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
 
 def is_tracing_here() -> bool:
@@ -242,6 +264,16 @@ def is_followed(t: Tensor) -> bool:
     return any(map(_is_tracked, _layers(t)))
 
 
+def is_wrapped(t: Tensor) -> bool:
+    """Whether a tensor belongs to a level of torch.func's transforms."""
+    return _is_wrapped(t)
+
+
+_is_wrapped: Callable[[Tensor], bool] = getattr(
+    _levels, "is_functorch_wrapped_tensor", lambda t: is_transformed()
+)
+
+
 def draws_differ(drawn: Tensor) -> bool:
     """Whether a number drawn here differs among the members of a vmap
     (`randomness="different"`).
@@ -252,9 +284,8 @@ def draws_differ(drawn: Tensor) -> bool:
 def _layers(t: Tensor) -> Iterator[Tensor]:
     """A tensor as each transform around the call has it, the innermost first."""
     yield t
-    wrapped = getattr(_levels, "is_functorch_wrapped_tensor", None)
     inner = getattr(_levels, "get_unwrapped", None)
-    while wrapped is not None and inner is not None and wrapped(t):
+    while inner is not None and _is_wrapped(t):
         t = inner(t)
         yield t
 
@@ -314,6 +345,42 @@ def _flattens(t: Any) -> bool:
 _is_wrapper: Callable[[Any], bool] = getattr(
     python_dispatch, "is_traceable_wrapper_subclass", _flattens
 )
+
+
+plain_tensors: Callable[[], AbstractContextManager[Any]] = getattr(
+    torch._C, "DisableTorchFunctionSubclass", torch._C.DisableTorchFunction
+)
+"""Within it a function treats a subclass of Tensor as a tensor: no `__torch_function__` is asked."""
+
+
+def tensor_without_values(cls: type[Tensor], like: Tensor) -> Any:
+    """A contiguous tensor of a subclass with the shape, dtype and device of another, and no memory.
+
+    Operations on it end in the subclass's `__torch_dispatch__`.
+    """
+    return _without_values(cls, like.size(), dtype=like.dtype, device=like.device)
+
+
+def _empty_of(cls: type[Tensor], size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device).as_subclass(cls)
+
+
+_without_values: Callable[..., Any] = getattr(Tensor, "_make_wrapper_subclass", _empty_of)
+
+
+def writes_on(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operator of torch writes on, out of what `__torch_dispatch__` gets."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # by the name alone
+        name = str(func).split(".")[1] if "." in str(func) else str(func)
+        return [*args[:1], *named.values()] if name.endswith("_") else [named.get("out")]
+    written = {
+        (i, argument.name)
+        for i, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+    found = [args[i] if i < len(args) else named.get(name) for i, name in written]
+    return [t for value in found for t in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 # ----------------------------------------------------------------------------------------- modules

@@ -22,30 +22,20 @@ from .nested import by_values
 from .prepared import Made, keep, ready_at
 from .prompt import tokens_of
 from .rows_activation import by_rows, undisturbed
-from .state import layer_call, tensors_at
-from .weight_view import enter, leave
+from .stand_in import on_stand_in
+from .state import tensors_at
 
 __all__ = ["forward", "get_ready", "phases"]
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A site's call: the frozen layer with the adapters' phases around it.
-
-    The layer's own class works on a stand-in, an object of that class with the very attributes of
-    the site, so it reads its stored tensors. Where that can't be (a call of the instance's own,
-    tracing), the site itself notes that its call is running.
-    """
-    attributes, state = self.__dict__, self._ll
-    plain = self._ll_by_stand_in and state.own_forward is None and "forward" not in attributes
-    if plain and not torch.compiler.is_compiling():
-        stand_in = object.__new__(self._ll_base)
-        object.__setattr__(stand_in, "__dict__", attributes)
-        return _around(state.attachments, stand_in, stand_in.forward, args, kwargs)
-    enter(self)
-    try:
-        return _around(state.attachments, self, layer_call(self), args, kwargs)
-    finally:
-        leave(self)
+    """A site's call: the frozen layer with the adapters' phases around it."""
+    attachments = self._ll.attachments
+    return on_stand_in(
+        self,
+        self._ll_base,
+        lambda layer, call: _around(attachments, layer, call, args, kwargs),
+    )
 
 
 def _around(
@@ -183,17 +173,16 @@ def _prepare(
 
 def get_ready(site: Any) -> None:
     """Make once what a bound site's adapters need in every call, of their tensors as they are now."""
-    made: dict[str, Made] = {}
-    enter(site)
-    try:
-        for i, attachment in enumerate(site._ll.attachments):
-            if attachment.row_plan is None:
-                one = _made(site, i, attachment)
-                if one is not None:
-                    made[attachment.slot] = one
-    finally:
-        leave(site)
-    keep(site, made)
+    keep(site, on_stand_in(site, site._ll_base, lambda layer, call: _all_made(layer)))
+
+
+def _all_made(layer: Any) -> dict[str, Made]:
+    made = {}
+    for i, attachment in enumerate(layer._ll.attachments):
+        one = None if attachment.row_plan is not None else _made(layer, i, attachment)
+        if one is not None:
+            made[attachment.slot] = one
+    return made
 
 
 def _made(site: Any, under: int, attachment: Attachment) -> Made | None:

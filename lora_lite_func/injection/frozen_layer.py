@@ -16,7 +16,6 @@ from ..layers.quantised import dequantised
 from ..layers.weights import compute_dtype, is_dense, is_packed
 from .attachment import Attachment
 from .dense_weight import merge_site
-from .state import layer_call
 
 __all__ = ["FrozenLayer"]
 
@@ -141,6 +140,6 @@ class FrozenLayer:
             )
         module = self.module
         y: Tensor = self.phases(
-            self.attachments, self.count, layer_call(module), module, x.to(compute_dtype(module))
+            self.attachments, self.count, module.forward, module, x.to(compute_dtype(module))
         )
         return y

@@ -49,7 +49,7 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
 def forward(self: Any, input: Tensor) -> Any:
     """nn.Linear's own call with the adapters in."""
     step = self._ll.step
-    if step is not None and not torch.compiler.is_compiling():
+    if step is not None and not torch.compiler.is_dynamo_compiling():
         made = step(self, input)
         if made is not None:
             return made

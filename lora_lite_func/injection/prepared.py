@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..core.torch_internals import is_tracing_here
 from .attachment import Attachment
 from .state import Leaves, leaves_at, leaves_of
 
@@ -142,7 +143,7 @@ def ready_of(leaves: Leaves) -> Made | None:
     prepared: Any = leaves._modules.get("prepared")
     if prepared is None or prepared.made is None:
         return None
-    if torch.compiler.is_compiling() or prepared.sources.unchanged():
+    if is_tracing_here() or prepared.sources.unchanged():
         return prepared.made
     return None
 

@@ -126,11 +126,11 @@ context variables.
 
 
 def _told() -> Prompt | None:
-    return _TRACED[0] if torch.compiler.is_compiling() else _TOLD.get() or _TRACED[0]
+    return _TRACED[0] if torch.compiler.is_dynamo_compiling() else _TOLD.get() or _TRACED[0]
 
 
 def _say(prompt: Prompt | None) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         _TRACED[0] = prompt
     else:
         _TOLD.set(prompt)

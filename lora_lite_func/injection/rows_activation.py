@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.errors import UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params
-from ..core.torch_internals import autocasts, is_transformed
+from ..core.torch_internals import autocasts, is_tracing_here, is_transformed
 from ..kernels.dropout import dropped
 from ..kernels.row_plan import not_rows
 from ..kernels.segments import Segment, SegmentLayout
@@ -196,7 +196,7 @@ def shared(x: Tensor, layout: SegmentLayout, path: str) -> Tensor:
     if take is None:
         return x
     if (
-        torch.compiler.is_compiling()
+        is_tracing_here()
         or is_transformed()
         or x.is_inference()
         or (x.requires_grad and torch.is_grad_enabled())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
+from ..core.torch_internals import is_tracing_here
 from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
@@ -122,7 +123,7 @@ def _maps(module: Any) -> bool:
     kernel that is faster part by part.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
-        return torch.compiler.is_compiling()
+        return is_tracing_here()
     norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     own = module._ll.substituted.get("weight", ())
     return isinstance(module, (*norms, nn.Linear)) or any(

@@ -6,6 +6,7 @@ So it keeps isinstance, hooks, flags and attributes. Its call goes by the activa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from ..layers.embedding import bounded, padded, rows
 from . import activation_route, linear
 from .nested import by_values
 from .references import slots
+from .stand_in import on_stand_in
 from .state import Held
 from .weight_route import flatten_again, read, read_substituted, substituted
-from .weight_view import enter, leave
 
 __all__ = ["site_class"]
 
@@ -30,19 +31,16 @@ class _Lookup(nn.Embedding):
         if input.is_nested:
             return by_values(input, self._ll.attachments, lambda ids: _Lookup.forward(self, ids))
         seen: list[Tensor] = []
-
-        def frozen(ids: Tensor) -> Tensor:
-            bound = self.max_norm is not None
-            seen.append(rows(self, ids) if bound else nn.Embedding.forward(self, ids))
-            return seen[-1]
-
         attachments = self._ll.attachments
-        enter(self)
-        try:
-            y = activation_route.phases(attachments, len(attachments), frozen, self, input)
-        finally:
-            leave(self)
-        y = padded(self, input, y, seen[-1])
+
+        def on_table(table: Any, call: Callable[..., Tensor]) -> Tensor:
+            def frozen(ids: Tensor) -> Tensor:
+                seen.append(rows(table, ids) if table.max_norm is not None else call(ids))
+                return seen[-1]
+
+            return activation_route.phases(attachments, len(attachments), frozen, table, input)
+
+        y = padded(self, input, on_stand_in(self, nn.Embedding, on_table), seen[-1])
         return y if self.max_norm is None else bounded(y, self)
 
 
@@ -74,7 +72,8 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
     _ll_computed: which of weight and bias the layer's class computes by a property.
     _ll_layer_call: what the phases go around.
     _ll_substitutes: whether tensors are substituted in the call.
-    _ll_by_stand_in: whether the layer's call can run on a plain object with the site's attributes.
+    _ll_is_list: whether the layer is a list of layers.
+    _ll_shares_dict: whether a plain object with the site's very attributes can stand for the layer.
     """
     computed = tuple(n for n in ("weight", "bias") if isinstance(getattr(cls, n, None), property))
     links = getattr(cls, "__iter__", None) in (nn.Sequential.__iter__, nn.ModuleList.__iter__)
@@ -89,7 +88,8 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
         "_ll_computed": computed,
         "_ll_layer_call": layer_call,
         "_ll_substitutes": substitutes,
-        "_ll_by_stand_in": not substitutes and not slots(cls) and not links,
+        "_ll_is_list": links,
+        "_ll_shares_dict": not substitutes and not slots(cls),
     }
     bases: tuple[type, ...] = (cls,)
     if active and issubclass(cls, nn.Embedding):
@@ -109,7 +109,7 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
             "__len__": lambda self: len(_links(self)),
         }
     body |= {name: read_substituted(name) for name in names or ()}
-    if active:
+    if active and not links:
         readable = ("weight",) if _Lookup in bases else ("weight", "bias")
         body |= {
             name: read(name)

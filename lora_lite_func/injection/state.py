@@ -20,7 +20,6 @@ __all__ = [
     "Step",
     "held_by",
     "hold",
-    "layer_call",
     "leaves_at",
     "leaves_of",
     "parameters_of",
@@ -53,7 +52,6 @@ class SiteState:
         own_forward: the `forward` that the instance carried (accelerate's, a user's), which is the
             layer's call here.
         rebased: the call has another weight than the base's own.
-        running: how many of the site's own calls torch.compile is tracing.
     """
 
     path: str
@@ -63,16 +61,6 @@ class SiteState:
     step: Step | None = None
     own_forward: Callable[..., Any] | None = None
     rebased: bool = False
-    running: int = 0
-
-
-def layer_call(module: Any) -> Callable[..., Any]:
-    """The frozen layer's call: of a site, or of the plain object that stands for its layer."""
-    own: Callable[..., Any] | None = module._ll.own_forward
-    if own is not None and not module._ll_substitutes:
-        return own
-    call: Callable[..., Any] = getattr(module, "_ll_layer_call", module.forward)
-    return call
 
 
 class Leaves(nn.Module):

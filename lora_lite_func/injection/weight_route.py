@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from .checks import check_bias, check_dropout
 from .dense_weight import merge_site
 from .references import BINDABLE, rebound, shallow_copy
 from .rows_weight import Chains, Within, by_adapters, narrowed
-from .state import parameters_of
-from .weight_view import LazyWeight, inside
+from .state import parameters_of, tensors_at
+from .weight_view import lazily, waits
+
+Tensors = Mapping[str, Tensor | None]
 
 __all__ = ["flatten_again", "read", "read_substituted", "substituted"]
 
@@ -68,7 +70,7 @@ def _on_adapted(
     made = _concrete(self, chains)
     if within is not None:
         made.__dict__["_modules"] = narrowed(made, within)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return made.forward(*args, **kwargs)
     before = dict(made.__dict__)
     try:
@@ -85,7 +87,10 @@ def _concrete(site: Any, chains: Chains) -> Any:
     """
     made = shallow_copy(site, site._ll_base)
     attributes = made.__dict__
-    attributes["_parameters"] = {**parameters_of(site), **_adapted(site, chains)}
+    attributes["_parameters"] = {
+        **parameters_of(site),
+        **_adapted(site, chains, parameters_of(site)),
+    }
     for name in attributes["_parameters"]:
         attributes.pop(name, None)  # a replica's stand-in, which would be read first
     if (
@@ -126,18 +131,18 @@ def flatten_again(module: Any) -> None:
         attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
 
 
-def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
-    """{name: tensor} of a module with its adapters in."""
-    made: dict[str, Tensor] = {}
-    stored: dict[str, Any] = parameters_of(module)
+def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
+    """{name: tensor} with the adapters in, of a module's stored tensors."""
+    made: dict[str, Tensor | None] = {}
     for (child, name), attachments in chains.items():
         if child or not attachments:
             continue
         check_dropout(module, attachments)
         pair = not KINDS[attachments[0].site.kind].bare
         bias = stored.get("bias") if pair else None
-        W, b = merge_site(module, attachments, stored[name], bias)
-        made[name] = W
+        W = stored[name]
+        assert W is not None
+        made[name], b = merge_site(module, attachments, W, bias)
         if b is not None:
             check_bias(module, attachments[-1], b)
             made["bias"] = b
@@ -145,39 +150,76 @@ def _adapted(module: Any, chains: Chains) -> dict[str, Tensor]:
 
 
 def read(name: str) -> property:
-    """What `site.weight` or `.bias` is: the layer's own inside its own call, else the adapted one,
-        made when it is used.
+    """What `site.weight` or `.bias` is to who reads it without calling the layer: the adapted one.
 
     Reading it raises AttributeError where the layer has none.
 
     Raises:
-        UnsupportedError: by the stand-in, where it is written on.
+        UnsupportedError: where it is written on, or taken out.
     """
 
     def get(self: Any) -> Any:
         found = _own(self, name)
         if found is _NONE:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if inside(self):
-            return found
         weight = _own(self, "weight")
         if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
             return found  # packed or put away: nothing that an adapter could go into
-        return _lazily(self._ll.path, name, found, lambda: _merged(self, weight, name))
+        bias = _own(self, "bias")
+        stored = {"weight": weight, "bias": None if bias is _NONE else bias}
+        return _read(self, name, {("", "weight"): self._ll.attachments}, stored, _merged)
 
     return property(get, _putting(name), _refusing(name))
+
+
+def _merged(module: Any, chains: Chains, stored: Tensors) -> Tensors:
+    (attachments,) = chains.values()
+    check_dropout(module, attachments)
+    W = stored["weight"]
+    assert W is not None
+    return dict(zip(stored, merge_site(module, attachments, W, stored["bias"]), strict=True))
 
 
 def read_substituted(name: str) -> property:
     """What a substituted tensor is to who reads it without calling the module."""
 
     def get(self: Any) -> Any:
-        found = parameters_of(self).get(name)
-        return _lazily(
-            self._ll.path, name, found, lambda: _adapted(self, _chains(self)).get(name, found)
-        )
+        chains = {key: chain for key, chain in _chains(self).items() if not key[0]}
+        return _read(self, name, chains, parameters_of(self), _adapted)
 
     return property(get, _putting(name), _refusing(name))
+
+
+def _read(
+    self: Any,
+    name: str,
+    chains: Chains,
+    stored: Tensors,
+    adapted: Callable[[Any, Chains, Tensors], Tensors],
+) -> Any:
+    """A tensor of a site with its adapters in: made now, or when it is used."""
+    found = stored.get(name)
+    if found is None or not waits(found):
+        return adapted(self, chains, stored).get(name, found)
+    names = [n for n, t in stored.items() if t is not None]
+    leaves = [tensors_at(attachment, self) for chain in chains.values() for attachment in chain]
+
+    def make(*tensors: Tensor) -> Tensor:
+        it = iter(tensors)
+        given = {**stored, **{n: next(it) for n in names}}
+        filled = iter([{key: next(it) for key in p} for p in leaves])
+        own = {
+            key: tuple(attachment._replace(p=next(filled)) for attachment in chain)
+            for key, chain in chains.items()
+        }
+        made = adapted(self, own, given).get(name, given[name])
+        assert made is not None
+        return made
+
+    tensors = [t for n in names if (t := stored[n]) is not None]
+    tensors += [t for p in leaves for t in p.values()]
+    path = f"{self._ll.path}.{name}" if self._ll.path else name
+    return lazily(path, found, tensors, make)
 
 
 def _putting(name: str) -> Callable[[Any, Any], None]:
@@ -209,12 +251,6 @@ def _refusing(name: str) -> Callable[[Any], None]:
     return drop
 
 
-def _lazily(path: str, name: str, found: Tensor | None, make: Callable[[], Any]) -> Any:
-    if found is None or torch.compiler.is_compiling():
-        return make()
-    return LazyWeight(f"{path}.{name}" if path else name, found, make)
-
-
 _NONE = object()
 
 
@@ -232,11 +268,3 @@ def _own(self: Any, name: str) -> Any:
     if name in attributes["_buffers"]:
         return attributes["_buffers"][name]
     return _NONE
-
-
-def _merged(self: Any, weight: Tensor, name: str) -> Any:
-    check_dropout(self, self._ll.attachments)
-    bias = _own(self, "bias")
-    return merge_site(self, self._ll.attachments, weight, None if bias is _NONE else bias)[
-        name == "bias"
-    ]

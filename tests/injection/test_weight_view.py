@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 from collections.abc import Callable
@@ -136,8 +137,9 @@ def test_questions_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         weight.size(0),
         weight.is_floating_point(),
         weight.requires_grad,
+        weight.is_leaf,
         layer.bias is not None,
-    ) == (16, True, False, True)
+    ) == (16, True, True, False, True)  # the adapter is to learn, and its weight with it
     with pytest.raises(ZeroDivisionError, match="division"):
         weight.sum()
 
@@ -274,11 +276,177 @@ def test_a_weight_read_before_a_checkpoint_is_made_in_each_run_of_it(through: st
     close(grads[1], grads[0], 1e-12)
 
 
-def test_a_weight_that_an_autograd_function_would_take_is_refused() -> None:
-    model = Checkpointed("reentrant arguments")
-    params = ll.init(model, ll.LoRAConfig(r=2, target_kinds=("embedding",)))
-    with pytest.raises(
-        ll.UnsupportedError,
-        match=r"'table.weight' is the weight with an adapter in.*autograd.Function.*exclude_names",
-    ):
-        ll.apply(model, params, X)
+W64 = torch.float64
+
+
+class Doubled(torch.autograd.Function):
+    """x W^T W, as a fused kernel would be written: what it gets goes to C++ first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x @ W.mT @ W
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, W = ctx.saved_tensors
+        with torch.enable_grad():
+            x, W = x.detach().requires_grad_(), W.detach().requires_grad_()
+            dx, dW = torch.autograd.grad(x @ W.mT @ W, (x, W), g)
+        return dx, dW
+
+
+@torch.jit.script
+def scripted(x: Tensor, W: Tensor) -> Tensor:
+    return F.linear(x, W) @ W
+
+
+TRACED: Any = torch.jit.trace(lambda x, W: F.linear(x, W) @ W, (X, torch.eye(16).double()))
+CPP: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "autograd.Function": lambda x, W: Doubled.apply(x, W),
+    "jit.script": lambda x, W: scripted(x, W),
+    "jit.trace": lambda x, W: TRACED(x, W),
+    "operator": lambda x, W: torch.ops.aten.mm(torch.ops.aten.linear(x, W), W),
+    "vmap over its rows": lambda x, W: torch.func.vmap(lambda row: x @ row, out_dims=1)(W) @ W,
+    "grad in it": lambda x, W: x @ torch.func.grad(lambda W: (W @ W.mT).square().sum() / 8)(W),
+    "jacobian in it": lambda x, W: torch.func.jacrev(lambda W: W @ W.mT)(W).sum((0, 1))[:5] @ W,
+    "as_tensor": lambda x, W: x @ torch.as_tensor(W).mT @ W,
+    "plus": lambda x, W: x @ (+W).mT @ W,
+    "no subclasses": lambda x, W: _without_subclasses(x, W),
+    "compiled": lambda x, W: torch.compile(lambda x, W: x @ W.mT @ W, backend="eager")(x, W),
+}
+
+
+def _without_subclasses(x: Tensor, W: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return x @ W.mT @ W
+
+
+class Uses(nn.Module):
+    """Hands a layer's weight to what is out of Python's sight."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use, self.layer = use, nn.Linear(16, 16, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + CPP[self.use](x, self.layer.weight) + self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile's own
+@pytest.mark.parametrize("use", CPP)
+@pytest.mark.parametrize("cfg", CONFIGS[:3], ids=lambda c: type(c).__name__)
+def test_what_cpp_is_given_is_the_adapted_weight(cfg: ll.AdapterConfig, use: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Uses(use)
+    params = moved(ll.init(model, cfg))
+    dense, bound = ll.merged(model, params), ll.bind(model, params)
+    close(ll.apply(model, params, X), dense(X), 1e-11)
+    close(bound(X), dense(X), 1e-11)
+    with torch.inference_mode():
+        close(bound(X), dense(X), 1e-11)
+    grads = torch.autograd.grad(
+        bound(X).square().mean(), [p for p in bound.parameters() if p.requires_grad]
+    )
+    trainable, frozen = ll.partition(params)
+    tensors = [t.requires_grad_() for t in leaves(trainable) if isinstance(t, Tensor)]
+    base = ll.merge(model, ll.combine(trainable, frozen))
+    loss = torch.func.functional_call(model, base, (X,)).square().mean()
+    close(grads, torch.autograd.grad(loss, tensors), 1e-10)
+
+
+@pytest.mark.parametrize("use", ["jit.script", "vmap over its rows", "grad in it", "operator"])
+def test_what_cpp_is_given_under_transforms(use: str) -> None:
+    model = Uses(use)
+    trainable, frozen = ll.partition(moved(ll.init(model, ll.LoRAConfig(r=4))))
+    loss = lambda t: ll.apply(model, ll.combine(t, frozen), X).square().sum()  # noqa: E731
+
+    def dense(t: ll.Adapter) -> Tensor:
+        base = ll.merge(model, ll.combine(t, frozen))
+        return torch.func.functional_call(model, base, (X,)).square().sum()
+
+    close(torch.func.grad(loss)(trainable), torch.func.grad(dense)(trainable), 1e-10)
+    several = ll.stack([moved(trainable, seed) for seed in range(2)])
+    close(torch.func.vmap(loss)(several), torch.func.vmap(dense)(several), 1e-11)
+
+
+def test_inputs_may_be_transformed_around_it() -> None:
+    model = Uses("jit.script")
+    params = moved(ll.init(model, ll.LoRAConfig(r=4)))
+    rows = torch.func.vmap(lambda x: ll.apply(model, params, x[None])[0])(X)
+    close(rows, ll.apply(model, params, X), 1e-12)
+    bound = ll.bind(model, params)
+    learned = [p for p in bound.parameters() if p.requires_grad]
+    mapped = torch.func.vmap(lambda x: bound(x[None])[0])(X).square().sum()
+    wanted = torch.autograd.grad(bound(X).square().sum(), learned)
+    close(torch.autograd.grad(mapped, learned), wanted, 1e-11)
+
+
+def test_cpp_cannot_write_on_it() -> None:
+    @torch.jit.script
+    def cleared(W: Tensor) -> Tensor:
+        return W.zero_()
+
+    layer: Any = ll.bind(Uses("plus"), ll.init(Uses("plus"), ll.LoRAConfig(r=4))).layer
+    before = layer.state_dict()["weight"].clone()
+    for grad in (True, False):  # what is said is lost in TorchScript's own message
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="TorchScript"):
+            cleared(layer.weight)
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with pytest.raises(ll.UnsupportedError, match="is the weight with an adapter in"):
+            torch.ops.aten.zero_(layer.weight)
+        with pytest.raises(ll.UnsupportedError, match="is the weight with an adapter in"):
+            torch.ops.aten.add.out(X[:1], X[:1], out=layer.weight)
+    assert torch.equal(layer.state_dict()["weight"], before)
+
+
+def test_copies_of_a_read_weight() -> None:
+    model = Uses("plus")
+    params = moved(ll.init(model, ll.LoRAConfig(r=4)))
+    layer: Any = ll.bind(model, params).layer
+    wanted = ll.merge(model, params)["layer.weight"]
+    weight = layer.weight
+    found = [copy.copy(weight), copy.deepcopy(weight), torch.tensor(weight.tolist(), dtype=W64)]
+    with torch.no_grad():
+        found += [pickle.loads(pickle.dumps(layer.weight)), torch.from_numpy(layer.weight.numpy())]
+    for made in found:
+        assert type(made) in (Tensor, nn.Parameter)
+        close(made.detach(), wanted, 1e-12)
+    assert weight.data_ptr() == weight.data_ptr() != 0
+
+
+def test_hooks_on_a_read_weight_see_its_gradient() -> None:
+    model = Uses("plus")
+    layer: Any = ll.bind(model, moved(ll.init(model, ll.LoRAConfig(r=4)))).layer
+    weight, seen = layer.weight, []
+    weight.register_hook(seen.append)
+    weight.retain_grad()
+    (2 * weight).sum().backward()
+    assert torch.equal(seen[0], torch.full((16, 16), 2.0, dtype=torch.float64))
+    assert torch.equal(weight.grad, seen[0])
+
+
+def test_a_weight_that_was_read_notices_a_step() -> None:
+    model = Uses("plus")
+    bound: Any = ll.bind(model, moved(ll.init(model, ll.LoRAConfig(r=4))))
+    weight = bound.layer.weight
+    loss, before = weight.sum(), weight.detach().clone()
+    with torch.no_grad():
+        for p in bound.layer.adapter.parameters():
+            p.mul_(2)
+    assert (weight.detach() - before).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match=r"'layer.weight' is made of .* inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_weight_that_is_given_to_a_checkpoint(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, grads = Checkpointed("plain"), []
+    params = moved(ll.init(model, ll.LoRAConfig(r=2, target_kinds=("embedding",))))
+    for model.through in ("plain", "reentrant arguments" if reentrant else "arguments"):
+        bound = ll.bind(model, params)
+        bound(X.clone().requires_grad_()).square().mean().backward()
+        grads.append({n: p.grad for n, p in bound.named_parameters() if p.requires_grad})
+    close(grads[1], grads[0], 1e-12)

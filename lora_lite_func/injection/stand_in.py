@@ -1,0 +1,76 @@
+"""A plain object that stands for the layer of a site while the site's own call runs.
+
+It is of the layer's own class, so what reads `weight` on it gets the stored tensor, where the site
+itself would give the adapted one. Nothing is noted anywhere: calls in other threads, and calls that
+torch.compile leaves to Python in the middle of a graph, can't meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .references import BINDABLE, rebound, shallow_copy
+
+__all__ = ["on_stand_in"]
+
+Call = Callable[[Any, Callable[..., Any]], Any]
+
+
+def on_stand_in(site: Any, cls: type[nn.Module], call: Call) -> Any:
+    """`call(stand-in, the layer's call)`; what the layer notes on itself stays noted on the site.
+
+    Args:
+        site: a site's copy.
+        cls: the class of the stand-in.
+        call: the site's own call.
+    """
+    if site._ll_is_list:  # it has no weight of its own, and goes through its layers as a site does
+        return call(site, site._ll_layer_call)
+    compiled = torch.compiler.is_dynamo_compiling()
+    if site._ll_shares_dict and not compiled and not _has_own_call(site):
+        made = object.__new__(cls)
+        object.__setattr__(made, "__dict__", site.__dict__)
+        return call(made, made.forward)
+    made = _copy(site, cls)
+    before = dict(made.__dict__)
+    if compiled:
+        result = call(made, made.forward)
+        _note(site, made, before)
+        return result
+    try:
+        return call(made, made.forward)
+    finally:
+        _note(site, made, before)
+
+
+def _has_own_call(site: Any) -> bool:
+    """Whether an instance's own forward is the layer's call, or goes around the site's."""
+    return site._ll.own_forward is not None or "forward" in site.__dict__
+
+
+def _copy(site: Any, cls: type[nn.Module]) -> Any:
+    """A shallow copy of the site with the layer's call as its forward."""
+    made = shallow_copy(site, cls)
+    attributes, own = made.__dict__, site._ll.own_forward
+    if "forward" in attributes:
+        del attributes["forward"]
+    if site._ll_substitutes:
+        attributes["forward"] = site._ll_layer_call
+    elif own is not None:
+        # what an instance carried as its forward, and whatever is bound to it, works on this one
+        copies = {id(site): made}
+        for name, value in attributes.items():
+            if isinstance(value, BINDABLE):
+                attributes[name] = rebound(value, copies, 0)
+        attributes["forward"] = rebound(own, copies, 0)
+    return made
+
+
+def _note(site: Any, made: Any, before: dict[str, Any]) -> None:
+    for name, value in made.__dict__.items():
+        if before.get(name, before) is not value:
+            site.__dict__[name] = value
