@@ -24,7 +24,10 @@ def refusal(cls: type) -> str | None:
 def _refusal(cls: type) -> str | None:
     homes = [base.__module__ for base in cls.__mro__]
     if issubclass(cls, torch.jit.ScriptModule):
-        return "is a TorchScript module, whose calls can't be changed; give the nn.Module it was made from"
+        return (
+            "is a TorchScript module, whose calls can't be changed; give the nn.Module it was "
+            "made from"
+        )
     if issubclass(cls, nn.modules.lazy.LazyModuleMixin) and cls.cls_to_become is not None:
         return "is lazy and hasn't its sizes yet; call the model once on an example, then use it"
     if is_compiled(cls):
@@ -38,7 +41,21 @@ def _refusal(cls: type) -> str | None:
             "spreads its module over devices or processes; bind first, then wrap: "
             "DistributedDataParallel(ll.bind(model, params)), fully_shard(ll.bind(model, params))"
         )
+    if any(_is_of_peft(base) for base in cls.__mro__):
+        return (
+            "is PEFT's, which has an adapter in it already; give the base without PEFT's layers "
+            "(peft_model.unload(), or the base loaded anew) and take the adapter from its folder: "
+            "ll.from_peft(folder, model)"
+        )
     return None
+
+
+def _is_of_peft(cls: type) -> bool:
+    """Whether a class is a wrapper of PEFT's: of a model, a layer, a module trained whole."""
+    name = cls.__name__
+    if name in ("BaseTuner", "BaseTunerLayer", "AuxiliaryTrainingWrapper"):
+        return cls.__module__.startswith("peft.")
+    return cls.__module__ == "peft.peft_model" and name == "PeftModel"
 
 
 def check_model(model: Any) -> None:

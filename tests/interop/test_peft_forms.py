@@ -229,3 +229,26 @@ def test_a_state_dict_shares_no_memory_with_the_live_model() -> None:
         for t in live.values():
             t.zero_()
     assert torch.equal(params["0"]["lora_A"], before)
+
+
+def test_a_model_with_pefts_layers_is_no_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = linears()
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    theirs = saved(config, model, tmp_path, x=X)
+    made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    close(made(X), theirs, 1e-6)
+    params = ll.init(model, ll.LoRAConfig(r=2))
+    for base in (made, made.base_model, made.get_base_model()):
+        for act in (
+            lambda base=base: ll.init(base, ll.LoRAConfig(r=2)),
+            lambda base=base: ll.from_peft(tmp_path, base),
+            lambda base=base: ll.apply(base, params, X),
+            lambda base=base: ll.bind(base, params),
+        ):
+            with pytest.raises(
+                ll.UnsupportedError, match=r"\(\w+\) is PEFT's, .*unload.*ll.from_peft\(folder"
+            ):
+                act()
+    bare = made.unload()
+    close(ll.apply(bare, ll.from_peft(tmp_path, bare), X), theirs, 1e-5)
