@@ -40,7 +40,7 @@ class ModuleEntry:
         site: its dimensions, if a model was given.
         module: itself, likewise.
         times: what PEFT multiplies the update by here, beyond what its config says.
-        named: what the config's patterns call it, where that isn't its path.
+        named: what the config's patterns call it, where that isn't its path; "" where it is.
     """
 
     path: str
@@ -49,6 +49,11 @@ class ModuleEntry:
     module: Any = None
     times: float = 1.0
     named: str = ""
+
+    @property
+    def pattern_path(self) -> str:
+        """What the config's patterns are matched to."""
+        return self.named or self.path
 
     @property
     def kind(self) -> str:

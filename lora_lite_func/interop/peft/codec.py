@@ -65,6 +65,7 @@ class Codec:
         token_prefix: what stands in front of `trainable_tokens_delta` in the keys of replaced rows;
             None where PEFT replaces no rows beside this method.
         keeps_modules: whether PEFT keeps modules trained whole beside it.
+        stacks_experts: whether pairs of single experts are read where a model stacks them.
         prunes: whether a targeted module may have no tensors.
         rewrites_base: reader -> whether PEFT changes the base's weights as it loads the file.
     """
@@ -91,6 +92,7 @@ class Codec:
     ) = None
     token_prefix: str | None = None
     keeps_modules: bool = True
+    stacks_experts: bool = False
     prunes: bool = False
     rewrites_base: Callable[[ConfigReader], bool] | None = None
 

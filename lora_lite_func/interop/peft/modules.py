@@ -18,6 +18,7 @@ from ...layers.weights import stored
 from ...variants import DoRAConfig, HiRAConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
+from ..renaming import Paths
 from .codec import Codec
 from .keys import WRAPPED, attention, elsewhere
 
@@ -30,8 +31,17 @@ def entries_of(
     method: Codec,
     sites: Mapping[str, Any],
     shared: Mapping[str, Tensor],
+    paths: Paths | None = None,
 ) -> dict[str, ModuleEntry]:
-    """{path in the file: Place}.
+    """{path in the file: its module}.
+
+    Args:
+        model: the base, if it was given.
+        reader: the config.
+        method: the file's.
+        sites: the paths.
+        shared: tensors that all modules share.
+        paths: where the file's paths are in the model; without it where they say.
 
     Raises:
         CheckpointError: nothing there, modules that the config doesn't name, or that the model
@@ -48,7 +58,8 @@ def entries_of(
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"expected an nn.Module for the base, found {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
-    where = {path: _resolved(modules, reader, path) for path in sites}
+    moved = {path: path if paths is None else _moved(paths, path) for path in sites}
+    where = {path: _resolved(modules, reader, moved[path]) for path in sites}
     bare = {path for path, found in where.items() if found not in modules}
     _check_targeted(reader, {path: found for path, found in where.items() if path not in bare})
     known = adaptable(model, where.values())
@@ -77,7 +88,9 @@ def entries_of(
             refuse_tied(
                 reader, modules, entry.path if KINDS[entry.kind].bare else f"{entry.path}.weight"
             )
-    for entry in entries.values():
+    for path, entry in entries.items():
+        if moved[path] != path:
+            entry.named = path.partition(WRAPPED)[0]  # as the config knows it
         home = attention(modules, entry.path)
         if home is not None:
             # PEFT (0.21 at least) adds out_proj's update twice in each call, and trained it so
@@ -98,6 +111,18 @@ def entries_of(
             f"update of attention's out_proj around"
         )
     return entries
+
+
+def _moved(paths: Paths, path: str) -> str:
+    """A path of the file, with PEFT's wrappers in it, as the model has it."""
+    bare = path.replace(WRAPPED, "")
+    found = paths.find(bare)
+    if found == bare:
+        return path
+    home = path
+    while home.endswith(WRAPPED):
+        home = home.removesuffix(WRAPPED)
+    return found + path[len(home) :]
 
 
 def refuse_tied(
@@ -139,7 +164,8 @@ def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
 
 def _check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
     for path, found in where.items():
-        if reader.targeted(path) is False and reader.targeted(path.partition(WRAPPED)[0]) is False:
+        names = (path, path.partition(WRAPPED)[0], found)  # PEFT's, and where it has moved since
+        if all(reader.targeted(name) is False for name in names):
             raise CheckpointError(
                 f"{reader.where}: tensors for {short_repr(found)}, which its target_modules "
                 f"don't name"

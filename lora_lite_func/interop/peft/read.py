@@ -19,9 +19,12 @@ from ...layers.kinds import KINDS
 from ...variants import FullConfig
 from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
+from ..renaming import Paths, Rename
 from .codec import Codec
+from .experts import stacked_experts
 from .extras_read import beside
 from .folder import split, unpack
+from .keys import WRAPPED
 from .methods import METHODS
 from .modules import adaptable, entries_of, padding_checked, refuse_tied
 
@@ -29,7 +32,12 @@ __all__ = ["from_peft"]
 
 
 def from_peft(
-    source: Any, model: nn.Module | None = None, *, config: Any = None, ignore: Iterable[str] = ()
+    source: Any,
+    model: nn.Module | None = None,
+    *,
+    config: Any = None,
+    ignore: Iterable[str] = (),
+    rename: Rename | None = None,
 ) -> Adapter | tuple[Adapter, ...]:
     """An adapter that PEFT saved: `params = ll.from_peft("folder", model)`. Several where one file
         holds several things
@@ -49,6 +57,11 @@ def from_peft(
         ignore: fields of the config to leave out of account: those to which nothing here
             corresponds, and dropout, which here acts on what comes to a layer's call alone
             (`ignore="lora_dropout"` lets an adapter of convolutions be trained further).
+        rename: for a model whose modules have moved since: {old names: new names}, names of a path
+            in a row (`{"model.layers": "model.language_model.layers"}`), or a function from a
+            file's path to the model's. Moves that transformers made (a language model into another
+            module, or out of it; experts stacked) are followed without, where they leave one
+            possibility.
 
     Raises:
         CheckpointError: an unreadable file, an unknown method, a field or key that can't be
@@ -57,6 +70,34 @@ def from_peft(
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     reader, tensors = unpack(source, config)
+    method = _method(reader)
+    understood = method.understood.split()
+    reader.check([*understood, *method.ignored.split()], ignore, method.unread.split())
+    reader = reader.without(ignore, understood)
+    tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
+    check_tensors(tensors)
+    sites, shared, rest = split(tensors, method.suffixes, method.shared)
+    if not sites and not rest:
+        raise CheckpointError(
+            f"{reader.where}: no tensor of a {method.peft_type} adapter beside it"
+        )
+    try:
+        return assemble(_placed(reader, method, sites, shared, rest, model, rename))
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"{reader.where}: a module of this {method.peft_type} adapter lacks the tensor "
+            f"{short_repr(error.args[0])}"
+        ) from None
+    except ConfigError as error:
+        raise CheckpointError(f"{reader.where}: {error}") from None
+
+
+def _method(reader: ConfigReader) -> Codec:
+    """The file's method.
+
+    Raises:
+        CheckpointError: one that isn't read, or that learns biases in a way that PEFT hasn't.
+    """
     kind = reader.text("peft_type").upper()
     if kind not in METHODS:
         raise CheckpointError(
@@ -64,38 +105,56 @@ def from_peft(
             f"{nearest(kind, METHODS, first=50)}"
         )
     method = METHODS[kind]
-    understood = method.understood.split()
-    reader.check([*understood, *method.ignored.split()], ignore, method.unread.split())
-    reader = reader.without(ignore, understood)
-    tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
-    check_tensors(tensors)
-    sites, shared, rest = split(tensors, method.suffixes, method.shared)
-    try:
-        if not sites and not rest:
-            raise CheckpointError(f"{reader.where}: no tensor of a {kind} adapter beside it")
-        if reader.get("bias") not in (None, "none", "all", method.biased):
-            raise reader.refuse(
-                "bias", " or ".join(map(repr, filter(None, ("none", "all", method.biased))))
-            )
-        entries = entries_of(model, reader, method, sites, shared)
-        parts = [
-            (entry, part)
-            for p, entry in entries.items()
-            for part in _parts(reader, method, entry, _plain(sites[p]))
-        ]
-        _refuse_tied_tables(reader, parts, model)
-        extras = beside(reader, rest, model, {entry.path for entry in entries.values()})
-        parts = [*_on_tables(parts, extras, model), *extras]
-        return assemble(
-            (padding_checked(reader, entry, part, model), part) for entry, part in parts
+    if reader.get("bias") not in (None, "none", "all", method.biased):
+        raise reader.refuse(
+            "bias", " or ".join(map(repr, filter(None, ("none", "all", method.biased))))
         )
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"{reader.where}: a module of this {kind} adapter lacks the tensor "
-            f"{short_repr(error.args[0])}"
-        ) from None
-    except ConfigError as error:
-        raise CheckpointError(f"{reader.where}: {error}") from None
+    return method
+
+
+def _placed(
+    reader: ConfigReader,
+    method: Codec,
+    sites: Mapping[str, Mapping[str, Tensor]],
+    shared: Mapping[str, Tensor],
+    rest: Mapping[str, Tensor],
+    model: Any,
+    rename: Rename | None,
+) -> list[tuple[ModuleEntry, Part]]:
+    """Everything that a file holds, each where it goes.
+
+    Raises:
+        CheckpointError, UnsupportedError: as `from_peft`.
+    """
+    if rename is not None and model is None:
+        raise CheckpointError("rename: what it makes of paths is checked in the model; give it too")
+    paths = Paths(model, rename) if isinstance(model, nn.Module) else None
+    parts: list[tuple[ModuleEntry, Part]] = []
+    if paths is not None:
+        if method.stacks_experts:
+            sites, parts = stacked_experts(reader, sites, paths)
+        rest = {_moved_key(paths, key): t for key, t in rest.items()}
+    entries = entries_of(model, reader, method, sites, shared, paths)
+    if paths is not None:
+        paths.check_used([*sites, *rest])
+    for path, entry in entries.items():
+        parts += ((entry, part) for part in _parts(reader, method, entry, _plain(sites[path])))
+    _refuse_tied_tables(reader, parts, model)
+    extras = beside(reader, rest, model, {entry.path for entry, _ in parts})
+    return [
+        (padding_checked(reader, entry, part, model), part)
+        for entry, part in (*_on_tables(parts, extras, model), *extras)
+    ]
+
+
+def _moved_key(paths: Paths, key: str) -> str:
+    """A key with its module's path as the model has it, PEFT's wrappers in it where they were."""
+    home, _, name = key.rpartition(".")
+    wrappers = ""
+    for wrapper in (WRAPPED, ".token_adapter", ".modules_to_save", ".original_module"):
+        if home.endswith(wrapper):
+            home, wrappers = home.removesuffix(wrapper), wrapper + wrappers
+    return f"{paths.find(home)}{wrappers}.{name}" if home else key
 
 
 def _parts(

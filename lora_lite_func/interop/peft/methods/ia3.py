@@ -26,7 +26,7 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     """
     site, gate = entry.known("IA3 has gates of one side of the layer alone"), held["ia3_l"]
     plain = gate.ndim == 2 and gate.shape[0] != gate.shape[1]
-    forward = gate.shape[0] == 1 if plain else _feed_forward(reader, entry.path)
+    forward = gate.shape[0] == 1 if plain else _feed_forward(reader, entry.pattern_path)
     if not forward:
         return [Part(IA3Config, {"lora_g": gate.flatten()})]
     gate = gate.flatten()

@@ -25,7 +25,7 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     """hada_w1_a (d_out, r), hada_w1_b (r, d_in), hada_w2_*: (w1_a w1_b) * (w2_a w2_b) alpha / r;
     hada_t1, hada_t2 stand between the factors of a convolution (use_effective_conv2d).
     """
-    alpha = reader.at("alpha_pattern", entry.path, reader.number("alpha", 8))
+    alpha = reader.at("alpha_pattern", entry.pattern_path, reader.number("alpha", 8))
     leaves = renamed(held, _NAMES)
     for i in (1, 2):
         if f"hada_t{i}" in held:

@@ -27,8 +27,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     """lokr_w1 (l, m) or its factors, lokr_w2 (k, n) or its: kron(w1, w2) alpha / r, also where both
     are full. Of a convolution lokr_w2 is (k, n, *kernel), or lokr_t2 stands between its factors.
     """
-    r = int(reader.at("rank_pattern", entry.path, reader.whole("r", 8)))
-    alpha = reader.at("alpha_pattern", entry.path, reader.number("alpha", 8))
+    r = int(reader.at("rank_pattern", entry.pattern_path, reader.whole("r", 8)))
+    alpha = reader.at("alpha_pattern", entry.pattern_path, reader.number("alpha", 8))
     if entry.kind == "conv":
         return [_of_convolution(entry, held, r, alpha)]
     leaves, factor = renamed(held, _NAMES), reader.get("decompose_factor", -1)

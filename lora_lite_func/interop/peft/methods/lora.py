@@ -34,7 +34,7 @@ from ..codec import Codec
 from .lora_starts import magnitudes, rewrites_base, subtracted_start
 from .lora_write import as_lora_bias, divisor, write
 
-__all__ = ["LORA", "factors"]
+__all__ = ["LORA", "factors", "scale_of"]
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -47,13 +47,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
             doesn't hold.
     """
     A, B = factors(entry, held)
-    r, named = A.shape[-2], entry.named or entry.path
-    if r != reader.at("rank_pattern", named, reader.whole("r", 8)):
-        raise CheckpointError(
-            f"{reader.where}: {short_repr(entry.path)} has rank {r}, its config says another (r, "
-            f"rank_pattern)"
-        )
-    alpha = reader.at("alpha_pattern", named, reader.number("lora_alpha", 8)) * entry.times
+    r = A.shape[-2]
+    alpha = _alpha(reader, entry.pattern_path, r) * entry.times
     rslora, dropout = reader.flag("use_rslora"), reader.number("lora_dropout", 0.0)
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
     leaves = {"lora_A": A, "lora_B": B}
@@ -66,6 +61,26 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     if "lora_B.bias" not in held:
         return [part]
     return [part, Part(BitFitConfig, {"lora_b": held["lora_B.bias"] * scale * gain}, order=1)]
+
+
+def _alpha(reader: ConfigReader, path: str, r: int) -> float:
+    """The alpha of a module, whose factors have rank r.
+
+    Raises:
+        CheckpointError: the config says another rank.
+    """
+    if r != reader.at("rank_pattern", path, reader.whole("r", 8)):
+        raise CheckpointError(
+            f"{reader.where}: {short_repr(path)} has rank {r}, its config says another (r, "
+            f"rank_pattern)"
+        )
+    return reader.at("alpha_pattern", path, reader.number("lora_alpha", 8))
+
+
+def scale_of(reader: ConfigReader, path: str, held: Mapping[str, Tensor]) -> float:
+    """What a plain pair's product is multiplied by."""
+    r = held["lora_A.weight"].shape[0]
+    return _alpha(reader, path, r) / divisor(r, reader.flag("use_rslora"))
 
 
 def factors(entry: ModuleEntry, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -158,4 +173,5 @@ LORA = Codec(
     takes_shifts=as_lora_bias,
     token_prefix="token_adapter.",
     rewrites_base=rewrites_base,
+    stacks_experts=True,
 )

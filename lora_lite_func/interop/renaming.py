@@ -1,0 +1,110 @@
+"""Paths of a file in a model whose modules have moved since: by the user's word, or by themselves.
+
+A path that the model hasn't is looked for without the names of containers: where a release of
+transformers has put a language model into another module, or taken it out, its layers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+
+from ..core.errors import CheckpointError, ConfigError, nearest, short_repr
+
+__all__ = ["Paths", "Rename"]
+
+Rename = Mapping[str, str] | Callable[[str], str]
+"""{old names: new names}, names of a path in a row, or what makes a new path of an old one."""
+
+_CONTAINERS = frozenset({"model", "language_model", "text_model", "vision_model"})
+_OTHER_NAMES = {"block_sparse_moe": "mlp"}  # Mixtral's, before transformers 5
+
+
+class Paths:
+    """Where a file's paths are in a model.
+
+    Args:
+        model: the base.
+        rename: what the caller says of paths that have moved.
+    """
+
+    def __init__(self, model: nn.Module, rename: Rename | None = None) -> None:
+        if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
+            raise ConfigError(
+                f"rename: expected a mapping of names or a function of a path, found "
+                f"{short_repr(rename)}"
+            )
+        self.model, self.rename = model, rename
+        self.known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+        self.known |= {path for path, _ in model.named_parameters(remove_duplicate=False)}
+        self.by_core: dict[tuple[str, ...], list[str]] = {}
+        for path in sorted(self.known):
+            self.by_core.setdefault(_core(path), []).append(path)
+        self.unused = set(rename) if isinstance(rename, Mapping) else set()
+
+    def find(self, path: str) -> str:
+        """A path's place in the model; the path itself where nothing is known of it.
+
+        Raises:
+            CheckpointError: `rename` makes a path that the model hasn't, or several places could be
+                meant.
+        """
+        said = self._renamed(path)
+        if said != path:
+            if said not in self.known:
+                raise CheckpointError(
+                    f"rename: {short_repr(path)} becomes {short_repr(said)}, which "
+                    f"{type(self.model).__name__} hasn't; {nearest(said, self.known)}"
+                )
+            return said
+        if path in self.known or not path:
+            return path
+        moved = self.by_core.get(_core(path), [])
+        if len(moved) > 1:
+            raise CheckpointError(
+                f"{type(self.model).__name__} has no {short_repr(path)}, which could be "
+                f"{' or '.join(map(repr, moved))}; say which with "
+                f"rename={{{path!r}: {moved[0]!r}}}"
+            )
+        return moved[0] if moved else path
+
+    def check_used(self, paths: Iterable[str]) -> None:
+        """Refuse names to change that no path of the file has.
+
+        Raises:
+            CheckpointError: with the first of them.
+        """
+        if self.unused:
+            name = min(self.unused)
+            raise CheckpointError(
+                f"rename: {name!r} is in none of the file's paths; {nearest(name, list(paths))}"
+            )
+
+    def _renamed(self, path: str) -> str:
+        if self.rename is None:
+            return path
+        if isinstance(self.rename, Mapping):
+            return self._by_names(path, self.rename)
+        made = self.rename(path)
+        if not isinstance(made, str):
+            raise ConfigError(
+                f"rename: expected a path for {short_repr(path)}, found {short_repr(made)}"
+            )
+        return made
+
+    def _by_names(self, path: str, rename: Mapping[str, str]) -> str:
+        """The path with the longest run of names in `rename` replaced, where it comes first."""
+        for old in sorted(rename, key=len, reverse=True):
+            before, found, after = f".{path}.".partition(f".{old}.")
+            if found:
+                self.unused.discard(old)
+                parts = (before.strip("."), rename[old], after.strip("."))
+                return ".".join(part for part in parts if part)
+        return path
+
+
+def _core(path: str) -> tuple[str, ...]:
+    """A path's names but for those of containers."""
+    names = (_OTHER_NAMES.get(name, name) for name in path.split("."))
+    return tuple(name for name in names if name not in _CONTAINERS)
