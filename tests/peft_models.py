@@ -106,6 +106,6 @@ class Experts(nn.Module):
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
 
 
-def load_file(folder: Path) -> dict[str, Tensor]:
+def load_file(folder: Path, name: str = "adapter_model.safetensors") -> dict[str, Tensor]:
     """The tensors of a folder."""
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    return safetensors.torch.load_file(folder / name)

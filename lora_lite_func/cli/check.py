@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> Answer:
     """Fits, or an error says why not; a tensor with NaN or infinity is a fault too."""
-    params = opened(given.adapter, given.model, given.component)
+    params = opened(given.adapter, given.model, given.component, given.rename)
     sites = [path for part in parts_of(params).values() for path in part]
     found = health(params)
     ok = not found["not_finite"]

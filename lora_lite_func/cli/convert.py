@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> Answer:
         raise CheckpointError(
             f"convert --to {given.to}: names follow the component that the base is; give {lacks}"
         )
-    params = opened(given.input, given.model, given.component)
+    params = opened(given.input, given.model, given.component, given.rename)
     if given.to == "ll":
         save(params, given.output)
         load(given.output)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> Answer:
     """The adapter; of a PEFT folder that means nothing without its base, what is in it."""
     try:
-        data = inspected(opened(given.file, given.model, given.component))
+        data = inspected(opened(given.file, given.model, given.component, given.rename))
     except ModelNeededError as error:
         if given.model is not None or form_of(given.file) != "peft":
             raise

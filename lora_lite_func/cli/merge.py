@@ -41,11 +41,14 @@ def run(given: argparse.Namespace) -> Answer:
     check_out(shards.folder, target, given.force)
     try:
         params = open_adapter(
-            given.adapter, lambda **how: meta_model(shards, **how), component=given.component
+            given.adapter,
+            lambda **how: meta_model(shards, **how),
+            component=given.component,
+            rename=given.rename,
         )
         jobs = jobs_of(shards, params)
     except LoraLiteError as error:
-        names = write_whole(shards, given.adapter, target, force=given.force, why=error)
+        names = write_whole(shards, given, target, error)
         how = ", loaded whole by transformers"
     else:
         check_finite(params, given.force)

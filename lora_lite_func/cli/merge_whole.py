@@ -4,6 +4,7 @@ than the model itself, as for experts, old names, and heads tied to tables.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -20,26 +21,26 @@ __all__ = ["write_whole"]
 
 
 def write_whole(
-    shards: Shards, adapter: str, target: Path, *, force: bool, why: LoraLiteError
+    shards: Shards, given: argparse.Namespace, target: Path, why: LoraLiteError
 ) -> list[str]:
     """Write the merged model as transformers saves it; returns the merged parameters' names.
 
     Args:
         shards: the base.
-        adapter: a file of `ll.save`, or a PEFT folder.
+        given: the command's options: the adapter, how to read it, whether to replace a model that
+            is there and to merge values that aren't finite.
         target: a folder, made if it isn't there.
-        force: replace files of a model that is there; merge values that aren't finite.
         why: what was said of merging shard by shard, raised where this can't be done either.
 
     Raises:
         LoraLiteError: `why`, or what is wrong with the adapter on the whole model.
     """
     along = others(shards.folder)
-    model = whole_model(shards, adapter, why)
-    params = open_adapter(adapter, model)
-    check_finite(params, force)
+    model = whole_model(shards, given.adapter, why)
+    params = open_adapter(given.adapter, model, component=given.component, rename=given.rename)
+    check_finite(params, given.force)
     dense = merged(model, params)
-    with merged_into(target, shards, force) as work:
+    with merged_into(target, shards, given.force) as work:
         dense.save_pretrained(work)  # type: ignore[operator]
         for entry in along:
             if not (work / entry.name).exists() and not entry.name.endswith(".index.json"):

@@ -22,22 +22,54 @@ Answer = tuple[str, Any, int]
 
 
 def add_component(parser: argparse.ArgumentParser) -> None:
-    """The option that says which component of a diffusion pipeline is meant."""
+    """The options that say which modules a file means: a component's, and where they have moved."""
     parser.add_argument(
         "--component",
         help="of a diffusion model's file: whose keys are read (unet, transformer, text_encoder)",
     )
+    parser.add_argument(
+        "--rename",
+        metavar="OLD=NEW",
+        action=_Rename,
+        help="names of a path that have moved in the base since, such as "
+        "model.layers=model.language_model.layers; may be given again",
+    )
 
 
-def opened(path: str, model: str | None, component: str | None = None) -> Saved:
+class _Rename(argparse.Action):
+    """{old: new} of all that were given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        old, found, new = str(values).partition("=")
+        if not old or not found:
+            parser.error(f"--rename: expected OLD=NEW, found {values!r}")
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), old: new})
+
+
+def opened(
+    path: str,
+    model: str | None,
+    component: str | None = None,
+    rename: Mapping[str, str] | None = None,
+) -> Saved:
     """The adapter in a file or folder, checked against a base's folder if one is given."""
     if model is None:
-        return open_adapter(path)
+        return open_adapter(path, rename=rename)
     shards = Shards(model)
+
+    def read(base: Any) -> Saved:
+        return open_adapter(path, base, component=component, rename=rename)
+
     try:
-        return open_adapter(path, lambda **how: meta_model(shards, **how), component=component)
+        return read(lambda **how: meta_model(shards, **how))
     except LoraLiteError as error:
-        return open_adapter(path, whole_model(shards, path, error), component=component)
+        return read(whole_model(shards, path, error))
 
 
 def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:

@@ -19,6 +19,7 @@ from .diffusion.keys import split_role
 from .lora_lite import from_lora_lite
 from .peft import from_peft
 from .peft.folder import CONFIG, unpack
+from .renaming import Rename
 
 __all__ = ["form_of", "open_adapter"]
 
@@ -67,6 +68,7 @@ def open_adapter(
     model: nn.Module | Callable[..., nn.Module] | None = None,
     *,
     component: str | None = None,
+    rename: Rename | None = None,
 ) -> Saved:
     """The adapter in a file or folder.
 
@@ -75,13 +77,18 @@ def open_adapter(
         model: the base, or what makes a skeleton of it, given what the adapter's form says:
             `transposed`, `embeddings`.
         component: of a diffusion model's file, whose keys are read.
+        rename: for paths that have moved, as in `from_peft` and `from_diffusion`.
 
     Raises:
         CheckpointError: it can't be read, or doesn't fit.
     """
     form = form_of(path)
+    if rename is not None and form not in ("peft", "diffusion"):
+        raise CheckpointError(
+            f"{os.fsdecode(path)}: rename is for files of PEFT's and of diffusion models"
+        )
     if form in ("lora_lite", "diffusion"):
-        return _of_others(path, form, _base(model), component)
+        return _of_others(path, form, _base(model), component, rename)
     if form == "peft":
         if callable(model) and not isinstance(model, nn.Module):
             reader, tensors = unpack(path, None)
@@ -89,7 +96,7 @@ def open_adapter(
             model = model(
                 transposed=True if reader.get("fan_in_fan_out") is True else None, embeddings=tables
             )
-        return from_peft(path, model)
+        return from_peft(path, model, rename=rename)
     if not callable(model) or isinstance(model, nn.Module):
         return _typed(load(path, model))
     saved = _typed(load(path))
@@ -114,7 +121,11 @@ def _base(model: nn.Module | Callable[..., nn.Module] | None) -> nn.Module | Non
 
 
 def _of_others(
-    path: str | os.PathLike[str], form: str, model: nn.Module | None, component: str | None
+    path: str | os.PathLike[str],
+    form: str,
+    model: nn.Module | None,
+    component: str | None,
+    rename: Rename | None,
 ) -> Saved:
     if form == "lora_lite":
         return from_lora_lite(path, model)
@@ -123,7 +134,7 @@ def _of_others(
             f"{os.fsdecode(path)}: the names in a diffusion model's file are found in the model; "
             f"give the base model too"
         )
-    return from_diffusion(path, model, component=component)
+    return from_diffusion(path, model, component=component, rename=rename)
 
 
 def _typed(found: Any) -> Saved:

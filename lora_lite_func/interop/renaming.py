@@ -50,13 +50,8 @@ class Paths:
             CheckpointError: `rename` makes a path that the model hasn't, or several places could be
                 meant.
         """
-        said = self._renamed(path)
+        said = self.renamed(path)
         if said != path:
-            if said not in self.known:
-                raise CheckpointError(
-                    f"rename: {short_repr(path)} becomes {short_repr(said)}, which "
-                    f"{type(self.model).__name__} hasn't; {nearest(said, self.known)}"
-                )
             return said
         if path in self.known or not path:
             return path
@@ -68,6 +63,20 @@ class Paths:
                 f"rename={{{path!r}: {moved[0]!r}}}"
             )
         return moved[0] if moved else path
+
+    def renamed(self, path: str) -> str:
+        """What `rename` makes of a path; the path itself where it says nothing.
+
+        Raises:
+            CheckpointError: a path that the model hasn't.
+        """
+        said = self._said(path)
+        if said != path and said not in self.known:
+            raise CheckpointError(
+                f"rename: {short_repr(path)} becomes {short_repr(said)}, which "
+                f"{type(self.model).__name__} hasn't; {nearest(said, self.known)}"
+            )
+        return said
 
     def check_used(self, paths: Iterable[str]) -> None:
         """Refuse names to change that no path of the file has.
@@ -81,7 +90,7 @@ class Paths:
                 f"rename: {name!r} is in none of the file's paths; {nearest(name, list(paths))}"
             )
 
-    def _renamed(self, path: str) -> str:
+    def _said(self, path: str) -> str:
         if self.rename is None:
             return path
         if isinstance(self.rename, Mapping):

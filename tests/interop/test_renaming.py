@@ -15,6 +15,7 @@ from peft_models import IDS, load_file, peft
 from torch import Tensor, nn
 
 import lora_lite_func as ll
+from lora_lite_func.cli.main import main
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::peft", "ignore:::torch")
@@ -138,6 +139,47 @@ def test_paths_that_could_be_several_are_said(tmp_path: Path) -> None:
             ll.from_peft(tensors, model, config=alone, rename=rename)
     with pytest.raises(ll.CheckpointError, match=r"rename: .*give it too"):
         ll.from_peft(tensors, config=alone, rename={"language_model": "text_model"})
+
+
+@pytest.mark.parametrize(
+    "rename", [{"old.part": "model.visual"}, lambda name: name.replace("old.part", "model.visual")]
+)
+def test_names_of_a_diffusion_file(rename: Any) -> None:
+    model = Moved()
+    key = "unet.old.part.blocks.0.q_proj.lora_{}.weight"
+    tensors = {key.format("A"): torch.randn(2, 6), key.format("B"): torch.randn(6, 2)}
+    with pytest.raises(ll.CheckpointError, match=r"no module for 'old\.part\.blocks"):
+        ll.from_diffusion(tensors, model)
+    params = ll.from_diffusion(tensors, model, rename=rename)
+    assert [*params] == ["model.visual.blocks.0.q_proj"]
+    with pytest.raises(
+        ll.CheckpointError, match=r"becomes 'nowhere\.blocks\.0\.q_proj', which Moved"
+    ):
+        ll.from_diffusion(tensors, model, rename={"old.part": "nowhere"})
+    with pytest.raises(ll.CheckpointError, match="'other' is in none of the file's paths"):
+        ll.from_diffusion(tensors, model, rename={"old.part": "model.visual", "other": "x"})
+
+
+def test_the_command_line_takes_what_has_moved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = Moved().eval()
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    written(model, config, tmp_path / "file", X, lambda key: key.replace("lm_head", "out.head"))
+    (tmp_path / "base").mkdir()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    where = [str(tmp_path / "base"), str(tmp_path / "file"), str(tmp_path / "out")]
+    assert main(["merge", *where, "--rename", "out.head=lm_head"]) == 0
+    dense = load_file(tmp_path / "out", "model.safetensors")
+    params = ll.from_peft(tmp_path / "file", model, rename={"out.head": "lm_head"})
+    close(dense["lm_head.weight"], ll.merge(model, params)["lm_head.weight"], 1e-6)
+    capsys.readouterr()
+    assert main(["merge", *where, "--force", "--rename", "out=nowhere"]) == 1
+    assert "becomes 'nowhere.head'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", *where, "--rename", "out"])
 
 
 # ------------------------------------------------------------------------------------ real models

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...core.errors import CheckpointError, nearest, short_repr
 from ...layers.kinds import facts, kind_of
 from ...layers.weights import stored
+from ..renaming import Paths, Rename
 from .families import ORIGINAL_NAMES
 from .unet_names import unet_names
 
@@ -39,7 +40,8 @@ class ModelNames:
     release, and both with underscores for dots, as kohya's scripts write them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rename: Rename | None = None) -> None:
+        self.paths = Paths(model, rename)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.widths = dict(_places(self.modules))
         self.dotted: dict[str, tuple[Target, ...]] = {path: (Target(path),) for path in self.widths}
@@ -57,6 +59,9 @@ class ModelNames:
         Raises:
             CheckpointError: it can mean several.
         """
+        said = self.paths.renamed(name)
+        if said != name:
+            return (Target(said),)
         plain = _PROCESSOR.sub(r"\1", name)
         for text in (name, plain):
             if text in self.dotted:

@@ -14,6 +14,7 @@ from ...core.errors import CheckpointError, ConfigError, short_repr
 from ...io.files import read_pickle, read_safetensors
 from ..assembly import assemble
 from ..peft.modules import adaptable
+from ..renaming import Rename
 from .declared import Declared
 from .gather import gathered
 from .keys import COMPONENTS
@@ -27,7 +28,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def from_diffusion(
-    source: Any, model: nn.Module, *, component: str | None = None
+    source: Any,
+    model: nn.Module,
+    *,
+    component: str | None = None,
+    rename: Rename | None = None,
 ) -> Adapter | tuple[Adapter, ...]:
     """An adapter for a diffusion model, in the keys of diffusers, ComfyUI, kohya's scripts or
     LyCORIS: `params = ll.from_diffusion("lora.safetensors", pipe.unet)`. Several where the file
@@ -46,6 +51,8 @@ def from_diffusion(
         component: "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2",
             "text_encoder_3": whose keys are read, where the file has several components' (the
             others' are left out); None if it has one.
+        rename: for names that mean no place of the model: {old names: new names}, names of a path
+            in a row, or a function from a file's name of a module to the model's path.
 
     Raises:
         CheckpointError: an unreadable file, a key that nothing in the model or here corresponds to,
@@ -61,7 +68,9 @@ def from_diffusion(
     tensors, metadata, where = _opened(source)
     declared = Declared(metadata, where)
     try:
-        modules = gathered(tensors, component, ModelNames(model))
+        names = ModelNames(model, rename)
+        modules = gathered(tensors, component, names)
+        names.paths.check_used(module.name for module in modules)
         paths = [target.path for module in modules for target in module.targets]
         entries = adaptable(model, paths)
         parts = [
