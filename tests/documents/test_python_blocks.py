@@ -32,7 +32,11 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
     torch._dynamo.reset()
 
 
-OPTIONAL = {"torchao": "torchao.quantization", "transformers": "transformers"}
+OPTIONAL = {
+    r"^from torchao\b": "torchao.quantization",
+    r"^from transformers\b": "transformers",
+    r"^from transformers import .*\bTrainer\b": "transformers.trainer",
+}
 """What pages import that isn't a dependency; a release of it may not go with every torch."""
 
 
@@ -40,8 +44,8 @@ OPTIONAL = {"torchao": "torchao.quantization", "transformers": "transformers"}
 @pytest.mark.parametrize("page", WITH_BLOCKS)
 def test_every_python_block_runs(page: str, namespace: dict[str, object]) -> None:
     code = "".join(blocks(page, "python"))
-    for name, module in OPTIONAL.items():
-        if re.search(rf"^(from|import) {name}\b", code, re.M):
+    for pattern, module in OPTIONAL.items():
+        if re.search(pattern, code, re.M):
             pytest.importorskip(module, exc_type=ImportError)
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), namespace)
