@@ -15,7 +15,6 @@ from pages import PAGES, ROOT, anchors, links
 
 import lora_lite_func as ll
 from benchmarks import tables
-from lora_lite_func.layers.kinds import KINDS
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -73,58 +72,6 @@ def test_files_that_are_named_exist(page: str) -> None:
     named = re.findall(r"`((?:lora_lite_func|tests|benchmarks|\.ci)/[\w./]*)`", prose)
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing, f"{page} names {', '.join(missing)}"
-
-
-# ---------------------------------------------------------------------------------- CONTRIBUTING
-CONTRIBUTING = PAGES[".github/CONTRIBUTING.md"]
-
-
-def section(heading: str) -> dict[str, str]:
-    """{file: what goes there} of the table under a heading of CONTRIBUTING."""
-    text = CONTRIBUTING.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `([^`]+)`[^|]*\| (.*) \|$", text, re.M)
-    assert len(rows) >= 3, heading
-    return dict(rows)
-
-
-def mentions(word: str, *folders: str) -> set[str]:
-    """Files of these folders, and of the package's root, that have a word in them."""
-    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
-    found = {file for file in files if re.search(word, file.read_text(encoding="utf-8"), re.M)}
-    return {str(file.relative_to(ROOT)) for file in found}
-
-
-@pytest.mark.parametrize(
-    "heading", ["a method", "a kind of layer", "a PEFT codec", "a command", "a public name"]
-)
-def test_tables_that_a_file_gets_a_row_of_are_in_it(heading: str) -> None:
-    for file, what in section(f"Add {heading}").items():
-        text = (ROOT / file).read_text(encoding="utf-8")
-        for name in re.findall(r"`([A-Z_]+|__all__)`", what):
-            assert re.search(rf"^\s*{name}\b", text, re.M), f"{file} has no {name}"
-
-
-def test_a_method_touches_the_files_that_contributing_says() -> None:
-    said = section("Add a method").keys() | section("Add a PEFT codec").keys()
-    found = mentions(r"\bC3AConfig\b|import C3A\b", "lora_lite_func")
-    assert found == {file for file in said if file.startswith("lora_lite_func/")}
-    in_tests = mentions(r"\bC3AConfig\b", "tests")
-    assert in_tests >= {file for file in said if file.startswith("tests/")}
-
-
-def test_a_command_touches_the_files_that_contributing_says() -> None:
-    said = section("Add a command").keys()
-    assert mentions(r"\"diff\": diff", "lora_lite_func/cli") == {"lora_lite_func/cli/main.py"}
-    assert {"lora_lite_func/cli/main.py", "lora_lite_func/cli/diff.py"} <= said
-    assert "python -m lora_lite_func diff" in PAGES["lora_lite_func/guides/serving.md"]
-
-
-def test_a_kind_is_known_by_the_files_that_contributing_says() -> None:
-    kinds = (ROOT / "lora_lite_func/layers/kinds.py").read_text(encoding="utf-8")
-    places = (ROOT / "tests/laws/test_every_kind.py").read_text(encoding="utf-8")
-    for name in KINDS:
-        assert f'"{name}",' in kinds
-        assert f'"{name}",' in places or name == "linear" or KINDS[name].listed, name
 
 
 def test_public_names_are_shown_in_the_guides() -> None:
