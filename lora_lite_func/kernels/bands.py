@@ -1,6 +1,7 @@
-"""Members of unlike ranks in one run: a band of leading ranks for all of them at once, further bands for those that have more. Ints alone.
+"""Members of unlike ranks in one segment: a band of leading ranks for all of them, more for some.
 
-An update of rank r is the sum of its bands, s B A = s (B[:, :c] A[:c] + B[:, c:] A[c:]), so no member is multiplied at another's rank.
+An update of rank r is the sum of its bands, s B A = s (B[:, :c] A[:c] + B[:, c:] A[c:]), so no
+member is multiplied at another's rank. Ints alone.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ class RankBand(NamedTuple):
 def rank_bands(
     ranks: Sequence[int], low: int, high: int, rows: int, first: int = 0, costs: Costs = CPU
 ) -> list[RankBand]:
-    """The cheapest that single cuts, one after another, come to: each layers a band under the
-        members, or sets them apart.
+    """Bands that hold every rank of members `low` to `high` - 1 once, found by single cuts.
+
+    Each cut either puts a band under all members, or sets those of higher ranks apart; cuts go on
+    while they make the whole cheaper.
 
     Args:
         ranks: of all members.
-        low: the first of the run's.
-        high: behind the last.
+        low: the segment's first member.
+        high: one more than its last.
         rows: of a member, tokens included.
-        first: the rank that they begin at.
+        first: the rank to begin at.
         costs: of the device.
     """
     whole = RankBand(low, high, first, max(ranks[low:high]))

@@ -1,4 +1,4 @@
-"""Features in blocks of equal size: the check that they divide, and a row vector times a block-diagonal matrix."""
+"""Features in blocks of equal size: the check that they divide, and products with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_divides(
     """Refuse a width that isn't a whole number of blocks.
 
     Args:
-        method: who asks, for the message.
+        method: the method that asks, for the message.
         knob: the config's field that sets the size.
         size: of a block (or how many equal parts).
         width: what is divided.
@@ -46,8 +46,8 @@ def check_divides(
 
 
 def product(x: Tensor, M: Tensor) -> Tensor:
-    """x blockdiag(M), for row vectors x (..., n b) and M (n, b, b), or (1, b, b) for the same block
-    everywhere; in x's dtype.
+    """x blockdiag(M) in x's dtype, for row vectors x (..., n b) and M (n, b, b); M (1, b, b) is the
+    same block everywhere.
     """
     n, b, _ = M.shape
     blocks = x.unflatten(-1, (-1, b))  # (..., n, b)
@@ -58,7 +58,7 @@ def product(x: Tensor, M: Tensor) -> Tensor:
 
 
 def plus_product(x: Tensor, M: Tensor) -> Tensor:
-    """x + x blockdiag(M), as `product`; exactly x where M is zero, its memory layout too."""
+    """x + x blockdiag(M), as `product`; where M is zero exactly x, memory layout too."""
     if M.shape[0] == 1 or not x.is_contiguous():
         return x + product(x, M)
     M = M.to(x.dtype)
@@ -77,8 +77,9 @@ def _by_block(x: Tensor, n: int, b: int) -> Tensor:
 
 
 def together(n: int, b: int, device: torch.device) -> int:
-    """How many of n blocks of size b to multiply as one block, which cost no more than one alone;
-    with a graph one, since it keeps the zeros too.
+    """How many of n blocks of size b to multiply as one: as many as cost no more than one alone.
+
+    One where a graph is recorded, which would keep the zeros between them.
     """
     costs = costs_on(device)
     if costs is None or torch.is_grad_enabled() or is_traced():

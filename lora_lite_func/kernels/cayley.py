@@ -39,7 +39,7 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
         q: strict upper triangles.
         b: size of a block.
         kind: "exact" (closed forms up to b = 4, one batched inverse beyond), or "neumann", the
-            series I + 2Q + 2Q^2 + 2Q^3 + Q^4 that OFTv2 uses: only nearly orthogonal, and only while Q is
+            series I + 2Q + 2Q^2 + 2Q^3 + Q^4 that OFTv2 uses, which is nearly orthogonal while Q is
             small.
     """
     if kind == "neumann":

@@ -1,4 +1,4 @@
-"""What operations cost on each type of device, where it was measured, and which of equal forms costs less.
+"""What operations cost on each type of device, and which of two equal forms costs less there.
 
 Costs are in multiply-adds of a matrix product unless an attribute says otherwise. Measure a device
 with `python -m benchmarks.measure.costs`, then give it a row in `MEASURED`. On a device without a
@@ -23,7 +23,7 @@ class Costs(NamedTuple):
     Attributes:
         elementwise: reading and writing one number in an elementwise operation.
         copied_weight: writing W' = W + s B A, beyond its product: as much as so many ranks more.
-        run: a run of like members (segments.py), in units of one row's token.
+        segment: a product of its own for a segment (segments.py), in units of one row's token.
         member: reading one member's leaves, in the same units.
         copies: so many copies of a row's token, out of the batch or back, cost what an adapter on
             it does.
@@ -39,7 +39,7 @@ class Costs(NamedTuple):
 
     elementwise: float
     copied_weight: int
-    run: int
+    segment: int
     member: int
     copies: int
     band: int
@@ -57,7 +57,7 @@ class Costs(NamedTuple):
 CPU = Costs(
     elementwise=20,
     copied_weight=16,  # at 512 to 2,048 tokens, ranks 8 and 64
-    run=60,
+    segment=60,
     member=3,
     copies=3,  # at 1 to 16 tokens a row
     band=20,  # this and the next two at ranks 4 to 64, 64 rows a member

@@ -1,4 +1,4 @@
-"""Low-rank algebra shared by the methods: one fused product onto y, dense equivalents, decompositions. Tensors in, tensors out."""
+"""Low-rank algebra of several methods: products fused onto y, dense equivalents, decompositions."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ __all__ = [
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the adapter's dtype; under autocast, which casts by its own rules, x as it is."""
+    """x in the adapter's dtype; under autocast as it is, since autocast casts by its own rules."""
     if x.dtype == dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return x
     return x.to(dtype)
 
 
 def core_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where small systems and norms are computed: float32 at least."""
+    """The dtype for small systems and norms: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     """y + s (x A^T) B^T, the low-rank branch fused onto y: one pass over y where the dtypes agree.
 
-    Several members at once: A (m, r, d_in), B (m, d_out, r), x (m, ..., d_in), y (m, ..., d_out), s
-        a float or (m,).
+    It also takes several members at once: A (m, r, d_in), B (m, d_out, r), x (m, ..., d_in), y (m,
+    ..., d_out), s a float or (m,).
 
     Args:
-        y: (..., d_out) what the branch is added to; the result has its dtype.
+        y: (..., d_out), what the branch is added to; the result has its dtype.
         x: (..., d_in), or ids (...) of an embedding.
         A: (r, d_in).
         B: (d_out, r).
@@ -54,13 +54,13 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> 
 
 
 def project(x: Tensor, A: Tensor) -> Tensor:
-    """x A^T, (..., r): for x of ids, whose one-hot vectors A multiplies, the rows of A^T looked up."""
+    """x A^T, (..., r). For ids, whose one-hot vectors A multiplies, rows of A^T are looked up."""
     if not x.is_floating_point():
         return F.embedding(x, A.mT)
     if A.ndim == 3:
-        return torch.bmm(A, _flat(cast(x, A.dtype)).mT).mT.unflatten(
-            1, x.shape[1:-1]
-        )  # the long side inside: up to twice as fast
+        columns = _flat(cast(x, A.dtype)).mT  # (m, d_in, n)
+        # with the long side inside the product is up to twice as fast
+        return torch.bmm(A, columns).mT.unflatten(1, x.shape[1:-1])
     return F.linear(cast(x, A.dtype), A)
 
 
@@ -70,36 +70,35 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
-    """y + s h B^T, the second half of `add`, for an h (..., r) made another way; the result has y's
-    dtype.
-    """
+    """y + s h B^T in y's dtype: the second half of `add`, for an h (..., r) made another way."""
     if h.dtype != B.dtype:
         h = cast(h, B.dtype)
     if not isinstance(s, float):
-        s = s.view(-1, *[1] * (h.ndim - 1)) if s.ndim else s
-        h, s = (h * s).to(h.dtype), 1.0
+        by_member = s.view(-1, *[1] * (h.ndim - 1)) if s.ndim else s
+        h, s = (h * by_member).to(h.dtype), 1.0
     if h.dtype == y.dtype:
         if B.dtype != h.dtype:
             B = B.to(h.dtype)  # under autocast
         Bt = _turned(B)  # (r, d_out)
         if B.ndim == 3:
-            if makes_graph():  # else the backward pass scales all of B's gradient
+            if makes_graph():  # scaled here, or the backward pass would scale all of B's gradient
                 h, s = h * s, 1.0
             return torch.baddbmm(_flat(y), _flat(h), Bt, alpha=s).view_as(y)
-        if (
-            y.ndim == 3 and not is_traced() and y.shape[0] == 1
-        ):  # the same product, without the views that flattening takes
+        if y.ndim == 3 and not is_traced() and y.shape[0] == 1:
+            # the same product, without the views that flattening takes
             return torch.baddbmm(y, h, Bt.unsqueeze(0), alpha=s)
         made = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), Bt, alpha=s)
         return made if y.ndim == 2 else made.view_as(y)
     h = h if s == 1.0 else h * s
-    wide = torch.bmm(_flat(h), B.mT).view_as(y) if B.ndim == 3 else F.linear(h, B)
-    return (y + wide).to(y.dtype)  # (..., d_out), summed in the wider dtype
+    branch = torch.bmm(_flat(h), B.mT).view_as(y) if B.ndim == 3 else F.linear(h, B)
+    return (y + branch).to(y.dtype)  # summed in the wider dtype
 
 
 def _turned(B: Tensor) -> Tensor:
-    """B^T (..., r, d_out). For a graph it is a copy, since both gradients' products are faster so,
-    by a half; of B made flat, so that B's gradient lies as B does.
+    """B^T (..., r, d_out).
+
+    Where a graph is recorded it is a copy: the products of both gradients are faster by a half
+    then. It is copied from B made flat, so that B's gradient lies in memory as B does.
     """
     return B.reshape(-1).view(B.shape).mT.contiguous() if makes_graph() else B.mT
 
@@ -113,15 +112,15 @@ def add_dense(W: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tenso
 
 
 def plus_times(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-    """W + P Q, entry by entry; P is of the result's shape and dtype, and the caller's to lose."""
+    """W + P Q, entry by entry. P has the result's shape and dtype, and may be written over."""
     return torch.addcmul(W, P, Q, out=P) if may_overwrite() else torch.addcmul(W, P, Q)
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """B A - B0 A0 as one factor pair of rank 2r, exactly zero in every dtype while A is A0 and B is
-    B0.
+    """B A - B0 A0 as one factor pair [A; A - A0] (2r, d_in), [B - B0, B0] (d_out, 2r).
 
-    B A - B0 A0 = (B - B0) A + B0 (A - A0), so [A; A - A0] (2r, d_in) and [B - B0, B0] (d_out, 2r).
+    B A - B0 A0 = (B - B0) A + B0 (A - A0), which is exactly zero in every dtype while A is A0 and B
+    is B0.
     """
     return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
 

@@ -1,6 +1,7 @@
-"""A low-rank update on a plain linear layer where rows of the batch have members of their own: each run's branch written onto its rows.
+"""A low-rank update on a plain linear layer where each row of the batch has its own member.
 
-Where it is to be differentiated it is one function, as in fused.py.
+Each segment's branch is written onto its rows of the layer's output. Where the call is to be
+differentiated it is one function, as in low_rank_fused.py.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def low_rank_by_rows(
         s: the scale, a float or (K, 1, 1); a tensor gets no gradient here.
         layout: which rows belong to which members.
         segments: its segments that are to be added.
-        X: the sorted batch; None where a graph is recorded, which sorts it by a function of its
-            own.
+        X: the sorted batch; None where a graph is recorded, since its sorting has a gradient.
     """
     if X is None:
         return _trained(layout, segments, x, W, b, A, B, s)
@@ -57,15 +57,13 @@ def _trained(
     B: Tensor,
     s: float | Tensor,
 ) -> Tensor:
-    """y where it is to be differentiated: no row of the sorted batch is repeated."""
+    """y for a graph; no row of the sorted batch is repeated then."""
     take, back = layout.take, layout.back
     X: Tensor = x if take is None else _Sorted.apply(x, take, back)
-    y: Tensor = _ByRows.apply(
-        X.view(-1, X.shape[-1]), W, b, A, B, s, segments, X[0].numel() // X.shape[-1]
-    )
-    y = y.view(
-        *x.shape[:-1], W.shape[0]
-    )  # not inside: autograd lets nobody write on a view that a function gives
+    flat, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
+    y: Tensor = _ByRows.apply(flat, W, b, A, B, s, segments, tokens)
+    # viewed out here: autograd lets nobody write on a view that a function returns
+    y = y.view(*x.shape[:-1], W.shape[0])
     return y if take is None else _Sorted.apply(y, back, take)
 
 
@@ -80,11 +78,11 @@ def _served(
     B: Tensor,
     s: float | Tensor,
 ) -> Tensor:
-    """y where it isn't. Where rows are repeated in the sorted batch X, the layer runs on x as it
-    came and the update alone on X.
+    """y without a graph. Where the sorted batch X repeats rows, the layer runs on x as it came, and
+    the update alone on X.
     """
     rows, tokens = X.shape[0], 1
-    if X.ndim > 2 and len(segments) > 1:  # made flat once, not in each run
+    if X.ndim > 2 and len(segments) > 1:  # made flat once, not for each segment
         X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
     repeats = rows != x.shape[0]
     if repeats:
@@ -123,7 +121,9 @@ def _update(
 
 
 def _rows(segment: Segment, tokens: int, t: Tensor) -> Tensor:
-    """The run's rows of a sorted batch (N tokens, ..., d): a view (m, n, d), of one member (n, d)."""
+    """The segment's rows of a sorted batch (N tokens, ..., d): a view (m, n, d), or (n, d) of one
+    member.
+    """
     members = segment.high - segment.low
     if not segment.whole:
         t = t.narrow(0, segment.start * tokens, members * segment.width * tokens)
@@ -133,14 +133,16 @@ def _rows(segment: Segment, tokens: int, t: Tensor) -> Tensor:
 
 
 def _members(segment: Segment, t: Tensor) -> Tensor:
-    """The run's of a tensor (K, ...): a view (m, ...), of one member (...)."""
+    """The segment's members of a tensor (K, ...): a view (m, ...), or (...) of one member."""
     if segment.high - segment.low == 1:
         return t.select(0, segment.low)
     return t if segment.whole else t.narrow(0, segment.low, segment.high - segment.low)
 
 
 def _own(segment: Segment, leaves: Tensor) -> Tensor:
-    """The run's of leaves (K, r, d), its ranks alone: a view (m, r, d), of one member (r, d)."""
+    """The segment's members and ranks of leaves (K, r, d): a view (m, r, d), or (r, d) of one
+    member.
+    """
     leaves = _members(segment, leaves)
     if segment.ranks is not None:
         first, last = segment.ranks
@@ -149,12 +151,12 @@ def _own(segment: Segment, leaves: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, or several; without what torch.matmul asks first."""
+    """a b, of matrices or of batches; torch.matmul would ask for more first."""
     return torch.mm(a, b, out=out) if a.ndim == 2 else torch.bmm(a, b, out=out)
 
 
 def _add(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """beta y + alpha a b in place, or several."""
+    """beta y + alpha a b onto y, of matrices or of batches."""
     if y.ndim == 2:
         y.addmm_(a, b, alpha=alpha, beta=beta)
     else:
@@ -171,12 +173,12 @@ def _onto(
     s: float | Tensor,
     beta: float = 1.0,
 ) -> Tensor:
-    """Add s (X A^T) B^T onto the run's rows of beta y (N tokens, d_out), in place. A X^T (m, r, n),
-    with s in where that isn't a float.
+    """Make the segment's rows of y (N tokens, d_out) beta y + s (X A^T) B^T, in place.
+
+    Gives A X^T (m, r, n), times s where s isn't a float.
     """
-    h = _product(
-        _own(segment, A), _rows(segment, tokens, X).mT
-    )  # the long side inside, up to twice as fast
+    # with the long side inside the product is up to twice as fast
+    h = _product(_own(segment, A), _rows(segment, tokens, X).mT)
     if not isinstance(s, float):
         h.mul_(_members(segment, s))
     _add(
@@ -190,8 +192,8 @@ def _onto(
 
 
 class _Sorted(torch.autograd.Function):
-    """Rows in another order. Their gradient is that in the old one: index_select's own adds it up,
-    entry by entry, onto zeros.
+    """Rows in another order. The gradient is put back in the old one; index_select's own would add
+    it up entry by entry onto zeros.
     """
 
     @staticmethod
@@ -260,7 +262,7 @@ class _ByRows(torch.autograd.Function):
 
 
 class _Gathered:
-    """Gradients of leaves (K, r, d), run by run; zero where no run is."""
+    """Gradients of leaves (K, r, d), segment by segment; zero where there is none."""
 
     def __init__(self, like: Tensor, segments: tuple[Segment, ...]) -> None:
         self.alone = (
@@ -272,7 +274,7 @@ class _Gathered:
         self.made = like if self.alone else like.new_zeros(like.shape)
 
     def put(self, segment: Segment, a: Tensor, b: Tensor) -> None:
-        """A run's, a b."""
+        """Put a segment's in: a b."""
         if self.alone:
             self.made = torch.bmm(a, b)
         else:
@@ -282,9 +284,10 @@ class _Gathered:
 def _plainly(
     ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by autograd over operations that make new tensors.
+    """The gradients by autograd, over operations that write on nothing.
 
-    Of tensors of their own: X may depend on A and B, where the layer was called before.
+    X, A and B are viewed first: X may depend on A and B where the layer was called before, and
+    those ways must not count here.
     """
     to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
     with torch.enable_grad():
@@ -292,12 +295,9 @@ def _plainly(
         y = F.linear(X, W, b)
         for segment in ctx.segments:
             s = ctx.s if isinstance(ctx.s, float) else _members(segment, ctx.s)
-            h = (_product(_own(segment, A), _rows(segment, ctx.tokens, X).mT) * s).to(
-                X.dtype
-            )  # (m, r, n)
-            added = (_rows(segment, ctx.tokens, y) + _product(h.mT, _own(segment, B.mT))).view(
-                -1, y.shape[-1]
-            )
+            h = _product(_own(segment, A), _rows(segment, ctx.tokens, X).mT)  # (m, r, n)
+            branch = _product((h * s).to(X.dtype).mT, _own(segment, B.mT))
+            added = (_rows(segment, ctx.tokens, y) + branch).view(-1, y.shape[-1])
             start = segment.start * ctx.tokens
             y = torch.slice_scatter(y, added, 0, start, start + added.shape[0])
         given = [t for t, to in zip((X, A, B), (to_X, to_A, to_B), strict=True) if to]

@@ -1,7 +1,7 @@
-"""Indices as frozen leaves: token ids (k,), and entries of a d_out x d_in matrix as (2, n), their rows and columns.
+"""Indices as frozen leaves: ids (k,), or rows and columns (2, n) of a matrix's entries.
 
-They are floating numbers, since torch.func.grad refuses a tree with an integer leaf: float32, exact up to 2^24, and float64 where a
-layer is larger than that.
+They are floating numbers, since torch.func.grad refuses a tree with an integer leaf: float32, which
+is exact up to 2^24, and float64 where a layer is larger than that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""x W'^T + b' of an adapted weight W', which the backward pass makes again instead of keeping it."""
+"""x W'^T + b' of an adapted weight W', which the backward pass makes again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch has, and what layouts follow from that, each made when it is first asked for."""
+"""Which adapter each row of a batch has, and the layouts that follow from it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ V = TypeVar("V")
 
 
 class RowGroups(NamedTuple):
-    """A batch cut into parts whose rows have the same adapters, for a call that has one weight for
-    all its rows.
+    """A batch cut into parts whose rows have the same adapters, for a call with one weight for all
+    of its rows.
 
     Attributes:
-        rows: of each part, in the order of the sorted batch.
-        members: by plan, (parts,) whose leaves each takes; 0 where it has none.
-        bare: by plan, which parts have none; all False where that isn't known.
-        here: by plan, (parts,) bool, which parts have one, where that isn't known; None where it
-            is.
+        rows: the rows of each part, in the order of the sorted batch.
+        members: for each plan, (parts,) the member whose leaves a part takes; 0 where it has none.
+        bare: for each plan, which parts have no member; all False where ids are unknown.
+        here: for each plan, (parts,) bool, which parts have a member; None where ids are known.
         take: (N,) which row goes where in the sorted batch; None where it is the batch itself.
         back: (N,) where each row is in the sorted batch; None likewise.
     """
@@ -46,8 +45,8 @@ class RowPlan:
     Attributes:
         ids: (N,) int64, -1 for the bare base.
         members: how many adapters there are.
-        ranks: (members,) the largest rank each has anywhere; None where that isn't known or all are
-            alike.
+        ranks: (members,) the largest rank that each has anywhere; None where all are alike or that
+            isn't known.
     """
 
     __slots__ = ("_ids", "_layouts", "_parts", "ids", "members", "ranks", "rows")
@@ -67,7 +66,7 @@ class RowPlan:
 
     @property
     def known(self) -> bool:
-        """Whether the ids' values are to be had: they aren't where they are traced, or under vmap."""
+        """Whether the ids have values: they have none where they are traced, or under vmap."""
         return self._ids is not None
 
     def __eq__(self, other: object) -> bool:
@@ -100,10 +99,9 @@ class RowPlan:
         Args:
             x: (N, ..., d_in).
             path: the site's, for the message.
-            in_place: whether runs are written onto the batch: then members whose rows are as many
+            in_place: whether segments are written onto the batch: then members with as many rows
                 share one, unless rows are few.
-            banded: whether members of unlike ranks may be in runs of their own, and their rows in
-                several, by bands of ranks.
+            banded: whether a segment may be cut by bands of ranks, where members' ranks differ.
 
         Raises:
             StructureError: the leading dimension isn't the rows.
@@ -135,9 +133,10 @@ class RowPlan:
 
 
 def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What is made once for a key. It serves calls of every kind: its tensors are no inference
-        mode's, of no transform, and made for the
-    call alone where something sees each operation (and may put tensors of its own in their place).
+    """What is made once for a key, for calls of every kind.
+
+    Its tensors belong to no inference mode and to no transform. Where something sees each
+    operation, and may put tensors of its own in their place, they are made for the call alone.
     """
     watched = is_watched()
     found = None if watched else made.get(key)
@@ -158,8 +157,8 @@ def _untraceable(where: str = "") -> UnsupportedError:
 
 
 def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
-    """The parts of a batch whose rows have an adapter by each of several plans; where ids are
-    unknown each row is one.
+    """A batch in parts, where each row has an adapter by each of several plans. Where ids are
+    unknown each row is a part.
 
     Args:
         plans: of as many rows each, at least one.

@@ -1,7 +1,8 @@
-"""The layout of a batch's rows by adapter: sorted once, cut into runs of like members. Ints and index tensors alone.
+"""A batch's rows sorted by adapter and cut into segments of neighbouring members.
 
-A run is a range of members with as many rows each: its leaves are a view of the stack, its rows a view of the sorted batch, so no
-adapter is ever copied for a row. A member with fewer rows than its run repeats its own; what comes of the repeats is dropped.
+A segment is a range of members with as many rows each. Its leaves are a view of the stack, its rows
+a view of the sorted batch, so no adapter is ever copied for a row. A member with fewer rows than
+its segment repeats its own; what comes of the repeats is dropped. Ints and index tensors alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ class Segment(NamedTuple):
     """Members `low` to `high` - 1, `width` rows each, from row `start` of the sorted batch.
 
     Attributes:
-        ranks: (first, last) of theirs that it is of; None for all that they have.
+        low: its first member.
+        high: one more than its last.
+        width: rows of each member.
+        start: its first row.
+        ranks: (first, last) the ranks of its members that it covers; None for all of them.
         whole: it is all of the stack and all of the sorted batch.
     """
 
@@ -38,14 +43,14 @@ class SegmentLayout(NamedTuple):
     """The layout of a batch.
 
     Attributes:
-        runs: in the order of the sorted batch, each row in one; where it is banded in several, each
-            of other ranks.
+        segments: in the order of the sorted batch. Each row is in one, or in several of different
+            ranks.
         bare: (start, stop) of the rows without an adapter in the sorted batch.
         take: (n,) which row goes where in the sorted batch; None where it is the batch itself.
         back: (N,) where each row is in the sorted batch; None likewise.
-        members: (C,) whose leaves each of the one run's rows take, where they are gathered; None
-            where runs are views.
-        without: (N,) which rows have no adapter, beside `members`.
+        members: (C,) where leaves are gathered, the member that each of the one segment's rows
+            takes them from; None where segments are views.
+        without: (N,) which rows have no adapter, where leaves are gathered.
     """
 
     segments: tuple[Segment, ...]
@@ -66,18 +71,18 @@ def laid_out(
     in_place: bool = False,
     ranks: Sequence[int] | None = None,
 ) -> SegmentLayout:
-    """Runs of views for ids that are known.
+    """Segments as views, for ids that are known.
 
     Args:
         ids: (N,).
         members: of the stack.
         tokens: per row.
-        idle: whether a run may span members without rows (not where gradients are taken: theirs
-            must be exactly zero).
+        idle: whether a segment may span members without rows. Not where gradients are taken, since
+            theirs must be exactly zero.
         device: of the index tensors.
-        in_place: whether runs are written onto the batch, so that repeated rows would cost passes
-            over all of it.
-        ranks: of the members, where runs are to be cut by them.
+        in_place: whether segments are written onto the batch, so that repeated rows would cost
+            passes over all of it.
+        ranks: of the members, where segments are to be cut by them.
     """
     groups: dict[int, list[int]] = {}
     for row, member in enumerate(ids):
@@ -130,10 +135,10 @@ def _chosen(
     in_place: bool,
     costs: Costs | None,
 ) -> list[tuple[int, int, int]]:
-    """[(low, high, width)] of the runs; where nothing was measured no row is repeated."""
+    """[(low, high, width)] of the segments; where nothing was measured no row is repeated."""
     alike = _alike(used, counts)
     if costs is None or (in_place and not idle):
-        return alike  # gradients of repeats would go by the phases
+        return alike  # repeated rows have no gradient in place
     joined = _joined(used, counts, tokens, idle, costs)
     if not in_place:
         return joined
@@ -147,7 +152,7 @@ def _chosen(
 def _joined(
     used: Sequence[int], counts: Sequence[int], tokens: int, idle: bool, costs: Costs
 ) -> list[tuple[int, int, int]]:
-    """[(low, high, width)]: neighbours share a run where that is cheaper than a run each."""
+    """[(low, high, width)]: neighbours share a segment where that is cheaper than one each."""
     segments: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
         if segments and (idle or member == segments[-1][1]):
@@ -162,8 +167,8 @@ def _joined(
 
 
 def _alike(used: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """[(low, high, width)]: neighbours share a run where they have as many rows, so that none is
-    repeated.
+    """[(low, high, width)]: neighbours share a segment where they have as many rows, so that no
+    row is repeated.
     """
     segments: list[tuple[int, int, int]] = []
     for member, count in zip(used, counts, strict=True):
@@ -176,12 +181,13 @@ def _alike(used: Sequence[int], counts: Sequence[int]) -> list[tuple[int, int, i
 
 def _total(segments: Sequence[tuple[int, int, int]], tokens: int, costs: Costs) -> int:
     return sum(
-        costs.run + (high - low) * (costs.member + width * tokens) for low, high, width in segments
+        costs.segment + (high - low) * (costs.member + width * tokens)
+        for low, high, width in segments
     )
 
 
 def _banded(segment: Segment, ranks: Sequence[int], tokens: int, costs: Costs) -> list[Segment]:
-    """A run as runs on its rows, cut by ranks."""
+    """A segment as several on its rows, cut by ranks."""
     return [
         Segment(
             band.low,
@@ -198,9 +204,10 @@ def _banded(segment: Segment, ranks: Sequence[int], tokens: int, costs: Costs) -
 
 # -------------------------------------------------------------------------------------- unknown ids
 def traced(ids: Tensor, members: int) -> SegmentLayout:
-    """One run for ids whose values aren't to be had: shapes depend on the numbers of rows and
-    members alone, so one graph serves every mix. Each `width` rows of a member are one of the
-    run's, and leaves are gathered for those.
+    """One segment for ids without values. Its shapes depend on the numbers of rows and members
+    alone, so one graph serves every mix.
+
+    Each `width` rows of a member make a part of the segment, and leaves are gathered for the parts.
     """
     rows = ids.shape[0]
     safe = ids.clamp(min=0)
@@ -216,9 +223,8 @@ def traced(ids: Tensor, members: int) -> SegmentLayout:
     whole = each.cumsum(0)
     first, before = counts.cumsum(0) - counts, whole - each
     inside = safe[order]
-    place = (
-        before[inside] * width + torch.arange(rows, device=ids.device) - first[inside]
-    )  # (N,) in the sorted batch
+    nth = torch.arange(rows, device=ids.device) - first[inside]  # which row of its member
+    place = before[inside] * width + nth  # (N,) in the sorted batch
     owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(
         max=members - 1
     )

@@ -1,4 +1,7 @@
-"""Recognising a layer that is more than its product: a tiny call on a copy tells whether it is x W^T + b, as merging takes it to be."""
+"""Recognising a layer that is more than its product x W^T + b, as merging takes it to be.
+
+A tiny call on a copy tells.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def is_affine(module: Any, site: Site) -> bool:
     x = torch.randn(2, site.d_in, generator=gen, device="cpu").to(weight.device, weight.dtype)
     try:
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            twin: Any = copy.deepcopy(module).eval()  # a call may write on what it holds
-            y = base.forward(twin, x)
+            probe: Any = copy.deepcopy(module).eval()  # a call may write on what it holds
+            y = base.forward(probe, x)
             expected = F.linear(x, matrix(weight.detach(), site), module._parameters.get("bias"))
     except Exception:  # whatever a stranger's layer says to a tensor it doesn't expect
         return True

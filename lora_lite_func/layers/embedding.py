@@ -1,4 +1,7 @@
-"""Embeddings as sites: ids come in where features would, a padding row stays what it is, and a bound on norms holds for adapted rows."""
+"""Embeddings as sites: ids come in where features would.
+
+A padding row stays what it is, and a bound on norms holds for adapted rows too.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ __all__ = ["bounded", "defers", "keeping_padding", "padded", "rows"]
 
 
 def defers(cls: type) -> bool:
-    """Whether a class's forward leaves the look-up to nn.Embedding's: it may change the ids before
-    and the rows after.
+    """Whether a class's forward calls nn.Embedding's for the look-up, whatever it does to the ids
+    before and to the rows after.
     """
     for base in cls.__mro__:
         if base is nn.Embedding:
@@ -32,9 +35,7 @@ def defers(cls: type) -> bool:
 
 
 def rows(module: Any, ids: Tensor) -> Tensor:
-    """The table's rows as they are stored, (..., d_out): without the bound that torch puts on them
-    in place.
-    """
+    """The table's rows as they are stored, (..., d_out): torch would put the bound on them in place."""
     return F.embedding(
         ids, module.weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse
     )
@@ -42,14 +43,14 @@ def rows(module: Any, ids: Tensor) -> Tensor:
 
 def bounded(y: Tensor, module: Any) -> Tensor:
     """Rows (..., d_out) with norms of at most the layer's max_norm, as torch.embedding_renorm_ has
-    it; the bound is differentiated.
+    them; gradients go through the bound.
     """
     norm = torch.linalg.vector_norm(y, module.norm_type, dim=-1, keepdim=True)
     return torch.where(norm > module.max_norm, y * (module.max_norm / (norm + 1e-7)), y)
 
 
 def padded(module: Any, ids: Tensor, y: Tensor, frozen: Tensor) -> Tensor:
-    """Adapted rows, but the padding's as it was: it takes no part in training."""
+    """Adapted rows, the padding's as it was, since that row isn't trained."""
     if module.padding_idx is None:
         return y
     return torch.where((ids == module.padding_idx)[..., None], frozen, y)

@@ -1,13 +1,15 @@
-"""The kinds of site, as a table: how a place is recognised, its dimensions, and its weight as the matrix that methods see.
+"""The kinds of site, as a table: how each is recognised, its size, its weight as methods see it.
 
-Methods see (d_out, d_in), or (E, d_out, d_in) for a stack of E weights, however the tensor is stored:
+Methods see a matrix (d_out, d_in), or (E, d_out, d_in) for E experts, however it is stored:
 
-    linear      nn.Linear and whatever has in_features, out_features, weight; transformers' Conv1D, stored (d_in, d_out)
-    conv        W.flatten(1): (out channels, in channels / groups * kernel entries); of a transposed one, stored
-                (in channels, out channels / groups, ...), likewise a row for each output channel
+    linear      nn.Linear and whatever has in_features, out_features and weight; transformers'
+                Conv1D, which is stored (d_in, d_out)
+    conv        W.flatten(1): (out channels, in channels / groups * kernel entries); of a transposed
+                one, stored (in channels, out channels / groups, ...), a row per output channel too
     embedding   the linear map from one-hot ids: the table's transpose, (features, number of ids)
-    norm        the gain as a column, (features, 1); of Gemma's kind 1 + the stored one
-    parameter   a bare tensor of two or more dimensions; one of three is a stack, unless it is a kernel
+    norm        the gain as a column, (features, 1); of Gemma's norms 1 + the stored one
+    parameter   a bare tensor of two or more dimensions; one of three is a stack of experts, unless
+                it is a kernel
     vector      a bare tensor of one dimension or none, as a column
     module      any module whose output is a hidden state: no weight, d_in = d_out = its width
 """
@@ -63,7 +65,7 @@ class Kind:
         by_weight: whether a module's weight must be substituted, as methods' phases wouldn't fit
             around its call.
         transposed: whether a module stores the transpose.
-        hides: which of the default exclusions keep to it.
+        hides: which of the default exclusions are meant for this kind.
         bare: it is a tensor, not a module.
         one_hot: what comes to its call are ids, whose one-hot vectors the matrix multiplies.
         listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are
@@ -105,10 +107,8 @@ def _linear_size(module: Any) -> tuple[int, int] | None:
 
 
 def _is_conv(module: Any) -> bool:
-    if not hasattr(
-        module, "kernel_size"
-    ):  # asked first: a whole model may warn when it is asked for channels
-        return False
+    if not hasattr(module, "kernel_size"):
+        return False  # asked first, since a whole model may warn when it is asked for channels
     channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
     if not isinstance(channels, int) or not isinstance(weight, Tensor):
         return False
@@ -284,9 +284,7 @@ def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
 
 # ---------------------------------------------------------------------------------- the matrix view
 def matrix(W: Tensor, site: Site) -> Tensor:
-    """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in): a view wherever it can
-    be one.
-    """
+    """A stored tensor as methods see it, (d_out, d_in) or (E, d_out, d_in); a view if it can be."""
     if site.transposed:
         W = _rows_of_outputs(W, site) if W.ndim > 2 and not site.num_experts else W.mT
     elif not site.num_experts and W.shape != (site.d_out, site.d_in):
@@ -311,8 +309,8 @@ def restored(M: Tensor, W: Tensor, site: Site) -> Tensor:
 
 
 def _rows_of_outputs(W: Tensor, site: Site) -> Tensor:
-    """A transposed convolution's kernel, groups of (in, out, entries), as groups of (out, in,
-    entries): (d_out, d_in).
+    """A transposed convolution's kernel as (d_out, d_in): its groups of (in, out, entries) become
+    groups of (out, in, entries).
     """
     groups = site.d_out // W.shape[1]
     return (

@@ -1,6 +1,8 @@
-"""A packed (quantised) layer's weight as plain numbers: read from the packings known here, else by asking the layer for it.
+"""A packed (quantised) layer's weight as plain numbers.
 
-The layer itself is never written: some packings rearrange themselves when they are asked, so what is asked is a copy.
+It is read from the packings known here, else by asking the layer what it makes of unit vectors. The
+layer itself is never written: some packings rearrange themselves when they are asked, so what is
+asked is a copy.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def _wrapped(module: Any, weight: Any) -> Tensor | None:
 
 
 def _rows_of_bytes(module: Any, weight: Any) -> Tensor | None:
-    """bitsandbytes' 8 bits: whole numbers (d_out, d_in) and each row's largest magnitude, which a
-    call moves to the layer's state.
+    """bitsandbytes' 8 bits: whole numbers (d_out, d_in) and each row's largest magnitude, which the
+    layer's first call moves to its state.
     """
     state = getattr(module, "state", None)
     scale = getattr(weight, "SCB", None)
@@ -92,13 +94,13 @@ def _four_bits(module: Any, weight: Any) -> Tensor | None:
 def _asked(module: Any, weight: Tensor) -> Tensor | None:
     """What a copy of the layer makes of each unit vector."""
     try:
-        twin = module
+        probe = module
         if hasattr(type(module), "_ll_base"):  # a site's copy: the layer underneath
-            twin = object.__new__(type(module)._ll_base)
-            twin.__dict__.update({**module.__dict__, "_modules": {}})
-        twin = copy.deepcopy(twin).train()
+            probe = object.__new__(type(module)._ll_base)
+            probe.__dict__.update({**module.__dict__, "_modules": {}})
+        probe = copy.deepcopy(probe).train()
         dtype = getattr(module, "compute_dtype", None) or torch.float32
         unit = torch.eye(module.in_features, dtype=dtype, device=weight.device)
-        return (twin(unit) - twin(torch.zeros_like(unit[:1]))).mT
+        return (probe(unit) - probe(torch.zeros_like(unit[:1]))).mT
     except Exception:  # whatever a stranger's layer says to a plain vector
         return None

@@ -1,4 +1,7 @@
-"""model + config -> sites: which modules and parameters a config adapts. Structural: a linear-like layer needn't be an nn.Linear."""
+"""From a model and a config to sites: which modules and parameters a config adapts.
+
+What counts is structure: a linear-like layer needn't be an nn.Linear.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,19 @@ _WRITERS = (
     ".down_proj",
     ".wo",
     ".output.dense",
-)  # whole names, at a path's end
+)
+"""Whole names at a path's end."""
 
 
 class Candidate(NamedTuple):
-    """A candidate: its path, the module that holds it, the tensor's name there, whether that module
-    is never called.
+    """A place that may be chosen.
+
+    Attributes:
+        path: its own.
+        kind: its kind.
+        module: the module that holds it.
+        name: its tensor's name there.
+        uncalled: whether the module is never called.
     """
 
     path: str
@@ -161,7 +171,7 @@ def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> 
 
 
 def _excluded(candidate: Candidate, cfg: AdapterConfig) -> bool:
-    """By what the user wrote, or by the defaults as far as they are meant for such a place."""
+    """Whether the user's patterns leave it out, or the defaults that are meant for its kind."""
     patterns = (
         p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE or p in candidate.kind.hides
     )
@@ -279,8 +289,8 @@ def layer_index(path: str) -> int | None:
 
 
 def role_of(path: str, size: tuple[int, int] | None, width: int) -> str:
-    """By shape (d_in, d_out) against the residual width, and by name where both sides have it:
-    reader, writer or inner.
+    """Reader, writer or inner: by shape (d_in, d_out) against the residual width, and by name where
+    both sides have that width.
     """
     reads, writes = (n == width for n in size or (0, 0))
     if reads and writes:
@@ -328,7 +338,7 @@ def _check_patterns(
 
 
 def _elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind]) -> str:
-    """What the patterns (any path, if there are none) match among the other kinds, as advice."""
+    """Advice: what the patterns (any path, if there are none) match among the other kinds."""
     taken = {kind.name for kind in kinds}
     patterns = list(patterns) or [""]
     counts: dict[str, int] = {}
@@ -376,4 +386,5 @@ def _nothing_left(cfg: AdapterConfig, paths: list[str], words: str) -> str:
     text = ", ".join(
         f"{k}={v!r}" for k, v in asked.items() if (v is not None if k == "layers" else v)
     )
-    return f"none of {len(paths)} {words} is left under {text}; first ones: {', '.join(map(repr, paths[:3]))}"
+    first = ", ".join(map(repr, paths[:3]))
+    return f"none of {len(paths)} {words} is left under {text}; first ones: {first}"

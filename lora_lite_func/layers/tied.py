@@ -1,4 +1,4 @@
-"""A bare parameter is one tensor, however many modules hold it: what adapts it adapts it in each of them."""
+"""A bare parameter is one tensor, however many modules hold it: it is adapted in each of them."""
 
 from __future__ import annotations
 

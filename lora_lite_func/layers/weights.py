@@ -1,4 +1,7 @@
-"""Reading a layer: is it linear-like, in which dtype and where does it compute, what is its dense weight. Nothing is written."""
+"""Reading a layer, without writing on it.
+
+Is it linear-like, in which dtype and where does it compute, what is its dense weight.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ def is_linear_like(module: Any) -> bool:
 
 
 def _is_its_own(module: Any, name: str) -> bool:
-    """The tensor isn't one that `__getattr__` fetches from a wrapped layer."""
+    """Whether the tensor is the module's own, not one that `__getattr__` fetches from a wrapped
+    layer.
+    """
     own = vars(module)
     return (
         name in own.get("_parameters", ())
@@ -202,7 +207,10 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-_WITHOUT = "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised model"
+_WITHOUT = (
+    "use a method that needs none there (LoRA, IA3, HRA ...), or initialise on the unquantised "
+    "model"
+)
 
 
 def _computed(module: Any, name: str) -> Tensor:
