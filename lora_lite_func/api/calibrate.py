@@ -1,4 +1,7 @@
-"""calibrate: what a model's layers see on some batches, summed as it streams by. The recorder is an adapter that changes nothing."""
+"""calibrate: what a model's layers see on some batches, summed as it streams by.
+
+The recorder is an adapter whose phases change nothing.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,7 @@ def _directions(cfg: AdapterConfig, found: Found) -> dict[str, Tensor]:
     variant, made = variant_for(type(cfg)), {}
     assert variant.directions is not None
     for site, module in found:
-        path, name = module_and_name(site)
+        _, name = module_and_name(site)
         weight = matrix(dense_weight(module, variant.name, site.d_in * site.d_out, name), site)
         made[site.path] = variant.directions(cfg, site, weight.detach())
     return made
@@ -225,7 +228,7 @@ def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> 
 
 # ------------------------------------------------------------------------------------- the recorder
 class _Recorder:
-    """The sums as they grow; its `outputs` is a phase like any method's and returns y as it came."""
+    """The sums as they grow. Its `outputs` is a phase like any method's that returns y itself."""
 
     def __init__(
         self, found: Found, needs: frozenset[str], directions: Mapping[str, Tensor]
@@ -238,9 +241,8 @@ class _Recorder:
         self.gradients = "gradients" in needs
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, int, dict[int, tuple[Moments, Moments]]] | None = None
-        self.probe = torch.zeros(
-            (), device="cpu", requires_grad=True
-        )  # what backward runs to, so that no .grad is written anywhere
+        # what backward runs to, so that no .grad is written anywhere
+        self.probe = torch.zeros((), device="cpu", requires_grad=True)
         if "inputs" in needs:
             start: dict[tuple[int, torch.dtype, torch.device], Moments] = {}
             for site, module in found:
@@ -301,9 +303,8 @@ class _Recorder:
         version = -1 if x.is_inference() else x._version
         if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
             self.last = (x, version, {})
-        known = self.last[
-            2
-        ]  # what this very input made of which sums: layers with one input and one past have one sum
+        # what this very input made of which sums: layers with one input and one past share a sum
+        known = self.last[2]
         if id(old) not in known:
             known[id(old)] = (old, old.seeing(self._unmasked(x.detach())))
         self.moments[path] = known[id(old)][1]
@@ -369,9 +370,8 @@ def _refuse(
 def eval_copy(copy: nn.Module, path: str) -> None:
     """A copy in eval mode, its parameters constants, its buffers its own."""
     weight = copy._parameters.get("weight")
-    if (
-        weight is None or weight.is_floating_point()
-    ):  # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
+    # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
+    if weight is None or weight.is_floating_point():
         copy.__dict__["training"] = False
     own_buffers(copy)
     own_bias(copy)

@@ -1,4 +1,4 @@
-"""Contrastive pairs: what comes to each site at the last token of positive texts and of their negative counterparts."""
+"""Contrastive pairs: what comes to each site at the last token of two texts that differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arguments = Callable[[nn.Module, Any, bool], tuple[tuple[Any, ...], dict[str, An
 
 
 class PairRecorder:
-    """Collects them; its `outputs` is a phase like any method's and returns y as it came."""
+    """Collects the pairs. Its `outputs` is a phase like any method's, and returns y as it came."""
 
     def __init__(self, found: list[tuple[Site, nn.Module]], arguments: Arguments) -> None:
         self.arguments = arguments
@@ -75,9 +75,8 @@ class PairRecorder:
         if x.ndim == 3:
             tokens = x.shape[1]
             if self.mask is not None and self.mask.shape == x.shape[:2]:
-                where = (self.mask * torch.arange(1, tokens + 1, device=self.mask.device)).argmax(
-                    1
-                )  # the last that counts
+                places = torch.arange(1, tokens + 1, device=self.mask.device)
+                where = (self.mask * places).argmax(1)  # the last that counts
                 x = x[torch.arange(len(x), device=x.device), where.to(x.device)]
             else:
                 x = x[:, -1]

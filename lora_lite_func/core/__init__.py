@@ -1,1 +1,1 @@
-"""Values and contracts: errors, configs, adapters, the contract of a method. Knows no layer and no model."""
+"""Values and contracts: errors, configs, adapters, methods. Knows no layer and no model."""

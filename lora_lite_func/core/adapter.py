@@ -1,4 +1,7 @@
-"""The container: an immutable Mapping path -> {lora_name: tensor}, a pytree node for torch.func and optree alike."""
+"""Adapter: an immutable Mapping path -> {lora_name: tensor}, and a pytree node.
+
+It is registered with torch.utils._pytree and with optree, in every namespace.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ else:
 
 
 class _Absent:
-    """Stands where a leaf was taken out: a pytree node without children, so that no transform sees
-    it.
+    """What stands where a leaf was taken out: a pytree node without children, which no transform
+    sees.
     """
 
     def __repr__(self) -> str:
@@ -53,11 +56,10 @@ ABSENT = _Absent()
 
 
 class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[misc]
-    """A set of adapted sites: path -> {lora_name: tensor}, with the config and the sites as static
-        data.
+    """Adapted sites, path -> {lora_name: tensor}, with the config and the sites as static data.
 
-    `params["layers.0.up"]["lora_A"]` is a tensor, and so is `params["layers.0.up", "lora_A"]`, by
-    its key in the pytree. Of a stack, `params[2]` is the third member.
+    `params["layers.0.up"]["lora_A"]` is a tensor; so is `params["layers.0.up", "lora_A"]`, by its
+    key in the pytree. Of a stack, `params[2]` is the third member.
 
     Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`,
     `ll.scale` ...). Two adapters with equal sites and equal method settings have equal tree
@@ -165,7 +167,7 @@ def leaves(params: Adapter) -> list[Any]:
 
 
 def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
-    """Without validation: transforms put ints, shapes and None where tensors were."""
+    """An adapter of these leaves, unchecked: transforms put ints, shapes and None among them."""
     new: Adapter = Adapter.__new__(Adapter)
     it = iter(children)
     object.__setattr__(new, "layout", layout)
@@ -189,7 +191,7 @@ def members_of(stacked: Any, what: str) -> int:
     """How many adapters a stack has.
 
     Raises:
-        StructureError: it is none, with the first leaf that says so.
+        StructureError: it is no stack, with the first leaf that says so.
     """
     if not isinstance(stacked, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(stacked).__name__}")
@@ -295,9 +297,8 @@ def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str,
 
 @functools.cache
 def _register() -> None:
-    everywhere = getattr(
-        optree.registry, "__GLOBAL_NAMESPACE"
-    )  # getattr: a class would mangle the name
+    # by getattr, since Python would mangle the name inside a class
+    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")
     torch_pytree.register_pytree_node(
         Adapter,
         _flatten,

@@ -1,4 +1,7 @@
-"""AdapterConfig: a method's knobs as a frozen, hashable, JSON-able value. Everything is checked while it is built."""
+"""AdapterConfig: a method's knobs as a frozen, hashable value that JSON can hold.
+
+Everything is checked while a config is built.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +67,8 @@ field = dataclasses.field
 
 
 def record(default: T) -> T:
-    """A field that only records where an adapter came from: it takes no part in equality, so such
-    adapters stack.
+    """A field that only records where an adapter came from. It takes no part in equality, so that
+    such adapters stack.
     """
     return dataclasses.field(default=default, compare=False)
 
@@ -267,9 +270,8 @@ def _check_rank(r: int, where: str) -> None:
 
 
 def _compiles(pattern: str, where: str) -> None:
-    quiet = (
-        warnings.catch_warnings() if "[" in pattern else nullcontext()
-    )  # only a set can make Python warn
+    # only a set of characters can make Python warn
+    quiet = warnings.catch_warnings() if "[" in pattern else nullcontext()
     try:
         with quiet:
             if "[" in pattern:
@@ -282,8 +284,10 @@ def _compiles(pattern: str, where: str) -> None:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` says: lists become tuples, dicts become pairs, ints become floats;
-    anything else is refused.
+    """`value` as the type `hint` says: lists become tuples, dicts pairs, ints floats.
+
+    Raises:
+        ConfigError: anything else.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -320,8 +324,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _items(value: Any, kind: Any, where: str) -> Iterable[Any]:
-    """The items of what stands for a sequence: one string for itself, a mapping for its pairs, a
-    set in a fixed order.
+    """The items of what stands for a sequence: a string stands for itself alone, a mapping for its
+    pairs, a set for its items in a fixed order.
     """
     if isinstance(value, str) and (kind is str or typing.get_origin(kind) is Literal):
         return (value,)
@@ -347,9 +351,9 @@ def _finite(value: float, where: str) -> float:
 
 
 def _dtype(value: Any, where: str) -> torch.dtype:
-    found = (
-        vars(torch).get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    )  # vars: nothing of torch's is run
+    found = value
+    if isinstance(value, str):  # looked up by vars, which runs nothing of torch's
+        found = vars(torch).get(value.removeprefix("torch."))
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
         raise ConfigError(
             f"{where}: expected a floating torch.dtype, found {short_repr(value)}; 16 bits at least"

@@ -1,4 +1,4 @@
-"""What can go wrong, as a user sees it: one base class, a handful of children, each also a builtin."""
+"""What can go wrong, as a user sees it: one base class, its children, each also a builtin."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def nearest(word: str, known: Iterable[str], *, first: int = 3) -> str:
     "did you mean 'q_proj'?"
     """
     known = list(known)
-    close = difflib.get_close_matches(
-        word[:_LONGEST], known[:10_000], n=1, cutoff=0.6
-    )  # bounded: a file may ask
+    # bounded, since a file may ask
+    close = difflib.get_close_matches(word[:_LONGEST], known[:10_000], n=1, cutoff=0.6)
     if close:
         return f"did you mean {short_repr(close[0])}?"
     if not known:

@@ -1,4 +1,7 @@
-"""Layout: an adapter's static data, and its description as JSON types, which files and exported programs carry."""
+"""Layout: an adapter's static data, and its description as JSON types.
+
+Files and exported programs carry that description.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ class LeafSpec(NamedTuple):
     Attributes:
         shape: of one adapter's leaf; a stack's has a leading axis of members.
         trainable: whether it is learned.
-        dtype: None where any floating dtype of 16 bits or more will do; a floating dtype is the
-            least that it may have, an integer dtype the one that it has.
+        dtype: None where any floating dtype of 16 bits or more will do. A floating dtype is the
+            narrowest that the leaf may have, an integer dtype is the one that it has.
         rank_axis: the axis of `shape` that counts directions, if one does.
     """
 
@@ -76,7 +79,7 @@ class Layout:
         self.names = {path: tuple(specs) for path, specs in self.specs.items()}
 
     def _leaf_specs(self, site: Site) -> dict[str, LeafSpec]:
-        """A site's leaves. Where it is a stack of expert weights, each has a leading axis for them."""
+        """A site's leaves. Of a stack of expert weights each has a leading axis for the experts."""
         experts = (site.num_experts,) if site.num_experts else ()
         found = {}
         for name, spec in sorted(self.variant.param_specs(self.config, site).items()):
@@ -168,11 +171,10 @@ def to_json(layout: Layout) -> dict[str, Any]:
 
 
 def from_json(says: Any, *, most: int = LARGEST) -> Layout:
-    """The layout back from its description, which is hostile until shown otherwise: no pattern in
-        it is run.
+    """The layout back from its description, of which nothing is trusted: no pattern in it is run.
 
     Args:
-        says: what `describe` gave.
+        says: what `to_json` gave.
         most: how many sites there can be at most: as many as there are tensors.
 
     Raises:

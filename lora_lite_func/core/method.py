@@ -1,4 +1,4 @@
-"""Variant: one method as a record of pure functions; and the methods that are known, by config and by name."""
+"""Variant: one method as a record of pure functions; and the methods that are known."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Variant(Generic[ConfigT, DataT]):
             of the phases; `ll.combine_adapters` and other libraries' files take it too.
         batched: the phases take several members at once as they are, leaves (m, ...) and x (m, n,
             ..., d_in), where `site.scale` may be (m,). Otherwise they are mapped over the members.
-        has_phases: whether it can act around a layer's call; a method that can't goes by the weight.
+        has_phases: whether it can act around a layer's call; otherwise it goes by the weight.
         reads_prompt: whether it edits tokens of the prompt in the hidden states of whole modules.
     """
 
@@ -282,8 +282,8 @@ def variant_for(config: type[AdapterConfig]) -> Variant:
 
 
 def leaf_dtype(spec: ParamSpec, adapter_dtype: torch.dtype) -> torch.dtype:
-    """The dtype a tensor gets: the adapter's, at least what the spec says, or the spec's own if
-    that isn't floating.
+    """The dtype that a tensor gets: the adapter's, or the spec's where that is wider or no floating
+    dtype.
     """
     if spec.dtype is None:
         return adapter_dtype
@@ -295,9 +295,7 @@ def leaf_dtype(spec: ParamSpec, adapter_dtype: torch.dtype) -> torch.dtype:
 
 
 def dtype_fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
-    """Whether a tensor of dtype `found` can stand where a spec of that dtype is: `leaf_dtype`
-    leaves it as it is.
-    """
+    """Whether a tensor of dtype `found` can be a leaf with a spec of that dtype, as it is."""
     if spec_dtype is not None and not spec_dtype.is_floating_point:
         return found == spec_dtype
     if not found.is_floating_point or found.itemsize == 1:
@@ -308,8 +306,8 @@ def dtype_fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
 def site_for(
     variant: Variant, cfg: AdapterConfig, site: Site, scale_tensors: dict[float, Tensor]
 ) -> Site:
-    """The Site under a config: its scale and the scale's tensor scale_tensor (shared through
-    `scale_tensors`) worked out.
+    """The Site under a config, with its scale, and the scale as a tensor, which sites of one scale
+    share through `scale_tensors`.
     """
     scaling = float(variant.scaling(cfg, site))
     if scaling not in scale_tensors:

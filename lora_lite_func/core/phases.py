@@ -302,7 +302,7 @@ class FactorsFn(Protocol[ConfigIn]):
     """The update as a factor pair."""
 
     def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> Factors:
-        """A (k, d_in), B (d_out, k), s, where the update of the weight is s B A and nothing else."""
+        """A (k, d_in), B (d_out, k), s, where the weight's update is s B A and nothing else."""
 
 
 # ----------------------------------------------------------------------------------------- strength

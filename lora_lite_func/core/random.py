@@ -1,4 +1,7 @@
-"""Random starts: every draw is a function of (seed, path, name) alone, on the CPU, whatever the device or the other sites."""
+"""Random starts: every draw is a function of (seed, path, name) alone.
+
+Draws are made on the CPU, whatever the model's device, so other sites or devices change none.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ def generator(seed: int, path: str, name: str) -> torch.Generator:
 
 
 def kaiming(shape: Sequence[int], gen: torch.Generator) -> Tensor:
-    """Uniform in +-1/sqrt(n), n the last dimension: `kaiming_uniform_(a=sqrt(5))`, the usual start
-    of lora_A.
+    """Uniform in +-1/sqrt(n), n the last dimension: the usual start of lora_A, which torch has as
+    `kaiming_uniform_(a=sqrt(5))`.
     """
     return uniform(1.0 / math.sqrt(max(shape[-1], 1)))(shape, gen)
 
@@ -39,6 +42,5 @@ def normal(std: float) -> Draw:
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
-    return torch.empty(
-        tuple(shape), dtype=torch.float32, device="cpu"
-    )  # spelt out: the caller's defaults are no part of a draw
+    # spelt out, since the caller's defaults must have no part in a draw
+    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")

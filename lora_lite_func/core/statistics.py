@@ -1,4 +1,4 @@
-"""What calibration hands on: sums per site, as values that add up over shards."""
+"""What calibration hands on: sums for each site, as values that add up over shards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["Moments", "SiteStatistics", "Statistics"]
 
 
 class Moments(NamedTuple):
-    """Sums over the tokens that came to a layer, float32 at least. Never changed in place, so
-    layers with one input share them.
+    """Sums over the tokens that came to a layer, float32 at least. They are never changed in place,
+    so that layers with the same input share them.
     """
 
     tokens: int
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
         return cls(0, vector, vector, torch.zeros(width, width, dtype=dtype, device=device))
 
     def seeing(self, x: Tensor) -> Moments:
-        """The sums with the rows of x (N, d_in) in."""
+        """The sums with the rows of x (N, d_in) added."""
         x = x.to(self.squares)
         squares = torch.addmm(self.squares, x.mT, x)
         return Moments(
@@ -180,7 +180,8 @@ class Statistics(Mapping[str, SiteStatistics]):
         )
 
     def __repr__(self) -> str:
-        return f"Statistics({len(self.sites)} sites, {max((s.batches for s in self.sites.values()), default=0)} batches)"
+        batches = max((site.batches for site in self.sites.values()), default=0)
+        return f"Statistics({len(self.sites)} sites, {batches} batches)"
 
 
 def _plus(

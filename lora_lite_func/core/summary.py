@@ -14,9 +14,8 @@ from .site import Site
 
 __all__ = ["render"]
 
-_NUMBER = re.compile(
-    r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])"
-)  # a whole name that int() and str() take there and back
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+"""A whole part of a path that int() and str() take there and back."""
 
 
 def render(
@@ -25,9 +24,7 @@ def render(
     data: Mapping[str, Mapping[str, Any]],
     specs: Mapping[str, Mapping[str, LeafSpec]],
 ) -> str:
-    """The table as text: path, in -> out, tensors with shape and dtype; frozen ones marked with a
-    star.
-    """
+    """The table as text: path, in -> out, tensors with shape and dtype, a star at frozen ones."""
     groups: dict[tuple[tuple[str, ...], str, str], list[tuple[int, ...]]] = {}
     total = learned = 0
     for path, site in sites.items():
@@ -66,8 +63,8 @@ def _leaf(leaf: Any) -> str:
 
 
 def _fold(texts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
-    """("layers.", ".q") with [(0,), (1,), (2,)] -> "layers.{0-2}.q"; with several numbers in a
-    path, each its own range.
+    """("layers.", ".q") with [(0,), (1,), (2,)] -> "layers.{0-2}.q"; each number in a path has a
+    range of its own.
     """
     columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
     ranges = ["{" + _ranges(c) + "}" if len(c) > 1 else str(c[0]) for c in columns]

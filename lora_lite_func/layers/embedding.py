@@ -35,7 +35,7 @@ def defers(cls: type) -> bool:
 
 
 def rows(module: Any, ids: Tensor) -> Tensor:
-    """The table's rows as they are stored, (..., d_out): torch would put the bound on them in place."""
+    """The table's rows as they are stored, (..., d_out): torch would bound them in place."""
     return F.embedding(
         ids, module.weight, module.padding_idx, None, 2.0, module.scale_grad_by_freq, module.sparse
     )
