@@ -1,7 +1,8 @@
-"""A kept copy of a model with adapters in it: bind, prepared, unbind. The model itself isn't written on."""
+"""A kept copy of a model with adapters in it: bind, prepared, unbind."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
@@ -80,17 +81,38 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
                 )
                 sites.setdefault(site.path, []).append(attachment)
         homes.append((layout, indices))
-    bound = cast(ModelT, copy_tree(model, sites, Frozen()))
+    bound, tied = cast(ModelT, copy_tree(model, sites, Frozen())), False
     for adapter, _ in adapters:
         more = tied_names(model, adapter.layout.sites.values())
+        tied = tied or bool(more)
         for path, tensors in adapter._data.items():
             held = Leaves(tensors, adapter.layout.specs[path])
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     bound.__dict__["_ll_bound"] = homes
+    if tied:
+        _declare_tied(bound)
     if any(layout.variant.reads_prompt for layout, _ in homes):
         install_prompt_hooks(bound)
     return bound
+
+
+def _declare_tied(bound: nn.Module) -> None:
+    """Tell transformers, which refuses to save tensors that share memory unasked, that an adapter
+    of a tied parameter is the same one in each of its places.
+    """
+    if not hasattr(bound, "_tied_weights_keys"):
+        return
+    known: Any = bound._tied_weights_keys
+    first: dict[int, str] = {}
+    same: dict[str, str] = {}
+    for path, module in bound.named_modules(remove_duplicate=False):
+        if isinstance(module, Leaves) and first.setdefault(id(module), path) != path:
+            same |= {f"{path}.{name}": f"{first[id(module)]}.{name}" for name in module.names}
+    if isinstance(known, list):  # before transformers 5
+        bound.__dict__["_tied_weights_keys"] = [*known, *map(re.escape, same)]
+    else:
+        bound.__dict__["_tied_weights_keys"] = {**(known or {}), **same}
 
 
 def prepared(model: ModelT, params: Adapters) -> ModelT:

@@ -61,7 +61,9 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         )
         W, b = merge_site(module, attachments, _plain(module, name), bias)
         prefix = home + "." if home else ""
-        merged_tensors[prefix + name] = W
+        # stored as the base's is, which files ask for
+        plain = is_packed(module._parameters[name]) or module._parameters[name].is_contiguous()
+        merged_tensors[prefix + name] = W.contiguous() if plain else W
         if b is not None and b is not bias:
             check_bias(module, attachments[-1], b)
             merged_tensors[prefix + "bias"] = b

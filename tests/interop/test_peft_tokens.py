@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, moved
 from peft_models import IDS, load_file, peft
 from torch import Tensor, nn
 
@@ -205,3 +205,38 @@ def test_tables_of_a_resized_base_are_those_of_the_file(
     close(again(x).logits, right, 1e-5)
     with pytest.raises(ll.CheckpointError, match=r"23 rows in the file and 20 .*resize_token_emb"):
         ll.from_peft(tmp_path, llama(tie))
+
+
+# ------------------------------------------------------------------------------- ours, tied, saved
+OURS = {
+    "tokens": lambda table: ll.TokensConfig(token_ids=(18, 19), target_parameters=table),
+    "lora": lambda table: ll.LoRAConfig(r=2, target_parameters=table),
+    "full": lambda table: ll.FullConfig(target_parameters=table),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_adapters_of_a_tied_table_are_saved_bound_and_merged(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(tie=True).eval()
+    config = OURS[name]("model.embed_tokens.weight")
+    params = moved(ll.init(model, config))
+    right = ll.apply(model, params, IDS).logits
+    assert not torch.equal(right, model(IDS).logits)
+    bound = ll.bind(model, params)
+    bound.save_pretrained(tmp_path / "bound")
+    close(bound(IDS).logits, right, 1e-5)
+    assert model._tied_weights_keys == type(model)._tied_weights_keys
+    ll.merged(model, params).save_pretrained(tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged").eval()
+    close(again(IDS).logits, right, 1e-5)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    beside = moved(ll.init(model, ll.LoRAConfig(r=2, target_names="q_proj")))
+    both = (beside, params)
+    if name == "lora":  # PEFT adapts a tied parameter in one of its places
+        with pytest.raises(ll.UnsupportedError, match="of which PEFT would adapt one; merge it"):
+            ll.to_peft(both, model, tmp_path / "peft")
+        return
+    ll.to_peft(both, model, tmp_path / "peft")
+    made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft").eval()
+    close(made(IDS).logits, ll.apply(model, both, IDS).logits, 1e-5)
