@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pages import PAGES, ROOT
+from test_import import PACKAGES
 
 import lora_lite_func as ll
 from lora_lite_func.layers.kinds import KINDS
@@ -31,6 +32,11 @@ def mentions(word: str, *folders: str) -> set[str]:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     found = {file for file in files if re.search(word, file.read_text(encoding="utf-8"), re.M)}
     return {str(file.relative_to(ROOT)) for file in found}
+
+
+def test_the_packages_table_is_the_rule_that_imports_are_held_to() -> None:
+    rows = re.findall(r"^\| `(\w+)/` \| .* \| ([\w, ]*)\|$", CONTRIBUTING, re.M)
+    assert {name: set(re.findall(r"\w+", others)) for name, others in rows} == PACKAGES
 
 
 def visited(call: Callable[[], object]) -> set[str]:
