@@ -6,17 +6,20 @@ It is registered with torch.utils._pytree and with optree, in every namespace.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import optree
+import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import StructureError, nearest
 from .layout import Layout, from_json, to_json
+from .method import dtype_fits
 from .site import Site
 from .summary import render
 
@@ -140,6 +143,42 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._data)
+
+    def to(
+        self,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> Adapter:
+        """The adapter on a device, in a dtype: `params.to("cuda", torch.bfloat16)`. As `ll.cast`
+        does, it leaves integers alone and keeps in float32 at least what its method wants so.
+
+        Args:
+            device: where its tensors go; None leaves them where they are.
+            dtype: a floating dtype of 16 bits or more; None leaves theirs.
+            non_blocking: as for tensors.
+
+        Raises:
+            StructureError: not a floating dtype of 16 bits or more.
+        """
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        if dtype is not None and not dtype_fits(None, dtype):
+            raise StructureError(f"to: expected a floating dtype of 16 bits or more, found {dtype}")
+        moved = [self._moved(path, name, device, dtype, non_blocking) for path, name in keys(self)]
+        return rebuild(self.layout, moved)
+
+    def _moved(self, path: str, name: str, device: Any, dtype: Any, non_blocking: bool) -> Any:
+        leaf = self._data[path][name]
+        if not isinstance(leaf, Tensor):
+            return leaf
+        least = self.layout.specs[path][name].dtype
+        if dtype is None or not leaf.is_floating_point():
+            wanted = leaf.dtype
+        else:
+            wanted = dtype if least is None else torch.promote_types(dtype, least)
+        return leaf.to(device=device, dtype=wanted, non_blocking=non_blocking)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -295,6 +334,18 @@ def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str,
     return list(leaves(params)), params.layout, keys(params)
 
 
+def _dumped(layout: Layout) -> str:
+    """The layout as text for exported programs. AOTInductor puts it into C++ as a raw string, which
+    a closing bracket before a quotation mark would end.
+    """
+    return json.dumps(to_json(layout)).replace(")", r"\u0029")
+
+
+def _read_back(says: Any) -> Layout:
+    """The layout of an exported program; those of before 0.2.0 have JSON types for the text."""
+    return from_json(json.loads(says) if isinstance(says, str) else says)
+
+
 @functools.cache
 def _register() -> None:
     # by getattr, since Python would mangle the name inside a class
@@ -304,8 +355,8 @@ def _register() -> None:
         _flatten,
         _unflatten,
         serialized_type_name="lora_lite_func.Adapter",
-        to_dumpable_context=to_json,
-        from_dumpable_context=from_json,
+        to_dumpable_context=_dumped,
+        from_dumpable_context=_read_back,
         flatten_with_keys_fn=_flatten_with_keys,
     )
     torch_pytree.register_pytree_node(
