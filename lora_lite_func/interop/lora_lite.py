@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.errors import CheckpointError, ConfigError, nearest, short_repr
 from ..core.site import Site
+from ..io.file_kinds import reader_hint
 from ..io.files import parse_json, read_safetensors
 from ..variants import (
     AntiPaSTOConfig,
@@ -102,6 +103,7 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
     if "cfg" not in metadata:
         raise CheckpointError(
             f"{where}: no 'cfg' entry in its metadata, so it isn't a file of lora-lite"
+            f"{reader_hint(tensors, metadata)}"
         )
     reader = ConfigReader(parse_json(metadata["cfg"], f"{where}: its 'cfg' metadata"), where)
     prints = parse_json(metadata.get("base_fp", "{}"), f"{where}: its 'base_fp' metadata")

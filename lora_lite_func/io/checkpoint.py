@@ -28,7 +28,8 @@ from ..core.errors import CheckpointError, StructureError, nearest, short_repr
 from ..core.layout import Layout, Stacked
 from ..core.method import dtype_fits
 from ..layers.kinds import KINDS, misfit, module_and_name
-from .files import check_regular, parse_json
+from .file_kinds import reader_hint
+from .files import check_regular, parse_json, unreadable
 from .manifest import Piece, contents, describe_all, described_all, joined
 from .writing import write_safetensors
 
@@ -99,7 +100,7 @@ def load(
                 if says is None:
                     raise CheckpointError(
                         f"no {OWN!r} entry in its metadata, so it isn't an adapter that ll.save "
-                        f"wrote"
+                        f"wrote{reader_hint(file.keys(), file.metadata() or {})}"
                     )
                 return _read(file, parse_json(says, f"its {OWN!r} metadata"), model, member, device)
             except CheckpointError as error:
@@ -107,7 +108,7 @@ def load(
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(unreadable(where, error)) from error
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError, short_repr
+from .file_kinds import looks_like
 
 __all__ = [
     "check_regular",
     "parse_json",
+    "read_header",
     "read_json",
     "read_pickle",
     "read_safetensors",
+    "unreadable",
 ]
 
 _LONGEST_JSON = 2**25  # bytes; a configuration of real adapters has kilobytes
@@ -56,7 +59,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         CheckpointError: it isn't one, or can't be read.
     """
     where = os.fsdecode(path)
-    check_regular(where)
+    _check_file(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
             # clones: aligned, so that products are bit-equal to those before the save, and
@@ -65,7 +68,36 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
             tensors = {key: file.get_tensor(key).clone() for key in keys}
             return tensors, dict(file.metadata() or {})
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{where}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(unreadable(where, error)) from error
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
+    """(names of tensors, metadata) of a safetensors file.
+
+    Raises:
+        CheckpointError: it isn't one, or can't be read.
+    """
+    where = os.fsdecode(path)
+    _check_file(where)
+    try:
+        with safetensors.safe_open(where, framework="pt") as file:
+            return list(file.keys()), dict(file.metadata() or {})
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(unreadable(where, error)) from error
+
+
+def unreadable(where: str, error: Exception) -> str:
+    """What to say of a file that isn't safetensors."""
+    return f"{where}: not a readable safetensors file: {error}{looks_like(where)}"
+
+
+def _check_file(where: str) -> None:
+    check_regular(where)
+    if os.path.isdir(where):
+        raise CheckpointError(
+            f"{where}: not a readable safetensors file: it is a folder; name the file in it, or "
+            f"ll.from_peft reads PEFT's folders"
+        )
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
-from ...io.files import read_json, read_pickle, read_safetensors
+from ...io.file_kinds import form_of_tensors, reader_hint
+from ...io.files import read_header, read_json, read_pickle, read_safetensors
 from ...io.writing import interrupted
 from ..metadata import ConfigReader
 
@@ -62,11 +63,20 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
     if config is None and not (folder / CONFIG).exists():
         raise CheckpointError(
             f"{path}: expected {CONFIG} beside the tensors, found none{interrupted(folder)}"
+            f"{_other_reader(files[0])}"
         )
     reader = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
     return reader, read_pickle(files[0]) if files[0].suffix in _PICKLES else read_safetensors(
         files[0]
     )[0]
+
+
+def _other_reader(file: Path) -> str:
+    """What reads a file of tensors that PEFT didn't write."""
+    if file.suffix in _PICKLES:
+        return ""
+    keys, metadata = read_header(file)
+    return reader_hint(keys, metadata) if form_of_tensors(keys, metadata) != "peft" else ""
 
 
 def _config(config: Any, where: str) -> ConfigReader:

@@ -1,0 +1,61 @@
+"""What kind of file somebody gave to a reader that can't read it, for the message's way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+__all__ = ["form_of_tensors", "looks_like", "reader_hint"]
+
+_FACTORS = re.compile(
+    r"lora_(A|B|up|down|magnitude_vector|linear_layer)\b|\.lora[._](up|down)\.|hada_w|lokr_w"
+    r"|\.(diff|diff_b|w_norm|b_norm|dora_scale)$"
+)
+_BEGINNINGS = (
+    (b"PK\x03\x04", "a file of torch.save (or another archive)"),
+    (b"\x80\x02", "a pickle, as torch.save wrote before 1.6"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"version https://git-lfs", "a pointer of Git LFS, whose contents weren't downloaded"),
+    (b"{", "a JSON text"),
+    (b"<", "a web page"),
+)
+_READERS = {
+    "ll": "ll.load",
+    "lora_lite": "ll.from_lora_lite",
+    "peft": "ll.from_peft, with its adapter_config.json beside it,",
+    "diffusion": "ll.from_diffusion",
+}
+
+
+def form_of_tensors(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """Whose adapter a safetensors file is, by its header: "ll", "lora_lite", "peft", "diffusion";
+    "" where nothing tells.
+    """
+    if "lora_lite_func" in metadata:
+        return "ll"
+    if "cfg" in metadata:
+        return "lora_lite"
+    names = list(keys)
+    if any(name.startswith("base_model.model.") for name in names):
+        return "peft"
+    return "diffusion" if any(_FACTORS.search(name) for name in names) else ""
+
+
+def reader_hint(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """The end of a message about a safetensors file: which reader reads it."""
+    form = form_of_tensors(keys, metadata)
+    return f"; {_READERS[form]} reads it" if form else ""
+
+
+def looks_like(path: str) -> str:
+    """The end of a message about a file that isn't safetensors: what it seems to be."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(24)
+    except (OSError, ValueError):
+        return ""
+    if not start:
+        return "; it is empty"
+    found = next((what for begin, what in _BEGINNINGS if start.startswith(begin)), None)
+    return "" if found is None else f"; it seems to be {found}"
