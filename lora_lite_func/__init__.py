@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .algebra import adalora
 from .algebra.adamw import AdamW, AdamWState, adamw, clip_grads
 from .algebra.combine import add, combine_adapters
+from .algebra.flat import from_dict, ravel, to_dict
+from .algebra.gradients import grad, value_and_grad
+from .algebra.mean import mean
+from .algebra.precondition import precondition
 from .algebra.rows import Rows, rows
 from .algebra.stack import concatenate, names, num_members, stack, unstack, update
 from .algebra.tree import cast, combine, num_params, partition, project, scale, summary
@@ -147,12 +151,15 @@ __all__ = [
     "combine",
     "combine_adapters",
     "concatenate",
+    "from_dict",
     "from_diffusion",
     "from_lora_lite",
     "from_peft",
     "functional_call",
+    "grad",
     "init",
     "load",
+    "mean",
     "merge",
     "merged",
     "names",
@@ -160,9 +167,11 @@ __all__ = [
     "num_params",
     "partition",
     "per_sample_grads",
+    "precondition",
     "prepared",
     "project",
     "prompted",
+    "ravel",
     "register",
     "rows",
     "save",
@@ -170,11 +179,13 @@ __all__ = [
     "stack",
     "summary",
     "targets",
+    "to_dict",
     "to_diffusion",
     "to_peft",
     "unbind",
     "unstack",
     "update",
+    "value_and_grad",
     "variants",
 ]
 

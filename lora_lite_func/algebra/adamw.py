@@ -1,8 +1,9 @@
-"""AdamW as pure functions on a stack: one update for K adapters, each with its own learning rate, weight decay and clipping."""
+"""AdamW as pure functions: one update for K adapters, each with its own learning rate and decay."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,24 @@ from torch import Tensor
 
 from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of
 from ..core.config import probability, real
-from ..core.errors import ConfigError, StructureError, short_repr
-from .tree import check_adapter
+from ..core.errors import ConfigError, StructureError, nearest, short_repr
+from ..core.torch_internals import (
+    fused_adamw,
+    is_differentiated,
+    is_tracing_here,
+    is_transformed,
+)
+from .tree import every_adapter
 
 __all__ = ["AdamW", "AdamWState", "adamw", "clip_grads"]
+
+Rate = float | Tensor
+"""A number, or one per member of a stack (K,)."""
+
+Rates = Rate | Mapping[str, Rate]
+"""A rate, or rates by the leaf's name ("default" for the others)."""
+
+_DEFAULT = "default"
 
 
 class AdamWState(NamedTuple):
@@ -23,47 +38,56 @@ class AdamWState(NamedTuple):
     """
 
     step: Tensor
-    mean: Adapter
-    square: Adapter
+    mean: Any
+    square: Any
 
 
 class AdamW(NamedTuple):
-    """`init(trainable) -> state`, `update(grads, state, trainable, lr=None) -> (trainable, state)`:
-    both pure.
+    """`init(trainable) -> state` and `update(grads, state, trainable, lr=None, donate=False) ->
+    (trainable, state)`, both pure.
     """
 
-    init: Callable[[Adapter], AdamWState]
-    update: Callable[..., tuple[Adapter, AdamWState]]
+    init: Callable[[Any], AdamWState]
+    update: Callable[..., tuple[Any, AdamWState]]
 
 
 def adamw(
-    lr: float | Tensor,
+    lr: Rates,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float | Tensor = 0.0,
+    weight_decay: Rates = 0.0,
 ) -> AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), the numbers of torch.optim.AdamW, for
-    an adapter or a stack of K.
+    an adapter, a stack of K, or a tuple, list or dict of them.
 
     One update moves all members, and what each does is what it would do alone: K runs in one.
-        `update(..., lr=...)` takes another
-    learning rate for that update (a schedule).
+    `update(..., lr=...)` takes another learning rate for that update (a schedule). Rates by leaf
+    name give LoRA+ (Hayou, Ghosh and Yu 2024, arXiv 2402.12354): `ll.adamw({"lora_B": 16 * lr,
+    "default": lr})`.
+
+    An update can be differentiated in everything tensors are given for (gradients, state,
+    parameters, rates), vmapped and compiled: inside a transform of torch.func, and where one of
+    them requires a gradient. Elsewhere torch's fused kernel makes it, on copies; `update(...,
+    donate=True)` lets it write on the memory of `state` and `trainable` instead, for a loop that
+    uses neither of them afterwards (nor what shares their memory).
 
     Args:
-        lr: learning rate, or one per member (K,).
+        lr: learning rate; or one per member (K,); or {leaf name or "default": one of these}.
         betas: decay of the running means.
         eps: added to the root.
-        weight_decay: decoupled, times lr; or one per member (K,). 0 by default: gates and
-            magnitudes live near 1.
+        weight_decay: decoupled, times lr; in the forms of lr. 0 by default: gates and magnitudes
+            live near 1.
 
     Raises:
         ConfigError: a setting of the wrong type, or out of range.
-        StructureError: in `init` and `update`, a vector that isn't one per member of a stack;
-            gradients or a state of another adapter.
+        StructureError: in `init` and `update`, a vector that isn't one per member of a stack, a
+            name that no leaf has, or a leaf without a rate; gradients or a state of another
+            adapter.
     """
-    for value, what in ((lr, "lr"), (weight_decay, "weight_decay"), (eps, "eps")):
-        _not_negative(value, f"adamw: {what}")
+    for value, what in ((lr, "lr"), (weight_decay, "weight_decay")):
+        _check_rates(value, f"adamw: {what}")
+    _not_negative(eps, "adamw: eps")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ConfigError(f"adamw: betas: expected two numbers, found {short_repr(betas)}")
     for beta in betas:
@@ -71,59 +95,114 @@ def adamw(
         probability(beta, "adamw: betas")
     slow, slower = betas
 
-    def init(trainable: Adapter) -> AdamWState:
-        check_adapter(trainable, "adamw")
+    def init(trainable: Any) -> AdamWState:
         for value, what in ((lr, "lr"), (weight_decay, "weight_decay")):
-            _per_member(value, trainable, f"adamw: {what}")
-        first = next((t for t in leaves(trainable) if isinstance(t, Tensor)), None)
+            _fit(value, trainable, f"adamw: {what}")
+        first = next((t for t in pytree.tree_leaves(trainable) if isinstance(t, Tensor)), None)
         step = torch.zeros((), device=None if first is None else first.device)
-        return AdamWState(
-            step,
-            pytree.tree_map(torch.zeros_like, trainable),
-            pytree.tree_map(torch.zeros_like, trainable),
-        )
+        mean, square = (pytree.tree_map(torch.zeros_like, trainable) for _ in range(2))
+        return AdamWState(step, mean, square)
 
-    @torch.no_grad()
     def update(
-        grads: Adapter, state: AdamWState, trainable: Adapter, lr: float | Tensor | None = lr
-    ) -> tuple[Adapter, AdamWState]:
+        grads: Any, state: AdamWState, trainable: Any, lr: Rates = lr, donate: bool = False
+    ) -> tuple[Any, AdamWState]:
         if not isinstance(state, AdamWState):
             raise StructureError(
                 f"adamw: expected update(grads, state, trainable), found {type(state).__name__} "
                 f"for the state"
             )
-        for tree, what in ((grads, "gradients"), (state.mean, "state")):
+        for tree, what in ((grads, "gradients"), (state.mean, "state"), (state.square, "state")):
             _same_leaves(tree, trainable, what)
-        _not_negative(lr, "adamw: lr")
-        rate = _per_member(lr, trainable, "adamw: lr")
-        step = state.step + 1
-        soft = 1.0 - slow ** step.double()
-        root = (1.0 - slower ** step.double()).sqrt()
-
-        def moved(p: Tensor, m: Tensor, v: Tensor) -> Tensor:
-            own = rate if not isinstance(rate, Tensor) else _along(rate, p)
-            decay = (
-                weight_decay if not isinstance(weight_decay, Tensor) else _along(weight_decay, p)
-            )
-            size = (own / soft).to(p.dtype) if isinstance(own, Tensor) else (own / soft).to(p)
-            denominator = v.sqrt().div_(root.to(p)).add_(eps)
-            return (p * (1.0 - own * decay)).to(p.dtype).sub_(m.div(denominator).mul_(size))
-
-        mean = pytree.tree_map(lambda m, g: torch.lerp(m, g, 1.0 - slow), state.mean, grads)
-        square = pytree.tree_map(
-            lambda v, g: (v * slower).addcmul_(g, g, value=1.0 - slower), state.square, grads
-        )
-        return pytree.tree_map(moved, trainable, mean, square), AdamWState(step, mean, square)
+        _check_rates(lr, "adamw: lr")
+        _fit(lr, trainable, "adamw: lr")
+        flat, form = pytree.tree_flatten(trainable)
+        columns = (flat, *map(pytree.tree_leaves, (grads, state.mean, state.square)))
+        names = [name for a in every_adapter(trainable, "adamw") for name in _names(a)]
+        own = [(_of(lr, name), _of(weight_decay, name)) for name in names]
+        plain = not _is_followed((*columns, own, state.step))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not plain):
+            rule = _Rule(slow, slower, eps, state.step + 1, plain, donate)
+            moved = [rule(*each) for each in zip(*columns, own, strict=True)]
+        made = (pytree.tree_unflatten([m[i] for m in moved], form) for i in range(3))
+        p, mean, square = made
+        return p, AdamWState(rule.step, mean, square)
 
     return AdamW(init, update)
 
 
-def clip_grads(grads: Adapter, max_norm: float | Tensor) -> tuple[Adapter, Tensor]:
+def _is_followed(tree: Any) -> bool:
+    """Whether the update has to be made of operations that a transform or a graph can follow."""
+    if is_tracing_here() or is_transformed() or is_differentiated():
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(tree)
+    )
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One update of one leaf: (p, g, m, v, (its rate, its decay)) to (p', m', v')."""
+
+    slow: float
+    slower: float
+    eps: float
+    step: Tensor
+    plain: bool
+    donate: bool
+
+    def __call__(
+        self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, own: tuple[Rate, Rate]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lr, decay = own
+        if self.plain and not isinstance(decay, Tensor) and _is_scalar(lr):
+            made = (p, m, v) if self.donate else (p.clone(), m.clone(), v.clone())
+            betas = (self.slow, self.slower)
+            if fused_adamw(
+                made[0],
+                g,
+                *made[1:],
+                self.step.to(p.device),
+                lr=lr,
+                betas=betas,
+                eps=self.eps,
+                weight_decay=decay,
+            ):
+                return made
+        return self._by_formula(p, g, m, v, lr, decay)
+
+    def _by_formula(
+        self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Rate, decay: Rate
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """p (1 - lr decay) - lr m^ / (sqrt(v^) + eps), of new tensors."""
+        lr, decay = (_along(r, p) if isinstance(r, Tensor) else r for r in (lr, decay))
+        step = self.step.double()
+        m = torch.lerp(m, g, 1.0 - self.slow)
+        v = v * self.slower + g * g * (1.0 - self.slower)
+        size = lr / (1.0 - self.slow**step)
+        root = (1.0 - self.slower**step).sqrt().to(p.dtype)
+        denominator = (v.sqrt() if self.plain else _sqrt(v)) / root + self.eps
+        kept = p * (1.0 - lr * decay)
+        moved = kept.to(p.dtype) - (m / denominator * size.to(p.dtype)).to(p.dtype)
+        return moved, m, v
+
+
+def _sqrt(v: Tensor) -> Tensor:
+    """sqrt(v), whose derivative is 0 at 0: a leaf that never had a gradient has no infinite one."""
+    return torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
+
+
+def _is_scalar(rate: Rate) -> bool:
+    return not isinstance(rate, Tensor) or not rate.ndim
+
+
+# ---------------------------------------------------------------------------------------- clipping
+def clip_grads(grads: Any, max_norm: float | Tensor) -> tuple[Any, Tensor]:
     """(gradients, norms): each member's shortened to a length of at most `max_norm` over all its
     leaves, on its own.
 
     Args:
-        grads: of one adapter, or of a stack of K; absent leaves stay so.
+        grads: of one adapter, of a stack of K, or of a tuple, list or dict of such, whose length is
+            that of all together; absent leaves stay so.
         max_norm: the bound, or one per member (K,).
 
     Returns:
@@ -131,16 +210,21 @@ def clip_grads(grads: Adapter, max_norm: float | Tensor) -> tuple[Adapter, Tenso
 
     Raises:
         ConfigError: a bound that is negative, or no number.
-        StructureError: not an Adapter, or a vector that isn't one per member of a stack.
+        StructureError: not an Adapter, a vector that isn't one per member of a stack, or stacks
+            beside single adapters.
     """
-    check_adapter(grads, "clip_grads")
+    adapters = every_adapter(grads, "clip_grads")
     _not_negative(max_norm, "clip_grads: max_norm")
-    _per_member(max_norm, grads, "clip_grads: max_norm")
-    stacked = _is_stack(grads)
-    present = [t for t in leaves(grads) if t is not ABSENT]
+    _fit(max_norm, grads, "clip_grads: max_norm")
+    counts = {members_of(a, "clip_grads") if _is_stack(a) else None for a in adapters}
+    if len(counts) > 1:
+        raise StructureError(
+            "clip_grads: expected single adapters, or stacks of one size, found both or several"
+        )
+    start = 0 if counts == {None} else 1
+    present = pytree.tree_leaves(grads)
     if not present:
         return grads, torch.zeros(())
-    start = 1 if stacked else 0
     norms = torch.stack(
         [
             torch.linalg.vector_norm(t.flatten(start), dim=-1)
@@ -152,6 +236,12 @@ def clip_grads(grads: Adapter, max_norm: float | Tensor) -> tuple[Adapter, Tenso
     return pytree.tree_map(lambda t: t * _along(factor, t).to(t.dtype), grads), norm
 
 
+# ------------------------------------------------------------------------------------------- rates
+def _check_rates(value: Any, what: str) -> None:
+    for rate in value.values() if isinstance(value, Mapping) else (value,):
+        _not_negative(rate, what)
+
+
 def _not_negative(value: Any, what: str) -> None:
     real(value, what)
     if (
@@ -160,19 +250,69 @@ def _not_negative(value: Any, what: str) -> None:
         raise ConfigError(f"{what}: expected a number of at least 0, found {short_repr(value)}")
 
 
-def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
-    """Refuse a tree that isn't leaf by leaf beside the adapter's."""
-    check_adapter(trainable, "adamw")
-    check_adapter(tree, f"adamw: {what}")
-    found, expected = (
-        {key for key, t in zip(keys(a), leaves(a), strict=True) if t is not ABSENT}
-        for a in (tree, trainable)
-    )
-    if found != expected:
-        path, name = min(found ^ expected)
+def _of(rates: Rates, name: str) -> Rate:
+    if not isinstance(rates, Mapping):
+        return rates
+    return rates[name] if name in rates else rates[_DEFAULT]
+
+
+def _fit(value: Any, tree: Any, what: str) -> None:
+    """Refuse rates that don't fit the adapters: by names, and by members."""
+    adapters = every_adapter(tree, what.partition(":")[0])
+    if isinstance(value, Mapping):
+        known = {name for a in adapters for name in _names(a)}
+        odd = next((name for name in value if name not in known and name != _DEFAULT), None)
+        if odd is not None:
+            raise StructureError(f"{what}: no leaf is named {odd!r}; {nearest(str(odd), known)}")
+        missing = sorted(known - value.keys())
+        if missing and _DEFAULT not in value:
+            raise StructureError(
+                f"{what}: expected a rate for {missing[0]}, or one for {_DEFAULT!r}, found rates "
+                f"for {', '.join(map(str, value)) or 'nothing'}"
+            )
+    for rate in value.values() if isinstance(value, Mapping) else (value,):
+        if isinstance(rate, Tensor) and rate.ndim:
+            for adapter in adapters:
+                _per_member(rate, adapter, what)
+
+
+def _per_member(rate: Tensor, adapter: Adapter, what: str) -> None:
+    count = members_of(adapter, what)
+    if tuple(rate.shape) != (count,):
         raise StructureError(
-            f"adamw: {what}: {path!r} {name} is in "
-            f"{'these' if (path, name) in found else 'the adapter'} alone"
+            f"{what}: expected one number or {count}, one per member of the stack, found "
+            f"shape {tuple(rate.shape)}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- leaves
+def _names(adapter: Adapter) -> list[str]:
+    """The name of each leaf that is there, in order."""
+    return [
+        name for (_, name), t in zip(keys(adapter), leaves(adapter), strict=True) if t is not ABSENT
+    ]
+
+
+def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
+    """Refuse a tree that isn't leaf by leaf beside the adapters'."""
+    pairs = zip(
+        every_adapter(tree, f"adamw: {what}"), every_adapter(trainable, "adamw"), strict=False
+    )
+    for a, b in pairs:
+        found, expected = (
+            {key for key, t in zip(keys(x), leaves(x), strict=True) if t is not ABSENT}
+            for x in (a, b)
+        )
+        if found != expected:
+            path, name = min(found ^ expected)
+            raise StructureError(
+                f"adamw: {what}: {path!r} {name} is in "
+                f"{'these' if (path, name) in found else 'the adapter'} alone"
+            )
+    shape, other = (pytree.tree_structure(x) for x in (tree, trainable))
+    if shape.num_leaves != other.num_leaves:
+        raise StructureError(
+            f"adamw: {what}: expected {other.num_leaves} leaves, found {shape.num_leaves}"
         )
 
 
@@ -188,14 +328,3 @@ def _is_stack(params: Adapter) -> bool:
 def _along(value: Tensor, leaf: Tensor) -> Tensor:
     """() or (K,) against a leaf (K, ...)."""
     return value.to(leaf.device).view(*value.shape, *[1] * (leaf.ndim - value.ndim))
-
-
-def _per_member(value: Any, trainable: Adapter, what: str) -> Any:
-    if isinstance(value, Tensor) and value.ndim:
-        count = members_of(trainable, what)
-        if tuple(value.shape) != (count,):
-            raise StructureError(
-                f"{what}: expected one number or {count}, one per member of the stack, found "
-                f"shape {tuple(value.shape)}"
-            )
-    return value

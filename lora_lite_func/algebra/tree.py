@@ -1,11 +1,11 @@
-"""Tree algebra: partition and combine, scale, cast, counts."""
+"""Tree algebra: partition and combine, scale, project, cast, counts."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +15,15 @@ from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
 from ..core.layout import SCALING
 
+Tree = TypeVar("Tree")
+
 __all__ = [
     "cast",
     "check_adapter",
     "combine",
     "differing",
+    "every_adapter",
+    "map_adapters",
     "num_params",
     "partition",
     "project",
@@ -28,23 +32,42 @@ __all__ = [
 ]
 
 
+@overload
 def partition(
     params: Adapter, keep: Callable[[str, str], bool] | None = None
-) -> tuple[Adapter, Adapter]:
+) -> tuple[Adapter, Adapter]: ...
+@overload
+def partition(
+    params: Tree, keep: Callable[[str, str], bool] | None = None
+) -> tuple[Tree, Tree]: ...
+def partition(params: Any, keep: Callable[[str, str], bool] | None = None) -> Any:
     """Two adapters of the same sites, (trainable, frozen): each leaf is in one and absent (no leaf
     at all) in the other.
 
-    `torch.func.grad(lambda t: loss(ll.apply(model, ll.combine(t, frozen), x)))(trainable)`
+    `ll.grad(lambda t: loss(ll.apply(model, ll.combine(t, frozen), x)))(trainable)`
 
     Args:
-        params: what to split.
+        params: what to split: an adapter, or a tuple, list or dict of them, which give two of the
+            same.
         keep: (path, lora_name) -> whether the leaf goes first, asked once per leaf; by default what
             the method calls trainable.
 
     Raises:
-        StructureError: not an Adapter.
+        StructureError: not an Adapter, nor a tuple, list or dict of them.
     """
-    check_adapter(params, "partition")
+    halves: list[tuple[Adapter, Adapter]] = []
+
+    def split(adapter: Adapter) -> Adapter:
+        halves.append(_partition(adapter, keep))
+        return halves[-1][0]
+
+    first = map_adapters(split, params, "partition")
+    rest = iter(halves)
+    return first, map_adapters(lambda _: next(rest)[1], params, "partition")
+
+
+def _partition(params: Adapter, keep: Callable[[str, str], bool] | None) -> tuple[Adapter, Adapter]:
+    """(trainable, frozen) of one adapter."""
     rule = keep or (lambda path, name: params.layout.specs[path][name].trainable)
     first = [bool(rule(path, name)) for path, name in keys(params)]
     flat = list(leaves(params))
@@ -58,14 +81,26 @@ def partition(
     )
 
 
-def combine(*parts: Adapter) -> Adapter:
+@overload
+def combine(*parts: Adapter) -> Adapter: ...
+@overload
+def combine(*parts: Tree) -> Tree: ...
+def combine(*parts: Any) -> Any:
     """The parts of a partition put together again: each leaf from the one part that has it.
+
+    Args:
+        *parts: adapters, or tuples, lists or dicts of them, all alike.
 
     Raises:
         StructureError: no parts, parts of different adapters, or a leaf in several or in none.
     """
     if not parts:
         raise StructureError("combine: expected the parts of an adapter, found none")
+    return map_adapters(_combine, parts[0], "combine", *parts[1:])
+
+
+def _combine(*parts: Adapter) -> Adapter:
+    """One adapter of its parts."""
     first = parts[0]
     for other in parts:
         _same_layout(first, other, "combine")
@@ -251,6 +286,67 @@ def check_adapter(params: Any, what: str) -> None:
     """
     if not isinstance(params, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(params).__name__}")
+
+
+def map_adapters(f: Callable[..., Any], params: Any, what: str, *others: Any) -> Any:
+    """f of each adapter in a tree (and of the adapters that stand there in other trees), as a tree
+    of the same form.
+
+    Args:
+        f: (adapter, *those of the others) -> anything.
+        params: an Adapter, or a tuple, list or dict of them, nested as `ll.apply` takes them.
+        what: the verb, for messages.
+        *others: trees of the same form.
+
+    Raises:
+        StructureError: something else, nothing, or another tree of another form.
+    """
+    if isinstance(params, Adapter):
+        for other in others:
+            check_adapter(other, what)
+        return f(params, *others)
+    if isinstance(params, (tuple, list, Mapping)) and not params:
+        raise StructureError(
+            f"{what}: expected an Adapter, found {type(params).__name__}, and that empty"
+        )
+    if isinstance(params, (tuple, list)):
+        for other in others:
+            if not isinstance(other, (tuple, list)) or len(other) != len(params):
+                raise _other_form(what, f"{len(params)} adapters", other)
+        made = [
+            map_adapters(f, each, what, *rest) for each, *rest in zip(params, *others, strict=True)
+        ]
+        return tuple(made) if isinstance(params, tuple) else made
+    if isinstance(params, Mapping):
+        for other in others:
+            if not isinstance(other, Mapping) or other.keys() != params.keys():
+                raise _other_form(what, f"a dict of {', '.join(map(str, params))}", other)
+        return {
+            name: map_adapters(f, each, what, *(other[name] for other in others))
+            for name, each in params.items()
+        }
+    raise StructureError(
+        f"{what}: expected an Adapter, found {type(params).__name__}; or a tuple, list or dict of "
+        f"Adapters"
+    )
+
+
+def _other_form(what: str, expected: str, found: Any) -> StructureError:
+    shown = type(found).__name__
+    if isinstance(found, (tuple, list, Mapping)) and not isinstance(found, Adapter):
+        shown = f"{shown} of {len(found)}"
+    return StructureError(f"{what}: expected {expected} as in the first, found {shown}")
+
+
+def every_adapter(params: Any, what: str) -> list[Adapter]:
+    """The adapters in a tree, in order.
+
+    Raises:
+        StructureError: something else, or none.
+    """
+    found: list[Adapter] = []
+    map_adapters(found.append, params, what)
+    return found
 
 
 def _same_layout(a: Adapter, b: Adapter, what: str) -> None:

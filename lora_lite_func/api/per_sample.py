@@ -1,16 +1,16 @@
-"""A gradient for each sample of a batch, in one pass: the batch as rows of one adapter expanded to N members."""
+"""Per-sample gradients: the base runs once on the batch, each row has the leaves to itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..algebra.gradients import grad
 from ..algebra.rows import rows
-from ..algebra.tree import check_adapter, combine, partition
+from ..algebra.tree import combine, map_adapters, partition
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError
 from .apply import apply
@@ -20,51 +20,59 @@ __all__ = ["per_sample_grads"]
 
 
 def per_sample_grads(
-    model: nn.Module, params: Adapter, loss_fn: Callable[[Any, Any], Tensor], batch: Any
-) -> Adapter:
-    """The gradient of each sample's loss in the adapter's trainable leaves, as a stack of N: exact,
-    the base runs once on the batch.
+    model: nn.Module, params: Any, loss_fn: Callable[[Any, Any], Tensor], batch: Any
+) -> Any:
+    """The gradient of each sample's loss in the adapter's trainable leaves, as a stack of N.
 
-    Frozen leaves are absent. Samples must not meet inside the model (batch norm in training mode).
+    Exact, and the base runs once on the batch. Frozen leaves are absent. Samples must not meet
+    inside the model (batch norm in training mode). Works inside every transform of torch.func and
+    in compiled functions.
 
     Args:
         model: the frozen base.
-        params: one adapter.
+        params: one adapter, or a tuple, list or dict of them.
         loss_fn: (output, batch) -> (N,), a loss per sample (`reduction="none"`).
         batch: a tensor, a mapping of keywords, or a tuple whose first item is what the model takes,
             such as (input, target).
+
+    Returns:
+        A stack like `params`, each leaf (N, ...); a tuple, list or dict of stacks for such.
 
     Raises:
         StructureError: the loss isn't one number per sample, or the batch holds no tensor.
         UnsupportedError: rows can't have adapters of their own at a site: they meet in it, or its
             weight is read without a call.
     """
-    check_adapter(params, "per_sample_grads")
-    check_shapes(params)
+    map_adapters(check_shapes, params, "per_sample_grads")
     args, kwargs = arguments(model, batch, True)
     count = _samples((args, kwargs))
-    trainable, frozen = (
-        pytree.tree_map(lambda t: t.detach().expand(count, *t.shape), part)
-        for part in partition(params)
-    )
-    with torch.enable_grad():
-        live = pytree.tree_map(lambda t: t.requires_grad_(), trainable)
-        y = apply(model, rows(combine(live, frozen), range(count)), *args, **kwargs)
+
+    def each(t: Tensor) -> Tensor:
+        return t.expand(count, *t.shape)
+
+    def total(live: Any, frozen: Any) -> Tensor:
+        def of_rows(live: Adapter, frozen: Adapter) -> Any:
+            return rows(combine(live, frozen), range(count))
+
+        y = apply(model, map_adapters(of_rows, live, "per_sample_grads", frozen), *args, **kwargs)
         losses = loss_fn(y, batch)
-        if not isinstance(losses, Tensor) or tuple(losses.shape) != (count,):
-            found = (
-                f"shape {tuple(losses.shape)}"
-                if isinstance(losses, Tensor)
-                else type(losses).__name__
-            )
-            raise StructureError(
-                f"per_sample_grads: expected a loss per sample, ({count},), found {found}; give "
-                f"reduction='none'"
-            )
-        leaves, form = pytree.tree_flatten(live)
-        return pytree.tree_unflatten(
-            torch.autograd.grad(losses.sum(), leaves, materialize_grads=True), form
-        )
+        _check_losses(losses, count)
+        return losses.sum()
+
+    trainable, frozen = (pytree.tree_map(each, part) for part in partition(params))
+    return grad(total)(trainable, frozen)
+
+
+def _check_losses(losses: Any, count: int) -> None:
+    if isinstance(losses, Tensor) and tuple(losses.shape) == (count,):
+        return
+    found = type(losses).__name__
+    if isinstance(losses, Tensor):
+        found = f"shape {tuple(losses.shape)}"
+    raise StructureError(
+        f"per_sample_grads: expected a loss per sample, ({count},), found {found}; give "
+        f"reduction='none'"
+    )
 
 
 def _samples(arguments: Any) -> int:

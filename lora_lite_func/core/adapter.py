@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
@@ -56,6 +57,28 @@ class _Absent:
 
 
 ABSENT = _Absent()
+
+
+class SiteTensors(dict[str, Tensor]):
+    """One site's {lora_name: tensor}: a dict that can be read, copied, pickled (as an OrderedDict)
+    and mapped like any other, and not written on, since the adapter wouldn't change with it.
+    """
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "a site's tensors: an Adapter is immutable and does not support item assignment; make "
+            "another one by tree algebra, or take dict(params[path])"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch.load(weights_only=True) makes none but this kind of dict by a call
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
 
 
 class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[misc]
@@ -120,14 +143,14 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
         return MappingProxyType(self.layout.sites)
 
     @overload
-    def __getitem__(self, path: str) -> Mapping[str, Tensor]: ...
+    def __getitem__(self, path: str) -> dict[str, Tensor]: ...
     @overload
     def __getitem__(self, path: tuple[str, str]) -> Tensor: ...
     @overload
     def __getitem__(self, path: int) -> Adapter: ...
     def __getitem__(
         self, path: str | tuple[str, str] | int
-    ) -> Mapping[str, Tensor] | Tensor | Adapter:
+    ) -> dict[str, Tensor] | Tensor | Adapter:
         if isinstance(path, tuple) and len(path) == 2:
             site, name = path
             tensors = self[site]
@@ -137,7 +160,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
         if hasattr(path, "__index__") and not isinstance(path, bool):
             return member(self, path.__index__())
         try:
-            return MappingProxyType(self._data[path])  # type: ignore[index]
+            return SiteTensors(self._data[path])  # type: ignore[index]
         except (KeyError, TypeError):
             raise KeyError(f"no site {path!r}; {nearest(str(path), self._data)}") from None
 
@@ -346,6 +369,14 @@ def _read_back(says: Any) -> Layout:
     return from_json(json.loads(says) if isinstance(says, str) else says)
 
 
+def _flatten_site(site: SiteTensors) -> tuple[list[Any], tuple[str, ...]]:
+    return list(site.values()), tuple(site)
+
+
+def _unflatten_site(children: Iterable[Any], names: tuple[str, ...]) -> SiteTensors:
+    return SiteTensors(zip(names, children, strict=True))
+
+
 @functools.cache
 def _register() -> None:
     # by getattr, since Python would mangle the name inside a class
@@ -366,7 +397,23 @@ def _register() -> None:
         serialized_type_name="lora_lite_func.Absent",
         flatten_with_keys_fn=lambda _: ([], None),
     )
+    torch_pytree.register_pytree_node(
+        SiteTensors,
+        _flatten_site,
+        _unflatten_site,
+        serialized_type_name="lora_lite_func.SiteTensors",
+        flatten_with_keys_fn=lambda site: (
+            [(torch_pytree.MappingKey(name), t) for name, t in site.items()],
+            tuple(site),
+        ),
+    )
     register: Any = optree.register_pytree_node  # its stubs know collections of strings only
+    register(
+        SiteTensors,
+        lambda site: (list(site.values()), tuple(site), tuple(site)),
+        lambda names, children: _unflatten_site(children, names),
+        namespace=everywhere,
+    )
     register(Adapter, _optree_flatten, rebuild, namespace=everywhere)
     register(_Absent, lambda _: ((), None, ()), lambda _meta, _kids: ABSENT, namespace=everywhere)
 

@@ -143,6 +143,17 @@ class Stacked(Layout):
         """The layout of a member."""
         return self.members[index]
 
+    def alone(self) -> Layout | None:
+        """The layout of one adapter as wide as the stack, for an average of its members; None where
+        their scales differ, so that it would need a leaf for its own.
+        """
+        if any(SCALING in names for names in self.names.values()):
+            return None
+        for member in self.members:
+            if member.specs == self.specs:
+                return member
+        return Layout(self.variant, self.config, self.sites.values())
+
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True

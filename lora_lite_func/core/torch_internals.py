@@ -36,6 +36,7 @@ __all__ = [
     "autocasts",
     "draws_differ",
     "flatten_again",
+    "fused_adamw",
     "is_batched",
     "is_compiled",
     "is_differentiated",
@@ -434,3 +435,48 @@ def flatten_again(module: Any) -> None:
         flat = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
         attributes["_flat_weights"] = flat
         attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
+
+
+# -------------------------------------------------------------------------------------- optimizers
+_fused_adamw: Callable[..., None] | None = getattr(torch, "_fused_adamw_", None)
+
+
+def fused_adamw(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> bool:
+    """AdamW on one tensor in place (p, and its running means m and v), by torch's fused kernel.
+
+    False, with nothing written, where there is no such kernel for these tensors.
+    """
+    tensors = (p, g, m, v)
+    known = p.device.type in ("cpu", "cuda") and p.is_floating_point() and p.itemsize > 1
+    alike = all(t.dtype == p.dtype and t.device == p.device for t in tensors)
+    if _fused_adamw is None or not known or not alike or not p.numel():
+        return False
+    if not all(type(t) is Tensor and t.is_contiguous() for t in tensors):
+        return False
+    _fused_adamw(
+        [p],
+        [g],
+        [m],
+        [v],
+        [],
+        [step],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    return True

@@ -90,7 +90,16 @@ def _piece(prefix: str, params: Adapter) -> Piece:
         expected = params.layout.specs[path][name].shape
         if leaf.ndim == len(expected) + 1 and tuple(leaf.shape[1:]) == expected:
             count = leaf.shape[0]
-    return Piece(prefix, params.layout, params._data, count)
+    layout: Layout | None = params.layout
+    if isinstance(layout, Stacked) and not count:  # one adapter, made of the members of a stack
+        layout = layout.alone()
+    if layout is None:
+        raise CheckpointError(
+            "save: one adapter made of a stack whose members' strengths differ (alpha / r) has no "
+            "strength that a file could say; make it of their updates, "
+            "ll.combine_adapters(ll.unstack(stack), weights)"
+        )
+    return Piece(prefix, layout, params._data, count)
 
 
 def describe_all(params: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
