@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from ..core.adapter import Adapter
 from ..core.config import feature_dropout
 from ..core.errors import StructureError, nearest
 from ..injection.attachment import Attachment
-from ..injection.prompt import Prompt, Prompted, prompt_of
-from ..injection.tree_copy import Constants, copy_tree
+from ..injection.base_tensors import Constants
+from ..injection.prompt import Prompt, Prompted
+from ..injection.tree_copy import copy_tree
 
 __all__ = ["apply", "attachments_of", "check_values", "functional_call"]
 
@@ -67,15 +68,20 @@ def functional_call(
         adapters, given = params.params, Prompt(params.mask, True)
     else:
         adapters, given = params, None
-    sites = attachments_of(adapters, lambda: given or prompt_of(model, args, kwargs), model)
+    sites = attachments_of(adapters, given, model)
     tree = copy_tree(model, sites, Constants(_tied(model, base) if base is not None else {}))
     return tree(*args, **kwargs)
 
 
 def attachments_of(
-    params: Adapters, prompt: Callable[[], Prompt] = Prompt, model: nn.Module | None = None
+    params: Adapters, prompt: Prompt | None = None, model: nn.Module | None = None
 ) -> dict[str, list[Attachment]]:
     """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient.
+
+    Args:
+        params: as `apply` takes them.
+        prompt: what was given with them; None where the model's calls tell it.
+        model: the base.
 
     Raises:
         StructureError: as `flatten`; or the tensors have no values, and the model's (if it is
@@ -88,7 +94,6 @@ def attachments_of(
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         dropout = feature_dropout(cfg)
-        known = prompt() if variant.reads_prompt else None
         for path, tensors in adapter._data.items():
             if detach_frozen:
                 specs = layout.specs[path]
@@ -96,7 +101,7 @@ def attachments_of(
                     name: t if specs[name].trainable else t.detach() for name, t in tensors.items()
                 }
             attachment = Attachment(
-                variant, cfg, layout.sites[path], tensors, dropout, prompt=known, row_plan=plan
+                variant, cfg, layout.sites[path], tensors, dropout, prompt=prompt, row_plan=plan
             )
             sites.setdefault(path, []).append(attachment)
     return sites

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
@@ -19,14 +18,14 @@ from ..core.layout import Layout
 from ..core.site import Site
 from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
-from ..injection.prompt import install_prompt_hooks
+from ..injection.base_tensors import Frozen
 from ..injection.state import Leaves, held_by, hold, leaves_at
-from ..injection.tree_copy import copy_tree, own_buffers
+from ..injection.tree_copy import copy_tree
 from ..layers.refusals import check_model
 from ..layers.tied import home_of, tied_names
 from .apply import check_values
 
-__all__ = ["Frozen", "ModelT", "bind", "check_untracked", "prepared", "unbind"]
+__all__ = ["ModelT", "bind", "check_untracked", "prepared", "unbind"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 """The model's class, which its copies have too."""
@@ -92,8 +91,6 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
     bound.__dict__["_ll_bound"] = homes
     if tied:
         _declare_tied(bound)
-    if any(layout.variant.reads_prompt for layout, _ in homes):
-        install_prompt_hooks(bound)
     return bound
 
 
@@ -187,42 +184,6 @@ def _bound_before(model: nn.Module, path: str) -> int:
     except AttributeError:
         return 0  # copy_tree says what is wrong with the path
     return held_by(module)
-
-
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-"""Hooks that no call installs, so that only a kept copy needs its own."""
-
-
-class Frozen:
-    """What a kept copy holds: new parameters on the base's storage that don't require gradients
-        (tied ones stay tied), its own buffers and
-    hooks on state dicts.
-    """
-
-    def __init__(self, keep_flags: bool = False) -> None:
-        self.made: dict[int, nn.Parameter] = {}
-        self.keep_flags = keep_flags
-
-    def __call__(self, copy: nn.Module, path: str) -> None:
-        parameters = copy._parameters
-        for name, p in parameters.items():
-            if type(p) is nn.Parameter or (
-                p is not None and p.requires_grad and is_traceable_wrapper_subclass(p)
-            ):
-                # another kind of parameter, of a quantised layer, stays the object it is
-                if id(p) not in self.made:
-                    grad = p.requires_grad and self.keep_flags
-                    self.made[id(p)] = nn.Parameter(p.detach(), requires_grad=grad)
-                parameters[name] = self.made[id(p)]
-        own_buffers(copy)
-        attributes = copy.__dict__
-        for name in _STATE_HOOKS:
-            attributes[name] = attributes[name].copy()
 
 
 def check_untracked(params: Adapters, what: str, instead: str) -> None:

@@ -18,7 +18,8 @@ from ..core.method import Variant, variant_for
 from ..core.site import Params, Site
 from ..core.statistics import Moments, SiteStatistics, Statistics
 from ..injection.attachment import Attachment
-from ..injection.tree_copy import constant, copy_tree, own_bias, own_buffers
+from ..injection.base_tensors import constant, own_bias, own_buffers
+from ..injection.tree_copy import copy_tree
 from ..layers.kinds import matrix, module_and_name
 from ..layers.targeting import find
 from ..layers.weights import compute_dtype, dense_weight, device_of

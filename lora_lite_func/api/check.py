@@ -16,7 +16,8 @@ from ..core.errors import ConfigError, LoraLiteError
 from ..core.method import Variant, variant_for
 from ..core.site import Params, Site
 from ..injection.attachment import Attachment, everywhere
-from ..injection.tree_copy import constant, copy_tree
+from ..injection.base_tensors import constant
+from ..injection.tree_copy import copy_tree
 from ..layers.kinds import KINDS
 from ..layers.targeting import find
 from .apply import attachments_of
@@ -71,10 +72,10 @@ def check(
     recorder = _Recorder({path: here[-1].site for path, here in attachments.items()})
     recorder.not_finite = _not_finite(attachments)
     recorder.run(model, attachments, example)
-    y = run(
-        copy_tree(model, attachments, eval_copy), example
-    )  # as `apply` makes it, without the recorder
-    effect, size, _ = apart(y, run(copy_tree(model, {}, eval_copy), example))
+    # as `apply` makes it, without the recorder
+    y = run(copy_tree(model, attachments, eval_copy, refuse=False), example)
+    bare = copy_tree(model, {}, eval_copy, refuse=False)
+    effect, size, _ = apart(y, run(bare, example))
     if size < 0:
         return recorder.report(model, unmerged="the output holds no floating tensor")
     try:
@@ -169,6 +170,7 @@ class _Recorder(TorchFunctionMode):
                 },
             ),
             self._own,
+            refuse=False,
         )
         with self:
             return run(tree, example)

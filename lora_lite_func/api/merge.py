@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters
 from ..injection.attachment import everywhere
+from ..injection.base_tensors import Frozen
 from ..injection.checks import check_bias, check_dense, check_mergeable, check_site, no_module
 from ..injection.dense_weight import merge_site
 from ..injection.tree_copy import copy_tree
@@ -18,7 +19,7 @@ from ..layers.refusals import check_model
 from ..layers.tied import tied_names
 from ..layers.weights import compute_dtype, is_packed
 from .apply import attachments_of
-from .bind import Frozen, ModelT, check_untracked
+from .bind import ModelT, check_untracked
 
 __all__ = ["merge", "merged"]
 

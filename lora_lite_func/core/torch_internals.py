@@ -32,6 +32,7 @@ __all__ = [
     "CONVOLUTIONS",
     "RUNNING_NORMS",
     "STATE_HOOKS",
+    "TRACES_IDS",
     "at_trace_time",
     "autocasts",
     "draws_differ",
@@ -59,6 +60,9 @@ __all__ = [
     "tensor_without_values",
     "writes_on",
 ]
+
+TRACES_IDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether torch.compile can trace `id` of a list or dict."""
 
 _levels: Any = getattr(torch._C, "_functorch", None)
 """The interpreters of torch.func's transforms, and the tensors that they wrap."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,7 +148,7 @@ def phases(
     if KINDS[
         site.kind
     ].listed:  # a whole module: what comes to the phase is where its hidden state has the prompt
-        h, put, x = _hidden(attachment, y, x)
+        h, put, x = _hidden(module, attachment, y, x)
         return put(variant.outputs(cfg, p, d, x, h, site))
     if not isinstance(y, Tensor):
         raise UnsupportedError(
@@ -217,13 +218,13 @@ def _rows(
         layer,
         module.training,
         lambda x: phases(attachments, count - 1, frozen, module, x),
-        _hidden,
+        functools.partial(_hidden, module),
         x,
     )
 
 
 def _hidden(
-    attachment: Attachment, y: Any, x: Tensor
+    module: Any, attachment: Attachment, y: Any, x: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Any], Tensor]:
     """(what the phase changes, how to put it back, what it gets for x) of a layer's output: of a
     whole module's its hidden state.
@@ -231,4 +232,5 @@ def _hidden(
     if not KINDS[attachment.site.kind].listed:
         return y, lambda h: h, x
     h, put = hidden_state(y, attachment.site.path, attachment.site.d_out)
-    return h, put, tokens_of(h, attachment.prompt, attachment.site.path)
+    prompt = attachment.prompt or module.__dict__.get("_ll_prompt")
+    return h, put, tokens_of(h, prompt, attachment.site.path)

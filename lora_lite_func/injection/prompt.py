@@ -1,19 +1,16 @@
-"""Whole modules as sites: the hidden state in what they return, and which of its tokens belong to the prompt."""
+"""Which tokens of a hidden state belong to the prompt."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import StructureError, UnsupportedError
 
-__all__ = ["Prompt", "Prompted", "install_prompt_hooks", "prompt_of", "prompted", "tokens_of"]
+__all__ = ["Prompt", "Prompted", "prompted", "tokens_of"]
 
 
 # --------------------------------------------------------------------------------------- the prompt
@@ -49,105 +46,54 @@ def prompted(params: Any, mask: Tensor) -> Prompted:
 
 
 class Prompt(NamedTuple):
-    """What is known of a call's prompt: a mask (N, T), whether it was given for this very batch,
-    whether a cache holds it already.
+    """What is known of a call's prompt.
+
+    Attributes:
+        mask: (N, T), nonzero where a token belongs to it; None: all do.
+        given: the mask was given for this very batch, by `prompted`.
+        cached: a cache holds the prompt already.
+        may_go_on: a cache was given of which it isn't known whether it holds tokens.
     """
 
     mask: Tensor | None = None
     given: bool = False
     cached: bool = False
-
-
-def prompt_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt:
-    """By the attention mask (N, T) among a model's arguments: padding is no part of a prompt."""
-    mask = kwargs.get("attention_mask")
-    if mask is None and len(args) > 1:
-        names = list(inspect.signature(model.forward).parameters)[: len(args)]
-        mask = dict(zip(names, args, strict=False)).get("attention_mask")
-    caches = (
-        v
-        for name, v in kwargs.items()
-        if name == "past_key_values" or hasattr(type(v), "get_seq_length")
-    )
-    return Prompt(
-        mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-        cached=any(map(_holds_tokens, caches)),
-    )
-
-
-def _holds_tokens(cache: Any) -> bool:
-    """Whether a model's key-value cache goes on from earlier tokens: an object of transformers, or
-    a sequence of pairs.
-    """
-    length = getattr(cache, "get_seq_length", None)
-    return bool(length() > 0) if callable(length) else bool(cache)
+    may_go_on: bool = False
 
 
 def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
     """Which tokens of h (..., T, d) belong to the prompt: (..., T) bool.
 
     Without a mask all do. In a call that goes on from a cache none do, which an attention mask of
-    other length says, too.
+    more tokens says, too.
 
     Args:
         h: the hidden state.
-        prompt: what is known of it; None in a bound model, whose running call says it.
+        prompt: what is known of it; None where the site wasn't called within its model's call.
         path: of the site, for messages.
 
     Raises:
-        UnsupportedError: a mask that was given doesn't fit the hidden state.
+        UnsupportedError: nothing is known, or the mask doesn't fit the hidden state.
     """
-    mask, given, cached = prompt or _told() or Prompt()
+    if prompt is None:
+        raise UnsupportedError(
+            f"{path!r}: it is called outside of a call of the model that it was bound in, so which "
+            "tokens are the prompt's isn't known; call the model, or bind this module by itself"
+        )
     shape = h.shape[:-1] if h.ndim > 1 else torch.Size([1])
-    if cached:
+    mask = prompt.mask
+    if prompt.cached:
         return h.new_zeros(shape, dtype=torch.bool)
     if mask is None:
         return h.new_ones(shape, dtype=torch.bool)
     if mask.shape == shape:
         return mask.to(h.device) != 0
-    if given:
-        raise UnsupportedError(
-            f"{path!r}: the prompt's mask is {tuple(mask.shape)}, the hidden state here has "
-            f"tokens {tuple(shape)}; "
-            "this module's tokens aren't the prompt's, name another"
-        )
-    return (
-        h.new_zeros(shape, dtype=torch.bool)
-        if len(shape) == 2
-        else h.new_ones(shape, dtype=torch.bool)
+    goes_on = prompt.may_go_on and len(shape) == 2 and shape[0] == mask.shape[0]
+    if goes_on and shape[1] < mask.shape[1]:
+        return h.new_zeros(shape, dtype=torch.bool)
+    whose = "prompt's mask" if prompt.given else "attention mask"
+    raise UnsupportedError(
+        f"{path!r}: the {whose} is {tuple(mask.shape)}, the hidden state here has tokens "
+        f"{tuple(shape)}; this module's tokens aren't the prompt's, name another, or give a mask "
+        "of these tokens: ll.apply(model, ll.prompted(params, mask), ...)"
     )
-
-
-_TOLD: ContextVar[Prompt | None] = ContextVar("lora_lite_func_prompt", default=None)
-_TRACED: list[Prompt | None] = [None]
-"""What is told while torch.compile or torch.export traces a call, one at a time: neither knows
-context variables.
-"""
-
-
-def _told() -> Prompt | None:
-    return _TRACED[0] if torch.compiler.is_dynamo_compiling() else _TOLD.get() or _TRACED[0]
-
-
-def _say(prompt: Prompt | None) -> None:
-    if torch.compiler.is_dynamo_compiling():
-        _TRACED[0] = prompt
-    else:
-        _TOLD.set(prompt)
-
-
-def install_prompt_hooks(bound: nn.Module) -> None:
-    """Let a bound model's calls tell its sites what is known of the prompt, call by call and thread
-    by thread.
-    """
-    if _start not in bound._forward_pre_hooks.values():
-        bound.register_forward_pre_hook(_start, with_kwargs=True)
-        bound.register_forward_hook(_end, always_call=True)
-
-
-def _start(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    _say(prompt_of(module, args, kwargs))
-
-
-def _end(module: nn.Module, args: Any, output: Any) -> None:
-    _say(None)

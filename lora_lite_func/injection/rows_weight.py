@@ -20,7 +20,8 @@ from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
 from .linear import choose
-from .references import BINDABLE, rebound, shallow_copy
+from .rebinding import Rebinding
+from .references import BINDABLE, shallow_copy
 from .rows_activation import mapped
 from .state import SiteState, tensors_at
 
@@ -313,6 +314,6 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
     children = {name: c if c is None else visit(c) for name, c in module._modules.items()}
     for made in copies.values():
         for name, value in made.__dict__.items():
-            if isinstance(value, BINDABLE) and rebound(value, copies, 0) is not value:
-                made.__dict__[name] = rebound(value, copies, 0)
+            if isinstance(value, BINDABLE) and Rebinding(copies).turned(value) is not value:
+                made.__dict__[name] = Rebinding(copies).turned(value)
     return children

@@ -48,20 +48,26 @@ class _Lookup(nn.Embedding):
 def site_class(
     cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
 ) -> type[nn.Module]:
-    """The subclass that a site's copy is an instance of; made once per class.
+    """The subclass that a site's copy is an instance of; made once per class of layers.
 
     Args:
         cls: the layer's own.
         active: phases go around its call.
         names: the tensors that are substituted; None if the call isn't touched for that.
     """
-    key = (cls, active, names)
-    if key not in _CLASSES:
-        _CLASSES[key] = _made(cls, active, names)
-    return _CLASSES[key]
+    # the layer's class keeps them: a table here would keep it, which of a parametrized layer is one
+    # of its own and holds the layer
+    made: dict[Any, type[nn.Module]] | None = cls.__dict__.get(_KEPT)
+    if made is None:
+        made = {}
+        type.__setattr__(cls, _KEPT, made)
+    key = (active, names)
+    if key not in made:
+        made[key] = _made(cls, active, names)
+    return made[key]
 
 
-_CLASSES: dict[tuple[type[nn.Module], bool, tuple[str, ...] | None], type[nn.Module]] = {}
+_KEPT = "_ll_site_classes"
 
 
 def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> type[nn.Module]:

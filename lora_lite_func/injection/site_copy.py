@@ -12,6 +12,7 @@ from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .checks import check_site, check_substitutable
 from .linear import choose
+from .prompt_scope import under_scope
 from .references import slots
 from .site_class import site_class
 from .state import SiteState
@@ -55,7 +56,7 @@ def site_copy(
     looks_up = isinstance(module, nn.Embedding) and not substituted
     if bounds and not looks_up:
         names = names or ()
-    base: type[nn.Module] = getattr(type(module), "_ll_base", type(module))
+    base: type[nn.Module] = getattr(type(module), "_ll_base", under_scope(type(module)))
     copy = make(
         module, site_class(base, bool(attachments) or (bounds and looks_up), names), slots(base)
     )
@@ -64,7 +65,8 @@ def site_copy(
     if looks_up and base is not nn.Embedding:
         return copy  # its phases are further down, around nn.Embedding's own forward
     # an instance-level forward would shadow the class's: it is the layer's call
-    state.own_forward = copy.__dict__.pop("forward", None) or had.own_forward
+    own = copy.__dict__.pop("forward", None) or copy.__dict__.pop("_ll_forward", None)
+    state.own_forward = own or had.own_forward
     if state.own_forward is None:
         state.step = choose(attachments)
     return copy

@@ -14,7 +14,8 @@ from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
 from .checks import check_bias, check_dropout
 from .dense_weight import merge_site
-from .references import BINDABLE, rebound, shallow_copy
+from .rebinding import Rebinding
+from .references import BINDABLE, shallow_copy
 from .rows_weight import Chains, Within, by_adapters, narrowed
 from .state import parameters_of, tensors_at
 from .weight_view import lazily, waits
@@ -117,7 +118,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
         attributes["forward"] = own
         for name, value in attributes.items():
             if isinstance(value, BINDABLE):
-                attributes[name] = rebound(value, {id(site): made}, 0)
+                attributes[name] = Rebinding({id(site): made}).turned(value)
     flatten_again(made)
     return made
 

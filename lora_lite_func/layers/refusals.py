@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,17 +9,11 @@ from torch import nn
 
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import at_trace_time, is_compiled
+from ..core.weak_memo import WeakMemo
 
 __all__ = ["check_model", "refusal", "refuse_uncopyable"]
 
 
-@at_trace_time
-def refusal(cls: type) -> str | None:
-    """Why modules of a class can't be copied, and what to do instead; None if they can."""
-    return _refusal(cls)
-
-
-@functools.cache
 def _refusal(cls: type) -> str | None:
     homes = [base.__module__ for base in cls.__mro__]
     if issubclass(cls, torch.jit.ScriptModule):
@@ -56,6 +49,15 @@ def _is_of_peft(cls: type) -> bool:
     if name in ("BaseTuner", "BaseTunerLayer", "AuxiliaryTrainingWrapper"):
         return cls.__module__.startswith("peft.")
     return cls.__module__ == "peft.peft_model" and name == "PeftModel"
+
+
+_REFUSALS = WeakMemo(_refusal)
+
+
+@at_trace_time
+def refusal(cls: type) -> str | None:
+    """Why modules of a class can't be copied, and what to do instead; None if they can."""
+    return _REFUSALS(cls)
 
 
 def check_model(model: Any) -> None:

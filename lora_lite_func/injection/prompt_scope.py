@@ -1,0 +1,231 @@
+"""Calls that know their prompt, and what hands it to the sites inside.
+
+A model's call has an attention mask, and so has the call of each stack in it (an encoder, which
+`generate` calls alone; a decoder, whose mask isn't the encoder's). Such a call runs on copies of
+the modules that lead to sites, each of which carries the prompt. So whatever runs a block again
+(gradient checkpointing, in a backward pass, in any thread) finds the prompt of the call that the
+block was in, and calls inside one another don't disturb each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.torch_internals import at_trace_time, own_attributes
+from ..core.weak_memo import WeakMemo
+from ..layers.kinds import KINDS
+from .prompt import Prompt
+from .rebinding import Rebinding
+from .references import PLAIN, refers, shallow_copy
+
+__all__ = ["has_own_prompt", "is_scope", "scope_class", "under_scope"]
+
+_MASK = "attention_mask"
+_TOKENS = ("input_ids", "inputs_embeds")
+_ENCODED = "encoder_hidden_states"
+_OWN = frozenset({"_modules", "_ll_prompt", "forward"})
+"""What a call's copy has of its own, so that it isn't handed back."""
+
+
+# ------------------------------------------------------------------------- what a call says of itself
+def _parameters(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(cls, "_ll_base", cls).forward).parameters)[1:]
+
+
+_PARAMETERS = WeakMemo(_parameters)
+
+
+@at_trace_time
+def _listed(cls: type) -> tuple[str, ...]:
+    """The names of what a class's forward takes."""
+    return _PARAMETERS(cls)
+
+
+@at_trace_time
+def has_own_prompt(cls: type) -> bool:
+    """Whether calls of a class have a mask of their own: of a stack, which takes tokens, not of a
+    block, which takes what its stack makes of the mask.
+    """
+    names = _listed(cls)
+    return _MASK in names and any(name in names for name in _TOKENS)
+
+
+def _prompt_of(
+    cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Prompt | None
+) -> Prompt:
+    """What a call says of its prompt: its attention mask (N, T), since padding is no part of it,
+    and whether it goes on from a cache. Where it says nothing, the call around it does.
+    """
+    given = {**dict(zip(_listed(cls), args, strict=False)), **kwargs}
+    mask = given.get(_MASK)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        encoders = mask is None and given.get(_ENCODED) is not None
+        mask = None if outer is None or encoders else outer.mask
+    caches = [v for name, v in given.items() if v is not None and _is_cache(name, v)]
+    if not caches:
+        return Prompt(mask, cached=outer is not None and outer.cached)
+    return Prompt(mask, cached=any(map(_holds_tokens, caches)), may_go_on=True)
+
+
+def _is_cache(name: str, value: Any) -> bool:
+    return "past" in name or name.startswith("cache") or hasattr(type(value), "get_seq_length")
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a model's key-value cache goes on from earlier tokens: an object of transformers, or
+    a sequence of pairs. Of others that isn't known.
+    """
+    length = getattr(cache, "get_seq_length", None)
+    if callable(length):
+        return bool(length() > 0)
+    return isinstance(cache, (tuple, list)) and bool(cache)
+
+
+# -------------------------------------------------------------------------------- classes of scopes
+@at_trace_time
+def is_scope(cls: type) -> bool:
+    """Whether modules of a class tell their sites the prompt of each call."""
+    return hasattr(cls, "_ll_under")
+
+
+@at_trace_time
+def under_scope(cls: Any) -> Any:
+    """The class that a scope's class was made of; any other class itself."""
+    return getattr(cls, "_ll_under", cls)
+
+
+@at_trace_time
+def scope_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass whose calls tell the sites inside their prompt; made once per class."""
+    made: type[nn.Module] | None = cls.__dict__.get(_KEPT)
+    if made is None:
+
+        @functools.wraps(getattr(cls, "_ll_base", cls).forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _call(self, args, kwargs)
+
+        body = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__reduce_ex__": _reduce_scope,
+            "_ll_under": cls,
+            "forward": forward,
+        }
+        made = type(cls.__name__, (cls,), body)
+        type.__setattr__(cls, _KEPT, made)
+    return made
+
+
+_KEPT = "_ll_scope_class"
+
+
+def _reduce_scope(self: Any, protocol: Any) -> tuple[Any, ...]:
+    cls: Any = next(base for base in type(self).__mro__ if "_ll_under" in base.__dict__)
+    make, args, *rest = super(cls, self).__reduce_ex__(protocol)
+    under = tuple(cls._ll_under if arg is type(self) else arg for arg in args)
+    return _new_scope, (make, under), *rest
+
+
+def _new_scope(make: Any, args: tuple[Any, ...]) -> Any:
+    made = make(*args)
+    made.__class__ = scope_class(type(made))
+    return made
+
+
+# ----------------------------------------------------------------------------------------- the call
+def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A scope's call, on copies that carry its prompt; what modules note on themselves stays
+    noted.
+    """
+    outer: Prompt | None = self.__dict__.get("_ll_prompt")
+    under = self._ll_under
+    telling = _Telling(_prompt_of(under, args, kwargs, outer))
+    made = telling.copy(self, under)
+    telling.rebind()
+    own = made.__dict__.get("_ll_forward")
+    forward = functools.partial(under.forward, made) if own is None else own
+    if torch.compiler.is_dynamo_compiling():
+        return forward(*args, **kwargs)
+    before = [(module, copy, dict(copy.__dict__)) for module, copy in telling.pairs]
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        originals = {id(copy): module for module, copy in telling.pairs}
+        for module, copy, attributes in before:
+            for name, value in copy.__dict__.items():
+                if name not in _OWN and attributes.get(name, attributes) is not value:
+                    module.__dict__[name] = originals.get(id(value), value)
+
+
+class _Telling:
+    """One call's copies of the modules that lead to sites.
+
+    Args:
+        prompt: what is known of the call's prompt.
+    """
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.pairs: list[tuple[Any, Any]] = []
+        self.seen: dict[int, Any] = {}
+
+    def copy(self, module: Any, cls: type[nn.Module]) -> Any:
+        """A copy of a module of class `cls`, with copies of what leads to sites inside."""
+        made = shallow_copy(module, cls)
+        self.seen[id(module)] = made
+        self.pairs.append((module, made))
+        made.__dict__.pop("forward", None)
+        made.__dict__["_ll_prompt"] = self.prompt
+        made.__dict__["_modules"] = self._children(module)
+        return made
+
+    def _children(self, module: Any) -> dict[str, Any]:
+        children: dict[str, Any] = module._modules.copy()
+        for name, child in module._modules.items():
+            if child is not None and (child._modules or "_ll" in child.__dict__):
+                children[name] = self._visit(child)
+        return children
+
+    def _visit(self, module: Any) -> Any:
+        """The module itself if it leads to no site."""
+        if id(module) in self.seen:
+            return self.seen[id(module)]
+        self.seen[id(module)] = module
+        scope = is_scope(type(module))  # which goes on from there in its own call
+        children = module._modules if scope else self._children(module)
+        same = all(children[name] is child for name, child in module._modules.items())
+        if same and not scope and not _reads_prompt(module):
+            return module
+        made = shallow_copy(module, type(module))
+        made.__dict__["_modules"] = children
+        made.__dict__["_ll_prompt"] = self.prompt
+        self.seen[id(module)] = made
+        self.pairs.append((module, made))
+        return made
+
+    def rebind(self) -> None:
+        """What refers to the copied modules refers to the copies."""
+        rebinding = Rebinding({id(module): copy for module, copy in self.pairs})
+        for _, copy in self.pairs:
+            attributes = copy.__dict__
+            names = [
+                name
+                for name, value in own_attributes(attributes)
+                if type(value) not in PLAIN and name not in _NOT_OURS and refers(value)
+            ]
+            for name in names:
+                attributes[name] = rebinding.turned(attributes[name])
+
+
+_NOT_OURS = frozenset({"_ll", "_ll_bound", "_ll_prompt"})
+
+
+def _reads_prompt(module: Any) -> bool:
+    state = module.__dict__.get("_ll")
+    return state is not None and any(KINDS[a.site.kind].listed for a in state.attachments)

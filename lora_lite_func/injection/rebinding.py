@@ -1,0 +1,358 @@
+"""References to modules of the original tree, turned to their copies; own copies of containers.
+
+A model may reach its modules from elsewhere than their parent: a bound forward, a list of layers,
+a hook's closure. What can't be followed is noted, so that it can be refused by name.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.torch_internals import TRACES_IDS
+from .references import PLAIN, Role, attributes_of, refers, role_of, slots
+from .unfollowed import globals_of, modules_in
+
+__all__ = ["MUTABLE", "Rebinding"]
+
+_KEEPERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_BASES: tuple[Any, ...] = (
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.deque,
+    list,
+    set,
+    dict,
+    tuple,
+    frozenset,
+)
+MUTABLE = (list, dict, set, collections.deque)
+
+
+class Rebinding:
+    """One tree's references, turned.
+
+    Args:
+        copies: {id of an original module: its copy}. Other objects are added as they are copied, so
+            that what was one object stays one.
+        beside: (tensor, self) -> what stands for a tensor that a container or a closure holds; None
+            leaves them as they are.
+
+    Attributes:
+        unfollowed: what may hold original modules and can't be turned: (what it is, a module that
+            it reaches).
+        kept: copies of objects that only weak references lead to; whoever keeps the tree keeps them.
+    """
+
+    def __init__(
+        self, copies: dict[int, Any], beside: Callable[[Tensor, Rebinding], Tensor] | None = None
+    ) -> None:
+        self.copies = copies
+        self.beside = beside
+        self.by_id = TRACES_IDS or not torch.compiler.is_dynamo_compiling()
+        self.unfollowed: list[tuple[str, nn.Module | None]] = []
+        self.kept: list[Any] = []
+        self._owned: list[Any] = []
+
+    # ------------------------------------------------------------------------------ own containers
+    def own(self, value: Any) -> Any:
+        """A container of the tree's own in place of a module's: nothing is put into the original.
+
+        Its members stay what they are until `turn_owned`.
+        """
+        if not self.by_id:
+            return self.turned(value)
+        known = self.copies.get(id(value))
+        if known is not None:
+            return known
+        if isinstance(value, (tuple, frozenset)):
+            return self._own_tuple(value) if type(value) is tuple else value
+        made = _clone(value)
+        self.copies[id(value)] = self.copies[id(made)] = made
+        held = made.values() if isinstance(made, dict) else made
+        if PLAIN.issuperset(map(type, held)) and not _has_modules_as_keys(made):
+            return made
+        self._owned.append(made)
+        if isinstance(made, dict):
+            _refill(made, {key: self._own_member(item) for key, item in made.items()})
+        else:
+            _refill(made, [self._own_member(item) for item in made])
+        return made
+
+    def _own_tuple(self, value: tuple[Any, ...]) -> Any:
+        members = [self._own_member(item) for item in value]
+        if all(a is b for a, b in zip(members, value, strict=True)):
+            return value
+        self.copies[id(value)] = made = tuple(members)
+        return made
+
+    def _own_member(self, item: Any) -> Any:
+        kind = type(item)
+        if kind in PLAIN:
+            return item
+        if kind is tuple or issubclass(kind, MUTABLE):
+            return self.own(item)
+        if self.beside is not None and isinstance(item, Tensor):
+            return self.beside(item, self)
+        return item
+
+    def turn_owned(self) -> None:
+        """Turn the members of all own containers, in place."""
+        for made in self._owned:
+            if isinstance(made, dict):
+                _refill(made, {self.turned(k): self.turned(v) for k, v in made.items()})
+            else:
+                _refill(made, [self.turned(item) for item in made])
+
+    # ----------------------------------------------------------------------------------- references
+    def turned(self, value: Any) -> Any:
+        """`value` with every reference to an original module turned to its copy; `value` itself if
+        there is none.
+        """
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        role = role_of(kind)
+        if role == Role.DATA:
+            return value
+        if role == Role.POINTER:
+            return self._pointer(value)
+        if not self.by_id and role == Role.CONTAINER:
+            return self._container(value) if refers(value) else value
+        known = self.copies.get(id(value))
+        if known is not None:
+            return known
+        if role == Role.OPAQUE:
+            self.note(f"an object of {kind.__name__}", value)
+            return value
+        if role == Role.OBJECT:
+            return self._object(value) if refers(value) or self._holds_owned(value) else value
+        if not refers(value):
+            return value
+        if role == Role.WRAPPER:
+            return self._wrapper(value)
+        return self._container(value)
+
+    def _holds_owned(self, value: Any) -> bool:
+        """Whether an object has a container that is a module's, too."""
+        held = attributes_of(value).values()
+        return any(isinstance(item, MUTABLE) and id(item) in self.copies for item in held)
+
+    def note(self, what: str, value: Any) -> None:
+        """Note an original module that `value`, which can't be turned, leads to. A traced call
+        can't ask, and notes none.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            self.unfollowed += [(what, module) for module in modules_in(value, self.copies)]
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            new = {self.turned(k): self.turned(v) for k, v in value.items()}
+            made = value if _same(new.items(), value.items()) else _clone(value, new)
+        else:
+            members = [self.turned(item) for item in value]
+            same = all(a is b for a, b in zip(members, value, strict=True))
+            made = value if same else _clone(value, members)
+        if self.by_id:
+            self.copies[id(value)] = made
+        return made
+
+    def _wrapper(self, value: Any) -> Any:
+        """A mapping or list around another, and the weak ones."""
+        if isinstance(value, types.MappingProxyType):
+            new = {self.turned(k): self.turned(v) for k, v in value.items()}
+            made = value if _same(new.items(), value.items()) else types.MappingProxyType(new)
+        elif isinstance(value, _KEEPERS):
+            made = self._keeper(value)
+        else:
+            inner = "maps" if isinstance(value, collections.ChainMap) else "data"
+            held = getattr(value, inner)
+            new = self.turned(held)
+            made = value
+            if new is not held:
+                made = copy.copy(value)
+                setattr(made, inner, new)
+        self.copies[id(value)] = made
+        return made
+
+    def _keeper(self, value: Any) -> Any:
+        if isinstance(value, weakref.WeakSet):
+            members = {self.turned(item) for item in value}
+            return value if members == set(value) else type(value)(members)
+        pairs = list(value.items())
+        new = [(self.turned(k), self.turned(v)) for k, v in pairs]
+        if _same(new, pairs):
+            return value
+        made = type(value)()
+        for key, item in new:
+            made[key] = item
+        return made
+
+    def _object(self, value: Any) -> Any:
+        """An object of a user's class whose attributes refer to modules, as a copy around theirs;
+        the same copy wherever it is held.
+        """
+        kind: Any = type(value)
+        new_object = kind.__new__ if kind is types.SimpleNamespace else object.__new__
+        made = self.copies[id(value)] = new_object(kind)  # noted first: it may refer to itself
+        attributes = attributes_of(value)
+        new = {name: self.turned(item) for name, item in attributes.items()}
+        if all(new[name] is item or item is value for name, item in attributes.items()):
+            self.copies[id(value)] = value
+            return value
+        for name, item in new.items():
+            object.__setattr__(made, name, item)
+        return made
+
+    def _pointer(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in weakref.ProxyTypes:
+            return self._proxy(value)
+        if issubclass(kind, Tensor):
+            return value if self.beside is None else self.beside(value, self)
+        if issubclass(kind, nn.Module):
+            return self.copies.get(id(value), value)
+        if issubclass(kind, types.MethodType):
+            owner, function = self.turned(value.__self__), self.turned(value.__func__)
+            if owner is value.__self__ and function is value.__func__:
+                return value
+            return types.MethodType(function, owner)
+        if issubclass(kind, types.FunctionType):
+            return self._function(value)
+        if issubclass(kind, functools.partial):
+            return self._partial(value)
+        if issubclass(kind, types.BuiltinMethodType):
+            owner = self.turned(value.__self__)
+            return value if owner is value.__self__ else getattr(owner, value.__name__)
+        if issubclass(kind, weakref.ReferenceType):
+            return self._reference(value)
+        inner = self.turned(value.__wrapped__)  # functools.lru_cache: the new one starts empty
+        if inner is value.__wrapped__:
+            return value
+        return functools.lru_cache(**value.cache_parameters())(inner)
+
+    def _reference(self, value: Any) -> Any:
+        target = value()
+        owner = self.turned(target)
+        if owner is target:
+            return value
+        if not isinstance(owner, nn.Module):
+            self.kept.append(owner)
+        return type(value)(owner)
+
+    def _proxy(self, value: Any) -> Any:
+        try:
+            target = value.__init__.__self__
+        except ReferenceError:
+            return value
+        owner = self.turned(target)
+        return value if owner is target else weakref.proxy(owner)
+
+    def _partial(self, value: Any) -> Any:
+        parts = (value.func, value.args, value.keywords)
+        function, args, keywords = new = tuple(self.turned(part) for part in parts)
+        if all(a is b for a, b in zip(new, parts, strict=True)):
+            return value
+        made = type(value)(function, *args, **keywords)
+        made.__dict__.update(self.turned(value.__dict__))
+        return made
+
+    def _function(self, value: Any) -> Any:
+        """A function whose closure or defaults refer to modules, around the copies."""
+        known = self.copies.get(id(value))
+        if known is not None:
+            return known
+        self.copies[id(value)] = value  # noted first: it may be in its own closure
+        self._note_globals(value)
+        cells = value.__closure__ or ()
+        held = (value.__defaults__, value.__kwdefaults__)
+        if not cells and held == (None, None):
+            return value
+        new_cells = tuple(self._cell(cell) for cell in cells)
+        defaults, keywords = (self.turned(part) for part in held)
+        same_cells = all(a is b for a, b in zip(new_cells, cells, strict=True))
+        if same_cells and defaults is held[0] and keywords is held[1]:
+            return value
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, defaults, new_cells
+        )
+        made.__kwdefaults__ = keywords
+        made.__dict__.update(value.__dict__)
+        self.copies[id(value)] = made
+        return made
+
+    def _note_globals(self, function: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        for name, found in globals_of(function):
+            what = f"the function {function.__qualname__!r}, which reads the global {name!r}"
+            if not isinstance(found, types.FunctionType):
+                self.note(what, found)
+            elif self.turned(found) is not found:
+                self.note(what, [cell.cell_contents for cell in found.__closure__ or ()])
+
+    def _cell(self, cell: Any) -> Any:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # a cell that isn't filled yet
+            return cell
+        new = self.turned(content)
+        return cell if new is content else types.CellType(new)
+
+
+def _same(new: Iterable[tuple[Any, Any]], old: Iterable[tuple[Any, Any]]) -> bool:
+    return all(a is c and b is d for (a, b), (c, d) in zip(new, old, strict=True))
+
+
+def _has_modules_as_keys(value: Any) -> bool:
+    if not isinstance(value, dict) or PLAIN.issuperset(map(type, value)):
+        return False
+    return any(isinstance(key, nn.Module) for key in value)
+
+
+def _clone(value: Any, members: Any = None) -> Any:
+    """A container of the same class with these members, its own if none are given.
+
+    A subclass is made without its constructor, which may ask for anything.
+    """
+    kind = type(value)
+    members = value if members is None else members
+    if kind in (list, set, frozenset, tuple, dict):
+        return kind(members)
+    base = _base(kind)
+    if base in (tuple, frozenset):
+        made = base.__new__(kind, members)
+    else:
+        made = base.__new__(kind)
+        if base is collections.deque:
+            base.__init__(made, (), value.maxlen)
+        elif base is collections.defaultdict:
+            base.__init__(made, value.default_factory)
+        _refill(made, members)
+    for name in slots(kind):
+        if hasattr(value, name):
+            object.__setattr__(made, name, getattr(value, name))
+    if hasattr(made, "__dict__"):
+        made.__dict__.update(value.__dict__)
+    return made
+
+
+def _refill(made: Any, members: Any) -> None:
+    """Give a container these members in place of its own, past what its class does to them."""
+    base = _base(type(made))
+    fill = base.extend if base in (list, collections.deque) else base.update
+    base.clear(made)
+    fill(made, members)
+
+
+def _base(kind: type) -> Any:
+    """The class of Python's own that a container's class is derived from."""
+    return next(base for base in _BASES if issubclass(kind, base))

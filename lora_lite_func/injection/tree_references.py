@@ -1,0 +1,238 @@
+"""What the modules of a copied tree hold beside tensors and children: turned to the copies, or
+refused.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UnsupportedError
+from ..core.torch_internals import STATE_HOOKS, own_attributes
+from ..layers.kinds import KINDS
+from .prompt_scope import under_scope
+from .rebinding import MUTABLE, Rebinding
+from .references import BINDABLE, PLAIN, Role, attributes_of, refers, role_of
+from .unfollowed import global_names
+
+__all__ = ["TreeReferences"]
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OURS = frozenset({"_ll", "_ll_bound", "_ll_prompt", "_flat_weights", "_flat_weight_refs"})
+"""What a site or a bound model carries, and a recurrent layer's list of its tensors, which is made
+again.
+"""
+
+_CONFIGS = ("config", "generation_config", "cfg", "args", "hparams")
+
+
+class _Noted(NamedTuple):
+    """A module's copy and the names of its attributes and hooks to be turned."""
+
+    copy: nn.Module
+    path: str
+    names: list[str]
+    reads_globals: bool
+
+
+class TreeReferences:
+    """The references of one copied tree.
+
+    Args:
+        model: the original.
+        copies: {id of an original module: its copy}, filled by the walk.
+        base_tensors: what the tree has in place of the base's tensors.
+        refuse: raise where something can't be followed; else leave it as it is.
+    """
+
+    def __init__(
+        self, model: nn.Module, copies: dict[int, Any], base_tensors: Any, refuse: bool
+    ) -> None:
+        self.model, self.copies, self.refuse = model, copies, refuse
+        self.beside: Callable[..., Tensor] | None = getattr(base_tensors, "beside", None)
+        self.kept: bool = getattr(base_tensors, "kept", False)
+        self.hooks = (*_CALL_HOOKS, *STATE_HOOKS) if self.kept else _CALL_HOOKS
+        self.noted: list[_Noted] = []
+        self.training = False
+        self._index: dict[int, tuple[str, Any, str]] | None = None
+
+    # ------------------------------------------------------------------------------ during the walk
+    def note(self, copy: nn.Module, path: str, slots: tuple[str, ...], reads_globals: bool) -> None:
+        """Note what a module's copy may have to have turned."""
+        attributes = copy.__dict__
+        names = [
+            name
+            for name, value in own_attributes(attributes)
+            if type(value) not in PLAIN and name not in _OURS and self._concerns(name, value)
+        ]
+        if slots:
+            held = [name for name in slots if hasattr(copy, name)]
+            names += [name for name in held if self._concerns(name, getattr(copy, name))]
+        if "forward" in attributes or "_ll" in attributes or "_ll_forward" in attributes:
+            self._note_forward(attributes, path, names)
+        hooked = (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+        )
+        if names or hooked or self.kept or reads_globals:
+            self.noted.append(_Noted(copy, path, names, reads_globals))
+
+    def _note_forward(self, attributes: dict[str, Any], path: str, names: list[str]) -> None:
+        """An instance's own `forward`, which in a site is kept in its state."""
+        forward = attributes.get("forward") or attributes.get("_ll_forward")
+        if "_ll" in attributes and attributes["_ll"].own_forward is not None:
+            forward = attributes["_ll"].own_forward
+            names.append("_ll")
+        if forward is not None and not isinstance(forward, BINDABLE):
+            raise UnsupportedError(
+                f"{path!r}: its own `forward` is a {type(forward).__name__}, which may hold on "
+                "to the original module; give the model as it was before that was put in"
+            )
+
+    def _concerns(self, name: str, value: Any) -> bool:
+        kind = type(value)
+        role = role_of(kind)
+        if role == Role.CONTAINER:
+            return kind is not tuple or not PLAIN.issuperset(map(type, value))
+        if role == Role.DATA:
+            return isinstance(value, Tensor) or (self.kept and _is_config(name, value))
+        if role != Role.OBJECT:
+            return refers(value)
+        held = attributes_of(value).values()
+        return self.kept or refers(value) or any(isinstance(item, MUTABLE) for item in held)
+
+    # ------------------------------------------------------------------------------- after the walk
+    def turn(self, root: nn.Module) -> None:
+        """Turn what was noted.
+
+        Raises:
+            UnsupportedError: something leads to an original module and can't be turned.
+        """
+        if not self.noted:
+            return
+        rebinding = Rebinding(self.copies, self._beside)
+        for noted in self.noted:
+            self._own(rebinding, noted)
+        for noted in self.noted:
+            if self.kept:
+                for name in STATE_HOOKS:
+                    noted.copy.__dict__[name] = noted.copy.__dict__[name].copy()
+            self._turn(rebinding, noted)
+        rebinding.turn_owned()
+        self._check(rebinding, "", "a container of its modules holds")
+        if rebinding.kept:
+            root.__dict__["_ll_kept"] = rebinding.kept
+
+    def _own(self, rebinding: Rebinding, noted: _Noted) -> None:
+        """Containers and tensors of the tree's own."""
+        copy: Any = noted.copy
+        self.training = copy.training
+        for name in noted.names:
+            value = getattr(copy, name)
+            if role_of(type(value)) == Role.CONTAINER:
+                _set(copy, name, rebinding.own(value))
+            elif isinstance(value, Tensor) and not _is_computed(copy, name):
+                _set(copy, name, self._beside(value, rebinding))
+
+    def _turn(self, rebinding: Rebinding, noted: _Noted) -> None:
+        copy, path, attributes = noted.copy, noted.path, noted.copy.__dict__
+        for name in noted.names:
+            if name == "_ll":
+                state = attributes[name]
+                state.own_forward = rebinding.turned(state.own_forward)
+            else:
+                value = getattr(copy, name)
+                if self.kept and _is_config(name, value):
+                    _set(copy, name, copying.deepcopy(value, self.copies))
+                elif not isinstance(value, MUTABLE):
+                    _set(copy, name, rebinding.turned(value))
+            self._check(rebinding, path, f"its attribute {name!r} holds")
+        for name in self.hooks:
+            held = attributes[name]
+            for key, hook in held.items():
+                held[key] = rebinding.turned(hook)
+            if held:
+                self._check(rebinding, path, "one of its hooks holds")
+        if noted.reads_globals and not torch.compiler.is_dynamo_compiling():
+            for held, name in global_names(_own_class(copy)):
+                rebinding.note(f"the global {name!r}", held.get(name))
+                self._check(rebinding, path, "its call reads")
+
+    def _beside(self, tensor: Tensor, rebinding: Rebinding) -> Tensor:
+        """What stands for a tensor that a module holds in an attribute or a container."""
+        if not isinstance(tensor, nn.Parameter) and not self.training and not tensor.requires_grad:
+            return tensor if self.beside is None else self.beside(tensor, False)
+        if self._index is None:
+            self._index = dict(self._tensors())
+        found = self._index.get(id(tensor))
+        if found is None:
+            return tensor if self.beside is None else self.beside(tensor, self.training)
+        path, copy, name = found
+        state = copy.__dict__.get("_ll")
+        if state is not None and _adapts(state, name):
+            rebinding.unfollowed.append((f"the {name} of {path!r}", None))
+        return copy._parameters[name] if name in copy._parameters else copy._buffers[name]
+
+    def _tensors(self) -> Iterator[tuple[int, tuple[str, Any, str]]]:
+        """(id of an original's tensor, (path, the module's copy, its name))."""
+        for path, module in self.model.named_modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        yield id(tensor), (path, self.copies[id(module)], name)
+
+    def _check(self, rebinding: Rebinding, path: str, where: str) -> None:
+        if not rebinding.unfollowed:
+            return
+        what, found = rebinding.unfollowed[0]
+        rebinding.unfollowed.clear()
+        if not self.refuse:
+            return
+        names = self.model.named_modules(remove_duplicate=False)
+        target = next((name for name, module in names if module is found), None)
+        leads = "" if target is None else f", which leads to the module {target!r}"
+        holder = type(self.model.get_submodule(path)).__name__
+        raise UnsupportedError(
+            f"{path!r} ({holder}): {where} {what}{leads}; that can't be turned to the adapted "
+            "copy, so the original would be used, without its adapter; hold the module itself (or "
+            "a list or dict of it) as an attribute, and reach it by that"
+        )
+
+
+def _own_class(copy: nn.Module) -> type:
+    return getattr(type(copy), "_ll_base", under_scope(type(copy)))
+
+
+def _set(copy: nn.Module, name: str, value: Any) -> None:
+    if name in copy.__dict__:
+        copy.__dict__[name] = value
+    else:
+        object.__setattr__(copy, name, value)  # in a slot
+
+
+def _is_computed(copy: nn.Module, name: str) -> bool:
+    """Whether a hook makes the attribute anew in each call (weight_norm, prune)."""
+    return bool(copy._forward_pre_hooks) and name in ("weight", "bias")
+
+
+def _is_config(name: str, value: Any) -> bool:
+    """Whether an attribute is the settings of a model, which tools write on."""
+    kind = type(value)
+    if role_of(kind) not in (Role.DATA, Role.OBJECT) or isinstance(value, Tensor):
+        return False
+    if kind.__module__ in ("builtins", "torch"):
+        return False
+    return name in _CONFIGS or kind.__name__.endswith("Config") or dataclasses.is_dataclass(value)
+
+
+def _adapts(state: Any, name: str) -> bool:
+    """Whether a site's adapters go into the tensor of this name."""
+    around = any(not KINDS[a.site.kind].listed for a in state.attachments)
+    return name in state.substituted or (around and name in ("weight", "bias"))

@@ -1,0 +1,102 @@
+"""What refers to modules of the original tree and can't be turned to their copies.
+
+Objects whose inside isn't known (an iterator, a generator), and functions that reach a module by a
+global name: both would call the original, without its adapter.
+"""
+
+from __future__ import annotations
+
+import dis
+import gc
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.weak_memo import WeakMemo
+from .references import PLAIN, Role, is_users, refers, role_of
+
+__all__ = ["global_names", "globals_of", "modules_in"]
+
+_STEPS = 6
+_MOST = 2_000
+_NOT_INTO = (type, types.ModuleType, types.FunctionType, types.CodeType, types.FrameType, Tensor)
+
+
+def modules_in(value: Any, copies: Mapping[int, Any]) -> Iterator[nn.Module]:
+    """The first original module that an object leads to, by what the garbage collector knows of it:
+    6 steps deep at most.
+    """
+    seen, layer = {id(value)}, [value]
+    for _ in range(_STEPS):
+        for item in layer:
+            if isinstance(item, nn.Module) and id(item) in copies:
+                yield item
+                return
+        found = [item for held in layer for item in gc.get_referents(held)]
+        kept = {id(item): item for item in found if not isinstance(item, _NOT_INTO)}
+        layer = [item for key, item in kept.items() if key not in seen][:_MOST]
+        seen.update(kept)
+
+
+# ------------------------------------------------------------------------------------------ globals
+def globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The globals that a user's function reads: (name, value), those that may lead to a module."""
+    if not is_users(function.__module__ or ""):
+        return
+    for name in _READ(function.__code__)[0]:
+        value = function.__globals__.get(name)
+        if _may_lead(value) and refers(value):
+            yield name, value
+
+
+def _may_lead(value: Any) -> bool:
+    """Whether a global may lead to modules; other functions may where they are of the user's."""
+    if isinstance(value, types.FunctionType):
+        return is_users(value.__module__ or "")
+    return type(value) not in PLAIN and role_of(type(value)) != Role.DATA
+
+
+def _read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """(globals, attributes and methods) that a function reads, those inside it too."""
+    names = {
+        i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    others = set(code.co_names)
+    for held in code.co_consts:
+        if isinstance(held, types.CodeType):
+            inner = _read(held)
+            names |= inner[0]
+            others |= inner[1]
+    return frozenset(names), frozenset(others)
+
+
+_READ = WeakMemo(_read)
+
+
+def _global_names(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
+    """The globals that the calls of a class read, as (the dict of globals, name)."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    left, done = ["forward"], set[str]()
+    while left:
+        name = left.pop()
+        method = inspect.getattr_static(cls, name, None)
+        method = getattr(method, "fget", None) or getattr(method, "__func__", method)
+        if name in done or not isinstance(method, types.FunctionType):
+            continue
+        done.add(name)
+        if not is_users(method.__module__ or ""):
+            continue
+        read, used_names = _READ(method.__code__)
+        left += used_names
+        held = method.__globals__
+        for used in read:
+            if used in held and _may_lead(held[used]):
+                found[id(held), used] = (held, used)
+    return tuple(found.values())
+
+
+global_names = WeakMemo(_global_names)
+"""The globals that the calls of a class may reach modules by: (the dict of globals, name)."""
