@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .references import BINDABLE, rebound, shallow_copy
+from .rebinding import Rebinding
+from .references import BINDABLE, shallow_copy
 
 __all__ = ["on_stand_in"]
 
@@ -62,11 +63,11 @@ def _copy(site: Any, cls: type[nn.Module]) -> Any:
         attributes["forward"] = site._ll_layer_call
     elif own is not None:
         # what an instance carried as its forward, and whatever is bound to it, works on this one
-        copies = {id(site): made}
+        rebinding = Rebinding({id(site): made})
         for name, value in attributes.items():
             if isinstance(value, BINDABLE):
-                attributes[name] = rebound(value, copies, 0)
-        attributes["forward"] = rebound(own, copies, 0)
+                attributes[name] = rebinding.turned(value)
+        attributes["forward"] = rebinding.turned(own)
     return made
 
 
