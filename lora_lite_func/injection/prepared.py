@@ -42,46 +42,40 @@ class _Sources:
     with it, if it was good when it was copied.
     """
 
-    __slots__ = ("held", "moved", "stamps")
+    __slots__ = ("moved", "stamps")
 
     def __init__(self, held: Iterable[Source], good: bool = True) -> None:
-        self.held = tuple(held)
-        self.stamps = tuple((t._version, t.dtype) for _, _, t in self.held) if good else None
+        self.stamps = tuple((*source, source[2]._version, source[2].dtype) for source in held)
+        self.stamps = self.stamps if good else ()
         self.moved = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Sources, (self.held, self.unchanged())
+        return _Sources, (tuple(stamp[:3] for stamp in self.stamps), self.unchanged())
 
     def unchanged(self) -> bool:
         """Whether the tensors are those, in their dtype, unwritten, and nothing is to be learned."""
-        if self.stamps is None:
-            return False
-        learning = torch.is_grad_enabled()
         try:
-            for (holder, name, t), (version, dtype) in zip(self.held, self.stamps, strict=True):
-                found = holder[name]
-                if found is not t:
+            for holder, name, t, version, dtype in self.stamps:
+                if holder[name] is not t:
                     return self.moved and self._stamped_again()
                 if t._version != version or t.dtype is not dtype:
                     return False
-                if learning and t.requires_grad:
-                    return False
         except (KeyError, RuntimeError):  # taken out, or in inference mode, which keeps no version
             return False
-        return True
+        if torch.is_grad_enabled() and any(stamp[2].requires_grad for stamp in self.stamps):
+            return False
+        return bool(self.stamps)
 
     def _stamped_again(self) -> bool:
         """After a move to another device: buffers are new tensors, which nobody has written on."""
         self.moved = False
-        assert self.stamps is not None
-        held = []
-        for (holder, name, t), (version, dtype) in zip(self.held, self.stamps, strict=True):
-            found = holder[name]
-            if found.dtype is not dtype or found._version != (version if found is t else 0):
+        found = []
+        for holder, name, t, version, dtype in self.stamps:
+            now = holder[name]
+            if now.dtype is not dtype or now._version != (version if now is t else 0):
                 return False
-            held.append((holder, name, found))
-        self.held = tuple(held)
-        self.stamps = tuple((t._version, t.dtype) for _, _, t in held)
+            found.append((holder, name, now, now._version, dtype))
+        self.stamps = tuple(found)
         return self.unchanged()
 
 
@@ -108,9 +102,10 @@ def keep(site: Any, made: Mapping[str, Made]) -> None:
 
     Nothing is kept where writes on the tensors couldn't be seen (inference tensors).
     """
-    sources = _Sources(_tensors_of(site))
-    if any(t.is_inference() for _, _, t in sources.held):
+    held = _tensors_of(site)
+    if any(t.is_inference() for _, _, t in held):
         return
+    sources = _Sources(held)
     for slot, one in made.items():
         prepared = Prepared(one, sources)
         leaves = leaves_at(site, slot)
@@ -148,7 +143,7 @@ def ready_of(leaves: Leaves) -> Made | None:
     return None
 
 
-def _tensors_of(site: Any) -> Iterable[Source]:
+def _tensors_of(site: Any) -> list[Source]:
     """A site's own parameters and all that its adapters hold, each with who holds it."""
     holders = [site._parameters]
     for leaves in leaves_of(site):
