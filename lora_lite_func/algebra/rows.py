@@ -83,18 +83,9 @@ def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
                 f"rows: row {row} has id {i}, expected -1 (the bare base) to {count - 1}: the "
                 f"stack has {count} members"
             )
-    each = [
-        max([0, *(site.r for site in stack.layout.member(i).sites.values())]) for i in range(count)
-    ]
-    return Rows(
-        stack,
-        RowPlan(
-            ids.long() if isinstance(ids, Tensor) else torch.tensor(known, dtype=torch.int64),
-            count,
-            known,
-            each,
-        ),
-    )
+    held = ids.long() if isinstance(ids, Tensor) else torch.tensor(known, dtype=torch.int64)
+    ranks = stack.layout.ranks if isinstance(stack.layout, Stacked) else None
+    return Rows(stack, RowPlan(held, count, known, ranks))
 
 
 def _index(stack: Adapter, i: Any) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter
-from ..core.config import feature_dropout
 from ..core.errors import StructureError, nearest
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Constants
@@ -93,7 +92,6 @@ def attachments_of(
         check_values(adapter, model)
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
-        dropout = feature_dropout(cfg)
         for path, tensors in adapter._data.items():
             if detach_frozen:
                 specs = layout.specs[path]
@@ -101,7 +99,13 @@ def attachments_of(
                     name: t if specs[name].trainable else t.detach() for name, t in tensors.items()
                 }
             attachment = Attachment(
-                variant, cfg, layout.sites[path], tensors, dropout, prompt=prompt, row_plan=plan
+                variant,
+                cfg,
+                layout.sites[path],
+                tensors,
+                layout.dropout,
+                prompt=prompt,
+                row_plan=plan,
             )
             sites.setdefault(path, []).append(attachment)
     return sites

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
-from ..core.config import feature_dropout
 from ..core.errors import StructureError, UnsupportedError
 from ..core.layout import Layout
 from ..core.site import Site
@@ -73,7 +72,7 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
                     layout.config,
                     site,
                     None,
-                    feature_dropout(layout.config),
+                    layout.dropout,
                     slot,
                     None,
                     plan,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import LARGEST, AdapterConfig, from_dict, to_dict
+from .config import LARGEST, AdapterConfig, feature_dropout, from_dict, to_dict
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
 from .method import Variant, site_for, variants
 from .site import Params, Site
@@ -64,16 +64,18 @@ class Layout:
     Attributes:
         variant: the method.
         config: its config.
+        dropout: the probability by which entries of a branch's input are dropped in training.
         sites: {path: Site}, paths in order.
         specs: {path: {lora_name: LeafSpec}}, names in order.
         names: {path: its leaves' names}.
     """
 
-    __slots__ = ("config", "names", "sites", "specs", "variant")
+    __slots__ = ("config", "dropout", "names", "sites", "specs", "variant")
 
     def __init__(self, variant: Variant, config: AdapterConfig, sites: Iterable[Site]) -> None:
         self.variant = variant
         self.config = config
+        self.dropout = feature_dropout(config)
         self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
         self.specs = {path: self._leaf_specs(site) for path, site in self.sites.items()}
         self.names = {path: tuple(specs) for path, specs in self.specs.items()}
@@ -121,9 +123,10 @@ class Stacked(Layout):
     Attributes:
         members: each member's own layout.
         labels: the members' names, if they have any.
+        ranks: the largest rank that each member has anywhere.
     """
 
-    __slots__ = ("labels", "members")
+    __slots__ = ("labels", "members", "ranks")
 
     def __init__(self, members: Sequence[Layout], labels: Sequence[str] | None = None) -> None:
         first = members[0]
@@ -132,6 +135,7 @@ class Stacked(Layout):
             first.variant, first.config, [max(sites, key=lambda s: s.r) for sites in ways.values()]
         )
         self.members = tuple(members)
+        self.ranks = tuple(max(site.r for site in m.sites.values()) for m in members)
         self.labels = None if labels is None else tuple(labels)
         for path, sites in ways.items():
             if len({s.scaling for s in sites}) > 1:

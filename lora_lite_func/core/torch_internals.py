@@ -58,6 +58,7 @@ __all__ = [
     "plain_tensors",
     "surroundings",
     "tensor_without_values",
+    "without_autocast",
     "writes_on",
 ]
 
@@ -87,6 +88,18 @@ _any_autocast: Callable[[], bool] = getattr(
 
 
 # ----------------------------------------------------------------------------------------- tracing
+def without_autocast(device: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` gives outside of the caller's autocast for that type of device.
+
+    For what depends on parameters alone, in their own dtype: small systems can't be solved in the
+    one that autocast would choose.
+    """
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
 def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch.compile call `function` while it traces and take the result as a constant.
 

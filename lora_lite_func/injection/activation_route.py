@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StructureError, UnsupportedError
-from ..core.layout import unfolded
+from ..core.layout import SCALING, unfolded
 from ..core.site import Params, Site
-from ..core.torch_internals import at_trace_time, is_traced
+from ..core.torch_internals import at_trace_time, is_traced, without_autocast
 from ..kernels.dropout import dropped
 from ..layers.kinds import KINDS
 from .attachment import Attachment
@@ -22,7 +22,7 @@ from .hidden_state import hidden_state
 from .nested import by_values
 from .prepared import Made, keep, ready_at
 from .prompt import tokens_of
-from .rows_activation import by_rows, undisturbed
+from .rows_activation import by_rows
 from .stand_in import on_stand_in
 from .state import tensors_at
 
@@ -132,15 +132,18 @@ def phases(
     variant, cfg, site = attachment.variant, attachment.cfg, attachment.site
     if attachment.row_plan is not None:
         return _rows(attachments, count, frozen, module, x)
-    p, site = unfolded(tensors_at(attachment, module), site)
+    p, ready = attachment.p, None
+    if p is None:
+        ready = ready_at(attachment, module)
+        p = tensors_at(attachment, module)
+    if SCALING in p or torch.compiler.is_dynamo_compiling():
+        p, site = unfolded(p, site)
     d = None
     if variant.prepare is not None:
-        ready = ready_at(attachment, module)
-        d = (
-            _prepare(attachments, count - 1, module, p, site, x.device.type)
-            if ready is None
-            else ready.d
-        )
+        if ready is None:
+            d = _prepare(attachments, count - 1, module, p, site, x.device.type)
+        else:
+            d = ready.d
     inner = x if variant.inputs is None else variant.inputs(cfg, p, d, x, site)
     y = frozen(inner) if count == 1 else phases(attachments, count - 1, frozen, module, inner)
     if variant.outputs is None:
@@ -169,7 +172,7 @@ def _prepare(
     variant, cfg = attachments[under].variant, attachments[under].cfg
     assert variant.prepare is not None
     layer = FrozenLayer(attachments, under, module, p, phases)
-    return undisturbed(device, variant.prepare, cfg, p, site, layer)
+    return without_autocast(device, variant.prepare, cfg, p, site, layer)
 
 
 def get_ready(site: Any) -> None:
@@ -195,7 +198,7 @@ def _made(site: Any, under: int, attachment: Attachment) -> Made | None:
     if variant.prepare is not None:
         d = _prepare(site._ll.attachments, under, site, p, at, device)
     if variant.low_rank_factors is not None:
-        factors = undisturbed(device, variant.low_rank_factors, attachment.cfg, p, at)
+        factors = without_autocast(device, variant.low_rank_factors, attachment.cfg, p, at)
         if all(any(factor is t for t in p.values()) for factor in factors[:2]):
             factors = None
     return None if d is None and factors is None else Made(d, factors)

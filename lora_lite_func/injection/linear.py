@@ -24,7 +24,6 @@ from ..kernels.recompute import recomputed_linear
 from . import activation_route
 from .attachment import Attachment
 from .prepared import ready_of
-from .rows_activation import shared
 from .state import Step, leaves_at, tensors_at, tensors_of
 
 __all__ = ["choose", "forward"]
@@ -180,8 +179,7 @@ def _by_rows(
         if graph and s.requires_grad:
             return None
         s = s.expand(A.shape[0]).view(-1, 1, 1)
-    X = None if graph else shared(x, layout, site.path)
-    return low_rank_by_rows(x, W, b, A, B, s, layout, segments, X)
+    return low_rank_by_rows(x, W, b, A, B, s, layout, segments)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,23 +12,13 @@ from torch import Tensor
 from ..core.errors import UnsupportedError
 from ..core.layout import unfolded
 from ..core.site import Params
-from ..core.torch_internals import autocasts, is_tracing_here, is_transformed
+from ..core.torch_internals import without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.row_plan import not_rows
 from ..kernels.segments import Segment, SegmentLayout
 from .attachment import Attachment
 
-__all__ = ["by_rows", "mapped", "shared", "undisturbed"]
-
-
-def undisturbed(device: str, prepare: Callable[..., Any], *args: Any) -> Any:
-    """What depends on the parameters alone, in their own dtype: small systems can't be solved in
-    the one that autocast would choose.
-    """
-    if not autocasts(device):
-        return prepare(*args)
-    with torch.autocast(device, enabled=False):
-        return prepare(*args)
+__all__ = ["by_rows", "mapped"]
 
 
 class _Rows:
@@ -69,7 +58,9 @@ class _Rows:
 
         def one(p: Params) -> Any:
             q, at = unfolded(p, site)
-            return undisturbed(next(iter(q.values())).device.type, prepare, cfg, q, at, self.layer)
+            return without_autocast(
+                next(iter(q.values())).device.type, prepare, cfg, q, at, self.layer
+            )
 
         if segment.high - segment.low == 1 or variant.batched:
             return one(p)
@@ -137,7 +128,7 @@ def by_rows(
     if not layout.segments:
         return inner(x)
     rows = _Rows(attachment, p, layer, layout)
-    X = shared(x, layout, path)
+    X = x if layout.take is None else x.index_select(0, layout.take)
     y = inner(
         x if variant.inputs is None else _joined(rows.call(variant.inputs, layout, X), layout, X, x)
     )
@@ -171,57 +162,6 @@ def _joined(
     if layout.without is None:
         return out
     return torch.where(layout.without.view(-1, *[1] * (out.ndim - 1)), batch, out)
-
-
-# -------------------------------------------------------------------------------- one sort for many
-_SORTED: dict[int, tuple[Any, int, Tensor, set[str], Tensor]] = {}
-"""By a tensor's id: what layers that get the very same input (query, key and value) share, and
-which have had it. Gone with the input.
-"""
-
-
-def shared(x: Tensor, layout: SegmentLayout, path: str) -> Tensor:
-    """The sorted batch, made once for the layers that share an input in one call of the model.
-
-    A site that asks again is in another call, and before that x may have been written on unseen
-    (memory that numpy has, `.data`). What has a graph isn't shared: it would keep a leaf alive for
-    good, and one layer's backward pass would reach into another's.
-
-    Args:
-        x: (N, ..., d).
-        layout: the layout.
-        path: the site's.
-    """
-    take = layout.take
-    if take is None:
-        return x
-    if (
-        is_tracing_here()
-        or is_transformed()
-        or x.is_inference()
-        or (x.requires_grad and torch.is_grad_enabled())
-    ):
-        return x.index_select(0, take)
-    key = id(x)
-    found = _SORTED.get(key)
-    if (
-        found is not None
-        and found[0]() is x
-        and found[1] == x._version
-        and found[2] is take
-        and path not in found[3]
-    ):
-        found[3].add(path)
-        return found[4]
-    made = x.index_select(0, take)
-    _SORTED[key] = (
-        weakref.ref(x, lambda _: _SORTED.pop(key, None)),
-        x._version,
-        take,
-        {path},
-        made,
-    )
-    return made
 
 
 # ------------------------------------------------------------------------------------ vmap on trees

@@ -8,12 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import UnsupportedError
-from ..layers.kinds import KINDS
+from ..layers.kinds import KINDS, misfit
 from .attachment import Attachment
 from .checks import check_site, check_substitutable
 from .linear import choose
 from .prompt_scope import under_scope
-from .references import slots
 from .site_class import site_class
 from .state import SiteState
 
@@ -29,6 +28,7 @@ def site_copy(
     new: Mapping[str, Sequence[Attachment]],
     by_weight: bool,
     inner: tuple[str, ...],
+    kept: tuple[str, ...],
     make: Make,
 ) -> nn.Module:
     """The copy of a site, its adapters behind those it has already (a bound model may be adapted
@@ -40,6 +40,7 @@ def site_copy(
         new: {"" for the layer, else the name of a bare tensor: adapters}.
         by_weight: the layer isn't called, so its adapters go into its weight.
         inner: its children whose tensors are substituted in its own call.
+        kept: the attributes that its class keeps in slots.
         make: makes the copy.
 
     Raises:
@@ -47,7 +48,8 @@ def site_copy(
         UnsupportedError: a tensor would have to be substituted and can't be.
     """
     for attachments in new.values():
-        check_site(module, attachments[-1].site)
+        if misfit(attachments[-1].site, module) is not None:
+            check_site(module, attachments[-1].site)
     had: SiteState = module.__dict__.get("_ll") or SiteState(path)
     attachments, substituted = _routes(module, path, had, new, by_weight)
     inner = inner or had.inner
@@ -57,9 +59,8 @@ def site_copy(
     if bounds and not looks_up:
         names = names or ()
     base: type[nn.Module] = getattr(type(module), "_ll_base", under_scope(type(module)))
-    copy = make(
-        module, site_class(base, bool(attachments) or (bounds and looks_up), names), slots(base)
-    )
+    active = bool(attachments) or (bounds and looks_up)
+    copy = make(module, site_class(base, active, names), kept)
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
     copy.__dict__["_ll"] = state
     if looks_up and base is not nn.Embedding:
@@ -99,7 +100,10 @@ def _routes(
     own = () if own and _bare(own) else own
     attachments = (*had.attachments, *own, *new.get("", ()))
     if attachments:
-        by_weight = by_weight or bool(own) or KINDS[attachments[0].site.kind].by_weight(module)
+        goes_by_weight = KINDS[attachments[0].site.kind].by_weight
+        by_weight = (
+            by_weight or bool(own) or (goes_by_weight is not None and goes_by_weight(module))
+        )
         for attachment in attachments:
             by_weight = by_weight or not attachment.variant.has_phases
         if by_weight:

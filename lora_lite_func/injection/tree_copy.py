@@ -143,7 +143,7 @@ class _Copier:
             copy = make(module, under_scope(type(module)), facts.slots)
         else:
             self.left.pop(path, None)
-            copy = site_copy(module, path, attachments or {}, by_weight, inner, make)
+            copy = site_copy(module, path, attachments or {}, by_weight, inner, facts.slots, make)
         self.copies[id(module)] = copy
         self.base_tensors(copy, path)
         if "_flat_weights" in copy.__dict__:

@@ -27,7 +27,6 @@ def low_rank_by_rows(
     s: float | Tensor,
     layout: SegmentLayout,
     segments: tuple[Segment, ...],
-    X: Tensor | None = None,
 ) -> Tensor:
     """y (N, ..., d_out) with each row's own low-rank update in.
 
@@ -40,10 +39,10 @@ def low_rank_by_rows(
         s: the scale, a float or (K, 1, 1); a tensor gets no gradient here.
         layout: which rows belong to which members.
         segments: its segments that are to be added.
-        X: the sorted batch; None where a graph is recorded, since its sorting has a gradient.
     """
-    if X is None:
+    if torch.is_grad_enabled():
         return _trained(layout, segments, x, W, b, A, B, s)
+    X = x if layout.take is None else x.index_select(0, layout.take)
     return _served(layout, segments, x, X, W, b, A, B, s)
 
 

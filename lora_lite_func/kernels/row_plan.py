@@ -45,11 +45,12 @@ class RowPlan:
     Attributes:
         ids: (N,) int64, -1 for the bare base.
         members: how many adapters there are.
+        known: whether the ids have values: they have none where they are traced, or under vmap.
         ranks: (members,) the largest rank that each has anywhere; None where all are alike or that
             isn't known.
     """
 
-    __slots__ = ("_ids", "_layouts", "_parts", "ids", "members", "ranks", "rows")
+    __slots__ = ("_ids", "_layouts", "_parts", "ids", "known", "members", "ranks", "rows")
 
     def __init__(
         self,
@@ -61,13 +62,9 @@ class RowPlan:
         self.ids, self.members, self.rows = ids, members, ids.shape[0]
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
         self._ids = None if known is None else tuple(known)
+        self.known = self._ids is not None
         self._layouts: dict[tuple[int, bool, bool, bool, torch.device], SegmentLayout] = {}
         self._parts: dict[tuple[int, torch.device], RowGroups] = {}
-
-    @property
-    def known(self) -> bool:
-        """Whether the ids have values: they have none where they are traced, or under vmap."""
-        return self._ids is not None
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -107,38 +104,33 @@ class RowPlan:
             StructureError: the leading dimension isn't the rows.
             UnsupportedError: torch.jit.trace records the call.
         """
-        if is_traced():
+        if torch.jit.is_tracing():
             raise _untraceable(f"site {path!r}: ")
         if x.ndim < 1 + x.is_floating_point() or x.shape[0] != self.rows:
             raise not_rows(path, x, self.rows)
-        if self._ids is None or is_tracing_here():
+        watched = is_watched()
+        recorded = torch.compiler.is_dynamo_compiling() or (watched and is_tracing_here())
+        if self._ids is None or recorded:
             return traced(self.ids.to(x.device), self.members)
-        size = (
-            x.numel() // (max(self.rows, 1) * max(x.shape[-1], 1))
-            if x.is_floating_point()
-            else x[:1].numel()
-        )
-        half = size.bit_length() // 2  # one table serves sizes of a kind
-        ids, graph, device, ranks = (
-            self._ids,
-            torch.is_grad_enabled(),
-            x.device,
-            self.ranks if banded else None,
-        )
+        tokens = x[:1].numel() // (max(x.shape[-1], 1) if x.is_floating_point() else 1)
+        half = tokens.bit_length() // 2  # one layout serves sizes of a kind
+        ids, graph, device = self._ids, torch.is_grad_enabled(), x.device
+        ranks = self.ranks if banded else None
 
         def make() -> SegmentLayout:
             return laid_out(ids, self.members, 1 << (2 * half), not graph, device, in_place, ranks)
 
-        return _once(self._layouts, (half, graph, in_place, ranks is not None, device), make)
+        key = (half, graph, in_place, ranks is not None, device)
+        return _once(self._layouts, key, make, watched)
 
 
-def _once(made: dict[K, V], key: K, make: Callable[[], V]) -> V:
+def _once(made: dict[K, V], key: K, make: Callable[[], V], watched: bool) -> V:
     """What is made once for a key, for calls of every kind.
 
     Its tensors belong to no inference mode and to no transform. Where something sees each
-    operation, and may put tensors of its own in their place, they are made for the call alone.
+    operation (`watched`), and may put tensors of its own in their place, they are made for the
+    call alone.
     """
-    watched = is_watched()
     found = None if watched else made.get(key)
     if found is None:
         with torch.inference_mode(False), outside_transforms():
@@ -186,6 +178,7 @@ def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
         first._parts,
         (len(plans), device),
         lambda: _parts(list(zip(*known, strict=True)), len(plans), device),
+        is_watched(),
     )
 
 

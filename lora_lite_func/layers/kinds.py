@@ -63,7 +63,7 @@ class Kind:
         holds: whether a module is one.
         size: module -> (d_in, d_out); None where it can't be read.
         by_weight: whether a module's weight must be substituted, as methods' phases wouldn't fit
-            around its call.
+            around its call; None where it never has to be.
         transposed: whether a module stores the transpose.
         hides: which of the default exclusions are meant for this kind.
         bare: it is a tensor, not a module.
@@ -77,7 +77,7 @@ class Kind:
     words: str
     holds: Callable[[Any], bool]
     size: Callable[[Any], tuple[int, int] | None]
-    by_weight: Callable[[Any], bool] = lambda module: True
+    by_weight: Callable[[Any], bool] | None = lambda module: True
     transposed: Callable[[Any], bool] = lambda module: False
     hides: tuple[str, ...] = ()
     bare: bool = False
@@ -177,7 +177,7 @@ KINDS: Mapping[str, Kind] = {
             "linear-like layers",
             _is_linear,
             _linear_size,
-            _never,
+            None,
             _is_transposed_linear,
             DEFAULT_EXCLUDE,
         ),
@@ -203,7 +203,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("norm", "norm", "norms", _is_norm, _norm_size),
         Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
         Kind("vector", "parameter", "parameters of one dimension", _never, _unknown, bare=True),
-        Kind("module", "module", "modules", _is_module, _unknown, _never, listed=True),
+        Kind("module", "module", "modules", _is_module, _unknown, None, listed=True),
     )
 }
 

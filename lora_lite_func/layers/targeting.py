@@ -260,7 +260,10 @@ def _site(
             f"exclude_names"
         )
     by_call = kind.listed or not (
-        kind.bare or kind.one_hot or kind.by_weight(module) or candidate.uncalled
+        kind.bare
+        or kind.one_hot
+        or (kind.by_weight is not None and kind.by_weight(module))
+        or candidate.uncalled
     )
     dropout = dropout_of(cfg)
     if dropout and not by_call:

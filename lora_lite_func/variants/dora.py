@@ -122,7 +122,8 @@ def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     half = torch.addmm(WA, B, A @ A.mT * (0.5 * s))  # (d_out, r)
     # |W_i|^2 + 2 s W_i (B A)_i^T + s^2 |(B A)_i|^2
     gain = _gain(p, wnorm2 + 2.0 * s * (half * B).sum(dim=1), wnorm2)
-    shift = None if layer.bias is None else (1.0 - gain) * layer.bias
+    bias = layer.bias
+    shift = None if bias is None else (1.0 - gain) * bias
     return Prepared(gain, shift, (p["lora_B"] * gain[:, None]).to(p["lora_B"].dtype))
 
 
