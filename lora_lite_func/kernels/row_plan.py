@@ -108,9 +108,10 @@ class RowPlan:
             raise _untraceable(f"site {path!r}: ")
         if x.ndim < 1 + x.is_floating_point() or x.shape[0] != self.rows:
             raise not_rows(path, x, self.rows)
+        if self._ids is None or torch.compiler.is_dynamo_compiling():
+            return traced(self.ids.to(x.device), self.members)
         watched = is_watched()
-        recorded = torch.compiler.is_dynamo_compiling() or (watched and is_tracing_here())
-        if self._ids is None or recorded:
+        if watched and is_tracing_here():
             return traced(self.ids.to(x.device), self.members)
         tokens = x[:1].numel() // (max(x.shape[-1], 1) if x.is_floating_point() else 1)
         half = tokens.bit_length() // 2  # one layout serves sizes of a kind
