@@ -17,7 +17,7 @@ from ..layers.kinds import module_and_name
 from ..layers.quantised import dequantised, unpacked
 from ..layers.refusals import check_model
 from ..layers.tied import tied_names
-from ..layers.weights import compute_dtype, is_packed
+from ..layers.weights import compute_dtype, is_packed, own_tensor
 from .apply import attachments_of
 from .bind import ModelT, check_untracked
 
@@ -63,7 +63,8 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         W, b = merge_site(module, attachments, _plain(module, name), bias)
         prefix = home + "." if home else ""
         # stored as the base's is, which files ask for
-        plain = is_packed(module._parameters[name]) or module._parameters[name].is_contiguous()
+        own = own_tensor(module, name)
+        plain = own is None or is_packed(own) or own.is_contiguous()
         merged_tensors[prefix + name] = W.contiguous() if plain else W
         if b is not None and b is not bias:
             check_bias(module, attachments[-1], b)
@@ -103,6 +104,9 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
     for name, tensor in new.items():
         path, _, leaf = name.rpartition(".")
         module = made.get_submodule(path)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor.detach()
+            continue
         old = module._parameters.get(leaf)
         if leaf == "weight" and old is not None and is_packed(old):
             bias = module._parameters.get("bias")
@@ -145,6 +149,9 @@ def _plain(module: Any, name: str) -> Tensor:
     """A parameter's values as a plain tensor, a packed one's in the dtype that its layer computes
     in.
     """
+    if name in module._buffers:
+        buffer: Tensor = module._buffers[name]
+        return buffer
     stored: Tensor = module._parameters[name]
     if not is_packed(stored):
         return stored.detach()

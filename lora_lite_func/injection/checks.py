@@ -12,7 +12,7 @@ from ..core.errors import StructureError, UnsupportedError, nearest
 from ..core.site import Site
 from ..layers.affine import is_affine
 from ..layers.kinds import misfit, module_and_name
-from ..layers.weights import how_to_bake, is_packed
+from ..layers.weights import how_to_bake, is_packed, own_tensor
 from .attachment import Attachment
 from .state import parameters_of
 
@@ -92,13 +92,15 @@ def no_module(model: nn.Module, path: str) -> StructureError:
 
 
 def check_substitutable(module: Any, path: str, name: str) -> None:
-    tensor = module._parameters.get(name)
+    tensor = own_tensor(module, name)
     what = f"{path!r} ({type(module).__name__}): its {name}"
     if tensor is None:
         raise UnsupportedError(
             f"{what} is computed, not a parameter, so nothing can stand in its place; bake it in "
             f"first ({how_to_bake(module, name)})"
         )
+    if name in module._buffers:
+        return  # a counter may be of integers
     if is_packed(tensor):
         raise UnsupportedError(
             f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; "
@@ -132,6 +134,8 @@ def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
             offloaded, or its layer does more than multiply by it.
     """
     path, name = module_and_name(site)
+    if module._buffers.get(name) is not None:
+        return
     weight = module._parameters.get(name)
     if weight is None:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The weight route: a module's own call on adapted tensors, and what those tensors are to who reads them without calling it."""
+"""The weight route: a module's own call on adapted tensors, and those read without a call."""
 
 from __future__ import annotations
 
@@ -141,9 +141,12 @@ def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
         check_dropout(module, attachments)
         pair = not KINDS[attachments[0].site.kind].bare
         bias = stored.get("bias") if pair else None
-        W = stored[name]
+        buffer = module._buffers.get(name)
+        W = stored.get(name) if buffer is None else buffer
         assert W is not None
         made[name], b = merge_site(module, attachments, W, bias)
+        if buffer is not None:  # what a call counts or averages isn't the adapter's to keep
+            made[name] = made[name].clone()  # type: ignore[union-attr]
         if b is not None:
             check_bias(module, attachments[-1], b)
             made["bias"] = b

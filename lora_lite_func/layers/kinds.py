@@ -27,7 +27,7 @@ from ..core.config import DEFAULT_EXCLUDE
 from ..core.site import Site
 from .embedding import defers
 from .norms import normalises, uses_one_plus
-from .weights import is_linear_like, stored
+from .weights import is_linear_like, own_tensor, stored
 
 __all__ = [
     "KINDS",
@@ -234,7 +234,8 @@ def facts(kind: Kind, module: Any, name: str = "weight", transposed: bool = Fals
     home = kind_of(module) if name == "weight" else None
     if home is not None:  # a layer's weight under its full name is seen as the layer's
         return facts(home, module)
-    shape = tuple(module._parameters[name].shape)
+    tensor = own_tensor(module, name)
+    shape = () if tensor is None else tuple(tensor.shape)
     if len(shape) not in (2, 3):
         rows = shape[0] if shape else 1
         return Facts(math.prod(shape) // max(rows, 1), rows)
@@ -265,7 +266,7 @@ def misfit(site: Site, module: Any) -> tuple[str, str] | None:
 
 def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
     name = module_and_name(site)[1]
-    tensor = module._parameters.get(name)
+    tensor = own_tensor(module, name)
     if tensor is not None and tensor.numel() == max(site.num_experts, 1) * site.d_in * site.d_out:
         shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
         turned = tuple(tensor.shape) == shape[::-1] != shape  # as many entries, other rows

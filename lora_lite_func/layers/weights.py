@@ -27,6 +27,7 @@ __all__ = [
     "is_dense",
     "is_linear_like",
     "is_packed",
+    "own_tensor",
     "stored",
 ]
 
@@ -93,6 +94,12 @@ def _computing_hooks(module: Any, name: str) -> list[Any]:
         if (isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == name)
         or getattr(hook, "_tensor_name", None) == name  # a pruning method
     ]
+
+
+def own_tensor(module: Any, name: str) -> Tensor | None:
+    """A module's parameter of a name, or its buffer (a norm's running statistics)."""
+    tensor: Tensor | None = module._parameters.get(name)
+    return module._buffers.get(name) if tensor is None else tensor
 
 
 def how_to_bake(module: Any, name: str) -> str:

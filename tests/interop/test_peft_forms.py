@@ -252,3 +252,51 @@ def test_a_model_with_pefts_layers_is_no_base(tmp_path: Path) -> None:
                 act()
     bare = made.unload()
     close(ll.apply(bare, ll.from_peft(tmp_path, bare), X), theirs, 1e-5)
+
+
+# ------------------------------------------------------------------------------ running statistics
+class Normed(nn.Module):
+    """A convolution, a batch norm, a norm with statistics alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)
+        self.bare, self.head = nn.BatchNorm2d(4, affine=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bare(torch.relu(self.norm(self.conv(x)))).mean((2, 3)))
+
+
+def test_a_batch_norm_that_was_trained_beside(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Normed().eval()
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["conv"],
+        modules_to_save=["norm", "bare", "head"],
+        init_lora_weights=False,
+    )
+    made = peft.get_peft_model(copy.deepcopy(model), config)
+    for _ in range(4):
+        made.train()(PICTURES)  # moves the copies' statistics
+    right = made.eval()(PICTURES)
+    made.save_pretrained(tmp_path)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    params = ll.from_peft(tmp_path, model)
+    close(ll.apply(model, params, PICTURES), right, 1e-5)
+    close(ll.bind(model, params)(PICTURES), right, 1e-5)
+    dense = ll.merged(model, params)
+    close(dense(PICTURES), right, 1e-5)
+    assert dense.norm.num_batches_tracked == 4
+    assert dense.norm.num_batches_tracked.dtype == torch.int64
+    ll.to_peft(params, model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    close(again(PICTURES), right, 1e-5)
+    assert again.base_model.model.norm.modules_to_save["default"].num_batches_tracked == 4
+    ll.save(params, tmp_path / "file")
+    close(ll.apply(model, ll.load(tmp_path / "file", model), PICTURES), right, 1e-5)
+    before = [t.clone() for a in params for held in a.values() for t in held.values()]
+    ll.apply(model.train(), params, PICTURES)  # batch statistics; nothing is written
+    after = [t for a in params for held in a.values() for t in held.values()]
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())

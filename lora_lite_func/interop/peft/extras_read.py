@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.errors import CheckpointError, short_repr
 from ...core.site import Site
 from ...layers.kinds import matrix
-from ...layers.weights import held, stored
+from ...layers.weights import held, own_tensor, stored
 from ...variants import BitFitConfig, FullConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
@@ -75,7 +75,10 @@ def beside(
         if home in adapted and f"{home}.weight" not in copies:
             found.biases[home] = copies.pop(path)  # the layer is adapted as it is, its bias shifted
     known = adaptable(base, [*whole, *copies, *found.biases])
-    parts = [_whole(reader, path, t, *known[path]) for path, t in whole.items()]
+    parts = [
+        _whole(reader, path, t, *known[path], frozen=_is_buffer(modules, path))
+        for path, t in whole.items()
+    ]
     parts += [_whole(reader, path, t, *known[path], frozen=True) for path, t in copies.items()]
     parts += [_bias(reader, path, t, *known[path]) for path, t in found.biases.items()]
     return parts + read_rows(reader, found.rows, found.whole | found.copies, base)
@@ -94,6 +97,12 @@ def _once(
         refuse_tied(reader, modules, path, tensors)
         kept[first_name(modules, path)] = t
     return kept
+
+
+def _is_buffer(modules: Mapping[str, Any], path: str) -> bool:
+    """Whether a path is that of running statistics, which no gradient trains."""
+    home, _, name = path.rpartition(".")
+    return name in modules[home]._buffers
 
 
 def _sorted_out(
@@ -117,6 +126,8 @@ def _sorted_out(
         )
         if ".original_module." in key and in_one_of(saved, path):
             continue  # bias="all" keeps what a copy replaces, too
+        if kept and _is_counted(modules, key, t):
+            continue
         if kept:
             found.whole[key.replace(".modules_to_save.", ".")] = t
         elif name == "bias" and learned and reader.get("bias") is not None:
@@ -132,6 +143,13 @@ def _sorted_out(
                 f"{_unknown(modules, path, bare)}"
             )
     return found
+
+
+def _is_counted(modules: Mapping[str, Any], key: str, t: Tensor) -> bool:
+    """Whether a tensor is a buffer that the model has as it is, or a counter's."""
+    home, _, name = key.replace(".modules_to_save.", ".").rpartition(".")
+    buffer = modules[home]._buffers.get(name) if home in modules else None
+    return buffer is not None and buffer.shape == t.shape and torch.equal(buffer.to(t), t)
 
 
 def _is_copy(
@@ -228,12 +246,14 @@ def _whole(
     """A parameter that the file has in place of the base's, before anything else is applied:
     trained (modules_to_save), or frozen.
     """
-    base = module._parameters[path.rpartition(".")[2]]
-    if base.shape != t.shape:
+    base = own_tensor(module, path.rpartition(".")[2])
+    if base is None or base.shape != t.shape:
         raise CheckpointError(
-            f"{reader.where}: {short_repr(path)}: expected shape {tuple(base.shape)}, found "
-            f"{tuple(t.shape)}"
+            f"{reader.where}: {short_repr(path)}: expected shape "
+            f"{None if base is None else tuple(base.shape)}, found {tuple(t.shape)}"
         )
+    if not t.is_floating_point():  # a counter
+        t = t.to(torch.float64)
     return ModuleEntry(path, {}, site, module), Part(
         FullConfig, {"lora_W": matrix(t, site)}, {"frozen": frozen}, order=-1
     )

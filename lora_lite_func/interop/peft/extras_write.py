@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ...core.adapter import Adapter
 from ...core.errors import UnsupportedError
+from ...core.site import Site
 from ...layers.kinds import restored
 from ...layers.weights import held as held_tensor
-from ...layers.weights import stored
+from ...layers.weights import own_tensor, stored
 from .keys import KeyMap, elsewhere
 
-__all__ = ["biases", "copies", "whole"]
+__all__ = ["Values", "biases", "copies", "whole"]
+
+
+Values = Mapping[str, tuple[Site, Tensor]]
+"""{path of a parameter or buffer: (its site, its values as methods see them)}."""
 
 
 def whole(
-    adapters: Sequence[Adapter], modules: Mapping[str, Any], sites: Iterable[str]
+    values: Values, modules: Mapping[str, Any], sites: Iterable[str]
 ) -> tuple[list[str], dict[str, Tensor]]:
     """(modules_to_save, tensors): parameters that were trained whole, with the rest of their
     modules, of which PEFT keeps copies.
@@ -30,14 +34,13 @@ def whole(
         UnsupportedError: a parameter of the outermost module, or a module with another adapter in
             it.
     """
-    trained = {path: (a.sites[path], held["lora_W"]) for a in adapters for path, held in a.items()}
-    trained |= {
-        other: trained[path] for path in trained for other in elsewhere(modules, path)
-    }  # a tied one is one tensor here
+    trained = dict(values)
+    for path in values:  # a tied one is one tensor here
+        trained |= dict.fromkeys(elsewhere(modules, path), values[path])
     homes = {path.rpartition(".")[0] for path in trained}
     for path in trained:
         home, _, name = path.rpartition(".")
-        if not home or home not in modules or modules[home]._parameters.get(name) is None:
+        if not home or home not in modules or own_tensor(modules[home], name) is None:
             raise UnsupportedError(
                 f"to_peft: {path!r}: PEFT keeps copies of modules inside the model given, and "
                 f"there is none of this name"
@@ -57,21 +60,24 @@ def whole(
         home, _, leaf = key.rpartition(".")
         kept[key] = held_tensor(modules[home], leaf)
     for path, (site, W) in trained.items():
-        kept[path] = restored(W, kept[path].to(W.dtype), site)
+        kept[path] = _restored(W, kept[path], site)
     return sorted(homes), kept
 
 
+def _restored(W: Tensor, base: Tensor, site: Site) -> Tensor:
+    """Values in the form of the base's tensor, a counter's as whole numbers."""
+    made = restored(W, base.to(W.dtype), site)
+    return made if base.is_floating_point() else made.to(base.dtype)
+
+
 def copies(
-    adapters: Sequence[Adapter],
-    modules: Mapping[str, Any],
-    homes: KeyMap,
-    rows: Mapping[str, str],
+    values: Values, modules: Mapping[str, Any], homes: KeyMap, rows: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """{key: tensor} of what stands for the base's own and isn't trained, at all places that hold
     it: PEFT loads what it finds under a base's key.
 
     Args:
-        adapters: of FullConfig(frozen=True).
+        values: of FullConfig(frozen=True).
         modules: the base's, by path.
         homes: the wrappers around modules.
         rows: {path of a module with replaced rows: the wrapper that PEFT has around it for them}.
@@ -80,18 +86,16 @@ def copies(
         UnsupportedError: a parameter that the model given hasn't.
     """
     kept: dict[str, Tensor] = {}
-    for a in adapters:
-        for path, held in a.items():
-            for place in (path, *elsewhere(modules, path)):
-                home, _, name = place.rpartition(".")
-                if home not in modules or modules[home]._parameters.get(name) is None:
-                    raise UnsupportedError(
-                        f"to_peft: {path!r} stands for a parameter of the base, and the model "
-                        f"given has none of this name"
-                    )
-                base, W = held_tensor(modules[home], name), held["lora_W"]
-                key = f"{homes.inside(home)}{rows.get(home, '')}.{name}"
-                kept[key] = restored(W, base.to(W.dtype), a.sites[path])
+    for path, (site, W) in values.items():
+        for place in (path, *elsewhere(modules, path)):
+            home, _, name = place.rpartition(".")
+            if home not in modules or own_tensor(modules[home], name) is None:
+                raise UnsupportedError(
+                    f"to_peft: {path!r} stands for a parameter of the base, and the model given "
+                    f"has none of this name"
+                )
+            key = f"{homes.inside(home)}{rows.get(home, '')}.{name}"
+            kept[key] = _restored(W, held_tensor(modules[home], name), site)
     return kept
 
 

@@ -14,7 +14,7 @@ from ...core.method import variant_for
 from ...core.site import Site
 from ...layers.kinds import KINDS, facts, kind_of
 from ...layers.refusals import refuse_uncopyable
-from ...layers.weights import stored
+from ...layers.weights import own_tensor, stored
 from ...variants import DoRAConfig, HiRAConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
@@ -231,7 +231,7 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
         if module is None:
             home, _, name = path.rpartition(".")
             module = modules.get(home)
-            tensor = None if module is None else module._parameters.get(name)
+            tensor = None if module is None else own_tensor(module, name)
             kind = KINDS["parameter" if tensor is None or tensor.ndim > 1 else "vector"]
             if module is None or tensor is None:
                 raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
@@ -26,7 +27,7 @@ from .extras_read import beside
 from .folder import split, unpack
 from .keys import WRAPPED
 from .methods import METHODS
-from .modules import adaptable, entries_of, padding_checked, refuse_tied
+from .modules import adaptable, entries_of, in_one_of, padding_checked, refuse_tied
 
 __all__ = ["from_peft"]
 
@@ -75,7 +76,7 @@ def from_peft(
     reader.check([*understood, *method.ignored.split()], ignore, method.unread.split())
     reader = reader.without(ignore, understood)
     tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
-    check_tensors(tensors)
+    check_tensors({k: t for k, t in tensors.items() if not _is_counter(reader, k, t, model)})
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     if not sites and not rest:
         raise CheckpointError(
@@ -175,6 +176,16 @@ def _parts(
             f"{reader.where}: {short_repr(entry.path)}: {shapes} don't make a module of "
             f"{method.peft_type}: {short_repr(str(error))}"
         ) from error
+
+
+def _is_counter(reader: ConfigReader, key: str, t: Tensor, model: Any) -> bool:
+    """Whether a tensor is a buffer of whole numbers in a module trained whole."""
+    whole = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+    if not whole or not in_one_of(reader.names("modules_to_save"), key):
+        return False
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    buffers = {name for module in modules for name in module._buffers}
+    return key.rpartition(".")[2] in (buffers or ("num_batches_tracked",))
 
 
 def _refuse_tied_tables(

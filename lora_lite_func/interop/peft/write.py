@@ -20,7 +20,7 @@ from ...io.writing import swapped, write_safetensors, write_text
 from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, FullConfig, TokensConfig
 from .codec import Codec, Written
-from .extras_write import biases, copies, whole
+from .extras_write import Values, biases, copies, whole
 from .folder import CONFIG, TENSORS
 from .keys import KeyMap, key_map
 from .methods import LORA, METHODS, TOKENS
@@ -117,7 +117,7 @@ def _folder(
     every: list[Adapter], modules: Mapping[str, Any], as_lora: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of the config, and the tensors by their keys."""
-    full, frozen = _trained_whole(every)
+    full, frozen = _trained_whole(every, modules)
     rows = [a for a in every if isinstance(a.config, TokensConfig)]
     adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
     method = _method(adapters, as_lora) if adapters or not rows else TOKENS
@@ -161,16 +161,21 @@ def _folder(
     return {"modules_to_save": saved or None} | fields if method.keeps_modules else fields, tensors
 
 
-def _trained_whole(every: list[Adapter]) -> tuple[list[Adapter], list[Adapter]]:
-    """(parameters that go with copies of their modules, those that stand for the base's alone)."""
+def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Values, Values]:
+    """(what goes with copies of its modules, what stands for the base's parameters alone)."""
     full = [a for a in every if isinstance(a.config, FullConfig)]
-    trained = {p.rpartition(".")[0] for a in full if not a.config.frozen for p in a}  # type: ignore[attr-defined]
-    frozen = [
-        a
-        for a in full
-        if a.config.frozen and not any(p.rpartition(".")[0] in trained for p in a)  # type: ignore[attr-defined]
-    ]
-    return [a for a in full if not any(a is other for other in frozen)], frozen
+    values = {path: (a.sites[path], held["lora_W"]) for a in full for path, held in a.items()}
+    frozen = {path for a in full if a.config.frozen for path in a}  # type: ignore[attr-defined]
+    homes = {path.rpartition(".")[0] for path in values if path not in frozen}
+    for path in frozen:  # a norm's statistics go with the norm
+        home, _, name = path.rpartition(".")
+        if home in modules and name in modules[home]._buffers:
+            homes.add(home)
+    alone = {path for path in frozen if path.rpartition(".")[0] not in homes}
+    return (
+        {path: value for path, value in values.items() if path not in alone},
+        {path: value for path, value in values.items() if path in alone},
+    )
 
 
 def _shifts_apart(
