@@ -12,6 +12,8 @@ from helpers import close
 from torch import Tensor
 
 import lora_lite_func as ll
+from lora_lite_func.interop.diffusion.families import ORIGINAL_NAMES
+from lora_lite_func.interop.diffusion.names import ModelNames
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -225,6 +227,28 @@ def test_any_update_of_a_fused_layer_is_the_fused_layers(shape: str) -> None:
             close(merged[f"{path}.bias"], bias + shift, 1e-6)
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "FluxTransformer2DModel": {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
+    "Flux2Transformer2DModel": {"num_layers": 1, "num_single_layers": 1},
+    "HunyuanVideoTransformer3DModel": {"num_layers": 1, "num_single_layers": 1},
+    "SD3Transformer2DModel": {
+        "num_layers": 2, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    },
+    "WanTransformer3DModel": {"num_layers": 1, "image_dim": 16, "added_kv_proj_dim": 5120},
+    "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1},
+    "ChromaTransformer2DModel": {"num_layers": 1, "num_single_layers": 1},
+}  # fmt: skip
+
+
+def test_every_original_name_is_some_models() -> None:
+    found: set[str] = set()
+    with torch.device("meta"):
+        for name, how in SMALL.items():
+            known = ModelNames(getattr(diffusers, name)(**how))
+            found |= {n for f in ORIGINAL_NAMES for n in f if known.find(n.replace("#", "0"))}
+    assert found == {name for family in ORIGINAL_NAMES for name in family}
+
+
 def test_wan_as_diffusers_reads_it() -> None:
     torch.manual_seed(0)
     how: dict[str, Any] = {
@@ -330,7 +354,7 @@ def test_a_text_encoder_of_kohya_as_diffusers_reads_it(start: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def shaken(params: Any, seed: int = 0) -> Any:
     """Every trained tensor with noise."""
     gen = torch.Generator().manual_seed(seed)

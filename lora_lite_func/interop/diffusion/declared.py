@@ -17,7 +17,7 @@ from ...io.files import parse_json
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
 from ..peft.methods import METHODS
-from .keys import COMPONENTS
+from .keys import COMPONENTS, component_of
 
 __all__ = ["KEY", "Declared"]
 
@@ -64,8 +64,9 @@ class Declared:
         """
         if not self.readers:
             return None
-        if start.endswith(".") and start[:-1] in self.readers:
-            return self.readers[start[:-1]]
+        own = [name for name in component_of(start)[1] if name in self.readers]
+        if len(own) == 1:
+            return self.readers[own[0]]
         if start or "" in self.readers:
             return self.readers.get("")
         if len(self.readers) > 1:
@@ -78,7 +79,8 @@ class Declared:
     def parts(
         self, start: str, held: Mapping[str, Tensor], entry: ModuleEntry, alpha: float | None
     ) -> Sequence[Part] | None:
-        """One module's parts as PEFT's config means its tensors; None where there is none.
+        """One module's parts as PEFT's config means its tensors; None where there is none. The
+        config's patterns match the name that the file gives the place, `entry.named`.
 
         Raises:
             CheckpointError: the config says something else than the tensors.
@@ -94,9 +96,8 @@ class Declared:
                 f"{reader.where}: a config of PEFT's {method.peft_type}, which has no "
                 f"{short_repr(odd)}, as {short_repr(entry.path)} has"
             )
-        if alpha is not None and alpha != reader.at(
-            "alpha_pattern", entry.path, reader.number(method.alpha, 8)
-        ):
+        said = reader.at("alpha_pattern", entry.named, reader.number(method.alpha, 8))
+        if alpha is not None and alpha != said:
             raise CheckpointError(
                 f"{short_repr(entry.path)}: its alpha is {alpha:g}, {reader.where} says another; "
                 f"leave one of them out"

@@ -47,6 +47,8 @@ _FLUX: Names = {
     "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("~norm_out.linear",),
+    "distilled_guidance_layer.layers.#.in_layer": ("distilled_guidance_layer.layers.#.linear_1",),
+    "distilled_guidance_layer.layers.#.out_layer": ("distilled_guidance_layer.layers.#.linear_2",),
 }
 _FLUX_OF_XLABS: Names = {
     "double_blocks.#.processor.qkv_lora1": _IMAGE,

@@ -14,6 +14,8 @@ from .names import ModelNames, Target
 
 __all__ = ["FileModule", "gathered"]
 
+_PEFT = "base_model.model."
+
 
 @dataclass
 class FileModule:
@@ -59,8 +61,8 @@ def gathered(
         module = found.setdefault(targets, FileModule(bare, start, targets))
         if role in module.held:
             raise CheckpointError(
-                f"two tensors {role} for {short_repr(targets[0].path)}; name the "
-                f"component whose keys should be read"
+                f"two tensors {role} for {short_repr(targets[0].path)}, {short_repr(key)} the "
+                f"second; name the component whose keys should be read, or leave one out"
             )
         module.held[role] = t if role == "alpha" else _plain(key, t)
     if lost:
@@ -83,10 +85,11 @@ def _split(key: str) -> tuple[str, str]:
     Raises:
         CheckpointError: a key of another method, of PEFT's own files, or of no adapter.
     """
-    if key.startswith("base_model.model."):
+    if key.startswith(_PEFT):
         raise CheckpointError(
             f"{short_repr(key)} is a key of PEFT's, whose alpha is in an "
-            f"adapter_config.json; ll.from_peft reads the folder of both"
+            f"adapter_config.json; ll.from_peft reads the folder of both. If alpha is the rank, "
+            f"take {_PEFT!r} off the keys"
         )
     found = split_role(key)
     if found is not None:

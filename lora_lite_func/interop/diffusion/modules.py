@@ -52,7 +52,8 @@ def module_parts(
     _check_rows(module, entries)
     made = _factored(held, ModuleEntry("", {}, *entries[module.targets[0].path]), module.name)
     for target in module.targets:
-        entry = ModuleEntry(target.path, {}, *entries[target.path])
+        name = target.path if "." not in module.name else module.name
+        entry = ModuleEntry(target.path, {}, *entries[target.path], named=name)
         yield from _kept_whole(held, entry, target.rows, model)
         for part in _changed(held, entry, target.rows):
             yield entry, part

@@ -17,7 +17,7 @@ from .unet_names import unet_names
 
 __all__ = ["ModelNames", "Target"]
 
-_PROCESSOR = re.compile(r"(^|\.)processor\.")
+_WRAPPED = re.compile(r"(^|\.)(?:processor|_orig_mod)\.")
 _NEST = "text_model."
 _CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -62,7 +62,7 @@ class ModelNames:
         said = self.paths.renamed(name)
         if said != name:
             return (Target(said),)
-        plain = _PROCESSOR.sub(r"\1", name)
+        plain = _WRAPPED.sub(r"\1", name)
         for text in (name, plain):
             if text in self.dotted:
                 return self.dotted[text]

@@ -24,6 +24,8 @@ from .names import ModelNames
 __all__ = ["from_diffusion"]
 
 _USUAL = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # as diffusers saves
+_SENSELESS = (ConfigError, RuntimeError, IndexError, ValueError, OverflowError)
+"""What shapes that make no sense together end in."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -82,7 +84,7 @@ def from_diffusion(
     except CheckpointError as error:
         said = str(error)
         raise CheckpointError(said if said.startswith(where) else f"{where}: {said}") from None
-    except (ConfigError, RuntimeError) as error:  # shapes that make no sense together
+    except _SENSELESS as error:
         raise CheckpointError(f"{where}: {short_repr(str(error))}") from None
 
 
