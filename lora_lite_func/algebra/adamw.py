@@ -19,7 +19,7 @@ from ..core.torch_internals import (
     is_tracing_here,
     is_transformed,
 )
-from .tree import every_adapter
+from .tree import every_adapter, map_adapters
 
 __all__ = ["AdamW", "AdamWState", "adamw", "clip_grads"]
 
@@ -174,15 +174,17 @@ class _Rule:
         self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Rate, decay: Rate
     ) -> tuple[Tensor, Tensor, Tensor]:
         """p (1 - lr decay) - lr m^ / (sqrt(v^) + eps), of new tensors."""
-        lr, decay = (_along(r, p) if isinstance(r, Tensor) else r for r in (lr, decay))
+        lr, decay = (_along(r.double(), p) if isinstance(r, Tensor) else r for r in (lr, decay))
         step = self.step.double()
         m = torch.lerp(m, g, 1.0 - self.slow)
         v = v * self.slower + g * g * (1.0 - self.slower)
         size = lr / (1.0 - self.slow**step)
         root = (1.0 - self.slower**step).sqrt().to(p.dtype)
         denominator = (v.sqrt() if self.plain else _sqrt(v)) / root + self.eps
-        kept = p * (1.0 - lr * decay)
-        moved = kept.to(p.dtype) - (m / denominator * size.to(p.dtype)).to(p.dtype)
+        kept = 1.0 - lr * decay
+        if isinstance(kept, Tensor):
+            kept = kept.to(p.dtype)
+        moved = p * kept - (m / denominator).to(p.dtype) * size.to(p.dtype)
         return moved, m, v
 
 
@@ -295,11 +297,9 @@ def _names(adapter: Adapter) -> list[str]:
 
 def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
     """Refuse a tree that isn't leaf by leaf beside the adapters'."""
-    pairs = zip(
-        every_adapter(tree, f"adamw: {what}"), every_adapter(trainable, "adamw"), strict=False
-    )
-    for a, b in pairs:
-        found, expected = (
+
+    def check(a: Adapter, b: Adapter) -> None:
+        expected, found = (
             {key for key, t in zip(keys(x), leaves(x), strict=True) if t is not ABSENT}
             for x in (a, b)
         )
@@ -309,11 +309,8 @@ def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
                 f"adamw: {what}: {path!r} {name} is in "
                 f"{'these' if (path, name) in found else 'the adapter'} alone"
             )
-    shape, other = (pytree.tree_structure(x) for x in (tree, trainable))
-    if shape.num_leaves != other.num_leaves:
-        raise StructureError(
-            f"adamw: {what}: expected {other.num_leaves} leaves, found {shape.num_leaves}"
-        )
+
+    map_adapters(check, trainable, f"adamw: {what}", tree)
 
 
 def _is_stack(params: Adapter) -> bool:
