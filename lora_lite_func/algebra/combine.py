@@ -17,6 +17,7 @@ from ..core.layout import Layout, unfolded
 from ..core.method import site_for, variant_for
 from ..core.random import generator
 from ..core.site import Site
+from ..core.torch_internals import outside_transforms
 from ..variants import LoRAConfig
 from .tree import check_adapter
 
@@ -39,7 +40,7 @@ How = Literal[
 
 def combine_adapters(
     adapters: Sequence[Adapter],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | Tensor] | Tensor | None = None,
     how: How = "cat",
     *,
     r: int | None = None,
@@ -65,7 +66,9 @@ def combine_adapters(
         adapters: of methods whose update is a product of two factors (LoRA, EVA, PiSSA, OLoRA,
             ASVD, CorDA, LoRA-GA, AdaLoRA, DeLoRA), also different ones. A site that some lack is
             theirs alone.
-        weights: one per adapter; all 1 by default. Negative ones subtract.
+        weights: one per adapter, numbers or tensors (); all 1 by default. Negative ones subtract. A
+            tensor (n,) of them is differentiable, and may be mapped: "cat", "svd" and, where none
+            is zero, "linear".
         how: as above.
         r: rank of the svd forms; by default the largest there.
         density: part of the entries that pruning keeps, in (0, 1].
@@ -84,7 +87,7 @@ def combine_adapters(
         raise StructureError(
             f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}"
         )
-    numbers = [1.0] * len(several) if weights is None else [_weight(w) for w in weights]
+    numbers = [1.0] * len(several) if weights is None else _weights(weights)
     if len(numbers) != len(several):
         raise StructureError(
             f"combine_adapters: expected {len(several)} weights, found {len(numbers)}"
@@ -111,7 +114,21 @@ def combine_adapters(
     return _as_lora(sites, made)
 
 
-def _weight(value: Any) -> float:
+def _weights(values: Any) -> list[Any]:
+    """The weights, tensors as they are: their values may be data of a graph."""
+    if isinstance(values, Tensor):
+        if values.ndim != 1 or not values.is_floating_point():
+            raise StructureError(
+                f"combine_adapters: expected weights (n,), found {values.dtype} of shape "
+                f"{tuple(values.shape)}"
+            )
+        return list(values.unbind())
+    return [_weight(w) for w in values]
+
+
+def _weight(value: Any) -> float | Tensor:
+    if isinstance(value, Tensor) and not value.ndim and value.is_floating_point():
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -147,7 +164,7 @@ class _Recipe:
         self.r, self.density, self.majority_sign, self.seed = r, density, majority_sign, seed
 
     def at(
-        self, site: Site, parts: Sequence[tuple[float, Tensor, Tensor, float]]
+        self, site: Site, parts: Sequence[tuple[Any, Tensor, Tensor, float]]
     ) -> tuple[Tensor, Tensor]:
         """(A (r, d_in), B (d_out, r)) of (weight, A_i, B_i, s_i).
 
@@ -156,7 +173,7 @@ class _Recipe:
         """
         if self.name == "cat":
             return torch.cat([A for _, A, _, _ in parts], dim=-2), torch.cat(
-                [B * (w * s) for w, _, B, s in parts], dim=-1
+                [(B * (w * s)).to(B.dtype) for w, _, B, s in parts], dim=-1
             )
         weights = [w for w, _, _, _ in parts]
         if self.dense:
@@ -175,14 +192,12 @@ class _Recipe:
                 f"by factor, take 'cat'"
             )
         roots = [abs(w * s) ** 0.5 for w, _, _, s in parts]
-        signed = [
-            root if w * s >= 0 else -root for root, (w, _, _, s) in zip(roots, parts, strict=True)
-        ]
+        signed = [_signed(root, w * s) for root, (w, _, _, s) in zip(roots, parts, strict=True)]
         A = self._merged([A for _, A, _, _ in parts], signed, site.path, "A")
         return A, self._merged([B for _, _, B, _ in parts], roots, site.path, "B")
 
     def _merged(
-        self, tensors: Sequence[Tensor], weights: Sequence[float], path: str, what: str
+        self, tensors: Sequence[Tensor], weights: Sequence[Any], path: str, what: str
     ) -> Tensor:
         """The weighted sum of tensors, pruned and by elected signs as the name says."""
         if self.name in ("magnitude_prune", "ties"):
@@ -196,9 +211,9 @@ class _Recipe:
         )
 
     def _dropped(self, t: Tensor, path: str, what: str) -> Tensor:
-        draw = torch.rand(
-            t.shape, generator=generator(self.seed, path, what), dtype=torch.float32
-        ).to(t.device)
+        with outside_transforms():  # the seed says what is drawn, whatever is around
+            own = generator(self.seed, path, what)
+            draw = torch.rand(t.shape, generator=own, dtype=torch.float32).to(t.device)
         return t * (draw < self.density) / self.density
 
     def _split(self, whole: Tensor, widest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -208,8 +223,15 @@ class _Recipe:
         return Vh[..., :r, :].to(dtype), (U[..., :r] * S[..., None, :r]).to(dtype)
 
 
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack([w * t for w, t in zip(weights, tensors, strict=True)]).sum(0)
+def _signed(root: Any, of: Any) -> Any:
+    """The root with the sign of what it is the root of."""
+    if isinstance(of, Tensor):
+        return torch.where(of >= 0, root, -root)
+    return root if of >= 0 else -root
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
+    return torch.stack([(w * t).to(t.dtype) for w, t in zip(weights, tensors, strict=True)]).sum(0)
 
 
 def _largest(t: Tensor, density: float) -> Tensor:
@@ -220,13 +242,14 @@ def _largest(t: Tensor, density: float) -> Tensor:
     return t * mask.view_as(t)
 
 
-def _elected(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign: str) -> Tensor:
+def _elected(tensors: Sequence[Tensor], weights: Sequence[Any], majority_sign: str) -> Tensor:
     """Per entry the mean, over those with the elected sign, of the weighted values."""
     several = torch.stack(list(tensors))
     votes = several if majority_sign == "total" else several.sign()
     elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
     agree = several.sign() == elected
-    factor = several.new_tensor(list(weights)).view(-1, *[1] * (several.ndim - 1))
+    factor = torch.stack([torch.as_tensor(w).to(several) for w in weights])
+    factor = factor.view(-1, *[1] * (several.ndim - 1))
     return (several * factor * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
