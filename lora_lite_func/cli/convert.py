@@ -13,7 +13,8 @@ from ..interop.peft import to_peft
 from ..interop.peft.folder import FILES
 from ..io.checkpoint import Saved, load, save
 from ..io.model_folder import Shards, meta_model
-from .opening import Answer, add_component, opened, parts_of, whole_model
+from .opening import Answer, add_component, opened, parts_of
+from .whole_model import whole_model
 
 __all__ = ["HELP", "add_arguments", "run"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,3 +107,6 @@ def merged_into(target: Path, shards: Shards, force: bool) -> Iterator[Path]:
         os.fspath(target), "merge", marker=marker, gone=gone, replace=force, name="merging"
     ) as work:
         yield work
+        private = stat.S_IMODE((shards.folder / shards.files[0]).stat().st_mode) & 0o777
+        for file in work.glob("*.safetensors"):  # as readable as the base's, which they come of
+            file.chmod(private)

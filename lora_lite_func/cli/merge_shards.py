@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from ..api.apply import attachments_of
@@ -17,6 +16,7 @@ from ..core.errors import CheckpointError, UnsupportedError, nearest, short_repr
 from ..injection.attachment import Attachment
 from ..injection.dense_weight import merge_site
 from ..io.model_folder import Shards
+from ..io.writing import write_safetensors
 from ..layers.kinds import module_and_name
 from .merge_folders import merged_into, others
 
@@ -53,7 +53,7 @@ def write_shards(
         for file in files if progress is None else progress(files, len(shards.files)):
             _write(shards, file, jobs, work, force)
         for entry in along:
-            shutil.copyfile(entry, work / entry.name)
+            shutil.copy(entry, work / entry.name)
 
 
 Job = tuple[list[Attachment], str, str | None]
@@ -126,7 +126,7 @@ def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path, force
                     f"{short_repr(name)}: the merged tensor holds NaN or infinity in "
                     f"{tensors[name].dtype}; --force writes it all the same"
                 )
-        safetensors.torch.save_file(tensors, work / file, shards.metadata[file] or {"format": "pt"})
+        write_safetensors(tensors, work / file, shards.metadata[file] or {"format": "pt"}, "merge")
 
 
 def _merged(shards: Shards, name: str, job: Job) -> Tensor:

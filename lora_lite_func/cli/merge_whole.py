@@ -15,7 +15,7 @@ from ..interop.open import open_adapter
 from ..io.model_folder import Shards
 from ..layers.kinds import module_and_name
 from .merge_folders import check_finite, merged_into, others
-from .opening import whole_model
+from .whole_model import whole_model
 
 __all__ = ["write_whole"]
 
@@ -44,6 +44,6 @@ def write_whole(
         dense.save_pretrained(work)  # type: ignore[operator]
         for entry in along:
             if not (work / entry.name).exists() and not entry.name.endswith(".index.json"):
-                shutil.copyfile(entry, work / entry.name)
+                shutil.copy(entry, work / entry.name)
     sites = (attachments[-1].site for attachments in attachments_of(params).values())
     return sorted(".".join(filter(None, module_and_name(site))) for site in sites)

@@ -6,16 +6,14 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..core.adapter import Adapter
-from ..core.errors import LoraLiteError, UnsupportedError
-from ..interop.open import form_of, open_adapter
-from ..interop.peft.folder import unpack
-from ..io.checkpoint import Saved, load
+from ..core.errors import LoraLiteError
+from ..interop.open import open_adapter
+from ..io.checkpoint import Saved
 from ..io.model_folder import Shards, meta_model
+from .whole_model import whole_model
 
-__all__ = ["Answer", "add_component", "opened", "parts_of", "whole_model"]
+__all__ = ["Answer", "add_component", "opened", "parts_of"]
 
 Answer = tuple[str, Any, int]
 """What a verb gives: (text, JSON, exit code)."""
@@ -70,59 +68,6 @@ def opened(
         return read(lambda **how: meta_model(shards, **how))
     except LoraLiteError as error:
         return read(whole_model(shards, path, error))
-
-
-def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
-    """The model of a folder as transformers loads it, in eval mode.
-
-    Args:
-        shards: the folder.
-        adapter: what the model is for; read first, as loading a model takes long.
-        why: what was said of the model that the folder's names make.
-
-    Raises:
-        LoraLiteError: `why`, where transformers knows no such model, isn't installed, or can't load
-            it; or the adapter can't be read.
-    """
-    form = form_of(adapter)
-    if form == "peft":
-        unpack(adapter, None)
-    elif form == "ll":
-        load(adapter)
-    says = shards.config()
-    named = says.get("architectures")
-    if not isinstance(named, list) or not named or not isinstance(named[0], str):
-        raise why
-    if says.get("quantization_config") is not None:
-        raise UnsupportedError(
-            f"{shards.folder}: its weights are packed, by its quantization_config; take the "
-            f"unquantised model's folder, or merge in memory: "
-            f"ll.merged(model, params, dequantize=True)"
-        ) from why
-    try:
-        import transformers
-    except ImportError:
-        raise type(why)(
-            f"{why} (with transformers installed it would be tried with its own names)"
-        ) from None
-    kind = getattr(transformers, named[0], None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise why
-    try:
-        loaded: Any = kind.from_pretrained(
-            shards.folder,
-            dtype="auto",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever transformers says of a folder that isn't its own
-        raise type(why)(f"{why} (transformers doesn't load it either: {error})") from None
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise type(why)(f"{why} (for transformers it lacks {missing[0]!r})") from None
-    return model.eval()
 
 
 def parts_of(params: Any) -> dict[str, Adapter]:

@@ -62,6 +62,18 @@ class Shards(Mapping[str, str]):
                         (tuple(piece.get_shape()), str(piece.get_dtype())),
                     )
 
+        self._check_index(names)
+
+    def _check_index(self, names: list[str]) -> None:
+        """Refuse a folder whose index names tensors that its files haven't."""
+        if INDEX in names:
+            placed = read_json(self.folder / INDEX)["weight_map"]
+            lost = [name for name in placed if name not in self.home]
+            if lost:
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: {short_repr(lost[0])} isn't in {placed[lost[0]]}"
+                )
+
     def __getitem__(self, name: str) -> str:
         return self.home[name]
 

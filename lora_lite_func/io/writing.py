@@ -46,6 +46,14 @@ def write_safetensors(
     Raises:
         CheckpointError: it can't be written; beginning with `what`.
     """
+    where = os.fsdecode(path)
+    try:
+        where.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{what}: can't write {where!r}: its name isn't UTF-8, so that safetensors couldn't "
+            f"read it again"
+        ) from None
     _atomic(
         path,
         what,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,49 @@ def test_an_interrupted_swap_leaves_the_old_model(
     assert main(["merge", str(base), str(tmp_path / "a"), str(out), "--force"]) == 1
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert adapter
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_the_merged_files_are_as_private_as_the_bases(
+    mode: int, adapter: ll.Adapter, tmp_path: Path
+) -> None:
+    base, out = written(tmp_path / "base", 2), tmp_path / "out"
+    for file in base.iterdir():
+        file.chmod(mode)
+    assert main(["merge", str(base), str(tmp_path / "a"), str(out)]) == 0
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {mode}
+    for file in out.iterdir():
+        file.chmod(0o640)
+    assert main(["merge", str(base), str(tmp_path / "a"), str(out), "--force"]) == 0
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o640}
+    assert adapter
+
+
+def test_an_index_that_names_what_is_not_there(
+    adapter: ll.Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = written(tmp_path / "base", 2)
+    index = base / "model.safetensors.index.json"
+    says = json.loads(index.read_text())
+    says["weight_map"]["layers.9.up.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(says))
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert "'layers.9.up.weight' isn't in model-00001-of-00002" in capsys.readouterr().err
+    assert adapter
+
+
+def test_several_merges_at_once(adapter: ll.Adapter, tmp_path: Path) -> None:
+    base, out = written(tmp_path / "base", 2), tmp_path / "out"
+    codes: list[int] = []
+    command = ["merge", str(base), str(tmp_path / "a"), str(out)]
+    threads = [threading.Thread(target=lambda: codes.append(main(command))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) == [0, 1, 1]
+    assert sorted(os.listdir(out)) == sorted(os.listdir(base))
+    close(state(out), dense(adapter), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------ convert

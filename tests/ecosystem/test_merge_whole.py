@@ -131,3 +131,35 @@ def test_a_packed_folder_is_refused_with_the_way_out(
     safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
     assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
     assert "its weights are packed" in capsys.readouterr().err
+
+
+def test_weights_that_a_folder_lacks_are_not_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config that asks for more than the folder holds: seven billion numbers here."""
+    model = llama(False)
+    where = ll.LoRAConfig(r=2, target_names=("q_proj",))
+    ll.save(moved(ll.init(model, where)), tmp_path / "a")
+    base = tmp_path / "base"
+    base.mkdir()
+    safetensors.torch.save_file({"0.weight": torch.zeros(4, 4)}, base / "model.safetensors")
+    says = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (base / "config.json").write_text(json.dumps(says))
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert "for transformers it lacks weights: it has 16 numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "named", [["os"], ["PreTrainedModel"], ["AutoModel"], [1], "x", ["logging"]]
+)
+def test_a_config_that_names_no_model(
+    named: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    ll.save(moved(ll.init(model, ll.LoRAConfig(r=2))), tmp_path / "a")
+    base = tmp_path / "base"
+    base.mkdir()
+    safetensors.torch.save_file({"0.weight": torch.zeros(4, 4)}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"architectures": named}))
+    assert main(["check", str(base), str(tmp_path / "a")]) == 1
+    assert "has no linear-like module '1'" in capsys.readouterr().err

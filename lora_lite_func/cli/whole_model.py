@@ -1,0 +1,100 @@
+"""A model's folder as transformers loads it, where the folder's names aren't the model's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import LoraLiteError, UnsupportedError
+from ..interop.open import form_of
+from ..interop.peft.folder import unpack
+from ..io.checkpoint import load
+from ..io.model_folder import Shards
+
+__all__ = ["whole_model"]
+
+
+def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
+    """The model, in eval mode.
+
+    Args:
+        shards: the folder.
+        adapter: what the model is for; tried first on the model's sizes, as loading takes long.
+        why: what was said of the model that the folder's names make.
+
+    Raises:
+        LoraLiteError: `why`, where transformers knows no such model, isn't installed, or can't load
+            it; or the adapter can't be read, or doesn't fit.
+    """
+    kind = _class(shards, why)
+    try:
+        config = kind.config_class.from_pretrained(shards.folder, local_files_only=True)
+        with torch.device("meta"):
+            sizes: Any = kind(config)
+            sizes.tie_weights()
+    except Exception as error:  # whatever transformers says of a folder that isn't its own
+        raise type(why)(f"{why} (transformers doesn't know it either: {error})") from None
+    _check_complete(shards, sizes, why)
+    _check_adapter(adapter, sizes)
+    try:
+        loaded: Any = kind.from_pretrained(
+            shards.folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise type(why)(f"{why} (transformers doesn't load it either: {error})") from None
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise type(why)(f"{why} (for transformers it lacks {missing[0]!r})") from None
+    made: nn.Module = model.eval()
+    return made
+
+
+def _class(shards: Shards, why: LoraLiteError) -> Any:
+    """transformers' class for the folder, by its config."""
+    says = shards.config()
+    named = says.get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+        raise why
+    if says.get("quantization_config") is not None:
+        raise UnsupportedError(
+            f"{shards.folder}: its weights are packed, by its quantization_config; take the "
+            f"unquantised model's folder, or merge in memory: "
+            f"ll.merged(model, params, dequantize=True)"
+        ) from why
+    try:
+        import transformers
+    except ImportError:
+        raise type(why)(
+            f"{why} (with transformers installed it would be tried with its own names)"
+        ) from None
+    kind = getattr(transformers, named[0], None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise why
+    return kind
+
+
+def _check_complete(shards: Shards, sizes: nn.Module, why: LoraLiteError) -> None:
+    """Refuse a folder that holds less than the model: transformers would draw the rest."""
+    needed = sum(p.numel() for p in sizes.parameters())
+    held = sum(math.prod(shape) for shape, _ in shards.shapes.values())
+    if needed > held:
+        raise type(why)(
+            f"{why} (for transformers it lacks weights: it has {held:,} numbers, "
+            f"{type(sizes).__name__} {needed:,})"
+        ) from None
+
+
+def _check_adapter(adapter: str, sizes: nn.Module) -> None:
+    form = form_of(adapter)
+    if form == "peft":
+        unpack(adapter, None)
+    elif form == "ll":
+        load(adapter, sizes)
