@@ -12,7 +12,8 @@ from ..interop.open import form_of
 from ..interop.peft import to_peft
 from ..interop.peft.folder import FILES
 from ..io.checkpoint import Saved, load, save
-from ..io.model_folder import Shards, meta_model
+from ..io.model_folder import meta_model
+from ..io.shards import Shards
 from .opening import Answer, add_component, opened, parts_of
 from .whole_model import whole_model
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..core.errors import LoraLiteError, printable
 from ..interop.open import open_adapter
-from ..io.model_folder import Shards, meta_model
+from ..io.model_folder import meta_model
+from ..io.shards import Shards
 from .merge_folders import check_finite, check_out
 from .merge_shards import bar, jobs_of, write_shards
 from .merge_whole import write_whole

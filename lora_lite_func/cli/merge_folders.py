@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..core.errors import CheckpointError, UnsupportedError
-from ..io.model_folder import INDEX, Shards
+from ..io.shards import INDEX, Shards
 from ..io.writing import is_left_over, swapped
 from .health import health
 

@@ -15,7 +15,7 @@ from ..api.apply import attachments_of
 from ..core.errors import CheckpointError, UnsupportedError, nearest, short_repr
 from ..injection.attachment import Attachment
 from ..injection.dense_weight import merge_site
-from ..io.model_folder import Shards
+from ..io.shards import Shards
 from ..io.writing import write_safetensors
 from ..layers.kinds import module_and_name
 from .merge_folders import merged_into, others

@@ -12,7 +12,7 @@ from ..api.apply import attachments_of
 from ..api.merge import merged
 from ..core.errors import LoraLiteError
 from ..interop.open import open_adapter
-from ..io.model_folder import Shards
+from ..io.shards import Shards
 from ..layers.kinds import module_and_name
 from .merge_folders import check_finite, merged_into, others
 from .whole_model import whole_model

@@ -10,7 +10,8 @@ from ..core.adapter import Adapter
 from ..core.errors import LoraLiteError
 from ..interop.open import open_adapter
 from ..io.checkpoint import Saved
-from ..io.model_folder import Shards, meta_model
+from ..io.model_folder import meta_model
+from ..io.shards import Shards
 from .whole_model import whole_model
 
 __all__ = ["Answer", "add_component", "opened", "parts_of"]

@@ -12,7 +12,7 @@ from ..core.errors import LoraLiteError, UnsupportedError
 from ..interop.open import form_of
 from ..interop.peft.folder import unpack
 from ..io.checkpoint import load
-from ..io.model_folder import Shards
+from ..io.shards import Shards
 
 __all__ = ["whole_model"]
 

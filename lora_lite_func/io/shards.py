@@ -1,0 +1,130 @@
+"""A model's folder as safetensors shards, read tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from ..core.errors import CheckpointError, short_repr
+from .files import read_json
+
+__all__ = ["INDEX", "Shards"]
+
+INDEX = "model.safetensors.index.json"
+
+
+class Shards(Mapping[str, str]):
+    """{tensor name: file name} of a model's folder.
+
+    Attributes:
+        folder: where.
+        files: the shards' names, in order.
+        shapes: {tensor name: (shape, dtype as the file says it)}.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(os.fsdecode(folder))
+        try:
+            names = sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: not a readable folder: {error}") from None
+        self.files = _files(self.folder, names)
+        self.home: dict[str, str] = {}
+        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        for file in self.files:
+            with self.open(file) as opened:
+                self.metadata[file] = dict(opened.metadata() or {})
+                for name in opened.keys():  # noqa: SIM118
+                    if name in self.home:
+                        raise CheckpointError(
+                            f"{self.folder}: {short_repr(name)} is in {self.home[name]} and in "
+                            f"{file}"
+                        )
+                    piece = opened.get_slice(name)
+                    self.home[name], self.shapes[name] = (
+                        file,
+                        (tuple(piece.get_shape()), str(piece.get_dtype())),
+                    )
+
+        self._check_index(names)
+
+    def _check_index(self, names: list[str]) -> None:
+        """Refuse a folder whose index names tensors that its files haven't."""
+        if INDEX in names:
+            placed = read_json(self.folder / INDEX)["weight_map"]
+            lost = [name for name in placed if name not in self.home]
+            if lost:
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: {short_repr(lost[0])} isn't in {placed[lost[0]]}"
+                )
+
+    def __getitem__(self, name: str) -> str:
+        return self.home[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.home)
+
+    def __len__(self) -> int:
+        return len(self.home)
+
+    def open(self, file: str) -> Any:
+        """A shard, opened for reading.
+
+        Raises:
+            CheckpointError: it isn't readable.
+        """
+        try:
+            return safetensors.safe_open(str(self.folder / file), framework="pt")
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.folder / file}: not a readable safetensors file: {error}"
+            ) from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        with self.open(self.home[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    def config(self) -> dict[str, Any]:
+        """What its config.json says; nothing if there is none.
+
+        Raises:
+            CheckpointError: it isn't readable.
+        """
+        if not (self.folder / "config.json").is_file():
+            return {}
+        says = read_json(self.folder / "config.json")
+        return says if isinstance(says, dict) else {}
+
+
+def _files(folder: Path, names: list[str]) -> list[str]:
+    """The shards: those that the index names, which must be files of this folder; else all there
+    are, adapters aside.
+    """
+    if INDEX in names:
+        index = read_json(folder / INDEX)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(placed, dict) or not placed:
+            raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors and files")
+        for file in placed.values():
+            if (
+                not isinstance(file, str)
+                or not re.fullmatch(r"[\w.-]+\.safetensors", file)
+                or file not in names
+            ):
+                raise CheckpointError(
+                    f"{folder / INDEX}: {short_repr(file)} isn't a safetensors file in this folder"
+                )
+        return list(dict.fromkeys(placed.values()))
+    found = [n for n in names if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))]
+    if not found:
+        raise CheckpointError(f"{folder}: expected a model's safetensors files, found none")
+    return found
