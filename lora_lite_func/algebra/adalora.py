@@ -1,13 +1,17 @@
-"""AdaLoRA's schedule as pure functions on an adapter: start, allocate after each optimizer step, prune at the end.
+"""AdaLoRA's schedule as pure functions: start, allocate after each step, prune at the end.
 
-    state = ll.adalora.start(params, ll.adalora.Schedule(total_steps=1000, initial_steps=100, final_steps=300, target_r=4))
+    schedule = ll.adalora.Schedule(total_steps=1000, initial_steps=100, final_steps=300)
+    state = ll.adalora.start(params, schedule)
     loss = task_loss + 0.1 * ll.adalora.orthogonality(params)
-    params, state = ll.adalora.allocate(params, grads, state, step)      # after the optimizer's step, with that step's gradients
+    # after the optimizer's step, with that step's gradients
+    params, state = ll.adalora.allocate(params, grads, state, step)
     small = ll.adalora.prune(params)
 
-A triplet is one singular value with its two vectors. Its importance is the smoothed |p * dL/dp| times its smoothed deviation, of the
-value itself plus the means over the vectors; the lowest of all layers together are set to zero until only the budget is left.
-Paper: Zhang et al. 2023, arXiv 2303.10512 (equations 7 to 12; the released code's cubic, as eq. 12 has a slip in its numerator).
+A triplet is one singular value with its two vectors. Its importance is the smoothed |p * dL/dp|
+times its smoothed deviation, of the value itself plus the means over the vectors. The least
+important of all layers together are set to zero until only the budget is left. Paper: Zhang et al.
+2023, arXiv 2303.10512 (equations 7 to 12; the released code's cubic, as equation 12 has a slip in
+its numerator).
 """
 
 from __future__ import annotations

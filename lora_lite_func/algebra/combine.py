@@ -1,4 +1,4 @@
-"""Several low-rank adapters made into one: sums in delta space, and PEFT's merges by factor, by sign and by size."""
+"""Several low-rank adapters made into one: sums of updates, and PEFT's merges of factors."""
 
 from __future__ import annotations
 
@@ -53,12 +53,15 @@ def combine_adapters(
 
     With D_i = s_i B_i A_i the update of adapter i, w_i its weight:
 
-        cat      sum_i w_i D_i, exactly: the factors side by side, of rank sum_i r_i. Differentiable. The default.
+        cat      sum_i w_i D_i, exactly: the factors side by side, of rank sum_i r_i. The default.
         svd      its best approximation of rank r.
-        linear   factor by factor, A = sum_i +-sqrt|w_i s_i| A_i and B likewise: has cross terms, ranks must be equal.
+        linear   factor by factor, A = sum_i +-sqrt|w_i s_i| A_i and B likewise. It has cross
+                 terms, and ranks must be equal.
         magnitude_prune   each tensor keeps its largest entries (a part `density`), then as linear.
-        dare_linear       each keeps entries at random, divided by density (Yu et al. 2023, arXiv 2311.03099), then as linear.
-        ties              magnitude_prune, and where signs differ the mean of those with the elected sign (Yadav et al., arXiv 2306.01708).
+        dare_linear       each keeps entries at random, divided by density (Yu et al. 2023, arXiv
+                          2311.03099), then as linear.
+        ties              magnitude_prune, and where signs differ the mean of those with the
+                          elected sign (Yadav et al. 2023, arXiv 2306.01708).
         dare_ties         dare's pruning, ties' election.
         *_svd             the same on the D_i themselves, then the best approximation of rank r.
 

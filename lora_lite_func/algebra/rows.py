@@ -1,4 +1,4 @@
-"""A batch whose rows belong to different adapters of a stack, as a value that apply, functional_call and bind take."""
+"""A batch whose rows belong to different adapters of a stack, as a value that `ll.apply` takes."""
 
 from __future__ import annotations
 
