@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.errors import CheckpointError, UnsupportedError
 from ..io.shards import INDEX, Shards
-from ..io.writing import is_left_over, swapped
+from ..io.swapping import is_left_over, swapped
 from .health import health
 
 __all__ = ["check_finite", "check_out", "merged_into", "others"]

@@ -23,14 +23,14 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import ABSENT, Adapter, rebuild
-from ..core.errors import CheckpointError, StructureError, nearest, short_repr
-from ..core.layout import Layout, Stacked
-from ..core.method import dtype_fits
-from ..layers.kinds import KINDS, misfit, module_and_name
+from ..core.adapter import Adapter, rebuild
+from ..core.errors import CheckpointError, short_repr
+from ..core.layout import Stacked
+from .checks import check_keys, check_model, check_shapes, check_tensor, check_values
+from .contents import contents_from_json
 from .file_kinds import reader_hint
 from .files import check_regular, parse_json, unreadable
-from .manifest import Piece, contents, describe_all, described_all, joined
+from .manifest import Piece, joined, pieces_of, pieces_to_json
 from .writing import write_safetensors
 
 __all__ = ["OWN", "Saved", "load", "save"]
@@ -56,10 +56,10 @@ def save(params: Saved, path: str | os.PathLike[str]) -> None:
         CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or
             of a transform), or the file can't be written.
     """
-    pieces = contents(params)
+    pieces = pieces_of(params)
     same: dict[str, str] = {}
     tensors = _flat(pieces, same)
-    says = describe_all(params, pieces)
+    says = pieces_to_json(params, pieces)
     if same:
         says["same"] = same
     write_safetensors(tensors, path, {OWN: json.dumps(says, separators=(",", ":"))}, "save")
@@ -121,7 +121,7 @@ def _flat(pieces: list[Piece], same: dict[str, str]) -> dict[str, Tensor]:
             for name, leaf in held.items():
                 key = joined(piece.prefix, path, name)
                 try:
-                    _check_tensor(piece, path, name, leaf)
+                    check_tensor(piece, path, name, leaf)
                     if not piece.layout.specs[path][name].trainable:
                         memory = (
                             leaf.data_ptr(),
@@ -158,7 +158,7 @@ def _read(
     file: Any, says: Any, model: nn.Module | None, member: int | str | None, device: Any
 ) -> Any:
     stored = list(file.keys())
-    same, shape = described_all(says, stored)
+    same, shape = contents_from_json(says, stored)
     pieces = shape.pieces
     keys = {
         joined(piece.prefix, path, name)
@@ -166,7 +166,7 @@ def _read(
         for path, names in piece.layout.names.items()
         for name in names
     }
-    _check_keys(
+    check_keys(
         keys,
         {*stored, *same},
         sum(len(names) for piece in pieces for names in piece.layout.names.values()),
@@ -185,10 +185,10 @@ def _read(
 
     made = []
     for piece in shape.pieces:
-        _check_shapes(file, piece, same)
+        check_shapes(file, piece, same)
         made.append(_adapter(piece, index, tensor, same))
         if model is not None:
-            _check_model(piece.layout, model)
+            check_model(piece.layout, model)
     return shape.put_together(made)
 
 
@@ -213,12 +213,12 @@ def _adapter(
     one = Piece(piece.prefix, layout, data, 0 if row is not None else piece.count)
     for path, held in data.items():
         for name, leaf in held.items():
-            _check_tensor(one, path, name, leaf)
+            check_tensor(one, path, name, leaf)
             if layout.specs[path][name].trainable and joined(piece.prefix, path, name) in same:
                 raise CheckpointError(
                     f"{short_repr(path)} {name} shares another tensor, and it is a trainable one"
                 )
-        _check_values(layout, path, held)
+        check_values(layout, path, held)
     return rebuild(
         layout, (data[path][name] for path, names in layout.names.items() for name in names)
     )
@@ -227,85 +227,3 @@ def _adapter(
 def _cut(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The leading corner of this shape."""
     return t if tuple(t.shape) == shape else t[tuple(slice(n) for n in shape)].clone()
-
-
-def _check_keys(expected: set[str], found: set[str], count: int) -> None:
-    if len(expected) != count:
-        raise CheckpointError("two sites give tensors the same key")
-    missing, odd = expected - found, found - expected
-    if missing:
-        raise CheckpointError(f"missing {len(missing)} tensors, first: {short_repr(min(missing))}")
-    if odd:
-        raise CheckpointError(
-            f"{len(odd)} unexpected tensors, first: {short_repr(min(odd))}; "
-            f"{nearest(min(odd), sorted(expected))}"
-        )
-
-
-def _check_shapes(file: Any, piece: Piece, same: Mapping[str, str]) -> None:
-    """From the file's header alone, before anything is read."""
-    for path, names in piece.layout.names.items():
-        for name in names:
-            key = joined(piece.prefix, path, name)
-            found, expected = (
-                tuple(file.get_slice(same.get(key, key)).get_shape()),
-                piece.shape(path, name),
-            )
-            if found != expected:
-                raise CheckpointError(
-                    f"{short_repr(path)} {name}: expected a tensor of shape {expected}, found "
-                    f"{found}"
-                )
-
-
-def _check_tensor(piece: Piece, path: str, name: str, leaf: Any) -> None:
-    shape, least = piece.shape(path, name), piece.layout.specs[path][name].dtype
-    if leaf is ABSENT:
-        raise CheckpointError(
-            f"{short_repr(path)} {name} is absent: this is one part of a partition; ll.combine "
-            f"the parts first"
-        )
-    if not isinstance(leaf, Tensor) or tuple(leaf.shape) != shape:
-        found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-        raise CheckpointError(
-            f"{short_repr(path)} {name}: expected a tensor of shape {shape}, found {found}"
-        )
-    if not dtype_fits(least, leaf.dtype):
-        kind = f"{'floating' if least is None else least} tensor, found {leaf.dtype}"
-        wide = (
-            ""
-            if least is not None and not least.is_floating_point
-            else f"; {'16 bits' if least is None else least} at least"
-        )
-        raise CheckpointError(f"{short_repr(path)} {name}: expected a {kind}{wide}")
-
-
-def _check_values(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
-    """What the method itself says of a site's frozen tensors."""
-    if layout.variant.validate is None:
-        return
-    try:
-        layout.variant.validate(layout.config, held, layout.sites[path])
-    except StructureError as error:
-        raise CheckpointError(f"{short_repr(path)} {error}") from None
-
-
-def _check_model(layout: Layout, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(
-            f"expected an nn.Module to check it against, found {type(model).__name__}"
-        )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, site in layout.sites.items():
-        module: Any = modules.get(module_and_name(site)[0])
-        kind = KINDS[site.kind]
-        if module is None or not (kind.bare or kind.holds(module)):
-            raise CheckpointError(
-                f"{type(model).__name__} has no {kind.one} {short_repr(path)}; "
-                f"{nearest(path, modules)}"
-            )
-        wrong = misfit(site, module)
-        if wrong is not None:
-            raise CheckpointError(
-                f"site {short_repr(path)}: expected {wrong[0]}, the model has {wrong[1]}"
-            )

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pickletools
 import stat
-import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError, short_repr
@@ -22,19 +18,13 @@ __all__ = [
     "parse_json",
     "read_header",
     "read_json",
-    "read_pickle",
     "read_safetensors",
     "unreadable",
 ]
 
 _LONGEST_JSON = 2**25  # bytes; a configuration of real adapters has kilobytes
-_LONGEST_PICKLE = 2**26  # bytes of the index of a .bin file, its tensors not counted
-_SHARED_BY = 4  # tensors of equal memory, as tied ones are; readers copy each
-_ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")
-"""What torch's restricted reader would make of any size that a file names."""
 
 
-# ------------------------------------------------------------------------------------------ reading
 def check_regular(where: str) -> None:
     """Refuse what would never end, or never begin: a pipe, a device.
 
@@ -97,101 +87,6 @@ def _check_file(where: str) -> None:
         raise CheckpointError(
             f"{where}: not a readable safetensors file: it is a folder; name the file in it, or "
             f"ll.from_peft reads PEFT's folders"
-        )
-
-
-def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, by its restricted reader: no code in it is run,
-    and no more memory taken than a few times the file's size.
-
-    Raises:
-        CheckpointError: it holds anything but a flat mapping of tensors, is compressed, or can't be
-            read.
-    """
-    where = os.fsdecode(path)
-    check_regular(where)
-    _check_archive(where)
-    try:
-        found = torch.load(where, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the restricted reader says of a damaged or hostile file
-        raise CheckpointError(
-            f"{where}: can't be read without running code in it: {short_repr(str(error))}"
-        ) from error
-    if not isinstance(found, Mapping) or not all(
-        isinstance(k, str) and type(t) is Tensor for k, t in found.items()
-    ):
-        raise CheckpointError(
-            f"{where}: expected a flat mapping of names to tensors, found {type(found).__name__}"
-        )
-    _check_memory(where, found)
-    return {key: t.contiguous() for key, t in found.items()}
-
-
-def _check_archive(where: str) -> None:
-    """Refuse an archive that unpacks to more than its size, or whose index makes other things than
-    tensors.
-    """
-    try:
-        with zipfile.ZipFile(where) as archive:
-            entries = archive.infolist()
-            for entry in entries:
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(
-                        f"{where}: {short_repr(entry.filename)} is compressed, which torch.save "
-                        f"doesn't do"
-                    )
-            claimed, size = sum(entry.file_size for entry in entries), os.path.getsize(where)
-            if claimed > size:
-                raise CheckpointError(
-                    f"{where}: its entries overlap: they have {claimed} bytes, the file {size}"
-                )
-            for entry in entries:
-                if entry.filename.endswith(".pkl"):
-                    _check_index(where, archive, entry)
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{where}: not a readable file of torch.save (1.6 or newer): {error}"
-        ) from error
-
-
-def _check_index(where: str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    if entry.file_size > _LONGEST_PICKLE:
-        raise CheckpointError(
-            f"{where}: its index has {entry.file_size} bytes, expected at most {_LONGEST_PICKLE}"
-        )
-    strings: list[str] = []
-    try:
-        for code, argument, _ in pickletools.genops(archive.read(entry)):
-            if isinstance(argument, str):
-                strings.append(argument)
-            named = argument if code.name == "GLOBAL" else " ".join(strings[-2:])
-            if code.name in ("GLOBAL", "STACK_GLOBAL") and str(named) in _ALLOCATES:
-                raise CheckpointError(f"{where}: its index makes a {named}, not tensors alone")
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged index, whichever way
-        raise CheckpointError(f"{where}: its index is damaged: {short_repr(str(error))}") from error
-
-
-def _check_memory(where: str, found: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that take more memory of their own than the file has for them."""
-    storages: dict[int, int] = {}
-    total = 0
-    for key, t in found.items():
-        held = 0 if t.layout != torch.strided else t.untyped_storage().nbytes()
-        if t.numel() * t.element_size() > held:
-            raise CheckpointError(
-                f"{where}: {short_repr(key)} claims shape {tuple(t.shape)}, more than the file "
-                f"holds for it"
-            )
-        storages[t.untyped_storage().data_ptr()] = held
-        total += t.nbytes
-    if total > _SHARED_BY * sum(storages.values()):
-        raise CheckpointError(
-            f"{where}: its tensors are views of each other: they have {total} bytes, the file "
-            f"{sum(storages.values())} for them"
         )
 
 

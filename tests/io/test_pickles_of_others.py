@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lora_lite_func as ll
-from lora_lite_func.io.files import read_pickle
+from lora_lite_func.io.pickles import read_pickle
 
 BASE = torch.arange(4096.0).view(64, 64)
 

@@ -17,7 +17,7 @@ from helpers import close, moved, net
 from torch import nn
 
 import lora_lite_func as ll
-from lora_lite_func.io.writing import swapped
+from lora_lite_func.io.swapping import swapped
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, ConfigError, short_repr
-from ...io.files import read_pickle, read_safetensors
+from ...io.files import read_safetensors
+from ...io.pickles import read_pickle
 from ..assembly import assemble
 from ..peft.modules import adaptable
 from ..renaming import Rename

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
 from ...io.file_kinds import form_of_tensors, reader_hint
-from ...io.files import read_header, read_json, read_pickle, read_safetensors
-from ...io.writing import interrupted
+from ...io.files import read_header, read_json, read_safetensors
+from ...io.pickles import read_pickle
+from ...io.swapping import interrupted
 from ..metadata import ConfigReader
 
 __all__ = ["CONFIG", "FILES", "TENSORS", "split", "unpack"]

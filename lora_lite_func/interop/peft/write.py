@@ -16,7 +16,8 @@ from ...algebra.flatten import Adapters, flatten
 from ...core.adapter import ABSENT, Adapter
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
-from ...io.writing import swapped, write_safetensors, write_text
+from ...io.swapping import swapped
+from ...io.writing import write_safetensors, write_text
 from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, FullConfig, TokensConfig
 from .codec import Codec, Written
