@@ -135,7 +135,7 @@ class TreeReferences:
         copy: Any = noted.copy
         self.training = copy.training
         for name in noted.names:
-            value = getattr(copy, name)
+            value = _get(copy, name)
             if role_of(type(value)) == Role.CONTAINER:
                 _set(copy, name, rebinding.own(value))
             elif isinstance(value, Tensor) and not _is_computed(copy, name):
@@ -148,7 +148,7 @@ class TreeReferences:
                 state = attributes[name]
                 state.own_forward = rebinding.turned(state.own_forward)
             else:
-                value = getattr(copy, name)
+                value = _get(copy, name)
                 if self.kept and _is_config(name, value):
                     _set(copy, name, copying.deepcopy(value, self.copies))
                 elif not isinstance(value, MUTABLE):
@@ -208,6 +208,12 @@ class TreeReferences:
 
 def _own_class(copy: nn.Module) -> type:
     return getattr(type(copy), "_ll_base", under_scope(type(copy)))
+
+
+def _get(copy: nn.Module, name: str) -> Any:
+    """An attribute as it is stored: a site's class may have a property of the name."""
+    attributes = copy.__dict__
+    return attributes[name] if name in attributes else getattr(copy, name)
 
 
 def _set(copy: nn.Module, name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
 
@@ -327,3 +329,163 @@ def test_blocks_that_are_lists_of_layers_are_bound(cfg: Any) -> None:
         close(bound(x), y, 1e-12)
         assert (len(bound[0]), bound[0][-1].__class__) == (2, nn.Tanh)
         close(torch.compile(bound, fullgraph=True, backend="eager")(x), y, 1e-12)
+
+
+# ------------------------------------------------------------------------- whose prompt, which call
+class Stack(nn.Module):
+    """Blocks that may be checkpointed, after a model inside, if there is one."""
+
+    def __init__(self, inner: nn.Module | None = None, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+        self.blocks = nn.ModuleList(Wrapped(8, None) for _ in range(2))
+        self.calls = 0
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        if self.inner is not None:
+            x = self.inner(x, attention_mask=attention_mask)
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(lambda h, b=block: b(h) * 1.0, x, use_reentrant=self.reentrant)
+        return x
+
+
+def _gradient(model: nn.Module, *masks: Tensor | None) -> Tensor:
+    """Of the sum over several calls, differentiated together after the last."""
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    losses = [model(x, attention_mask=m).square().sum() * (i + 1) for i, m in enumerate(masks)]
+    sum(losses).backward()  # type: ignore[union-attr]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@every
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_block_finds_the_prompt_of_its_call(config: Any, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model = Stack()
+    params = moved(ll.init(model, config(r=2, first=1, last=1)), size=0.3)
+    masks = (
+        torch.tensor([[1] * 4 + [0] * 2, [1] * 6]),
+        None,
+        torch.tensor([[1] * 2 + [0] * 4] * 2),
+    )
+    right = _gradient(ll.bind(model, params), *masks)
+    model.reentrant = reentrant
+    bound = ll.bind(model, params)
+    close(_gradient(bound, *masks), right, 1e-6)
+    assert bound.calls == 3  # what a call notes on its model stays noted
+    assert model.calls == 0
+    for made in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+        made.zero_grad()
+        close(_gradient(made, *masks), right, 1e-6)
+
+
+@every
+def test_a_bound_model_inside_another(config: Any) -> None:
+    torch.manual_seed(0)
+    inner = Stack()
+    first = moved(ll.init(inner, config(r=2)), size=0.3)
+    outer = Stack(ll.bind(inner, first))
+    chosen = config(r=2, target_names=(r"^blocks\.\d$",))
+    params = moved(ll.init(outer, chosen), size=0.3)
+    x, mask = torch.randn(2, 6, 8), torch.tensor([[1] * 3 + [0] * 3, [1] * 5 + [0]])
+    y = ll.apply(inner, ll.prompted(first, mask), x)
+    y = ll.apply(Blocked(outer.blocks), ll.prompted(params, mask), y)
+    close(ll.apply(outer, params, x, attention_mask=mask), y, 1e-6)
+    close(ll.bind(outer, params)(x, attention_mask=mask), y, 1e-6)
+
+
+class Blocked(nn.Module):
+    """The blocks of another model alone."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_block_called_alone_does_not_know_its_prompt() -> None:
+    bound = ll.bind(Stack(), ll.init(Stack(), ll.LoReFTConfig(r=2)))
+    with pytest.raises(ll.UnsupportedError, match=r"'blocks\.0': it is called outside of a call"):
+        bound.blocks[0](torch.randn(2, 6, 8))
+
+
+def test_threads_have_their_own_prompts() -> None:
+    torch.manual_seed(0)
+    model = Stack(reentrant=False)
+    params = moved(ll.init(model, ll.DiReFTConfig(r=2)), size=0.3)
+    bound, x = ll.bind(model, params), torch.randn(2, 6, 8)
+    masks = [(torch.arange(6) < n).long().expand(2, 6) for n in range(1, 7)]
+    right = [ll.apply(model, ll.prompted(params, mask), x) for mask in masks]
+    with ThreadPoolExecutor(3) as pool:
+        for made, y in zip(
+            pool.map(lambda mask: bound(x, attention_mask=mask), masks * 5), right * 5, strict=True
+        ):
+            close(made, y, 1e-6)
+
+
+ENCODED: dict[str, tuple[str, str]] = {
+    "t5": (r"encoder\.block\.\d+$", r"decoder\.block\.\d+$"),
+    "bart": (r"encoder\.layers\.\d+$", r"decoder\.layers\.\d+$"),
+}
+
+
+def _encoder_decoder(name: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "t5":
+        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+        cfg = transformers.T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)
+        return transformers.T5ForConditionalGeneration(cfg).eval()
+    layers = {f"{part}_layers": 2 for part in ("encoder", "decoder")}
+    widths = {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    cfg = transformers.BartConfig(vocab_size=64, d_model=16, **layers, **widths, **heads)
+    return transformers.BartForConditionalGeneration(cfg).eval()
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_an_encoder_and_a_decoder_have_their_own_masks(name: str, decoder: bool) -> None:
+    model = _encoder_decoder(name)
+    chosen = ll.DiReFTConfig(r=2, first=1, last=1, target_names=(ENCODED[name][decoder],))
+    params = moved(ll.init(model, chosen), size=0.3)
+    ids, tokens = torch.randint(3, 64, (2, 6)), torch.randint(3, 64, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    bound = ll.bind(model, params)
+    for of_decoder in (None, torch.tensor([[1] * 4 + [0] * 2, [1] * 6])):
+        given = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "decoder_input_ids": tokens,
+            "decoder_attention_mask": of_decoder,
+        }
+        own = torch.ones_like(mask) if of_decoder is None else of_decoder
+        told = ll.prompted(params, own if decoder else mask)
+        right = ll.apply(model, told, **given).logits
+        close(ll.apply(model, params, **given).logits, right, 1e-6)
+        close(bound(**given).logits, right, 1e-6)
+    generated = bound.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    sequence = torch.full((2, 1), model.config.decoder_start_token_id)
+    for _ in range(generated.shape[1] - 1):
+        begun = torch.zeros_like(sequence)
+        begun[:, 0] = 1
+        logits = ll.apply(
+            model,
+            ll.prompted(params, begun if decoder else mask),
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=sequence,
+        ).logits
+        sequence = torch.cat([sequence, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generated[:, 1], sequence[:, 1])
+    assert torch.equal(generated, sequence) or bool(
+        (generated == 2).any() or (generated == 1).any()
+    )
