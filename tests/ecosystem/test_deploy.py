@@ -63,6 +63,21 @@ def test_accelerate_sends_an_adapter_with_a_batch() -> None:
     assert utils.send_to_device(params, torch.device("cpu")).layout == params.layout
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+def test_torch_distributed_checkpoints_take_its_dicts(tmp_path: Path) -> None:
+    """Saved and loaded in place, without a process group, beside other state."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    params = adapter(ll.DoRAConfig(r=2))
+    dcp.save({"adapter": ll.to_dict(params), "step": torch.tensor(3)}, checkpoint_id=str(tmp_path))
+    start = ll.init(Applied().model, ll.DoRAConfig(r=2), seed=5)
+    state = {"adapter": ll.to_dict(ll.cast(start, torch.float32)), "step": torch.tensor(0)}
+    dcp.load(state, checkpoint_id=str(tmp_path))
+    again = ll.from_dict(state["adapter"], start)
+    assert int(state["step"]) == 3
+    for path, held in params.items():
+        assert all(torch.equal(t, again[path][name]) for name, t in held.items())
+
+
 def test_a_layout_travels_as_text_that_cpp_can_hold() -> None:
     """C++ that holds it as a raw string ends at a closing bracket before a quotation mark."""
     params = adapter(ll.LoRAConfig(r=2, target_names=r"(^|\\.)(0|2)$"))

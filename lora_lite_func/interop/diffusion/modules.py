@@ -15,13 +15,15 @@ from ..assembly import ModuleEntry, Part
 from ..peft.modules import adaptable
 from .changes import changes, replaced
 from .declared import Declared
-from .factored import Factored, Hadamard, Held, Kronecker, LowRank, Rows, rows_of, whole_change
+from .factored import Hadamard, Held, LowRank, Rows, rows_of
 from .gather import FileModule
+from .kronecker import Kronecker, whole_change
 
 __all__ = ["module_parts"]
 
 _BY_ROWS = ("up", "up_bias", "magnitude", "dora_scale", "diff", "diff_b", "set_weight")
 Placed = tuple[ModuleEntry, Part]
+Factored = LowRank | Hadamard | Kronecker
 
 
 def module_parts(
