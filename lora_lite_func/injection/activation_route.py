@@ -63,6 +63,19 @@ def _on_input(
 ) -> Any:
     """All phases, for an input that the layer itself would take.
 
+    Where no phase comes before the layer, the layer says itself what is wrong with a plain tensor.
+    """
+    plain = type(x) is Tensor and not x.is_nested and x.layout is torch.strided
+    if plain and len(attachments) == 1 and attachments[0].variant.inputs is None:
+        return phases(attachments, 1, frozen, module, x)
+    return _on_checked(attachments, frozen, module, x)
+
+
+def _on_checked(
+    attachments: Sequence[Attachment], frozen: Callable[[Any], Any], module: Any, x: Any
+) -> Any:
+    """All phases, after a look at the input.
+
     Raises:
         StructureError: its last dimension isn't the layer's, and the layer doesn't say so.
         UnsupportedError: it is sparse or nested in a way that the phases can't take.
@@ -85,7 +98,7 @@ def _on_input(
             f"site {site.path!r}: expected real numbers (..., {site.d_in}), found "
             f"{tuple(x.shape)}, {x.dtype}"
         )
-    if x.layout is torch.strided and not x.is_meta:
+    if x.layout is torch.strided:
         return call(x)
     try:
         return call(x)
@@ -93,7 +106,7 @@ def _on_input(
         frozen(x)
         raise UnsupportedError(
             f"site {site.path!r}: {attachments[-1].variant.name} can't take an input of layout "
-            f"{x.layout} on {x.device}; give a dense one (x.to_dense()) on the layer's device"
+            f"{x.layout}; give a dense one (x.to_dense())"
         ) from error
 
 

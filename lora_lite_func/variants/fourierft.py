@@ -120,7 +120,8 @@ def outputs(
     """
     if not x.numel():
         return y  # MKL's transforms refuse an empty batch
-    spectrum = torch.fft.rfft(x.reshape(-1, site.d_in).to(d.real.dtype)).mT  # (d_in // 2 + 1, T)
+    rows = x.reshape(-1, site.d_in).to(d.real.dtype).contiguous()  # MKL refuses expanded ones
+    spectrum = torch.fft.rfft(rows).mT  # (d_in // 2 + 1, T)
     zeros = torch.zeros(site.d_out // 2 + 1, spectrum.shape[1], dtype=d.real.dtype, device=x.device)
     picked_real = spectrum.real.contiguous().index_select(0, d.l)  # (n, T)
     picked_imaginary = spectrum.imag.contiguous().index_select(0, d.l)
