@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError, short_repr
 from .files import read_json
+from .swapping import interrupted
 
 __all__ = ["INDEX", "Shards"]
 
@@ -126,5 +127,7 @@ def _files(folder: Path, names: list[str]) -> list[str]:
         return list(dict.fromkeys(placed.values()))
     found = [n for n in names if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))]
     if not found:
-        raise CheckpointError(f"{folder}: expected a model's safetensors files, found none")
+        raise CheckpointError(
+            f"{folder}: expected a model's safetensors files, found none{interrupted(folder)}"
+        )
     return found

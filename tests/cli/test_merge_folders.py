@@ -86,10 +86,14 @@ def test_what_would_be_read_beside_the_model_is_refused(
     assert adapter
 
 
-def test_what_a_killed_merge_left(adapter: ll.Adapter, tmp_path: Path) -> None:
+def test_what_a_killed_merge_left(
+    adapter: ll.Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, out = written(tmp_path / "base", 2), tmp_path / "out"
     (out / ".merging-0123456789ab").mkdir(parents=True)
     (out / ".merging-0123456789ab" / "model.safetensors").touch()
+    assert main(["check", str(out), str(tmp_path / "a")]) == 1
+    assert "writing it was interrupted" in capsys.readouterr().err
     assert main(["merge", str(base), str(tmp_path / "a"), str(out)]) == 0
     assert sorted(os.listdir(out)) == sorted(os.listdir(base))
     close(state(out), dense(adapter), 1e-6)
