@@ -106,7 +106,9 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, W, _, A, B, ctx.s, ctx.dropout, ctx.seed = inputs
-        ctx.save_for_backward(x, W, A, B, output[1])
+        # x is kept for A's gradient alone (and its shape for dropout's mask)
+        kept = x if ctx.needs_input_grad[3] or ctx.dropout else None
+        ctx.save_for_backward(kept, W, A, B, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -114,7 +116,7 @@ class _LowRank(torch.autograd.Function):
         x, W, A, B, h = ctx.saved_tensors
         to_x, _, _, to_A, to_B, *_ = ctx.needs_input_grad
         dx = dA = dB = mask = dh = None
-        G = x.new_zeros(x.shape[0], W.shape[0]) if g is None else g  # (T, d_out)
+        G = h.new_zeros(h.shape[0], W.shape[0]) if g is None else g  # (T, d_out)
         if to_x or to_A:
             dh = (B.mT @ G.mT) * ctx.s  # (r, T): several times as fast as G B
             if gh is not None:  # the gradient is differentiated again, and reads h

@@ -3,7 +3,8 @@
     y' = y + s (x A^T) B^T        s = alpha / r   (rsLoRA: alpha / sqrt(r))
     A (r, d_in), B (d_out, r)
 
-Papers: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
+Papers: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732;
+LoRA-FA: Zhang et al. 2023, arXiv 2308.03303.
 Identity at the start: B = 0 (orthogonal init: B A = 0 with both factors non-zero). Needs only x and
 y.
 """
@@ -18,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
-from ..core.errors import ConfigError
+from ..core.config import AdapterConfig, added, probability, record
+from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import MATRICES, ParamSpec, Variant
 from ..core.phases import Factors
 from ..core.random import kaiming, normal
@@ -36,11 +37,15 @@ class LoRAConfig(AdapterConfig):
         dropout: probability of dropping an entry of the branch's input, in training mode only.
         init_A: "kaiming" (uniform in +-1/sqrt(d_in)), "gaussian" (std 1/r), or "orthogonal" (even
             r; both factors start non-zero with B A = 0).
+        frozen_A: leave lora_A at its random start and train lora_B alone (LoRA-FA, Zhang et al.
+            2023, arXiv 2308.03303): x A^T is kept for the backward pass, and not x. Its correction
+            of gradients is `ll.precondition(grads, params, "lora_fa")`.
     """
 
     rslora: bool = False
     dropout: float = 0.0
     init_A: Literal["kaiming", "gaussian", "orthogonal"] = record("kaiming")
+    frozen_A: bool = added(False)
 
     def validate(self) -> None:
         probability(self.dropout, "LoRAConfig.dropout")
@@ -55,15 +60,24 @@ class LoRAConfig(AdapterConfig):
 def param_specs(cfg: LoRAConfig, site: Site) -> dict[str, ParamSpec]:
     """lora_A (r, d_in), lora_B (d_out, r). On an embedding A starts at zero and B at random: rows
     of ids never seen stay the base's.
+
+    Raises:
+        UnsupportedError: frozen_A on an embedding, whose A would stay zero.
     """
     if site.kind == "embedding" and cfg.init_A != "orthogonal":
+        if cfg.frozen_A:
+            raise UnsupportedError(
+                "LoRAConfig.frozen_A: on an embedding lora_A starts at zero, and frozen there it "
+                "would leave nothing to train; adapt it with another config, or "
+                "init_A='orthogonal'"
+            )
         return {
             "lora_A": ParamSpec((site.r, site.d_in), rank_axis=0),
             "lora_B": ParamSpec((site.d_out, site.r), normal(1.0), rank_axis=1),
         }
     start = normal(1.0 / site.r) if cfg.init_A == "gaussian" else kaiming
     return {
-        "lora_A": ParamSpec((site.r, site.d_in), start, rank_axis=0),
+        "lora_A": ParamSpec((site.r, site.d_in), start, not cfg.frozen_A, rank_axis=0),
         "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
     }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 from helpers import close, leaves, moved, net
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_lite_func as ll
 
@@ -174,3 +175,44 @@ def _as(tree: ll.Adapter, like: ll.Adapter) -> ll.Adapter:
 def test_what_is_refused(call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         call(*situation())
+
+
+def test_a_config_freezes_A_and_the_backward_pass_keeps_no_input(tmp_path: Path) -> None:
+    params = moved(ll.init(MODEL, ll.LoRAConfig(r=3, frozen_A=True)))
+    t, frozen = ll.partition(params)
+    assert [*ll.to_dict(t)["layers.0.up"]] == ["lora_B"]
+
+    def loss(t: Any) -> Tensor:
+        return ll.apply(MODEL, ll.combine(t, frozen), X).square().mean()
+
+    close(ll.grad(loss)(t), torch.func.grad(loss)(t), 1e-12)
+    ll.precondition(ll.grad(loss)(t), params, "lora_fa")
+    bound = ll.bind(MODEL, params)
+    names = {name.rpartition(".")[2] for name, p in bound.named_parameters() if p.requires_grad}
+    assert names == {"lora_B"}
+    ll.save(params, tmp_path / "a")
+    assert ll.load(tmp_path / "a", MODEL).config.frozen_A
+    with pytest.raises(ll.StructureError, match="frozen_A"):
+        ll.stack([params, moved(ll.init(MODEL, ll.LoRAConfig(r=3)))])
+    layer, x = nn.Sequential(nn.Linear(64, 4)), torch.randn(256, 64)
+    kept = {}
+    for freeze in (False, True):
+        one = ll.bind(layer, ll.init(layer, ll.LoRAConfig(r=2, frozen_A=freeze)))
+        kept[freeze] = any(t.numel() == x.numel() for t in _saved(one, x))
+    assert kept == {False: True, True: False}
+    table = nn.Sequential(nn.Embedding(5, 4))
+    with pytest.raises(ll.UnsupportedError, match="on an embedding lora_A starts at zero"):
+        ll.init(table, ll.LoRAConfig(r=2, frozen_A=True, target_kinds="embedding"))
+
+
+def _saved(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """What a call keeps for its backward pass."""
+    held: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        held.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        module(x)
+    return held
