@@ -7,7 +7,7 @@ its segment repeats its own; what comes of the repeats is dropped. Ints and inde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,27 +92,15 @@ def laid_out(
     counts = [len(groups[k]) for k in used]
     costs = costs_on(device)
     chosen = _chosen(used, counts, tokens, idle, in_place, costs)
-    first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
-    order: list[int] = list(bare) if first else []
-    back = [0] * len(ids)
+    bare_first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
+    starts, order, back, start = _sorted_rows(groups, chosen, bare, bare_first)
     segments: list[Segment] = []
-    for low, high, width in chosen:
-        segment = Segment(low, high, width, len(order))
+    for (low, high, width), at in zip(chosen, starts, strict=True):
+        segment = Segment(low, high, width, at)
         if ranks is None or costs is None:
             segments.append(segment)
         else:
             segments += _banded(segment, ranks, tokens, costs)
-        for member in range(low, high):
-            own = groups.get(member, ())
-            for row in own:
-                back[row] = len(order)
-                order.append(row)
-            order.extend([own[0] if own else 0] * (width - len(own)))
-    start = 0 if first else len(order)
-    if not first:
-        order.extend(bare)
-    for i, row in enumerate(bare):
-        back[row] = start + i
     span = (start, start + len(bare))
     if not bare and chosen and chosen[0][:2] == (0, members):
         segments = [
@@ -121,10 +109,36 @@ def laid_out(
         ]
     if order == list(range(len(ids))):
         return SegmentLayout(tuple(segments), span)
-    take, place = (torch.tensor(t, dtype=torch.int64, device=device) for t in (order, back))
+    take, places = (torch.tensor(t, dtype=torch.int64, device=device) for t in (order, back))
     return SegmentLayout(
-        tuple(segments), span, take, None if back == list(range(len(order))) else place
+        tuple(segments), span, take, None if back == list(range(len(order))) else places
     )
+
+
+def _sorted_rows(
+    groups: Mapping[int, Sequence[int]],
+    chosen: Sequence[tuple[int, int, int]],
+    bare: Sequence[int],
+    bare_first: bool,
+) -> tuple[list[int], list[int], list[int], int]:
+    """The sorted batch: (where each segment begins, which row stands at each place, where each row
+    stands itself, where the bare rows begin).
+    """
+    starts: list[int] = []
+    order: list[int] = list(bare) if bare_first else []
+    places = {row: place for place, row in enumerate(order)}
+    for low, high, width in chosen:
+        starts.append(len(order))
+        for member in range(low, high):
+            own = groups.get(member, ())
+            places |= {row: len(order) + i for i, row in enumerate(own)}
+            order += own
+            order += [own[0] if own else 0] * (width - len(own))
+    begin = 0 if bare_first else len(order)
+    if not bare_first:
+        places |= {row: begin + i for i, row in enumerate(bare)}
+        order += bare
+    return starts, order, [places[row] for row in range(len(places))], begin
 
 
 def _chosen(

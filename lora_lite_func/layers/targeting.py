@@ -116,7 +116,12 @@ def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
     return [KINDS[default]]
 
 
-def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Candidate]:
+def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Candidate]:
+    """The modules of these kinds, in model order.
+
+    Raises:
+        TargetError: there is none.
+    """
     found = [
         (path, module, next((kind for kind in kinds if kind.holds(module)), None))
         for path, module in model.named_modules()
@@ -135,16 +140,23 @@ def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> 
         for path, module, kind in found
         if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
     ]
-    words = _words(kinds)
     if not candidates:
-        what = (
-            "linear-like module (in_features, out_features, weight, a call)"
-            if kinds == [KINDS["linear"]]
-            else f"{words}"
-        )
+        what = _words(kinds)
+        if kinds == [KINDS["linear"]]:
+            what = "linear-like module (in_features, out_features, weight, a call)"
         raise TargetError(
             f"{type(model).__name__} has no {what}{_elsewhere(model, cfg.target_names, kinds)}"
         )
+    return candidates
+
+
+def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Candidate]:
+    """The candidates that names, exclusions, layers and roles leave.
+
+    Raises:
+        TargetError: one of those selects nothing, or nothing is left.
+    """
+    candidates, words = _candidates(model, cfg, kinds), _words(kinds)
     paths = [candidate.path for candidate in candidates]
     _check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
     needless = (*DEFAULT_EXCLUDE, *LORA_LITE_EXCLUDE)
@@ -231,16 +243,7 @@ def _site(
     scale_tensors: dict[float, Tensor],
 ) -> Site:
     path, kind, module, name, _ = candidate
-    if kind.name not in variant.sites:
-        this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
-        raise UnsupportedError(
-            f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}"
-        )
-    if kind.bare and is_packed(module._parameters[name]):
-        raise UnsupportedError(
-            f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer "
-            f"(target_names), whose call unpacks it"
-        )
+    _check_adaptable(variant, cfg, candidate)
     transposed = any(re.search(p, path) for p in cfg.transposed_parameters)
     if kind.listed:  # the hidden state's width: a linear layer says its own
         wide = (KINDS["linear"].size(module) or (0, width))[1]
@@ -252,6 +255,39 @@ def _site(
             f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a "
             f"lazy model once so that it has its sizes, "
             "or leave the layer out with exclude_names"
+        )
+    bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
+    at = Site(
+        path,
+        found.d_in,
+        found.d_out,
+        bias,
+        kind.name,
+        cfg.rank_at(path),
+        cfg.alpha_at(path),
+        1.0,
+        *found[2:],
+    )
+    return site_for(variant, cfg, at, scale_tensors)
+
+
+def _check_adaptable(variant: Variant, cfg: AdapterConfig, candidate: Candidate) -> None:
+    """Refuse a place that the method can't adapt, or not with this config.
+
+    Raises:
+        UnsupportedError: another kind, a packed or complex tensor, or dropout where there is no
+            branch.
+    """
+    path, kind, module, name, _ = candidate
+    if kind.name not in variant.sites:
+        this = "a linear layer" if kind.name == "linear" else f"of kind {kind.name!r}"
+        raise UnsupportedError(
+            f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}"
+        )
+    if kind.bare and is_packed(module._parameters[name]):
+        raise UnsupportedError(
+            f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer "
+            f"(target_names), whose call unpacks it"
         )
     tensor = None if kind.listed else module._parameters.get(name)
     if tensor is not None and tensor.is_complex():
@@ -271,19 +307,6 @@ def _site(
             f"{path!r}: {dropout} acts on features that come to a layer's call, and this "
             f"{kind.one} is adapted without; set {dropout}=0"
         )
-    bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
-    at = Site(
-        path,
-        found.d_in,
-        found.d_out,
-        bias,
-        kind.name,
-        cfg.rank_at(path),
-        cfg.alpha_at(path),
-        1.0,
-        *found[2:],
-    )
-    return site_for(variant, cfg, at, scale_tensors)
 
 
 def layer_index(path: str) -> int | None:
