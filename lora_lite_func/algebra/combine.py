@@ -1,24 +1,23 @@
-"""Several low-rank adapters made into one: sums of updates, and PEFT's merges of factors."""
+"""Several adapters made into one: exact sums, and PEFT's merges by factor, by sign, by size."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError, UnsupportedError, short_repr
-from ..core.layout import Layout, unfolded
-from ..core.method import site_for, variant_for
+from ..core.layout import unfolded
+from ..core.method import variant_for
 from ..core.random import generator
 from ..core.site import Site
 from ..core.torch_internals import outside_transforms
 from ..variants import LoRAConfig
+from .combine_forms import FORMS, Weighted, as_adapter, combined_form
 from .tree import check_adapter
 
 __all__ = ["add", "combine_adapters"]
@@ -38,6 +37,7 @@ How = Literal[
 ]
 
 
+@overload
 def combine_adapters(
     adapters: Sequence[Adapter],
     weights: Sequence[float | Tensor] | Tensor | None = None,
@@ -47,7 +47,32 @@ def combine_adapters(
     density: float = 0.5,
     majority_sign: Literal["total", "frequency"] = "total",
     seed: int = 0,
-) -> Adapter:
+) -> Adapter: ...
+
+
+@overload
+def combine_adapters(
+    adapters: Sequence[Sequence[Adapter]],
+    weights: Sequence[float | Tensor] | Tensor | None = None,
+    how: How = "cat",
+    *,
+    r: int | None = None,
+    density: float = 0.5,
+    majority_sign: Literal["total", "frequency"] = "total",
+    seed: int = 0,
+) -> tuple[Adapter, ...]: ...
+
+
+def combine_adapters(
+    adapters: Sequence[Adapter] | Sequence[Sequence[Adapter]],
+    weights: Sequence[float | Tensor] | Tensor | None = None,
+    how: How = "cat",
+    *,
+    r: int | None = None,
+    density: float = 0.5,
+    majority_sign: Literal["total", "frequency"] = "total",
+    seed: int = 0,
+) -> Adapter | tuple[Adapter, ...]:
     """One LoRA adapter of several low-rank ones. Pure; the names and definitions are those of
     PEFT's `add_weighted_adapter`.
 
@@ -65,15 +90,20 @@ def combine_adapters(
         dare_ties         dare's pruning, ties' election.
         *_svd             the same on the D_i themselves, then the best approximation of rank r.
 
+    IA3's gates are combined into gates: linear is PEFT's sum_i w_i g_i, cat the gate of the summed
+    changes, 1 + sum_i w_i (g_i - 1). HiRA's products by cat, into one of rank sum_i r_i.
+
     Args:
         adapters: of methods whose update is a product of two factors (LoRA, EVA, PiSSA, OLoRA,
-            ASVD, CorDA, LoRA-GA, AdaLoRA, DeLoRA), also different ones. A site that some lack is
-            theirs alone.
+            ASVD, CorDA, LoRA-GA, AdaLoRA, DeLoRA), also different ones; or of IA3; or of HiRA. A
+            site that some lack is theirs alone. Each may be a tuple, as a file with several parts
+            is read: then a tuple comes, one adapter for all that is low-rank, one for each other
+            method.
         weights: one per adapter, numbers or tensors (); all 1 by default. Negative ones subtract. A
             tensor (n,) of them is differentiable, and may be mapped: "cat", "svd" and, where none
             is zero, "linear".
         how: as above.
-        r: rank of the svd forms; by default the largest there.
+        r: rank of the svd forms; by default the largest of all adapters and sites.
         density: part of the entries that pruning keeps, in (0, 1].
         majority_sign: whether sizes ("total") or counts ("frequency") elect the sign.
         seed: of dare's draws, which depend on (seed, path, number of the adapter) alone.
@@ -81,40 +111,85 @@ def combine_adapters(
     Raises:
         StructureError: no adapters, a stack, weights that don't fit, an unknown way or sign, a
             density or rank out of range, ranks that differ where they may not, or sites that do.
-        UnsupportedError: a method whose update isn't two factors.
+        UnsupportedError: a method that can't be combined, or not in this way, or several methods
+            that don't make one adapter.
     """
-    several = list(adapters)
-    if not several:
+    nested: list[Sequence[Any]] = [
+        [given] if isinstance(given, Adapter) or not isinstance(given, (tuple, list)) else given
+        for given in adapters
+    ]
+    numbers = _numbers(len(nested), weights)
+    recipe = _Recipe(how, _rank(r), density, majority_sign, seed)
+    forms: dict[Any, list[tuple[Any, Adapter]]] = {}
+    for i, parts in enumerate(nested):
+        for adapter in parts:
+            check_adapter(adapter, f"combine_adapters: number {i}")
+            check_shapes(adapter)
+            config = type(adapter.config)
+            forms.setdefault(config if config in FORMS else LoRAConfig, []).append(
+                (numbers[i], adapter)
+            )
+    made = tuple(
+        _combined_low_rank(recipe, group)
+        if config is LoRAConfig
+        else combined_form(config, how, _by_path(group))
+        for config, group in forms.items()
+    )
+    if any(isinstance(given, (tuple, list)) for given in adapters):
+        return made
+    if len(made) > 1:
+        names = ", ".join(variant_for(config).name for config in forms)
+        raise UnsupportedError(
+            f"combine_adapters: {names} don't make one adapter; combine each by itself, or apply "
+            f"them side by side, ll.apply(model, (p1, p2), x)"
+        )
+    return made[0]
+
+
+def _by_path(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:
+    """{path: (weight, tensors, site) of all that adapt it}, each at the same place."""
+    paths = dict.fromkeys(path for _, adapter in group for path in adapter)
+    found: dict[str, Weighted] = {}
+    for path in paths:
+        there = [(w, a._data[path], a.sites[path]) for w, a in group if path in a]
+        _same_place([site for _, _, site in there])
+        found[path] = there
+    return found
+
+
+def _combined_low_rank(recipe: _Recipe, group: Sequence[tuple[Any, Adapter]]) -> Adapter:
+    """A LoRA of adapters whose updates are pairs of factors."""
+    sites: dict[str, Site] = {}
+    pairs: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
+    for path in dict.fromkeys(path for _, adapter in group for path in adapter):
+        there = [(w, adapter) for w, adapter in group if path in adapter]
+        sites[path] = _same_place([adapter.sites[path] for _, adapter in there])
+        pairs[path] = [(w, *_factors(adapter, path)) for w, adapter in there]
+    widest = max(A.shape[-2] for parts in pairs.values() for _, A, _, _ in parts)
+    made = {path: recipe.at(sites[path], parts, widest) for path, parts in pairs.items()}
+    return as_adapter(
+        LoRAConfig, sites, {path: {"lora_A": A, "lora_B": B} for path, (A, B) in made.items()}
+    )
+
+
+def _numbers(count: int, weights: Any) -> list[Any]:
+    """One weight for each adapter.
+
+    Raises:
+        StructureError: no adapters, or another number of weights, or one that isn't finite.
+    """
+    if not count:
         raise StructureError("combine_adapters: expected at least one adapter, found none")
-    if how not in get_args(How):
-        raise StructureError(
-            f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}"
-        )
-    numbers = [1.0] * len(several) if weights is None else _weights(weights)
-    if len(numbers) != len(several):
-        raise StructureError(
-            f"combine_adapters: expected {len(several)} weights, found {len(numbers)}"
-        )
-    if not 0.0 < density <= 1.0:
-        raise StructureError(f"combine_adapters: expected a density in (0, 1], found {density}")
-    if majority_sign not in ("total", "frequency"):
-        raise StructureError(
-            f"combine_adapters: majority_sign: expected 'total' or 'frequency', found "
-            f"{short_repr(majority_sign)}"
-        )
+    numbers = [1.0] * count if weights is None else _weights(weights)
+    if len(numbers) != count:
+        raise StructureError(f"combine_adapters: expected {count} weights, found {len(numbers)}")
+    return numbers
+
+
+def _rank(r: Any) -> int | None:
     if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
         raise StructureError(f"combine_adapters: r: expected at least 1, found {short_repr(r)}")
-    for i, adapter in enumerate(several):
-        check_adapter(adapter, f"combine_adapters: number {i}")
-        check_shapes(adapter)
-    made: dict[str, tuple[Tensor, Tensor]] = {}
-    sites: dict[str, Site] = {}
-    recipe = _Recipe(how, r, density, majority_sign, seed)
-    for path in dict.fromkeys(path for adapter in several for path in adapter):
-        there = [(i, a) for i, a in enumerate(several) if path in a]
-        sites[path] = _same_place([a.sites[path] for _, a in there])
-        made[path] = recipe.at(sites[path], [(numbers[i], *_factors(a, path)) for i, a in there])
-    return _as_lora(sites, made)
+    return r
 
 
 def _weights(values: Any) -> list[Any]:
@@ -163,13 +238,25 @@ class _Recipe:
     def __init__(
         self, how: str, r: int | None, density: float, majority_sign: str, seed: int
     ) -> None:
+        if how not in get_args(How):
+            raise StructureError(
+                f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}"
+            )
+        if not 0.0 < density <= 1.0:
+            raise StructureError(f"combine_adapters: expected a density in (0, 1], found {density}")
+        if majority_sign not in ("total", "frequency"):
+            raise StructureError(
+                f"combine_adapters: majority_sign: expected 'total' or 'frequency', found "
+                f"{short_repr(majority_sign)}"
+            )
         self.name, self.dense = how.removesuffix("_svd"), how.endswith("svd")
         self.r, self.density, self.majority_sign, self.seed = r, density, majority_sign, seed
 
     def at(
         self, site: Site, parts: Sequence[tuple[Any, Tensor, Tensor, float]]
     ) -> tuple[Tensor, Tensor]:
-        """(A (r, d_in), B (d_out, r)) of (weight, A_i, B_i, s_i).
+        """(A (r, d_in), B (d_out, r)) of (weight, A_i, B_i, s_i); `widest` is the rank of the svd
+        forms where none was given.
 
         Raises:
             StructureError: ranks differ where factors are added one by one.
@@ -187,7 +274,7 @@ class _Recipe:
                 if self.name == "svd"
                 else self._merged(updates, weights, site.path, "update")
             )
-            return self._split(whole, max(A.shape[-2] for _, A, _, _ in parts), parts[0][1].dtype)
+            return self._split(whole, widest, parts[0][1].dtype)
         ranks = sorted({A.shape[-2] for _, A, _, _ in parts})
         if len(ranks) > 1:
             raise StructureError(
@@ -286,25 +373,3 @@ def _same_place(sites: Sequence[Site]) -> Site:
                 f"{other.kind} {other.d_in} -> {other.d_out} in another"
             )
     return first
-
-
-def _as_lora(sites: dict[str, Site], made: dict[str, tuple[Tensor, Tensor]]) -> Adapter:
-    """A LoRA adapter of strength 1 around factors, each site of its own rank."""
-    ranks = {path: A.shape[-2] for path, (A, _) in made.items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    odd = {f"^{re.escape(path)}$": r for path, r in ranks.items() if r != common}
-    cfg = LoRAConfig(
-        r=common,
-        alpha=float(common),
-        rank_pattern=tuple(odd.items()),
-        alpha_pattern=tuple((k, float(r)) for k, r in odd.items()),
-    )
-    variant, twins = variant_for(LoRAConfig), dict[float, Tensor]()
-    placed = [
-        site_for(variant, cfg, dataclasses.replace(s, r=ranks[p], alpha=float(ranks[p])), twins)
-        for p, s in sites.items()
-    ]
-    return Adapter(
-        Layout(variant, cfg, placed),
-        {path: {"lora_A": A, "lora_B": B} for path, (A, B) in made.items()},
-    )

@@ -1,4 +1,4 @@
-"""What sets of adapters are for: many trained at once, a gradient per sample, several made into one."""
+"""What sets of adapters are for: many trained at once, gradients per sample, several as one."""
 
 from __future__ import annotations
 
@@ -300,7 +300,11 @@ def test_dare_keeps_everything_at_density_1_and_draws_by_seed(how: Any) -> None:
         (lambda a, b: ll.combine_adapters([ll.stack([a, a])]), "a stack of 2 adapters"),
         (
             lambda a, b: ll.add(a, ll.init(net(depth=1), ll.IA3Config())),
-            "ia3's update isn't a product of two factors",
+            "lora, ia3 don't make one adapter",
+        ),
+        (
+            lambda a, b: ll.add(a, ll.init(net(depth=1), ll.BitFitConfig())),
+            "bitfit's update isn't a product of two factors",
         ),
         (
             lambda a, b: ll.add(a, ll.init(net(depth=1, width=8), ll.LoRAConfig())),
@@ -327,3 +331,71 @@ def test_a_combined_adapter_is_a_file_like_any_other(tmp_path: Any) -> None:
     again = ll.load(tmp_path / "a", model)
     assert again.layout == made.layout
     close(again, made, 0.0)
+
+
+# --------------------------------------------------------------- gates, products, several parts
+def test_gates_are_combined_into_gates() -> None:
+    model, x = net(), torch.randn(2, 16, dtype=torch.float64)
+    configs = (ll.IA3Config(target_names="up"), ll.IA3FFConfig(target_names="up"))
+    for config in configs:
+        a, b = (moved(ll.init(model, config), seed=seed) for seed in (1, 2))
+        linear = ll.combine_adapters([a, b], [0.5, 0.3], "linear")  # as PEFT
+        path = next(iter(a))
+        close(linear[path]["lora_g"], 0.5 * a[path]["lora_g"] + 0.3 * b[path]["lora_g"], 1e-12)
+        exact = ll.combine_adapters([a, b], [0.5, -2.0])
+        for name, base in ll.merge(model, a).items():
+            start = model.get_parameter(name)
+            other = ll.merge(model, b)[name]
+            change = 0.5 * (base - start) - 2.0 * (other - start)
+            close(ll.merge(model, exact)[name], start + change, 1e-10)
+        with pytest.raises(
+            ll.UnsupportedError, match="can be combined by cat, linear, found 'ties'"
+        ):
+            ll.combine_adapters([a, b], how="ties")
+        assert ll.apply(model, exact, x).shape == model(x).shape
+
+
+def test_two_hira_on_one_layer_are_one() -> None:
+    model = net()
+    a, b = (
+        moved(ll.init(model, ll.HiRAConfig(r=r, alpha=3.0, target_names="up")), seed=r)
+        for r in (2, 3)
+    )
+    made = ll.combine_adapters([a, b], [0.5, -2.0])
+    assert {site.r for site in made.sites.values()} == {5}
+    for name, one in ll.merge(model, a).items():
+        start, two = model.get_parameter(name), ll.merge(model, b)[name]
+        close(ll.merge(model, made)[name], start + 0.5 * (one - start) - 2.0 * (two - start), 1e-10)
+    with pytest.raises(ll.UnsupportedError, match="hira can be combined by cat, found 'svd'"):
+        ll.combine_adapters([a, b], how="svd")
+    lora = ll.init(model, ll.LoRAConfig(r=2, target_names="up"))
+    with pytest.raises(ll.UnsupportedError, match="hira, lora don't make one adapter"):
+        ll.combine_adapters([a, lora])
+
+
+def test_adapters_of_several_parts_are_combined_part_by_part() -> None:
+    model, x = net(), torch.randn(2, 16, dtype=torch.float64)
+    wet = {"up": 0.1, "down": 0.0}  # as a file is read whose dropout some layers can't have
+    members = [
+        tuple(
+            moved(ll.init(model, ll.LoRAConfig(r=2, dropout=p, target_names=name)), seed=seed)
+            for name, p in wet.items()
+        )
+        for seed in (1, 2)
+    ]
+    (made,) = ll.combine_adapters(members, [0.5, 2.0])
+    parts = tuple(
+        ll.scale(part, w) for member, w in zip(members, (0.5, 2.0), strict=True) for part in member
+    )
+    close(ll.apply(model, made, x), ll.apply(model, parts, x), 1e-10)
+    gate = ll.init(model, ll.IA3Config(target_names="down"))
+    both = ll.combine_adapters([(members[0][0], gate), (members[1][0], gate)])
+    assert [type(part.config) for part in both] == [ll.LoRAConfig, ll.IA3Config]
+
+
+def test_the_rank_of_an_svd_is_the_largest_of_all() -> None:
+    model = net()
+    small = moved(ll.init(model, ll.LoRAConfig(r=2, target_names="down")))
+    large = moved(ll.init(model, ll.LoRAConfig(r=5, target_names="up")))
+    made = ll.combine_adapters([small, large], how="svd")
+    assert {site.r for site in made.sites.values()} == {5}
