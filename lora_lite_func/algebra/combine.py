@@ -253,7 +253,7 @@ class _Recipe:
         self.r, self.density, self.majority_sign, self.seed = r, density, majority_sign, seed
 
     def at(
-        self, site: Site, parts: Sequence[tuple[Any, Tensor, Tensor, float]]
+        self, site: Site, parts: Sequence[tuple[Any, Tensor, Tensor, float]], widest: int
     ) -> tuple[Tensor, Tensor]:
         """(A (r, d_in), B (d_out, r)) of (weight, A_i, B_i, s_i); `widest` is the rank of the svd
         forms where none was given.
