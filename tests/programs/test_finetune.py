@@ -1,4 +1,4 @@
-"""The fine-tuning program: numbers and labels, its arguments, and both tasks from start to end on little data."""
+"""The fine-tuning program: numbers and labels, its arguments, both tasks from start to end."""
 
 from __future__ import annotations
 

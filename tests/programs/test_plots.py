@@ -1,4 +1,4 @@
-"""The pictures are drawn, what they look like is for eyes; the table of relatives has what was probed."""
+"""Plots are drawn (what they look like is for eyes); the table of relatives has what was probed."""
 
 from __future__ import annotations
 
