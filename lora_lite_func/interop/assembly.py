@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,15 @@ from ..core.site import Site
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.weights import dense_weight
 
-__all__ = ["ModelNeededError", "ModuleEntry", "Part", "assemble", "check_tensors", "widened"]
+__all__ = [
+    "ModelNeededError",
+    "ModuleEntry",
+    "Part",
+    "assemble",
+    "check_tensors",
+    "common_dtype",
+    "widened",
+]
 
 _BYTES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 
@@ -223,6 +232,7 @@ def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str
             f"{short_repr(path)}: expected the tensors of {', '.join(expected)}, differing: "
             f"{short_repr(min(odd))}"
         )
+    common = common_dtype(t for name, t in leaves.items() if expected[name].dtype is None)
     for name, t in leaves.items():
         if tuple(t.shape) != expected[name].shape:
             raise CheckpointError(
@@ -234,12 +244,18 @@ def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str
                 f"{short_repr(path)} {name}: expected a floating tensor of 16 bits or more, "
                 f"found {t.dtype}"
             )
-        fitted[name] = (
-            t.detach()
-            .to(leaf_dtype(ParamSpec((), dtype=expected[name].dtype), t.dtype))
-            .contiguous()
-        )
+        least = expected[name].dtype
+        wanted = leaf_dtype(ParamSpec((), dtype=least), t.dtype if least else common or t.dtype)
+        fitted[name] = t.detach().to(wanted).contiguous()
     return _valid(layout, path, fitted)
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """The narrowest dtype that holds all of these, as factors of 16 bits of two kinds don't
+    multiply; None where there are none.
+    """
+    dtypes = [t.dtype for t in tensors if dtype_fits(None, t.dtype)]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def _patterns(values: Mapping[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:

@@ -472,14 +472,20 @@ def test_files_from_the_field() -> None:
     model = unet()
     pair = low_rank("kohya")
     mixed = {
-        k: t.half() if "down" in k else t.bfloat16() if "up" in k else t for k, t in pair.items()
+        k: t.half() if "lora_down" in k else t.bfloat16() if "lora_up" in k else t
+        for k, t in pair.items()
     }
     close(
         delta(model, ll.from_diffusion(mixed, model), Q),
         0.5 * noise(8, 2, seed=2) @ noise(2, 8),
         0.05,
     )
+    params = ll.from_diffusion(mixed, model)
+    assert {t.dtype for t in params[Q].values()} == {torch.float32}
     q = f"lora_unet_{Q.replace('.', '_')}"
+    kron = {f"{q}.lokr_w1": noise(2, 2).half(), f"{q}.lokr_w2": noise(4, 4).bfloat16()}
+    layer: Any = ll.bind(model, ll.from_diffusion(kron, model)).get_submodule(Q)
+    assert layer(noise(3, 8)).dtype == torch.float32
     for message, file in {
         "is 0, which kohya's scripts": pair | {f"{q}.alpha": torch.tensor(0.0)},
         "textual inversion": pair | {"bundle_emb.word.string_to_param.*": noise(1, 8)},

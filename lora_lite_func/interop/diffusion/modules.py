@@ -11,7 +11,7 @@ from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, DoRAConfig
-from ..assembly import ModuleEntry, Part
+from ..assembly import ModuleEntry, Part, common_dtype
 from ..peft.modules import adaptable
 from .changes import changes, replaced
 from .declared import Declared
@@ -45,6 +45,8 @@ def module_parts(
         UnsupportedError: a place that such an update can't adapt.
     """
     held = {role: t for role, t in module.held.items() if role != "alpha"}
+    common = common_dtype(held.values())
+    held = {role: t.to(common) for role, t in held.items()}
     alpha = _alpha(module)
     if not held:
         raise CheckpointError(
