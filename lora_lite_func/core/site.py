@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Params", "Site"]
@@ -80,10 +81,16 @@ class Site:
     def having(self, **fields: Any) -> Site:
         """What dataclasses.replace gives, without asking each field."""
         made = object.__new__(Site)
-        made.__dict__.update(self.__dict__, **fields)
+        if torch.compiler.is_dynamo_compiling():  # not every torch compiles an update of a __dict__
+            for name in _FIELDS:
+                value = fields[name] if name in fields else self.__dict__[name]
+                object.__setattr__(made, name, value)
+        else:
+            made.__dict__.update(self.__dict__, **fields)
         if "scaling" in fields:
             made.__dict__["scale"] = fields["scaling"]
         return made
 
 
+_FIELDS = tuple(field.name for field in fields(Site))
 _OLD_NAMES = {"factor": "scaling", "stack": "num_experts", "twin": "scale_tensor"}

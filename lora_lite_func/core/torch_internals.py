@@ -12,11 +12,12 @@ nothing else could stand in for it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
@@ -34,7 +35,9 @@ __all__ = [
     "STATE_HOOKS",
     "TRACES_IDS",
     "at_trace_time",
+    "attributes_of",
     "autocasts",
+    "copy_attributes",
     "draws_differ",
     "flatten_again",
     "fused_adamw",
@@ -429,8 +432,50 @@ RUNNING_NORMS: Any = getattr(nn.modules.batchnorm, "_NormBase", (*_BATCH_NORMS, 
 """What every norm of torch with running statistics is an instance of."""
 
 
-def own_attributes(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of a module's `__dict__` what nn.Module didn't put there."""
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """A module's `__dict__`, to be gone through.
+
+    Compilers of torch before 2.9 or so can look up a name in one and set it, but not go through it:
+    there it is a dict of the same values, by names that are constants of the graph.
+    """
+    if not torch.compiler.is_dynamo_compiling() or _compiler_goes_through():
+        return module.__dict__
+    attributes = module.__dict__
+    names = attributes[_NAMES] if _NAMES in attributes else _names_at(id(module))
+    return {name: attributes[name] for name in (*names, *_OURS) if name in attributes}
+
+
+def copy_attributes(module: nn.Module, made: nn.Module) -> None:
+    """Give a new module the attributes of another."""
+    if not torch.compiler.is_dynamo_compiling() or _compiler_goes_through():
+        made.__dict__.update(module.__dict__)
+        return
+    found, attributes = attributes_of(module), made.__dict__
+    for name, value in found.items():
+        attributes[name] = value
+    attributes[_NAMES] = tuple(found)  # a module that is made in a graph has no id
+
+
+_NAMES = "_ll_names"
+_OURS = ("_ll", "_ll_bound", "_ll_prompt", "_ll_forward", "forward")
+
+
+@at_trace_time
+def _compiler_goes_through() -> bool:
+    return hasattr(sys.modules["torch._dynamo.variables"], "DunderDictVariable")
+
+
+@at_trace_time
+def _names_at(address: int) -> tuple[str, ...]:
+    module = ctypes.cast(address, ctypes.py_object).value
+    return tuple(name for name in module.__dict__ if name != "_compiled_call_impl")
+
+
+def own_attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
+    """Of a module's attributes those that nn.Module didn't put there."""
+    attributes = attributes_of(module)
+    if torch.compiler.is_dynamo_compiling():
+        return [(name, value) for name, value in attributes.items() if name not in _BASE]
     if tuple(islice(attributes, len(_BASE))) == _BASE:  # cheaper than to ask for each name
         return islice(attributes.items(), len(_BASE), None)
     return ((name, value) for name, value in attributes.items() if name not in _BASE_NAMES)

@@ -29,7 +29,7 @@ __all__ = ["has_own_prompt", "is_scope", "scope_class", "under_scope"]
 _MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
 _ENCODED = "encoder_hidden_states"
-_OWN = frozenset({"_modules", "_ll_prompt", "forward"})
+_OWN = ("_modules", "_ll_prompt", "forward")
 """What a call's copy has of its own, so that it isn't handed back."""
 
 
@@ -180,7 +180,8 @@ class _Telling:
         made = shallow_copy(module, cls)
         self.seen[id(module)] = made
         self.pairs.append((module, made))
-        made.__dict__.pop("forward", None)
+        if "forward" in made.__dict__:
+            del made.__dict__["forward"]
         made.__dict__["_ll_prompt"] = self.prompt
         made.__dict__["_modules"] = self._children(module)
         return made
@@ -216,14 +217,14 @@ class _Telling:
             attributes = copy.__dict__
             names = [
                 name
-                for name, value in own_attributes(attributes)
+                for name, value in own_attributes(copy)
                 if type(value) not in PLAIN and name not in _NOT_OURS and refers(value)
             ]
             for name in names:
                 attributes[name] = rebinding.turned(attributes[name])
 
 
-_NOT_OURS = frozenset({"_ll", "_ll_bound", "_ll_prompt"})
+_NOT_OURS = ("_ll", "_ll_bound", "_ll_prompt")
 
 
 def _reads_prompt(module: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.torch_internals import TRACES_IDS
-from .references import PLAIN, Role, attributes_of, refers, role_of, slots
+from .references import PLAIN, Role, all_plain, attributes_of, refers, role_of, slots
 from .unfollowed import globals_of, modules_in
 
 __all__ = ["MUTABLE", "Rebinding"]
@@ -78,7 +78,7 @@ class Rebinding:
         made = _clone(value)
         self.copies[id(value)] = self.copies[id(made)] = made
         held = made.values() if isinstance(made, dict) else made
-        if PLAIN.issuperset(map(type, held)) and not _has_modules_as_keys(made):
+        if all_plain(held) and not _has_modules_as_keys(made):
             return made
         self._owned.append(made)
         if isinstance(made, dict):
@@ -313,7 +313,7 @@ def _same(new: Iterable[tuple[Any, Any]], old: Iterable[tuple[Any, Any]]) -> boo
 
 
 def _has_modules_as_keys(value: Any) -> bool:
-    if not isinstance(value, dict) or PLAIN.issuperset(map(type, value)):
+    if not isinstance(value, dict) or all_plain(value):
         return False
     return any(isinstance(key, nn.Module) for key in value)
 

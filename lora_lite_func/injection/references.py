@@ -8,18 +8,21 @@ import functools
 import sys
 import types
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from ..core.torch_internals import at_trace_time
+from ..core.torch_internals import at_trace_time, copy_attributes
 from ..core.weak_memo import WeakMemo
 
 __all__ = [
     "BINDABLE",
     "PLAIN",
     "Role",
+    "all_plain",
     "attributes_of",
     "is_users",
     "refers",
@@ -28,8 +31,18 @@ __all__ = [
     "slots",
 ]
 
-PLAIN = frozenset({str, int, float, bool, type(None)})
+PLAIN = (str, int, float, bool, type(None))
 """Types that are common among attributes and never refer to a module."""
+
+_PLAIN = frozenset(PLAIN)
+
+
+def all_plain(values: Iterable[Any]) -> bool:
+    """Whether all values are of plain types."""
+    if torch.compiler.is_dynamo_compiling():
+        return all(type(value) in PLAIN for value in values)
+    return _PLAIN.issuperset(map(type, values))  # several times as fast
+
 
 BINDABLE = (types.MethodType, functools.partial, types.FunctionType)
 """Types of callables that are turned to copies when they are an instance's own `forward`."""
@@ -163,9 +176,9 @@ def refers(value: Any, seen: set[int] | None = None) -> bool:
         held = attributes_of(value).values()
     elif isinstance(value, dict):
         held = value.values()
-        if not PLAIN.issuperset(map(type, value)) and any(isinstance(k, nn.Module) for k in value):
+        if not all_plain(value) and any(isinstance(k, nn.Module) for k in value):
             return True
-    if PLAIN.issuperset(map(type, held)):
+    if all_plain(held):
         return False
     seen = set() if seen is None else seen
     if id(value) in seen:
@@ -216,7 +229,7 @@ def shallow_copy(module: nn.Module, cls: type[nn.Module]) -> Any:
     children among them.
     """
     made = object.__new__(cls)
-    made.__dict__.update(module.__dict__)
+    copy_attributes(module, made)
     for name in slots(cls):
         if hasattr(module, name):
             object.__setattr__(made, name, getattr(module, name))

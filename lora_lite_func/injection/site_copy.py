@@ -59,14 +59,17 @@ def site_copy(
     if bounds and not looks_up:
         names = names or ()
     base: type[nn.Module] = getattr(type(module), "_ll_base", under_scope(type(module)))
-    active = bool(attachments) or (bounds and looks_up)
+    active = len(attachments) > 0 or (bounds and looks_up)
     copy = make(module, site_class(base, active, names), kept)
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
     copy.__dict__["_ll"] = state
     if looks_up and base is not nn.Embedding:
         return copy  # its phases are further down, around nn.Embedding's own forward
     # an instance-level forward would shadow the class's: it is the layer's call
-    own = copy.__dict__.pop("forward", None) or copy.__dict__.pop("_ll_forward", None)
+    own = None
+    for name in ("_ll_forward", "forward"):
+        if name in copy.__dict__:
+            own = copy.__dict__.pop(name)
     state.own_forward = own or had.own_forward
     if state.own_forward is None:
         state.step = choose(attachments)
@@ -102,7 +105,7 @@ def _routes(
     if attachments:
         goes_by_weight = KINDS[attachments[0].site.kind].by_weight
         by_weight = (
-            by_weight or bool(own) or (goes_by_weight is not None and goes_by_weight(module))
+            by_weight or len(own) > 0 or (goes_by_weight is not None and goes_by_weight(module))
         )
         for attachment in attachments:
             by_weight = by_weight or not attachment.variant.has_phases

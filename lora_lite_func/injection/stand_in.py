@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.torch_internals import attributes_of
 from .rebinding import Rebinding
 from .references import BINDABLE, shallow_copy
 
@@ -37,7 +38,7 @@ def on_stand_in(site: Any, cls: type[nn.Module], call: Call) -> Any:
         object.__setattr__(made, "__dict__", site.__dict__)
         return call(made, made.forward)
     made = _copy(site, cls)
-    before = dict(made.__dict__)
+    before = dict(attributes_of(made))
     if compiled:
         result = call(made, made.forward)
         _note(site, made, before)
@@ -72,6 +73,6 @@ def _copy(site: Any, cls: type[nn.Module]) -> Any:
 
 
 def _note(site: Any, made: Any, before: dict[str, Any]) -> None:
-    for name, value in made.__dict__.items():
+    for name, value in attributes_of(made).items():
         if before.get(name, before) is not value:
             site.__dict__[name] = value

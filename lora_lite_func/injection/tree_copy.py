@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..core.errors import StructureError, UnsupportedError
-from ..core.torch_internals import CALL_HOOKS, at_trace_time, flatten_again
+from ..core.torch_internals import CALL_HOOKS, at_trace_time, copy_attributes, flatten_again
 from ..core.weak_memo import WeakMemo
 from ..layers.kinds import KINDS, module_and_name
 from ..layers.refusals import check_model, refusal
@@ -188,7 +188,7 @@ def _shallow(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> 
     """
     copy = object.__new__(cls)
     attributes = copy.__dict__
-    attributes.update(module.__dict__)
+    copy_attributes(module, copy)
     for name in kept:
         if hasattr(module, name):
             object.__setattr__(copy, name, getattr(module, name))
@@ -208,9 +208,8 @@ def _shallow(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> 
 def _scope(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> nn.Module:
     """`_shallow` of a class whose calls tell the sites inside their prompt."""
     copy = _shallow(module, scope_class(cls), kept)
-    own = copy.__dict__.pop("forward", None)
-    if own is not None:  # it would shadow the class's
-        copy.__dict__["_ll_forward"] = own
+    if "forward" in copy.__dict__:  # it would shadow the class's
+        copy.__dict__["_ll_forward"] = copy.__dict__.pop("forward")
     return copy
 
 

@@ -17,13 +17,13 @@ from ..core.torch_internals import STATE_HOOKS, own_attributes
 from ..layers.kinds import KINDS
 from .prompt_scope import under_scope
 from .rebinding import MUTABLE, Rebinding
-from .references import BINDABLE, PLAIN, Role, attributes_of, refers, role_of
+from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of, refers, role_of
 from .unfollowed import global_names
 
 __all__ = ["TreeReferences"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OURS = frozenset({"_ll", "_ll_bound", "_ll_prompt", "_flat_weights", "_flat_weight_refs"})
+_OURS = ("_ll", "_ll_bound", "_ll_prompt", "_flat_weights", "_flat_weight_refs")
 """What a site or a bound model carries, and a recurrent layer's list of its tensors, which is made
 again.
 """
@@ -67,7 +67,7 @@ class TreeReferences:
         attributes = copy.__dict__
         names = [
             name
-            for name, value in own_attributes(attributes)
+            for name, value in own_attributes(copy)
             if type(value) not in PLAIN and name not in _OURS and self._concerns(name, value)
         ]
         if slots:
@@ -100,7 +100,7 @@ class TreeReferences:
         kind = type(value)
         role = role_of(kind)
         if role == Role.CONTAINER:
-            return kind is not tuple or not PLAIN.issuperset(map(type, value))
+            return kind is not tuple or not all_plain(value)
         if role == Role.DATA:
             return isinstance(value, Tensor) or (self.kept and _is_config(name, value))
         if role != Role.OBJECT:
@@ -225,7 +225,7 @@ def _set(copy: nn.Module, name: str, value: Any) -> None:
 
 def _is_computed(copy: nn.Module, name: str) -> bool:
     """Whether a hook makes the attribute anew in each call (weight_norm, prune)."""
-    return bool(copy._forward_pre_hooks) and name in ("weight", "bias")
+    return len(copy._forward_pre_hooks) > 0 and name in ("weight", "bias")
 
 
 def _is_config(name: str, value: Any) -> bool:

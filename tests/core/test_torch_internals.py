@@ -383,7 +383,37 @@ def test_own_attributes(internals: ModuleType, order: str) -> None:
         del layer.__dict__["_is_full_backward_hook"]
     wanted = {"in_features": 2, "out_features": 2, "mine": "mine"}
     wanted |= {"early": 3} if order == "put before" else {}
-    assert dict(internals.own_attributes(vars(layer))) == wanted
+    assert dict(internals.own_attributes(layer)) == wanted
+
+
+@pytest.mark.parametrize("through", ["as torch is", "names alone"])
+def test_a_compiled_call_copies_attributes(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if through == "names alone":  # as compilers have it that can't go through a `__dict__`
+        no = torch_internals.at_trace_time(lambda: False)
+        monkeypatch.setattr(torch_internals, "_compiler_goes_through", no)
+    torch._dynamo.reset()
+    layer: Any = nn.Linear(2, 2)
+    layer.factor = 3.0
+
+    def copied(module: nn.Module) -> Any:
+        made: Any = object.__new__(nn.Linear)
+        torch_internals.copy_attributes(module, made)
+        return made
+
+    def call(x: Tensor) -> Tensor:
+        made = copied(copied(layer))  # the second of one that is made in the graph
+        names = [name for name, _ in torch_internals.own_attributes(made)]
+        assert {"in_features", "out_features", "factor"} <= set(names)
+        assert "training" not in names
+        found = torch_internals.attributes_of(made)
+        return made.forward(x) * found["factor"]
+
+    x = torch.ones(3, 2)
+    compiled: Any = torch.compile(call, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), call(x))
+    assert torch.equal(compiled(x), 3.0 * layer(x))
+    assert not [name for name in vars(layer) if name.startswith("_ll")]
+    torch._dynamo.reset()
 
 
 def test_parameters_of_a_replica(internals: ModuleType) -> None:
