@@ -149,7 +149,7 @@ def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     made = telling.copy(self, under)
     telling.rebind()
     own = made.__dict__.get("_ll_forward")
-    forward = functools.partial(under.forward, made) if own is None else own
+    forward = made.forward if own is None else own
     if torch.compiler.is_dynamo_compiling():
         return forward(*args, **kwargs)
     before = [(module, copy, dict(copy.__dict__)) for module, copy in telling.pairs]

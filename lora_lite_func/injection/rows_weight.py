@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
-from ..core.torch_internals import is_tracing_here
+from ..core.torch_internals import attributes_of, is_tracing_here
 from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
@@ -313,7 +313,7 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
 
     children = {name: c if c is None else visit(c) for name, c in module._modules.items()}
     for made in copies.values():
-        for name, value in made.__dict__.items():
+        for name, value in attributes_of(made).items():
             if isinstance(value, BINDABLE) and Rebinding(copies).turned(value) is not value:
                 made.__dict__[name] = Rebinding(copies).turned(value)
     return children

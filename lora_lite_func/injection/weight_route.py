@@ -93,7 +93,8 @@ def _concrete(site: Any, chains: Chains) -> Any:
         **_adapted(site, chains, parameters_of(site)),
     }
     for name in attributes["_parameters"]:
-        attributes.pop(name, None)  # a replica's stand-in, which would be read first
+        if name in attributes:  # a replica's stand-in, which would be read first
+            del attributes[name]
     if (
         attributes.get("max_norm") is not None
     ):  # torch bounds the table in place: let it be a table of this call's own
