@@ -126,8 +126,6 @@ def _is_surrounded(args: Any, kwargs: Any) -> bool:
     """Whether the gradients may be differentiated, batched or recorded in turn."""
     if is_tracing_here() or is_transformed() or is_differentiated() or _inside.get():
         return True
-    if torch.is_inference_mode_enabled():
-        return True
     return torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves((args, kwargs))
     )
@@ -150,18 +148,18 @@ def _by_torch_func(call: Call, leaves: list[Tensor]) -> tuple[Tensor, Any, list[
 
 
 def _on_fresh_leaves(call: Call, leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
-    fresh = [t.detach().requires_grad_() for t in leaves]
-    token = _inside.set(True)
-    try:
-        with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        fresh = [(t.clone() if t.is_inference() else t).detach().requires_grad_() for t in leaves]
+        token = _inside.set(True)
+        try:
             value, aux = call(fresh)
-    finally:
-        _inside.reset(token)
-    if value.requires_grad and fresh:
-        grads = list(torch.autograd.grad(value, fresh, materialize_grads=True))
-    else:  # the loss doesn't depend on them
-        grads = [torch.zeros_like(t, requires_grad=False) for t in fresh]
-    return value.detach(), pytree.tree_map(_without_graph, aux), grads
+        finally:
+            _inside.reset(token)
+        if value.requires_grad and fresh:
+            grads = list(torch.autograd.grad(value, fresh, materialize_grads=True))
+        else:  # the loss doesn't depend on them
+            grads = [torch.zeros_like(t, requires_grad=False) for t in fresh]
+        return value.detach(), pytree.tree_map(_without_graph, aux), grads
 
 
 def _without_graph(t: Any) -> Any:

@@ -163,6 +163,7 @@ def test_under_no_grad_and_inference_mode() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             close(ll.grad(loss)(params), wanted, 1e-12)
+            close(ll.grad(loss)(pytree.tree_map(torch.clone, params)), wanted, 1e-12)
 
 
 class Checkpointed(nn.Module):
