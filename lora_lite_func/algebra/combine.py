@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -15,7 +16,7 @@ from ..core.layout import unfolded
 from ..core.method import variant_for
 from ..core.random import generator
 from ..core.site import Site
-from ..core.torch_internals import outside_transforms
+from ..core.torch_internals import autocasts, outside_transforms
 from ..variants import LoRAConfig
 from .combine_forms import FORMS, Weighted, as_adapter, combined_form
 from .tree import check_adapter
@@ -129,12 +130,13 @@ def combine_adapters(
             forms.setdefault(config if config in FORMS else LoRAConfig, []).append(
                 (numbers[i], adapter)
             )
-    made = tuple(
-        _combined_low_rank(recipe, group)
-        if config is LoRAConfig
-        else combined_form(config, how, _by_path(group))
-        for config, group in forms.items()
-    )
+    with _exactly(adapter for group in forms.values() for _, adapter in group):
+        made = tuple(
+            _combined_low_rank(recipe, group)
+            if config is LoRAConfig
+            else combined_form(config, how, _by_path(group))
+            for config, group in forms.items()
+        )
     if any(isinstance(given, (tuple, list)) for given in adapters):
         return made
     if len(made) > 1:
@@ -144,6 +146,16 @@ def combine_adapters(
             f"them side by side, ll.apply(model, (p1, p2), x)"
         )
     return made[0]
+
+
+def _exactly(adapters: Iterable[Adapter]) -> AbstractContextManager[object]:
+    """Without the caller's autocast, which would round the products."""
+    kinds = {t.device.type for adapter in adapters for p in adapter.values() for t in p.values()}
+    stack = ExitStack()
+    for kind in sorted(kinds):
+        if autocasts(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def _by_path(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:

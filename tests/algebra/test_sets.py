@@ -399,3 +399,11 @@ def test_the_rank_of_an_svd_is_the_largest_of_all() -> None:
     large = moved(ll.init(model, ll.LoRAConfig(r=5, target_names="up")))
     made = ll.combine_adapters([small, large], how="svd")
     assert {site.r for site in made.sites.values()} == {5}
+
+
+def test_a_callers_autocast_has_no_part_in_combining() -> None:
+    model = net(dtype=torch.float32)
+    several = [moved(ll.init(model, c)) for c in (ll.PiSSAConfig(r=2), ll.LoRAConfig(r=2))]
+    expected = ll.combine_adapters(several, how="svd", r=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(ll.combine_adapters(several, how="svd", r=2), expected, 1e-6)
