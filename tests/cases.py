@@ -1,4 +1,6 @@
-"""One row per method: the whole cost of its general tests. What a method can't have is data here, with the reason."""
+"""One row per method: the whole cost of its general tests. What a method can't have is data here,
+with the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Real model families, built small from their configs with random weights: what they take, what they give, whether they generate."""
+"""Real model families, built small from their configs with random weights: what they take, what
+they give, whether they generate.
+"""
 
 from __future__ import annotations
 

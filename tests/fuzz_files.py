@@ -1,7 +1,8 @@
 """A mutation fuzzer over every reader of files: python tests/fuzz_files.py --count 10000
 
-Real files are damaged (bytes flipped, cut, doubled, spliced; values of their JSON replaced by hostile ones) and read. Each must either be
-read or give a LoraLiteError (the command line: exit code 0 or 1), within a bounded time and memory.
+Real files are damaged (bytes flipped, cut, doubled, spliced; values of their JSON replaced by
+hostile ones) and read. Each must either be read or give a LoraLiteError (the command line: exit
+code 0 or 1), within a bounded time and memory.
 """
 
 from __future__ import annotations

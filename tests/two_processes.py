@@ -1,4 +1,6 @@
-"""What each of two processes does in tests/ecosystem/test_two_processes.py: started by torch.distributed.run, it leaves its results in a folder."""
+"""What each of two processes does in tests/ecosystem/test_two_processes.py: started by
+torch.distributed.run, it leaves its results in a folder.
+"""
 
 from __future__ import annotations
 

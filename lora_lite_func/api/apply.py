@@ -1,4 +1,6 @@
-"""The verbs that put an adapter to a model for the length of a call: apply, functional_call. Nothing here writes on the model."""
+"""The verbs that put an adapter to a model for the length of a call: apply, functional_call.
+Nothing here writes on the model.
+"""
 
 from __future__ import annotations
 

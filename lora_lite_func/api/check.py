@@ -1,4 +1,6 @@
-"""check: a dry run on an example that tells what an adapter would miss there. The recorder is an adapter that changes nothing."""
+"""check: a dry run on an example that tells what an adapter would miss there. The recorder is an
+adapter that changes nothing.
+"""
 
 from __future__ import annotations
 

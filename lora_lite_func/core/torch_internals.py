@@ -371,7 +371,8 @@ _is_wrapper: Callable[[Any], bool] = getattr(
 plain_tensors: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._C, "DisableTorchFunctionSubclass", torch._C.DisableTorchFunction
 )
-"""Within it a function treats a subclass of Tensor as a tensor: no `__torch_function__` is asked."""
+"""Within it a function treats a subclass of Tensor as a tensor: no `__torch_function__` is asked.
+"""
 
 
 def tensor_without_values(cls: type[Tensor], like: Tensor) -> Any:

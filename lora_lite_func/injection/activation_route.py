@@ -1,4 +1,6 @@
-"""The activation route: one adapter's phases around what is underneath, and what of them a prepared model makes once."""
+"""The activation route: one adapter's phases around what is underneath, and what of them a prepared
+model makes once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One adapter at one site: where its tensors are, and the dense weight that it makes of the layer's."""
+"""One adapter at one site: where its tensors are, and the dense weight that it makes of the
+layer's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where the rows of a batch are in what comes to a module's call, and in what leaves it: told by its class, or by shapes, or refused."""
+"""Where the rows of a batch are in what comes to a module's call, and in what leaves it: told by
+its class, or by shapes, or refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a method may see of the layer underneath it: of the frozen layer, or of that with other adapters in."""
+"""What a method may see of the layer underneath it: of the frozen layer, or of that with other
+adapters in.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _OWN = ("_modules", "_ll_prompt", "forward")
 """What a call's copy has of its own, so that it isn't handed back."""
 
 
-# ------------------------------------------------------------------------- what a call says of itself
+# ----------------------------------------------------------------------- what a call says of itself
 def _parameters(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(cls, "_ll_base", cls).forward).parameters)[1:]
 

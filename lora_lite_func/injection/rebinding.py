@@ -49,7 +49,8 @@ class Rebinding:
     Attributes:
         unfollowed: what may hold original modules and can't be turned: (what it is, a module that
             it reaches).
-        kept: copies of objects that only weak references lead to; whoever keeps the tree keeps them.
+        kept: copies of objects that only weak references lead to; whoever keeps the tree keeps
+            them.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""A method's phases on a batch whose rows belong to different adapters: run by run over the members, the frozen layer once on all."""
+"""A method's phases on a batch whose rows belong to different adapters: run by run over the
+members, the frozen layer once on all.
+"""
 
 from __future__ import annotations
 

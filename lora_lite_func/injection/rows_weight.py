@@ -1,6 +1,8 @@
-"""A module's own call on a batch whose rows have adapters of their own: once for each adapter, on its rows and its weights.
+"""A module's own call on a batch whose rows have adapters of their own: once for each adapter, on
+its rows and its weights.
 
-Like parts of a norm or a linear layer are mapped over; kernels of convolutions, attention and recurrent layers are called part by part.
+Like parts of a norm or a linear layer are mapped over; kernels of convolutions, attention and
+recurrent layers are called part by part.
 """
 
 from __future__ import annotations

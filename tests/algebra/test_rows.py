@@ -1,4 +1,6 @@
-"""Sets of adapters: stacks of unlike members, and batches whose rows each have their own adapter, equal to loops over the members."""
+"""Sets of adapters: stacks of unlike members, and batches whose rows each have their own adapter,
+equal to loops over the members.
+"""
 
 from __future__ import annotations
 

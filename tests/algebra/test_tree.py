@@ -1,4 +1,6 @@
-"""Tree algebra: what is taken apart goes together again, and what doesn't fit is refused by its first difference."""
+"""Tree algebra: what is taken apart goes together again, and what doesn't fit is refused by its
+first difference.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Statistics of what layers see, and the starts made of them: each against sums and formulas written out by hand."""
+"""Statistics of what layers see, and the starts made of them: each against sums and formulas
+written out by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Mistakes of who writes a method: each is refused with what the method gave and what was expected, or shows in `ll.check`."""
+"""Mistakes of who writes a method: each is refused with what the method gave and what was expected,
+or shows in `ll.check`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The start of an adapter: seeds, dtypes, devices, data that isn't wanted, and methods that give the wrong tensors."""
+"""The start of an adapter: seeds, dtypes, devices, data that isn't wanted, and methods that give
+the wrong tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The container: an immutable Mapping, one pytree for torch and optree, that prints, copies and exports."""
+"""The container: an immutable Mapping, one pytree for torch and optree, that prints, copies and
+exports.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Configs: refused while they are built, equal by what the maths depends on, the same after JSON, pickle and copies."""
+"""Configs: refused while they are built, equal by what the maths depends on, the same after JSON,
+pickle and copies.
+"""
 
 from __future__ import annotations
 

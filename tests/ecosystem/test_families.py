@@ -1,4 +1,6 @@
-"""Real model families: apply is merged is bound, in training and generation, under checkpointing, in bfloat16 and under autocast."""
+"""Real model families: apply is merged is bound, in training and generation, under checkpointing,
+in bfloat16 and under autocast.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The loops and tools that models go to: Trainer, generate, a pipeline, accelerate, compile, export, checkpointing, other devices."""
+"""The loops and tools that models go to: Trainer, generate, a pipeline, accelerate, compile,
+export, checkpointing, other devices.
+"""
 
 from __future__ import annotations
 

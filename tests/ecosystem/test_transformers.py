@@ -1,4 +1,6 @@
-"""Real architectures, built small: the main laws on Qwen3, BERT and T5, generation, accelerate's hooks, checkpointing."""
+"""Real architectures, built small: the main laws on Qwen3, BERT and T5, generation, accelerate's
+hooks, checkpointing.
+"""
 
 from __future__ import annotations
 

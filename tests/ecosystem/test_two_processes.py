@@ -1,4 +1,6 @@
-"""Two real processes: data parallel, sharded parameters, a stack's members shared out; each equal to one process."""
+"""Two real processes: data parallel, sharded parameters, a stack's members shared out; each equal
+to one process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A plain linear layer with one adapter: the forms it may take are one function; dropout keeps nothing and is differentiated right."""
+"""A plain linear layer with one adapter: the forms it may take are one function; dropout keeps
+nothing and is differentiated right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Linear layers that look plain and aren't, and what autograd does around a layer whose dropout is one function."""
+"""Linear layers that look plain and aren't, and what autograd does around a layer whose dropout is
+one function.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""LoReFT and DiReFT: the formula token by token, positions, prompts, whole modules as sites, generation."""
+"""LoReFT and DiReFT: the formula token by token, positions, prompts, whole modules as sites,
+generation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where models keep their modules beside the module tree: the adapted copy is reached through all of it, or check tells."""
+"""Where models keep their modules beside the module tree: the adapted copy is reached through all
+of it, or check tells.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A weight that is used without calling its layer is the adapted one, in apply and in bind, and can't be written on."""
+"""A weight that is used without calling its layer is the adapted one, in apply and in bind, and
+can't be written on.
+"""
 
 from __future__ import annotations
 

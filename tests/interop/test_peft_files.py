@@ -1,4 +1,6 @@
-"""PEFT's files beside PEFT itself: what it saved gives its outputs here; what is written here loads into it, whole, and gives ours."""
+"""PEFT's files beside PEFT itself: what it saved gives its outputs here; what is written here loads
+into it, whole, and gives ours.
+"""
 
 from __future__ import annotations
 

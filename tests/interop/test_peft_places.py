@@ -1,4 +1,6 @@
-"""PEFT's files of other layers than linear ones: convolutions, attention, parameters, whole modules, learned biases, replaced rows."""
+"""PEFT's files of other layers than linear ones: convolutions, attention, parameters, whole
+modules, learned biases, replaced rows.
+"""
 
 from __future__ import annotations
 

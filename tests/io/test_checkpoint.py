@@ -1,4 +1,6 @@
-"""Files: exact, atomic, and hostile until shown otherwise. A bad file is a CheckpointError that names the file and the fault."""
+"""Files: exact, atomic, and hostile until shown otherwise. A bad file is a CheckpointError that
+names the file and the fault.
+"""
 
 from __future__ import annotations
 

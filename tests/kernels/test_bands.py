@@ -1,4 +1,6 @@
-"""Bands of ranks: together they are each member's whole update, nothing twice; and what rows of unlike ranks come to by them."""
+"""Bands of ranks: together they are each member's whole update, nothing twice; and what rows of
+unlike ranks come to by them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every method on every kind of place that it declares: one function in many forms, and what each kind's own semantics ask for."""
+"""Every method on every kind of place that it declares: one function in many forms, and what each
+kind's own semantics ask for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How cost grows, by operations and bytes counted, not by time; and the benchmark suite's own rows, table and files."""
+"""How cost grows, by operations and bytes counted, not by time; and the benchmark suite's own rows,
+table and files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A method from outside the package: what it takes to add one. It is held to every law by its row in cases.py."""
+"""A method from outside the package: what it takes to add one. It is held to every law by its row
+in cases.py.
+"""
 
 import dataclasses
 

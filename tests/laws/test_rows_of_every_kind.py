@@ -1,4 +1,6 @@
-"""Rows with adapters of their own where a weight itself is adapted: every method on every kind of place, equal to loops."""
+"""Rows with adapters of their own where a weight itself is adapted: every method on every kind of
+place, equal to loops.
+"""
 
 from __future__ import annotations
 

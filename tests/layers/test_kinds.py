@@ -1,4 +1,6 @@
-"""What each kind of place has of its own: kernels, attention, recurrence, norms, stacks, tied tensors, and what is said about them."""
+"""What each kind of place has of its own: kernels, attention, recurrence, norms, stacks, tied
+tensors, and what is said about them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Packed bases on the CPU: bitsandbytes' 8-bit and NF4 layers and torchao's int8 weights serve every method; merging makes them dense."""
+"""Packed bases on the CPU: bitsandbytes' 8-bit and NF4 layers and torchao's int8 weights serve
+every method; merging makes them dense.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Layers that users have beside the plain ones: subclasses with calls of their own, computed and pruned weights, bags, shared weights."""
+"""Layers that users have beside the plain ones: subclasses with calls of their own, computed and
+pruned weights, bags, shared weights.
+"""
 
 from __future__ import annotations
 

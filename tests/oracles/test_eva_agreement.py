@@ -1,7 +1,8 @@
-"""EVA's shared-out ranks and directions beside PEFT's own, on a model whose inputs have spectra of unlike decay.
+"""EVA's shared-out ranks and directions beside PEFT's own, on a model whose inputs have spectra of
+unlike decay.
 
-PEFT takes the mean out of the inputs, as `center` does. Its `whiten` divides by the roots of singular values, which grow with the number of
-tokens; ours makes unit size, and isn't compared.
+PEFT takes the mean out of the inputs, as `center` does. Its `whiten` divides by the roots of
+singular values, which grow with the number of tokens; ours makes unit size, and isn't compared.
 """
 
 from __future__ import annotations

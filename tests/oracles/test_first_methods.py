@@ -1,4 +1,6 @@
-"""The first eight methods against their papers' formulas, written slowly and densely by hand, and against PEFT's own layers."""
+"""The first eight methods against their papers' formulas, written slowly and densely by hand, and
+against PEFT's own layers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Each method against its paper's formula, written slowly and densely by hand: W' and b' of `ll.merge`, and the output of `ll.apply`."""
+"""Each method against its paper's formula, written slowly and densely by hand: W' and b' of
+`ll.merge`, and the output of `ll.apply`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Each method beside PEFT's own layer: the same tensors give the same output and the same gradients of every tensor and of x.
+"""Each method beside PEFT's own layer: the same tensors give the same output and the same gradients
+of every tensor and of x.
 
-Our leaves are made of PEFT's parameters by a differentiable map, so both sides' gradients are those of PEFT's parameters. Where PEFT is
-wrong or means something else, the test says so and holds ours to the formula instead.
+Our leaves are made of PEFT's parameters by a differentiable map, so both sides' gradients are those
+of PEFT's parameters. Where PEFT is wrong or means something else, the test says so and holds ours
+to the formula instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What single methods promise beside the laws: one product instead of several, shared starts, whole parameters, ranks shared out anew."""
+"""What single methods promise beside the laws: one product instead of several, shared starts, whole
+parameters, ranks shared out anew.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""S-steer against its formula written densely, and AntiPaSTO's choice of directions by what the data does."""
+"""S-steer against its formula written densely, and AntiPaSTO's choice of directions by what the
+data does.
+"""
 
 from __future__ import annotations
 
