@@ -198,7 +198,10 @@ PROMPT = {"input_ids": IDS[:, :4]}
 
 NOISE = torch.randn(2, 4, 8, 8, generator=_GEN)
 CONDITION = torch.randn(2, 5, 16, generator=_GEN)
-FLATTENED = r"site 'model.layers.\d.mlp.experts': rows expects .* 2 rows of the batch, found shape \(14, 32\)"
+FLATTENED = (
+    r"site 'model.layers.\d.mlp.experts': rows expects .* 2 rows of the batch, "
+    r"found shape \(14, 32\)"
+)
 EXPERTS = {"target_names": ("self_attn",), "target_parameters": ("experts",)}
 CONVOLUTIONS = {"target_kinds": ("linear", "conv")}
 
@@ -336,7 +339,8 @@ FAMILIES: dict[str, Family] = {
         _hidden,
         14,
         config=CONVOLUTIONS,
-        rows=r"site 'encoder.layers.0.blocks.0.attention.q_proj': rows expects .*found shape \(8, 16, 16\)",
+        rows=r"site 'encoder.layers.0.blocks.0.attention.q_proj': rows expects .*found shape "
+        r"\(8, 16, 16\)",
     ),
     "clip": Family(_clip, {**TEXT, **IMAGE}, lambda out: out.logits_per_image, 26, rows=None),
     "whisper": Family(

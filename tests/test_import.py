@@ -34,11 +34,13 @@ def run(code: str) -> str:
 
 BEFORE_AND_AFTER = """
 import os, sys, threading
+TASKS = "/proc/self/task"
 import torch, optree, safetensors, safetensors.torch
 def state():
     return {
         "environment": dict(os.environ),
-        "threads": (threading.active_count(), len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0),
+        "threads": threading.active_count(),
+        "tasks": len(os.listdir(TASKS)) if os.path.isdir(TASKS) else 0,
         "random": torch.random.get_rng_state().tolist(),
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
@@ -50,7 +52,8 @@ def state():
 before, modules = state(), set(sys.modules)
 import lora_lite_func
 changed = sorted(key for key, value in state().items() if before[key] != value)
-new = sorted({name.split(".")[0] for name in set(sys.modules) - modules} - set(sys.stdlib_module_names))
+packages = {name.split(".")[0] for name in set(sys.modules) - modules}
+new = sorted(packages - set(sys.stdlib_module_names))
 print(repr((changed, new, "torch._dynamo" in sys.modules)))
 """
 
@@ -93,7 +96,8 @@ def test_import_loads_no_compiler_and_sets_no_variable(
 def test_both_of_torchs_pytrees_know_the_container(order: str) -> None:
     code = f"""
 import {order}
-import optree, torch, lora_lite_func as ll, torch.utils._pytree as python, torch.utils._cxx_pytree as cxx
+import optree, torch, lora_lite_func as ll
+import torch.utils._pytree as python, torch.utils._cxx_pytree as cxx
 params = ll.init(torch.nn.Linear(4, 4), ll.LoRAConfig(r=2))
 part, _ = ll.partition(params, lambda path, name: name == "lora_A")
 for tree in (python, cxx, optree):

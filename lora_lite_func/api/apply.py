@@ -120,11 +120,8 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
     Raises:
         StructureError: with what to do instead.
     """
-    first: Any = None
-    for tensors in adapter._data.values():
-        for first in tensors.values():
-            break
-        break
+    tensors = next(iter(adapter._data.values()), {})
+    first: Any = next(iter(tensors.values()), None)
     if not isinstance(first, Tensor) or not first.is_meta or model is None:
         return
     if all(p.is_meta for p in model.parameters()):

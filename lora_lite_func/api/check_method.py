@@ -1,4 +1,4 @@
-"""A method whose phases are held to what `Variant` says of them: what `ll.check` runs in its place."""
+"""A method whose phases are held to what `Variant` says of them; `ll.check` runs it."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _prepare(
 
 
 def get_ready(site: Any) -> None:
-    """Make once what a bound site's adapters need in every call, of their tensors as they are now."""
+    """Make once what a bound site's adapters need in every call, of their present tensors."""
     keep(site, on_stand_in(site, site._ll_base, lambda layer, call: _all_made(layer)))
 
 

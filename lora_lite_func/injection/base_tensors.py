@@ -176,7 +176,7 @@ def own_bias(copy: nn.Module) -> None:
 
 
 def own_buffers(copy: nn.Module) -> None:
-    """Clone what a forward may write in place: statistics, counters and masks, not packed weights."""
+    """Clone what a forward may write in place: statistics, counters, masks, no packed weights."""
     weights, made = _packed_buffers(copy), dict[int, Tensor]()
     for name, b in copy._buffers.items():
         if b is not None and name not in weights:

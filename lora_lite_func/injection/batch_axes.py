@@ -20,7 +20,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 
 
 class Axis(NamedTuple):
-    """Where a tensor has its rows: in which dimension, and how many of its entries are one row's."""
+    """Where a tensor has its rows: in which dimension, and how many entries are one row's."""
 
     dim: int = 0
     each: int = 1

@@ -33,7 +33,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def choose(attachments: tuple[Attachment, ...]) -> Step | None:
-    """The step of a linear layer with these adapters; None if the phases have to make its output."""
+    """The step of a linear layer with these adapters; None if phases have to make its output."""
     if len(attachments) != 1 or attachments[0].site.kind != "linear":
         return None
     attachment, variant = attachments[0], attachments[0].variant

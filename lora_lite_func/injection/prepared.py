@@ -53,7 +53,7 @@ class _Sources:
         return _Sources, (tuple(stamp[:3] for stamp in self.stamps), self.unchanged())
 
     def unchanged(self) -> bool:
-        """Whether the tensors are those, in their dtype, unwritten, and nothing is to be learned."""
+        """Whether the tensors are those, in their dtype, unwritten, with nothing to be learned."""
         try:
             for holder, name, t, version, dtype in self.stamps:
                 if holder[name] is not t:

@@ -251,7 +251,10 @@ def _joined(module: Any, made: list[Any], parts: RowGroups, runs: Sequence[tuple
     return pytree.tree_unflatten(joined, forms[0])
 
 
-_OUTPUT = "its output holds a {}, in which the rows of several adapters can't be told apart; leave it out with exclude_names"
+_OUTPUT = (
+    "its output holds a {}, in which the rows of several adapters can't be told apart; "
+    "leave it out with exclude_names"
+)
 
 
 def _of(rows: Sequence[int]) -> Within:

@@ -123,7 +123,7 @@ class _Copier:
         self.references = TreeReferences(model, self.copies, base_tensors, refuse)
 
     def visit(self, module: nn.Module, path: str, by_weight: bool) -> nn.Module:
-        """The module's copy; with `by_weight` its adapters go into its weight, which isn't called."""
+        """The module's copy; with `by_weight` its adapters go into a weight that isn't called."""
         attachments = self.sites.get(path)
         copy = self.copies.get(id(module))
         if copy is not None:

@@ -147,7 +147,10 @@ def test_ranks_are_padded_or_refused_by_name(case: Case) -> None:
     if len(shapes) > 1 and all(axis is None for axis in axes):
         with pytest.raises(
             ll.StructureError,
-            match=r"stack: number 1 (has other tensors|differs) at 'layers.0.down'.*(padded|lora_w)",
+            match=(
+                r"stack: number 1 (has other tensors|differs) at "
+                r"'layers.0.down'.*(padded|lora_w)"
+            ),
         ):
             ll.stack(members)
         return
@@ -237,7 +240,10 @@ def test_rows_of_what_is_no_stack() -> None:
 def test_more_rows_than_ids_may_be_repeats_or_tokens() -> None:
     model = net()
     stack = ll.stack([ll.init(model, ll.LoRAConfig(r=2), seed=s) for s in (0, 1)])
-    message = r"repeat each id: ids.repeat_interleave\(3\); where this layer alone sees tokens flattened into rows, others still have 2"
+    message = (
+        r"repeat each id: ids.repeat_interleave\(3\); where this layer alone sees tokens "
+        r"flattened into rows, others still have 2"
+    )
     with pytest.raises(ll.StructureError, match=message):
         ll.apply(model, ll.rows(stack, [0, 1]), torch.randn(6, 16, dtype=torch.float64))
 

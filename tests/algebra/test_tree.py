@@ -204,7 +204,8 @@ def test_stack_names_the_leaf_that_differs() -> None:
     part, _ = ll.partition(whole, lambda path, name: name == "lora_A")
     with pytest.raises(
         ll.StructureError,
-        match=r"stack: number 1 differs at 'layers.0.down' lora_B: absent, the first \(16, 4\), torch",
+        match=r"stack: number 1 differs at 'layers.0.down' lora_B: absent, the first \(16, 4\), "
+        r"torch",
     ):
         ll.stack([whole, part])
     with pytest.raises(

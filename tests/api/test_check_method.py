@@ -142,7 +142,8 @@ def test_a_method_that_does_nothing(made: Any) -> None:
         ),
         (
             {"inputs": lambda cfg, p, d, x, site: x[:1]},
-            r"inputs gave torch.float64 \(1, 16\), expected torch.float64 \(6, 16\), as the layer's input",
+            r"inputs gave torch.float64 \(1, 16\), expected torch.float64 \(6, 16\), as the "
+            r"layer's input",
         ),
         (
             {"inputs": lambda cfg, p, d, x, site: x.float()},
@@ -166,7 +167,8 @@ def test_a_method_that_does_nothing(made: Any) -> None:
         ),
         (
             {"factors": lambda cfg, p, site: (torch.ones(2, 3), torch.ones(24, 2), 1.0)},
-            r"low_rank_factors gave A \(2, 3\), B \(24, 2\), expected \(A \(k, 16\), B \(24, k\), s\)",
+            r"low_rank_factors gave A \(2, 3\), B \(24, 2\), expected \(A \(k, 16\), B \(24, "
+            r"k\), s\)",
         ),
     ],
 )

@@ -195,7 +195,10 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_path() -> None:
 def test_a_model_on_the_meta_device(case: Case) -> None:
     model, cfg = net().to("meta"), case.config(r=4)
     if "weight" in methods.variant_for(type(cfg)).needs_of(cfg):
-        message = r"site 'layers.0.up(.weight)?': \w+ reads the weight, which is on the meta device; load the model's weights first"
+        message = (
+            r"site 'layers.0.up(.weight)?': \w+ reads the weight, which is on the meta device; "
+            r"load the model's weights first"
+        )
         with pytest.raises(ll.UnsupportedError, match=message):
             ll.init(model, cfg)
     else:

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, what it refuses, and how much memory merging takes."""
+"""The command line: what it prints and writes, what it refuses, and what memory merging takes."""
 
 from __future__ import annotations
 

@@ -58,7 +58,10 @@ def test_a_missing_site_names_the_nearest() -> None:
         lora()["layers.0.upp"]
     with pytest.raises(
         ll.StructureError,
-        match=r"a member of a stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), found \(4, 24\)",
+        match=(
+            r"a member of a stack: 'layers.0.down' lora_A: expected \(K, 4, 24\), "
+            r"found \(4, 24\)"
+        ),
     ):
         lora()[0]  # a number asks for a stack's member
 

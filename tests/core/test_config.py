@@ -162,7 +162,8 @@ def test_keywords_only(cls: Any) -> None:
         ),
         (
             {"target_roles": ("reeder",)},
-            r"LoRAConfig.target_roles\[0\]: expected one of 'reader', 'writer', 'inner', found 'reeder'",
+            r"LoRAConfig.target_roles\[0\]: expected one of 'reader', 'writer', 'inner', found "
+            r"'reeder'",
         ),
         ({"layers": 3}, "LoRAConfig.layers: expected a sequence, found 3"),
         ({"layers": "0-3"}, "LoRAConfig.layers: expected a sequence, found '0-3'"),

@@ -493,7 +493,8 @@ def test_a_tensor_of_a_site_cannot_be_taken_out_once_it_is_an_attribute() -> Non
         layer.weight = stored.detach()  # as FullyShardedDataParallel sets its views
         with pytest.raises(
             ll.UnsupportedError,
-            match=r"'layers\.0\.up' \(Linear\): its weight.*FullyShardedDataParallel.*fully_shard\(ll\.bind",
+            match=r"'layers\.0\.up' \(Linear\): its "
+            r"weight.*FullyShardedDataParallel.*fully_shard\(ll\.bind",
         ):
             del layer.weight
 

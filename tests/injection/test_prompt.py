@@ -242,7 +242,8 @@ def test_what_is_refused() -> None:
     params = ll.init(model, ll.LoReFTConfig(r=2))
     with pytest.raises(
         ll.UnsupportedError,
-        match=r"'layers\.0': the prompt's mask is \(2, 4\), the hidden state here has tokens \(2, 5\)",
+        match=r"'layers\.0': the prompt's mask is \(2, 4\), the hidden state here has tokens "
+        r"\(2, 5\)",
     ):
         ll.apply(model, ll.prompted(params, torch.ones(2, 4)), x)
     with pytest.raises(ll.StructureError, match="expected a mask"):

@@ -203,7 +203,8 @@ def test_an_object_with_a_finaliser_is_not_copied() -> None:
     for verb in (lambda: ll.apply(model, params, X), lambda: ll.bind(model, params)):
         with pytest.raises(
             ll.UnsupportedError,
-            match=r"'' \(Holding\): its attribute 'held' holds an object of Finalised, which leads to the "
+            match=r"'' \(Holding\): its attribute 'held' holds an object of Finalised, which "
+            r"leads to the "
             r"module 'layer'; that can't be turned",
         ):
             verb()
@@ -268,11 +269,15 @@ def test_what_cannot_be_followed_is_told() -> None:
     )
 
 
+def _itself(layer: Any) -> Any:
+    return layer
+
+
 OPAQUE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "iterator": (lambda m: iter([m]), "an object of list_iterator"),
     "cycle": (lambda m: itertools.cycle([m]), "an object of cycle"),
     "generator": (lambda m: (layer for layer in [m]), "an object of generator"),
-    "map": (lambda m: map(lambda layer: layer, [m]), "an object of map"),
+    "map": (lambda m: map(_itself, [m]), "an object of map"),
     "by a global": (lambda m: lambda x: KEPT[0](x), "which reads the global 'KEPT', which leads"),
     "weight in a list": (lambda m: [m.weight], "holds the weight of 'layer'; that can't be turned"),
 }

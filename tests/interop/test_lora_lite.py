@@ -39,7 +39,7 @@ def noise(*shape: int, seed: int = 2, size: float = 0.2) -> Tensor:
 
 
 class Case:
-    """A variant: config fields, tensors, the base weight as it leaves it, and its layer's output."""
+    """A variant: config fields, tensors, the base weight that it leaves, and the layer's output."""
 
     def __init__(self, W: Tensor, b: Tensor) -> None:
         self.W, self.b, self.fields, self.left = W, b, {}, W

@@ -99,7 +99,8 @@ def test_a_module_trained_whole_that_a_file_has_lost_is_missed(tmp_path: Path) -
     )
     with pytest.raises(
         ll.CheckpointError,
-        match=r"modules_to_save names 'head', which is 'head' of the model, and there is no tensor of it",
+        match=r"modules_to_save names 'head', which is 'head' of the model, and there is no "
+        r"tensor of it",
     ):
         ll.from_peft(tmp_path, model)
 

@@ -579,7 +579,8 @@ def test_what_peft_replaces_in_one_of_two_places_that_share_it_is_refused(
     model.head.weight = model.embed_tokens.weight
     with pytest.raises(
         ll.CheckpointError,
-        match=r"'(head|embed_tokens)\.weight', which is '(embed_tokens|head)\.weight' too.*untie them",
+        match=r"'(head|embed_tokens)\.weight', which is '(embed_tokens|head)\.weight' too.*untie "
+        r"them",
     ):
         ll.from_peft(tmp_path, model)
 

@@ -573,7 +573,10 @@ def test_a_tensor_narrower_than_its_method_allows_is_not_saved() -> None:
     params = optree.tree_map(lambda t: t.bfloat16(), ll.init(net(), ll.IA3Config()))
     with pytest.raises(
         ll.CheckpointError,
-        match=r"save: 'layers.0.down' lora_g: expected a torch.float32 tensor, found torch.bfloat16",
+        match=(
+            r"save: 'layers.0.down' lora_g: expected a torch.float32 tensor, found "
+            r"torch.bfloat16"
+        ),
     ):
         ll.save(params, "a")
 

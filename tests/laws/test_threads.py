@@ -99,7 +99,7 @@ def compiles(stop: threading.Event, began: threading.Event) -> None:
         torch._dynamo.reset()
         began.set()
         compiled: Any = torch.compile(
-            [lambda x: x.sin() + n, lambda x: bound(x), lambda x: ll.apply(model, params, x)][
+            [lambda x, n=n: x.sin() + n, lambda x: bound(x), lambda x: ll.apply(model, params, x)][
                 n % 3
             ],
             backend="eager",

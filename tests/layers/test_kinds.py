@@ -553,7 +553,8 @@ def test_one_graph_over_all_kinds() -> None:
         (
             {"target_names": "conv"},
             ll.TargetError,
-            r"'conv' matched none of 3 linear-like layers; it matches 1 of kind 'conv': add target_kinds=\('conv',\)",
+            r"'conv' matched none of 3 linear-like layers; it matches 1 of kind 'conv': add "
+            r"target_kinds=\('conv',\)",
         ),
         (
             {"target_names": "embed"},
@@ -643,7 +644,8 @@ def test_dropout_is_never_left_out_of_training() -> None:
         ):
             with pytest.raises(
                 ll.UnsupportedError,
-                match=r"'(lin)?': dropout acts on features .*in this model the weight itself is used",
+                match=r"'(lin)?': dropout acts on features .*in this model the weight itself is "
+                r"used",
             ):
                 call()
     with pytest.raises(
@@ -716,7 +718,8 @@ def test_a_tensor_is_adapted_as_one_thing() -> None:
     bare = lora(model, target_parameters="0.up.weight")
     with pytest.raises(
         ll.UnsupportedError,
-        match=r"'layers.0.up.weight' is adapted as a bare parameter and with its layer 'layers.0.up'",
+        match=r"'layers.0.up.weight' is adapted as a bare parameter and with its layer "
+        r"'layers.0.up'",
     ):
         ll.apply(model, (layer, bare), features(2, 16))
     agree(model, bare, features(2, 16))

@@ -202,7 +202,8 @@ def test_selectors_only_ever_narrow(data: st.DataObject) -> None:
         ),
         (
             {"exclude_names": "."},
-            r"none of 5 linear-like layers is left under exclude_names=\('.',\); first ones: 'layers.0.up'",
+            r"none of 5 linear-like layers is left under exclude_names=\('.',\); first ones: "
+            r"'layers.0.up'",
         ),
     ],
 )
@@ -221,7 +222,8 @@ def test_a_model_without_linears() -> None:
     for model in (nn.ReLU(), nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Embedding(3, 4)):
         with pytest.raises(
             ll.TargetError,
-            match=rf"{type(model).__name__} has no linear-like module \(in_features, out_features, weight",
+            match=rf"{type(model).__name__} has no linear-like module \(in_features, "
+            rf"out_features, weight",
         ):
             ll.init(model, LoRA())
 
@@ -282,7 +284,8 @@ def test_a_kind_of_layer_the_method_has_not(monkeypatch: pytest.MonkeyPatch) -> 
         ll.init(net(), config(target_kinds="linear"))
     with pytest.raises(
         ll.TargetError,
-        match=r"Net has no convolutions; it has 2 of kind 'norm' and 5 of kind 'linear': add target_kinds",
+        match=r"Net has no convolutions; it has 2 of kind 'norm' and 5 of kind 'linear': add "
+        r"target_kinds",
     ):
         ll.init(net(), config())
 

@@ -58,7 +58,7 @@ def batch() -> Tensor:
 
 
 def theirs(model: nn.Module, x: Tensor, **eva: Any) -> Any:
-    """PEFT's model. It sums up batches until directions stand still, so the one batch comes twice."""
+    """PEFT's model. It sums up batches until directions stand still, so one batch comes twice."""
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=8,

@@ -92,7 +92,7 @@ def test_strength_is_linear_and_zero_is_the_base(tmp_path: Path) -> None:
 
 
 def test_strength_above_zero_takes_the_outputs_apart() -> None:
-    """Where every pair differs alike, the update moves along what sets the positive outputs apart."""
+    """Where every pair differs alike, the update moves along what sets positive outputs apart."""
     model = nn.Sequential(nn.Linear(16, 12, bias=False)).double().requires_grad_(False)
     shift = data(1, seed=3)
     negative = data(5, seed=4)
@@ -132,7 +132,8 @@ def test_padding_is_no_last_token_and_shards_add_up() -> None:
     [
         (
             None,
-            r"s_steer starts from the layers' inputs: give calibration_data \(pairs \(positive, negative\)",
+            r"s_steer starts from the layers' inputs: give calibration_data \(pairs \(positive, "
+            r"negative\)",
         ),
         ([data(3)], r"expected pairs \(positive, negative\), found Tensor"),
         ([(data(3), data(3), data(3))], "expected pairs"),
