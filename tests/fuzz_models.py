@@ -1,9 +1,9 @@
 """Random composed models against dense oracles: `python tests/fuzz_models.py --count N --seed S`.
 
 A model is a tree of blocks with shared and tied layers, hooks, containers, keyword arguments,
-tuples, checkpoints and functional reads of weights. Adapters of one or two methods go in by every verb, in
-several modes; the oracle is a model built the same way, its weights computed by hand from the
-methods' formulas (`Adapter` leaves and the base's weights, no verb of the library).
+tuples, checkpoints and functional reads of weights. Adapters of one or two methods go in by every
+verb, in several modes; the oracle is a model built the same way, its weights computed by hand from
+the methods' formulas (`Adapter` leaves and the base's weights, no verb of the library).
 """
 
 from __future__ import annotations
