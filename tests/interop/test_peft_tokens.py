@@ -240,3 +240,15 @@ def test_adapters_of_a_tied_table_are_saved_bound_and_merged(name: str, tmp_path
     ll.to_peft(both, model, tmp_path / "peft")
     made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "peft").eval()
     close(made(IDS).logits, ll.apply(model, both, IDS).logits, 1e-5)
+
+
+def test_a_table_whose_rows_are_scaled(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gemma3().eval()
+    model.model.embed_tokens.padding_idx = None  # whose row would move in one of two places
+    for name, config in {
+        "hira": peft.HiraConfig(r=2, target_modules=["embed_tokens"]),
+        "lora": peft.LoraConfig(r=2, target_modules=["embed_tokens"]),
+    }.items():
+        params = both_ways(model, config, tmp_path / name)
+        assert list(params) == ["model.embed_tokens"]

@@ -32,9 +32,15 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         raise CheckpointError(
             f"{short_repr(entry.path)}: HiRA of a convolution in groups isn't read"
         )
-    r = A.shape[0]
+    r, B = A.shape[0], B / _table_scale(entry.module)
     fields = {"dropout": reader.number("hira_dropout", 0.0)}
     return [Part(HiRAConfig, {"lora_A": A.flatten(1), "lora_B": B.flatten(1)}, fields, r, float(r))]
+
+
+def _table_scale(module: Any) -> float:
+    """What an embedding multiplies its rows by (Gemma's): PEFT adds HiRA's change without it."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(scale) if isinstance(scale, (int, float, Tensor)) else 1.0
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
@@ -48,6 +54,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
                 A, B = kernel(path, A, B, modules.get(path))
             elif a.sites[path].kind == "embedding":
                 A = without_padding(A, modules.get(path))
+                B = B * _table_scale(modules.get(path))
             tensors[path] = {f"{own}_A": A, f"{own}_B": B}
     return Written({"hira_dropout": said["dropout"]}, tensors, {}, r)
 
