@@ -34,7 +34,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
 
 OPTIONAL = {
     r"^from torchao\b": "torchao.quantization",
-    r"^from transformers\b": "transformers",
+    r"^from transformers import .*\bGPT2LMHeadModel\b": "transformers.models.gpt2.modeling_gpt2",
     r"^from transformers import .*\bTrainer\b": "transformers.trainer",
 }
 """What pages import that isn't a dependency; a release of it may not go with every torch."""
