@@ -252,3 +252,12 @@ def test_a_table_whose_rows_are_scaled(tmp_path: Path) -> None:
     }.items():
         params = both_ways(model, config, tmp_path / name)
         assert list(params) == ["model.embed_tokens"]
+
+
+def test_tokens_beside_adalora(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(
+        init_r=4, total_step=10, target_modules=["q_proj"], trainable_token_indices=[3, 9]
+    )
+    params = both_ways(llama(tie=True).eval(), config, tmp_path)
+    assert [type(a.config) for a in params] == [ll.AdaLoRAConfig, ll.TokensConfig]
