@@ -129,10 +129,7 @@ def _tell_untied(made: Any, model: Any) -> None:
     no longer: what loads the saved model would believe it. The base's config is left alone.
     """
     config = getattr(made, "config", None)
-    table, head = (
-        getattr(found() if callable(found) else None, "weight", None)
-        for found in (getattr(made, f"get_{end}put_embeddings", None) for end in ("in", "out"))
-    )
+    table, head = (_embeddings(made, end) for end in ("input", "output"))
     apart = table is not None and head is not None and table is not head
     if not apart or not getattr(config, "tie_word_embeddings", False):
         return
@@ -143,6 +140,18 @@ def _tell_untied(made: Any, model: Any) -> None:
     for says in both:
         if getattr(says, "tie_word_embeddings", False):
             says.tie_word_embeddings = False
+
+
+def _embeddings(model: Any, end: str) -> Any:
+    """The weight that a model of transformers names as its table ("input") or its head ("output"),
+    or None: a model of two towers has neither and says so by NotImplementedError.
+    """
+    named = getattr(model, f"get_{end}_embeddings", None)
+    try:
+        module = named() if callable(named) else None
+    except NotImplementedError:
+        return None
+    return getattr(module, "weight", None)
 
 
 def _plain(module: Any, name: str) -> Tensor:
