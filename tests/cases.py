@@ -29,6 +29,7 @@ class Case:
         differentiable: the gradient is that of the function (False where the method detaches a part
             by design).
         linear: it adapts linear layers where nothing says otherwise.
+        stacks: it adapts a parameter that is a stack of weights, one for each expert.
         calibration: model -> keywords of `ll.init`, where the start depends on data.
     """
 
@@ -39,6 +40,7 @@ class Case:
     dead: frozenset[str] = frozenset()
     differentiable: bool = True
     linear: bool = True
+    stacks: bool = True
     calibration: Callable[[nn.Module], dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
@@ -63,6 +65,14 @@ def _norms(**kw: Any) -> ll.AdapterConfig:
         if "target_kinds" in kw
         else ll.LNTuningConfig(**kw, target_names=names.get(given, given))
     )
+
+
+def _head_tokens(**kw: Any) -> ll.AdapterConfig:
+    """Tokens of the linear layers that the laws name, or of the parameters alone where they name
+    those.
+    """
+    kinds = () if "target_parameters" in kw else "linear"
+    return ll.TokensConfig(**{"token_ids": (0, 2, 3), "target_kinds": kinds, **kw})
 
 
 def _weights(**kw: Any) -> ll.AdapterConfig:
@@ -171,11 +181,7 @@ CASES = (
     Case("shira_magnitude", _set(ll.SHiRAConfig, r=2, mask="magnitude")),
     Case("hira", _fixed(ll.HiRAConfig), dead=A),
     Case("ln_tuning", _norms, linear=False),
-    Case(
-        "tokens_of_a_head",
-        _fixed(ll.TokensConfig, token_ids=(0, 2, 3), target_kinds="linear"),
-        linear=False,
-    ),
+    Case("tokens_of_a_head", _head_tokens, linear=False, stacks=False),
     Case("full", _weights, linear=False),
     Case("from_outside", _fixed(MixConfig), dead=frozenset({"lora_v"})),
 )

@@ -55,12 +55,15 @@ PLACES: dict[str, tuple[str, Callable[[], nn.Module], Tensor, dict[str, Any]]] =
 
 BY_CALL = {"transposed", "embedding", "bounded"}
 
+STACKS = {"experts", "turned"}
+"""Places where the parameter is a stack of weights, one for each expert."""
+
 
 ALL = [
     (case, name)
     for case in CASES
     for name, (kind, *_) in PLACES.items()
-    if kind in ll.variants()[method(case)].sites
+    if kind in ll.variants()[method(case)].sites and (case.stacks or name not in STACKS)
 ]
 every = pytest.mark.parametrize(("case", "name"), ALL, ids=lambda v: str(v))
 
