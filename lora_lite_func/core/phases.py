@@ -111,6 +111,10 @@ class Layer(Protocol):
         """
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it has a dense weight at hand and no other adapters inside."""
+
+    @property
     def is_changed(self) -> bool:
         """Whether its weight isn't the one that the method's start may have read: other adapters
         are inside, or the call has another base weight.

@@ -47,7 +47,7 @@ class FrozenLayer:
 
     @property
     def is_plain(self) -> bool:
-        """Whether reading it is a product with a dense weight."""
+        """Whether it has a dense weight at hand and no other adapters inside."""
         weight: Any = getattr(self.module, "weight", None)
         dense = (
             type(weight) in (Tensor, nn.Parameter)

@@ -8,10 +8,11 @@ unless `detach_norm=False`. Its square comes without a d_out x d_in temporary:
 
     n_i^2 = |W_i|^2 + 2 s <(W A^T)_i, B_i> + s^2 B_i (A A^T) B_i^T
 
-W A^T is r rows through the frozen layer, so a quantised layer serves as it is; |W_i|^2 is kept from
-the start. Over other adapters, or with another base weight in the call, W is that weight, and
-|W_i|^2 is found anew in each call. (A base that was merged into since the start is not noticed.)
-Identity at the start: B = 0 and m = |W_i|, so m / n is exactly 1. Needs |W_i| once.
+W A^T is r rows through the frozen layer, so a quantised layer serves as it is. W is the weight in
+the call: with other adapters in, another base's, or what the model was given since the start. So
+|W_i|^2 is found in each call, by one read of the weight. Where the weight isn't dense or at hand
+(quantised, offloaded), it is that of the start, which is kept.
+Identity at the start: B = 0 and m = |W_i|, so m / n is exactly 1.
 With dropout only the low-rank branch sees the dropped x. (PEFT recomputes the whole product to drop
 the other term too.)
 """
@@ -101,12 +102,15 @@ def _as_stored(stored: Tensor, found: Tensor) -> Tensor:
 
 
 def _row_norms(p: Params, layer: Layer, core: torch.dtype) -> Tensor:
-    """|W_i|^2 (d_out,) of the layer underneath: those of the base, or with other adapters in."""
+    """|W_i|^2 (d_out,) of the layer underneath as it is now; the stored ones where that has no
+    dense weight at hand and is the base's own.
+    """
     stored = p["lora_wnorm2"].to(core)
-    if not layer.is_changed:
+    if not (layer.is_plain or layer.is_changed):
         return stored
-    found = torch.linalg.vector_norm(layer.current_weight().to(core), dim=1)
-    return _as_stored(stored, found.square())
+    W = layer.current_weight()
+    found = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, core))
+    return _as_stored(stored, found.to(core).square())
 
 
 def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:

@@ -90,3 +90,24 @@ def test_its_norms_are_those_of_the_weight_that_the_call_is_given(detach: bool) 
     same = dict(model.named_parameters())
     start = ll.init(model, ll.DoRAConfig(r=3))
     assert torch.equal(ll.functional_call(model, start, x, base=same), model(x))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("how", ["in place", "by data", "tied"])
+def test_its_norms_are_those_of_the_weight_that_the_model_has_now(how: str, detach: bool) -> None:
+    model: Any = layer()
+    other: Any = layer(seed=5)
+    x = features(4)
+    dora = moved(ll.init(model, ll.DoRAConfig(r=3, detach_norm=detach)), size=0.7)
+    if how == "in place":
+        model[0].load_state_dict(other[0].state_dict())
+    elif how == "by data":
+        model[0].weight.data = other[0].weight.data
+    else:
+        model[0].weight = other[0].weight
+    W, b = model[0].weight, model[0].bias
+    expected = formula(W, b, dora["0"], dora.sites["0"].scaling, x)
+    close(ll.apply(model, dora, x), expected, 1e-12)
+    close(ll.bind(model, dora)(x), expected, 1e-12)
+    close(ll.prepared(model, dora)(x), expected, 1e-12)
+    close(ll.merged(model, dora)(x), expected, 1e-12)
