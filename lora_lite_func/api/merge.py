@@ -16,7 +16,7 @@ from ..injection.tree_copy import copy_tree
 from ..layers.kinds import module_and_name
 from ..layers.quantised import dequantised, unpacked
 from ..layers.refusals import check_model
-from ..layers.tied import tied_names
+from ..layers.tied import embeddings_of, tied_names
 from ..layers.weights import compute_dtype, is_packed, own_tensor
 from .apply import attachments_of
 from .bind import ModelT, check_untracked
@@ -129,7 +129,7 @@ def _tell_untied(made: Any, model: Any) -> None:
     no longer: what loads the saved model would believe it. The base's config is left alone.
     """
     config = getattr(made, "config", None)
-    table, head = (_embeddings(made, end) for end in ("input", "output"))
+    table, head = (getattr(embeddings_of(made, end), "weight", None) for end in ("input", "output"))
     apart = table is not None and head is not None and table is not head
     if not apart or not getattr(config, "tie_word_embeddings", False):
         return
@@ -140,18 +140,6 @@ def _tell_untied(made: Any, model: Any) -> None:
     for says in both:
         if getattr(says, "tie_word_embeddings", False):
             says.tie_word_embeddings = False
-
-
-def _embeddings(model: Any, end: str) -> Any:
-    """The weight that a model of transformers names as its table ("input") or its head ("output"),
-    or None: a model of two towers has neither and says so by NotImplementedError.
-    """
-    named = getattr(model, f"get_{end}_embeddings", None)
-    try:
-        module = named() if callable(named) else None
-    except NotImplementedError:
-        return None
-    return getattr(module, "weight", None)
 
 
 def _plain(module: Any, name: str) -> Tensor:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any, Literal
 
 from torch import nn
 
 from ..core.site import Site
 from .kinds import KINDS, module_and_name
 
-__all__ = ["home_of", "tied_names"]
+__all__ = ["embeddings_of", "home_of", "tied_names"]
+
+
+def embeddings_of(model: Any, end: Literal["input", "output"]) -> Any:
+    """The module that a model of transformers names as its table ("input") or its head ("output"),
+    or None: a model of two towers has no one table, and says so by NotImplementedError.
+    """
+    named = getattr(model, f"get_{end}_embeddings", None)
+    try:
+        return named() if callable(named) else None
+    except NotImplementedError:
+        return None
 
 
 def tied_names(model: nn.Module, sites: Iterable[Site]) -> dict[str, list[Site]]:

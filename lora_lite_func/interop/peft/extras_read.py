@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...core.errors import CheckpointError, short_repr
 from ...core.site import Site
 from ...layers.kinds import matrix
+from ...layers.tied import embeddings_of
 from ...layers.weights import held, own_tensor, stored
 from ...variants import BitFitConfig, FullConfig
 from ..assembly import ModuleEntry, Part
@@ -166,11 +167,7 @@ def _is_copy(
     if not isinstance(base, Tensor):
         return False
     model = modules[""]
-    tables = [
-        getattr(model, get)()
-        for get in ("get_input_embeddings", "get_output_embeddings")
-        if callable(getattr(model, get, None))
-    ]
+    tables = [embeddings_of(model, "input"), embeddings_of(model, "output")]
     if base.shape == t.shape:
         return any(module is table for table in tables) or _is_the_base(module, name, t)
     if any(module is table for table in tables) and t.shape[1:] == base.shape[1:]:

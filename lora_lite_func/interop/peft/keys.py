@@ -11,6 +11,7 @@ from torch import nn
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...layers.kinds import KINDS
+from ...layers.tied import embeddings_of
 from .codec import Codec
 
 __all__ = ["WRAPPED", "KeyMap", "attention", "elsewhere", "first_name", "key_map", "ties"]
@@ -66,10 +67,8 @@ def ties(model: Any, table: Any) -> bool:
     """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what
     the model's config says alone.
     """
-    config, found = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
-    return (
-        bool(getattr(config, "tie_word_embeddings", False)) and callable(found) and found() is table
-    )
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return bool(tied) and table is not None and embeddings_of(model, "input") is table
 
 
 def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
