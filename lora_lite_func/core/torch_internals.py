@@ -474,9 +474,12 @@ def _names_at(address: int) -> tuple[str, ...]:
 
 def own_attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
     """Of a module's attributes those that nn.Module didn't put there."""
-    attributes = attributes_of(module)
     if torch.compiler.is_dynamo_compiling():
-        return [(name, value) for name, value in attributes.items() if name not in _BASE]
+        held = attributes_of(module)
+        return [(name, value) for name, value in held.items() if name not in _BASE]
+    attributes = module.__dict__
+    if attributes.keys() == _BASE_NAMES:
+        return ()
     if tuple(islice(attributes, len(_BASE))) == _BASE:  # cheaper than to ask for each name
         return islice(attributes.items(), len(_BASE), None)
     return ((name, value) for name, value in attributes.items() if name not in _BASE_NAMES)

@@ -28,7 +28,7 @@ from .rows_activation import by_rows
 from .stand_in import on_stand_in
 from .state import tensors_at
 
-__all__ = ["forward", "get_ready", "phases"]
+__all__ = ["forward", "get_ready", "on_input", "phases"]
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,6 +38,14 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         self,
         self._ll_base,
         lambda layer, call: _around(attachments, layer, call, args, kwargs),
+    )
+
+
+def on_input(self: Any, x: Any) -> Any:
+    """`forward` of a layer that takes its input alone."""
+    attachments = self._ll.attachments
+    return on_stand_in(
+        self, self._ll_base, lambda layer, call: _on_input(attachments, call, layer, x)
     )
 
 
@@ -68,8 +76,10 @@ def _on_input(
     Where no phase comes before the layer, the layer says itself what is wrong with a plain tensor.
     """
     plain = type(x) is Tensor and not x.is_nested and x.layout is torch.strided
-    if plain and len(attachments) == 1 and attachments[0].variant.inputs is None:
-        return phases(attachments, 1, frozen, module, x)
+    if plain and len(attachments) == 1:
+        before = attachments[0].variant.inputs is not None
+        if not before or (attachments[0].site.kind == "linear" and _fits(x, attachments[0].site)):
+            return phases(attachments, 1, frozen, module, x)
     return _on_checked(attachments, frozen, module, x)
 
 

@@ -52,7 +52,7 @@ def forward(self: Any, input: Tensor) -> Any:
         made = step(self, input)
         if made is not None:
             return made
-    return activation_route.forward(self, input)
+    return activation_route.on_input(self, input)
 
 
 def _operands(module: Any, x: Any, way: str | None) -> tuple[Tensor, Tensor | None] | None:
@@ -196,6 +196,8 @@ class DenseStep:
         if operands is None or x.dtype not in _WIDE:
             return None
         W, b = operands
+        if x.numel() <= W.shape[1]:
+            return None  # W' costs more than any phases on one row
         variant, cfg, site = attachment.variant, attachment.cfg, attachment.site
         p = tensors_at(attachment, module)
         if any(t.dtype != x.dtype for t in p.values()):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..core.errors import StructureError, UnsupportedError
@@ -140,7 +141,8 @@ class _Copier:
         bounds = facts.is_table and module.__dict__.get("max_norm") is not None
         make = _scope if facts.is_scope or (self.tells and self._has_prompt(module)) else _shallow
         if attachments is None and not inner and not bounds:
-            copy = make(module, under_scope(type(module)), facts.slots)
+            cls = under_scope(type(module)) if facts.is_scope else type(module)
+            copy = make(module, cls, facts.slots)
         else:
             self.left.pop(path, None)
             copy = site_copy(module, path, attachments or {}, by_weight, inner, facts.slots, make)
@@ -188,7 +190,10 @@ def _shallow(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> 
     """
     copy = object.__new__(cls)
     attributes = copy.__dict__
-    copy_attributes(module, copy)
+    if torch.compiler.is_dynamo_compiling():
+        copy_attributes(module, copy)
+    else:
+        attributes.update(module.__dict__)
     for name in kept:
         if hasattr(module, name):
             object.__setattr__(copy, name, getattr(module, name))
