@@ -38,6 +38,15 @@ Within = Callable[[RowPlan], RowPlan]
 """The plan of a part's rows, of a plan of all rows."""
 
 
+def _chosen(chains: Chains, own: Mapping[Any, Attachment | None]) -> Chains:
+    """The chains with some of their adapters replaced, by (key, index); None leaves one out."""
+    chosen = {}
+    for key, attachments in chains.items():
+        found = [own.get((key, i), attachment) for i, attachment in enumerate(attachments)]
+        chosen[key] = tuple(attachment for attachment in found if attachment is not None)
+    return chosen
+
+
 def by_adapters(
     module: Any,
     chains: Chains,
@@ -77,14 +86,7 @@ def by_adapters(
     lead = next((t for t, at in zip(flat, places, strict=True) if at is not None))
     parts = parted(plans, lead.device)
     if not parts.rows:
-        return call(
-            {
-                key: tuple(attachment for attachment in attachments if attachment.row_plan is None)
-                for key, attachments in chains.items()
-            },
-            args,
-            kwargs,
-        )
+        return call(_chosen(chains, dict.fromkeys(mixed)), args, kwargs)
     runs = _runs(parts, _maps(module))
     members = {
         at: _members(attachment, home(at[0]), parts, n, runs)
@@ -96,17 +98,7 @@ def by_adapters(
     ]
 
     def one(own: Mapping[Any, Attachment | None], pieces: list[Any], within: Within | None) -> Any:
-        chosen = {
-            key: tuple(
-                attachment
-                for attachment in (
-                    own.get((key, i), attachment) for i, attachment in enumerate(attachments)
-                )
-                if attachment is not None
-            )
-            for key, attachments in chains.items()
-        }
-        return call(chosen, *pytree.tree_unflatten(pieces, form), within)
+        return call(_chosen(chains, own), *pytree.tree_unflatten(pieces, form), within)
 
     made = []
     for n, (low, high) in enumerate(runs):

@@ -100,32 +100,8 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
             f"{where}: expected .safetensors; earlier versions of lora-lite wrote .pt: {_OLD}"
         )
     tensors, metadata = read_safetensors(path)
-    if "cfg" not in metadata:
-        raise CheckpointError(
-            f"{where}: no 'cfg' entry in its metadata, so it isn't a file of lora-lite"
-            f"{reader_hint(tensors, metadata)}"
-        )
-    reader = ConfigReader(parse_json(metadata["cfg"], f"{where}: its 'cfg' metadata"), where)
+    way, reader = _config_of(where, tensors, metadata)
     prints = parse_json(metadata.get("base_fp", "{}"), f"{where}: its 'base_fp' metadata")
-    name = reader.text("variant")
-    if name not in _WAYS:
-        raise CheckpointError(
-            f"{where}: variant {short_repr(name)} isn't read here; {nearest(name, _WAYS, first=20)}"
-        )
-    way = _WAYS[name]
-    more = reader.get("variant_kwargs") or {}
-    if not isinstance(more, Mapping):
-        raise reader.refuse("variant_kwargs", "an object")
-    reader = ConfigReader(
-        {
-            **{k: v for k, v in reader.items() if k not in _SHARED},
-            **more,
-            "r": reader.get("r", 8),
-            "alpha": reader.get("alpha", 16),
-        },
-        where,
-    )
-    reader.check(["r", "alpha", *way.fields], ())
     r, alpha = reader.whole("r", 8), reader.number("alpha", 16)
     try:
         parts = []
@@ -145,6 +121,33 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
         raise CheckpointError(f"{where}: {short_repr(str(error))}") from None
     assert isinstance(found, Adapter)
     return found
+
+
+def _config_of(where: str, tensors: Held, metadata: Mapping[str, str]) -> tuple[_Way, ConfigReader]:
+    """The file's variant, and its settings with those of the variant among them.
+
+    Raises:
+        CheckpointError: not such a file, another variant or field.
+    """
+    if "cfg" not in metadata:
+        raise CheckpointError(
+            f"{where}: no 'cfg' entry in its metadata, so it isn't a file of lora-lite"
+            f"{reader_hint(tensors, metadata)}"
+        )
+    said = ConfigReader(parse_json(metadata["cfg"], f"{where}: its 'cfg' metadata"), where)
+    name = said.text("variant")
+    if name not in _WAYS:
+        raise CheckpointError(
+            f"{where}: variant {short_repr(name)} isn't read here; {nearest(name, _WAYS, first=20)}"
+        )
+    more = said.get("variant_kwargs") or {}
+    if not isinstance(more, Mapping):
+        raise said.refuse("variant_kwargs", "an object")
+    fields = {k: v for k, v in said.items() if k not in _SHARED} | dict(more)
+    fields |= {"r": said.get("r", 8), "alpha": said.get("alpha", 16)}
+    reader = ConfigReader(fields, where)
+    reader.check(["r", "alpha", *_WAYS[name].fields], ())
+    return _WAYS[name], reader
 
 
 def _places(where: str, tensors: Held, model: Any) -> list[tuple[ModuleEntry, dict[str, Tensor]]]:

@@ -25,6 +25,41 @@ from .keys import WRAPPED, attention, elsewhere
 __all__ = ["adaptable", "entries_of", "in_one_of", "padding_checked", "refuse_tied"]
 
 
+def _name_in_attention(modules: Mapping[str, nn.Module], entry: ModuleEntry) -> None:
+    """What the config calls a part of attention: PEFT wraps the module that holds it."""
+    home = attention(modules, entry.path)
+    if home is not None:
+        # PEFT (0.21 at least) adds out_proj's update twice in each call, and trained it so
+        entry.named, entry.times = home, 2.0 if entry.path.endswith("out_proj") else 1.0
+
+
+def _check_complete(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    reader: ConfigReader,
+    method: Codec,
+    paths: set[str],
+    where: Mapping[str, str],
+) -> None:
+    """Refuse a file that has no tensor for a place that its config names.
+
+    Raises:
+        CheckpointError: with the place.
+    """
+    missing = next((p for p in _targeted(model, reader) if p not in paths), None)
+    if missing is not None and method.suffixes and not method.prunes:
+        raise CheckpointError(
+            f"{reader.where}: target_modules name {short_repr(missing)}, for which there is no "
+            "tensor"
+        )
+    lost = next((p for p in _parameters(modules, reader) if p not in where.values()), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{reader.where}: target_parameters name {short_repr(lost)}, for which there is no "
+            "tensor"
+        )
+
+
 def entries_of(
     model: Any,
     reader: ConfigReader,
@@ -66,20 +101,7 @@ def entries_of(
     if len(known) != len(where):
         twice = next(found for found, n in Counter(where.values()).items() if n > 1)
         raise CheckpointError(f"{reader.where}: tensors of two adapters for {short_repr(twice)}")
-    missing = next(
-        (p for p in _targeted(model, reader) if p not in sites and p not in where.values()), None
-    )
-    if missing is not None and method.suffixes and not method.prunes:
-        raise CheckpointError(
-            f"{reader.where}: target_modules name {short_repr(missing)}, for which there is no "
-            f"tensor"
-        )
-    lost = next((p for p in _parameters(modules, reader) if p not in where.values()), None)
-    if lost is not None:
-        raise CheckpointError(
-            f"{reader.where}: target_parameters name {short_repr(lost)}, for which there is no "
-            f"tensor"
-        )
+    _check_complete(model, modules, reader, method, {*sites, *where.values()}, where)
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
     rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
     for entry in entries.values():
@@ -91,10 +113,7 @@ def entries_of(
     for path, entry in entries.items():
         if moved[path] != path:
             entry.named = path.partition(WRAPPED)[0]  # as the config knows it
-        home = attention(modules, entry.path)
-        if home is not None:
-            # PEFT (0.21 at least) adds out_proj's update twice in each call, and trained it so
-            entry.named, entry.times = home, 2.0 if entry.path.endswith("out_proj") else 1.0
+        _name_in_attention(modules, entry)
     across = next(
         (
             f"{p.path!r}"
