@@ -1,4 +1,5 @@
-"""The verbs that put an adapter to a model for the length of a call: apply, functional_call.
+"""The verbs that put an adapter to a model for the length of a call: apply and functional_call.
+
 Nothing here writes on the model.
 """
 
@@ -26,8 +27,8 @@ def apply(model: nn.Module, params: Adapters | Prompted, /, *args: Any, **kwargs
     """The model's output with the adapter in: `y = ll.apply(model, params, x)`.
 
     The base is a constant, whatever its requires_grad says: gradients reach `params` and the
-        arguments alone. Works under every
-    torch.func transform, in threads, under torch.compile(fullgraph=True).
+    arguments alone. Works under every torch.func transform, in threads, under
+    torch.compile(fullgraph=True).
 
     Args:
         model: the frozen base; never written.
@@ -77,16 +78,16 @@ def functional_call(
 def attachments_of(
     params: Adapters, prompt: Prompt | None = None, model: nn.Module | None = None
 ) -> dict[str, list[Attachment]]:
-    """{path: the adapters there, in order}. Frozen tensors are constants: they get no gradient.
+    """{path: the adapters there, in order}. Frozen tensors are constants, so they get no gradient.
 
     Args:
         params: as `apply` takes them.
-        prompt: what was given with them; None where the model's calls tell it.
+        prompt: the prompt that was given with them; None where the model's calls tell it.
         model: the base.
 
     Raises:
-        StructureError: as `flatten`; or the tensors have no values, and the model's (if it is
-            given) have.
+        StructureError: as in `flatten`, or the tensors have no values while those of the model (if
+            it is given) have.
     """
     sites: dict[str, list[Attachment]] = {}
     detach_frozen = torch.is_grad_enabled()
@@ -114,11 +115,12 @@ def attachments_of(
 
 
 def check_values(adapter: Adapter, model: nn.Module | None) -> None:
-    """Refuse an adapter on the meta device for a model that isn't: torch lets such tensors meet,
-    and gives garbage.
+    """Refuse an adapter on the meta device for a model that isn't on it.
+
+    Torch lets such tensors meet, and gives garbage.
 
     Raises:
-        StructureError: with what to do instead.
+        StructureError: the adapter has no values; the message says what to do instead.
     """
     tensors = next(iter(adapter._data.values()), {})
     first: Any = next(iter(tensors.values()), None)
@@ -133,7 +135,11 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
 
 
 def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`base` with every name of a tied tensor that it names once."""
+    """`base` with each tied tensor under all of its names.
+
+    Raises:
+        StructureError: `base` is no mapping of tensors, or names what the model hasn't.
+    """
     known: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

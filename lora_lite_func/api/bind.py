@@ -1,4 +1,4 @@
-"""A kept copy of a model with adapters in it: bind, prepared, unbind."""
+"""The verbs for a kept copy of a model with adapters in it: bind, prepared and unbind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .apply import check_values
 __all__ = ["ModelT", "bind", "check_untracked", "prepared", "unbind"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-"""The model's class, which its copies have too."""
+"""The model's class, which is also the class of its copies."""
 
 
 def bind(model: ModelT, params: Adapters) -> ModelT:
@@ -94,8 +94,9 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
 
 
 def _declare_tied(bound: nn.Module) -> None:
-    """Tell transformers, which refuses to save tensors that share memory unasked, that an adapter
-    of a tied parameter is the same one in each of its places.
+    """Tell transformers that an adapter of a tied parameter is the same one in each of its places.
+
+    Without that, transformers refuses to save tensors that share memory.
     """
     if not hasattr(bound, "_tied_weights_keys"):
         return
@@ -105,7 +106,8 @@ def _declare_tied(bound: nn.Module) -> None:
     for path, module in bound.named_modules(remove_duplicate=False):
         if isinstance(module, Leaves) and first.setdefault(id(module), path) != path:
             same |= {f"{path}.{name}": f"{first[id(module)]}.{name}" for name in module.names}
-    if isinstance(known, list):  # before transformers 5
+    # It is a list before transformers 5.
+    if isinstance(known, list):
         bound.__dict__["_tied_weights_keys"] = [*known, *map(re.escape, same)]
     else:
         bound.__dict__["_tied_weights_keys"] = {**(known or {}), **same}
@@ -113,7 +115,7 @@ def _declare_tied(bound: nn.Module) -> None:
 
 def prepared(model: ModelT, params: Adapters) -> ModelT:
     """`bind` for inference loops: what depends on the adapter alone is made once, not in every
-        call.
+    call.
 
     For methods that make something of their tensors first (DoRA's row norms, rotations of OFT, BOFT
     and SSVD, HRA's triangular factor, LoHa's product ...): one token costs what their phases cost.
@@ -181,16 +183,18 @@ def _bound_before(model: nn.Module, path: str) -> int:
     try:
         module: Any = model.get_submodule(path)
     except AttributeError:
-        return 0  # copy_tree says what is wrong with the path
+        # copy_tree says what is wrong with the path.
+        return 0
     return held_by(module)
 
 
 def check_untracked(params: Adapters, what: str, instead: str) -> None:
-    """Refuse tensors that torch.func.grad or jvp follows where they become parameters, which carry
-    no gradient back.
+    """Refuse tensors that torch.func.grad or jvp follows where they become parameters.
+
+    A parameter carries no gradient back to them.
 
     Raises:
-        UnsupportedError: with what to do instead.
+        UnsupportedError: such a tensor is there; the message says what to do instead.
     """
     if any(
         _tracked(t)

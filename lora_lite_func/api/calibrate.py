@@ -1,4 +1,4 @@
-"""calibrate: what a model's layers see on some batches, summed as it streams by.
+"""calibrate: what a model's layers see on some batches, summed as the batches go through.
 
 The recorder is an adapter whose phases change nothing.
 """
@@ -41,8 +41,8 @@ def calibrate(
     calibration_data=statistics)` takes it.
 
     The model runs in eval mode, on a copy: nothing is written on it. Only sums are kept, float32 at
-        least. In a batch with an
-    "attention_mask", inputs of masked tokens don't count; in gradients the loss says what counts.
+    least. In a batch with an "attention_mask", inputs of masked tokens don't count; in gradients
+    the loss says what counts.
 
     Args:
         model: the frozen base.
@@ -76,7 +76,7 @@ def _recorded(
     batches: Iterable[Any],
     loss_fn: Any,
 ) -> Statistics:
-    """What the sites see, by one pass over the batches."""
+    """What the sites see in one pass over the batches."""
     rows = _directions(cfg, found) if "activity" in needs else {}
     recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs, rows)
     record = Variant(
@@ -105,7 +105,7 @@ def _recorded(
 
 
 def _directions(cfg: AdapterConfig, found: Found) -> dict[str, Tensor]:
-    """{path: (k, d_in)}: the directions whose activity a method chooses by."""
+    """{path: (k, d_in)}: the directions by whose activity a method chooses."""
     variant, made = variant_for(type(cfg)), {}
     assert variant.directions is not None
     for site, module in found:
@@ -118,8 +118,9 @@ def _directions(cfg: AdapterConfig, found: Found) -> dict[str, Tensor]:
 def gather(
     model: nn.Module, variant: Variant, cfg: AdapterConfig, found: Found, data: Any, loss_fn: Any
 ) -> Mapping[str, SiteStatistics]:
-    """What `init` gives a method's start: {path: SiteStatistics}, every site with what it needs;
-    empty if it needs no data.
+    """{path: SiteStatistics}: what `init` gives a method for its start.
+
+    Every site is there with what it needs. The dict is empty if the method needs no data.
 
     Args:
         model: the frozen base.
@@ -130,8 +131,8 @@ def gather(
         loss_fn: as in `calibrate`.
 
     Raises:
-        ConfigError: data is missing, or given to a method that takes none; a site that no batch or
-            no gradient reached.
+        ConfigError: data is missing or given to a method that takes none, or no batch or no
+            gradient reached a site.
     """
     needs = variant.needs_of(cfg) & _DATA
     if not needs and data is None and loss_fn is None:
@@ -229,7 +230,7 @@ def _check_complete(site: Site, seen: SiteStatistics, needs: frozenset[str]) -> 
 
 # ------------------------------------------------------------------------------------- the recorder
 class _Recorder:
-    """The sums as they grow. Its `outputs` is a phase like any method's that returns y itself."""
+    """The sums as they grow. Its `outputs` is a phase like any method's, and returns y itself."""
 
     def __init__(
         self, found: Found, needs: frozenset[str], directions: Mapping[str, Tensor]
@@ -242,7 +243,7 @@ class _Recorder:
         self.gradients = "gradients" in needs
         self.mask: Tensor | None = None
         self.last: tuple[Tensor, int, dict[int, tuple[Moments, Moments]]] | None = None
-        # what backward runs to, so that no .grad is written anywhere
+        # Backward runs to this tensor, so that no .grad is written anywhere.
         self.probe = torch.zeros((), device="cpu", requires_grad=True)
         if "inputs" in needs:
             start: dict[tuple[int, torch.dtype, torch.device], Moments] = {}
@@ -257,11 +258,11 @@ class _Recorder:
                 self.moments[site.path] = start[key]
 
     def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
-        """One batch through the model, and back if gradients are wanted.
+        """Run one batch through the model, and back if gradients are wanted.
 
         Raises:
-            ConfigError: the model can't take the batch, or the loss is no scalar of the chosen
-                layers.
+            ConfigError: the model can't take the batch, or the loss is no scalar that depends on
+                the chosen layers.
         """
         args, kwargs = arguments(copy, batch, loss_fn is not None)
         mask = kwargs.get("attention_mask")
@@ -285,7 +286,7 @@ class _Recorder:
     def outputs(
         self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
     ) -> Tensor:
-        """y, seen."""
+        """Return y, and record what is seen."""
         self.calls[site.path] += 1
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.moments:
@@ -295,7 +296,8 @@ class _Recorder:
         if not self.gradients:
             return y
         y = y + self.probe
-        if y.requires_grad:  # not under a no_grad of the model's own
+        # Under a no_grad of the model's own y doesn't require gradients.
+        if y.requires_grad:
             y.register_hook(self._listener(site, x.detach()))
         return y
 
@@ -304,7 +306,8 @@ class _Recorder:
         version = -1 if x.is_inference() else x._version
         if self.last is None or self.last[0] is not x or self.last[1] != version or version < 0:
             self.last = (x, version, {})
-        # what this very input made of which sums: layers with one input and one past share a sum
+        # `known` holds what this very input made of which sums, because layers that have had the
+        # same inputs share a sum.
         known = self.last[2]
         if id(old) not in known:
             known[id(old)] = (old, old.seeing(self._unmasked(x.detach())))
@@ -369,9 +372,9 @@ def _refuse(
 
 
 def eval_copy(copy: nn.Module, path: str) -> None:
-    """A copy in eval mode, its parameters constants, its buffers its own."""
+    """Put a copy in eval mode, with its parameters as constants and buffers of its own."""
     weight = copy._parameters.get("weight")
-    # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode
+    # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode.
     if weight is None or weight.is_floating_point():
         copy.__dict__["training"] = False
     own_buffers(copy)
@@ -409,7 +412,8 @@ def arguments(
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            if len(args) == 2:  # (input, target), as a DataLoader of pairs gives it
+            # The batch is (input, target), as a DataLoader of pairs gives it.
+            if len(args) == 2:
                 return arguments(model, args[0], False)
             hint = "; a pair is (input, target)" if len(args) > 1 else ""
             what = f"{type(model).__name__}.forward can't take a batch of {_described(batch)}"

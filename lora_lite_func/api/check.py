@@ -1,5 +1,6 @@
-"""check: a dry run on an example that tells what an adapter would miss there. The recorder is an
-adapter that changes nothing.
+"""check: a dry run on an example that tells what an adapter would miss there.
+
+The recorder is an adapter that changes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .report import Report
 __all__ = ["check"]
 
 _COMPUTED = ("weight_g", "weight_v", "weight_orig", "bias_orig")
-"""What torch's older norms compute the weight from, before the layer's own call begins."""
+"""The tensors from which torch's older norms compute the weight, before the layer's call begins."""
 
 
 # ----------------------------------------------------------------------------------------- the verb
@@ -42,11 +43,11 @@ def check(
     """What an adapter reaches and misses on an example: `print(ll.check(model, params, x))`.
 
     Runs copies of the model on the example, in eval mode: nothing is written on it. Tells which
-        sites are never called, or several
-    times, whose weight is read without calling the layer (there the adapter is missed) or is tied
-    to another's, and whether `apply` agrees with `merged`, and from which site on it doesn't. A
-    config, before `init`, is checked for its sites alone. What a method's phases give is held to
-    what `ll.Variant` says of them, so a method of your own is best checked first.
+    sites are never called, or several times, whose weight is read without calling the layer (there
+    the adapter is missed) or is tied to another's, and whether `apply` agrees with `merged`, and
+    from which site on it doesn't. A config, before `init`, is checked for its sites alone. What a
+    method's phases give is held to what `ll.Variant` says of them, so a method of your own is best
+    checked first.
 
     Args:
         model: the frozen base.
@@ -74,7 +75,7 @@ def check(
     recorder = _Recorder({path: here[-1].site for path, here in attachments.items()})
     recorder.not_finite = _not_finite(attachments)
     recorder.run(model, attachments, example)
-    # as `apply` makes it, without the recorder
+    # The output is made as `apply` makes it, without the recorder.
     y = run(copy_tree(model, attachments, eval_copy, refuse=False), example)
     bare = copy_tree(model, {}, eval_copy, refuse=False)
     effect, size, _ = apart(y, run(bare, example))
@@ -82,7 +83,8 @@ def check(
         return recorder.report(model, unmerged="the output holds no floating tensor")
     try:
         dense = merged(model, params)
-    except ConfigError:  # the method's own mistake
+    except ConfigError:
+        # It is the method's own mistake.
         raise
     except LoraLiteError as error:
         return recorder.report(model, effect=effect, unmerged=str(error))
@@ -99,7 +101,7 @@ def check(
 
 
 def _not_finite(attachments: Mapping[str, list[Attachment]]) -> tuple[str, ...]:
-    """The adapters' tensors with NaN or infinity."""
+    """The names of the adapters' tensors that hold NaN or infinity."""
     return tuple(
         f"{path}.{name}" if path else name
         for path, here in attachments.items()
@@ -129,7 +131,7 @@ def _first_apart(
 
 # ------------------------------------------------------------------------------------- the recorder
 class _Recorder(TorchFunctionMode):
-    """Counts the calls of sites, and sees who takes a site's weight from outside its call."""
+    """Counts the calls of sites, and sees what takes a site's weight outside its call."""
 
     def __init__(self, sites: Mapping[str, Site], keep: bool = False) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class _Recorder(TorchFunctionMode):
     def run(
         self, model: nn.Module, attachments: Mapping[str, list[Attachment]], example: Any
     ) -> Any:
-        """The output of the model with the ops in, watched."""
+        """Run the model with the attachments in it, watched, and return its output."""
         record = Variant(
             name="check",
             config=AdapterConfig,
@@ -178,14 +180,14 @@ class _Recorder(TorchFunctionMode):
             return run(tree, example)
 
     def _enter(self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, site: Site) -> Tensor:
-        """A call of the site begins."""
+        """Note that a call of the site begins."""
         self.inside[site.path] += 1
         return x
 
     def _leave(
         self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
     ) -> Tensor:
-        """It ends."""
+        """Note that a call of the site ends."""
         self.inside[site.path] -= 1
         self.calls[site.path] += 1
         if self.keep:
@@ -195,13 +197,18 @@ class _Recorder(TorchFunctionMode):
     def _weight(
         self, cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The site's adapted weight is taken: how often says nothing of how often it is used."""
+        """Note that the site's adapted weight is taken.
+
+        How often it is taken says nothing of how often it is used.
+        """
         self.by_weight[site.path] = None
         return W, b
 
     def _own(self, module: nn.Module, path: str) -> None:
-        """Watch the tensors of a site: objects of their own, so that a use of what is tied to one
-        isn't taken for a use of it.
+        """Watch the tensors of a site.
+
+        They become objects of their own, so that a use of what is tied to one isn't taken for a use
+        of it.
         """
         originals = dict(module._parameters)
         eval_copy(module, path)
@@ -221,7 +228,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):  # what asks for a shape or a dtype uses no weight
+        # A function that gives no tensor asks for a shape or a dtype, and uses no weight.
+        if isinstance(out, Tensor):
             for value in (*args, *(kwargs or {}).values()):
                 if id(value) in self.originals:
                     self.escaped[self.originals[id(value)]] = None
@@ -260,7 +268,9 @@ def _name(func: Any) -> str:
 def _tied(
     model: nn.Module, sites: Mapping[str, Site]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """({site: names of other modules' parameters that are its own}, {site: other paths of its
+    """What is tied to sites, and which sites are shared.
+
+    It is ({site: names of other modules' parameters that are its own}, {site: other paths of its
     module}).
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -284,15 +294,17 @@ def _tied(
     shared = {
         site: tuple(p for p in paths.get(id(modules.get(site)), ()) if p != site) for site in sites
     }
+    # A bare tensor is adapted under each of its names.
     own = {
         site: found for site, found in tied.items() if found and not KINDS[sites[site].kind].bare
-    }  # a bare tensor is adapted everywhere
+    }
     return own, {site: found for site, found in shared.items() if found}
 
 
 def _identity(p: Tensor) -> Any:
-    """What two names of one tensor have in common: its storage, or for tensors without one the
-    object.
+    """What two names of one tensor have in common.
+
+    It is the tensor's storage, or the object for tensors without one.
     """
     try:
         where = p.data_ptr()

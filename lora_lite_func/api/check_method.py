@@ -16,11 +16,12 @@ __all__ = ["verified"]
 
 
 def verified(variant: Variant) -> Variant:
-    """The same method, whose `inputs` and `outputs` have to give what came to them in shape and
-    dtype, and `factors` two factors.
+    """The same method, with phases that are held to what `Variant` says of them.
 
-    Its phases raise ConfigError where they don't, with the site, the phase and what it gave; also
-    where a phase has another signature, or asks for a tensor or an attribute that there isn't.
+    `inputs` and `outputs` have to give what came to them in shape and dtype, and `factors` two
+    factors. Where they don't, the phases raise ConfigError with the site, the phase and what it
+    gave. They also do where a phase has another signature, or asks for a tensor or an attribute
+    that doesn't exist.
     """
     name = variant.name
 
@@ -69,11 +70,8 @@ def _asked(
         return phase(*args)
     except LoraLiteError:
         raise
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-    ) as error:  # the method's own mistakes; an input of a wrong shape isn't one
+    except (TypeError, KeyError, AttributeError) as error:
+        # These are the method's own mistakes; an input of a wrong shape isn't one.
         raise ConfigError(
             f"site {site.path!r}: {name}.{signature}: {type(error).__name__}: {error}"
         ) from error

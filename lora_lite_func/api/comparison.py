@@ -1,4 +1,4 @@
-"""Running a model on an example again and again, and how far apart two outputs are."""
+"""Running a model on an example several times, and how far apart two outputs are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(tree: nn.Module, example: Any) -> Any:
 
 
 def _fresh(value: Any) -> Any:
-    """A copy of the example: a model may write on its inputs, or fill a cache that it is given."""
+    """A copy of the example, because a model may write on its inputs or fill a cache."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if type(value) in (list, tuple):
@@ -31,18 +31,20 @@ def _fresh(value: Any) -> Any:
         return {k: _fresh(v) for k, v in value.items()}
     try:
         return copy.deepcopy(value)
-    except Exception:  # what can't be copied is given as it is
+    except Exception:
+        # What can't be copied is given as it is.
         return value
 
 
 def allowed(eps: float, size: float) -> float:
-    """Half the digits of a dtype, of values of a size."""
+    """The difference that is allowed for values of a size: half the digits of a dtype."""
     return float(eps**0.5 * max(1.0, size))
 
 
 def apart(a: Any, b: Any) -> tuple[float, float, float]:
-    """(largest difference, largest magnitude, coarsest eps) over the floating tensors of two like
-    values; sizes below 0: there are none.
+    """(largest difference, largest magnitude, coarsest eps) over the floating tensors of two trees.
+
+    The two have the same structure. The magnitude is below 0 if they hold no such tensor.
     """
     difference, size, eps = 0.0, -1.0, 0.0
     mine, theirs = list(_tensors(a)), list(_tensors(b))
@@ -63,8 +65,9 @@ def apart(a: Any, b: Any) -> tuple[float, float, float]:
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The floating (and complex) tensors with values in an output: of mappings, sequences,
-    dataclasses and plain objects.
+    """The floating and complex tensors with values in an output.
+
+    The output may hold mappings, sequences, dataclasses and plain objects.
     """
     if isinstance(value, Tensor):
         if (value.is_floating_point() or value.is_complex()) and not value.is_meta:

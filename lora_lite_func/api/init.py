@@ -1,4 +1,4 @@
-"""init: a config and a frozen model give an adapter; targets: which sites that would be."""
+"""init makes an adapter from a config and a model; targets tells which sites it would have."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def init(
     """A new adapter for a model: `params = ll.init(model, ll.LoRAConfig(r=8))`.
 
     Pure: the model, its random state and torch's global one are untouched. A tensor's draw depends
-        on (seed, path, name) alone, so
-    choosing other sites never changes it.
+    on (seed, path, name) alone, so choosing other sites never changes it.
 
     Args:
         model: the frozen base.
@@ -90,9 +89,10 @@ def targets(model: nn.Module, cfg: AdapterConfig) -> tuple[Site, ...]:
 
 @contextmanager
 def _unsurrounded(kinds: set[str]) -> Iterator[None]:
-    """Starts are the same under a caller's autocast or `with torch.device(...)`."""
+    """Make starts independent of a caller's autocast or `with torch.device(...)`."""
     with ExitStack() as stack:
-        if torch.empty(0).device.type != "cpu":  # only then: it slows every call of torch
+        # The device is set only where it has to be, because it slows every call of torch.
+        if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in sorted(kinds | {"cpu"}):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -101,8 +101,9 @@ def _unsurrounded(kinds: set[str]) -> Iterator[None]:
 
 
 class _Home(NamedTuple):
-    """Where a site's tensors go, and the copies made so far of frozen starts, {what was copied to
-    where: (it, its copy)}.
+    """Where a site's tensors go, and the copies of frozen starts that were made so far.
+
+    `copies` is {what was copied to where: (the original, its copy)}.
     """
 
     device: torch.device
@@ -110,8 +111,9 @@ class _Home(NamedTuple):
     copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]]
 
     def copy(self, value: Tensor, dtype: torch.dtype, frozen: bool) -> Tensor:
-        """A clone of its own, as trainable tensors must not share storage; sites with one frozen
-        start have one clone.
+        """A clone of a start, because trainable tensors must not share storage.
+
+        Sites that share one frozen start share one clone.
         """
         key = (id(value), self.device, dtype)
         if frozen and key in self.copies and self.copies[key][0]() is value:
@@ -133,8 +135,9 @@ def _start(
     seed: int,
     seen: SiteStatistics | None,
 ) -> dict[str, Tensor]:
-    """The first tensors of a site, on the device of its weight; of a stack, one start per weight,
-    with draws of its own.
+    """The first tensors of a site, on the device of its weight.
+
+    A stack of weights has one start per weight, with draws of its own.
     """
     specs = _specs(variant, cfg, site)
     W = None
@@ -165,8 +168,9 @@ def _generator(seed: int, site: Site, i: int, name: str) -> torch.Generator:
 
 
 def _home(site: Site, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a site computes and in which dtype; a whole module as its first floating parameter
-    says.
+    """Where a site computes, and in which dtype.
+
+    For a whole module its first floating parameter tells it.
     """
     if not KINDS[site.kind].listed:
         name = module_and_name(site)[1]

@@ -1,4 +1,4 @@
-"""merge, merged: the dense weights with an adapter in. Nothing here writes on the model."""
+"""merge and merged: the dense weights with an adapter in them. Nothing here writes on the model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         )
         W, b = merge_site(module, attachments, _plain(module, name), bias)
         prefix = home + "." if home else ""
-        # stored as the base's is, which files ask for
+        # The weight is stored as the base's is, because files need that.
         own = own_tensor(module, name)
         plain = own is None or is_packed(own) or own.is_contiguous()
         merged_tensors[prefix + name] = W.contiguous() if plain else W
@@ -95,9 +95,10 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
         "use ll.functional_call(model, (), args, base=ll.merge(model, params)), or ll.apply",
     )
     new = merge(model, params, dequantize=dequantize)
+    # Tied parameters stay tied.
     for path, others in tied_names(
         model, (attachments[-1].site for attachments in attachments_of(params).values())
-    ).items():  # tied ones stay tied
+    ).items():
         new |= {site.path: new[path] for site in others}
     kept: dict[int, nn.Parameter] = {}
     made: Any = copy_tree(model, {}, Frozen(keep_flags=True))
@@ -125,8 +126,9 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
 
 
 def _tell_untied(made: Any, model: Any) -> None:
-    """A config that says that the head is the table, where merging has given each its own, says so
-    no longer: what loads the saved model would believe it. The base's config is left alone.
+    """Correct a config that says that the head is the table, where merging has untied them.
+
+    What loads the saved model would believe the config. The base's config isn't changed.
     """
     config = getattr(made, "config", None)
     table, head = (getattr(embeddings_of(made, end), "weight", None) for end in ("input", "output"))
@@ -143,8 +145,9 @@ def _tell_untied(made: Any, model: Any) -> None:
 
 
 def _plain(module: Any, name: str) -> Tensor:
-    """A parameter's values as a plain tensor, a packed one's in the dtype that its layer computes
-    in.
+    """A parameter's values as a plain tensor.
+
+    The values of a packed parameter are in the dtype in which its layer computes.
     """
     if name in module._buffers:
         buffer: Tensor = module._buffers[name]
@@ -156,7 +159,7 @@ def _plain(module: Any, name: str) -> Tensor:
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """The tree with a module at a path, wherever the one that was there is."""
+    """Put a module at a path of the tree, wherever the module that was there is."""
     if not path:
         return module
     old = root.get_submodule(path)

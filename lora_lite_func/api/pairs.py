@@ -29,11 +29,13 @@ class PairRecorder:
         self.mask: Tensor | None = None
 
     def step(self, copy: nn.Module, batch: Any, loss_fn: Any) -> None:
-        """One batch (positive, negative), each of what the model takes, row k of the one the
-        counterpart of row k of the other.
+        """Run one batch of pairs, (positive, negative), through the model.
+
+        Each side is what the model takes. Row k of one side is the counterpart of row k of the
+        other.
 
         Raises:
-            ConfigError: no pair, or sides of different numbers of rows.
+            ConfigError: the batch is no pair, or its sides have different numbers of rows.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ConfigError(
@@ -60,13 +62,19 @@ class PairRecorder:
     def outputs(
         self, cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
     ) -> Tensor:
-        """y, the last token of x seen."""
+        """Return y, and record the last token of x."""
         self.calls[site.path] += 1
         self.points[site.path] = self._last(x.detach(), site.path)
         return y
 
     def _last(self, x: Tensor, path: str) -> Tensor:
-        """(n, d_in): of x (n, T, d_in) the last token that isn't padding; x (n, d_in) as it is."""
+        """The last token that isn't padding, (n, d_in), of x (n, T, d_in).
+
+        An x (n, d_in) is returned as it is.
+
+        Raises:
+            UnsupportedError: x has another number of dimensions.
+        """
         if x.ndim not in (2, 3):
             raise UnsupportedError(
                 f"site {path!r}: expected inputs (n, tokens, d_in) or (n, d_in), found shape "
@@ -76,7 +84,8 @@ class PairRecorder:
             tokens = x.shape[1]
             if self.mask is not None and self.mask.shape == x.shape[:2]:
                 places = torch.arange(1, tokens + 1, device=self.mask.device)
-                where = (self.mask * places).argmax(1)  # the last that counts
+                # The largest place that isn't masked is the last token that counts.
+                where = (self.mask * places).argmax(1)
                 x = x[torch.arange(len(x), device=x.device), where.to(x.device)]
             else:
                 x = x[:, -1]

@@ -1,4 +1,4 @@
-"""Per-sample gradients: the base runs once on the batch, each row has the leaves to itself."""
+"""Per-sample gradients: the base runs once on the batch, and each row has leaves of its own."""
 
 from __future__ import annotations
 

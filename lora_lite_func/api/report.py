@@ -1,4 +1,4 @@
-"""What a dry run found, as a value that prints."""
+"""What a dry run found, as a value that prints itself."""
 
 from __future__ import annotations
 
@@ -60,20 +60,21 @@ class Report:
 
     @property
     def repeated(self) -> dict[str, int]:
-        """{site: times} of those called more than once."""
+        """{site: times}, for the sites that were called more than once."""
         return {path: count for path, count in self.calls.items() if count > 1}
 
     @property
     def agrees(self) -> bool:
-        """apply and merged agree, as far as they were compared."""
+        """Whether apply and merged agree, as far as they were compared."""
         return (
             self.difference is None or self.tolerance is None or self.difference <= self.tolerance
         )
 
     @property
     def tells(self) -> bool:
-        """The comparison would have seen a missed adapter: what the adapter does is larger than
-        what rounding may do.
+        """Whether the comparison would have seen a missed adapter.
+
+        It would where the adapter's effect is larger than what rounding may do.
         """
         return (
             self.effect is not None and self.tolerance is not None and self.effect > self.tolerance
@@ -81,15 +82,15 @@ class Report:
 
     @property
     def finite(self) -> bool:
-        """The adapter's tensors are numbers, and so are the outputs with it in, where the base's
-        are.
-        """
+        """Whether the adapter's tensors are finite, and so are its outputs where the base's are."""
         return not self.not_finite and (self.effect is None or math.isfinite(self.effect))
 
     @property
     def ok(self) -> bool:
-        """Every site was reached, none in a way that misses its adapter, apply and merged agree,
-        and nothing is NaN or infinite by the adapter.
+        """Whether the adapter is in everywhere and does no harm.
+
+        Every site was reached, none in a way that misses its adapter, apply and merged agree, and
+        the adapter makes nothing NaN or infinite.
         """
         reached = not self.uncalled and not self.reads and not self.escaped
         return reached and self.agrees and self.finite

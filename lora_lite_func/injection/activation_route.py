@@ -1,5 +1,6 @@
-"""The activation route: one adapter's phases around what is underneath, and what of them a prepared
-model makes once.
+"""The activation route: the phases of adapters around what is underneath.
+
+It also makes what a prepared model's phases need in every call, once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def on_input(self: Any, x: Any) -> Any:
-    """`forward` of a layer that takes its input alone."""
+    """`forward` of a layer that takes only its input."""
     attachments = self._ll.attachments
     return on_stand_in(
         self, self._ll_base, lambda layer, call: _on_input(attachments, call, layer, x)
@@ -60,7 +61,8 @@ def _around(
     if len(args) == 1 and not kwargs:
         return _on_input(attachments, layer, module, args[0])
     if not args and not kwargs:
-        return layer()  # to say itself what is missing
+        # The layer itself says what is missing.
+        return layer()
     if args:
         rest = args[1:]
         return _on_input(attachments, lambda x: layer(x, *rest, **kwargs), module, args[0])
@@ -71,9 +73,10 @@ def _around(
 def _on_input(
     attachments: Sequence[Attachment], frozen: Callable[[Any], Any], module: Any, x: Any
 ) -> Any:
-    """All phases, for an input that the layer itself would take.
+    """Run all phases, for an input that the layer itself would take.
 
-    Where no phase comes before the layer, the layer says itself what is wrong with a plain tensor.
+    Where no phase comes before the layer, a plain tensor isn't checked, because the layer itself
+    says what is wrong with it.
     """
     plain = type(x) is Tensor and not x.is_nested and x.layout is torch.strided
     if plain and len(attachments) == 1:
@@ -86,11 +89,11 @@ def _on_input(
 def _on_checked(
     attachments: Sequence[Attachment], frozen: Callable[[Any], Any], module: Any, x: Any
 ) -> Any:
-    """All phases, after a look at the input.
+    """Run all phases, after a check of the input.
 
     Raises:
-        StructureError: its last dimension isn't the layer's, and the layer doesn't say so.
-        UnsupportedError: it is sparse or nested in a way that the phases can't take.
+        StructureError: the input's last dimension isn't the layer's, and the layer doesn't say so.
+        UnsupportedError: the input is sparse or nested in a way that the phases can't take.
     """
 
     def call(x: Any) -> Any:
@@ -98,14 +101,17 @@ def _on_checked(
 
     site = attachments[-1].site
     if KINDS[site.kind].listed:
-        return call(x)  # a whole module: its phase acts on what it gives
+        # The phase of a whole module acts on what the module gives.
+        return call(x)
     if not isinstance(x, Tensor):
-        frozen(x)  # the layer's own error
+        # The layer raises its own error.
+        frozen(x)
         return call(x)
     if x.is_nested:
         return by_values(x, attachments, call)
     if site.kind == "linear" and not _fits(x, site):
-        frozen(x)  # likewise: a phase might broadcast such an input
+        # The layer raises its own error first; a phase might broadcast such an input.
+        frozen(x)
         raise StructureError(
             f"site {site.path!r}: expected real numbers (..., {site.d_in}), found "
             f"{tuple(x.shape)}, {x.dtype}"
@@ -123,7 +129,10 @@ def _on_checked(
 
 
 def _fits(x: Tensor, site: Site) -> bool:
-    """Whether x is (..., d_in), of real numbers; torch.jit.trace has no numbers to ask."""
+    """Whether x is (..., d_in), of real numbers.
+
+    Under torch.jit.trace it is always true, because there are no numbers to compare.
+    """
     if is_traced():
         return True
     return x.ndim > 0 and x.shape[-1] == site.d_in and not x.dtype.is_complex
@@ -143,12 +152,13 @@ def phases(
     module: Any,
     x: Tensor,
 ) -> Any:
-    """The layer as its first `count` adapters leave it; a later one is outside an earlier one, as
-    merging in order would have it.
+    """The layer's output with its first `count` adapters in.
+
+    A later adapter is outside an earlier one, as merging in order would have it.
 
     Raises:
         UnsupportedError: the layer's call gives something else than a tensor.
-        StructureError: a row's adapter is asked for, and the input's leading dimension isn't the
+        StructureError: rows have adapters of their own, and the input's leading dimension isn't the
             rows.
     """
     if count == 0:
@@ -173,9 +183,8 @@ def phases(
     y = frozen(inner) if count == 1 else phases(attachments, count - 1, frozen, module, inner)
     if variant.outputs is None:
         return y
-    if KINDS[
-        site.kind
-    ].listed:  # a whole module: what comes to the phase is where its hidden state has the prompt
+    # The phase of a whole module gets, for x, where the hidden state has the prompt.
+    if KINDS[site.kind].listed:
         h, put, x = _hidden(module, attachment, y, x)
         return put(variant.outputs(cfg, p, d, x, h, site))
     if not isinstance(y, Tensor):
@@ -193,7 +202,7 @@ def phases(
 def _prepare(
     attachments: Sequence[Attachment], under: int, module: Any, p: Params, site: Site, device: str
 ) -> Any:
-    """What a method's phases share, of the adapter with `under` others before it."""
+    """What `prepare` gives for the adapter that has `under` others before it."""
     variant, cfg = attachments[under].variant, attachments[under].cfg
     assert variant.prepare is not None
     layer = FrozenLayer(attachments, under, module, p, phases)
@@ -201,7 +210,7 @@ def _prepare(
 
 
 def get_ready(site: Any) -> None:
-    """Make once what a bound site's adapters need in every call, of their present tensors."""
+    """Make once what a bound site's adapters need in every call, from their present tensors."""
     keep(site, on_stand_in(site, site._ll_base, lambda layer, call: _all_made(layer)))
 
 
@@ -236,7 +245,7 @@ def _rows(
     module: Any,
     x: Tensor,
 ) -> Any:
-    """`phases` where the outermost adapter is another one for each row."""
+    """`phases` where each row has an outermost adapter of its own."""
     attachment = attachments[count - 1]
     p = tensors_at(attachment, module)
     layer = FrozenLayer(attachments, count - 1, module, p, phases)
@@ -254,8 +263,9 @@ def _rows(
 def _hidden(
     module: Any, attachment: Attachment, y: Any, x: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Any], Tensor]:
-    """(what the phase changes, how to put it back, what it gets for x) of a layer's output: of a
-    whole module's its hidden state.
+    """(what the phase changes, how to put it back, what it gets for x), from a layer's output.
+
+    Of a whole module, the phase changes the hidden state in its output.
     """
     if not KINDS[attachment.site.kind].listed:
         return y, lambda h: h, x

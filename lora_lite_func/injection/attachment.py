@@ -1,6 +1,4 @@
-"""One adapter at one site: where its tensors are, and the dense weight that it makes of the
-layer's.
-"""
+"""One adapter at one site, and where its tensors are."""
 
 from __future__ import annotations
 
@@ -20,13 +18,15 @@ __all__ = ["Attachment", "everywhere"]
 
 
 class Attachment(NamedTuple):
-    """One adapter at one site. `p` is None where the site itself holds the tensors (a bound model):
-    its `slot`-th child.
+    """One adapter at one site.
 
-    `prompt` is what the call knows of its prompt, where the site is a whole module; None in a bound
-    model, whose calls tell it. With a `plan` the tensors are a stack's, and each row of the batch
-    has its own member. `here` () bool, where it isn't None, says whether there is one: for a row of
-    which that isn't known.
+    `p` is None where the site itself holds the tensors (a bound model): they are in its `slot`-th
+    child.
+
+    `prompt` is what the call knows of its prompt, where the site is a whole module. It is None in a
+    bound model, whose calls tell it. With a `row_plan` the tensors are those of a stack, and each
+    row of the batch has its own member. `here` is a () bool where it isn't None: it says whether
+    the row has an adapter at all, for a row of which that isn't known beforehand.
     """
 
     variant: Variant
@@ -43,7 +43,7 @@ class Attachment(NamedTuple):
 def everywhere(
     model: nn.Module, sites: Mapping[str, Sequence[Attachment]]
 ) -> Mapping[str, Sequence[Attachment]]:
-    """The adapters by path, those of tied bare parameters under each of their names."""
+    """The adapters by path, with those of tied bare parameters under each of their names."""
     more = tied_names(model, (attachments[-1].site for attachments in sites.values()))
     if not more:
         return sites

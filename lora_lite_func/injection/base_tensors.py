@@ -21,8 +21,8 @@ class BaseTensors(Protocol):
     """What a tree has in place of the base's tensors.
 
     Attributes:
-        kept: the tree lives longer than a call, so it has configs and hooks on state dicts of its
-            own.
+        kept: whether the tree lives longer than a call, so that it has configs and state dict hooks
+            of its own.
     """
 
     kept: bool
@@ -31,12 +31,16 @@ class BaseTensors(Protocol):
         """Replace the parameters and buffers that the copy of a module has from the base."""
 
     def beside(self, tensor: Tensor, training: bool) -> Tensor:
-        """What stands for a tensor that a module in training mode or not holds beside these."""
+        """What stands for a tensor that a module holds beside its parameters and buffers.
+
+        Args:
+            tensor: the module's tensor.
+            training: whether the module is in training mode.
+        """
 
 
 class Constants:
-    """What a copy holds in `apply`: the base's own tensors as constants, or those of `base` in
-    their place.
+    """What a copy holds in `apply`: the base's own tensors as constants, or those of `base`.
 
     Args:
         base: {full name: tensor} to use instead of the model's own; gradients reach these.
@@ -74,7 +78,7 @@ class Constants:
                 buffers[name] = b.detach()
 
     def _replace(self, copy: nn.Module, path: str) -> set[str]:
-        """Put those of `base` in; the names that it gave."""
+        """Put the tensors of `base` in, and return the names that it gave."""
         given = set()
         for tensors in (copy._parameters, copy._buffers):
             held: dict[str, Any] = tensors
@@ -94,11 +98,12 @@ class Constants:
 
 
 class Frozen:
-    """What a kept copy holds: new parameters on the base's storage that don't require gradients
-    (tied ones stay tied), and its own buffers.
+    """What a kept copy holds: parameters on the base's storage, and buffers of its own.
+
+    The parameters are new and don't require gradients. Tied ones stay tied.
 
     Args:
-        keep_flags: parameters require gradients where the base's do.
+        keep_flags: whether parameters require gradients where the base's do.
     """
 
     kept = True
@@ -126,7 +131,7 @@ class Frozen:
 
 
 def _parameter(p: Tensor, requires_grad: bool) -> Tensor:
-    """A parameter of the same class on the same storage, with the attributes of the first."""
+    """A parameter of the same class, on the same storage and with the same attributes."""
     if type(p) is nn.Parameter or is_wrapper(p):
         made: Tensor = nn.Parameter(p.detach(), requires_grad=requires_grad)
     else:
@@ -137,7 +142,7 @@ def _parameter(p: Tensor, requires_grad: bool) -> Tensor:
 
 
 def _clone(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
-    """A tensor of the tree's own, the same wherever the base has the same."""
+    """A tensor of the tree's own, the same one wherever the base has the same one."""
     found = made.get(id(tensor))
     if found is None:
         found = made[id(tensor)] = tensor.detach().clone()
@@ -145,8 +150,9 @@ def _clone(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
 
 
 def _packed_buffers(copy: Any) -> tuple[str, ...]:
-    """The buffers of a quantised layer that hold its weight: no call writes on them, and copying
-    them would cost what packing saves.
+    """The buffers of a quantised layer that hold its weight.
+
+    No call writes on them, and to copy them would cost what packing saves.
     """
     if "weight" in copy._parameters or not isinstance(getattr(copy, "in_features", None), int):
         return ()
@@ -159,15 +165,17 @@ def _packed_buffers(copy: Any) -> tuple[str, ...]:
 
 
 def constant(parameter: Tensor, copy: nn.Module) -> Tensor:
-    """A parameter's values without its gradient: the same storage."""
-    if "_hf_hook" in copy.__dict__:  # accelerate rebuilds the parameter from its class
+    """A parameter's values without its gradient, on the same storage."""
+    # Accelerate rebuilds the parameter from its class, so it has to be a parameter.
+    if "_hf_hook" in copy.__dict__:
         return nn.Parameter(parameter.detach(), requires_grad=False)
     return parameter.detach()
 
 
 def own_bias(copy: nn.Module) -> None:
-    """A packed layer may cast its bias in place to what comes in (bitsandbytes): let it be a tensor
-    of the copy's own.
+    """Give the copy of a packed layer a bias of its own.
+
+    A packed layer may cast its bias in place to the dtype of its input (bitsandbytes).
     """
     parameters: dict[str, Any] = copy._parameters
     W, b = parameters.get("weight"), parameters.get("bias")
@@ -176,7 +184,10 @@ def own_bias(copy: nn.Module) -> None:
 
 
 def own_buffers(copy: nn.Module) -> None:
-    """Clone what a forward may write in place: statistics, counters, masks, no packed weights."""
+    """Clone the buffers that a forward may write on: statistics, counters and masks.
+
+    Buffers that hold a packed weight are not cloned.
+    """
     weights, made = _packed_buffers(copy), dict[int, Tensor]()
     for name, b in copy._buffers.items():
         if b is not None and name not in weights:

@@ -1,5 +1,6 @@
-"""Where the rows of a batch are in what comes to a module's call, and in what leaves it: told by
-its class, or by shapes, or refused.
+"""Where the rows of a batch are in what comes to a module's call and in what leaves it.
+
+The module's class tells it, or the shapes do. Where neither does, the call is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from ..kernels.row_plan import not_rows
 __all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-"""What may come to a call and leave it beside tensors, the same for all rows."""
+"""Types that may come to a call and leave it beside tensors; they are the same for all rows."""
 
 
 class Axis(NamedTuple):
-    """Where a tensor has its rows: in which dimension, and how many entries are one row's."""
+    """Where a tensor has its rows: in which dimension, and how many entries belong to one row."""
 
     dim: int = 0
     each: int = 1
@@ -120,8 +121,10 @@ def _of_recurrent(
 
 
 def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
-    """Torch's layers take rows first in every tensor. Of a stranger the first tensor does; another
-    may be shared by all rows.
+    """Where the arguments of any other module have their rows.
+
+    Torch's layers take rows first in every tensor. An unknown module takes them first in its first
+    tensor, and all rows may share another one.
     """
     tensors = [t for t in flat if isinstance(t, Tensor)]
     odd = next((value for value in flat if not isinstance(value, (Tensor, *PLAIN))), None)
@@ -152,7 +155,7 @@ _LEAVE = "leave it out with exclude_names, or call the model once per adapter"
 
 
 def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
-    """Where a further tensor of an unknown module has its rows, x (rows, ...) being the first."""
+    """Where a further tensor of an unknown module has its rows; x (rows, ...) is the first one."""
     if t.ndim == 0 or (t.shape[0] == 1 != rows):
         return None
     inner = t.shape[0] in x.shape[1:]
@@ -167,8 +170,9 @@ def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
 
 
 def _least(module: Any) -> int:
-    """How many dimensions an input with rows has at least, where the module's class is known; 0 for
-    a stranger's.
+    """How many dimensions an input with rows has at least.
+
+    It is known for torch's own classes, and 0 for an unknown one.
     """
     match module:
         case nn.modules.conv._ConvNd():

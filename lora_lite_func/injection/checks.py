@@ -43,11 +43,12 @@ def check_bias(module: Any, attachment: Attachment, b: Tensor | None) -> None:
 
 
 def check_dropout(module: Any, attachments: Iterable[Attachment]) -> None:
-    """Refuse to leave dropout out of training where a weight stands for the method: there is no
-        branch whose input could be dropped.
+    """Refuse to leave dropout out of training where a weight stands for the method.
+
+    There is no branch then whose input could be dropped.
 
     Raises:
-        UnsupportedError: with the field that asks for it.
+        UnsupportedError: a method asks for dropout; the message names the field.
     """
     for attachment in attachments if module.training else ():
         if dropout_of(attachment.cfg):
@@ -63,7 +64,7 @@ def check_dense(attachment: Attachment) -> None:
     """Refuse a method that no weight can stand for, and rows, which one weight can't serve.
 
     Raises:
-        UnsupportedError: it has no dense equivalent, or another adapter for each row.
+        UnsupportedError: the method has no dense equivalent, or each row has another adapter.
     """
     if attachment.variant.weight is None and not attachment.variant.has_phases:
         raise UnsupportedError(
@@ -84,7 +85,7 @@ def check_dense(attachment: Attachment) -> None:
 
 
 def no_module(model: nn.Module, path: str) -> StructureError:
-    """The error for a site that the model hasn't."""
+    """The error for a site that isn't in the model."""
     known = [name for name, _ in model.named_modules(remove_duplicate=False)]
     return StructureError(
         f"the model ({type(model).__name__}) has no module at site {path!r}; {nearest(path, known)}"
@@ -92,6 +93,11 @@ def no_module(model: nn.Module, path: str) -> StructureError:
 
 
 def check_substitutable(module: Any, path: str, name: str) -> None:
+    """Refuse a tensor in whose place an adapted one can't be put.
+
+    Raises:
+        UnsupportedError: the tensor is computed, packed or offloaded.
+    """
     tensor = own_tensor(module, name)
     what = f"{path!r} ({type(module).__name__}): its {name}"
     if tensor is None:
@@ -100,7 +106,8 @@ def check_substitutable(module: Any, path: str, name: str) -> None:
             f"first ({how_to_bake(module, name)})"
         )
     if name in module._buffers:
-        return  # a counter may be of integers
+        # A buffer may hold integers, as a counter does.
+        return
     if is_packed(tensor):
         raise UnsupportedError(
             f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; "
@@ -117,7 +124,7 @@ def check_site(module: Any, site: Site) -> None:
     """Refuse a module that isn't what the adapter was made for.
 
     Raises:
-        StructureError: with what was expected and found.
+        StructureError: the module differs; the message says what was expected and found.
     """
     wrong = misfit(site, module)
     if wrong is not None:
@@ -130,8 +137,8 @@ def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
     """Refuse a layer whose weight isn't a plain floating parameter.
 
     Raises:
-        UnsupportedError: it is packed (and isn't to be dequantised), computed by a parametrization,
-            offloaded, or its layer does more than multiply by it.
+        UnsupportedError: the weight is packed (and isn't to be dequantised), computed by a
+            parametrization, or offloaded, or the layer does more than multiply by it.
     """
     path, name = module_and_name(site)
     if module._buffers.get(name) is not None:

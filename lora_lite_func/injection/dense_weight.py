@@ -1,4 +1,4 @@
-"""The dense weight that adapters make of a layer's."""
+"""The dense weight that adapters make of a layer's weight."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ __all__ = ["merge_site"]
 def merge_site(
     module: Any, attachments: Iterable[Attachment], W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight (as it is stored) and bias with the adapters in, summed in float32 at least,
-    returned in the weight's dtype.
+    """The weight (as it is stored) and the bias of a site, with the adapters in them.
+
+    The sums are taken in float32 at least, and returned in the weight's dtype.
 
     Raises:
         UnsupportedError: a method has no dense equivalent, or the weight isn't at hand (packed,
             offloaded).
     """
-    if autocasts(W.device.type):  # merging isn't the layer's call
+    # Autocast is meant for the layer's call, and merging isn't one.
+    if autocasts(W.device.type):
         with torch.autocast(W.device.type, enabled=False):
             return merge_site(module, attachments, W, b)
     dtype = W.dtype
     core = torch.promote_types(dtype, torch.float32)
-    start = None if b is None else b.to(core).reshape(-1)  # a norm's may have several dimensions
+    # The bias of a norm may have several dimensions.
+    start = None if b is None else b.to(core).reshape(-1)
     new, bias = W.to(core), start
     for attachment in attachments:
         check_dense(attachment)
@@ -53,7 +56,8 @@ def merge_site(
             )
         new, bias = M, moved
     if KINDS[attachment.site.kind].one_hot:
-        if bias is not None:  # every row has it: a one-hot vector's entries sum to one
+        # The bias goes into every row of the table, as the entries of a one-hot vector sum to 1.
+        if bias is not None:
             new, bias = (
                 restored(matrix(new, attachment.site) + bias[:, None], new, attachment.site),
                 None,
@@ -79,11 +83,11 @@ def _dense(
 
 
 def _checked(attachment: Attachment, made: Any, M: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a variant's `weight` gave, if it is the dense equivalent that it should be.
+    """What a variant's `weight` gave, once it is known to be a valid dense equivalent.
 
     Raises:
-        ConfigError: another type or shape.
-        UnsupportedError: a bias where none can be.
+        ConfigError: it has another type or shape.
+        UnsupportedError: it has a bias where there can be none.
     """
     where, size = f"{attachment.site.path!r}: {attachment.variant.name}", M.shape[:1]
     if not isinstance(made, tuple) or len(made) != 2:

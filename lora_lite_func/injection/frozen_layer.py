@@ -1,5 +1,6 @@
-"""What a method may see of the layer underneath it: of the frozen layer, or of that with other
-adapters in.
+"""What a method may see of the layer underneath it.
+
+That is the frozen layer, or the frozen layer with other adapters in it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ __all__ = ["FrozenLayer"]
 
 
 class FrozenLayer:
-    """What `prepare` may see of the layer underneath an adapter: its bias, and its product without
-    the bias.
+    """What `prepare` may see of the layer underneath an adapter.
+
+    It sees the layer's bias, and its product without the bias.
     """
 
     __slots__ = ("attachments", "count", "module", "p", "phases")
@@ -47,7 +49,7 @@ class FrozenLayer:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has a dense weight at hand and no other adapters inside."""
+        """Whether the layer has a dense weight at hand and no other adapters inside."""
         weight: Any = getattr(self.module, "weight", None)
         dense = (
             type(weight) in (Tensor, nn.Parameter)
@@ -58,7 +60,9 @@ class FrozenLayer:
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)  # a linear-like layer needn't have the attribute
+        """The layer's bias with the adapters inside; None where it has none."""
+        # A linear-like layer needn't have the attribute.
+        bias = getattr(self.module, "bias", None)
         if self.count == 0 and (bias is None or not bias.is_meta):
             return bias
         if KINDS[self.attachments[0].site.kind].one_hot:
@@ -70,9 +74,14 @@ class FrozenLayer:
 
     @property
     def is_changed(self) -> bool:
+        """Whether adapters are inside, or the layer has another weight than the base's own."""
         return self.count > 0 or bool(self.module._ll.rebased)
 
     def current_weight(self) -> Tensor:
+        """The dense weight (d_out, d_in) with the adapters inside.
+
+        Where there is no dense weight at hand, it is what the layer makes of the unit vectors.
+        """
         weight, site = getattr(self.module, "weight", None), self.attachments[0].site
         inside = self.attachments[: self.count]
         mergeable = all(a.variant.weight is not None and a.row_plan is None for a in inside)
@@ -85,10 +94,16 @@ class FrozenLayer:
 
     @property
     def training(self) -> bool:
+        """Whether the layer is in training mode."""
         return bool(self.module.training)
 
     @property
     def weight(self) -> Tensor:
+        """The dense weight (d_out, d_in) of the layer, dequantised where it is packed.
+
+        Raises:
+            UnsupportedError: there is none at hand, or other adapters are inside.
+        """
         weight: Tensor = self.module.weight
         site = self.attachments[0].site
         if self.count == 0 and is_packed(weight) and not weight.is_meta:
@@ -108,6 +123,7 @@ class FrozenLayer:
         return matrix(weight, site)
 
     def linear(self, x: Tensor) -> Tensor:
+        """The layer's product x W^T without its bias."""
         weight = self.module.weight
         if self.is_plain:
             return F.linear(x.to(weight.dtype), matrix(weight, self.attachments[0].site))
@@ -118,10 +134,11 @@ class FrozenLayer:
                 else weight
             )
             return F.linear(x, matrix(table, self.attachments[0].site).to(x.dtype))
+        # The layer is quantised or offloaded, or has other adapters inside, so it is called.
         y, bias = (
             self._call(x),
             self.bias,
-        )  # a quantised or offloaded layer, or one with other adapters inside: probe its call
+        )
         return y if bias is None else y - bias.to(y.dtype)
 
     def _call(self, x: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ __all__ = ["hidden_state"]
 def hidden_state(output: Any, path: str, width: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The hidden state (..., width) in a module's output, and how to put another in its place.
 
-    A tensor is one itself; of a tuple, a list or a mapping (a transformers ModelOutput too) it is
-    the first member.
+    An output that is a tensor is the hidden state itself. In a tuple, a list or a mapping (such as
+    a transformers ModelOutput) it is the first member.
 
     Raises:
-        UnsupportedError: there is none; with the path.
+        UnsupportedError: there is no hidden state; the message names the path.
     """
     if isinstance(output, Tensor):
         return _checked(output, path, width), lambda h: h
@@ -39,7 +39,7 @@ def hidden_state(output: Any, path: str, width: int) -> tuple[Tensor, Callable[[
 
 
 def _with_item(output: Any, name: Any, h: Tensor) -> Any:
-    """A mapping of the same kind with another item: a ModelOutput is rebuilt from its fields."""
+    """A mapping of the same kind with another item; a ModelOutput is rebuilt from its fields."""
     items = {**dict(output.items()), name: h}
     return items if type(output) is dict else type(output)(**items)
 

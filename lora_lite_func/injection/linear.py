@@ -1,8 +1,9 @@
-"""The shortest way through a plain linear layer with one adapter in.
+"""The shortest way through a plain linear layer with one adapter in it.
 
-`choose` picks a step when the site is made; each step serves the calls in which nothing but W, the
-bias and the adapter takes part, and leaves the others to the phases (None). The forms of a low-rank
-update are equal; each is there for what it saves (see kernels/low_rank_fused.py for the numbers).
+`choose` picks a step when the site is made. A step serves the calls in which only W, the bias and
+the adapter take part. It returns None for other calls, which are left to the phases. The forms of a
+low-rank update give equal results; each exists for what it saves (see kernels/low_rank_fused.py for
+the numbers).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
 
 
 def forward(self: Any, input: Tensor) -> Any:
-    """nn.Linear's own call with the adapters in."""
+    """nn.Linear's own call with the adapters in it."""
     step = self._ll.step
     if step is not None and not torch.compiler.is_dynamo_compiling():
         made = step(self, input)
@@ -70,12 +71,14 @@ def _operands(module: Any, x: Any, way: str | None) -> tuple[Tensor, Tensor | No
     if not x.numel() or x.layout is not torch.strided or W.layout is not torch.strided:
         return None
     if not x.ndim or x.shape[-1] != W.shape[1]:
-        return None  # the layer itself says what is wrong
+        # The layer itself says what is wrong.
+        return None
     if torch.is_grad_enabled():
         if W.requires_grad or (b is not None and b.requires_grad):
             return None
         if torch.is_inference_mode_enabled():
-            return None  # a function would keep tensors, which plain calls don't there
+            # An autograd function would keep tensors here, and plain calls don't.
+            return None
     return W, b
 
 
@@ -94,7 +97,8 @@ class LowRankStep:
         graph = torch.is_grad_enabled()
         dropout = attachment.dropout if module.training else 0.0
         if graph and way == "grad" and not dropout:
-            return None  # a function costs more there than it saves
+            # An autograd function costs more here than it saves.
+            return None
         A, B, s = self._factors(module)
         if type(s) is not float or A.dtype is not x.dtype or B.dtype is not x.dtype:
             return None
@@ -131,7 +135,7 @@ class LowRankStep:
 
 @dataclass(frozen=True, eq=False)
 class RowsStep:
-    """A low-rank update of which each row of the batch has its own."""
+    """A low-rank update in which each row of the batch has an adapter of its own."""
 
     attachment: Attachment
 
@@ -167,7 +171,7 @@ def _by_rows(
     graph = torch.is_grad_enabled()
     q, site = unfolded(p, attachment.site)
     A, B, s = attachment.variant.low_rank_factors(attachment.cfg, q, site)
-    # only a factor pair as it is stored has zeros behind a shorter member's ranks
+    # Only a factor pair as it is stored has zeros behind the ranks of a shorter member.
     banded = attachment.row_plan.ranks is not None and A.shape[1] == site.r
     layout = attachment.row_plan.layout(x, site.path, in_place=True, banded=banded)
     segments = layout.segments
@@ -197,11 +201,13 @@ class DenseStep:
             return None
         W, b = operands
         if x.numel() <= W.shape[1]:
-            return None  # W' costs more than any phases on one row
+            # On one row, W' costs more than any phases.
+            return None
         variant, cfg, site = attachment.variant, attachment.cfg, attachment.site
         p = tensors_at(attachment, module)
         if any(t.dtype != x.dtype for t in p.values()):
-            return None  # W' would round what the phases keep
+            # W' would round what the phases keep.
+            return None
         assert variant.dense is not None
         tokens = x.numel() // site.d_in
         if not cost.dense_pays(variant.dense(cfg, site, tokens), site, tokens, x.device):

@@ -1,4 +1,7 @@
-"""Jagged inputs: sequences of unlike lengths in one tensor (N, *, d), whose tokens lie in a row."""
+"""Jagged inputs: sequences of different lengths in one tensor (N, *, d).
+
+Their tokens lie in a row.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ __all__ = ["by_values"]
 def by_values(
     x: Any, attachments: Sequence[Attachment], call: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """A layer's output for a jagged x, of its call on all tokens (T, ...): it takes each alone.
+    """A layer's output for a jagged x.
+
+    It comes from a call on all tokens (T, ...), because the layer takes each token alone.
 
     Raises:
         UnsupportedError: x is nested in another way, or each sequence has an adapter of its own.

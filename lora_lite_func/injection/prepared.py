@@ -1,6 +1,7 @@
-"""What a prepared model makes once of its adapters' tensors, site by site.
+"""What a prepared model makes once from its adapters' tensors, site by site.
 
-It is used while those are the very tensors, unchanged; otherwise each call makes it again.
+It is used as long as the tensors are the very same ones, unchanged. Otherwise each call makes it
+again.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class Made(NamedTuple):
 
 
 class _Sources:
-    """The tensors that something was made of: who holds them, under which name, as they were.
+    """The tensors that something was made from: who holds them, under which name, in which state.
 
-    A copy of the model (deep, pickled) takes its own tensors as the sources: what was made goes
-    with it, if it was good when it was copied.
+    A copy of the model (deep or pickled) takes its own tensors as the sources. What was made goes
+    with the copy, if it was valid when it was copied.
     """
 
     __slots__ = ("moved", "stamps")
@@ -53,21 +54,25 @@ class _Sources:
         return _Sources, (tuple(stamp[:3] for stamp in self.stamps), self.unchanged())
 
     def unchanged(self) -> bool:
-        """Whether the tensors are those, in their dtype, unwritten, with nothing to be learned."""
+        """Whether the tensors are the same, unwritten, in the same dtype, and not to be trained."""
         try:
             for holder, name, t, version, dtype in self.stamps:
                 if holder[name] is not t:
                     return self.moved and self._stamped_again()
                 if t._version != version or t.dtype is not dtype:
                     return False
-        except (KeyError, RuntimeError):  # taken out, or in inference mode, which keeps no version
+        except (KeyError, RuntimeError):
+            # The tensor was taken out, or it was made in inference mode, which keeps no version.
             return False
         if torch.is_grad_enabled() and any(stamp[2].requires_grad for stamp in self.stamps):
             return False
         return bool(self.stamps)
 
     def _stamped_again(self) -> bool:
-        """After a move to another device: buffers are new tensors, which nobody has written on."""
+        """Stamp the sources again after a move to another device.
+
+        The buffers are new tensors then, which nobody has written on.
+        """
         self.moved = False
         found = []
         for holder, name, t, version, dtype in self.stamps:
@@ -80,7 +85,10 @@ class _Sources:
 
 
 class Prepared(nn.Module):
-    """What was made for one adapter at one site: a child of its leaves, so it moves with them."""
+    """What was made for one adapter at one site.
+
+    It is a child of the adapter's leaves, so that it moves with them.
+    """
 
     def __init__(self, made: Made, sources: _Sources) -> None:
         super().__init__()
@@ -93,7 +101,10 @@ class Prepared(nn.Module):
         return self
 
     def forget(self, *_: Any) -> None:
-        """A compiled call sees no writes on tensors; it does see this."""
+        """Forget what was made.
+
+        A compiled call doesn't see writes on tensors, but it does see this.
+        """
         self.made = None
 
 
@@ -115,7 +126,7 @@ def keep(site: Any, made: Mapping[str, Made]) -> None:
 
 
 def _forget(module: Any, incompatible: Any) -> None:
-    """After a state dict was loaded into a site or its leaves."""
+    """Forget what was made, after a state dict was loaded into a site or its leaves."""
     for leaves in (module,) if isinstance(module, Leaves) else leaves_of(module):
         prepared = leaves._modules.get("prepared")
         if isinstance(prepared, Prepared):
@@ -123,10 +134,10 @@ def _forget(module: Any, incompatible: Any) -> None:
 
 
 def ready_at(attachment: Attachment, module: Any) -> Made | None:
-    """What was made of an adapter's tensors at a site; None where a call has to make it.
+    """What was made from an adapter's tensors at a site; None where a call has to make it.
 
-    That is where nothing was kept, where the tensors aren't what they were (loaded, replaced for a
-    call, written on, put away, of another dtype), and where they are to be trained.
+    A call has to make it where nothing was kept, where the tensors aren't what they were (loaded,
+    replaced for a call, written on, offloaded, of another dtype), and where they are to be trained.
     """
     if attachment.p is not None or module.training:
         return None
@@ -134,7 +145,7 @@ def ready_at(attachment: Attachment, module: Any) -> Made | None:
 
 
 def ready_of(leaves: Leaves) -> Made | None:
-    """What was made of an adapter's leaves in evaluation mode; None where a call has to make it."""
+    """What was made from leaves in evaluation mode; None where a call has to make it."""
     prepared: Any = leaves._modules.get("prepared")
     if prepared is None or prepared.made is None:
         return None
@@ -144,7 +155,7 @@ def ready_of(leaves: Leaves) -> Made | None:
 
 
 def _tensors_of(site: Any) -> list[Source]:
-    """A site's own parameters and all that its adapters hold, each with who holds it."""
+    """A site's own parameters and all tensors that its adapters hold, each with its holder."""
     holders = [site._parameters]
     for leaves in leaves_of(site):
         holders += [leaves._parameters, leaves._buffers]

@@ -16,8 +16,9 @@ __all__ = ["Prompt", "Prompted", "prompted", "tokens_of"]
 # --------------------------------------------------------------------------------------- the prompt
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """Adapters, and which tokens of the batch are the prompt's: what `ll.prompted` makes and
-    `ll.apply` takes.
+    """Adapters with a mask that says which tokens of the batch belong to the prompt.
+
+    `ll.prompted` makes it, and `ll.apply` takes it.
     """
 
     params: Any
@@ -49,10 +50,10 @@ class Prompt(NamedTuple):
     """What is known of a call's prompt.
 
     Attributes:
-        mask: (N, T), nonzero where a token belongs to it; None: all do.
-        given: the mask was given for this very batch, by `prompted`.
-        cached: a cache holds the prompt already.
-        may_go_on: a cache was given of which it isn't known whether it holds tokens.
+        mask: (N, T), nonzero where a token belongs to the prompt; None where all tokens do.
+        given: whether the mask was given for this very batch, by `prompted`.
+        cached: whether a cache holds the prompt already.
+        may_go_on: whether a cache was given of which it isn't known whether it holds tokens.
     """
 
     mask: Tensor | None = None
@@ -64,13 +65,14 @@ class Prompt(NamedTuple):
 def tokens_of(h: Tensor, prompt: Prompt | None, path: str) -> Tensor:
     """Which tokens of h (..., T, d) belong to the prompt: (..., T) bool.
 
-    Without a mask all do. In a call that goes on from a cache none do, which an attention mask of
-    more tokens says, too.
+    Without a mask all tokens do. In a call that goes on from a cache none do; an attention mask of
+    more tokens also shows such a call.
 
     Args:
         h: the hidden state.
-        prompt: what is known of it; None where the site wasn't called within its model's call.
-        path: of the site, for messages.
+        prompt: what is known of the prompt; None where the site wasn't called within its model's
+            call.
+        path: the path of the site, for messages.
 
     Raises:
         UnsupportedError: nothing is known, or the mask doesn't fit the hidden state.

@@ -1,8 +1,8 @@
-"""Calls that know their prompt, and what hands it to the sites inside.
+"""Calls that know their prompt, and how they hand it to the sites inside.
 
-A model's call has an attention mask, and so has the call of each stack in it (an encoder, which
-`generate` calls alone; a decoder, whose mask isn't the encoder's). Such a call runs on copies of
-the modules that lead to sites, each of which carries the prompt. So whatever runs a block again
+A model's call has an attention mask. So has the call of each stack in it: an encoder, which
+`generate` calls alone, or a decoder, whose mask isn't the encoder's. Such a call runs on copies of
+the modules that lead to sites, and each copy carries the prompt. So whatever runs a block again
 (gradient checkpointing, in a backward pass, in any thread) finds the prompt of the call that the
 block was in, and calls inside one another don't disturb each other.
 """
@@ -30,7 +30,7 @@ _MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
 _ENCODED = "encoder_hidden_states"
 _OWN = ("_modules", "_ll_prompt", "forward")
-"""What a call's copy has of its own, so that it isn't handed back."""
+"""Attributes that belong to the copy of a call, so that they aren't handed back."""
 
 
 # ----------------------------------------------------------------------- what a call says of itself
@@ -43,14 +43,16 @@ _PARAMETERS = WeakMemo(_parameters)
 
 @at_trace_time
 def _listed(cls: type) -> tuple[str, ...]:
-    """The names of what a class's forward takes."""
+    """The names of the arguments of a class's forward."""
     return _PARAMETERS(cls)
 
 
 @at_trace_time
 def has_own_prompt(cls: type) -> bool:
-    """Whether calls of a class have a mask of their own: of a stack, which takes tokens, not of a
-    block, which takes what its stack makes of the mask.
+    """Whether calls of a class have a mask of their own.
+
+    Calls of a stack do, as it takes tokens. Calls of a block don't, as it takes what its stack
+    makes of the mask.
     """
     names = _listed(cls)
     return _MASK in names and any(name in names for name in _TOKENS)
@@ -59,8 +61,10 @@ def has_own_prompt(cls: type) -> bool:
 def _prompt_of(
     cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any], outer: Prompt | None
 ) -> Prompt:
-    """What a call says of its prompt: its attention mask (N, T), since padding is no part of it,
-    and whether it goes on from a cache. Where it says nothing, the call around it does.
+    """What a call says of its prompt.
+
+    It says its attention mask (N, T), since padding is no part of the prompt, and whether it goes
+    on from a cache. Where it says nothing, the prompt is that of the call around it.
     """
     given = {**dict(zip(_listed(cls), args, strict=False)), **kwargs}
     mask = given.get(_MASK)
@@ -78,8 +82,9 @@ def _is_cache(name: str, value: Any) -> bool:
 
 
 def _holds_tokens(cache: Any) -> bool:
-    """Whether a model's key-value cache goes on from earlier tokens: an object of transformers, or
-    a sequence of pairs. Of others that isn't known.
+    """Whether a model's key-value cache goes on from earlier tokens.
+
+    It is known for a cache of transformers and for a sequence of pairs. For others it isn't known.
     """
     length = getattr(cache, "get_seq_length", None)
     if callable(length):
@@ -102,7 +107,7 @@ def under_scope(cls: Any) -> Any:
 
 @at_trace_time
 def scope_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass whose calls tell the sites inside their prompt; made once per class."""
+    """The subclass whose calls tell the sites inside their prompt; it is made once per class."""
     made: type[nn.Module] | None = cls.__dict__.get(_KEPT)
     if made is None:
 
@@ -140,8 +145,9 @@ def _new_scope(make: Any, args: tuple[Any, ...]) -> Any:
 
 # ----------------------------------------------------------------------------------------- the call
 def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A scope's call, on copies that carry its prompt; what modules note on themselves stays
-    noted.
+    """Run a scope's call on copies that carry its prompt.
+
+    What modules note on themselves during the call stays noted.
     """
     outer: Prompt | None = self.__dict__.get("_ll_prompt")
     under = self._ll_under
@@ -194,11 +200,12 @@ class _Telling:
         return children
 
     def _visit(self, module: Any) -> Any:
-        """The module itself if it leads to no site."""
+        """The copy of a module that leads to a site, or the module itself if it leads to none."""
         if id(module) in self.seen:
             return self.seen[id(module)]
         self.seen[id(module)] = module
-        scope = is_scope(type(module))  # which goes on from there in its own call
+        # A scope inside goes on from there in its own call.
+        scope = is_scope(type(module))
         children = module._modules if scope else self._children(module)
         same = all(children[name] is child for name, child in module._modules.items())
         if same and not scope and not _reads_prompt(module):
@@ -211,7 +218,7 @@ class _Telling:
         return made
 
     def rebind(self) -> None:
-        """What refers to the copied modules refers to the copies."""
+        """Turn references to the copied modules to their copies."""
         rebinding = Rebinding({id(module): copy for module, copy in self.pairs})
         for _, copy in self.pairs:
             attributes = copy.__dict__

@@ -1,7 +1,7 @@
-"""References to modules of the original tree, turned to their copies; own copies of containers.
+"""Turns references to modules of the original tree to their copies, and copies containers.
 
-A model may reach its modules from elsewhere than their parent: a bound forward, a list of layers,
-a hook's closure. What can't be followed is noted, so that it can be refused by name.
+A model may reach its modules by other ways than their parent: a bound forward, a list of layers,
+the closure of a hook. What can't be followed is noted, so that it can be refused by name.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ MUTABLE = (list, dict, set, collections.deque)
 
 
 class Rebinding:
-    """One tree's references, turned.
+    """The turned references of one tree.
 
     Args:
         copies: {id of an original module: its copy}. Other objects are added as they are copied, so
             that what was one object stays one.
         beside: (tensor, self) -> what stands for a tensor that a container or a closure holds; None
-            leaves them as they are.
+            leaves such tensors as they are.
 
     Attributes:
-        unfollowed: what may hold original modules and can't be turned: (what it is, a module that
-            it reaches).
-        kept: copies of objects that only weak references lead to; whoever keeps the tree keeps
-            them.
+        unfollowed: what may hold original modules and can't be turned, as (what it is, a module
+            that it reaches).
+        kept: copies of objects that only weak references lead to. Whoever keeps the tree has to
+            keep them.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Rebinding:
 
     # ------------------------------------------------------------------------------ own containers
     def own(self, value: Any) -> Any:
-        """A container of the tree's own in place of a module's: nothing is put into the original.
+        """A container of the tree's own in place of a module's.
 
-        Its members stay what they are until `turn_owned`.
+        So nothing is put into the original. The members stay what they are until `turn_owned`.
         """
         if not self.by_id:
             return self.turned(value)
@@ -115,8 +115,9 @@ class Rebinding:
 
     # ----------------------------------------------------------------------------------- references
     def turned(self, value: Any) -> Any:
-        """`value` with every reference to an original module turned to its copy; `value` itself if
-        there is none.
+        """`value` with every reference to an original module turned to the module's copy.
+
+        It is `value` itself if there is no such reference.
         """
         kind = type(value)
         if kind in PLAIN:
@@ -143,13 +144,14 @@ class Rebinding:
         return self._container(value)
 
     def _holds_owned(self, value: Any) -> bool:
-        """Whether an object has a container that is a module's, too."""
+        """Whether an object has a container that is also a module's."""
         held = attributes_of(value).values()
         return any(isinstance(item, MUTABLE) and id(item) in self.copies for item in held)
 
     def note(self, what: str, value: Any) -> None:
-        """Note an original module that `value`, which can't be turned, leads to. A traced call
-        can't ask, and notes none.
+        """Note an original module that `value`, which can't be turned, leads to.
+
+        A traced call can't ask the garbage collector, so it notes none.
         """
         if not torch.compiler.is_dynamo_compiling():
             self.unfollowed += [(what, module) for module in modules_in(value, self.copies)]
@@ -167,7 +169,7 @@ class Rebinding:
         return made
 
     def _wrapper(self, value: Any) -> Any:
-        """A mapping or list around another, and the weak ones."""
+        """A mapping or list around another one, or a weak mapping or list."""
         if isinstance(value, types.MappingProxyType):
             new = {self.turned(k): self.turned(v) for k, v in value.items()}
             made = value if _same(new.items(), value.items()) else types.MappingProxyType(new)
@@ -198,12 +200,14 @@ class Rebinding:
         return made
 
     def _object(self, value: Any) -> Any:
-        """An object of a user's class whose attributes refer to modules, as a copy around theirs;
-        the same copy wherever it is held.
+        """A copy of an object of a user's class whose attributes refer to modules.
+
+        The copy is around the modules' copies, and is the same one wherever the object is held.
         """
         kind: Any = type(value)
         new_object = kind.__new__ if kind is types.SimpleNamespace else object.__new__
-        made = self.copies[id(value)] = new_object(kind)  # noted first: it may refer to itself
+        # The copy is noted first, because the object may refer to itself.
+        made = self.copies[id(value)] = new_object(kind)
         attributes = attributes_of(value)
         new = {name: self.turned(item) for name, item in attributes.items()}
         if all(new[name] is item or item is value for name, item in attributes.items()):
@@ -235,7 +239,8 @@ class Rebinding:
             return value if owner is value.__self__ else getattr(owner, value.__name__)
         if issubclass(kind, weakref.ReferenceType):
             return self._reference(value)
-        inner = self.turned(value.__wrapped__)  # functools.lru_cache: the new one starts empty
+        # The value is a functools.lru_cache; the new one starts empty.
+        inner = self.turned(value.__wrapped__)
         if inner is value.__wrapped__:
             return value
         return functools.lru_cache(**value.cache_parameters())(inner)
@@ -267,11 +272,12 @@ class Rebinding:
         return made
 
     def _function(self, value: Any) -> Any:
-        """A function whose closure or defaults refer to modules, around the copies."""
+        """A function whose closure or defaults refer to modules, around the modules' copies."""
         known = self.copies.get(id(value))
         if known is not None:
             return known
-        self.copies[id(value)] = value  # noted first: it may be in its own closure
+        # The function is noted first, because it may be in its own closure.
+        self.copies[id(value)] = value
         self._note_globals(value)
         cells = value.__closure__ or ()
         held = (value.__defaults__, value.__kwdefaults__)
@@ -303,7 +309,8 @@ class Rebinding:
     def _cell(self, cell: Any) -> Any:
         try:
             content = cell.cell_contents
-        except ValueError:  # a cell that isn't filled yet
+        except ValueError:
+            # The cell isn't filled yet.
             return cell
         new = self.turned(content)
         return cell if new is content else types.CellType(new)
@@ -320,7 +327,7 @@ def _has_modules_as_keys(value: Any) -> bool:
 
 
 def _clone(value: Any, members: Any = None) -> Any:
-    """A container of the same class with these members, its own if none are given.
+    """A container of the same class with these members, or with its own if none are given.
 
     A subclass is made without its constructor, which may ask for anything.
     """
@@ -347,7 +354,7 @@ def _clone(value: Any, members: Any = None) -> Any:
 
 
 def _refill(made: Any, members: Any) -> None:
-    """Give a container these members in place of its own, past what its class does to them."""
+    """Replace a container's members by these, without its class's own methods."""
     base = _base(type(made))
     fill = base.extend if base in (list, collections.deque) else base.update
     base.clear(made)
@@ -355,5 +362,5 @@ def _refill(made: Any, members: Any) -> None:
 
 
 def _base(kind: type) -> Any:
-    """The class of Python's own that a container's class is derived from."""
+    """The built-in Python class that a container's class is derived from."""
     return next(base for base in _BASES if issubclass(kind, base))

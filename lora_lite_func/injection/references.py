@@ -1,4 +1,7 @@
-"""Which attributes may refer to modules: asked of each attribute in each call, so it is cheap."""
+"""Which attributes may refer to modules.
+
+This is asked of each attribute in each call, so it has to be cheap.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def all_plain(values: Iterable[Any]) -> bool:
     """Whether all values are of plain types."""
     if torch.compiler.is_dynamo_compiling():
         return all(type(value) in PLAIN for value in values)
-    return _PLAIN.issuperset(map(type, values))  # several times as fast
+    # Outside a traced call this is several times as fast.
+    return _PLAIN.issuperset(map(type, values))
 
 
 BINDABLE = (types.MethodType, functools.partial, types.FunctionType)
@@ -112,7 +116,10 @@ _DATA = (
 
 
 class Role:
-    """How objects of a class may lead to modules. Strings, which torch.compile can compare."""
+    """How objects of a class may lead to modules.
+
+    The roles are strings, because torch.compile can compare those.
+    """
 
     DATA = "data"
     CONTAINER = "container"
@@ -139,13 +146,15 @@ def _role(cls: type) -> str:
         base.__new__ is object.__new__ or isinstance(base.__new__, types.FunctionType)
         for base in cls.__mro__
     )
-    # the copy of an object with a finaliser would be finalised, too
+    # The copy of an object with a finaliser would be finalised, too.
     return Role.OBJECT if made_in_python and not hasattr(cls, "__del__") else Role.OPAQUE
 
 
 def is_users(home: str) -> bool:
-    """Whether what a module (of Python) defines is the user's, not of Python itself or of one of
-    the libraries that hold no modules out of sight.
+    """Whether what a Python module defines is the user's.
+
+    It isn't if the Python module is Python's own, or belongs to one of the libraries that hold no
+    modules out of sight.
     """
     home = home.partition(".")[0]
     return home == "__main__" or not (home in sys.stdlib_module_names or home in _LIBRARIES)
@@ -161,8 +170,9 @@ def role_of(cls: type) -> str:
 
 
 def refers(value: Any, seen: set[int] | None = None) -> bool:
-    """Whether `value` may lead to a module: yes may be said for nothing, no only for what holds
-    none.
+    """Whether `value` may lead to a module.
+
+    It may say yes for nothing, but says no only for what holds no module.
     """
     role = role_of(type(value))
     if role == Role.DATA:
@@ -188,12 +198,12 @@ def refers(value: Any, seen: set[int] | None = None) -> bool:
 
 
 def _has_owner(value: Any) -> bool:
-    """A built-in method is of an object: `{...}.get`, not `math.sqrt`."""
+    """Whether a built-in method is bound to an object: `{...}.get` is, `math.sqrt` isn't."""
     return not isinstance(value.__self__, (types.ModuleType, type, type(None), str, bytes))
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """An object's attributes, those in slots too."""
+    """An object's attributes, including those in slots."""
     held = getattr(value, "__dict__", {})
     kept = slots(type(value))
     if not kept:
@@ -225,8 +235,9 @@ def slots(cls: type) -> tuple[str, ...]:
 
 
 def shallow_copy(module: nn.Module, cls: type[nn.Module]) -> Any:
-    """A new object of class `cls` with the very attributes of a module, its dicts of tensors and
-    children among them.
+    """A new object of class `cls` with the very attributes of a module.
+
+    Its dicts of tensors and children are also the module's own.
     """
     made = object.__new__(cls)
     copy_attributes(module, made)

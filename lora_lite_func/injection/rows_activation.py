@@ -1,5 +1,6 @@
-"""A method's phases on a batch whose rows belong to different adapters: run by run over the
-members, the frozen layer once on all.
+"""A method's phases on a batch whose rows belong to different adapters.
+
+The phases run segment by segment over the members. The frozen layer runs once on all rows.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ __all__ = ["by_rows", "mapped"]
 
 
 class _Rows:
-    """One stack at one site, for one call: its members' leaves and what `prepare` makes of them,
-    run by run.
+    """One stack at one site, for one call.
+
+    It holds the leaves of the members and what `prepare` makes of them, segment by segment.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class _Rows:
         ]
 
     def _cut(self, p: Params, segment: Segment) -> Params:
-        """The run's own members: views, whose gradients are written once where the run is the whole
-        stack.
+        """The leaves of the segment's own members.
+
+        They are views: where the segment is the whole stack, their gradients are written once.
         """
         count = next(iter(p.values())).shape[0]
         if segment.high - segment.low == count:
@@ -52,7 +55,7 @@ class _Rows:
         return {name: t[segment.low : segment.high] for name, t in p.items()}
 
     def _prepare(self, p: Params, segment: Segment) -> Any:
-        """What `prepare` gives for the run's members, once for each."""
+        """What `prepare` gives for the segment's members, made once for each."""
         variant, cfg, site = self.attachment.variant, self.attachment.cfg, self.attachment.site
         prepare = variant.prepare
         if prepare is None:
@@ -68,14 +71,15 @@ class _Rows:
             return one(p)
         if self.layer.is_plain:
             return mapped(one, p)
+        # A packed layer has no rule for vmap, so its members are prepared one by one.
         return _piled(
             [one({name: t[i] for name, t in p.items()}) for i in range(segment.high - segment.low)]
-        )  # a packed layer has no rule for vmap
+        )
 
     def call(
         self, phase: Callable[..., Tensor], layout: SegmentLayout, *batches: Tensor
     ) -> list[Tensor]:
-        """The phase on every run's rows of the sorted batches."""
+        """Run the phase on the rows of every segment of the sorted batches."""
         variant, cfg, site = self.attachment.variant, self.attachment.cfg, self.attachment.site
 
         def one(p: Params, d: Any, *rows: Tensor) -> Tensor:
@@ -107,17 +111,19 @@ def by_rows(
     hidden: Callable[..., Any],
     x: Tensor,
 ) -> Any:
-    """The site's output: what is underneath runs once on the whole batch, the method's phases on
-    each adapter's own rows.
+    """The site's output, where each row of the batch has an adapter of its own.
+
+    What is underneath runs once on the whole batch. The method's phases run on each adapter's own
+    rows.
 
     Args:
-        attachment: the method at the site, with the plan of the rows.
+        attachment: the method at the site, with the row plan.
         p: its tensors, each with a leading axis of members.
-        layer: what `prepare` may see; its `is_plain` says whether under vmap.
+        layer: what `prepare` may see; its `is_plain` says whether `prepare` may run under vmap.
         training: whether to drop out.
         inner: the layer with the adapters before this one.
-        hidden: (op, its output, x) -> (what `outputs` changes, how to put that back, what it gets
-            for x).
+        hidden: (attachment, its output, x) -> (what `outputs` changes, how to put that back, what
+            it gets for x).
         x: (N, ..., d_in).
 
     Raises:
@@ -145,7 +151,8 @@ def by_rows(
     if h.shape[:1] != x.shape[:1]:
         raise not_rows(path, h, plan.rows)
     H = h if layout.take is None else h.index_select(0, layout.take)
-    if attachment.dropout and training:  # before the sort: the mask doesn't depend on the mix
+    # Dropout comes before the sort, so that the mask doesn't depend on how the rows are mixed.
+    if attachment.dropout and training:
         seen = dropped(seen, attachment.dropout)
     if seen is not x:
         X = seen if layout.take is None else seen.index_select(0, layout.take)
@@ -155,7 +162,7 @@ def by_rows(
 def _joined(
     made: list[Tensor], layout: SegmentLayout, sorted_batch: Tensor, batch: Tensor
 ) -> Tensor:
-    """The runs' results and the bare rows, each row where it was."""
+    """Put the results of the segments and the bare rows together, each row where it was."""
     start, stop = layout.bare
     if stop > start:
         made.insert(0 if start == 0 else len(made), sorted_batch.narrow(0, start, stop - start))
@@ -168,8 +175,9 @@ def _joined(
 
 # ------------------------------------------------------------------------------------ vmap on trees
 def mapped(f: Callable[..., Any], *trees: Any) -> Any:
-    """f over the leading axis of every tensor in the trees; what isn't a tensor passes through, in
-    and out.
+    """Map f over the leading axis of every tensor in the trees.
+
+    What isn't a tensor passes through unchanged, in the arguments and in the result.
     """
     flat, spec = pytree.tree_flatten(trees)
     tensors = [t for t in flat if isinstance(t, Tensor)]
@@ -194,7 +202,7 @@ def mapped(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def _piled(trees: list[Any]) -> Any:
-    """Trees of like form as one, tensors stacked."""
+    """Trees of the same form as one tree, with their tensors stacked."""
     flat, forms = zip(*map(pytree.tree_flatten, trees), strict=True)
     columns = zip(*flat, strict=True)
     return pytree.tree_unflatten(

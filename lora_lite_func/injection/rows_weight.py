@@ -1,7 +1,7 @@
-"""A module's own call on a batch whose rows have adapters of their own: once for each adapter, on
-its rows and its weights.
+"""A module's own call on a batch whose rows have adapters of their own.
 
-Like parts of a norm or a linear layer are mapped over; kernels of convolutions, attention and
+The module is called once for each adapter, on its rows and with its weights. Parts of equal size of
+a norm or a linear layer are mapped over instead. The kernels of convolutions, attention and
 recurrent layers are called part by part.
 """
 
@@ -30,12 +30,13 @@ from .state import SiteState, tensors_at
 __all__ = ["Chains", "Within", "by_adapters", "narrowed"]
 
 Chains = Mapping[tuple[str, str], tuple[Attachment, ...]]
-"""The adapters that go into each tensor that a module substitutes, by names of the module's child
-(or "") and the tensor.
+"""The adapters that go into each tensor that a module substitutes.
+
+The keys are (name of the module's child, or "", name of the tensor).
 """
 
 Within = Callable[[RowPlan], RowPlan]
-"""The plan of a part's rows, of a plan of all rows."""
+"""Makes the row plan of a part's rows from the row plan of all rows."""
 
 
 def _chosen(chains: Chains, own: Mapping[Any, Attachment | None]) -> Chains:
@@ -55,21 +56,21 @@ def by_adapters(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """The module's output, each row's by its own adapters.
+    """The module's output, each row of it computed with the row's own adapters.
 
     Args:
         module: the site.
-        chains: its adapters, some of them a stack's with a plan of the rows.
-        home: key of a chain -> the module that holds its tensors.
+        chains: its adapters, some of them of a stack with a row plan.
+        home: gives, for the key of a chain, the module that holds its tensors.
         call: (chains, args, kwargs, within) -> the output, for adapters that all rows have;
             `within` is for what is inside the module.
-        args: of the call.
-        kwargs: of the call.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
 
     Raises:
         StructureError: a tensor hasn't the rows where it should.
-        UnsupportedError: rows meet in the module, or can't be told in what comes to it or leaves
-            it.
+        UnsupportedError: rows meet in the module, or it can't be told where they are in what comes
+            to it or leaves it.
     """
     check_apart(module)
     mixed = {
@@ -114,8 +115,9 @@ def by_adapters(
 
 
 def _maps(module: Any) -> bool:
-    """Whether a module's call is better mapped over like parts: it has a rule for that, and no
-    kernel that is faster part by part.
+    """Whether a module's call is better mapped over parts of equal size.
+
+    It is where the module has a rule for vmap, and no kernel that is faster part by part.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         return is_tracing_here()
@@ -127,8 +129,10 @@ def _maps(module: Any) -> bool:
 
 
 def _runs(parts: RowGroups, maps: bool) -> list[tuple[int, int]]:
-    """[(low, high)] of the parts: each alone, or neighbours with as many rows, and adapters for the
-    same plans, together.
+    """The segments of the parts, as [(low, high)].
+
+    A segment is one part, or neighbouring parts that have as many rows and adapters for the same
+    plans.
     """
     if not maps:
         return [(n, n + 1) for n in range(len(parts.rows))]
@@ -149,8 +153,9 @@ def _members(
     plan: int,
     runs: Sequence[tuple[int, int]],
 ) -> list[Attachment | None]:
-    """The adapter of each run, of several parts with a leading axis of those; None where it has
-    none.
+    """The adapter of each segment, or None where the segment has none.
+
+    In a segment of several parts its tensors have a leading axis of those.
     """
     index, bare, here = parts.members[plan], parts.bare[plan], parts.here[plan]
     sizes = [high - low for low, high in runs]
@@ -177,7 +182,7 @@ def _together(
     has_rows: list[bool],
     count: int,
 ) -> Any:
-    """The call mapped over parts of as many rows."""
+    """The call, mapped over parts that have as many rows."""
     present = {at: attachment for at, attachment in own.items() if attachment is not None}
     rows = [t.unflatten(0, (count, -1)) for t, there in zip(pieces, has_rows, strict=True) if there]
 
@@ -204,7 +209,7 @@ def _together(
 def _cut(
     t: Tensor, at: Axis, parts: RowGroups, runs: Sequence[tuple[int, int]]
 ) -> Sequence[Tensor]:
-    """A tensor's rows, run by run."""
+    """A tensor's rows, cut into segments."""
     dim, each = at
     sizes = [size * each for size in _sizes(parts, runs)]
     if parts.take is None:
@@ -220,7 +225,7 @@ def _sizes(parts: RowGroups, runs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _joined(module: Any, made: list[Any], parts: RowGroups, runs: Sequence[tuple[int, int]]) -> Any:
-    """The runs' outputs as one, each row where it was."""
+    """Put the outputs of the segments together, each row where it was."""
     columns, forms = zip(*map(pytree.tree_flatten, made), strict=True)
     path, kind = module._ll.path, type(module).__name__
     joined: list[Any] = []
@@ -266,8 +271,10 @@ _NO_SITE = SiteState("")
 
 
 def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
-    """A module's children for a part's rows: copies of those in which rows have adapters of their
-    own, the others themselves.
+    """A module's children for a part's rows.
+
+    Children in which rows have adapters of their own are copied. The others are returned as they
+    are.
     """
     copies: dict[int, Any] = {}
 

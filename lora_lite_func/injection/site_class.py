@@ -1,6 +1,6 @@
-"""What a site's copy is: an instance of a subclass of the layer's own class.
+"""The class of a site's copy: a subclass of the layer's own class.
 
-So it keeps isinstance, hooks, flags and attributes. Its call goes by the activation route
+So the copy keeps isinstance, hooks, flags and attributes. Its call goes by the activation route
 (activation_route.py, linear.py) or by the weight route (weight_route.py).
 """
 
@@ -27,7 +27,7 @@ class _Lookup(nn.Embedding):
     """What a site's copy inherits between an embedding's own class and nn.Embedding."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        """The frozen look-up with the adapters' phases around it; x is the ids."""
+        """The frozen look-up with the adapters' phases around it; x holds the ids."""
         if input.is_nested:
             return by_values(input, self._ll.attachments, lambda ids: _Lookup.forward(self, ids))
         seen: list[Tensor] = []
@@ -48,15 +48,15 @@ class _Lookup(nn.Embedding):
 def site_class(
     cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
 ) -> type[nn.Module]:
-    """The subclass that a site's copy is an instance of; made once per class of layers.
+    """The subclass that a site's copy is an instance of; it is made once per class of layers.
 
     Args:
-        cls: the layer's own.
-        active: phases go around its call.
+        cls: the layer's own class.
+        active: whether phases go around its call.
         names: the tensors that are substituted; None if the call isn't touched for that.
     """
-    # the layer's class keeps them: a table here would keep it, which of a parametrized layer is one
-    # of its own and holds the layer
+    # The layer's class keeps the subclasses. A table in this file would keep the class alive, and
+    # the class of a parametrized layer is one of its own that holds the layer.
     made: dict[Any, type[nn.Module]] | None = cls.__dict__.get(_KEPT)
     if made is None:
         made = {}
@@ -71,7 +71,9 @@ _KEPT = "_ll_site_classes"
 
 
 def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> type[nn.Module]:
-    """A site's class. Its own attributes:
+    """Make a site's class.
+
+    The class has these attributes of its own:
 
     _ll_base: the layer's own class.
     _ll_key: what `site_class` was called with, by which instances are pickled.
@@ -107,7 +109,7 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
     else:
         body["forward"] = layer_call
     if issubclass(cls, nn.RNNBase):
-        # after a .to() nothing here is to be flattened: the call's own copy is
+        # After a .to() nothing is flattened here; the copy that each call makes is flattened.
         body |= {"_init_flat_weights": flatten_again, "flatten_parameters": lambda self: None}
     if links:
         body |= {
@@ -126,7 +128,7 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
 
 
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
-    # a recurrent layer makes its weak references again
+    # A recurrent layer makes its weak references again.
     state = {name: value for name, value in self.__dict__.items() if name != "_flat_weight_refs"}
     return _new_site, self._ll_key, state
 
@@ -137,5 +139,5 @@ def _new_site(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None)
 
 
 def _links(self: Any) -> list[Any]:
-    """The layers of a list of layers, which are all but its adapters."""
+    """The layers of a list of layers: all its children but its adapters."""
     return [child for child in self._modules.values() if type(child) is not Held]

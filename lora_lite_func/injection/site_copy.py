@@ -1,4 +1,4 @@
-"""The copy of a site: which way each of its adapters goes, and the state that it carries."""
+"""The copy of a site, which route each of its adapters takes, and the state that it carries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .state import SiteState
 __all__ = ["Make", "site_copy"]
 
 Make = Callable[[nn.Module, type[nn.Module], tuple[str, ...]], nn.Module]
-"""(module, class, its slots): a new object of the class with the module's attributes."""
+"""Takes (module, class, its slots), and copies the module to an object of the class."""
 
 
 def site_copy(
@@ -31,14 +31,15 @@ def site_copy(
     kept: tuple[str, ...],
     make: Make,
 ) -> nn.Module:
-    """The copy of a site, its adapters behind those it has already (a bound model may be adapted
-    again).
+    """The copy of a site with new adapters.
+
+    They come after those that it has already, as a bound model may be adapted again.
 
     Args:
         module: the layer.
         path: its path.
         new: {"" for the layer, else the name of a bare tensor: adapters}.
-        by_weight: the layer isn't called, so its adapters go into its weight.
+        by_weight: whether the layer isn't called, so that its adapters go into its weight.
         inner: its children whose tensors are substituted in its own call.
         kept: the attributes that its class keeps in slots.
         make: makes the copy.
@@ -54,7 +55,8 @@ def site_copy(
     attachments, substituted = _routes(module, path, had, new, by_weight)
     inner = inner or had.inner
     names = _substituted_names(substituted) if substituted or inner else None
-    bounds = module.__dict__.get("max_norm") is not None  # torch's call would write on the table
+    # Where the table's norms are bounded, torch's call would write on the table.
+    bounds = module.__dict__.get("max_norm") is not None
     looks_up = isinstance(module, nn.Embedding) and not substituted
     if bounds and not looks_up:
         names = names or ()
@@ -64,8 +66,9 @@ def site_copy(
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
     copy.__dict__["_ll"] = state
     if looks_up and base is not nn.Embedding:
-        return copy  # its phases are further down, around nn.Embedding's own forward
-    # an instance-level forward would shadow the class's: it is the layer's call
+        # The phases are further down, around nn.Embedding's own forward.
+        return copy
+    # A forward on the instance would shadow the class's, so it is kept as the layer's call.
     own = None
     for name in ("_ll_forward", "forward"):
         if name in copy.__dict__:
@@ -77,7 +80,10 @@ def site_copy(
 
 
 def _substituted_names(substituted: Mapping[str, Sequence[Attachment]]) -> tuple[str, ...]:
-    """The tensors that are substituted, biases of layers among them, which a method may move."""
+    """The names of the tensors that are substituted.
+
+    The biases of layers are among them, because a method may move a bias.
+    """
     names: dict[str, None] = {}
     for name, attachments in substituted.items():
         names[name] = None
@@ -97,7 +103,10 @@ def _routes(
     new: Mapping[str, Sequence[Attachment]],
     by_weight: bool,
 ) -> tuple[tuple[Attachment, ...], dict[str, tuple[Attachment, ...]]]:
-    """(adapters whose phases go around the call, {tensor: adapters that go into it}), old first."""
+    """(adapters whose phases go around the call, {tensor: adapters that go into it}).
+
+    In each, the adapters that the site has already come first.
+    """
     substituted = dict(had.substituted)
     own = substituted.get("weight", ())
     own = () if own and _bare(own) else own

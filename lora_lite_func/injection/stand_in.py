@@ -1,8 +1,8 @@
 """A plain object that stands for the layer of a site while the site's own call runs.
 
-It is of the layer's own class, so what reads `weight` on it gets the stored tensor, where the site
-itself would give the adapted one. Nothing is noted anywhere: calls in other threads, and calls that
-torch.compile leaves to Python in the middle of a graph, can't meet.
+It is of the layer's own class, so code that reads `weight` on it gets the stored tensor, where the
+site itself would give the adapted one. Nothing global is changed, so calls in other threads, and
+calls that torch.compile leaves to Python in the middle of a graph, can't disturb each other.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ Call = Callable[[Any, Callable[..., Any]], Any]
 
 
 def on_stand_in(site: Any, cls: type[nn.Module], call: Call) -> Any:
-    """`call(stand-in, the layer's call)`; what the layer notes on itself stays noted on the site.
+    """The result of `call(stand-in, the layer's call)`.
+
+    What the layer notes on itself during the call stays noted on the site.
 
     Args:
         site: a site's copy.
         cls: the class of the stand-in.
         call: the site's own call.
     """
-    if site._ll_is_list:  # it has no weight of its own, and goes through its layers as a site does
+    # A list of layers has no weight of its own, and a site of it goes through its layers itself.
+    if site._ll_is_list:
         return call(site, site._ll_layer_call)
     compiled = torch.compiler.is_dynamo_compiling()
     if site._ll_shares_dict and not compiled and not _has_own_call(site):
@@ -63,7 +66,7 @@ def _copy(site: Any, cls: type[nn.Module]) -> Any:
     if site._ll_substitutes:
         attributes["forward"] = site._ll_layer_call
     elif own is not None:
-        # what an instance carried as its forward, and whatever is bound to it, works on this one
+        # The forward that the instance carried, and whatever is bound to it, works on this one.
         rebinding = Rebinding({id(site): made})
         for name, value in attributes.items():
             if isinstance(value, BINDABLE):

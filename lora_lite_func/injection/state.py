@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _CHILD = "adapter"
-"""The name under which a bound site holds its adapters' tensors."""
+"""The name of the child that holds the adapters' tensors in a bound site."""
 
 
 class Step(Protocol):
@@ -66,8 +66,8 @@ class SiteState:
 class Leaves(nn.Module):
     """The tensors of one adapter at one site of a bound model.
 
-    Trainable ones are parameters, frozen ones buffers. What computes one of them
-    (torch.nn.utils.parametrize, prune) is heeded in each call.
+    Trainable tensors are parameters, and frozen ones are buffers. Where something computes one of
+    them (torch.nn.utils.parametrize, prune), each call takes what it computes.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], specs: Mapping[str, LeafSpec]) -> None:
@@ -80,14 +80,17 @@ class Leaves(nn.Module):
                 self.register_buffer(name, tensor.detach())
 
     def forward(self) -> dict[str, Tensor]:
-        """{lora_name: tensor}, as it is now: accelerate puts the module's own away again after the
+        """{lora_name: tensor}: the tensors as they are now.
+
+        It is a dict of its own, because accelerate takes the module's own tensors away after the
         call.
         """
         return {name: getattr(self, name) for name in self.names}
 
     def tensors(self) -> dict[str, Tensor]:
-        """{lora_name: tensor}, brought from where accelerate put them away, if it did, or made by
-        what prunes them.
+        """{lora_name: tensor}: the tensors, wherever they are.
+
+        They are brought back where accelerate offloaded them, and computed where they are pruned.
         """
         return (
             self()
@@ -97,16 +100,19 @@ class Leaves(nn.Module):
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own parameters; of a replica that torch.nn.DataParallel made, which has none, the
-    tensors that stand for them.
+    """A module's own parameters.
+
+    A replica that torch.nn.DataParallel made has none. Of a replica these are the tensors that
+    stand for them.
     """
     stand_ins: dict[str, Tensor | None] | None = module.__dict__.get("_former_parameters")
     return {**module._parameters, **stand_ins} if stand_ins else module._parameters  # type: ignore[return-value]
 
 
 class Held(nn.ModuleList):
-    """The child of a bound site with its adapters' tensors: no part of what the site goes through
-    in its call.
+    """The child of a bound site that holds its adapters' tensors.
+
+    It is no part of what the site goes through in its call.
     """
 
 
@@ -126,10 +132,10 @@ def held_by(module: Any) -> int:
 
 
 def hold(site: Any, leaves: Leaves) -> None:
-    """Put one more adapter's tensors into a bound site.
+    """Put the tensors of one more adapter into a bound site.
 
     Raises:
-        UnsupportedError: the layer has something of its own under the name needed.
+        UnsupportedError: the layer has something of its own under the name that is needed.
     """
     if _CHILD not in site._modules:
         if hasattr(site, _CHILD):
@@ -142,7 +148,7 @@ def hold(site: Any, leaves: Leaves) -> None:
 
 
 _PLAIN_CHILDREN = frozenset({"prepared"})
-"""Children of `Leaves` that compute none of its tensors."""
+"""The children of `Leaves` that compute none of its tensors."""
 
 
 def tensors_at(attachment: Attachment, module: Any) -> Params:
@@ -152,7 +158,7 @@ def tensors_at(attachment: Attachment, module: Any) -> Params:
 
 
 def tensors_of(leaves: Leaves) -> Params:
-    """{lora_name: tensor} of a bound site's adapter."""
+    """{lora_name: tensor}: the tensors of a bound site's adapter."""
     if not leaves._parameters or leaves._buffers or "_hf_hook" in leaves.__dict__:
         return leaves.tensors()
     if not leaves._modules.keys() <= _PLAIN_CHILDREN:

@@ -34,7 +34,7 @@ __all__ = ["copy_tree"]
 _TENSORS_AND_CHILDREN = ("_parameters", "_buffers", "_modules")
 
 Own = Callable[[nn.Module, str], None]
-"""(copy of a module, path): replaces the parameters and buffers that the copy has from the base."""
+"""Takes (copy of a module, path), and replaces the base's parameters and buffers in the copy."""
 
 
 def copy_tree(
@@ -48,13 +48,14 @@ def copy_tree(
     Args:
         model: the base; nothing is written on it.
         sites: {path: its adapters, in order}.
-        base_tensors: called with each copied module; of a BaseTensors more is asked.
-        refuse: raise where something leads to an original module and can't be turned to its copy.
+        base_tensors: called with each copied module; a BaseTensors is asked for more.
+        refuse: whether to raise where something leads to an original module and can't be turned to
+            its copy.
 
     Raises:
         StructureError: a site isn't there, has other dimensions, or is named twice through shared
             modules.
-        UnsupportedError: it is no module, or holds what can't be turned to the copy.
+        UnsupportedError: the model is no module, or holds what can't be turned to the copy.
     """
     if not isinstance(model, nn.Module):
         check_model(model)
@@ -113,7 +114,7 @@ class _Copier:
     ) -> None:
         bare = [a[-1] for a in sites.values() if KINDS[a[-1].site.kind].bare]
         if any(attachment.p is not None for attachment in bare):
-            # a bound model's are under each of their names already, with slots of their own
+            # Those of a bound model are under each of their names already, with their own slots.
             sites = everywhere(model, sites)
         self.sites = _by_module(sites)
         self.left = dict.fromkeys(self.sites)
@@ -124,7 +125,15 @@ class _Copier:
         self.references = TreeReferences(model, self.copies, base_tensors, refuse)
 
     def visit(self, module: nn.Module, path: str, by_weight: bool) -> nn.Module:
-        """The module's copy; with `by_weight` its adapters go into a weight that isn't called."""
+        """The module's copy.
+
+        With `by_weight` the module isn't called, so its adapters go into its weight.
+
+        Raises:
+            StructureError: the module is a site at two paths, or isn't what an adapter was made
+                for.
+            UnsupportedError: the module can't be copied.
+        """
         attachments = self.sites.get(path)
         copy = self.copies.get(id(module))
         if copy is not None:
@@ -185,8 +194,9 @@ def _by_module(
 
 
 def _shallow(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> nn.Module:
-    """A new object of class `cls` with the module's attributes, its own dicts of tensors, children
-    and hooks.
+    """A new object of class `cls` with the module's attributes.
+
+    It has dicts of tensors, children and hooks of its own.
     """
     copy = object.__new__(cls)
     attributes = copy.__dict__
@@ -199,13 +209,16 @@ def _shallow(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> 
             object.__setattr__(copy, name, getattr(module, name))
     for name in _TENSORS_AND_CHILDREN:
         attributes[name] = attributes[name].copy()
-    for name in CALL_HOOKS:  # own dicts: some models install hooks while they run
+    # The copy has dicts of its own, because some models install hooks while they run.
+    for name in CALL_HOOKS:
         attributes[name] = attributes[name].copy() if attributes[name] else OrderedDict()
-    # own set: some models make masks while they run
+    # It has a set of its own, because some models make masks while they run.
     attributes["_non_persistent_buffers_set"] = attributes["_non_persistent_buffers_set"].copy()
-    if "_compiled_call_impl" in attributes:  # `module.compile()` bound it to the original
+    # `module.compile()` bound the compiled call to the original.
+    if "_compiled_call_impl" in attributes:
         del attributes["_compiled_call_impl"]
-    if "_ll" in attributes:  # a bound model's site
+    # The module is a site of a bound model.
+    if "_ll" in attributes:
         attributes["_ll"] = replace(attributes["_ll"])
     return copy
 
@@ -213,7 +226,8 @@ def _shallow(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> 
 def _scope(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> nn.Module:
     """`_shallow` of a class whose calls tell the sites inside their prompt."""
     copy = _shallow(module, scope_class(cls), kept)
-    if "forward" in copy.__dict__:  # it would shadow the class's
+    # A forward on the instance would shadow the class's.
+    if "forward" in copy.__dict__:
         copy.__dict__["_ll_forward"] = copy.__dict__.pop("forward")
     return copy
 
@@ -224,8 +238,9 @@ def _asks(attachments: Sequence[Attachment]) -> bool:
 
 
 def _leave_fast_path(copy: Any) -> None:
-    """torch's fused encoder kernels read weights without calling the layers: with a site inside,
-    take the other path.
+    """Keep torch's fused encoder kernels from running where a site is inside.
+
+    They read weights without calling the layers.
     """
     if isinstance(copy, nn.TransformerEncoderLayer):
         copy.__dict__["activation_relu_or_gelu"] = 0

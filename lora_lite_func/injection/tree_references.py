@@ -1,5 +1,6 @@
-"""What the modules of a copied tree hold beside tensors and children: turned to the copies, or
-refused.
+"""What the modules of a copied tree hold beside tensors and children.
+
+It is turned to the copies, or refused.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ __all__ = ["TreeReferences"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OURS = ("_ll", "_ll_bound", "_ll_prompt", "_flat_weights", "_flat_weight_refs")
-"""What a site or a bound model carries, and a recurrent layer's list of its tensors, which is made
-again.
+"""Attributes that are not looked at here.
+
+A site or a bound model carries them, and a recurrent layer's list of its tensors is made again.
 """
 
 _CONFIGS = ("config", "generation_config", "cfg", "args", "hparams")
@@ -63,7 +65,7 @@ class TreeReferences:
 
     # ------------------------------------------------------------------------------ during the walk
     def note(self, copy: nn.Module, path: str, slots: tuple[str, ...], reads_globals: bool) -> None:
-        """Note what a module's copy may have to have turned."""
+        """Note what may have to be turned in a module's copy."""
         attributes = copy.__dict__
         names = [
             name
@@ -85,7 +87,7 @@ class TreeReferences:
             self.noted.append(_Noted(copy, path, names, reads_globals))
 
     def _note_forward(self, attributes: dict[str, Any], path: str, names: list[str]) -> None:
-        """An instance's own `forward`, which in a site is kept in its state."""
+        """Note an instance's own `forward`, which a site keeps in its state."""
         forward = attributes.get("forward") or attributes.get("_ll_forward")
         if "_ll" in attributes and attributes["_ll"].own_forward is not None:
             forward = attributes["_ll"].own_forward
@@ -131,7 +133,7 @@ class TreeReferences:
             root.__dict__["_ll_kept"] = rebinding.kept
 
     def _own(self, rebinding: Rebinding, noted: _Noted) -> None:
-        """Containers and tensors of the tree's own."""
+        """Give the copies containers and tensors of the tree's own."""
         copy: Any = noted.copy
         self.training = copy.training
         for name in noted.names:
@@ -181,7 +183,7 @@ class TreeReferences:
         return copy._parameters[name] if name in copy._parameters else copy._buffers[name]
 
     def _tensors(self) -> Iterator[tuple[int, tuple[str, Any, str]]]:
-        """(id of an original's tensor, (path, the module's copy, its name))."""
+        """(id of an original's tensor, (path, the module's copy, its name)), for each tensor."""
         for path, module in self.model.named_modules():
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
@@ -211,7 +213,7 @@ def _own_class(copy: nn.Module) -> type:
 
 
 def _get(copy: nn.Module, name: str) -> Any:
-    """An attribute as it is stored: a site's class may have a property of the name."""
+    """An attribute as it is stored, because a site's class may have a property of the same name."""
     attributes = copy.__dict__
     return attributes[name] if name in attributes else getattr(copy, name)
 
@@ -220,7 +222,8 @@ def _set(copy: nn.Module, name: str, value: Any) -> None:
     if name in copy.__dict__:
         copy.__dict__[name] = value
     else:
-        object.__setattr__(copy, name, value)  # in a slot
+        # The attribute is in a slot.
+        object.__setattr__(copy, name, value)
 
 
 def _is_computed(copy: nn.Module, name: str) -> bool:

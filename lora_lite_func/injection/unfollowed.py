@@ -1,7 +1,7 @@
 """What refers to modules of the original tree and can't be turned to their copies.
 
-Objects whose inside isn't known (an iterator, a generator), and functions that reach a module by a
-global name: both would call the original, without its adapter.
+These are objects whose inside isn't known (an iterator, a generator), and functions that reach a
+module by a global name. Both would call the original module, without its adapter.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _NOT_INTO = (type, types.ModuleType, types.FunctionType, types.CodeType, types.F
 
 
 def modules_in(value: Any, copies: Mapping[int, Any]) -> Iterator[nn.Module]:
-    """The first original module that an object leads to, by what the garbage collector knows of it:
-    6 steps deep at most.
+    """The first original module that an object leads to, at most 6 steps deep.
+
+    The garbage collector is asked what each object refers to.
     """
     seen, layer = {id(value)}, [value]
     for _ in range(_STEPS):
@@ -43,7 +44,7 @@ def modules_in(value: Any, copies: Mapping[int, Any]) -> Iterator[nn.Module]:
 
 # ------------------------------------------------------------------------------------------ globals
 def globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The globals that a user's function reads: (name, value), those that may lead to a module."""
+    """The globals that a user's function reads and that may lead to a module, as (name, value)."""
     if not is_users(function.__module__ or ""):
         return
     for name in _READ(function.__code__)[0]:
@@ -53,14 +54,14 @@ def globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _may_lead(value: Any) -> bool:
-    """Whether a global may lead to modules; other functions may where they are of the user's."""
+    """Whether a global may lead to modules. A function may only where it is a user's."""
     if isinstance(value, types.FunctionType):
         return is_users(value.__module__ or "")
     return type(value) not in PLAIN and role_of(type(value)) != Role.DATA
 
 
 def _read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """(globals, attributes and methods) that a function reads, those inside it too."""
+    """(globals, attributes and methods) that a function and the functions inside it read."""
     names = {
         i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
@@ -99,4 +100,4 @@ def _global_names(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
 
 
 global_names = WeakMemo(_global_names)
-"""The globals that the calls of a class may reach modules by: (the dict of globals, name)."""
+"""The globals by which the calls of a class may reach modules: (the dict of globals, name)."""

@@ -1,4 +1,4 @@
-"""The weight route: a module's own call on adapted tensors, and those read without a call."""
+"""The weight route: a module's own call on adapted tensors, and tensors read without a call."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ __all__ = ["flatten_again", "read", "read_substituted", "substituted"]
 
 
 def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The module's own call on its adapted tensors; where rows have adapters of their own, once for
-    each of those.
+    """The module's own call on its adapted tensors.
+
+    Where rows have adapters of their own, the module is called once for each of those.
     """
     chains = _chains(self)
     if all(
@@ -47,8 +48,9 @@ def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _chains(site: Any) -> Chains:
-    """{(name of the child that holds it, or "", name of a tensor): the adapters that go into it} of
-    all that a site substitutes.
+    """The adapters that go into each tensor that a site substitutes.
+
+    The keys are (name of the child that holds the tensor, or "", name of the tensor).
     """
     own = {("", name): attachments for name, attachments in site._ll.substituted.items()}
     return own | {
@@ -65,8 +67,9 @@ def _on_adapted(
     kwargs: dict[str, Any],
     within: Within | None = None,
 ) -> Any:
-    """The call on tensors with the adapters of `chains` in; what the module notes on itself stays
-    noted.
+    """The call on tensors with the adapters of `chains` in them.
+
+    What the module notes on itself during the call stays noted.
     """
     made = _concrete(self, chains)
     if within is not None:
@@ -83,8 +86,10 @@ def _on_adapted(
 
 
 def _concrete(site: Any, chains: Chains) -> Any:
-    """A site for the length of one call: of the layer's own class, the adapted tensors computed
-    once and in place as plain ones.
+    """A plain module that stands for a site for the length of one call.
+
+    It is of the layer's own class. The adapted tensors are computed once and are in place as plain
+    ones.
     """
     made = shallow_copy(site, site._ll_base)
     attributes = made.__dict__
@@ -93,11 +98,11 @@ def _concrete(site: Any, chains: Chains) -> Any:
         **_adapted(site, chains, parameters_of(site)),
     }
     for name in attributes["_parameters"]:
-        if name in attributes:  # a replica's stand-in, which would be read first
+        # A replica has a stand-in of this name, which would be read first.
+        if name in attributes:
             del attributes[name]
-    if (
-        attributes.get("max_norm") is not None
-    ):  # torch bounds the table in place: let it be a table of this call's own
+    # Torch bounds the norms of the table in place, so the call gets a table of its own.
+    if attributes.get("max_norm") is not None:
         attributes["_parameters"]["weight"] = attributes["_parameters"]["weight"].clone()
     inner = site._ll.inner
     if inner:
@@ -115,7 +120,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
         }
     own = site._ll.own_forward
     if own is not None:
-        # what an instance carried as its forward, and whatever is bound to it, works on this one
+        # The forward that the instance carried, and whatever is bound to it, works on this one.
         attributes["forward"] = own
         for name, value in attributes.items():
             if isinstance(value, BINDABLE):
@@ -125,7 +130,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
 
 
 def flatten_again(module: Any) -> None:
-    """A recurrent layer's flat list of its tensors, as they are now."""
+    """Make a recurrent layer's flat list of its tensors anew, from the tensors as they are now."""
     attributes = module.__dict__
     if "_flat_weights" in attributes:
         flat = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
@@ -134,7 +139,7 @@ def flatten_again(module: Any) -> None:
 
 
 def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
-    """{name: tensor} with the adapters in, of a module's stored tensors."""
+    """{name: tensor}: a module's stored tensors with the adapters in them."""
     made: dict[str, Tensor | None] = {}
     for (child, name), attachments in chains.items():
         if child or not attachments:
@@ -146,7 +151,8 @@ def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
         W = stored.get(name) if buffer is None else buffer
         assert W is not None
         made[name], b = merge_site(module, attachments, W, bias)
-        if buffer is not None:  # what a call counts or averages isn't the adapter's to keep
+        # The call may count or average in a buffer, and that must not be kept in the adapter.
+        if buffer is not None:
             made[name] = made[name].clone()  # type: ignore[union-attr]
         if b is not None:
             check_bias(module, attachments[-1], b)
@@ -155,12 +161,12 @@ def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
 
 
 def read(name: str) -> property:
-    """What `site.weight` or `.bias` is to who reads it without calling the layer: the adapted one.
+    """A property: `site.weight` or `.bias` for code that reads it without calling the layer.
 
-    Reading it raises AttributeError where the layer has none.
+    Reading it gives the adapted tensor. It raises AttributeError where the layer has none.
 
     Raises:
-        UnsupportedError: where it is written on, or taken out.
+        UnsupportedError: the tensor is written on, or taken out.
     """
 
     def get(self: Any) -> Any:
@@ -169,7 +175,8 @@ def read(name: str) -> property:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         weight = _own(self, "weight")
         if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
-            return found  # packed or put away: nothing that an adapter could go into
+            # A packed or offloaded tensor is nothing that an adapter could go into.
+            return found
         bias = _own(self, "bias")
         stored = {"weight": weight, "bias": None if bias is _NONE else bias}
         return _read(self, name, {("", "weight"): self._ll.attachments}, stored, _merged)
@@ -186,7 +193,7 @@ def _merged(module: Any, chains: Chains, stored: Tensors) -> Tensors:
 
 
 def read_substituted(name: str) -> property:
-    """What a substituted tensor is to who reads it without calling the module."""
+    """A property: a substituted tensor for code that reads it without calling the module."""
 
     def get(self: Any) -> Any:
         chains = {key: chain for key, chain in _chains(self).items() if not key[0]}
@@ -202,7 +209,7 @@ def _read(
     stored: Tensors,
     adapted: Callable[[Any, Chains, Tensors], Tensors],
 ) -> Any:
-    """A tensor of a site with its adapters in: made now, or when it is used."""
+    """A tensor of a site with its adapters in, made now or when it is used."""
     found = stored.get(name)
     if found is None or not waits(found):
         return adapted(self, chains, stored).get(name, found)
@@ -228,8 +235,9 @@ def _read(
 
 
 def _putting(name: str) -> Callable[[Any, Any], None]:
-    """What sets such a tensor where it is no parameter: a hook that computes it, a replica's
-    stand-in.
+    """The setter of such a tensor where it is no parameter.
+
+    A hook that computes the tensor sets it, or a replica sets its stand-in.
     """
 
     def put(self: Any, value: Any) -> None:
@@ -239,7 +247,7 @@ def _putting(name: str) -> Callable[[Any, Any], None]:
 
 
 def _refusing(name: str) -> Callable[[Any], None]:
-    """What takes such a tensor out of a site.
+    """The deleter of such a tensor: it refuses to take the tensor out of a site.
 
     Raises:
         UnsupportedError: always, with what to do instead.
@@ -260,8 +268,9 @@ _NONE = object()
 
 
 def _own(self: Any, name: str) -> Any:
-    """A layer's tensor as the layer sees it: computed by its class's own property, stored, or set
-    on it by a hook.
+    """A layer's tensor as the layer sees it.
+
+    It is computed by a property of the layer's own class, stored, or set on the layer by a hook.
     """
     attributes = self.__dict__
     if name in self._ll_computed:

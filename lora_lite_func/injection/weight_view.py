@@ -1,8 +1,8 @@
 """A site's weight as a model reads it without calling the layer (`F.linear(x, layer.weight)`).
 
-What is read is the adapted weight. It is made when it is used: questions about its shape, dtype or
-device, which models ask in every call, cost nothing. A site's own call reads its stored tensors: it
-runs on a plain object of the layer's class (stand_in.py).
+What is read is the adapted weight. It is made only when it is used, so questions about its shape,
+dtype or device, which models ask in every call, cost nothing. A site's own call reads its stored
+tensors, because it runs on a plain object of the layer's class (stand_in.py).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class _Recipe:
     """How an adapted weight is made.
 
     Attributes:
-        path: of the weight, for messages.
-        tensors: all that it depends on and that a gradient may be wanted for.
-        make: of those, the weight.
+        path: the path of the weight, for messages.
+        tensors: all tensors that it depends on and for which a gradient may be wanted.
+        make: makes the weight from those tensors.
     """
 
     path: str
@@ -52,8 +52,9 @@ class _Recipe:
 def waits(stored: Tensor | None) -> bool:
     """Whether the adapted form of a stored tensor can be made when it is used.
 
-    A graph that is recorded for other values takes the weight itself: it leaves out what nobody
-    uses. Of a stored tensor of a kind of its own (sharded, packed) there is no empty form.
+    A graph that is recorded for other values takes the weight itself, because it leaves out what
+    nobody uses. A stored tensor of a kind of its own (sharded, packed) has no empty form to wait
+    in.
     """
     return type(stored) in _DENSE and not is_tracing_here() and not is_traced()
 
@@ -64,16 +65,17 @@ _DENSE = (Tensor, nn.Parameter)
 def lazily(
     path: str, stored: Tensor, tensors: Sequence[Tensor], make: Callable[..., Tensor]
 ) -> Tensor:
-    """The adapted weight of a site for who reads it, to be made when it is used.
+    """The adapted weight of a site for code that reads it, to be made when it is used.
+
+    A tensor that torch.func or forward mode follows has a meaning only for operations that go
+    through all of its levels, and operations in C++ needn't. So a weight that depends on such
+    tensors is made at once.
 
     Args:
-        path: of the weight, for messages.
-        stored: the layer's own, whose shape, dtype and device the adapted one has.
-        tensors: what the weight is made of and a gradient may be wanted for.
-        make: of those, the weight.
-
-    Tensors that torch.func or forward mode follows mean something only to operations that go
-    through all of their levels, which C++ needn't: a weight of those is made at once.
+        path: the path of the weight, for messages.
+        stored: the layer's own weight, whose shape, dtype and device the adapted one has.
+        tensors: the tensors that the weight is made of and for which a gradient may be wanted.
+        make: makes the weight from those tensors.
     """
     if is_differentiated() or any(map(is_wrapped, (stored, *tensors))):
         return make(*tensors)
@@ -92,11 +94,10 @@ def _at_level_0() -> AbstractContextManager[Any]:
 class LazyWeight(Tensor):
     """An adapted weight that is made when it is used. It can't be written on.
 
-    It is a tensor, not something that says so: with the shape, dtype and device of the weight, its
-    place in the graph of gradients, and without memory. Python's uses come to `__torch_function__`,
-    those of C++ (TorchScript, operators of extensions, transforms of torch.func over it) to
-    `__torch_dispatch__`; each goes on with the weight itself. What asks C++ for its memory gets
-    torch's error.
+    It is a real tensor: it has the weight's shape, dtype, device and place in the graph of
+    gradients, but no memory. Uses in Python come to `__torch_function__`. Uses in C++ (TorchScript,
+    operators of extensions, transforms of torch.func over it) come to `__torch_dispatch__`. Each
+    goes on with the weight itself. Code in C++ that asks for its memory gets torch's error.
     """
 
     _recipe: _Recipe
@@ -115,7 +116,7 @@ class LazyWeight(Tensor):
         return made
 
     def __init__(self, *_: Any) -> None:
-        """`__new__` has made it."""
+        """Do nothing: `__new__` has made the tensor."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _KEPT_BY_TORCH:
@@ -161,20 +162,20 @@ _ASKED = frozenset(
     + [getattr(Tensor, name) for name in _METHODS]
     + [torch.numel, torch.is_floating_point, torch.is_complex]
 )
-"""What is answered without the weight: what it is like, and what its place in the graph is."""
+"""Questions that are answered without the weight: its form, and its place in the graph."""
 
 _KEPT_BY_TORCH = ("_backward_hooks", "_post_accumulate_grad_hooks")
-"""What torch keeps on a tensor for its hooks."""
+"""The attributes in which torch keeps the hooks of a tensor."""
 
 _WRITES: dict[Any, str] = {
     Tensor.__setitem__: "item assignment",
     Tensor.data.__get__: "data",  # type: ignore[attr-defined]
 }
-"""What writes on a tensor, or lends it to be written on, without an underscore at its end."""
+"""Functions that write on a tensor, or lend it to be written on, and don't end in an underscore."""
 
 
-# torch's own operators take a TypeError, which a refusal is, for a type that they don't know, and
-# go on to the other operand; these let it through
+# A refusal is a TypeError. Torch's own operators take that for a type that they don't know, and go
+# on to the other operand. These operators let the refusal through.
 def _operator(name: str) -> Callable[[Any, Any], Any]:
     @not_compiled
     def operate(self: LazyWeight, other: Any) -> Any:
@@ -225,7 +226,7 @@ def _read_only(value: LazyWeight, name: str) -> UnsupportedError:
 
 
 def _used(value: Any, tensor: Callable[[LazyWeight], Tensor]) -> Any:
-    """Every adapted weight among arguments as `tensor` gives it."""
+    """Arguments in which every adapted weight is replaced by what `tensor` makes of it."""
     if type(value) is LazyWeight:
         return tensor(value)
     if type(value) in (list, tuple):
@@ -248,9 +249,9 @@ def _differentiable(weight: LazyWeight) -> Tensor:
 def _values(weight: LazyWeight) -> Tensor:
     """The weight itself, without a graph.
 
-    It is made once as long as what it is made of stays as it is. Where something sees each
-    operation it is made each time: a checkpoint that keeps some operations must find in the second
-    run those of the first.
+    It is made once as long as the tensors that it is made of stay as they are. Where something sees
+    each operation, it is made each time: a checkpoint that keeps some operations must find in the
+    second run the operations of the first.
     """
     recipe = weight._recipe
     versions = _versions(recipe.tensors)
@@ -267,8 +268,8 @@ def _values(weight: LazyWeight) -> Tensor:
 class _Read(torch.autograd.Function):
     """The adapted weight as a node of the graph: nothing is computed before the backward pass.
 
-    It keeps what the weight is made of by itself: several backward passes may come through it, one
-    for each block that is run again (reentrant checkpointing), and each must find it.
+    It keeps the tensors that the weight is made of itself. Several backward passes may come through
+    it, one for each block that is run again (reentrant checkpointing), and each must find them.
     """
 
     @staticmethod
@@ -297,7 +298,8 @@ class _Read(torch.autograd.Function):
                 )
             )
 
-        pulled: Any = torch.func.vjp(again, *learned)  # which composes with another derivative
+        # torch.func.vjp composes with another derivative.
+        pulled: Any = torch.func.vjp(again, *learned)
         back = iter(pulled[1](g))
         return None, None, *(next(back) if wanted else None for wanted in needed)
 
@@ -308,7 +310,7 @@ def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 class _Used(torch.autograd.Function):
-    """The values of an adapted weight, whose gradient is the weight's."""
+    """The values of an adapted weight; the gradient of the values is the weight's."""
 
     @staticmethod
     def forward(ctx: Any, weight: LazyWeight) -> Tensor:
