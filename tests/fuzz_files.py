@@ -432,9 +432,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     size = 8 * 2**30
-    resource.setrlimit(
-        resource.RLIMIT_AS, (size, size)
-    )  # a header that asks for more is a MemoryError, which is a fault
+    # a header that asks for more is a MemoryError, which is a fault
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
     outcomes: Counter[str] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as home:

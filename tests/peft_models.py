@@ -47,9 +47,8 @@ def loaded(model: nn.Module, folder: Path, x: Tensor = X) -> Tensor:
         warnings.simplefilter("always")
         made = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
     words = [str(w.message) for w in said if "key" in str(w.message).lower()]
-    words = [
-        w for w in words if "pattern keys did not match any targeted module" not in w
-    ]  # said of every parameter's, which do match
+    # PEFT says this of every pattern for a parameter, though they match
+    words = [w for w in words if "pattern keys did not match any targeted module" not in w]
     assert not words, words
     found = peft.set_peft_model_state_dict(made, load_file(folder))
     assert not found.unexpected_keys, found.unexpected_keys

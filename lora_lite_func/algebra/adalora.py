@@ -132,7 +132,7 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
     triplet may come back.
 
     Args:
-        params: after the optimizer's step.
+        params: the adapter after the optimizer's step.
         grads: path -> {lora_name: gradient} of that step, an Adapter as `torch.func.grad` gives it
             or any mapping like it.
         state: from `start` or the step before.
@@ -159,9 +159,8 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
     if not final and step > schedule.initial_steps and step % schedule.interval == 0:
         keep = _choose(params, mean, deviation, step, schedule)
     elif step == schedule.total_steps - schedule.final_steps + 1:
-        keep = _choose(
-            params, mean, deviation, step, schedule
-        )  # the last choice, kept from here on
+        # the last choice, which is kept from here on
+        keep = _choose(params, mean, deviation, step, schedule)
     data = {
         path: {**ts, "lora_E": torch.where(keep[path], ts["lora_E"], 0.0)}
         for path, ts in params.items()
@@ -172,7 +171,7 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
 def _choose(
     params: Adapter, mean: Any, deviation: Any, step: int, schedule: Schedule
 ) -> dict[str, Tensor]:
-    """The best triplets of all layers together, as a mask per site."""
+    """A mask for each site of the best triplets, chosen from all layers together."""
     scores = {}
     for path in params:
         s = {name: mean[path][name] * deviation[path][name] for name in mean[path]}
@@ -204,7 +203,7 @@ def orthogonality(params: Adapter) -> Tensor:
 
 def prune(params: Adapter) -> Adapter:
     """The same function in fewer numbers: triplets whose value is zero dropped, and sites that have
-        none left.
+    none left.
 
     Raises:
         StructureError: not an AdaLoRA adapter, or nothing would be left.
@@ -216,9 +215,8 @@ def prune(params: Adapter) -> Adapter:
         r = int(kept.sum())
         if r:
             old = params.sites[path]
-            sites.append(
-                dataclasses.replace(old, r=r, alpha=old.alpha * r / old.r)
-            )  # the scale alpha / r stays what it was
+            # alpha shrinks with r, so that the scale alpha / r stays what it was
+            sites.append(dataclasses.replace(old, r=r, alpha=old.alpha * r / old.r))
             data[path] = {
                 "lora_A": ts["lora_A"][kept],
                 "lora_E": ts["lora_E"][kept],

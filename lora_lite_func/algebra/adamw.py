@@ -141,7 +141,7 @@ def _is_followed(tree: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Rule:
-    """One update of one leaf: (p, g, m, v, (its rate, its decay)) to (p', m', v')."""
+    """One update of one leaf: it takes (p, g, m, v, (rate, decay)) and gives (p', m', v')."""
 
     slow: float
     slower: float
@@ -173,7 +173,7 @@ class _Rule:
     def _by_formula(
         self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Rate, decay: Rate
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """p (1 - lr decay) - lr m^ / (sqrt(v^) + eps), of new tensors."""
+        """p (1 - lr decay) - lr m^ / (sqrt(v^) + eps), in new tensors."""
         lr, decay = (_along(r.double(), p) if isinstance(r, Tensor) else r for r in (lr, decay))
         step = self.step.double()
         m = torch.lerp(m, g, 1.0 - self.slow)
@@ -189,7 +189,7 @@ class _Rule:
 
 
 def _sqrt(v: Tensor) -> Tensor:
-    """sqrt(v), whose derivative is 0 at 0: a leaf that never had a gradient has no infinite one."""
+    """sqrt(v) with derivative 0 at 0, so that a leaf without gradients gets no infinite one."""
     return torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
 
 
@@ -203,15 +203,15 @@ def clip_grads(grads: Any, max_norm: float | Tensor) -> tuple[Any, Tensor]:
     leaves, on its own.
 
     Args:
-        grads: of one adapter, of a stack of K, or of a tuple, list or dict of such, whose length is
-            that of all together; absent leaves stay so.
+        grads: gradients of one adapter, of a stack of K, or of a tuple, list or dict of such, whose
+            length is that of all together; absent leaves stay absent.
         max_norm: the bound, or one per member (K,).
 
     Returns:
         The clipped gradients and the lengths before, () or (K,).
 
     Raises:
-        ConfigError: a bound that is negative, or no number.
+        ConfigError: a bound that is negative, or isn't a number.
         StructureError: not an Adapter, a vector that isn't one per member of a stack, or stacks
             beside single adapters.
     """
@@ -246,9 +246,8 @@ def _check_rates(value: Any, what: str) -> None:
 
 def _not_negative(value: Any, what: str) -> None:
     real(value, what)
-    if (
-        isinstance(value, (int, float)) and not value >= 0
-    ):  # a tensor's values may be data of a graph
+    # a tensor's values may be data of a graph
+    if isinstance(value, (int, float)) and not value >= 0:
         raise ConfigError(f"{what}: expected a number of at least 0, found {short_repr(value)}")
 
 
@@ -296,7 +295,7 @@ def _names(adapter: Adapter) -> list[str]:
 
 
 def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
-    """Refuse a tree that isn't leaf by leaf beside the adapters'."""
+    """Refuse a tree whose leaves don't match those of the adapters one by one."""
 
     def check(a: Adapter, b: Adapter) -> None:
         expected, found = (
@@ -323,5 +322,5 @@ def _is_stack(params: Adapter) -> bool:
 
 
 def _along(value: Tensor, leaf: Tensor) -> Tensor:
-    """() or (K,) against a leaf (K, ...)."""
+    """A tensor () or (K,) in a shape that broadcasts against a leaf (K, ...)."""
     return value.to(leaf.device).view(*value.shape, *[1] * (leaf.ndim - value.ndim))

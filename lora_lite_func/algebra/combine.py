@@ -107,7 +107,7 @@ def combine_adapters(
         r: rank of the svd forms; by default the largest of all adapters and sites.
         density: part of the entries that pruning keeps, in (0, 1].
         majority_sign: whether sizes ("total") or counts ("frequency") elect the sign.
-        seed: of dare's draws, which depend on (seed, path, number of the adapter) alone.
+        seed: the seed of dare's draws, which depend on (seed, path, number of the adapter) alone.
 
     Raises:
         StructureError: no adapters, a stack, weights that don't fit, an unknown way or sign, a
@@ -149,7 +149,7 @@ def combine_adapters(
 
 
 def _exactly(adapters: Iterable[Adapter]) -> AbstractContextManager[object]:
-    """Without the caller's autocast, which would round the products."""
+    """A context without the caller's autocast, which would round the products."""
     kinds = {t.device.type for adapter in adapters for p in adapter.values() for t in p.values()}
     stack = ExitStack()
     for kind in sorted(kinds):
@@ -170,7 +170,7 @@ def _by_path(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:
 
 
 def _combined_low_rank(recipe: _Recipe, group: Sequence[tuple[Any, Adapter]]) -> Adapter:
-    """A LoRA of adapters whose updates are pairs of factors."""
+    """One LoRA adapter made of adapters whose updates are pairs of factors."""
     sites: dict[str, Site] = {}
     pairs: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
     for path in dict.fromkeys(path for _, adapter in group for path in adapter):
@@ -313,7 +313,7 @@ class _Recipe:
         )
 
     def _dropped(self, t: Tensor, path: str, what: str) -> Tensor:
-        with outside_transforms():  # the seed says what is drawn, whatever is around
+        with outside_transforms():  # the seed decides what is drawn, even inside a transform
             own = generator(self.seed, path, what)
             draw = torch.rand(t.shape, generator=own, dtype=torch.float32).to(t.device)
         return t * (draw < self.density) / self.density
@@ -326,7 +326,7 @@ class _Recipe:
 
 
 def _signed(root: Any, of: Any) -> Any:
-    """The root with the sign of what it is the root of."""
+    """The root, with the sign of the number that it is the root of."""
     if isinstance(of, Tensor):
         return torch.where(of >= 0, root, -root)
     return root if of >= 0 else -root
@@ -337,7 +337,7 @@ def _weighted(tensors: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
 
 
 def _largest(t: Tensor, density: float) -> Tensor:
-    """The entries of largest size, the rest zero."""
+    """The tensor with its largest entries kept and the rest set to zero."""
     keep = int(density * t.numel())
     mask = torch.zeros_like(t).flatten()
     mask[t.abs().flatten().topk(keep).indices] = 1
@@ -345,7 +345,7 @@ def _largest(t: Tensor, density: float) -> Tensor:
 
 
 def _elected(tensors: Sequence[Tensor], weights: Sequence[Any], majority_sign: str) -> Tensor:
-    """Per entry the mean, over those with the elected sign, of the weighted values."""
+    """For each entry, the mean of those weighted values that have the elected sign."""
     several = torch.stack(list(tensors))
     votes = several if majority_sign == "total" else several.sign()
     elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)

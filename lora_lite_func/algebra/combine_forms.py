@@ -25,7 +25,7 @@ Weighted = Sequence[tuple[Any, Mapping[str, Tensor], Site]]
 
 
 def _gates(how: str, parts: Weighted) -> dict[str, Tensor]:
-    """As PEFT the weighted sum of gates (linear), or the gate of the sum of their changes (cat)."""
+    """The weighted sum of gates as in PEFT (linear), or the gate of their summed changes (cat)."""
     start = 1.0 if how == "cat" else 0.0
     gates = torch.stack(
         [(w * (p["lora_g"] - start)).to(p["lora_g"].dtype) for w, p, _ in parts]

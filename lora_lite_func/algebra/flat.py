@@ -79,7 +79,7 @@ def from_dict(values: Mapping[str, Mapping[str, Tensor]], like: Adapter | Layout
 
 
 def _leaf(found: Mapping[str, Any], path: str, name: str, like: Any) -> Any:
-    """A leaf of the dict, held against the one that stands there in `like`."""
+    """A leaf of the dict, checked against the leaf in the same place in `like`."""
     if name not in found:
         if like is ABSENT:
             return ABSENT

@@ -138,7 +138,7 @@ def _by_torch_func(call: Call, leaves: list[Tensor]) -> tuple[Tensor, Any, list[
         value, aux = call(live)
         flat, form = pytree.tree_flatten(aux)
         seen[:] = [flat, form]
-        return value, [t for t in flat if isinstance(t, Tensor)]  # all that torch takes for aux
+        return value, [t for t in flat if isinstance(t, Tensor)]  # torch allows nothing else in aux
 
     grads, (value, tensors) = torch.func.grad_and_value(tensors_alone, has_aux=True)(leaves)
     flat, form = seen

@@ -49,16 +49,17 @@ def precondition(
     plain steps first.
 
     Args:
-        grads: of the trainable leaves: an adapter, a stack, or a tuple, list or dict of them.
+        grads: gradients of the trainable leaves: an adapter, a stack, or a tuple, list or dict of
+            them.
         params: the whole adapter (or stack, or tuple ...), as these gradients were taken at it.
         how: as above.
-        delta: added to the diagonals, at least 0.
+        delta: what is added to the diagonals, at least 0.
 
     Raises:
         StructureError: gradients of another adapter, a gradient that `how` needs missing, or one
             of A with `lora_fa`.
         UnsupportedError: a method whose update isn't s B A of leaves lora_A and lora_B.
-        ConfigError: another `how`, or a delta that is negative or no number.
+        ConfigError: an unknown `how`, or a delta that is negative or isn't a number.
     """
     if how not in get_args(How):
         raise ConfigError(
@@ -74,7 +75,7 @@ def precondition(
 
 
 def _preconditioned(grads: Adapter, params: Adapter, how: How, delta: float | Tensor) -> Adapter:
-    """One adapter's."""
+    """The preconditioned gradients of one adapter."""
     variant = params.layout.variant
     if grads.layout.variant is not variant or grads.layout.names != params.layout.names:
         raise StructureError("precondition: the gradients are of another adapter than params")
@@ -143,7 +144,7 @@ def _site(
 def _lora_pro(
     A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, delta: float | Tensor
 ) -> dict[str, Tensor]:
-    """The pair, of gradients divided by s^2."""
+    """LoRA-Pro's pair of gradients, made from gradients that are already divided by s^2."""
     S, T = B.mT @ B, A @ A.mT  # (..., r, r)
     PgA = _inverse(S, delta) @ gA  # (..., r, d_in)
     gBQ = gB @ _inverse(T, delta)  # (..., d_out, r)

@@ -116,9 +116,8 @@ def _register() -> None:
 
     torch_pytree.register_pytree_node(Rows, flatten, unflatten)
     register: Any = optree.register_pytree_node
-    everywhere = getattr(
-        optree.registry, "__GLOBAL_NAMESPACE"
-    )  # getattr: a class would mangle the name
+    # by getattr, since Python would mangle the name inside a class
+    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")
     register(
         Rows, flatten, lambda plan, children: Rows(next(iter(children)), plan), namespace=everywhere
     )

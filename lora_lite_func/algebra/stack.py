@@ -25,10 +25,9 @@ def stack(adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> Adapter:
     """K adapters of one method on the same sites as one, every leaf with a leading axis of K; a
     dict's names are kept.
 
-    Strengths and ranks may differ: shorter ranks are padded with directions of zeros, where that
-        changes nothing, and where scales
-    differ each site gets one more frozen leaf, `lora_factor` (K,). With equal ones nothing is
-    added.
+    Strengths and ranks may differ. Shorter ranks are padded with directions of zeros, where that
+    changes nothing. Where scales differ, each site gets one more frozen leaf, `lora_factor` (K,);
+    where they are equal, nothing is added.
 
     Raises:
         StructureError: nothing to stack, or the first difference between two of them: in method,
@@ -139,10 +138,10 @@ def concatenate(stacks: Sequence[Adapter]) -> Adapter:
 
 # -------------------------------------------------------------------------------------- what stacks
 def check_stackable(a: Adapter, b: Adapter, what: str) -> None:
-    """Refuse an adapter that can't stand beside the first.
+    """Refuse an adapter that can't be stacked with the first.
 
     Raises:
-        StructureError: with the first difference.
+        StructureError: it can't; the message names the first difference.
     """
     check_adapter(a, what)
     check_adapter(b, what)
@@ -208,7 +207,7 @@ def _labels(adapters: Mapping[str, Adapter]) -> list[str]:
 
 
 def _layout(layouts: list[Layout], labels: list[str] | None) -> Layout:
-    """The members' one layout where nothing tells them apart, else one that keeps each's own."""
+    """The layout of all members if nothing tells them apart, else one that keeps each of them."""
     first = layouts[0]
     if labels is None and all(other is first or _alike(first, other) for other in layouts):
         return first
@@ -225,7 +224,7 @@ def _nothing(layout: Layout) -> list[None]:
 
 
 def _own(adapter: Adapter, path: str, name: str) -> Any:
-    """A member's leaf; its scale, where that is to be one."""
+    """A leaf of a member, or its scale, where the stack has a leaf for that."""
     if name != SCALING:
         return adapter._data[path][name]
     like = next(
@@ -285,5 +284,5 @@ def _fits(shape: Any, other: Any, axis: int | None) -> bool:
 
 
 def _kind(leaf: Any) -> tuple[Any, ...]:
-    """What stacked leaves must agree in: shape (but for the rank), dtype, device."""
+    """What leaves must share to be stacked: shape (except for the rank), dtype and device."""
     return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (leaf,)

@@ -122,7 +122,7 @@ def _combine(*parts: Adapter) -> Adapter:
 
 def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     """The adapter at `strength` times its strength: 0 is the base, 1 changes nothing, -1 turns it
-        round. Pure, same structure.
+    round. Pure, same structure.
 
     Additive methods scale their update; gates, angles and rotations move along their path from the
     identity.
@@ -170,23 +170,21 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
                 f"site {path!r}: {layout.variant.name}.scale",
             )
 
-        own = {
-            name: t for name, t in tensors.items() if name != SCALING
-        }  # a member's own scale is no part of the method's tensors
+        # a member's own scale is no part of the method's tensors
+        own = {name: t for name, t in tensors.items() if name != SCALING}
         changed = {
             **tensors,
             **(one(own) if not layout.sites[path].num_experts else torch.func.vmap(one)(own)),
         }
-        return {
-            name: changed[name].to(t.dtype) for name, t in tensors.items()
-        }  # a wide strength widens a 0-dim tensor
+        # a wide strength widens a 0-dim tensor
+        return {name: changed[name].to(t.dtype) for name, t in tensors.items()}
 
     return replace(params, {path: scaled(path, tensors) for path, tensors in params._data.items()})
 
 
 def _own(made: Any, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
-    """What a method made of its tensors, all of it under their names; what it left out is as it
-    was.
+    """What a method made of its tensors, under their names; those that it left out stay as they
+    were.
     """
     if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
         raise ConfigError(
@@ -279,10 +277,10 @@ def summary(params: Adapter) -> str:
 
 
 def check_adapter(params: Any, what: str) -> None:
-    """Refuse what is no Adapter.
+    """Refuse anything that isn't an Adapter.
 
     Raises:
-        StructureError: with what it is.
+        StructureError: it isn't one; the message says what was found.
     """
     if not isinstance(params, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(params).__name__}")
@@ -299,7 +297,7 @@ def map_adapters(f: Callable[..., Any], params: Any, what: str, *others: Any) ->
         *others: trees of the same form.
 
     Raises:
-        StructureError: something else, nothing, or another tree of another form.
+        StructureError: a tree holds something else or nothing, or the trees differ in form.
     """
     if isinstance(params, Adapter):
         for other in others:
@@ -342,7 +340,7 @@ def every_adapter(params: Any, what: str) -> list[Adapter]:
     """The adapters in a tree, in order.
 
     Raises:
-        StructureError: something else, or none.
+        StructureError: the tree holds something else, or no adapter.
     """
     found: list[Adapter] = []
     map_adapters(found.append, params, what)

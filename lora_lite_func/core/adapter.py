@@ -253,7 +253,7 @@ def members_of(stacked: Any, what: str) -> int:
     """How many adapters a stack has.
 
     Raises:
-        StructureError: it is no stack, with the first leaf that says so.
+        StructureError: it isn't a stack; the message names the first leaf that shows it.
     """
     if not isinstance(stacked, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(stacked).__name__}")
@@ -302,10 +302,11 @@ def member(stacked: Adapter, index: int) -> Adapter:
 
 
 def check_shapes(params: Adapter) -> None:
-    """Every leaf is a tensor of the shape that its site asks for.
+    """Check that every leaf is a tensor of the shape that its site asks for.
 
     Raises:
-        StructureError: with path, name, expected and found, and what to do.
+        StructureError: a leaf isn't; the message names the path, the leaf, what was expected and
+            found, and what to do.
     """
     for path, specs in params.layout.specs.items():
         for name, tensor in params._data[path].items():
@@ -407,7 +408,7 @@ def _register() -> None:
             tuple(site),
         ),
     )
-    register: Any = optree.register_pytree_node  # its stubs know collections of strings only
+    register: Any = optree.register_pytree_node  # its type stubs only allow collections of strings
     register(
         SiteTensors,
         lambda site: (list(site.values()), tuple(site), tuple(site)),

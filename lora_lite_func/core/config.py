@@ -41,7 +41,7 @@ __all__ = [
 
 Role = Literal["reader", "writer", "inner"]
 
-if TYPE_CHECKING:  # what may be given; what is kept is a tuple
+if TYPE_CHECKING:  # the types that may be given; a tuple is kept
     Names: TypeAlias = Sequence[str]
     Roles: TypeAlias = Sequence[Role]
     Indices: TypeAlias = Sequence[int]
@@ -160,7 +160,11 @@ class AdapterConfig:
         self.validate()
 
     def validate(self) -> None:
-        """A method's own checks; raises ConfigError."""
+        """Run the method's own checks.
+
+        Raises:
+            ConfigError: a field has a value that the method doesn't allow.
+        """
 
     def rank_at(self, path: str) -> int:
         """The rank at a site."""
@@ -193,7 +197,7 @@ def probability(value: float, where: str) -> None:
     """Check a dropout rate.
 
     Raises:
-        ConfigError: outside [0, 1).
+        ConfigError: it is outside [0, 1).
     """
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{where}: expected a probability in [0, 1), found {value}")

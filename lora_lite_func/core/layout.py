@@ -43,7 +43,7 @@ class LeafSpec(NamedTuple):
     """What is known of one leaf of an adapter, without its values.
 
     Attributes:
-        shape: of one adapter's leaf; a stack's has a leading axis of members.
+        shape: the shape of one adapter's leaf; a stack's has a leading axis of members.
         trainable: whether it is learned.
         dtype: None where any floating dtype of 16 bits or more will do. A floating dtype is the
             narrowest that the leaf may have, an integer dtype is the one that it has.
@@ -81,7 +81,7 @@ class Layout:
         self.names = {path: tuple(specs) for path, specs in self.specs.items()}
 
     def _leaf_specs(self, site: Site) -> dict[str, LeafSpec]:
-        """A site's leaves. Of a stack of expert weights each has a leading axis for the experts."""
+        """A site's leaves. In a stack of experts' weights, each has a leading axis of experts."""
         experts = (site.num_experts,) if site.num_experts else ()
         found = {}
         for name, spec in sorted(self.variant.param_specs(self.config, site).items()):
@@ -190,7 +190,7 @@ def from_json(says: Any, *, most: int = LARGEST) -> Layout:
 
     Args:
         says: what `to_json` gave.
-        most: how many sites there can be at most: as many as there are tensors.
+        most: the largest number of sites there can be, which is the number of tensors.
 
     Raises:
         CheckpointError: another format version, an unknown method, a config or site with missing,

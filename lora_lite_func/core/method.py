@@ -129,7 +129,7 @@ class Variant(Generic[ConfigT, DataT]):
         if not self.sites:
             anywhere = self.weight is not None and set(self.needs) <= {"weight"}
             object.__setattr__(self, "sites", MATRICES if anywhere else MATRICES[:1])
-        if isinstance(self.sites, (set, frozenset)):  # without an order, linear layers come first
+        if isinstance(self.sites, (set, frozenset)):  # unordered: linear layers go first
             ordered = sorted(self.sites, key=lambda kind: (kind != "linear", kind))
             object.__setattr__(self, "sites", tuple(ordered))
         has_phases = self.inputs is not None or self.outputs is not None
@@ -156,7 +156,7 @@ class Variant(Generic[ConfigT, DataT]):
         return self.batched
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return variant_for, (self.config,)  # functions don't travel, the config's class finds them
+        return variant_for, (self.config,)  # functions can't be pickled: found by class
 
 
 _OLD_KEYWORDS = {"factor": "scaling", "factors": "low_rank_factors", "leading": "batched"}
@@ -273,7 +273,7 @@ def variant_for(config: type[AdapterConfig]) -> Variant:
         )
     if config not in _REGISTRY:
         name = getattr(config, "__name__", repr(config))
-        hint = "" if config is AdapterConfig else name  # the base of all configs is near to each
+        hint = "" if config is AdapterConfig else name  # the base class is close to all names
         raise ConfigError(
             f"no variant is registered for {name}; "
             f"{nearest(hint, [c.__name__ for c in _REGISTRY], first=50)}"

@@ -179,18 +179,18 @@ class NeedsFn(Protocol[ConfigIn]):
     """What `init` needs under a config."""
 
     def __call__(self, cfg: ConfigIn, /) -> frozenset[str]:
-        """A part of the method's `needs`."""
+        """The part of the method's `needs` that this config needs."""
 
 
 class DirectionsFn(Protocol[ConfigIn]):
     """Directions v of a site's inputs whose activity, the mean of |v x|, calibration records."""
 
     def __call__(self, cfg: ConfigIn, site: Site, weight: Tensor, /) -> Tensor:
-        """(k, d_in).
+        """The directions (k, d_in).
 
         Args:
             cfg: the config.
-            site: the place.
+            site: the site.
             weight: its dense weight (d_out, d_in), float32 at least.
         """
 
@@ -222,7 +222,7 @@ class PrepareFn(Protocol[ConfigIn, DataOut]):
     """Small tensors that depend on the parameters alone, shared by the phases."""
 
     def __call__(self, cfg: ConfigIn, p: Params, site: Site, layer: Layer, /) -> DataOut:
-        """d, any pytree."""
+        """The data d, which may be any pytree."""
 
 
 class InputsFn(Protocol[ConfigIn, DataIn]):
@@ -273,8 +273,8 @@ class Work(NamedTuple):
     """What a computation does, whatever the device.
 
     Attributes:
-        multiply_adds: of matrix products.
-        passes: numbers read and written by elementwise operations.
+        multiply_adds: how many of them matrix products take.
+        passes: how many numbers are read and written by elementwise operations.
     """
 
     multiply_adds: float
@@ -285,7 +285,7 @@ class Forms(NamedTuple):
     """The work of two equal forms, which the runtime compares for a device.
 
     Attributes:
-        row: what the phases do for each row of input, beside the frozen layer.
+        row: what the phases do for each row of input, in addition to the frozen layer.
         weight: what it takes to make W', after which one product gives the output.
     """
 

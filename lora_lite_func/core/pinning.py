@@ -19,8 +19,8 @@ def pin(names: Iterable[str], namespace: Mapping[str, Any], module: str) -> None
     class are texts, which typing evaluates in the class's module; so they are evaluated before.
 
     Args:
-        names: of the classes and functions.
-        namespace: where they are found now.
+        names: the names of the classes and functions.
+        namespace: where these are found now.
         module: the name of the module that they say.
     """
     for name in names:

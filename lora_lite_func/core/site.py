@@ -23,7 +23,7 @@ class Site:
         path: full module path; "" is the model itself. A bare parameter's full name.
         d_in: columns of the weight as methods see it (input features; all a kernel sums over; 1 for
             a norm).
-        d_out: its rows (output features).
+        d_out: rows of the weight (output features).
         bias: whether the frozen layer has a bias.
         kind: what sort of place, a row of the table in kinds.py: "linear", "conv", "embedding",
             "norm", "parameter", "vector", "module".
@@ -69,13 +69,13 @@ class Site:
         return self.num_experts
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A pickle's, also of 0.1.0, which had other names."""
+        """Take the state of a pickle, also of one from 0.1.0, which had other names."""
         known = {_OLD_NAMES.get(name, name): value for name, value in state.items()}
         known.setdefault("scale", known["scaling"])
         self.__dict__.update({field.name: known[field.name] for field in fields(Site)})
 
     def scaled(self, scale: Tensor) -> Site:
-        """The site with a scale that is data."""
+        """The site with a tensor for its scale."""
         return self.having(scale=scale)
 
     def having(self, **fields: Any) -> Site:

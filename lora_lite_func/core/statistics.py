@@ -26,7 +26,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def none(cls, width: int, dtype: torch.dtype, device: torch.device) -> Moments:
-        """The sums over no token."""
+        """The sums over no tokens at all."""
         vector = torch.zeros(width, dtype=dtype, device=device)
         return cls(0, vector, vector, torch.zeros(width, width, dtype=dtype, device=device))
 
@@ -39,7 +39,7 @@ class Moments(NamedTuple):
         )
 
     def plus(self, other: Moments) -> Moments:
-        """The sums over both."""
+        """The sums over the tokens of both."""
         squares = self.squares + other.squares
         return Moments(
             self.tokens + other.tokens,
@@ -74,22 +74,38 @@ class SiteStatistics:
 
     @property
     def count(self) -> int:
-        """N, the tokens seen (padding left out)."""
+        """How many tokens were seen, N (padding left out).
+
+        Raises:
+            ConfigError: no inputs were recorded.
+        """
         return self._seen.tokens
 
     @property
     def mean(self) -> Tensor:
-        """(d_in,) mean of x."""
+        """The mean of x, (d_in,).
+
+        Raises:
+            ConfigError: no inputs were recorded.
+        """
         return self._seen.total / self.count
 
     @property
     def magnitude(self) -> Tensor:
-        """(d_in,) mean of |x|."""
+        """The mean of |x|, (d_in,).
+
+        Raises:
+            ConfigError: no inputs were recorded.
+        """
         return self._seen.absolute / self.count
 
     @property
     def second(self) -> Tensor:
-        """(d_in, d_in) mean of x^T x."""
+        """The mean of x^T x, (d_in, d_in).
+
+        Raises:
+            ConfigError: no inputs were recorded.
+        """
         return self._seen.squares / self.count
 
     @property

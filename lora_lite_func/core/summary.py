@@ -15,7 +15,7 @@ from .site import Site
 __all__ = ["render"]
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
-"""A whole part of a path that int() and str() take there and back."""
+"""A whole part of a path that int() and then str() turn into itself again."""
 
 
 def render(

@@ -90,12 +90,11 @@ _any_autocast: Callable[[], bool] = getattr(
 )
 
 
-# ----------------------------------------------------------------------------------------- tracing
 def without_autocast(device: str, function: Callable[..., Any], *args: Any) -> Any:
     """What `function(*args)` gives outside of the caller's autocast for that type of device.
 
-    For what depends on parameters alone, in their own dtype: small systems can't be solved in the
-    one that autocast would choose.
+    It is meant for what depends on parameters alone, in their own dtype: small systems can't be
+    solved in the one that autocast would choose.
     """
     if device == "meta" or not torch.is_autocast_enabled(device):
         return function(*args)
@@ -103,6 +102,7 @@ def without_autocast(device: str, function: Callable[..., Any], *args: Any) -> A
         return function(*args)
 
 
+# ----------------------------------------------------------------------------------------- tracing
 def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch.compile call `function` while it traces and take the result as a constant.
 
@@ -178,7 +178,7 @@ def is_compiled(cls: type) -> bool:
 # ------------------------------------------------------------------------------------- who watches
 def _count_modes() -> int:
     stack = getattr(python_dispatch, "_get_current_dispatch_mode_stack", None)
-    return 1 if stack is None else len(stack())  # unknown: a call that is watched is right, too
+    return 1 if stack is None else len(stack())  # unknown: the way for a watched call is right, too
 
 
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _count_modes)
@@ -218,7 +218,7 @@ def is_differentiated() -> bool:
 
 def _is_in_dual_level() -> bool:
     try:
-        with forward_ad.dual_level():  # which can't be nested
+        with forward_ad.dual_level():  # dual levels can't be nested
             return False
     except RuntimeError:
         return True
@@ -393,7 +393,7 @@ _without_values: Callable[..., Any] = getattr(Tensor, "_make_wrapper_subclass", 
 def writes_on(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
     """The arguments that an operator of torch writes on, out of what `__torch_dispatch__` gets."""
     schema = getattr(func, "_schema", None)
-    if schema is None:  # by the name alone
+    if schema is None:  # without a schema, the name decides
         name = str(func).split(".")[1] if "." in str(func) else str(func)
         return [*args[:1], *named.values()] if name.endswith("_") else [named.get("out")]
     written = {

@@ -33,12 +33,12 @@ def rank_bands(
     while they make the whole cheaper.
 
     Args:
-        ranks: of all members.
+        ranks: the ranks of all members.
         low: the segment's first member.
         high: one more than its last.
-        rows: of a member, tokens included.
+        rows: how many rows a member has, tokens included.
         first: the rank to begin at.
-        costs: of the device.
+        costs: the costs of the device.
     """
     whole = RankBand(low, high, first, max(ranks[low:high]))
     best, chosen = _cost(whole, rows, costs), None
@@ -63,15 +63,16 @@ def rank_bands(
 
 
 def _apart(ranks: Sequence[int], low: int, high: int, first: int, cut: int) -> Iterator[RankBand]:
-    """Neighbours whose ranks are all above the cut, or all not."""
+    """Bands of neighbours whose ranks are either all above the cut or all at most the cut."""
     for _, group in groupby(range(low, high), lambda member: ranks[member] > cut):
         members = list(group)
         yield RankBand(members[0], members[-1] + 1, first, max(ranks[members[0] : members[-1] + 1]))
 
 
 def _cost(band: RankBand, rows: int, costs: Costs) -> float:
-    """In units of a row at rank `costs.band_rank`. One member more than there are is counted, since
-    they are shared out among threads.
+    """What a band costs, in units of a row at rank `costs.band_rank`.
+
+    One member more than there are is counted, since members are shared out among threads.
     """
     members = band.high - band.low + 1
     rank = (band.last - band.first + costs.band_rank) / (2 * costs.band_rank)

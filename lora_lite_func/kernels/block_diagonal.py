@@ -20,13 +20,13 @@ def check_divides(
     Args:
         method: the method that asks, for the message.
         knob: the config's field that sets the size.
-        size: of a block (or how many equal parts).
+        size: the size of a block (or the number of equal parts).
         width: what is divided.
         what: its name ("d_in", "d_out", "r").
-        even: only suggest even sizes.
+        even: whether to suggest even sizes only.
 
     Raises:
-        UnsupportedError: with the sizes that fit.
+        UnsupportedError: the width doesn't divide; the message names the sizes that fit.
     """
     if width % size == 0:
         return
@@ -58,7 +58,7 @@ def product(x: Tensor, M: Tensor) -> Tensor:
 
 
 def plus_product(x: Tensor, M: Tensor) -> Tensor:
-    """x + x blockdiag(M), as `product`; where M is zero exactly x, memory layout too."""
+    """x + x blockdiag(M), as in `product`; where M is zero, exactly x, in memory layout too."""
     if M.shape[0] == 1 or not x.is_contiguous():
         return x + product(x, M)
     M = M.to(x.dtype)

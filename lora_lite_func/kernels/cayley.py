@@ -54,8 +54,9 @@ def minus_identity(q: Tensor, b: int, kind: Kind = "exact") -> Tensor:
         return _four(q)
     Q = skew(q, b)
     eye = torch.eye(b, dtype=q.dtype, device=q.device)
-    # I - Q is never singular, so nothing has to be checked and no device waited for. Not by
-    # torch.linalg.solve, whose forward-mode derivative is a constant for a second derivative
+    # I - Q is never singular, so nothing has to be checked and no device waited for.
+    # torch.linalg.solve isn't used, since its forward-mode derivative is a constant for a second
+    # derivative
     return (2.0 * Q) @ torch.linalg.inv_ex(eye - Q)[0]
 
 

@@ -18,7 +18,7 @@ __all__ = ["CPU", "MEASURED", "Costs", "costs_on", "dense_pays"]
 
 
 class Costs(NamedTuple):
-    """A device's numbers.
+    """What operations cost on a device.
 
     Attributes:
         elementwise: reading and writing one number in an elementwise operation.
@@ -50,7 +50,7 @@ class Costs(NamedTuple):
     butterfly_run: int
 
     def of(self, work: Work) -> float:
-        """What work costs."""
+        """What the work costs on this device."""
         return work.multiply_adds + self.elementwise * work.passes
 
 
@@ -89,9 +89,9 @@ def dense_pays(forms: bool | Forms, site: Site, tokens: int, device: torch.devic
 
     Args:
         forms: what the method's `dense` says, which may be the answer.
-        site: for its sizes.
-        tokens: rows of x.
-        device: x's.
+        site: the site, whose sizes count.
+        tokens: the number of rows of x.
+        device: the device of x.
     """
     if isinstance(forms, bool):
         return forms

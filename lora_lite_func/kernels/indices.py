@@ -18,8 +18,8 @@ def check_indices(coordinates: Sequence[Tensor], sizes: Sequence[int], name: str
     Args:
         coordinates: a tensor (..., n) for each axis, floating or integer; leading axes are of
             several lists of n.
-        sizes: how many there are along each axis.
-        name: of the leaf, for messages.
+        sizes: how many indices there are along each axis.
+        name: the name of the leaf, for messages.
 
     Raises:
         StructureError: NaN, a fraction, an index out of range, or the same entry twice.

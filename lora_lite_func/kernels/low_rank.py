@@ -131,7 +131,7 @@ def check_rank(site: Site, method: str) -> None:
     """Refuse a rank that a d_out x d_in matrix can't have.
 
     Raises:
-        UnsupportedError: r > min(d_in, d_out).
+        UnsupportedError: the rank is larger than min(d_in, d_out).
     """
     limit = min(site.d_in, site.d_out)
     if site.r > limit:
@@ -149,7 +149,7 @@ def top_svd(
 
     Args:
         W: (d_out, d_in), float32 or float64.
-        r: how many.
+        r: how many triplets.
         niter: None for the exact decomposition; else that many power iterations of the randomised
             one (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4 with an
             oversampling of 8).

@@ -28,7 +28,7 @@ def low_rank_by_rows(
     layout: SegmentLayout,
     segments: tuple[Segment, ...],
 ) -> Tensor:
-    """y (N, ..., d_out) with each row's own low-rank update in.
+    """y (N, ..., d_out) with each row's own low-rank update added.
 
     Args:
         x: (N, ..., d_in), contiguous.
@@ -38,7 +38,7 @@ def low_rank_by_rows(
         B: (K, d_out, r).
         s: the scale, a float or (K, 1, 1); a tensor gets no gradient here.
         layout: which rows belong to which members.
-        segments: its segments that are to be added.
+        segments: the segments of the layout whose updates are to be added.
     """
     if torch.is_grad_enabled():
         return _trained(layout, segments, x, W, b, A, B, s)
@@ -56,7 +56,7 @@ def _trained(
     B: Tensor,
     s: float | Tensor,
 ) -> Tensor:
-    """y for a graph; no row of the sorted batch is repeated then."""
+    """y in a graph; no row of the sorted batch is repeated then."""
     take, back = layout.take, layout.back
     X: Tensor = x if take is None else _Sorted.apply(x, take, back)
     flat, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
@@ -273,7 +273,7 @@ class _Gathered:
         self.made = like if self.alone else like.new_zeros(like.shape)
 
     def put(self, segment: Segment, a: Tensor, b: Tensor) -> None:
-        """Put a segment's in: a b."""
+        """Put in the gradient of a segment, the product a b."""
         if self.alone:
             self.made = torch.bmm(a, b)
         else:

@@ -18,7 +18,7 @@ from ..core.random import generator
 __all__ = ["decoded", "dense", "drawn", "index_dtype", "pack", "spec", "unpack"]
 
 _EXACT = 2**24
-"""float32 holds every whole number up to it."""
+"""Up to this number, float32 holds every whole number."""
 
 
 def index_dtype(size: int) -> torch.dtype:
@@ -71,7 +71,11 @@ def unpack(leaf: Tensor, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
 
 
 def dense(leaf: Tensor, values: Tensor, d_out: int, d_in: int) -> Tensor:
-    """The (d_out, d_in) matrix with these values (n,) at these entries, zero elsewhere."""
+    """The (d_out, d_in) matrix with these values (n,) at these entries, zero elsewhere.
+
+    Raises:
+        UnsupportedError: the leaf was rounded to a dtype that can't hold the indices.
+    """
     rows, columns = unpack(leaf, d_out, d_in)
     zeros = torch.zeros(d_out * d_in, dtype=values.dtype, device=values.device)
     return zeros.scatter(0, rows * d_in + columns, values).view(d_out, d_in)

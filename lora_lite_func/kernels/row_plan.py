@@ -82,7 +82,7 @@ class RowPlan:
         return RowPlan, (self.ids, self.members, self._ids, self.ranks)
 
     def only(self, rows: Sequence[int]) -> RowPlan:
-        """The plan of some of the rows."""
+        """The plan for some of the rows."""
         known = None if self._ids is None else [self._ids[row] for row in rows]
         return RowPlan(
             torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks
@@ -95,7 +95,7 @@ class RowPlan:
 
         Args:
             x: (N, ..., d_in).
-            path: the site's, for the message.
+            path: the path of the site, for the message.
             in_place: whether segments are written onto the batch: then members with as many rows
                 share one, unless rows are few.
             banded: whether a segment may be cut by bands of ranks, where members' ranks differ.
@@ -114,7 +114,7 @@ class RowPlan:
         if watched and is_tracing_here():
             return traced(self.ids.to(x.device), self.members)
         tokens = x[:1].numel() // (max(x.shape[-1], 1) if x.is_floating_point() else 1)
-        half = tokens.bit_length() // 2  # one layout serves sizes of a kind
+        half = tokens.bit_length() // 2  # one layout serves all sizes of similar magnitude
         ids, graph, device = self._ids, torch.is_grad_enabled(), x.device
         ranks = self.ranks if banded else None
 
@@ -154,8 +154,8 @@ def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
     unknown each row is a part.
 
     Args:
-        plans: of as many rows each, at least one.
-        device: of the index tensors.
+        plans: at least one, all with the same number of rows.
+        device: where the index tensors go.
 
     Raises:
         UnsupportedError: torch.jit.trace records the call.

@@ -75,14 +75,14 @@ def laid_out(
 
     Args:
         ids: (N,).
-        members: of the stack.
-        tokens: per row.
-        idle: whether a segment may span members without rows. Not where gradients are taken, since
-            theirs must be exactly zero.
-        device: of the index tensors.
+        members: how many members the stack has.
+        tokens: how many tokens a row has.
+        idle: whether a segment may span members without rows. It may not where gradients are
+            taken, since the gradients of such members must be exactly zero.
+        device: where the index tensors go.
         in_place: whether segments are written onto the batch, so that repeated rows would cost
             passes over all of it.
-        ranks: of the members, where segments are to be cut by them.
+        ranks: the ranks of the members, where segments are to be cut by them.
     """
     groups: dict[int, list[int]] = {}
     for row, member in enumerate(ids):
@@ -92,7 +92,7 @@ def laid_out(
     counts = [len(groups[k]) for k in used]
     costs = costs_on(device)
     chosen = _chosen(used, counts, tokens, idle, in_place, costs)
-    bare_first = not (ids and ids[-1] == -1)  # bare rows go to the end that they are at
+    bare_first = not (ids and ids[-1] == -1)  # bare rows stay at the end where they are
     starts, order, back, start = _sorted_rows(groups, chosen, bare, bare_first)
     segments: list[Segment] = []
     for (low, high, width), at in zip(chosen, starts, strict=True):
@@ -228,7 +228,7 @@ def traced(ids: Tensor, members: int) -> SegmentLayout:
     width = max(1, rows // members)
     if width == 1:
         return SegmentLayout((Segment(0, rows, 1, 0),), (0, 0), members=safe, without=ids < 0)
-    parts = rows // width + min(members, rows)  # as many as there can be
+    parts = rows // width + min(members, rows)  # the largest number that there can be
     order = torch.argsort(safe, stable=True)
     counts = torch.zeros(members, dtype=torch.int64, device=ids.device).scatter_add(
         0, safe, torch.ones_like(safe)
@@ -237,8 +237,8 @@ def traced(ids: Tensor, members: int) -> SegmentLayout:
     whole = each.cumsum(0)
     first, before = counts.cumsum(0) - counts, whole - each
     inside = safe[order]
-    nth = torch.arange(rows, device=ids.device) - first[inside]  # which row of its member
-    place = before[inside] * width + nth  # (N,) in the sorted batch
+    nth = torch.arange(rows, device=ids.device) - first[inside]  # which of its member's rows
+    place = before[inside] * width + nth  # (N,) the row's place in the sorted batch
     owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(
         max=members - 1
     )

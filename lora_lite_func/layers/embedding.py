@@ -50,7 +50,7 @@ def bounded(y: Tensor, module: Any) -> Tensor:
 
 
 def padded(module: Any, ids: Tensor, y: Tensor, frozen: Tensor) -> Tensor:
-    """Adapted rows, the padding's as it was, since that row isn't trained."""
+    """Adapted rows; that of the padding stays as it was, since it isn't trained."""
     if module.padding_idx is None:
         return y
     return torch.where((ids == module.padding_idx)[..., None], frozen, y)

@@ -66,8 +66,8 @@ class Kind:
             around its call; None where it never has to be.
         transposed: whether a module stores the transpose.
         hides: which of the default exclusions are meant for this kind.
-        bare: it is a tensor, not a module.
-        one_hot: what comes to its call are ids, whose one-hot vectors the matrix multiplies.
+        bare: whether it is a tensor, not a module.
+        one_hot: whether its call takes ids, whose one-hot vectors the matrix multiplies.
         listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are
             candidates.
     """
@@ -87,7 +87,7 @@ class Kind:
 
 # -------------------------------------------------------------------------------------- recognising
 def _is_transposed_linear(module: Any) -> bool:
-    """transformers' Conv1D: (nx, nf) and no in_features."""
+    """Whether it is transformers' Conv1D, which has nx and nf but no in_features."""
     nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
     if not isinstance(nf, int) or not isinstance(nx, int):
         return False
@@ -108,7 +108,7 @@ def _linear_size(module: Any) -> tuple[int, int] | None:
 
 def _is_conv(module: Any) -> bool:
     if not hasattr(module, "kernel_size"):
-        return False  # asked first, since a whole model may warn when it is asked for channels
+        return False  # checked first, since a whole model may warn when it is asked for channels
     channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
     if not isinstance(channels, int) or not isinstance(weight, Tensor):
         return False
@@ -269,7 +269,7 @@ def _misfit_tensor(site: Site, module: Any) -> tuple[str, str] | None:
     tensor = own_tensor(module, name)
     if tensor is not None and tensor.numel() == max(site.num_experts, 1) * site.d_in * site.d_out:
         shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
-        turned = tuple(tensor.shape) == shape[::-1] != shape  # as many entries, other rows
+        turned = tuple(tensor.shape) == shape[::-1] != shape  # of the transposed shape
         if not (site.num_experts or turned) or tuple(tensor.shape) == (site.num_experts, *shape):
             return None
     expected = (

@@ -20,8 +20,8 @@ _LIKE = 1e-2
 
 
 def normalises(module: nn.Module) -> bool:
-    """A torch norm with a gain, or a leaf module with a 1-D weight (and bias) whose output forgets
-    the length of its input.
+    """Whether it is a torch norm with a gain, or a leaf module with a 1-D weight (and bias) whose
+    output forgets the length of its input.
     """
     weight = module._parameters.get("weight")
     if weight is None:
@@ -51,7 +51,7 @@ def uses_one_plus(module: nn.Module) -> bool:
 
 
 def _probed(module: nn.Module, gain: float, x: Tensor) -> Tensor | None:
-    """The call with every gain at `gain` and no bias, on a copy; None if it can't be called so."""
+    """The output of a copy with every gain at `gain` and no bias; None if it can't be called so."""
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     for name in CALL_HOOKS:

@@ -57,14 +57,14 @@ def unpacked(module: Any, weight: Tensor, bias: Tensor | None) -> Any:
 
 
 def _wrapped(module: Any, weight: Any) -> Tensor | None:
-    """A tensor subclass that knows its values (torchao)."""
+    """The values of a tensor subclass that can give them (torchao)."""
     values = weight.dequantize() if is_wrapper(weight) and hasattr(weight, "dequantize") else None
     return values if isinstance(values, Tensor) else None
 
 
 def _rows_of_bytes(module: Any, weight: Any) -> Tensor | None:
-    """bitsandbytes' 8 bits: whole numbers (d_out, d_in) and each row's largest magnitude, which the
-    layer's first call moves to its state.
+    """The values of bitsandbytes' 8-bit packing: whole numbers (d_out, d_in) and each row's largest
+    magnitude, which the layer's first call moves to its state.
     """
     state = getattr(module, "state", None)
     scale = getattr(weight, "SCB", None)
@@ -75,7 +75,7 @@ def _rows_of_bytes(module: Any, weight: Any) -> Tensor | None:
 
 
 def _four_bits(module: Any, weight: Any) -> Tensor | None:
-    """bitsandbytes' 4 bits, also as its CPU kernels rearrange them."""
+    """The values of bitsandbytes' 4-bit packing, also as its CPU kernels rearrange them."""
     state = getattr(weight, "quant_state", None)
     state = getattr(module, "quant_state", None) if state is None else state
     if state is None or not type(module).__module__.startswith("bitsandbytes"):

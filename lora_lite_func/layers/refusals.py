@@ -61,10 +61,10 @@ def refusal(cls: type) -> str | None:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model.
+    """Refuse anything that isn't a model.
 
     Raises:
-        UnsupportedError: with what it is.
+        UnsupportedError: it isn't one; the message says what was found.
     """
     if isinstance(model, nn.Module):
         return
@@ -80,7 +80,7 @@ def refuse_uncopyable(model: nn.Module) -> None:
     """Refuse a model with a part that can't be copied.
 
     Raises:
-        UnsupportedError: with the path and what to do instead.
+        UnsupportedError: there is such a part; the message gives its path and what to do instead.
     """
     for path, module in model.named_modules():
         reason = refusal(type(module))

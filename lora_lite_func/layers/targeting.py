@@ -30,17 +30,17 @@ _WRITERS = (
     ".wo",
     ".output.dense",
 )
-"""Whole names at a path's end."""
+"""Whole names at the end of a path."""
 
 
 class Candidate(NamedTuple):
     """A place that may be chosen.
 
     Attributes:
-        path: its own.
-        kind: its kind.
+        path: the path of the place.
+        kind: the kind of the place.
         module: the module that holds it.
-        name: its tensor's name there.
+        name: the name of the tensor in that module.
         uncalled: whether the module is never called.
     """
 
@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
 
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:
     """The sites of a config, with the modules that hold them: modules in the order of
-        `model.named_modules()`, then parameters.
+    `model.named_modules()`, then parameters.
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing, or nothing is left.

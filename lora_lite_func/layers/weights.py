@@ -33,8 +33,8 @@ __all__ = [
 
 
 def is_linear_like(module: Any) -> bool:
-    """in_features, out_features, weight and a call: nn.Linear, its subclasses, and the quantised
-    ones.
+    """Whether it has in_features, out_features, weight and a call: nn.Linear, its subclasses, and
+    the quantised ones.
     """
     return (
         isinstance(getattr(module, "in_features", None), int)
@@ -63,7 +63,7 @@ def stored(module: Any, name: str) -> Any:
     may write on the model, and what was computed last may be of another dtype or device.
     """
     own = getattr(module, "__dict__", {}).get("_parameters", {})
-    if name in own:  # a parametrized one isn't
+    if name in own:  # a parametrized tensor isn't in there
         return own[name]
     if parametrize.is_parametrized(module, name):
         held = module.parametrizations[name]
@@ -74,7 +74,7 @@ def stored(module: Any, name: str) -> Any:
             for name, t in {**held._parameters, **held._buffers}.items()
             if name.startswith("original")
         ]
-        return max(parts, key=Tensor.numel)  # of a size and a direction the direction
+        return max(parts, key=Tensor.numel)  # where there are a size and a direction, the direction
     if name not in own and _computing_hooks(module, name):
         sources = (own.get(name + suffix) for suffix in ("_v", "_orig"))
         found = next((t for t in sources if t is not None), None)
@@ -118,8 +118,8 @@ def how_to_bake(module: Any, name: str) -> str:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Quantised: not a floating tensor of 16 bits at least, or a subclass that keeps its values in
-    other tensors.
+    """Whether it is quantised: not a floating tensor of 16 bits at least, or of a subclass that
+    keeps its values in other tensors.
     """
     return not weight.is_floating_point() or weight.itemsize == 1 or is_wrapper(weight)
 
@@ -144,7 +144,7 @@ def held(module: Any, name: str = "weight") -> Tensor:
 
 
 def is_dense(weight: Tensor, size: int) -> bool:
-    """A plain floating tensor of so many entries, not packed."""
+    """Whether it is a plain floating tensor of so many entries, not packed."""
     return weight.numel() == size and not is_packed(weight)
 
 
@@ -176,9 +176,9 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
 
     Args:
         module: the layer.
-        method: who asks, for the message.
+        method: the method that asks, for the message.
         size: how many entries it should have.
-        name: the tensor's name there.
+        name: the name of the tensor in the layer.
 
     Raises:
         UnsupportedError: it is packed in a way that can't be read, has entries that aren't finite,

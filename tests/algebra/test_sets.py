@@ -68,9 +68,8 @@ def test_a_stacked_run_is_as_many_runs_alone(config: ll.AdapterConfig, bound: fl
 
     def loss(trainable: ll.Adapter, step: int) -> Tensor:
         y = ll.apply(model, ll.rows(ll.combine(trainable, frozen), ids), xs[:, step].flatten(0, 1))
-        return (
-            (y.unflatten(0, (3, rows)) - targets).square().mean((1, 2)).sum()
-        )  # a mean per member, one backward for all
+        # a mean per member, one backward for all
+        return (y.unflatten(0, (3, rows)) - targets).square().mean((1, 2)).sum()
 
     for step in range(STEPS):
         grads = torch.func.grad(loss)(trainable, step)

@@ -688,9 +688,8 @@ def test_lora_gas_first_step_is_the_best_low_rank_step(direction: Any, scale: An
             site["lora_B"],
             {"stable": site["lora_B"].shape[0] ** 0.25 / 4.0, "gd": 0.5, "unit": 1.0}[scale],
         )
-        step = (
-            grads[path]["lora_B"] @ A + B @ grads[path]["lora_A"]
-        )  # d(B A) of a gradient step, s = 2
+        # d(B A) of a gradient step, s = 2
+        step = grads[path]["lora_B"] @ A + B @ grads[path]["lora_A"]
         assert (
             float(nn.functional.cosine_similarity(step.flatten(), best.flatten(), dim=0))
             > 1.0 - 1e-9
@@ -752,9 +751,8 @@ def test_a_layer_without_a_dense_weight_starts_from_its_inputs() -> None:
     with torch.no_grad():
         for i in (0, 2):
             dense[i].weight.copy_(weights[f"{i}.weight"])
-    one, other = (
-        ll.init(m, ll.CorDAConfig(r=16), calibration_data=x) for m in (model, dense)
-    )  # from the values it multiplies by
+    # the start is made from the values that the layer multiplies by
+    one, other = (ll.init(m, ll.CorDAConfig(r=16), calibration_data=x) for m in (model, dense))
     close(
         one["0", "lora_B0"] @ one["0", "lora_A0"],
         other["0", "lora_B0"] @ other["0", "lora_A0"],
@@ -782,9 +780,8 @@ def test_a_packed_layer_keeps_its_mode() -> None:
         first, second = (
             ll.init(model, cfg, calibration_data=x, loss_fn=mean_square) for _ in range(2)
         )
-        assert all(
-            torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True)
-        )  # no dropout
+        # equal, since dropout is off
+        assert all(torch.equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
     assert same_state(before, snapshot(model))
 
 
@@ -830,9 +827,8 @@ def test_a_language_model_with_padding_and_labels() -> None:
     before = snapshot(model)
     found = ll.calibrate(model, ll.EVAConfig(r=4), [batch])
     assert {seen.count for seen in found.values()} == {26}
-    assert (
-        len({id(seen.moments) for seen in found.values()}) == 8
-    )  # q, k, v share one; gate and up another
+    # q, k, v share one; gate and up another
+    assert len({id(seen.moments) for seen in found.values()}) == 8
     cfg = ll.LoRAGAConfig(r=4)
     slopes = ll.calibrate(model, cfg, [batch], loss_fn=lambda out, batch: out.loss)
     params = ll.init(model, cfg, calibration_data=slopes)

@@ -417,10 +417,8 @@ SAYS: list[tuple[dict[str, Any], bool]] = [
     ({"tie_word_embeddings": True, "architectures": ["GPT2LMHeadModel"], "vocab_size": 9}, True),
     ({"tie_word_embeddings": True}, True),
     ({"architectures": ["XForCausalLM"]}, True),
-    (
-        {"tie_word_embeddings": True, "architectures": ["XForCausalLM"], "vocab_size": 8},
-        False,
-    ),  # a table of positions
+    # a table of positions
+    ({"tie_word_embeddings": True, "architectures": ["XForCausalLM"], "vocab_size": 8}, False),
     ({"tie_word_embeddings": False, "architectures": ["XForCausalLM"]}, False),
     ({"tie_word_embeddings": True, "architectures": ["BertModel"]}, False),
     ({"model_type": "net"}, False),

@@ -104,9 +104,8 @@ def test_gradient_checkpointing_changes_nothing(name: str, method: str) -> None:
         if checkpointed:
             enable(bound)
             bound.train()
-            for module in (
-                bound.modules()
-            ):  # training mode turns checkpointing on, and dropout, which isn't the question here
+            # training mode turns on checkpointing, and also dropout, which this test leaves out
+            for module in bound.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
         trainable = {n: p for n, p in bound.named_parameters() if p.requires_grad}
@@ -148,9 +147,8 @@ def test_bfloat16_and_autocast(name: str, method: str) -> None:
         wanted = f.output(ll.apply(f.model, params, **f.inputs))
         y, base = f.output(ll.apply(half(name), params, **inputs)), f.output(half(name)(**inputs))
         assert y.dtype == base.dtype
-        off = (
-            (base.float() - f.output(f.model(**f.inputs))).abs().max().item()
-        )  # what rounding the base alone costs
+        # the error from rounding the base alone
+        off = (base.float() - f.output(f.model(**f.inputs))).abs().max().item()
         assert (y.float() - wanted).abs().max() <= 4 * off + 0.05 * wanted.abs().max()
         fresh = ll.init(half(name), config(name, method))
         assert all(t.dtype in (torch.bfloat16, torch.float32) for t in leaves(fresh))

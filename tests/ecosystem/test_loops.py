@@ -40,9 +40,8 @@ def qwen3() -> Any:
     before = snapshot(model)
     yield model
     for before_it, after_it in zip(before, snapshot(model), strict=True):
-        if isinstance(
-            before_it[-1], Tensor
-        ):  # a checkpoint loaded into a bound model writes the same values on the shared storage
+        # a checkpoint loaded into a bound model writes the same values on the shared storage
+        if isinstance(before_it[-1], Tensor):
             before_it, after_it = (*before_it[:2], *before_it[3:]), (*after_it[:2], *after_it[3:])
         assert same_state((before_it,), (after_it,))
 
@@ -323,9 +322,8 @@ class Checkpointed(nn.Module):
 def test_torchs_checkpoint(reentrant: bool, cfg: ll.AdapterConfig) -> None:
     model = Checkpointed(reentrant)
     trainable, frozen = ll.partition(adapter(model, cfg=cfg))
-    x = (
-        X.clone().requires_grad_()
-    )  # the re-entrant kind gives no gradients without one among its inputs, as torch warns
+    # the re-entrant kind gives no gradients unless an input requires one, as torch warns
+    x = X.clone().requires_grad_()
     tensors = [t.requires_grad_() for t in leaves(trainable)]
 
     def loss(y: Tensor) -> Tensor:

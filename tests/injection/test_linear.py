@@ -79,9 +79,8 @@ def test_recomputed_linear_for_many_rows_two_beside_the_layer_for_few(
         ll.apply(model, params, rows(1))
         ll.apply(model, params, rows(72))
         ll.apply(model, params, rows(73))
-        ll.apply(
-            model.bfloat16(), ll.cast(params, torch.bfloat16), rows(90).bfloat16()
-        )  # W' would round the update away
+        # W' would round the update away
+        ll.apply(model.bfloat16(), ll.cast(params, torch.bfloat16), rows(90).bfloat16())
     assert seen == ["one_row", "linear_with_low_rank", "linear_with_low_rank"]
 
 
@@ -270,9 +269,8 @@ def test_a_trace_is_the_same_with_and_without_a_graph_and_serves_any_batch(
     model = net(bias=True)
     bound = ll.bind(model, moved(ll.init(model, cfg))).eval()
     for shape in ((3,), (1, 3), (2, 3)):
-        traced = torch.jit.trace(
-            bound, rows(*shape)
-        )  # which traces again without a graph, and compares
+        # torch.jit.trace traces once more without a graph, and compares the two
+        traced = torch.jit.trace(bound, rows(*shape))
         for other in (shape, (4, *shape[1:])):
             close(traced(rows(*other)), bound(rows(*other)), 1e-12)
 
@@ -386,9 +384,8 @@ def test_a_training_step_of_rows_is_the_phases(
         once = torch.autograd.grad(
             y.square().sum(), given, retain_graph=True, materialize_grads=True
         )
-        real = sum(
-            (g * (t != 0)).sin().sum() for g, t in zip(found, given, strict=True)
-        )  # not what fills up a shorter member
+        # entries that only pad a shorter member are left out
+        real = sum((g * (t != 0)).sin().sum() for g, t in zip(found, given, strict=True))
         return y, *once, *found, *torch.autograd.grad(real, given, materialize_grads=True)
 
     ours = step()
@@ -424,9 +421,8 @@ DENSE = [
 def test_gradients_of_recomputed_linear_are_the_phases_and_exact_twice(
     cfg: ll.AdapterConfig, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        _cost, "dense_pays", lambda *args, **kwargs: True
-    )  # small sizes would choose the phases
+    # small sizes would choose the phases
+    monkeypatch.setattr(_cost, "dense_pays", lambda *args, **kwargs: True)
     seen: list[str] = []
     monkeypatch.setattr(
         plain, "recomputed_linear", functools.partial(_noted, seen, "one", plain.recomputed_linear)

@@ -100,9 +100,8 @@ def test_a_layer_that_is_more_than_its_parameters_keeps_all_of_it(
                 1e-12,
             )
             y = ll.apply(model, params, x)
-        close(
-            y, ll.apply(model, params, x), 1e-12
-        )  # with a graph: by phases, for the low-rank ones
+        # with a graph, low-rank methods go by phases
+        close(y, ll.apply(model, params, x), 1e-12)
         close(ll.prepared(model, params)(x), y, 1e-12)
     many = ll.rows(ll.stack([params, params]), [0, -1, 1])
     with torch.no_grad():

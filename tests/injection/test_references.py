@@ -159,9 +159,8 @@ class Holding(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
         make, self.call = HOLDERS[name]
-        self.__dict__["held"] = make(
-            self.layer
-        )  # not by setattr, which takes a proxy of a module for one
+        # not by setattr, which takes a proxy of a module for a module
+        self.__dict__["held"] = make(self.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.call(self.held, x)

@@ -377,9 +377,8 @@ def test_bind_shares_storage_with_the_adapter_and_the_base() -> None:
 
 
 # --------------------------------------------------------------------------- torch's own fast paths
-@pytest.mark.filterwarnings(
-    "ignore:The PyTorch API of nested tensors"
-)  # the bare base takes its fast path
+# the bare base takes its fast path, which warns
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("grads", [False, True])
 def test_encoder_fast_path_does_not_skip_the_adapter(norm_first: bool, grads: bool) -> None:

@@ -135,13 +135,14 @@ def test_questions_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         2,
         256,
     )
+    # the weight requires a gradient because the adapter is trained
     assert (
         weight.size(0),
         weight.is_floating_point(),
         weight.requires_grad,
         weight.is_leaf,
         layer.bias is not None,
-    ) == (16, True, True, False, True)  # the adapter is to learn, and its weight with it
+    ) == (16, True, True, False, True)
     with pytest.raises(ZeroDivisionError, match="division"):
         weight.sum()
 

@@ -21,9 +21,8 @@ from torch import nn
 
 import lora_lite_func as ll
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # PEFT's own, of which there are many; those about keys are looked for
+# PEFT gives many warnings of its own; tests look for those about keys
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 BOTH = ["up", "down"]
 
@@ -340,9 +339,8 @@ def test_several_parts_and_vera_as_a_lora(tmp_path: Path) -> None:
         params = tuple(moved(ll.init(model, cfg), seed=i) for i, cfg in enumerate(parts))
         ll.to_peft(params, model, tmp_path)
         close(loaded(model, tmp_path), ll.apply(model, params, X), 1e-5)
-    params = moved(
-        ll.init(model, ll.VeRAConfig(r=6))
-    )  # layers of two shapes have unlike projections
+    # layers of two shapes have unlike projections
+    params = moved(ll.init(model, ll.VeRAConfig(r=6)))
     for as_lora in (False, True):
         ll.to_peft(params, model, tmp_path, as_lora=as_lora)
         close(loaded(model, tmp_path), ll.apply(model, params, X), 1e-5)
@@ -425,9 +423,8 @@ def test_what_is_no_folder_of_an_adapter(tmp_path: Path) -> None:
             ll.CheckpointError, match=r"no such folder; what is on a hub is downloaded first"
         ):
             ll.from_peft(name, model)
-    assert (
-        ll.from_peft(tmp_path / "it" / "adapter_config.json", model).config.r == 3
-    )  # the other file of the folder
+    # the path may be that of the folder's other file
+    assert ll.from_peft(tmp_path / "it" / "adapter_config.json", model).config.r == 3
     tensors = {
         key: t
         for key, t in load_file(tmp_path / "it").items()
@@ -458,9 +455,8 @@ def test_other_ways_to_give_it(tmp_path: Path) -> None:
         for name, p in made.named_parameters():
             if "lora_B" in name:
                 p += 0.1
-    raw = {
-        k: t for k, t in made.state_dict().items() if "lora_" in k
-    }  # with the adapter's name in the keys
+    # these keys have the adapter's name in them
+    raw = {k: t for k, t in made.state_dict().items() if "lora_" in k}
     for state in (raw, peft.get_peft_model_state_dict(made)):
         close(ll.apply(model, ll.from_peft(state, model, config=config), X), made(X), 1e-5)
         close(ll.apply(model, ll.from_peft(state, config=config.to_dict()), X), made(X), 1e-5)

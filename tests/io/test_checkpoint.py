@@ -89,9 +89,10 @@ def test_every_bit_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     gen = torch.Generator().manual_seed(0)
 
     def odd(t: Tensor) -> Tensor:
+        # NaN payloads are among these bits
         bits = torch.randint(size.min, size.max, t.shape, generator=gen, dtype=torch.int64).to(
             BITS[dtype]
-        )  # NaN payloads among them
+        )
         special = torch.tensor(
             [0.0, -0.0, float("inf"), -float("inf"), float("nan"), torch.finfo(dtype).tiny / 2],
             dtype=dtype,

@@ -1,5 +1,5 @@
 """What a user does to a model after init: the next call is that of a fresh oracle on the changed
-    model, or refused by name.
+model, or refused by name.
 
 The oracle is dense: the adapter merged by hand into what the model holds now, run by torch alone.
 """

@@ -400,12 +400,8 @@ def test_a_stranger_s_further_tensors() -> None:
         for s in range(2)
     ]
     mixed, x = ll.rows(ll.stack(members), [1, 0, 1]), features(3, 4, 16)
-    for scale in (
-        features(3, 1, 1),
-        features(1, 5, 16),
-        features(1)[0],
-        features(16),
-    ):  # each row's own, or everybody's
+    # a scale for each row, or one for all rows
+    for scale in (features(3, 1, 1), features(1, 5, 16), features(1)[0], features(16)):
         own = [scale[n : n + 1] if scale.shape == (3, 1, 1) else scale for n in range(3)]
         wanted = [
             ll.apply(model, members[i], x[n : n + 1], own[n]) for n, i in enumerate((1, 0, 1))

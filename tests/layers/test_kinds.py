@@ -336,12 +336,8 @@ def test_lora_on_an_embedding_leaves_unseen_rows_alone() -> None:
     model = seeded(nn.Embedding(16, 8, padding_idx=3))
     params = ll.init(model, ll.LoRAConfig(r=2, target_kinds="embedding"))
     g = grad(lambda p: ll.apply(model, p, IDS).square().sum())(params)
-    assert set(g["", "lora_A"].abs().sum(0).nonzero().flatten().tolist()) == {
-        0,
-        1,
-        5,
-        14,
-    }  # not 3, the padding
+    # 3 is the padding, which has no gradient
+    assert set(g["", "lora_A"].abs().sum(0).nonzero().flatten().tolist()) == {0, 1, 5, 14}
     params = moved(params)
     y = ll.apply(model, params, IDS)
     expected = model.weight + 8.0 * (params["", "lora_B"] @ params["", "lora_A"]).mT
@@ -435,9 +431,8 @@ KINDS_OF_MODULE = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:There is a performance drop"
-)  # vmap over attention's fused kernel
+# torch warns of vmap over attention's fused kernel
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_one_adapter_over_all_kinds() -> None:
     model = seeded(Everything())
     params = lora(model, **KINDS_OF_MODULE)
@@ -757,9 +752,8 @@ def test_a_tied_parameter_is_adapted_in_every_use() -> None:
         assert not report.tied
         new = ll.merge(model, params)
         assert set(new) == {"embed.weight", "lm_head.weight"}
-        close(
-            y, functional_call(model, {"embed.weight": new["embed.weight"]}, (IDS,)), 1e-12
-        )  # torch spreads it over both
+        # torch puts the one new tensor in place of both tied weights
+        close(y, functional_call(model, {"embed.weight": new["embed.weight"]}, (IDS,)), 1e-12)
         merged: Any = ll.merged(model, params)
         assert merged.embed.weight is merged.lm_head.weight
         bound = ll.bind(model, params)
@@ -883,9 +877,8 @@ def test_stacked_experts_and_transposed_linears_of_transformers(family: str) -> 
     }
     sizes |= {"moe_intermediate_size": 24, "n_embd": 16, "n_layer": 2, "n_head": 2}
     kind = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
-    model = kind(
-        getattr(transformers, f"{family}Config")(**sizes)
-    ).eval()  # float32: the experts' grouped product has no double form
+    # float32: the experts' grouped product has no double form
+    model = kind(getattr(transformers, f"{family}Config")(**sizes)).eval()
     ids = torch.randint(0, 32, (2, 7))
     if family == "GPT2":
         params = lora(model, target_names=r"\.(c_attn|c_proj|c_fc)$")

@@ -171,9 +171,8 @@ def _bitfit(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 def _c3a(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     rows = []
     for kernels in p["lora_w"]:
-        circulants = [
-            torch.stack([w.roll(shift) for shift in range(len(w))]) for w in kernels
-        ]  # the first row is w
+        # the first row is w
+        circulants = [torch.stack([w.roll(shift) for shift in range(len(w))]) for w in kernels]
         rows.append(torch.cat(circulants, dim=1))
     return W + torch.cat(rows) / W.shape[1], b
 
@@ -449,9 +448,8 @@ def test_antipasto_steers_both_ways(basis: Any) -> None:
         p = dict(ll.scale(params, c)[""])
         U, S, Vh = p["lora_U"], p["lora_S"], p["lora_Vh"]
         rest = model.weight - U @ torch.diag(S) @ Vh
-        middle = (
-            U.mT @ (ll.merged(model, ll.scale(params, c)).weight - rest) @ Vh.mT
-        )  # (S + c d) R(c), or R(c)^T (S + c d)
+        # (S + c d) R(c), or R(c)^T (S + c d)
+        middle = U.mT @ (ll.merged(model, ll.scale(params, c)).weight - rest) @ Vh.mT
         value = S + p["lora_delta_s"]
         turns.append(middle / (value[:, None] if basis == "V" else value))
         close(value, S + c * params[""]["lora_delta_s"], 1e-12)

@@ -175,9 +175,8 @@ def test_randlora(d_in: int, d_out: int) -> None:
         n, small = p["randlora_gamma"].shape
         B = site.randlora_B["default"].double()[: max(d_in, d_out), :n]  # (M, N, r)
         r = B.shape[2]
-        paired = (
-            B.flatten(1).unflatten(1, (r, n)).transpose(1, 2)
-        )  # their column i N + j goes with row i of A and map j
+        # their column i N + j goes with row i of A and map j
+        paired = B.flatten(1).unflatten(1, (r, n)).transpose(1, 2)
         A = site.randlora_A["default"].double()[:, 0, :small]
         return {
             "lora_lambda": p["randlora_lambda"],

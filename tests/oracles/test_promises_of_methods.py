@@ -256,9 +256,8 @@ def test_eva_shares_ranks_out_by_explained_variance(center: bool, tmp_path: Path
 
 def test_eva_leaves_a_site_alone_that_explains_less_than_the_others() -> None:
     model = net(width=16, inner=16, depth=2)
-    one = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None] * rows(
-        1
-    )  # every input of the first layer on a line
+    # every input of the first layer on a line
+    one = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None] * rows(1)
     with torch.no_grad():
         model.layers[0].norm = nn.Identity()
         model.layers[0].down.weight.mul_(1e-3)
@@ -298,9 +297,8 @@ def test_shira_masks_follow_the_gradient(mask: Any) -> None:
         ll.init(model, cfg)
     with pytest.raises(ll.ConfigError, match="shira takes no calibration data"):
         ll.init(model, ll.SHiRAConfig(r=2), calibration_data=batches)
-    assert ll.init(model.to("meta"), ll.SHiRAConfig(r=2))["layers.0.up"][
-        "lora_v"
-    ].is_meta  # a random mask reads no weight
+    # a random mask reads no weight
+    assert ll.init(model.to("meta"), ll.SHiRAConfig(r=2))["layers.0.up"]["lora_v"].is_meta
 
 
 def test_projected_rotations_are_no_longer_than_the_bound() -> None:

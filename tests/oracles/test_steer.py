@@ -65,9 +65,8 @@ def test_the_formula(r: int, seed: int) -> None:
         delta = m / m.norm()
         best = sorted(range(len(S)), key=lambda i: -abs(float(delta[i])))[:r]
         update = sum(S[i] * delta[i] * torch.outer(U[:, i], Vh[i]) for i in best)
-        close(
-            ll.merge(model, params)[f"{path}.weight"], W + update, 1e-6
-        )  # S and delta are kept in the adapter's dtype
+        # S and delta are kept in the adapter's dtype
+        close(ll.merge(model, params)[f"{path}.weight"], W + update, 1e-6)
         assert p["lora_delta"].shape == (r,)
 
 
