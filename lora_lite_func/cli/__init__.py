@@ -1,1 +1,1 @@
-"""The command line, one verb a file."""
+"""The command line, with one file for each verb."""

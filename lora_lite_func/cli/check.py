@@ -17,14 +17,16 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes."""
+    """Add the verb's arguments to its parser."""
     parser.add_argument("model", help="the model's folder, with safetensors")
     parser.add_argument("adapter", help="an adapter's file of any form, or a PEFT folder")
     add_component(parser)
 
 
 def run(given: argparse.Namespace) -> Answer:
-    """Fits, or an error says why not; a tensor with NaN or infinity is a fault too."""
+    """Check the adapter against the model, where a misfit is an error that says why. A tensor with
+    NaN or infinity is a fault too.
+    """
     params = opened(given.adapter, given.model, given.component, given.rename)
     sites = [path for part in parts_of(params).values() for path in part]
     found = health(params)

@@ -24,7 +24,7 @@ _STYLES = ("diffusers", "kohya")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes."""
+    """Add the verb's arguments to its parser."""
     parser.add_argument("input", help="an adapter's file of any form, or a PEFT folder")
     parser.add_argument("output", help="a file (ll, diffusers, kohya) or a folder (peft)")
     parser.add_argument("--to", choices=("peft", "ll", *_STYLES), required=True)
@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> Answer:
-    """Read, written, and read again."""
+    """Read the adapter, write it in the other form, and read the result again as a check.
+
+    Raises:
+        CheckpointError: the output would harm the input, or the form needs --model or --component.
+    """
     _check_output(given.input, given.output, given.to)
     if given.to in _STYLES and None in (given.model, given.component):
         lacks = "--model" if given.model is None else "--component"
@@ -71,17 +75,18 @@ def _write_peft(params: Saved, given: argparse.Namespace) -> None:
 
 
 def _write_diffusion(params: Saved, given: argparse.Namespace) -> None:
-    """Written for one component, and read again."""
+    """Write the adapter for one component, and read the file again as a check."""
     base = meta_model(Shards(given.model))
     to_diffusion(params, base, given.output, component=given.component, style=given.to)
     from_diffusion(given.output, base, component=given.component)
 
 
 def _check_output(source: str, output: str, form: str) -> None:
-    """Refuse to write onto what is read, or into a PEFT folder what PEFT doesn't read.
+    """Refuse an output that would replace what is read, or that would put a file into a PEFT folder
+    that PEFT doesn't read.
 
     Raises:
-        CheckpointError: with the file that would be replaced.
+        CheckpointError: the message names the file that would be replaced.
     """
     read, target = _files(source), Path(os.fsdecode(output))
     try:
@@ -101,7 +106,7 @@ def _check_output(source: str, output: str, form: str) -> None:
 
 
 def _files(source: str) -> list[Path]:
-    """The files that an input is read from, or may be."""
+    """Return the files that an input is read from, or may be read from."""
     path = Path(os.fsdecode(source))
     try:
         folder = path if path.is_dir() else path.parent if form_of(path) == "peft" else None

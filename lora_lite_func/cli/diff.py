@@ -22,23 +22,24 @@ HELP = "how two adapters differ; exit code 1 if they do"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes."""
+    """Add the verb's arguments to its parser."""
     parser.add_argument("a", help="a file of ll.save, or a PEFT folder")
     parser.add_argument("b", help="another")
     parser.add_argument("--model", metavar="FOLDER", help="the base, as in inspect")
 
 
 def run(given: argparse.Namespace) -> Answer:
-    """The differences; none is exit code 0."""
+    """Tell how two adapters differ. The exit code is 0 where they don't."""
     lines, data = difference(opened(given.a, given.model), opened(given.b, given.model))
     return "\n".join(map(printable, lines)) or "no difference", data, int(bool(lines))
 
 
 def difference(a: Any, b: Any) -> tuple[list[str], dict[str, Any]]:
-    """(lines for people, JSON) of how two differ; no lines if they don't.
+    """Return how two adapters differ, as (lines for people, JSON). There are no lines if they
+    don't.
 
-    Several adapters are compared part by part, members of stacks by their names if both have
-    names; what they are put together in, and in which order, counts too.
+    Several adapters are compared part by part, and members of stacks by their names if both have
+    names. The container they are in and their order count too.
     """
     lines: list[str] = []
     data: dict[str, Any] = {}
@@ -83,7 +84,7 @@ def _differing(a: Adapter, b: Adapter) -> dict[str, Any]:
 
 
 def _names(adapter: Adapter) -> list[str] | None:
-    """A stack's names, if it has some."""
+    """Return a stack's names, or None where it has none."""
     labels: Sequence[str] | None = getattr(adapter.layout, "labels", None)
     return None if labels is None else list(labels)
 
@@ -111,8 +112,8 @@ def _one_differing(a: Adapter, b: Adapter) -> dict[str, Any]:
 
 
 def _settings(adapter: Adapter) -> dict[str, Any]:
-    """The method and what its adapters compute with; not what only records where one came from, nor
-    sizes, which sites say.
+    """Return the method and the settings that its adapters compute with. Settings that only record
+    where an adapter came from are left out, and so are sizes, which the sites say.
     """
     cfg = adapter.config
     recorded = {f.name for f in dataclasses.fields(cfg) if not f.compare}

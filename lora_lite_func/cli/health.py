@@ -1,4 +1,6 @@
-"""What an adapter's values alone show of a failed training run, or of a save that lost some."""
+"""What an adapter's values alone show of a failed training run, or of a save that lost some of
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ __all__ = ["Health", "health", "health_lines", "update_norm"]
 Health = dict[str, list[str]]
 """{"not_finite": tensors with NaN or infinity, "zero": sites whose update is zero, "cut": tensors
 of which one shard was saved}."""
-_CHEAP = 2**24  # entries of an update that is built to be measured
-_FEWEST = 8  # entries along an axis of which a shard can be told
+_CHEAP = 2**24  # the most entries of an update that is built to be measured
+_FEWEST = 8  # the fewest entries of an axis that can show a shard
 _SHOWN = 5
 
 
 def health(params: Any) -> Health:
-    """What is odd about the values of an adapter, or of several."""
+    """Return what is odd about the values of an adapter, or of several."""
     found: Health = {"not_finite": [], "zero": [], "cut": []}
     for name, adapter in parts_of(params).items():
         prefix = f"{name}/" if name else ""
@@ -51,8 +53,8 @@ def _look(adapter: Adapter, path: str, shown: str, found: Health) -> None:
 
 
 def _cut(t: Tensor, spec: LeafSpec) -> str:
-    """What says that a tensor is one rank's shard among zeros: nothing but zeros behind a whole
-    fraction of an axis. Axes of the rank are left out: unused directions are zeros.
+    """Return what says that a tensor is one rank's shard among zeros: nothing but zeros behind a
+    whole fraction of an axis. Axes of the rank are left out, because unused directions are zeros.
     """
     members = t.ndim - len(spec.shape)
     if len(spec.shape) < 2:
@@ -72,8 +74,8 @@ def _cut(t: Tensor, spec: LeafSpec) -> str:
 
 
 def update_norm(adapter: Adapter, path: str) -> float | None:
-    """The Frobenius norm of a site's update W' - W; None where it depends on W, is a stack's, or is
-    too large to build.
+    """Return the Frobenius norm of a site's update W' - W. The result is None where the update
+    depends on W, belongs to a stack, or is too large to build.
     """
     site, variant = adapter.sites[path], adapter.layout.variant
     specs = adapter.layout.specs[path]
@@ -82,7 +84,9 @@ def update_norm(adapter: Adapter, path: str) -> float | None:
         return None
     if variant.low_rank_factors is not None:
         A, B, scaling = variant.low_rank_factors(adapter.config, p, site)
-        squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)  # |B A|^2 without B A
+        squared = (
+            ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
+        )  # this is |B A|^2 without building B A
         return float(squared.sqrt()) * abs(float(scaling))
     if not variant.additive or variant.weight is None or site.d_in * site.d_out > _CHEAP:
         return None
@@ -91,7 +95,7 @@ def update_norm(adapter: Adapter, path: str) -> float | None:
 
 
 def health_lines(found: Mapping[str, Sequence[str]], sites: int) -> list[str]:
-    """The same for people."""
+    """Return what is odd as lines for people."""
     lines = []
     if found["not_finite"]:
         lines.append(f"NaN or infinity in {_some(found['not_finite'])}")

@@ -23,7 +23,7 @@ HELP = "what an adapter is: method, config, sites, numbers of parameters, norms 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes."""
+    """Add the verb's arguments to its parser."""
     parser.add_argument("file", help="an adapter's file of any form, or a PEFT folder")
     parser.add_argument(
         "--model",
@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> Answer:
-    """The adapter; of a PEFT folder that means nothing without its base, what is in it."""
+    """Describe the adapter. Of a PEFT folder that can't be understood without its base, list the
+    tensors.
+
+    Raises:
+        ModelNeededError: another file needs its base, or the base that was given isn't enough.
+    """
     try:
         data = inspected(opened(given.file, given.model, given.component, given.rename))
     except ModelNeededError as error:
@@ -47,7 +52,7 @@ def run(given: argparse.Namespace) -> Answer:
 
 # ------------------------------------------------------------------------------------------ as data
 def inspected(params: Any) -> dict[str, Any]:
-    """An adapter (or several) as JSON types."""
+    """Return a description of an adapter, or of several, in JSON types."""
     if isinstance(params, Adapter):
         return _one(params)
     if isinstance(params, Mapping):
@@ -90,14 +95,14 @@ def _form(t: Tensor) -> list[Any]:
 
 
 def _members(adapter: Adapter) -> int:
-    """How many a stack has; 0 for a plain adapter."""
+    """Return the number of a stack's members, or 0 for a plain adapter."""
     path, names = next(iter(adapter.layout.names.items()))
     leaf: Tensor = adapter[path][names[0]]
     return leaf.shape[0] if leaf.ndim > len(adapter.layout.specs[path][names[0]].shape) else 0
 
 
 def _raw(path: str) -> dict[str, Any]:
-    """A PEFT folder as it is, where its meaning hangs on a base that isn't given."""
+    """Describe a PEFT folder as it is, because its meaning depends on a base that isn't given."""
     says, tensors = unpack(path, None)
     keys = {key: _form(t) for key, t in sorted(tensors.items())}
     return {"method": str(says.get("peft_type")), "config": dict(says), "keys": keys}

@@ -1,6 +1,6 @@
 """The command line: inspect, diff, convert, merge, check.
 
-Exit codes: 0 fine, 1 a difference or a fault in a file, 2 a wrong usage.
+The exit code is 0 if all is well, 1 for a difference or a fault in a file, and 2 for a wrong usage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command and return its exit code."""
     given = _parser().parse_args(arguments)
     try:
         text, data, code = given.run(given)
@@ -69,7 +69,7 @@ def _json(data: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The data with words for the numbers that JSON hasn't."""
+    """Return the data with words in place of the numbers that JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
@@ -80,6 +80,6 @@ def _finite(value: Any) -> Any:
 
 
 def _say(text: str, stream: TextIO) -> None:
-    """Print what the stream's encoding has, and escapes for the rest."""
+    """Print text, with escapes for the characters that the stream's encoding lacks."""
     encoding = stream.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""merge: a model's folder with an adapter merged in."""
+"""merge: writes a model's folder with an adapter merged in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HELP = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes."""
+    """Add the verb's arguments to its parser."""
     parser.add_argument("base", help="the model's folder, with safetensors")
     parser.add_argument("adapter", help="an adapter's file of any form, or a PEFT folder")
     parser.add_argument("output", help="a new or empty folder")
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> Answer:
-    """The tensors that were merged."""
+    """Merge the adapter, and answer with the names of the tensors that were merged."""
     shards, target = Shards(given.base), Path(os.fsdecode(given.output))
     check_out(shards.folder, target, given.force)
     try:

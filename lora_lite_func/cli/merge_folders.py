@@ -1,4 +1,4 @@
-"""What the folders that merge reads and writes may hold."""
+"""Checks of the folders that merge reads and writes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _MODEL = re.compile(
 
 
 def others(folder: Path) -> list[Path]:
-    """The files that go along as they are: config, tokenizer.
+    """Return the base's other files, such as config and tokenizer, which are copied as they are.
 
     Raises:
-        CheckpointError: one is a link to a file elsewhere, whose contents would be copied out; the
-            hub's cache links to its own blobs.
+        CheckpointError: one is a link to a file elsewhere, whose contents would be copied out. The
+            links of the hub's cache to its own blobs are allowed.
     """
     found = [
         f
@@ -46,11 +46,11 @@ def others(folder: Path) -> list[Path]:
 
 
 def check_out(base: Path, target: Path, force: bool) -> None:
-    """Refuse an output that is the base, isn't a folder, or holds what must not be lost or read
-    beside the merged model.
+    """Refuse an output that is the base, isn't a folder, or holds files that must not be lost, or
+    that would be read beside the merged model.
 
     Raises:
-        CheckpointError: with the way out.
+        CheckpointError: the message names a way out.
     """
     try:
         if target.exists() and target.samefile(base):
@@ -77,7 +77,7 @@ def check_out(base: Path, target: Path, force: bool) -> None:
 
 
 def _names(target: Path) -> list[str]:
-    """What is in a folder, apart from what a killed run left."""
+    """Return the names in a folder, apart from what a killed run left."""
     if not target.is_dir():
         return []
     return sorted(entry.name for entry in target.iterdir() if not is_left_over(entry.name))
@@ -87,7 +87,7 @@ def check_finite(params: object, force: bool) -> None:
     """Refuse to merge NaN or infinity into a model.
 
     Raises:
-        UnsupportedError: with the first tensor.
+        UnsupportedError: the message names the first such tensor.
     """
     odd = health(params)["not_finite"]
     if odd and not force:
@@ -99,7 +99,9 @@ def check_finite(params: object, force: bool) -> None:
 
 @contextmanager
 def merged_into(target: Path, shards: Shards, force: bool) -> Iterator[Path]:
-    """A working folder whose files become the target's; weights of another layout go."""
+    """Open a working folder whose files become the target's. Weights of another layout are
+    removed.
+    """
     present = {entry.name for entry in shards.folder.iterdir()}
     marker = next((n for n in ("config.json", INDEX) if n in present), shards.files[-1])
     gone = [name for name in _names(target) if _MODEL.fullmatch(name)]
@@ -108,5 +110,6 @@ def merged_into(target: Path, shards: Shards, force: bool) -> Iterator[Path]:
     ) as work:
         yield work
         private = stat.S_IMODE((shards.folder / shards.files[0]).stat().st_mode) & 0o777
-        for file in work.glob("*.safetensors"):  # as readable as the base's, which they come of
+        # The new shards get the permissions of the base's, which they are made of.
+        for file in work.glob("*.safetensors"):
             file.chmod(private)

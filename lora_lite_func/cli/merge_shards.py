@@ -31,21 +31,22 @@ def write_shards(
     force: bool = False,
     progress: Callable[[Iterator[str], int], Iterator[str]] | None = None,
 ) -> None:
-    """Write the folder with the jobs done, one shard in memory at a time.
+    """Write the folder with the jobs done, with one shard in memory at a time.
 
-    Everything is written in a folder of its own inside the target first and moved when all of it is
-    there. Other files of the base (config, tokenizer) are copied.
+    Everything is written in a folder of its own inside the target first, and moved when all of it
+    is there. Other files of the base (config, tokenizer) are copied.
 
     Args:
         shards: the base.
-        jobs: what `jobs_of` gave.
-        target: a folder, made if it isn't there.
-        force: replace files of a model that is there; write values that aren't finite.
-        progress: wraps the loop over shards.
+        jobs: what `jobs_of` returned.
+        target: a folder, which is made if it isn't there.
+        force: whether to replace the files of a model that is there, and to write values that
+            aren't finite.
+        progress: what wraps the loop over shards.
 
     Raises:
-        CheckpointError: a folder or file that can't be read or written.
-        UnsupportedError: a packed weight, a bias with nowhere to go, a weight that overflows.
+        CheckpointError: a folder or file can't be read or written.
+        UnsupportedError: a weight is packed or overflows, or a bias has nowhere to go.
     """
     along = others(shards.folder)
     files: Iterator[str] = iter(shards.files)
@@ -61,11 +62,11 @@ Job = tuple[list[Attachment], str, str | None]
 
 
 def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
-    """{tensor name: what makes it}.
+    """Return {tensor name: what makes it}.
 
     Raises:
-        CheckpointError: a site that the folder has no tensor for.
-        UnsupportedError: a method without a dense equivalent, or a table that the head shares.
+        CheckpointError: the folder has no tensor for a site.
+        UnsupportedError: a method has no dense equivalent, or the head shares a table.
     """
     jobs: dict[str, Job] = {}
     for path, attachments in attachments_of(params).items():
@@ -90,7 +91,7 @@ def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
 
 
 def _refuse_tied(shards: Shards, path: str, weight: str) -> None:
-    """Refuse a table that the model's head shares: the folder has one tensor for both, and the
+    """Refuse a table that the model's head shares. The folder has one tensor for both, and the
     adapter is the table's alone.
     """
     says, shape = shards.config(), shards.shapes[weight][0]
@@ -148,7 +149,9 @@ def _merged(shards: Shards, name: str, job: Job) -> Tensor:
 
 
 def bar(files: Iterator[str], count: int) -> Iterator[str]:
-    """The shards with a progress bar, where tqdm is installed and somebody watches."""
+    """Return the shards with a progress bar, where tqdm is installed and the output is a
+    terminal.
+    """
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,5 +1,5 @@
-"""Merging into a model that transformers loads whole: where its folder has other names and tensors
-than the model itself, as for experts, old names, and heads tied to tables.
+"""Merging into a model that transformers loads whole. This is for folders whose names and tensors
+aren't the model's own, as with experts, old names, and heads tied to tables.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ __all__ = ["write_whole"]
 def write_whole(
     shards: Shards, given: argparse.Namespace, target: Path, why: LoraLiteError
 ) -> list[str]:
-    """Write the merged model as transformers saves it; returns the merged parameters' names.
+    """Write the merged model as transformers saves it, and return the names of the merged
+    parameters.
 
     Args:
         shards: the base.
         given: the command's options: the adapter, how to read it, whether to replace a model that
-            is there and to merge values that aren't finite.
-        target: a folder, made if it isn't there.
-        why: what was said of merging shard by shard, raised where this can't be done either.
+            is there, and whether to merge values that aren't finite.
+        target: a folder, which is made if it isn't there.
+        why: the error of merging shard by shard, which is raised where this way fails too.
 
     Raises:
         LoraLiteError: `why`, or what is wrong with the adapter on the whole model.

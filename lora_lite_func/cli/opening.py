@@ -1,4 +1,4 @@
-"""Adapters and bases that the command line names."""
+"""Opening the adapters and bases that the command line names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ Answer = tuple[str, Any, int]
 
 
 def add_component(parser: argparse.ArgumentParser) -> None:
-    """The options that say which modules a file means: a component's, and where they have moved."""
+    """Add the options that say which modules a file means: which component's, and where they have
+    moved.
+    """
     parser.add_argument(
         "--component",
         help="of a diffusion model's file: whose keys are read (unet, transformer, text_encoder)",
@@ -36,7 +38,7 @@ def add_component(parser: argparse.ArgumentParser) -> None:
 
 
 class _Rename(argparse.Action):
-    """{old: new} of all that were given."""
+    """The action that collects all renamings given into one {old: new}."""
 
     def __call__(
         self,
@@ -57,7 +59,7 @@ def opened(
     component: str | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> Saved:
-    """The adapter in a file or folder, checked against a base's folder if one is given."""
+    """Open the adapter in a file or folder, checked against a base's folder if one is given."""
     if model is None:
         return open_adapter(path, rename=rename)
     shards = Shards(model)
@@ -72,7 +74,7 @@ def opened(
 
 
 def parts_of(params: Any) -> dict[str, Adapter]:
-    """The adapters by name; one alone under ""."""
+    """Return the adapters by name. One alone has the name ""."""
     if isinstance(params, Adapter):
         return {"": params}
     pairs = params.items() if isinstance(params, Mapping) else enumerate(params)

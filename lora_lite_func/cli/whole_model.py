@@ -1,4 +1,4 @@
-"""A model's folder as transformers loads it, where the folder's names aren't the model's own."""
+"""A model's folder as transformers loads it, for folders whose names aren't the model's own."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ __all__ = ["whole_model"]
 
 
 def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
-    """The model, in eval mode.
+    """Load the model, in eval mode.
 
     Args:
         shards: the folder.
-        adapter: what the model is for; tried first on the model's sizes, as loading takes long.
-        why: what was said of the model that the folder's names make.
+        adapter: what the model is for. It is tried on the model's sizes first, because loading
+            takes long.
+        why: the error of the model that the folder's names make.
 
     Raises:
-        LoraLiteError: `why`, where transformers knows no such model, isn't installed, or can't load
-            it; or the adapter can't be read, or doesn't fit.
+        LoraLiteError: `why`, where transformers doesn't know the model, isn't installed, or can't
+            load it; or the adapter can't be read, or doesn't fit.
     """
     kind = _class(shards, why)
     try:
@@ -35,7 +36,7 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
         with torch.device("meta"):
             sizes: Any = kind(config)
             sizes.tie_weights()
-    except Exception as error:  # whatever transformers says of a folder that isn't its own
+    except Exception as error:  # transformers can raise anything on such a folder
         raise type(why)(f"{why} (transformers doesn't know it either: {error})") from None
     _check_complete(shards, sizes, why)
     _check_adapter(adapter, sizes)
@@ -58,7 +59,7 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
 
 
 def _class(shards: Shards, why: LoraLiteError) -> Any:
-    """transformers' class for the folder, by its config."""
+    """Return transformers' class for the folder, found by its config."""
     says = shards.config()
     named = says.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
@@ -82,7 +83,9 @@ def _class(shards: Shards, why: LoraLiteError) -> Any:
 
 
 def _check_complete(shards: Shards, sizes: nn.Module, why: LoraLiteError) -> None:
-    """Refuse a folder that holds less than the model: transformers would draw the rest."""
+    """Refuse a folder that holds less than the model, because transformers would draw the rest at
+    random.
+    """
     needed = sum(p.numel() for p in sizes.parameters())
     held = sum(math.prod(shape) for shape, _ in shards.shapes.values())
     if needed > held:

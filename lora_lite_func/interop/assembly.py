@@ -1,4 +1,4 @@
-"""Adapters made of what another library's file says, module by module."""
+"""Building adapters from what another library's file says, module by module."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BYTES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 
 
 class ModelNeededError(CheckpointError):
-    """What a file says hangs on the base model, which wasn't given."""
+    """Raised where a file's meaning depends on the base model, and none was given."""
 
 
 @dataclass
@@ -45,11 +45,12 @@ class ModuleEntry:
 
     Attributes:
         path: its path in the base model.
-        shared: tensors that all modules of the file share.
+        shared: the tensors that all modules of the file share.
         site: its dimensions, if a model was given.
-        module: itself, likewise.
+        module: the module itself, if a model was given.
         times: what PEFT multiplies the update by here, beyond what its config says.
-        named: what the config's patterns call it, where that isn't its path; "" where it is.
+        named: the name that the config's patterns use for it, where that isn't its path; otherwise
+            "".
     """
 
     path: str
@@ -61,16 +62,16 @@ class ModuleEntry:
 
     @property
     def pattern_path(self) -> str:
-        """What the config's patterns are matched to."""
+        """The path that the config's patterns are matched against."""
         return self.named or self.path
 
     @property
     def kind(self) -> str:
-        """The kind of layer; linear where no model says otherwise."""
+        """The kind of layer, which is linear where no model says otherwise."""
         return "linear" if self.site is None else self.site.kind
 
     def known(self, why: str) -> Site:
-        """Its dimensions.
+        """Return the module's dimensions.
 
         Raises:
             ModelNeededError: no model was given.
@@ -83,11 +84,11 @@ class ModuleEntry:
         return self.site
 
     def weight(self, method: str) -> Tensor:
-        """The dense base weight (d_out, d_in), float32 at least.
+        """Return the dense base weight (d_out, d_in), in float32 at least.
 
         Raises:
             ModelNeededError: no model was given.
-            UnsupportedError: it is packed.
+            UnsupportedError: the weight is packed.
         """
         site = self.site
         if site is None or self.module is None:
@@ -101,14 +102,14 @@ class ModuleEntry:
 
 @dataclass
 class Part:
-    """What one module's tensors say, as ours.
+    """What the tensors of one module say, in our terms.
 
     Attributes:
-        config: class of our config.
-        fields: its settings; modules with equal ones become one adapter.
-        leaves: {lora_name: tensor}; those left out start as the method starts them.
-        r, alpha: of this site.
-        sited: settings that are kept path by path, {field: value}.
+        config: the class of our config.
+        fields: its settings. Modules with equal ones become one adapter.
+        leaves: {lora_name: tensor}. Those left out start as the method starts them.
+        r, alpha: the site's own.
+        sited: settings that are kept path by path, as {field: value}.
         order: parts of a lower order are applied first.
     """
 
@@ -122,7 +123,9 @@ class Part:
 
 
 def widened(t: Tensor) -> Tensor:
-    """A tensor of 8-bit floats as the same values in float32; others as they are."""
+    """Return a tensor of 8-bit floats as the same values in float32, and any other tensor
+    as it is.
+    """
     return t.float() if str(t.dtype).removeprefix("torch.") in _BYTES and not t.is_meta else t
 
 
@@ -130,8 +133,8 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that no adapter has.
 
     Raises:
-        CheckpointError: no strided tensor with its values, or of a dtype that isn't a floating one
-            of 16 bits or more.
+        CheckpointError: a tensor isn't strided or lacks its values, or its dtype isn't a floating
+            one of 16 bits or more.
     """
     for key, t in tensors.items():
         if t.layout != torch.strided or t.is_meta:
@@ -153,13 +156,15 @@ def _form(t: Tensor) -> str:
 
 # ----------------------------------------------------------------------------------------- adapters
 def assemble(parts: Iterable[tuple[ModuleEntry, Part]]) -> Adapter | tuple[Adapter, ...]:
-    """Adapters of parts with equal settings, in order; one alone as itself.
+    """Make adapters of the parts, one for all parts with equal settings, in order. A single adapter
+    is returned as itself.
 
     Raises:
-        CheckpointError: there are none, or a tensor doesn't fit.
+        CheckpointError: there are no parts, or a tensor doesn't fit.
     """
     groups: dict[Any, list[tuple[ModuleEntry, Part]]] = {}
-    times: Counter[Any] = Counter()  # a second part with the same settings on a path has its own
+    # A second part with the same settings on one path goes into an adapter of its own.
+    times: Counter[Any] = Counter()
     for entry, part in parts:
         kind = (part.order, part.config, repr(sorted(part.fields.items())))
         here = (*kind, entry.path)
@@ -214,7 +219,7 @@ def _adapter(group: list[tuple[ModuleEntry, Part]]) -> Adapter:
 
 
 def _valid(layout: Layout, path: str, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The leaves, whose values the method finds possible."""
+    """Return the leaves, once the method has found their values possible."""
     if layout.variant.validate is not None:
         try:
             layout.variant.validate(layout.config, leaves, layout.sites[path])
@@ -224,7 +229,7 @@ def _valid(layout: Layout, path: str, leaves: dict[str, Tensor]) -> dict[str, Te
 
 
 def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The leaves in the dtypes and shapes that the method asks for."""
+    """Return the leaves in the dtypes and shapes that the method asks for."""
     expected, fitted = layout.specs[path], {}
     odd = leaves.keys() ^ expected.keys()
     if odd:
@@ -251,15 +256,15 @@ def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
-    """The narrowest dtype that holds all of these, as factors of 16 bits of two kinds don't
-    multiply; None where there are none.
+    """Return the narrowest dtype that holds all of these tensors, or None where there are none.
+    Factors of two different 16-bit kinds couldn't be multiplied.
     """
     dtypes = [t.dtype for t in tensors if dtype_fits(None, t.dtype)]
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def _patterns(values: Mapping[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
-    """The commonest value, and a pattern for every other one."""
+    """Return the commonest value, and a pattern for every other one."""
     every = list(values.values())
     common = max(dict.fromkeys(every), key=every.count)
     others: dict[Any, list[str]] = {}

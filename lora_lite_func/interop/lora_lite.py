@@ -60,7 +60,8 @@ _OLD = (
     "'adapter.safetensors', {'cfg': json.dumps(old['cfg']), "
     "'base_fp': json.dumps(old.get('base_fp', {}))}) makes one"
 )
-_CLOSE = 2e-3  # fingerprints are sums of squares of weights that may have been rounded to 16 bits
+# Fingerprints are sums of squares of weights that may have been rounded to 16 bits.
+_CLOSE = 2e-3
 Held = Mapping[str, Tensor]
 
 
@@ -68,10 +69,10 @@ class _Way(NamedTuple):
     """How one variant is read.
 
     Attributes:
-        config: of ours.
+        config: the class of our config.
         fields: {its field: our field}.
-        read: (place, tensors, r, scale, fingerprint) -> leaves beside the renamed ones.
-        renamed: {its tensor: ours}, where they differ.
+        read: (place, tensors, r, scale, fingerprint) -> the leaves beside the renamed ones.
+        renamed: {its tensor: ours}, where the names differ.
         fixed: settings of ours that its maths amounts to, unless its fields say otherwise.
     """
 
@@ -83,16 +84,18 @@ class _Way(NamedTuple):
 
 
 def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None) -> Adapter:
-    """An adapter that lora-lite saved: `params = ll.from_lora_lite("adapter.safetensors", model)`.
+    """Read an adapter that lora-lite saved: `params = ll.from_lora_lite("adapter.safetensors",
+    model)`.
 
     Args:
         path: its .safetensors file.
         model: the base as it was before lora-lite touched it. LoRA, EVA, DeLoRA and AntiPaSTO can
-            do without; with it, what the file tells of the base is compared.
+            do without one. Where it is given, what the file tells of the base is compared with it.
 
     Raises:
-        CheckpointError: not such a file, another variant or field, missing or mis-shaped tensors, a
-            path that the model hasn't, or another base.
+        CheckpointError: the file isn't lora-lite's, has an unknown variant or field, lacks tensors
+            or has some of the wrong shape, names a path that the model lacks, or was made for
+            another base.
     """
     where = os.fsdecode(path)
     if where.endswith(_PICKLES):
@@ -173,7 +176,7 @@ def _sizes(path: str, held: Held) -> Site | None:
 
 
 def _fingerprint(path: str, prints: Any, where: str) -> float | None:
-    """The sum of squares of the base weight as lora-lite left it."""
+    """Return the sum of squares of the base weight as lora-lite left it."""
     if not isinstance(prints, Mapping) or not isinstance(prints.get(path, ""), str):
         raise CheckpointError(f"{where}: base_fp: expected an object of paths and fingerprints")
     text = prints.get(path)
@@ -184,8 +187,8 @@ def _fingerprint(path: str, prints: Any, where: str) -> float | None:
 
 
 def _matches(weight: Tensor, expected: float | None, whole: Tensor | None = None) -> bool:
-    """Whether a weight has the fingerprint; what is left of a `whole` one is as exact as that one
-    was rounded.
+    """Tell whether a weight has the fingerprint. What is left of a `whole` weight is only as exact
+    as the rounding of that weight.
     """
     size = 0.0 if whole is None else 1e-4 * float(whole.square().sum())
     return (
@@ -198,7 +201,7 @@ def _matches(weight: Tensor, expected: float | None, whole: Tensor | None = None
 def _plain(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Nothing but what the file holds; the base is compared if it is at hand."""
+    """Return nothing beside what the file holds. The base is compared if it was given."""
     if (
         entry.module is not None
         and expected is not None
@@ -214,7 +217,9 @@ def _plain(
 def _dora(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Its norm is recomputed from the weight; ours is kept."""
+    """Return the squared norms of the base weight's rows. lora-lite computes them again in each
+    call, and ours are kept.
+    """
     _plain(entry, held, r, scale, expected)
     return {"lora_wnorm2": entry.weight("DoRA").square().sum(1)}
 
@@ -222,7 +227,7 @@ def _dora(
 def _delora(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Its column norms are the base's: they tell another one."""
+    """Refuse another base than the file's, told by the column norms that the file holds."""
     _plain(entry, held, r, scale, expected)
     norms = held.get("lora_wnorm")
     if entry.module is not None and norms is not None:
@@ -231,13 +236,13 @@ def _delora(
 
 
 def _refuse_apart(entry: ModuleEntry, held: Tensor, own: Tensor, what: str) -> None:
-    """Refuse a base that isn't the one which a file's frozen tensor was made of.
+    """Refuse a base that isn't the one that a file's frozen tensor was made of.
 
     Raises:
-        CheckpointError: they are further apart than rounding makes them.
+        CheckpointError: the two are further apart than rounding makes them.
     """
     if held.shape != own.shape:
-        return  # a misfit is refused where it is fitted
+        return  # the code that fits the tensors refuses a wrong shape
     allowed = 1e-3 + 4.0 * torch.finfo(held.dtype).eps
     if float((held.to(own) - own).abs().max()) > allowed * float(own.abs().max()):
         raise CheckpointError(
@@ -249,10 +254,10 @@ def _refuse_apart(entry: ModuleEntry, held: Tensor, own: Tensor, what: str) -> N
 def _pissa(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """The start that was taken out of W: the top singular triplets, over the scale or (in its
-        earlier versions) not; the fingerprint tells.
+    """Return the start that was taken out of W. It is the top singular triplets, divided by the
+    scale or (in lora-lite's earlier versions) not, and the fingerprint tells which.
 
-    Rounded to the dtype of the file, as it was when it was taken out.
+    The start is rounded to the dtype of the file, as it was when it was taken out.
     """
     W, dtype = entry.weight("PiSSA"), held["lora_A"].dtype
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -272,7 +277,9 @@ def _pissa(
 def _antipasto(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Its singular triplets are of the base: U_i^T W v_i = S_i. `half_angles` is how it uses T."""
+    """Check that the file's singular triplets are of the base, U_i^T W v_i = S_i. `half_angles`
+    says how the variant uses T.
+    """
     if entry.module is not None:
         _refuse_triplets(entry, held)
     if entry.module is not None and expected is not None:
@@ -290,7 +297,7 @@ def _refuse_triplets(entry: ModuleEntry, held: Held) -> None:
     U, S, Vh = (held.get(f"lora_{name}") for name in ("U", "S", "Vh"))
     W = entry.weight("AntiPaSTO")
     if U is None or S is None or Vh is None or U.shape[:1] + Vh.shape[-1:] != W.shape:
-        return  # a misfit is refused where it is fitted
+        return  # the code that fits the tensors refuses a wrong shape
     own = ((U.to(W).mT @ W) * Vh.to(W)).sum(1)
     _refuse_apart(entry, own.to(S.dtype), S.to(W), "singular values")
 

@@ -1,4 +1,6 @@
-"""What an adapter_config.json says, read with suspicion: typed access, PEFT's rules of matching."""
+"""What an adapter_config.json says, read with suspicion: typed access to fields, and PEFT's rules
+of matching.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,11 @@ _ABOUT = (
 )
 """Fields of the file's origin and of its modules, and of starts that are over."""
 
-_QUANTIFIED = 4  # unbounded quantifiers in an alternative; more can take hours on a long path
-_LARGEST = 10**30  # of a number; NaN is not below it
-_LONGEST = 5_000  # characters of a pattern
+# How many unbounded quantifiers an alternative may have: more can take hours on a long path.
+_QUANTIFIED = 4
+# The largest number that is accepted. The comparison with it refuses NaN too.
+_LARGEST = 10**30
+_LONGEST = 5_000  # the most characters that a pattern may have
 
 
 class ConfigReader(Mapping[str, Any]):
@@ -66,7 +70,7 @@ class ConfigReader(Mapping[str, Any]):
         return len(self.values_)
 
     def refuse(self, name: str, expected: str) -> CheckpointError:
-        """The error for a field that doesn't say what it should."""
+        """Return the error for a field that doesn't say what it should."""
         return CheckpointError(
             f"{self.where}: {name}: expected {expected}, found {short_repr(self.get(name))}"
         )
@@ -74,7 +78,8 @@ class ConfigReader(Mapping[str, Any]):
     def check(
         self, understood: Iterable[str], ignore: Iterable[str], unread: Iterable[str] = ()
     ) -> None:
-        """Refuse a field that says something and isn't understood: it would be dropped in silence.
+        """Refuse a field that says something and isn't understood, because it would be dropped in
+        silence.
 
         Args:
             understood: fields that are honoured, or have no part in a loaded adapter.
@@ -82,7 +87,7 @@ class ConfigReader(Mapping[str, Any]):
             unread: fields that outputs depend on, whatever the caller says of them.
 
         Raises:
-            CheckpointError: with the field's name, and how to read the file all the same.
+            CheckpointError: the message names the field, and how to read the file all the same.
         """
         known = {*_ABOUT, *understood, *ignore}.difference(unread)
         for name, value in self.items():
@@ -100,10 +105,10 @@ class ConfigReader(Mapping[str, Any]):
             )
 
     def without(self, ignore: Iterable[str], understood: Iterable[str]) -> ConfigReader:
-        """The config with some fields' settings left out.
+        """Return the config with some fields left out.
 
         Raises:
-            CheckpointError: a field that the adapter's outputs depend on.
+            CheckpointError: the adapter's outputs depend on one of the fields.
         """
         wrong = next(
             (name for name in ignore if name in understood and not name.endswith("dropout")), None
@@ -118,13 +123,21 @@ class ConfigReader(Mapping[str, Any]):
         )
 
     def text(self, name: str) -> str:
-        """A field that must be a string."""
+        """Return a field that must be a string.
+
+        Raises:
+            CheckpointError: the field is anything else.
+        """
         if not isinstance(self.get(name), str):
             raise self.refuse(name, "a string")
         return str(self[name])
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """A true or false."""
+        """Return a field that must be true or false. A null counts as the default.
+
+        Raises:
+            CheckpointError: the field is anything else.
+        """
         value = self.get(name, default)
         if value is None:
             return default
@@ -133,14 +146,22 @@ class ConfigReader(Mapping[str, Any]):
         return value
 
     def whole(self, name: str, default: int, least: int = 1) -> int:
-        """A whole number."""
+        """Return a field that must be a whole number of at least `least`.
+
+        Raises:
+            CheckpointError: the field is anything else.
+        """
         value = self.get(name, default)
         if type(value) is not int or not least <= value <= LARGEST:
             raise self.refuse(name, f"a whole number from {least} to {LARGEST}")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A finite number."""
+        """Return a field that must be a finite number.
+
+        Raises:
+            CheckpointError: the field is anything else.
+        """
         return self._number(name, self.get(name, default))
 
     def _number(self, name: str, value: Any) -> float:
@@ -149,7 +170,11 @@ class ConfigReader(Mapping[str, Any]):
         return float(value)
 
     def names(self, name: str) -> list[str]:
-        """A list of names (a string is one)."""
+        """Return a field that must be a list of names. A string counts as a list of one.
+
+        Raises:
+            CheckpointError: the field is anything else.
+        """
         value = self.get(name) or []
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -157,14 +182,15 @@ class ConfigReader(Mapping[str, Any]):
         return value
 
     def at(self, pattern: str, path: str, default: float, *, dotted: bool = False) -> float:
-        """A number that may differ from module to module: the first key of `pattern` that PEFT
-            matches to the path, else the default.
+        """Return a number that may differ from module to module. The first key of `pattern` that
+        PEFT matches to the path gives it, and otherwise it is the default.
 
         Args:
             pattern: the field with {key: number}.
-            path: of the module.
-            default: elsewhere.
-            dotted: the key must stand behind a dot, as in C3A's and FourierFT's patterns.
+            path: the module's path.
+            default: the number where no key matches.
+            dotted: whether the key must stand behind a dot, as in the patterns of C3A and
+                FourierFT.
         """
         table = self.get(pattern) or {}
         if not isinstance(table, Mapping):
@@ -176,7 +202,7 @@ class ConfigReader(Mapping[str, Any]):
         return default
 
     def matches(self, name: str, whole: str, written: str, path: str) -> bool:
-        """Whether a pattern of the file matches a path; patterns that could run for hours are
+        """Tell whether a pattern of the file matches a path. Patterns that could run for hours are
         refused.
 
         Raises:
@@ -196,8 +222,9 @@ class ConfigReader(Mapping[str, Any]):
 
     # -------------------------------------------------------------------------------------- targets
     def targeted(self, path: str) -> bool | None:
-        """Whether PEFT would adapt the module at a path; None where that depends on the model
-        ("all-linear", defaults by model type), or a pattern could take too long to tell.
+        """Tell whether PEFT would adapt the module at a path. The result is None where that depends
+        on the model ("all-linear", defaults by model type), or where a pattern could take too long
+        to tell.
         """
         targets, excluded = self.get("target_modules"), self.get("exclude_modules")
         if isinstance(excluded, str) and not _bounded(excluded):
@@ -230,7 +257,7 @@ class ConfigReader(Mapping[str, Any]):
         parts = path.split(".")
         names = self.names("layers_pattern")
         for i in range(1, len(parts) - 1):
-            # name.<number>.rest; without a pattern the name must itself stand behind a dot
+            # The path reads name.<number>.rest. Without a pattern PEFT wants a dot before it.
             above = "." + ".".join(parts[:i])
             if parts[i].isdecimal() and (
                 any(above.endswith("." + name) for name in names) if names else i >= 2
@@ -240,24 +267,26 @@ class ConfigReader(Mapping[str, Any]):
 
 
 def literal(key: str) -> bool:
-    """A key without any of a pattern's special characters, dots aside."""
+    """Tell whether a key has none of a pattern's special characters, dots aside."""
     return re.fullmatch(r"[\w.]+", key) is not None
 
 
 def _bounded(pattern: str) -> bool:
-    """Whether matching takes time polynomial in the path, of a low degree: in each alternative few
-    unbounded quantifiers, none of them inside another's.
+    """Tell whether matching takes time polynomial in the path, of a low degree. That is so where
+    each alternative has few unbounded quantifiers, and none of them inside another's.
     """
     if len(pattern) > _LONGEST:
         return False
-    # escapes and sets are one character each
+    # An escape or a set matches one character, so any one character can stand for it.
     text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)
-    text = re.sub(r"\(\?(?:P<\w+>|<?[=!]|:)", "(", text)  # named, looking around, not captured
+    # What a group is called, or whether it captures, has no part in how long matching takes.
+    text = re.sub(r"\(\?(?:P<\w+>|<?[=!]|:)", "(", text)
     if "(?" in text or any(
         len(re.findall(r"[*+]|\{", part)) > _QUANTIFIED for part in _alternatives(text)
     ):
         return False
-    while True:  # a group with a quantifier inside, itself repeated
+    # Innermost groups first: a repeated group with a quantifier inside can take exponential time.
+    while True:
         inner = re.search(r"\(([^()]*)\)([*+{]?)", text)
         if inner is None:
             return True
@@ -268,7 +297,7 @@ def _bounded(pattern: str) -> bool:
 
 
 def _alternatives(text: str) -> list[str]:
-    """The parts of a pattern between the bars that stand in no group."""
+    """Return the parts of a pattern between the bars that stand in no group."""
     depth, parts = 0, [""]
     for character in text:
         depth += (character == "(") - (character == ")")

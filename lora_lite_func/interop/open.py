@@ -1,4 +1,4 @@
-"""Opening whatever holds an adapter: a file of ll.save, a PEFT folder, other tools' files."""
+"""Opening whatever holds an adapter: a file of ll.save, a PEFT folder, or another tool's file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["form_of", "open_adapter"]
 
 
 def form_of(path: str | os.PathLike[str]) -> str:
-    """Which form a file or folder has: "peft" where an adapter_config.json is, "lora_lite" or
-    "diffusion" by what a safetensors file's header says, else "ll".
+    """Return the form of a file or folder: "peft" where an adapter_config.json is, "lora_lite" or
+    "diffusion" by what a safetensors file's header says, and otherwise "ll".
 
     Raises:
-        CheckpointError: not a path.
+        CheckpointError: the path can't be looked at, or is a folder that isn't PEFT's.
     """
     here = Path(os.fsdecode(path))
     try:
@@ -55,7 +55,7 @@ def _form_of_file(path: Path) -> str:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata, keys = file.metadata() or {}, list(file.keys())
     except (OSError, ValueError, safetensors.SafetensorError):
-        return "ll"  # reading it says what is wrong
+        return "ll"  # its reader then says what is wrong
     if OWN in metadata:
         return "ll"
     if "cfg" in metadata:
@@ -70,17 +70,17 @@ def open_adapter(
     component: str | None = None,
     rename: Rename | None = None,
 ) -> Saved:
-    """The adapter in a file or folder.
+    """Read the adapter in a file or folder of any form.
 
     Args:
-        path: of it.
-        model: the base, or what makes a skeleton of it, given what the adapter's form says:
-            `transposed`, `embeddings`.
-        component: of a diffusion model's file, whose keys are read.
+        path: the file or folder.
+        model: the base; or a function that makes a skeleton of it, given what the adapter's form
+            says (`transposed`, `embeddings`, `upwards`).
+        component: the component of a diffusion model's file whose keys are read.
         rename: for paths that have moved, as in `from_peft` and `from_diffusion`.
 
     Raises:
-        CheckpointError: it can't be read, or doesn't fit.
+        CheckpointError: the adapter can't be read, or doesn't fit.
     """
     form = form_of(path)
     if rename is not None and form not in ("peft", "diffusion"):

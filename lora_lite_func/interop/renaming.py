@@ -1,6 +1,7 @@
-"""Paths of a file in a model whose modules have moved since: by the user's word, or by themselves.
+"""Finding a file's paths in a model whose modules have moved since, as the user says or by
+themselves.
 
-A path that the model hasn't is looked for without the names of containers: where a release of
+A path that the model lacks is looked for without the names of containers. Where a release of
 transformers has put a language model into another module, or taken it out, its layers are the same.
 """
 
@@ -44,10 +45,10 @@ class Paths:
         self.unused = set(rename) if isinstance(rename, Mapping) else set()
 
     def find(self, path: str) -> str:
-        """A path's place in the model; the path itself where nothing is known of it.
+        """Return a path's place in the model, or the path itself where nothing is known of it.
 
         Raises:
-            CheckpointError: `rename` makes a path that the model hasn't, or several places could be
+            CheckpointError: `rename` makes a path that the model lacks, or several places could be
                 meant.
         """
         said = self.renamed(path)
@@ -65,10 +66,10 @@ class Paths:
         return moved[0] if moved else path
 
     def renamed(self, path: str) -> str:
-        """What `rename` makes of a path; the path itself where it says nothing.
+        """Return what `rename` makes of a path, or the path itself where `rename` says nothing.
 
         Raises:
-            CheckpointError: a path that the model hasn't.
+            CheckpointError: the model lacks the path that `rename` makes.
         """
         said = self._said(path)
         if said != path and said not in self.known:
@@ -79,10 +80,10 @@ class Paths:
         return said
 
     def check_used(self, paths: Iterable[str]) -> None:
-        """Refuse names to change that no path of the file has.
+        """Refuse names to change that are in no path of the file.
 
         Raises:
-            CheckpointError: with the first of them.
+            CheckpointError: the message gives the first of them.
         """
         if self.unused:
             name = min(self.unused)
@@ -103,7 +104,7 @@ class Paths:
         return made
 
     def _by_names(self, path: str, rename: Mapping[str, str]) -> str:
-        """The path with the longest run of names in `rename` replaced, where it comes first."""
+        """Return the path with the longest run of names in `rename` replaced at its first place."""
         for old in sorted(rename, key=len, reverse=True):
             before, found, after = f".{path}.".partition(f".{old}.")
             if found:
@@ -114,6 +115,6 @@ class Paths:
 
 
 def _core(path: str) -> tuple[str, ...]:
-    """A path's names but for those of containers."""
+    """Return the names of a path without those of containers."""
     names = (_OTHER_NAMES.get(name, name) for name in path.split("."))
     return tuple(name for name in names if name not in _CONTAINERS)

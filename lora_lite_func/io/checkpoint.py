@@ -43,18 +43,18 @@ Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 
 
 def save(params: Saved, path: str | os.PathLike[str]) -> None:
-    """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file: atomic,
-    exact for every dtype.
+    """Write an adapter, a stack, or a tuple, list or dict of them to one safetensors file. The
+    write is atomic, and exact for every dtype.
 
     Frozen tensors that several sites share are stored once.
 
     Args:
-        params: what to save; of a dict, names without "/".
-        path: the file; an old one is replaced when the new one is whole, and keeps its permissions.
+        params: what to save. The names in a dict must be free of "/".
+        path: the file. An old one is replaced when the new one is whole, and its permissions stay.
 
     Raises:
-        CheckpointError: not an Adapter, a part of a partition, tensors without storage (sparse, or
-            of a transform), or the file can't be written.
+        CheckpointError: `params` isn't an adapter or is a part of a partition, a tensor has no
+            storage (sparse, or of a transform), or the file can't be written.
     """
     pieces = pieces_of(params)
     same: dict[str, str] = {}
@@ -72,20 +72,20 @@ def load(
     device: str | torch.device | None = None,
     member: int | str | None = None,
 ) -> Any:
-    """Read what `save` wrote; needs no model, and checks sites and shapes against one if given.
+    """Read what `save` wrote. It needs no model, and checks sites and shapes against one if given.
 
     Args:
         path: the file.
-        model: the base that it should fit.
+        model: the base that the adapter should fit.
         device: where the tensors go; the CPU by default.
-        member: of a stack, its number: that one alone is read from the disk. Of a tuple, list or
-            dict of adapters, its index or name.
+        member: the number of a stack's member, which alone is then read from the disk; or the index
+            or name of one adapter in a tuple, list or dict.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated, no metadata, unknown variant or format
-            version, a config or site with missing, unknown or wrongly typed fields, missing,
-            unexpected, mis-shaped or mis-typed tensors, indices out of range, or a site that
-            `model` hasn't.
+        CheckpointError: the file isn't safetensors, is truncated or has no metadata; its variant or
+            format version is unknown; its config or a site has missing, unknown or wrongly typed
+            fields; a tensor is missing, unexpected, or of the wrong shape or dtype; an index is out
+            of range; or `model` lacks a site.
     """
     where = os.fsdecode(path)
     if os.path.isdir(where):
@@ -145,7 +145,7 @@ def _flat(pieces: list[Piece], same: dict[str, str]) -> dict[str, Tensor]:
 
 
 def _stored(leaf: Tensor, storages: set[int]) -> Tensor:
-    """A tensor that fills a storage of its own: safetensors refuses others."""
+    """Return a tensor that fills a storage of its own, because safetensors refuses others."""
     start = leaf.untyped_storage().data_ptr()
     if start in storages or leaf.untyped_storage().nbytes() != leaf.nbytes:
         leaf = leaf.clone()
@@ -177,8 +177,8 @@ def _read(
     def tensor(key: str, row: int | None) -> Tensor:
         key = same.get(key, key)
         if (key, row) not in cache:
-            # clones: aligned, so that products are bit-equal to those before the save, and
-            # independent of the file from here on
+            # Clones are aligned, so that products are bit-equal to those before the save, and
+            # they don't depend on the file from here on.
             read = file.get_tensor(key) if row is None else file.get_slice(key)[row]
             cache[key, row] = read.clone() if device is None else read.to(device, copy=True)
         return cache[key, row]
@@ -225,5 +225,5 @@ def _adapter(
 
 
 def _cut(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The leading corner of this shape."""
+    """Return the leading corner of this shape."""
     return t if tuple(t.shape) == shape else t[tuple(slice(n) for n in shape)].clone()

@@ -18,6 +18,12 @@ __all__ = ["check_keys", "check_model", "check_shapes", "check_tensor", "check_v
 
 
 def check_keys(expected: set[str], found: set[str], count: int) -> None:
+    """Check that a file's keys are those expected, and that no two of the `count` tensors share
+    one.
+
+    Raises:
+        CheckpointError: two tensors have the same key, or keys are missing or unexpected.
+    """
     if len(expected) != count:
         raise CheckpointError("two sites give tensors the same key")
     missing, odd = expected - found, found - expected
@@ -31,7 +37,11 @@ def check_keys(expected: set[str], found: set[str], count: int) -> None:
 
 
 def check_shapes(file: Any, piece: Piece, same: Mapping[str, str]) -> None:
-    """From the file's header alone, before anything is read."""
+    """Check the shapes of a piece's tensors by the file's header alone, before anything is read.
+
+    Raises:
+        CheckpointError: a tensor has another shape.
+    """
     for path, names in piece.layout.names.items():
         for name in names:
             key = joined(piece.prefix, path, name)
@@ -47,6 +57,11 @@ def check_shapes(file: Any, piece: Piece, same: Mapping[str, str]) -> None:
 
 
 def check_tensor(piece: Piece, path: str, name: str, leaf: Any) -> None:
+    """Check that a leaf is a tensor of the shape and dtype that its method asks for.
+
+    Raises:
+        CheckpointError: the leaf is absent, isn't a tensor, or has another shape or dtype.
+    """
     shape, least = piece.shape(path, name), piece.layout.specs[path][name].dtype
     if leaf is ABSENT:
         raise CheckpointError(
@@ -69,7 +84,11 @@ def check_tensor(piece: Piece, path: str, name: str, leaf: Any) -> None:
 
 
 def check_values(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
-    """What the method itself says of a site's frozen tensors."""
+    """Check a site's frozen tensors with the method's own `validate`.
+
+    Raises:
+        CheckpointError: the method finds their values impossible.
+    """
     if layout.variant.validate is None:
         return
     try:
@@ -79,6 +98,11 @@ def check_values(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
 
 
 def check_model(layout: Layout, model: nn.Module) -> None:
+    """Check that a model has every site of a layout, with the same sizes.
+
+    Raises:
+        CheckpointError: `model` isn't a module, or a site is missing or differs.
+    """
     if not isinstance(model, nn.Module):
         raise CheckpointError(
             f"expected an nn.Module to check it against, found {type(model).__name__}"

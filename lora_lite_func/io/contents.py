@@ -1,4 +1,4 @@
-"""What a file says that it holds: hostile until shown otherwise."""
+"""What a file says that it holds. Nothing in it is believed until it has been checked."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Contents:
     container: str | None
 
     def chosen(self, member: int | str | None) -> tuple[Contents, int | None]:
-        """(the part of the contents to read, the row of its stack to read).
+        """Return the part of the contents to read, and the row of its stack to read.
 
         Raises:
-            CheckpointError: no such member.
+            CheckpointError: the file has no such member.
         """
         if member is None:
             return self, None
@@ -51,7 +51,7 @@ class Contents:
         return Contents([self.pieces[names.index(str(name))]], None), None
 
     def _row(self, member: int | str) -> int:
-        """A member's place in a stack that is alone in the file."""
+        """Return a member's place in a stack that is alone in the file."""
         piece = self.pieces[0]
         labels = getattr(piece.layout, "labels", None) or ()
         index = labels.index(member) if isinstance(member, str) and member in labels else member
@@ -61,7 +61,9 @@ class Contents:
         return index % piece.count
 
     def put_together(self, made: list[Adapter]) -> Any:
-        """What was saved."""
+        """Return what was saved: the adapter alone, or the adapters in the container they were
+        saved in.
+        """
         if self.container is None:
             return made[0]
         if self.container == "dict":
@@ -72,10 +74,11 @@ class Contents:
 
 
 def contents_from_json(says: Any, stored: Iterable[str]) -> tuple[dict[str, str], Contents]:
-    """({key: the key that it shares a tensor with}, contents); hostile until shown otherwise.
+    """Return {key: the key that it shares a tensor with} and the contents. Everything is checked
+    before it is believed.
 
     Raises:
-        CheckpointError: anything that `pieces_to_json` doesn't write.
+        CheckpointError: the JSON has anything that `pieces_to_json` doesn't write.
     """
     stored = set(stored)
     if not isinstance(says, dict):
@@ -128,7 +131,7 @@ def _several(says: Mapping[str, Any], most: int) -> Contents:
 
 
 def _unlike(prefix: str, says: Mapping[str, Any], most: int) -> Piece:
-    """A stack whose members differ."""
+    """Return the piece of a stack whose members differ, after checking its description."""
     kinds, which, labels = says.get("members"), says.get("which"), says.get("labels")
     if (
         says.keys() != {"format", "members", "which", "labels"}

@@ -1,4 +1,6 @@
-"""What kind of file somebody gave to a reader that can't read it, for the message's way out."""
+"""What kind of file a reader was given that it can't read, so that its message can name a
+way out.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ _READERS = {
 
 
 def form_of_tensors(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """Whose adapter a safetensors file is, by its header: "ll", "lora_lite", "peft", "diffusion";
-    "" where nothing tells.
+    """Tell whose adapter a safetensors file is by its header: "ll", "lora_lite", "peft" or
+    "diffusion". The result is "" where nothing tells.
     """
     if "lora_lite_func" in metadata:
         return "ll"
@@ -43,13 +45,15 @@ def form_of_tensors(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
 
 
 def reader_hint(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """The end of a message about a safetensors file: which reader reads it."""
+    """Return the end of a message about a safetensors file, which names the reader for it."""
     form = form_of_tensors(keys, metadata)
     return f"; {_READERS[form]} reads it" if form else ""
 
 
 def looks_like(path: str) -> str:
-    """The end of a message about a file that isn't safetensors: what it seems to be."""
+    """Return the end of a message about a file that isn't safetensors, which says what it seems to
+    be.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(24)

@@ -1,4 +1,6 @@
-"""Reading files that nobody vouches for: bounded, no code run. Faults are CheckpointErrors."""
+"""Reading files from unknown sources: reads are bounded and run no code. Faults are
+CheckpointErrors.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,20 @@ __all__ = [
     "unreadable",
 ]
 
-_LONGEST_JSON = 2**25  # bytes; a configuration of real adapters has kilobytes
+# The most bytes that are read. The configurations of real adapters have kilobytes.
+_LONGEST_JSON = 2**25
 
 
 def check_regular(where: str) -> None:
-    """Refuse what would never end, or never begin: a pipe, a device.
+    """Refuse a pipe or a device, from which reading might never begin or never end.
 
     Raises:
-        CheckpointError: neither a file nor a folder.
+        CheckpointError: the path is neither a file nor a folder.
     """
     try:
         mode = os.stat(where).st_mode
     except (OSError, ValueError):
-        return  # which opening it says in words
+        return  # opening it gives the error in words
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CheckpointError(
             f"{where}: expected a file, found a pipe or a device; copy what it gives to a file "
@@ -43,17 +46,17 @@ def check_regular(where: str) -> None:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file, every tensor in memory of its own.
+    """Return (tensors, metadata) of a safetensors file, with every tensor in memory of its own.
 
     Raises:
-        CheckpointError: it isn't one, or can't be read.
+        CheckpointError: the file isn't safetensors, or can't be read.
     """
     where = os.fsdecode(path)
     _check_file(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            # clones: aligned, so that products are bit-equal to those before the save, and
-            # independent of the file from here on
+            # Clones are aligned, so that products are bit-equal to those before the save, and
+            # they don't depend on the file from here on.
             keys = list(file.keys())
             tensors = {key: file.get_tensor(key).clone() for key in keys}
             return tensors, dict(file.metadata() or {})
@@ -62,10 +65,10 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
-    """(names of tensors, metadata) of a safetensors file.
+    """Return (names of tensors, metadata) of a safetensors file.
 
     Raises:
-        CheckpointError: it isn't one, or can't be read.
+        CheckpointError: the file isn't safetensors, or can't be read.
     """
     where = os.fsdecode(path)
     _check_file(where)
@@ -77,7 +80,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]
 
 
 def unreadable(where: str, error: Exception) -> str:
-    """What to say of a file that isn't safetensors."""
+    """Return what a message says of a file that isn't safetensors."""
     return f"{where}: not a readable safetensors file: {error}{looks_like(where)}"
 
 
@@ -91,10 +94,10 @@ def _check_file(where: str) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file.
+    """Return the value in a JSON file.
 
     Raises:
-        CheckpointError: it can't be read, is huge, isn't JSON, or says a key twice.
+        CheckpointError: the file can't be read, is huge, isn't JSON, or says a key twice.
     """
     where = os.fsdecode(path)
     check_regular(where)
@@ -107,10 +110,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parse_json(raw: str | bytes, what: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        CheckpointError: it is huge, isn't JSON, or says a key twice.
+        CheckpointError: the text is huge, isn't JSON, or says a key twice.
     """
     if len(raw) > _LONGEST_JSON:
         raise CheckpointError(f"{what}: expected at most {_LONGEST_JSON} bytes of JSON")

@@ -1,4 +1,6 @@
-"""What goes into a file, piece by piece and as JSON types: an adapter, a stack, or several."""
+"""What goes into a file, piece by piece and as JSON types: an adapter, a stack, or several
+of them.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ class Piece:
     """One adapter or stack in a file.
 
     Attributes:
-        prefix: in front of its keys; "" where it is alone.
-        layout: its static data (of one member, if it is a stack).
-        data: {path: {lora_name: tensor}}; empty where nothing is read yet.
-        count: members of the stack; 0 for a plain adapter.
+        prefix: what stands in front of its keys; "" where it is alone.
+        layout: its static data, which for a stack is that of one member.
+        data: {path: {lora_name: tensor}}, empty where nothing has been read yet.
+        count: the number of members of a stack; 0 for a plain adapter.
     """
 
     prefix: str
@@ -35,21 +37,21 @@ class Piece:
     count: int = 0
 
     def shape(self, path: str, name: str) -> tuple[int, ...]:
-        """Of a tensor as it is stored."""
+        """Return the shape of a tensor as it is stored."""
         shape = self.layout.specs[path][name].shape
         return (self.count, *shape) if self.count else shape
 
 
 def joined(prefix: str, path: str, name: str) -> str:
-    """The key of a tensor."""
+    """Return the key of a tensor."""
     return prefix + (f"{path}.{name}" if path else name)
 
 
 def pieces_of(params: Any) -> list[Piece]:
-    """The adapters to write, with their prefixes.
+    """Return the adapters to write, with their prefixes.
 
     Raises:
-        CheckpointError: something that isn't an adapter, or a tuple, list or dict of them.
+        CheckpointError: `params` is neither an adapter nor a tuple, list or dict of adapters.
     """
     if isinstance(params, Adapter):
         return [_piece("", params)]
@@ -87,7 +89,7 @@ def _piece(prefix: str, params: Adapter) -> Piece:
         if leaf.ndim == len(expected) + 1 and tuple(leaf.shape[1:]) == expected:
             count = leaf.shape[0]
     layout: Layout | None = params.layout
-    if isinstance(layout, Stacked) and not count:  # one adapter, made of the members of a stack
+    if isinstance(layout, Stacked) and not count:  # it is one adapter, made of a stack's members
         layout = layout.alone()
     if layout is None:
         raise CheckpointError(
@@ -99,7 +101,7 @@ def _piece(prefix: str, params: Adapter) -> Piece:
 
 
 def pieces_to_json(params: Any, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """What the file says of itself."""
+    """Return what the file says of itself."""
     parts = [_description(piece) for piece in pieces]
     if isinstance(params, Adapter):
         return parts[0]
@@ -118,7 +120,7 @@ def _description(piece: Piece) -> dict[str, Any]:
     layout = piece.layout
     if not isinstance(layout, Stacked):
         return to_json(layout) | ({"stack": piece.count} if piece.count else {})
-    kinds: list[Layout] = []  # equal members are described once
+    kinds: list[Layout] = []  # members with equal layouts are described once
     for member in layout.members:
         if not any(k is member for k in kinds):
             kinds.append(member)

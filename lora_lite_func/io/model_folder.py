@@ -1,4 +1,6 @@
-"""A model of a folder's shards on the meta device, made of their headers alone."""
+"""A model made of the shards in a folder. It stands on the meta device and needs their headers
+alone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ _TRANSPOSED_MODELS = (
 
 
 class _Lazy(Mapping[str, Tensor]):
-    """Tensors of a module, read when asked for."""
+    """The tensors of a module, each read when it is asked for."""
 
     def __init__(self, shards: Shards, prefix: str) -> None:
         self.shards, self.prefix = shards, prefix
@@ -40,7 +42,7 @@ class _Lazy(Mapping[str, Tensor]):
 
 
 class _Transposed(nn.Module):
-    """A linear layer stored (in, out), as transformers' Conv1D."""
+    """A linear layer that is stored as (in, out), as transformers' Conv1D is."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -54,13 +56,14 @@ def meta_model(
     embeddings: Iterable[str] = (),
     upwards: Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """A module tree with the folder's weights on the meta device (biases and gains for real), that
-    reads a weight when it is asked for.
+    """Make a module tree with the folder's weights on the meta device. Biases and gains are real,
+    and a weight is read when it is asked for.
 
     Args:
         shards: the folder.
-        transposed: linear layers are stored (in, out); by default what the model's type says.
-        embeddings: paths of matrices that are tables.
+        transposed: whether linear layers are stored as (in, out); by default the model's type
+            tells.
+        embeddings: the paths of matrices that are tables.
         upwards: {path: output channels} of transposed convolutions, whose kernels look like others.
 
     Raises:
@@ -73,7 +76,7 @@ def meta_model(
     for name, (shape, kind) in shards.shapes.items():
         path, _, leaf = name.rpartition(".")
         if any(not part or part.startswith("_") for part in name.split(".")) or kind not in _FLOATS:
-            continue  # packed weights and bookkeeping: no site can be there
+            continue  # no site can be on packed weights or bookkeeping
         weight = (*shards.shapes.get(f"{path}.weight" if path else "weight", ((), ""))[0],)
         home = _at(
             root,
@@ -96,14 +99,16 @@ def meta_model(
         hook = SimpleNamespace(
             weights_map=_Lazy(shards, path + "." if path else ""), execution_device="cpu"
         )
-        home.__dict__["_hf_hook"] = hook  # where an offloaded weight is looked for
+        home.__dict__["_hf_hook"] = hook  # weights are looked for there when a model is offloaded
     return root
 
 
 def _at(
     root: nn.Module, path: str, weight: tuple[int, ...], transposed: bool, table: bool, upwards: int
 ) -> nn.Module | None:
-    """The module at a path, made on the way; None where a tensor is."""
+    """Return the module at a path, and make it where it is missing. The result is None where a
+    tensor stands on the way.
+    """
     here = root
     parts = path.split(".") if path else []
     for i, part in enumerate(parts):
@@ -120,14 +125,14 @@ def _at(
 
 
 def _made(weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) -> nn.Module:
-    """The layer that a weight of this shape belongs to."""
+    """Make the layer that a weight of this shape belongs to."""
     if len(weight) == 2:
         if transposed:
             return _Transposed(weight)
         if table:
             return nn.Embedding.from_pretrained(
                 torch.empty(weight, device="meta")
-            )  # drawing there imports the compiler
+            )  # drawing values on the meta device would import the compiler
         return nn.Linear(weight[1], weight[0], bias=False, device="meta")
     if len(weight) in (3, 4, 5):
         if upwards and upwards % weight[1] == 0:

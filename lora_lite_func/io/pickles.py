@@ -1,4 +1,6 @@
-"""Tensors of files that torch.save wrote: no code in them is run, and little memory taken."""
+"""Tensors of files that torch.save wrote. None of the code in them is run, and memory is
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +17,28 @@ from .files import check_regular
 
 __all__ = ["read_pickle"]
 
-_LONGEST_PICKLE = 2**26  # bytes of the index of a .bin file, its tensors not counted
-_SHARED_BY = 4  # tensors of equal memory, as tied ones are; readers copy each
+# The most bytes of a .bin file's index, its tensors not counted.
+_LONGEST_PICKLE = 2**26
+# How many tensors may share memory on average, as tied ones do. Readers copy each of them.
+_SHARED_BY = 4
 _ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")
 """What torch's restricted reader would make of any size that a file names."""
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, by its restricted reader: no code in it is run,
-    and no more memory taken than a few times the file's size.
+    """Return the tensors of a file that torch.save wrote. Torch's restricted reader reads it, so
+    that no code in the file is run, and memory stays within a few times the file's size.
 
     Raises:
-        CheckpointError: it holds anything but a flat mapping of tensors, is compressed, or can't be
-            read.
+        CheckpointError: the file holds anything but a flat mapping of tensors, is compressed, or
+            can't be read.
     """
     where = os.fsdecode(path)
     check_regular(where)
     _check_archive(where)
     try:
         found = torch.load(where, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the restricted reader says of a damaged or hostile file
+    except Exception as error:  # a damaged or hostile file can raise anything
         raise CheckpointError(
             f"{where}: can't be read without running code in it: {short_repr(str(error))}"
         ) from error
@@ -49,7 +53,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _check_archive(where: str) -> None:
-    """Refuse an archive that unpacks to more than its size, or whose index makes other things than
+    """Refuse an archive that unpacks to more than its own size, or whose index makes anything but
     tensors.
     """
     try:
@@ -92,12 +96,14 @@ def _check_index(where: str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
                 raise CheckpointError(f"{where}: its index makes a {named}, not tensors alone")
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged index, whichever way
+    except Exception as error:  # a damaged index can raise anything
         raise CheckpointError(f"{where}: its index is damaged: {short_repr(str(error))}") from error
 
 
 def _check_memory(where: str, found: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that take more memory of their own than the file has for them."""
+    """Refuse tensors that claim more memory than the file has for them, one by one or as views of
+    each other.
+    """
     storages: dict[int, int] = {}
     total = 0
     for key, t in found.items():

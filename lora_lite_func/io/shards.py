@@ -21,11 +21,11 @@ INDEX = "model.safetensors.index.json"
 
 
 class Shards(Mapping[str, str]):
-    """{tensor name: file name} of a model's folder.
+    """The tensors of a model's folder: a mapping {tensor name: file name}.
 
     Attributes:
-        folder: where.
-        files: the shards' names, in order.
+        folder: the folder's path.
+        files: the names of the shards, in order.
         shapes: {tensor name: (shape, dtype as the file says it)}.
     """
 
@@ -57,7 +57,7 @@ class Shards(Mapping[str, str]):
         self._check_index(names)
 
     def _check_index(self, names: list[str]) -> None:
-        """Refuse a folder whose index names tensors that its files haven't."""
+        """Refuse a folder whose index names tensors that its files lack."""
         if INDEX in names:
             placed = read_json(self.folder / INDEX)["weight_map"]
             lost = [name for name in placed if name not in self.home]
@@ -76,10 +76,10 @@ class Shards(Mapping[str, str]):
         return len(self.home)
 
     def open(self, file: str) -> Any:
-        """A shard, opened for reading.
+        """Open a shard for reading.
 
         Raises:
-            CheckpointError: it isn't readable.
+            CheckpointError: the shard can't be read.
         """
         try:
             return safetensors.safe_open(str(self.folder / file), framework="pt")
@@ -89,16 +89,16 @@ class Shards(Mapping[str, str]):
             ) from error
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one tensor."""
         with self.open(self.home[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 
     def config(self) -> dict[str, Any]:
-        """What its config.json says; nothing if there is none.
+        """Return what the folder's config.json says, or an empty mapping where there is none.
 
         Raises:
-            CheckpointError: it isn't readable.
+            CheckpointError: the file can't be read.
         """
         if not (self.folder / "config.json").is_file():
             return {}
@@ -107,8 +107,8 @@ class Shards(Mapping[str, str]):
 
 
 def _files(folder: Path, names: list[str]) -> list[str]:
-    """The shards: those that the index names, which must be files of this folder; else all there
-    are, adapters aside.
+    """Return the names of the shards. These are the files that the index names, which must be in
+    this folder; without an index they are all that there are, except adapters.
     """
     if INDEX in names:
         index = read_json(folder / INDEX)

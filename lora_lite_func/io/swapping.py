@@ -1,4 +1,4 @@
-"""Several files of a folder, written together: an interruption leaves the old ones, the new ones,
+"""Several files of a folder, written together. An interruption leaves the old files, the new ones,
 or a folder that no loader reads.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["interrupted", "is_left_over", "swapped"]
 
 try:
     import fcntl
-except ImportError:  # not POSIX
+except ImportError:  # the system isn't POSIX
     fcntl = None  # type: ignore[assignment]
 
 _LEFT_OVER = (".writing-*", ".merging-*")
@@ -39,22 +39,23 @@ def swapped(
     replace: bool = True,
     name: str = "writing",
 ) -> Iterator[Path]:
-    """A working folder inside `folder`; its files take their places together when the block ends.
+    """Open a working folder inside `folder`. Its files take their places together when the block
+    ends.
 
     An interruption leaves the old files, the new ones, or a folder without `marker`, which no
-    loader reads. Other files of the folder stay. Working folders that killed processes left are
-    removed, once the new files are in place.
+    loader reads. Other files of the folder stay. Once the new files are in place, working folders
+    that killed processes left behind are removed.
 
     Args:
-        folder: made if it isn't there; removed again if nothing comes of it.
+        folder: the target. It is made if it isn't there, and removed again if nothing comes of it.
         what: what messages begin with.
-        marker: the file without which loaders read nothing: taken out first, put in last.
-        gone: names of files that the new ones replace, under other names.
-        replace: whether files of the same names are replaced; else they are an error.
-        name: of the working folder.
+        marker: the file without which loaders read nothing. It is taken out first and put in last.
+        gone: names of files that the new ones replace under other names.
+        replace: whether files of the same names are replaced. Otherwise they are an error.
+        name: the name of the working folder.
 
     Raises:
-        CheckpointError: it can't be written.
+        CheckpointError: the folder can't be written.
     """
     target = Path(os.fsdecode(folder))
     made: list[Path] = []
@@ -79,15 +80,15 @@ def swapped(
         shutil.rmtree(work, ignore_errors=True)
         _unlock(held)
         for path in made:
-            with contextlib.suppress(OSError):  # somebody else's files are in it
+            with contextlib.suppress(OSError):  # the folder stays if it holds somebody else's files
                 path.rmdir()
 
 
 def _swap(
     work: Path, target: Path, what: str, marker: str, gone: Sequence[str], replace: bool
 ) -> None:
-    """Move the old files out, the marker first, and the new ones in, the marker last; back again
-    where that fails.
+    """Move the old files out, the marker first, and the new files in, the marker last. Where that
+    fails, the old files are moved back.
     """
     names = sorted((entry.name for entry in work.iterdir()), key=lambda name: name == marker)
     present = [n for n in dict.fromkeys([marker, *names, *gone]) if os.path.lexists(target / n)]
@@ -113,12 +114,14 @@ def _swap(
 
 
 def is_left_over(name: str) -> bool:
-    """Whether a file's name is that of a working folder."""
+    """Tell whether a file's name is that of a working folder."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT_OVER)
 
 
 def interrupted(folder: Path) -> str:
-    """What to say of a folder that lacks a file, where writing it was interrupted."""
+    """Return what a message says of a folder that lacks a file because writing it was
+    interrupted.
+    """
     left = [entry for pattern in _LEFT_OVER for entry in folder.glob(pattern)]
     if not left:
         return ""
@@ -141,8 +144,8 @@ def _remove_left_over(target: Path, own: Path) -> None:
 
 
 def _locked(folder: Path, wait: bool = False) -> int | None:
-    """A handle that holds a folder until it is closed; None where another process does, or the
-    file system has no locks.
+    """Return a handle that holds a folder until it is closed. The result is None where another
+    process holds the folder, or where the file system has no locks.
     """
     if fcntl is None:
         return None
@@ -162,7 +165,7 @@ def _unlock(handle: int | None) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """One process at a time swaps files in a folder."""
+    """Let only one process at a time swap files in a folder."""
     handle = _locked(folder, wait=True)
     try:
         yield

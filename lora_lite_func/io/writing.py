@@ -1,4 +1,5 @@
-"""Writing a file so that nothing is lost or half there: beside the old one, moved when whole.
+"""Writing a file so that nothing is lost or half there. It is written beside the old one and moved
+into place when it is whole.
 
 Faults are CheckpointErrors.
 """
@@ -29,11 +30,11 @@ def write_safetensors(
     metadata: Mapping[str, str],
     what: str,
 ) -> None:
-    """Write tensors (contiguous, no shared storage) to a file: atomic, by writing beside it and
-    renaming. A file that was there keeps its permissions.
+    """Write tensors to a file atomically, by writing beside it and renaming. The tensors must be
+    contiguous and share no storage. A file that was there keeps its permissions.
 
     Raises:
-        CheckpointError: it can't be written; beginning with `what`.
+        CheckpointError: the file can't be written. The message begins with `what`.
     """
     where = os.fsdecode(path)
     try:
@@ -51,10 +52,10 @@ def write_safetensors(
 
 
 def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:
-    """Write a text file, likewise.
+    """Write a text file in the same way.
 
     Raises:
-        CheckpointError: it can't be written.
+        CheckpointError: the file can't be written.
     """
     _atomic(path, what, lambda beside: beside.write_text(text, encoding="utf-8"))
 
@@ -62,7 +63,8 @@ def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:
 def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any]) -> None:
     where = os.fsdecode(path)
     try:
-        target = Path(os.path.realpath(where))  # a link stays one: what it points to is replaced
+        # A link stays a link, and what it points to is replaced.
+        target = Path(os.path.realpath(where))
         check_replaceable(target, what)
         beside = target.parent / f".{secrets.token_hex(8)}.tmp"
         permissions = _created(beside)
@@ -75,7 +77,7 @@ def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any
             f"{what}: can't write in {os.path.dirname(where) or '.'}: {error}"
         ) from error
     try:
-        os.chmod(beside, 0o600)  # its owner's alone until it is whole
+        os.chmod(beside, 0o600)  # only its owner may read it until it is whole
         write(beside)
         os.chmod(beside, permissions)
         os.replace(beside, target)
@@ -89,7 +91,7 @@ def check_replaceable(target: Path, what: str) -> None:
     """Refuse a place where something stands that isn't a file.
 
     Raises:
-        CheckpointError: a folder, a pipe or a device.
+        CheckpointError: a folder, a pipe or a device stands there.
     """
     if target.exists() and not target.is_file():
         found = "a folder" if target.is_dir() else "a pipe or a device"
@@ -97,7 +99,7 @@ def check_replaceable(target: Path, what: str) -> None:
 
 
 def _created(path: Path) -> int:
-    """The permissions that a new file gets here, by making one."""
+    """Return the permissions that a new file gets here, found by making one."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return os.fstat(handle).st_mode & 0o777

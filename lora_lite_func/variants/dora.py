@@ -109,6 +109,8 @@ def _row_norms(p: Params, layer: Layer, core: torch.dtype) -> Tensor:
     if not (layer.is_plain or layer.is_changed):
         return stored
     W = layer.current_weight()
+    if W.itemsize == 1:
+        W = W.to(core)  # float8 has no products and no common type with others
     found = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, core))
     return _as_stored(stored, found.to(core).square())
 

@@ -1,4 +1,4 @@
-"""Diffusion models' adapters in the keys of diffusers, ComfyUI, kohya's scripts and LyCORIS."""
+"""Diffusion models' adapters, in the keys of diffusers, ComfyUI, kohya's scripts and LyCORIS."""
 
 from .read import from_diffusion
 from .write import to_diffusion

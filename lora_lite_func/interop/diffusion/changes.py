@@ -19,10 +19,10 @@ __all__ = ["changes", "replaced"]
 
 
 def changes(held: Held, entry: ModuleEntry, rows: Rows) -> list[Part]:
-    """The parts of diff and diff_b of a layer or a norm.
+    """Return the parts that diff and diff_b make of a layer or a norm.
 
     Raises:
-        CheckpointError: of a shape that isn't the place's.
+        CheckpointError: a change hasn't the size of its place.
     """
     site = entry.known("a change of a weight has its shape")
     weight, bias = (
@@ -60,10 +60,11 @@ def _norm(entry: ModuleEntry, weight: Tensor | None, bias: Tensor | None) -> Par
 
 
 def replaced(role: str, t: Tensor, parameter: ModuleEntry, rows: Rows) -> Part:
-    """A parameter that is kept whole: set_weight is its value, diff what is added to the model's.
+    """Return the part of a parameter that is kept whole. set_weight is its value, and diff is added
+    to the model's.
 
     Raises:
-        CheckpointError: of a shape that isn't the parameter's.
+        CheckpointError: the tensor hasn't the parameter's size.
     """
     site = parameter.known("a change of a parameter has its shape")
     t, own = rows_of(t, rows), parameter.weight("a change of a parameter")

@@ -22,7 +22,8 @@ from .keys import COMPONENTS, component_of
 __all__ = ["KEY", "Declared"]
 
 KEY = "lora_adapter_metadata"
-_ROLES = {  # of diffusers' files, as PEFT's methods call them
+# The roles of diffusers' files, under the names that PEFT's methods use.
+_ROLES = {
     "down": "lora_A.weight",
     "up": "lora_B.weight",
     "up_bias": "lora_B.bias",
@@ -31,11 +32,11 @@ _ROLES = {  # of diffusers' files, as PEFT's methods call them
 
 
 class Declared:
-    """A file's PEFT configs.
+    """The PEFT configs that a file's metadata holds.
 
     Attributes:
         where: the file, for messages.
-        readers: {component: config}; of "" where they don't say of which.
+        readers: {component: config}. The component is "" where the metadata doesn't say which.
     """
 
     def __init__(self, metadata: Mapping[str, str], where: str) -> None:
@@ -57,10 +58,11 @@ class Declared:
             self.readers[component] = _checked(ConfigReader(values, f"{where}: {name}"))
 
     def reader(self, start: str) -> ConfigReader | None:
-        """The config for keys that begin with a component's prefix; None where there is none.
+        """Return the config for keys that begin with a component's prefix, or None where there is
+        none.
 
         Raises:
-            CheckpointError: keys without one, and configs of several components.
+            CheckpointError: the keys have no prefix, and there are configs of several components.
         """
         if not self.readers:
             return None
@@ -79,11 +81,12 @@ class Declared:
     def parts(
         self, start: str, held: Mapping[str, Tensor], entry: ModuleEntry, alpha: float | None
     ) -> Sequence[Part] | None:
-        """One module's parts as PEFT's config means its tensors; None where there is none. The
-        config's patterns match the name that the file gives the place, `entry.named`.
+        """Return one module's parts as PEFT's config means its tensors, or None where there is no
+        config. The config's patterns are matched against the name that the file gives the place,
+        `entry.named`.
 
         Raises:
-            CheckpointError: the config says something else than the tensors.
+            CheckpointError: the config and the tensors disagree.
         """
         reader = self.reader(start)
         named = {_ROLES.get(role, role): t for role, t in held.items()}
@@ -106,10 +109,10 @@ class Declared:
 
 
 def _checked(reader: ConfigReader) -> ConfigReader:
-    """The config, if all that it says is understood.
+    """Return the config, if all that it says is understood.
 
     Raises:
-        CheckpointError: another method, or a field that would be dropped in silence.
+        CheckpointError: it is of another method, or has a field that would be dropped in silence.
     """
     kind = reader.text("peft_type").upper() if "peft_type" in reader else "LORA"
     if kind not in ("LORA", "LOHA", "LOKR"):

@@ -28,13 +28,13 @@ Rows = tuple[tuple[int, int], ...]
 
 
 def rows_of(t: Tensor, rows: Rows) -> Tensor:
-    """These rows of a tensor."""
+    """Return these rows of a tensor."""
     return torch.cat([t[first:end] for first, end in rows]) if rows else t
 
 
 @dataclass
 class LowRank:
-    """s B A: A (r, d_in), B (d_out, r)."""
+    """The update s B A, with A (r, d_in) and B (d_out, r)."""
 
     A: Tensor
     B: Tensor
@@ -42,7 +42,7 @@ class LowRank:
 
     @classmethod
     def of(cls, held: Held, entry: ModuleEntry) -> LowRank:
-        """The factors of a module, with the scale 1.
+        """Make the update of a module's factors, with the scale 1.
 
         Raises:
             CheckpointError: half a pair, or factors that make no matrix.
@@ -55,69 +55,69 @@ class LowRank:
 
     @property
     def r(self) -> int:
-        """What alpha is divided by."""
+        """The number that alpha is divided by."""
         return self.A.shape[0]
 
     def share(self, rows: Rows) -> LowRank:
-        """The update of these rows."""
+        """Return the update of these rows."""
         return LowRank(self.A, rows_of(self.B, rows), self.scale)
 
     def dense(self) -> Tensor:
-        """(d_out, d_in)."""
+        """Return the update as a matrix (d_out, d_in)."""
         return product((self.B, self.A)) * self.scale
 
     def part(self, entry: ModuleEntry) -> Part:
-        """As an adapter of a place."""
+        """Return the update as an adapter of a place."""
         leaves = {"lora_A": self.A, "lora_B": self.B}
         return Part(LoRAConfig, leaves, {"rslora": False}, self.r, self.scale * self.r)
 
 
 @dataclass
 class Hadamard:
-    """s (W1a W1b) * (W2a W2b): W1a, W2a (d_out, r), W1b, W2b (r, d_in)."""
+    """The update s (W1a W1b) * (W2a W2b), with W1a, W2a (d_out, r) and W1b, W2b (r, d_in)."""
 
     leaves: dict[str, Tensor]
     scale: float
 
     @classmethod
     def of(cls, held: Held, entry: ModuleEntry) -> Hadamard:
-        """The factors of a module, with the scale 1.
+        """Make the update of a module's factors, with the scale 1.
 
         Raises:
-            CheckpointError: one of them is missing.
+            CheckpointError: one of the factors is missing.
         """
         leaves: dict[str, Tensor] = {}
         for i in (1, 2):
             a, b = (given(held, f"hada_w{i}_{side}", entry) for side in "ab")
-            if f"hada_t{i}" in held:  # beside it, W1a is stored (r, d_out)
+            if f"hada_t{i}" in held:  # beside a kernel, W1a is stored as (r, d_out)
                 a, b = a.mT, torch.einsum("ij...,jc->ic...", held[f"hada_t{i}"], b)
             leaves |= {f"lora_w{i}_a": a.flatten(1), f"lora_w{i}_b": b.flatten(1)}
         return cls(leaves, 1.0)
 
     @property
     def r(self) -> int:
-        """What alpha is divided by."""
+        """The number that alpha is divided by."""
         return self.leaves["lora_w1_b"].shape[0]
 
     def share(self, rows: Rows) -> Hadamard:
-        """The update of these rows."""
+        """Return the update of these rows."""
         held = {n: rows_of(t, rows) if n.endswith("_a") else t for n, t in self.leaves.items()}
         return Hadamard(held, self.scale)
 
     def dense(self) -> Tensor:
-        """(d_out, d_in)."""
+        """Return the update as a matrix (d_out, d_in)."""
         held = self.leaves
         first, second = (product((held[f"lora_w{i}_a"], held[f"lora_w{i}_b"])) for i in (1, 2))
         return first * second * self.scale
 
     def part(self, entry: ModuleEntry) -> Part:
-        """As an adapter of a place."""
+        """Return the update as an adapter of a place."""
         return Part(LoHaConfig, self.leaves, {}, self.r, self.scale * self.r)
 
 
 def product(pair: tuple[Tensor, ...]) -> Tensor:
-    """The matrix that one or two are; a product in float32 at least, as rounding it would change
-    what the file says.
+    """Return one matrix as it is, or the product of two. The product is in float32 at least,
+    because rounding it would change what the file says.
     """
     if len(pair) == 1:
         return pair[0]
@@ -126,7 +126,7 @@ def product(pair: tuple[Tensor, ...]) -> Tensor:
 
 
 def given(held: Held, role: str, entry: ModuleEntry) -> Tensor:
-    """The tensor of a role.
+    """Return the tensor of a role.
 
     Raises:
         CheckpointError: there is none.

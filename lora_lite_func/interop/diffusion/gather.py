@@ -22,7 +22,7 @@ class FileModule:
     """A module of a file.
 
     Attributes:
-        name: as its keys have it.
+        name: its name in the file's keys.
         start: the prefix of its keys that names the component; "" if none does.
         targets: the places that it means.
         held: {role: tensor}.
@@ -37,13 +37,13 @@ class FileModule:
 def gathered(
     tensors: Mapping[str, Tensor], component: str | None, names: ModelNames
 ) -> list[FileModule]:
-    """The modules of a file that belong to a component.
+    """Return the modules of a file that belong to a component.
 
     Raises:
-        CheckpointError: a key that isn't understood or means no place, or two that mean the same.
+        CheckpointError: a key isn't understood or means no place, or two keys mean the same.
     """
     found: dict[tuple[Target, ...], FileModule] = {}
-    components: dict[str, None] = {}  # in order
+    components: dict[str, None] = {}  # a dict keeps the order
     lost: list[str] = []
     for key, t in tensors.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
@@ -51,7 +51,7 @@ def gathered(
         start, owners = component_of(key)
         components.setdefault(owners[0] if owners else "")
         if component is not None and start and owners and component not in owners:
-            continue  # another component's
+            continue  # it is another component's key
         name, role = _split(key)
         bare = name[len(start) :] if len(start) < len(name) else name
         targets = names.find(bare) or names.find(name)
@@ -80,10 +80,10 @@ def _plain(key: str, t: Tensor) -> Tensor:
 
 
 def _split(key: str) -> tuple[str, str]:
-    """(the module's part of a key, the tensor's role).
+    """Return (the module's part of a key, the tensor's role).
 
     Raises:
-        CheckpointError: a key of another method, of PEFT's own files, or of no adapter.
+        CheckpointError: the key is of another method, of PEFT's own files, or of no adapter.
     """
     if key.startswith(_PEFT):
         raise CheckpointError(
@@ -133,7 +133,9 @@ def _nothing(component: str | None, components: Iterable[str]) -> str:
 
 
 def _check_once(modules: Iterable[FileModule]) -> None:
-    """Refuse a place that two modules of the file mean, such as a fused layer and its parts."""
+    """Refuse a place that two modules of the file mean, such as a fused layer and one of
+    its parts.
+    """
     known: dict[str, str] = {}
     for module in modules:
         for target in module.targets:

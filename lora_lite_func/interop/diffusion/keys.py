@@ -42,7 +42,8 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "model": _DENOISER[1:],
 }
 """Whose keys begin with what. A key that begins with none of these can be of any of them."""
-_LYCORIS = "lycoris_"  # of LyCORIS' own wrapper, which doesn't say of which component
+# The prefix of LyCORIS' own wrapper, which doesn't name the component.
+_LYCORIS = "lycoris_"
 
 _PAIRS = {
     "lora_{}.weight": ("down", "up"),
@@ -109,7 +110,9 @@ FOREIGN: Mapping[str, str] = {
 
 
 def split_role(key: str) -> tuple[str, str] | None:
-    """(the module's part of a key, the tensor's role); None for a role that isn't read."""
+    """Return (the module's part of a key, the tensor's role), or None for a role that isn't
+    read.
+    """
     named = _NAMED.search(key)
     if named is not None and (named[2] or named[3]):
         role = _NAMED_ROLES.get(named[1] + (named[3] or ""))
@@ -119,7 +122,9 @@ def split_role(key: str) -> tuple[str, str] | None:
 
 
 def component_of(key: str) -> tuple[str, tuple[str, ...]]:
-    """(the prefix that names a key's component, the components it can be of); () for any."""
+    """Return (the prefix that names a key's component, the components it can be of). The components
+    are () where it can be of any.
+    """
     starts = {start for starts in COMPONENTS.values() for start in starts if key.startswith(start)}
     start = max(starts, key=len, default=_LYCORIS if key.startswith(_LYCORIS) else "")
     return start, tuple(name for name, known in COMPONENTS.items() if start in known)

@@ -1,4 +1,6 @@
-"""Adapters in the keys of kohya's scripts and of LyCORIS, an alpha beside each pair of factors."""
+"""Adapters in the keys of kohya's scripts and of LyCORIS, with an alpha beside each pair of
+factors.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ Held = dict[str, Tensor]
 def kohya_form(
     params: Adapters, model: nn.Module, start: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a component's adapters.
+    """Return (tensors, metadata) of a component's adapters.
 
     Args:
         params: the adapters.
@@ -40,9 +42,9 @@ def kohya_form(
         start: the prefix of its keys.
 
     Raises:
-        UnsupportedError: a method or a layer that these files have no form for.
-        CheckpointError: rows of a stack, or two paths that are one with underscores.
-        StructureError: a stack, or a part of a partition.
+        UnsupportedError: these files have no form for a method or a layer.
+        CheckpointError: an adapter has rows of a stack, or two paths are one with underscores.
+        StructureError: `params` is a stack, or a part of a partition.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[str, str] = {}
@@ -74,7 +76,9 @@ def kohya_form(
 
 
 def _flat(path: str, modules: Mapping[str, Any]) -> str:
-    """A path with underscores; with the `text_model` that CLIPTextModel of transformers 5 lacks."""
+    """Return a path with underscores for dots. It gets the `text_model` that CLIPTextModel of
+    transformers 5 lacks.
+    """
     nested = "embeddings.token_embedding" in modules
     return ("text_model." + path if nested else path).replace(".", "_")
 
@@ -102,7 +106,7 @@ def _writer(adapter: Adapter) -> Callable[[Adapter, Mapping[str, Any]], Written]
 
 
 def _alpha(value: float) -> Tensor:
-    """A number as these files keep it. 0 would be taken for the rank."""
+    """Return a number as these files keep it. A 0 would be taken for the rank."""
     return torch.tensor(float(value))
 
 
@@ -116,7 +120,9 @@ def _refuse(site: Site, kinds: tuple[str, ...]) -> None:
 
 
 def _low_rank(adapter: Adapter, modules: Mapping[str, Any]) -> Written:
-    """LoRA, DoRA, and what is a LoRA once it is trained, as PEFT's writer gives their factors."""
+    """Write LoRA, DoRA, and what is a LoRA once it is trained, with the factors that PEFT's writer
+    gives.
+    """
     for site in adapter.sites.values():
         _refuse(site, ("linear", "conv"))
     made = LORA.write([adapter], modules)
@@ -156,7 +162,7 @@ def _lokr(adapter: Adapter, modules: Mapping[str, Any]) -> Written:
 
 
 def _kernel(path: str, held: Params, module: Any) -> Tensor:
-    """W2 (k, n) of a convolution as (k, channels, *k).
+    """Return W2 (k, n) of a convolution as (k, channels, *k).
 
     Raises:
         UnsupportedError: W1 splits a channel's entries, where LyCORIS splits channels alone.

@@ -1,5 +1,5 @@
-"""LoKr: the Kronecker product s W1 (x) W2 of a file, either factor whole or a product of two, and
-the share of it that one place has.
+"""LoKr: the Kronecker product s W1 (x) W2 of a file, and the share of it that one place has. Either
+factor is whole or a product of two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ __all__ = ["Kronecker", "whole_change"]
 
 @dataclass
 class Kronecker:
-    """s W1 (x) W2: W1 (l, m) and W2 (k, n), each a matrix or a pair whose product it is."""
+    """The update s W1 (x) W2. W1 (l, m) and W2 (k, n) are each a matrix, or a pair whose product it
+    is.
+    """
 
     W1: tuple[Tensor, ...]
     W2: tuple[Tensor, ...]
@@ -28,10 +30,10 @@ class Kronecker:
 
     @classmethod
     def of(cls, held: Held, entry: ModuleEntry) -> Kronecker:
-        """The factors of a module, with the scale 1.
+        """Make the update of a module's factors, with the scale 1.
 
         Raises:
-            CheckpointError: one of them is missing.
+            CheckpointError: one of the factors is missing.
         """
         found: list[tuple[Tensor, ...]] = []
         for i in (1, 2):
@@ -39,19 +41,19 @@ class Kronecker:
                 found.append((held[f"lokr_w{i}"].flatten(1),))
                 continue
             a, b = (given(held, f"lokr_w{i}_{side}", entry) for side in "ab")
-            if f"lokr_t{i}" in held:  # beside it, W2a is stored (r, k)
+            if f"lokr_t{i}" in held:  # beside a kernel, W2a is stored as (r, k)
                 a, b = a.mT, torch.einsum("ij...,jc->ic...", held[f"lokr_t{i}"], b)
             found.append((a.flatten(1), b.flatten(1)))
         return cls(found[0], found[1], 1.0)
 
     @property
     def r(self) -> int:
-        """What alpha is divided by; 0 for two matrices, which no alpha scales."""
+        """The number that alpha is divided by, or 0 for two matrices, which no alpha scales."""
         return next((pair[1].shape[0] for pair in (self.W2, self.W1) if len(pair) == 2), 0)
 
     def share(self, rows: Rows) -> Kronecker:
-        """The update of these rows. Those of W1 or of W2 where they are whole blocks or in one;
-        otherwise the product itself, as 1 (x) the update.
+        """Return the update of these rows. Where they are whole blocks or lie in one, they are rows
+        of W1 or of W2. Otherwise they are rows of the product itself, as 1 (x) the update.
         """
         if not rows:
             return self
@@ -68,7 +70,7 @@ class Kronecker:
         return _whole(self._rows(rows))
 
     def dense(self) -> Tensor:
-        """(d_out, d_in)."""
+        """Return the update as a matrix (d_out, d_in)."""
         return self._rows(((0, self.W1[0].shape[0] * self.W2[0].shape[0]),))
 
     def _rows(self, rows: Rows) -> Tensor:
@@ -78,7 +80,8 @@ class Kronecker:
         return (outer[:, :, None] * inner[:, None, :]).flatten(1)
 
     def part(self, entry: ModuleEntry) -> Part:
-        """As an adapter of a place: factors of low rank where ours are, their product elsewhere.
+        """Return the update as an adapter of a place, with factors of low rank where ours are, and
+        their product elsewhere.
 
         Raises:
             CheckpointError: the factors aren't those of this layer.
@@ -112,7 +115,7 @@ class Kronecker:
 
 
 def whole_change(change: Tensor, entry: ModuleEntry) -> Part:
-    """A change of the weight itself (d_out, d_in), as 1 (x) the change."""
+    """Return the part of a change of the weight itself (d_out, d_in), as 1 (x) the change."""
     return _whole(change).part(entry)
 
 

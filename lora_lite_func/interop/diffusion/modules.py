@@ -32,17 +32,17 @@ def module_parts(
     declared: Declared,
     model: nn.Module,
 ) -> Iterator[Placed]:
-    """The parts of a module of a file.
+    """Return the parts of a module of a file.
 
     Args:
-        module: of the file.
+        module: the file's module.
         entries: {path: (site, module)} of the places that it means.
         declared: the file's metadata.
         model: the base.
 
     Raises:
-        CheckpointError: tensors that make no update, or don't fit.
-        UnsupportedError: a place that such an update can't adapt.
+        CheckpointError: the tensors make no update, or don't fit.
+        UnsupportedError: such an update can't adapt a place.
     """
     held = {role: t for role, t in module.held.items() if role != "alpha"}
     common = common_dtype(held.values())
@@ -76,10 +76,10 @@ def module_parts(
 
 # ------------------------------------------------------------------------------------------ factors
 def _factored(held: Held, entry: ModuleEntry, name: str) -> Factored | None:
-    """The update by factors, if there is one.
+    """Return the update by factors, if there is one.
 
     Raises:
-        CheckpointError: two of them on one layer, or half of one.
+        CheckpointError: a layer has two of them, or half of one.
     """
     kinds = {"lora": ("down", "up", "mid", "up_bias"), "hada": ("hada",), "lokr": ("lokr",)}
     found = [kind for kind, starts in kinds.items() if any(r.startswith(starts) for r in held)]
@@ -98,7 +98,9 @@ def _factored(held: Held, entry: ModuleEntry, name: str) -> Factored | None:
 def _scaled(
     made: Factored, alpha: float | None, held: Held, entry: ModuleEntry, rows: Rows
 ) -> list[Part]:
-    """The parts of an update by factors: with alpha, and DoRA's magnitudes or a learned bias."""
+    """Return the parts of an update by factors: with alpha, and DoRA's magnitudes or a learned
+    bias.
+    """
     update = made.share(rows)
     if made.r and alpha is not None:
         update.scale = alpha / made.r
@@ -114,8 +116,9 @@ def _scaled(
 
 
 def _dora(update: Factored, held: Held, entry: ModuleEntry) -> tuple[Part, Tensor]:
-    """(the part with magnitudes of the weight's rows, what a learned bias is multiplied by): a
-    LoRA's is a DoRA; of another update the whole change is worked out from the weight.
+    """Return (the part with magnitudes of the weight's rows, what a learned bias is multiplied by).
+    A LoRA with magnitudes is a DoRA. For another update, the whole change is worked out from the
+    weight.
     """
     site, W = entry.known("DoRA needs both sizes"), entry.weight("DoRA")
     name = "dora_scale" if "dora_scale" in held else "magnitude"
@@ -162,7 +165,9 @@ def _alpha(module: FileModule) -> float | None:
 
 # --------------------------------------------------------------------------------- whole parameters
 def _kept_whole(held: Held, entry: ModuleEntry, rows: Rows, model: nn.Module) -> Iterator[Placed]:
-    """Parameters that are kept whole: set_weight, and diff of what no other method adapts."""
+    """Return the parameters that are kept whole: set_weight, and the diff of what no other method
+    adapts.
+    """
     for role in ("set_weight", "diff"):
         if role in held and (role == "set_weight" or not _by_update(entry)):
             path = entry.path if KINDS[entry.kind].bare else f"{entry.path}.weight"
@@ -180,7 +185,7 @@ def _by_update(entry: ModuleEntry) -> bool:
 
 
 def _check_rows(module: FileModule, entries: Mapping[str, tuple[Site, Any]]) -> None:
-    """Refuse a fused layer of another size than the layers that it is made of."""
+    """Refuse a fused layer that hasn't the size of the layers that it is made of."""
     ends = [end for target in module.targets for _, end in target.rows]
     if not ends:
         return

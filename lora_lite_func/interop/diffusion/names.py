@@ -26,9 +26,9 @@ class Target(NamedTuple):
     """A place of the model that a module of a file means, or part of what it means.
 
     Attributes:
-        path: its module, or its bare parameter.
-        rows: which of the file's output rows are its own, in order, as (first, last + 1); () where
-            all are.
+        path: the place's module, or its bare parameter.
+        rows: which of the file's output rows are the place's own, in order, as (first, last + 1);
+            () where all are.
     """
 
     path: str
@@ -36,8 +36,8 @@ class Target(NamedTuple):
 
 
 class ModelNames:
-    """The names that a model's places can have in a file: their paths, the names of the original
-    release, and both with underscores for dots, as kohya's scripts write them.
+    """The names that a model's places can have in a file. These are their paths, the names of the
+    original release, and both with underscores for dots, as kohya's scripts write them.
     """
 
     def __init__(self, model: nn.Module, rename: Rename | None = None) -> None:
@@ -54,10 +54,10 @@ class ModelNames:
                 means.append(targets)
 
     def find(self, name: str) -> tuple[Target, ...] | None:
-        """The places that a name means; None if there are none.
+        """Return the places that a name means, or None if there are none.
 
         Raises:
-            CheckpointError: it can mean several.
+            CheckpointError: the name can mean several.
         """
         said = self.paths.renamed(name)
         if said != name:
@@ -75,7 +75,9 @@ class ModelNames:
         return (Target(name),) if self.modules.get(name) is not None and name else None
 
     def hint(self, name: str) -> str:
-        """What a message adds of a name that means nothing: the nearest path of the model."""
+        """Return what a message adds about a name that means nothing: the nearest path of the
+        model.
+        """
         known = self.widths if "." in name else [path.replace(".", "_") for path in self.widths]
         return nearest(name, known or self.widths)
 
@@ -99,7 +101,7 @@ class ModelNames:
                         yield original.replace("#", number), self._stacked(paths)
 
     def _stacked(self, paths: list[str]) -> tuple[Target, ...]:
-        """The rows of one fused layer, shared out in order."""
+        """Share out the rows of one fused layer, in order."""
         if len(paths) == 1 and not paths[0].startswith("~"):
             return (Target(paths[0]),)
         found, row = [], 0
@@ -113,7 +115,7 @@ class ModelNames:
 
 
 def _places(modules: dict[str, nn.Module]) -> Iterator[tuple[str, int]]:
-    """(path, rows) of the modules with a weight and of the bare parameters."""
+    """Return (path, rows) of the modules with a weight and of the bare parameters."""
     for path, module in modules.items():
         kind = kind_of(module)
         if path and kind is not None and isinstance(stored(module, "weight"), Tensor):
@@ -124,11 +126,13 @@ def _places(modules: dict[str, nn.Module]) -> Iterator[tuple[str, int]]:
 
 
 def _older(path: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Names that older releases of the same libraries gave to a place."""
+    """Return the names that older releases of the same libraries gave to a place."""
     names = [path]
     if path.startswith(_NEST):
         names.append(path[len(_NEST) :])
-    elif "embeddings.token_embedding" in modules:  # CLIPTextModel of transformers 5 has no nest
+    elif (
+        "embeddings.token_embedding" in modules
+    ):  # CLIPTextModel of transformers 5 lacks the module around it
         names.append(_NEST + path)
     for name in names:
         yield name

@@ -37,30 +37,30 @@ def from_diffusion(
     component: str | None = None,
     rename: Rename | None = None,
 ) -> Adapter | tuple[Adapter, ...]:
-    """An adapter for a diffusion model, in the keys of diffusers, ComfyUI, kohya's scripts or
-    LyCORIS: `params = ll.from_diffusion("lora.safetensors", pipe.unet)`. Several where the file
-    holds several things (a learned bias or norms beside the factors): a tuple, which `apply`,
-    `bind` and `merge` take as it is.
+    """Read an adapter for a diffusion model, in the keys of diffusers, ComfyUI, kohya's scripts or
+    LyCORIS: `params = ll.from_diffusion("lora.safetensors", pipe.unet)`. Where the file holds
+    several things (a learned bias or norms beside the factors), the result is a tuple, which
+    `apply`, `bind` and `merge` take as it is.
 
-    Read are LoRA (with factors of kernels, DoRA's magnitudes and learned biases), LoHa, LoKr,
+    It reads LoRA (with factors of kernels, DoRA's magnitudes and learned biases), LoHa, LoKr, and
     changes of weights, biases and norms. Names of the original releases (Stable Diffusion's UNet,
-    SD3, Flux, HunyuanVideo, Wan, Z-Image) are found in diffusers' models; a fused layer's update is
+    SD3, Flux, HunyuanVideo, Wan, Z-Image) are found in diffusers' models. A fused layer's update is
     shared out by rows, exactly. Tensors of 8 bits are widened to float32.
 
     Args:
         source: a .safetensors file (or .bin, read without running code), a folder that diffusers
             saved one in, or a state dict.
-        model: the component that is adapted; names are resolved against its paths.
-        component: "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2",
-            "text_encoder_3": whose keys are read, where the file has several components' (the
-            others' are left out); None if it has one.
+        model: the component that is adapted. Names are looked for among its paths.
+        component: the component whose keys are read, where the file has several components' (the
+            others' are left out): "unet", "transformer", "transformer_2", "text_encoder",
+            "text_encoder_2" or "text_encoder_3". None if the file has one.
         rename: for names that mean no place of the model: {old names: new names}, names of a path
             in a row, or a function from a file's name of a module to the model's path.
 
     Raises:
-        CheckpointError: an unreadable file, a key that nothing in the model or here corresponds to,
-            that several modules could mean, or a tensor that doesn't fit.
-        UnsupportedError: a layer that the method can't adapt here.
+        CheckpointError: the file is unreadable, a key has no counterpart in the model or here or
+            could mean several modules, or a tensor doesn't fit.
+        UnsupportedError: the method can't adapt a layer here.
     """
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"expected the base, an nn.Module, found {type(model).__name__}")
@@ -90,10 +90,10 @@ def from_diffusion(
 
 
 def _opened(source: Any) -> tuple[Mapping[str, Tensor], Mapping[str, str], str]:
-    """(tensors, metadata, what messages call the source).
+    """Return (tensors, metadata, what messages call the source).
 
     Raises:
-        CheckpointError: it can't be read, or is another library's.
+        CheckpointError: the source can't be read, or is another library's.
     """
     if isinstance(source, Mapping):
         return source, {}, "the state dict"

@@ -1,5 +1,5 @@
 """The names of Stable Diffusion's own UNet, which kohya's scripts use for SDXL, for the modules of
-diffusers' UNet: input_blocks, middle_block and output_blocks count what diffusers nests.
+diffusers' UNet. input_blocks, middle_block and output_blocks count what diffusers nests.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _TOP = {
 
 
 def unet_names(paths: Iterable[str]) -> dict[str, str]:
-    """{original name: path} of a UNet's modules; {} for another model.
+    """Return {original name: path} of a UNet's modules, or {} for another model.
 
     Args:
-        paths: of its modules with a weight.
+        paths: the paths of its modules with a weight.
     """
     known = list(paths)
     blocks = _members(known)
@@ -49,14 +49,14 @@ def unet_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _above(path: str) -> Iterator[str]:
-    """The path and the modules that hold it, innermost first."""
+    """Yield the path and the modules that hold it, innermost first."""
     while path:
         yield path
         path = path.rpartition(".")[0]
 
 
 def _members(paths: Iterable[str]) -> Mapping[str, list[int]]:
-    """{list of modules: its numbers, in order}: "down_blocks.1.resnets": [0, 1]."""
+    """Return {list of modules: its numbers, in order}, such as "down_blocks.1.resnets": [0, 1]."""
     found: dict[str, set[int]] = {}
     for path in paths:
         for above in _above(path):
@@ -67,13 +67,14 @@ def _members(paths: Iterable[str]) -> Mapping[str, list[int]]:
 
 
 def _homes(blocks: Mapping[str, list[int]]) -> Iterator[tuple[str, str]]:
-    """(path of a resnet, an attention or a sampler, its original name)."""
+    """Yield (path of a resnet, an attention or a sampler, its original name)."""
     yield from (
         ("mid_block.resnets.0", "middle_block.0"),
         ("mid_block.attentions.0", "middle_block.1"),
         ("mid_block.resnets.1", "middle_block.2"),
     )
-    count = 1  # input_blocks.0 is the first convolution
+    # input_blocks.0 is the first convolution.
+    count = 1
     for i in blocks.get("down_blocks", ()):
         for j in blocks.get(f"down_blocks.{i}.resnets", ()):
             yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{count}.0"

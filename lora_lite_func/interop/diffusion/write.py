@@ -34,27 +34,28 @@ def to_diffusion(
     component: str | None = None,
     style: str = "diffusers",
 ) -> None:
-    """Write an adapter of a diffusion model as one safetensors file:
-    `ll.to_diffusion(params, pipe.unet, "lora.safetensors", component="unet")`.
+    """Write an adapter of a diffusion model as one safetensors file: `ll.to_diffusion(params,
+    pipe.unet, "lora.safetensors", component="unet")`.
 
-    diffusers' style has its keys and its metadata (`lora_adapter_metadata`, where alpha, ranks and
-    DoRA are): LoRA and whatever is one once it is trained, DoRA, LoKr. kohya's style has an alpha
-    beside each pair of factors, and reaches further: LoHa, whole changes (diff), learned biases
-    (diff_b), norms (w_norm, b_norm).
+    The style of diffusers has its keys and its metadata (`lora_adapter_metadata`, where alpha,
+    ranks and DoRA are). It takes LoRA and whatever is one once it is trained, DoRA, and LoKr. The
+    style of kohya has an alpha beside each pair of factors. It also takes LoHa, whole changes
+    (diff), learned biases (diff_b) and norms (w_norm, b_norm).
 
     Args:
-        params: the adapter, or several of them; of several components {component: adapter}.
-        model: the base it was made for; of several components {component: model}.
-        path: the file; an old one is replaced when the new one is whole.
-        component: whose it is: "unet", "transformer", "text_encoder" ...; None where `params` and
-            `model` say so themselves.
+        params: the adapter, or several of them; for several components {component: adapter}.
+        model: the base it was made for; for several components {component: model}.
+        path: the file. An old one is replaced when the new one is whole.
+        component: the adapter's component: "unet", "transformer", "text_encoder" ...; None where
+            `params` and `model` say so themselves.
         style: "diffusers" or "kohya".
 
     Raises:
-        ConfigError: another style or component.
-        UnsupportedError: a method or a setting that the style has no form for.
-        StructureError: a part of a partition, or a stack.
-        CheckpointError: rows of a stack, an unknown path, or the file can't be written.
+        ConfigError: the style or a component is unknown.
+        UnsupportedError: the style has no form for a method or a setting.
+        StructureError: `params` is a part of a partition, or a stack.
+        CheckpointError: an adapter has rows of a stack, a path is unknown, or the file can't be
+            written.
     """
     if style not in _STYLES:
         raise ConfigError(f"to_diffusion: style: {nearest(str(style), _STYLES)}")
@@ -79,11 +80,11 @@ def to_diffusion(
 
 
 def _by_component(params: Any, model: Any, component: str | None) -> dict[str, tuple[Any, Any]]:
-    """{component: (adapters, model)}.
+    """Return {component: (adapters, model)}.
 
     Raises:
-        ConfigError: an unknown component, or none.
-        CheckpointError: a component without a model.
+        ConfigError: a component is unknown, or none is given.
+        CheckpointError: a component has no model.
     """
     if isinstance(model, Mapping) and not isinstance(model, nn.Module):
         if not isinstance(params, Mapping) or component is not None:
@@ -115,7 +116,9 @@ def _known() -> list[str]:
 
 
 def _start(component: str, parts: Mapping[str, Any]) -> str:
-    """The prefix of kohya's keys; the only text encoder beside a UNet isn't numbered."""
+    """Return the prefix of kohya's keys. The only text encoder beside a UNet has no number
+    in it.
+    """
     alone = component == "text_encoder" and set(parts) <= {"unet", "text_encoder"}
     return {
         "unet": "lora_unet_",
@@ -129,10 +132,11 @@ def _start(component: str, parts: Mapping[str, Any]) -> str:
 def _diffusers_form(
     adapters: Any, base: nn.Module, component: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, PEFT's config): diffusers' keys are PEFT's behind the component's name.
+    """Return (tensors, PEFT's config). The keys of diffusers are PEFT's behind the component's
+    name.
 
     Raises:
-        UnsupportedError: what diffusers doesn't load.
+        UnsupportedError: diffusers doesn't load such an adapter.
     """
     try:
         fields, tensors = peft_form(adapters, base)

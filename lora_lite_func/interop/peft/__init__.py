@@ -1,4 +1,4 @@
-"""PEFT's files, read and written without PEFT."""
+"""Reading and writing PEFT's files without PEFT."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ class Written:
     """An adapter as PEFT's files have it.
 
     Attributes:
-        fields: of adapter_config.json.
+        fields: the fields of adapter_config.json.
         tensors: {path: {suffix: tensor}}.
-        shared: {name: tensor}, of the whole model.
-        ranks: {path: r}, where the method has them.
-        alphas: {path: alpha}, likewise.
+        shared: {name: tensor} of the whole model.
+        ranks: {path: r}, where the method has ranks.
+        alphas: {path: alpha}, where the method has them.
     """
 
     fields: dict[str, Any]
@@ -97,7 +97,7 @@ class Codec:
     rewrites_base: Callable[[ConfigReader], bool] | None = None
 
     def is_for(self, adapter: Adapter) -> bool:
-        """Whether an adapter's natural form is a file of this type."""
+        """Tell whether an adapter's natural form is a file of this type."""
         return isinstance(adapter.config, self.configs) and (
             self.holds is None or self.holds(adapter)
         )

@@ -41,10 +41,10 @@ Pair = tuple[Tensor, Tensor, float]
 def stacked_experts(
     reader: ConfigReader, sites: Sites, paths: Paths
 ) -> tuple[dict[str, Mapping[str, Tensor]], list[tuple[ModuleEntry, Part]]]:
-    """(the other sites, the parts of experts that the model has stacked).
+    """Return (the other sites, the parts of experts that the model has stacked).
 
     Raises:
-        CheckpointError: what isn't a plain pair, or doesn't fit.
+        CheckpointError: an expert's tensors aren't a plain pair, or don't fit.
     """
     modules = dict(paths.model.named_modules(remove_duplicate=False))
     pairs: dict[str, dict[tuple[int, int], Pair]] = {}
@@ -75,7 +75,7 @@ def stacked_experts(
 
 
 def _is_stack(module: Any) -> bool:
-    """Whether a module holds all experts' weights as two tensors, (E, d_out, d_in) each."""
+    """Tell whether a module holds all experts' weights as two tensors, (E, d_out, d_in) each."""
     if not isinstance(module, nn.Module) or getattr(module, "is_transposed", False):
         return False
     tensors = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
@@ -83,7 +83,9 @@ def _is_stack(module: Any) -> bool:
 
 
 def _stacked(place: str, pairs: Mapping[tuple[int, int], Pair], site: Any, dropout: float) -> Part:
-    """One pair A (E, r, d_in), B (E, d_out, r) of all; experts without one have zeros."""
+    """Return one pair A (E, r, d_in), B (E, d_out, r) of all experts. Those without a pair have
+    zeros.
+    """
     parts = sorted({part for _, part in pairs})
     halves = 2 if place.endswith("gate_up_proj") else 1
     rows = site.d_out // halves

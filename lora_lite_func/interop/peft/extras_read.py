@@ -44,18 +44,18 @@ class _Extras:
 def beside(
     reader: ConfigReader, rest: Mapping[str, Tensor], model: Any, adapted: Container[str] = ()
 ) -> list[tuple[ModuleEntry, Part]]:
-    """What a file holds beside its method's tensors: modules trained whole (modules_to_save),
-    learned biases (bias="all", "lora_only"), new rows of tables, tables of a resized base.
+    """Read what a file holds beside its method's tensors: modules trained whole (modules_to_save),
+    learned biases (bias="all", "lora_only"), new rows of tables, and tables of a resized base.
 
     Args:
         reader: the config.
         rest: the tensors that aren't the method's.
         model: the base, if it was given.
-        adapted: paths of the modules that the method adapts.
+        adapted: the paths of the modules that the method adapts.
 
     Raises:
-        CheckpointError: a tensor that is none of these, one that needs the model and there is none,
-            or none of what the config says was trained.
+        CheckpointError: a tensor is none of these, a tensor needs the model and there is none, or
+            what the config says was trained is missing.
     """
     base = model if isinstance(model, nn.Module) else None
     modules = {} if base is None else dict(base.named_modules(remove_duplicate=False))
@@ -74,7 +74,8 @@ def beside(
     for path in [path for path in copies if path.endswith(".bias")]:
         home = path.removesuffix(".bias")
         if home in adapted and f"{home}.weight" not in copies:
-            found.biases[home] = copies.pop(path)  # the layer is adapted as it is, its bias shifted
+            # The layer itself is adapted, so it stays as it is and its bias is shifted.
+            found.biases[home] = copies.pop(path)
     known = adaptable(base, [*whole, *copies, *found.biases])
     parts = [
         _whole(reader, path, t, *known[path], frozen=_is_buffer(modules, path))
@@ -88,10 +89,10 @@ def beside(
 def _once(
     reader: ConfigReader, tensors: Mapping[str, Tensor], modules: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Each parameter once, under the name that comes first in the model.
+    """Return each parameter once, under the name that comes first in the model.
 
     Raises:
-        CheckpointError: not all places are there, or they differ.
+        CheckpointError: some of a parameter's places are missing, or they differ.
     """
     kept: dict[str, Tensor] = {}
     for path, t in tensors.items():
@@ -101,7 +102,7 @@ def _once(
 
 
 def _is_buffer(modules: Mapping[str, Any], path: str) -> bool:
-    """Whether a path is that of running statistics, which no gradient trains."""
+    """Tell whether a path is that of running statistics, which no gradient trains."""
     home, _, name = path.rpartition(".")
     return name in modules[home]._buffers
 
@@ -109,14 +110,14 @@ def _is_buffer(modules: Mapping[str, Any], path: str) -> bool:
 def _sorted_out(
     reader: ConfigReader, rest: Mapping[str, Tensor], modules: Mapping[str, Any]
 ) -> _Extras:
-    """What each tensor is.
+    """Sort the tensors by what each of them is.
 
     Raises:
-        CheckpointError: one that is nothing that is read here.
+        CheckpointError: a tensor is nothing that is read here.
     """
     found = _Extras()
     saved, learned = reader.names("modules_to_save"), reader.get("bias", "none") != "none"
-    # PEFT keeps a copy of what shares a tensor with a module trained whole, too
+    # PEFT also keeps a copy of what shares a tensor with a module trained whole.
     tying = reader.flag("ensure_weight_tying")
     for key, t in rest.items():
         path, _, name = key.rpartition(".")
@@ -126,7 +127,7 @@ def _sorted_out(
             tying and any(in_one_of(saved, p.rpartition(".")[0]) for p in elsewhere(modules, key))
         )
         if ".original_module." in key and in_one_of(saved, path):
-            continue  # bias="all" keeps what a copy replaces, too
+            continue  # bias="all" also keeps what a copy replaces
         if kept and _is_counted(modules, key, t):
             continue
         if kept:
@@ -147,7 +148,7 @@ def _sorted_out(
 
 
 def _is_counted(modules: Mapping[str, Any], key: str, t: Tensor) -> bool:
-    """Whether a tensor is a buffer that the model has as it is, or a counter's."""
+    """Tell whether a tensor is a buffer with the values that the model has."""
     home, _, name = key.replace(".modules_to_save.", ".").rpartition(".")
     buffer = modules[home]._buffers.get(name) if home in modules else None
     return buffer is not None and buffer.shape == t.shape and torch.equal(buffer.to(t), t)
@@ -156,11 +157,11 @@ def _is_counted(modules: Mapping[str, Any], key: str, t: Tensor) -> bool:
 def _is_copy(
     reader: ConfigReader, path: str, name: str, t: Tensor, modules: Mapping[str, Any]
 ) -> bool:
-    """Whether a tensor is PEFT's copy of a table or a head, which it takes with an embedding that
-    is adapted or resized, and loads in place of the base's.
+    """Tell whether a tensor is PEFT's copy of a table or a head. PEFT keeps it with an embedding
+    that is adapted or resized, and loads it in place of the base's.
 
     Raises:
-        CheckpointError: of another size than the model's.
+        CheckpointError: its size isn't the model's.
     """
     module = modules.get(path)
     base = None if module is None else stored(module, name)
@@ -183,7 +184,7 @@ def _check_saved(reader: ConfigReader, whole: Iterable[str], model: nn.Module) -
     """Refuse a file that has lost a module which its config says was trained whole.
 
     Raises:
-        CheckpointError: with the module.
+        CheckpointError: the message names the module.
     """
     meant = [path for path, module in model.named_modules() if path and module.state_dict()]
     for name in reader.names("modules_to_save"):
@@ -199,10 +200,10 @@ def _check_saved(reader: ConfigReader, whole: Iterable[str], model: nn.Module) -
 def _check_learned(
     reader: ConfigReader, biases: Iterable[str], tokens: Iterable[str], modules: Mapping[str, Any]
 ) -> None:
-    """Refuse a file that has lost what else its config says was trained.
+    """Refuse a file that has lost something else which its config says was trained.
 
     Raises:
-        CheckpointError: with the field.
+        CheckpointError: the message names the field.
     """
     has = next(
         (path for path, module in modules.items() if module._parameters.get("bias") is not None),
@@ -221,12 +222,12 @@ def _check_learned(
 
 
 def _is_the_base(module: Any, name: str, t: Tensor) -> bool:
-    """Whether a tensor is the base's own, unchanged."""
+    """Tell whether a tensor is the base's own, unchanged."""
     return torch.equal(held(module, name).to(t), t)
 
 
 def _unknown(modules: Mapping[str, Any], path: str, bare: str) -> str:
-    """What to say of a tensor that isn't the base's own."""
+    """Return what a message says of a tensor that isn't the base's own."""
     if not path.endswith(WRAPPED):
         return "nothing here corresponds to it"
     if not modules:
@@ -240,8 +241,8 @@ def _unknown(modules: Mapping[str, Any], path: str, bare: str) -> str:
 def _whole(
     reader: ConfigReader, path: str, t: Tensor, site: Site, module: Any, frozen: bool = False
 ) -> tuple[ModuleEntry, Part]:
-    """A parameter that the file has in place of the base's, before anything else is applied:
-    trained (modules_to_save), or frozen.
+    """Read a parameter that the file has in place of the base's, either trained (modules_to_save)
+    or frozen. It takes its place before anything else is applied.
     """
     base = own_tensor(module, path.rpartition(".")[2])
     if base is None or base.shape != t.shape:
@@ -249,7 +250,7 @@ def _whole(
             f"{reader.where}: {short_repr(path)}: expected shape "
             f"{None if base is None else tuple(base.shape)}, found {tuple(t.shape)}"
         )
-    if not t.is_floating_point():  # a counter
+    if not t.is_floating_point():  # it is a counter, and parameters here are floating
         t = t.to(torch.float64)
     return ModuleEntry(path, {}, site, module), Part(
         FullConfig, {"lora_W": matrix(t, site)}, {"frozen": frozen}, order=-1
@@ -259,7 +260,7 @@ def _whole(
 def _bias(
     reader: ConfigReader, path: str, learned: Tensor, site: Site, module: Any
 ) -> tuple[ModuleEntry, Part]:
-    """Kept as the difference from the base's, which a BitFit adds."""
+    """Read a learned bias as its difference from the base's, which a BitFit adds."""
     base = stored(module, "bias")
     if not isinstance(base, Tensor) or base.shape != learned.shape:
         raise CheckpointError(

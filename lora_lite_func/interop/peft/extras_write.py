@@ -24,18 +24,18 @@ Values = Mapping[str, tuple[Site, Tensor]]
 def whole(
     values: Values, modules: Mapping[str, Any], sites: Iterable[str]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """(modules_to_save, tensors): parameters that were trained whole, with the rest of their
-    modules, of which PEFT keeps copies.
+    """Return (modules_to_save, tensors) of parameters that were trained whole. The rest of their
+    modules goes along, because PEFT keeps copies of modules.
 
     PEFT finds modules by the end of their names, so others of the same ending are kept too, as they
     are.
 
     Raises:
-        UnsupportedError: a parameter of the outermost module, or a module with another adapter in
-            it.
+        UnsupportedError: a parameter belongs to the outermost module, or to a module with another
+            adapter in it.
     """
     trained = dict(values)
-    for path in values:  # a tied one is one tensor here
+    for path in values:  # a tied parameter is one tensor here
         trained |= dict.fromkeys(elsewhere(modules, path), values[path])
     homes = {path.rpartition(".")[0] for path in trained}
     for path in trained:
@@ -65,7 +65,7 @@ def whole(
 
 
 def _restored(W: Tensor, base: Tensor, site: Site) -> Tensor:
-    """Values in the form of the base's tensor, a counter's as whole numbers."""
+    """Return values in the form of the base's tensor. A counter's are whole numbers again."""
     made = restored(W, base.to(W.dtype), site)
     return made if base.is_floating_point() else made.to(base.dtype)
 
@@ -73,17 +73,17 @@ def _restored(W: Tensor, base: Tensor, site: Site) -> Tensor:
 def copies(
     values: Values, modules: Mapping[str, Any], homes: KeyMap, rows: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """{key: tensor} of what stands for the base's own and isn't trained, at all places that hold
-    it: PEFT loads what it finds under a base's key.
+    """Return {key: tensor} of what stands for the base's own tensors and isn't trained, at all
+    places that hold it. PEFT loads what it finds under a base's key.
 
     Args:
-        values: of FullConfig(frozen=True).
+        values: those of FullConfig(frozen=True).
         modules: the base's, by path.
         homes: the wrappers around modules.
         rows: {path of a module with replaced rows: the wrapper that PEFT has around it for them}.
 
     Raises:
-        UnsupportedError: a parameter that the model given hasn't.
+        UnsupportedError: the model that was given lacks a parameter.
     """
     kept: dict[str, Tensor] = {}
     for path, (site, W) in values.items():
@@ -106,11 +106,11 @@ def biases(
     sites: Mapping[str, Any],
     copied: Iterable[str],
 ) -> tuple[str, dict[str, Tensor]]:
-    """(bias, tensors): learned shifts as learned biases: those of the adapted layers alone, or of
-    all the model.
+    """Return (bias, tensors) that hold learned shifts as learned biases, either of the adapted
+    layers alone or of the whole model.
 
     Raises:
-        UnsupportedError: a layer without a bias, or one whose bias PEFT doesn't keep.
+        UnsupportedError: a layer has no bias, or one that PEFT doesn't keep.
     """
     for path, t in shifts.items():
         bias = stored(modules[path], "bias") if path in modules else None

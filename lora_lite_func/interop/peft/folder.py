@@ -28,7 +28,7 @@ _PREFIX, _SHARED = "base_model.model.", "base_model."
 
 
 def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
-    """(config, tensors) of a folder, of the file in one, or of a state dict with its config.
+    """Return (config, tensors) of a folder, of the file in one, or of a state dict with its config.
 
     Raises:
         CheckpointError: something is missing, unreadable, or not what it should be.
@@ -41,7 +41,7 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
             )
         if not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in source.items()):
             raise CheckpointError("expected a state dict, a mapping of names to tensors")
-        # of its own memory: the model that it came from may train on
+        # The tensors get memory of their own, because the model they came from may train on.
         return _config(config, "the config"), {k: t.detach().clone() for k, t in source.items()}
     try:
         path = Path(os.fsdecode(source))
@@ -73,7 +73,7 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
 
 
 def _other_reader(file: Path) -> str:
-    """What reads a file of tensors that PEFT didn't write."""
+    """Return what reads a file of tensors that PEFT didn't write."""
     if file.suffix in _PICKLES:
         return ""
     keys, metadata = read_header(file)
@@ -83,7 +83,7 @@ def _other_reader(file: Path) -> str:
 def _config(config: Any, where: str) -> ConfigReader:
     if isinstance(config, (str, os.PathLike)):
         return ConfigReader(read_json(config), where)
-    if not isinstance(config, Mapping):  # one of PEFT's own objects
+    if not isinstance(config, Mapping):  # it is one of PEFT's own objects
         to_dict = getattr(config, "to_dict", None)
         config = to_dict() if callable(to_dict) else config
     if isinstance(config, Mapping):
@@ -94,7 +94,7 @@ def _config(config: Any, where: str) -> ConfigReader:
 
 
 def _ending(key: str, endings: Iterable[str]) -> tuple[str, str | None]:
-    """(the key without an adapter's name, the method's suffix that it ends with)."""
+    """Return (the key without an adapter's name, the method's suffix that it ends with)."""
     front, _, last = key.rpartition(".")
     for candidate in (key, key.removesuffix(_NAMED), f"{front.removesuffix(_NAMED)}.{last}"):
         found = next((e for e in endings if candidate.endswith("." + e)), None)
@@ -109,11 +109,11 @@ def _ending(key: str, endings: Iterable[str]) -> tuple[str, str | None]:
 def split(
     tensors: Mapping[str, Tensor], suffixes: Iterable[str], shared: Iterable[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
+    """Return ({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
 
-    The longest suffix at a key's end counts, so a module may be called anything. The name of PEFT's
-    own adapter (`default`) may still be in the keys of a state dict that was never saved: beside
-    the suffix, where no module's name can be.
+    The longest suffix at a key's end counts, so a module may be called anything. The keys of a
+    state dict that was never saved may still have the name of PEFT's own adapter (`default`) in
+    them. It stands beside the suffix, where no module's name can be.
 
     Raises:
         CheckpointError: two keys mean the same tensor.

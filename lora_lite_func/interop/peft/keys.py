@@ -1,4 +1,6 @@
-"""Where PEFT keeps a site's tensors: wrappers in its keys, the config's names for modules."""
+"""Where PEFT keeps a site's tensors: the wrappers in its keys, and the config's names for
+modules.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ class KeyMap:
     bare: dict[str, str] = field(default_factory=dict)
 
     def inside(self, path: str, own: bool = True) -> str:
-        """The path of a module behind all wrappers around it; around its parents alone if not
-        `own`.
+        """Return the path of a module behind all wrappers around it. Without `own`, only the
+        wrappers around its parents count.
         """
         walked, key = "", ""
         for part in path.split("."):
@@ -48,13 +50,13 @@ class KeyMap:
         return key
 
     def key(self, path: str) -> str:
-        """What stands in front of the suffix in the keys of a site's tensors."""
+        """Return what stands in front of the suffix in the keys of a site's tensors."""
         return self.bare[path] if path in self.bare else self.inside(path, own=False)
 
 
 def attention(modules: Mapping[str, Any], path: str) -> str | None:
-    """The path of the nn.MultiheadAttention whose in_proj_weight or out_proj a path is; None for
-    any other path.
+    """Return the path of the nn.MultiheadAttention whose in_proj_weight or out_proj this is, or
+    None for any other path.
     """
     home, _, leaf = path.rpartition(".")
     found = leaf in ("in_proj_weight", "out_proj") and isinstance(
@@ -64,15 +66,15 @@ def attention(modules: Mapping[str, Any], path: str) -> str | None:
 
 
 def ties(model: Any, table: Any) -> bool:
-    """Whether PEFT replaces rows of the head too where it replaces them in this embedding: by what
-    the model's config says alone.
+    """Tell whether PEFT replaces rows of the head too where it replaces them in this embedding.
+    PEFT goes by what the model's config says alone.
     """
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     return bool(tied) and table is not None and embeddings_of(model, "input") is table
 
 
 def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
-    """The other names of a parameter: where other modules hold the same tensor."""
+    """Return the other names of a parameter, under which other modules hold the same tensor."""
     home, _, leaf = path.rpartition(".")
     tensor = None if home not in modules else modules[home]._parameters.get(leaf)
     if tensor is None:
@@ -87,18 +89,20 @@ def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
 
 
 def first_name(modules: Mapping[str, Any], path: str) -> str:
-    """The name of a parameter that comes first in the model, among all that it has."""
+    """Return the name of a parameter that comes first in the model, among all the names that it
+    has.
+    """
     names = {path, *elsewhere(modules, path)}
     homes = {name.rpartition(".")[0]: name for name in names}
     return next((homes[home] for home in modules if home in homes), path)
 
 
 def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec) -> KeyMap:
-    """Where these sites go.
+    """Find where these sites go in a PEFT file.
 
     Raises:
-        CheckpointError: a site that the model hasn't, or that can't be told without it.
-        UnsupportedError: one that this method of PEFT can't adapt, or can't name without naming
+        CheckpointError: the model lacks a site, or a site can't be told without the model.
+        UnsupportedError: this method of PEFT can't adapt a site, or can't name it without naming
             another.
     """
     made = KeyMap()
@@ -133,8 +137,13 @@ def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec)
 
 
 def _parameters(made: KeyMap, home: str, paths: list[str], modules: Mapping[str, Any]) -> None:
-    """The bare parameters of one module: the one registered first is wrapped first, so it is
-    innermost.
+    """Note where the bare parameters of one module go. PEFT wraps the one registered first before
+    the others, so it is innermost.
+
+    Raises:
+        CheckpointError: no model was given, or it lacks a parameter.
+        UnsupportedError: PEFT can't adapt the module and its parameters both, or names one
+            ambiguously.
     """
     if not modules:
         raise CheckpointError(
@@ -162,8 +171,8 @@ def _parameters(made: KeyMap, home: str, paths: list[str], modules: Mapping[str,
 
 
 def _unmistakable(path: str, modules: Mapping[str, Any]) -> None:
-    """Refuse a parameter whose name PEFT would find elsewhere too, or that is held in two places,
-    of which it adapts one.
+    """Refuse a parameter whose name PEFT would find elsewhere too, or that two places hold, of
+    which PEFT adapts one.
     """
     for other, module in modules.items():
         for name in module._parameters:

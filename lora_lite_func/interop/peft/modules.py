@@ -68,19 +68,19 @@ def entries_of(
     shared: Mapping[str, Tensor],
     paths: Paths | None = None,
 ) -> dict[str, ModuleEntry]:
-    """{path in the file: its module}.
+    """Return {path in the file: its module}.
 
     Args:
         model: the base, if it was given.
         reader: the config.
-        method: the file's.
+        method: the file's method.
         sites: the paths.
-        shared: tensors that all modules share.
-        paths: where the file's paths are in the model; without it where they say.
+        shared: the tensors that all modules share.
+        paths: where the file's paths are in the model. Without it they are where they say.
 
     Raises:
-        CheckpointError: nothing there, modules that the config doesn't name, or that the model
-            hasn't; a named one without tensors.
+        CheckpointError: there are no paths, a module isn't in the config or in the model, or one
+            that the config names has no tensors.
     """
     if model is None:
         _check_targeted(reader, {path: path for path in sites})
@@ -105,7 +105,8 @@ def entries_of(
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
     rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
     for entry in entries.values():
-        # PEFT changes one of two places here, or both where the start was meant for one
+        # Of two places that share a parameter, PEFT would change one, or would change both
+        # where the start was meant for one.
         if KINDS[entry.kind].bare or (entry.kind == "linear" and rewritten):
             refuse_tied(
                 reader, modules, entry.path if KINDS[entry.kind].bare else f"{entry.path}.weight"
@@ -133,7 +134,7 @@ def entries_of(
 
 
 def _moved(paths: Paths, path: str) -> str:
-    """A path of the file, with PEFT's wrappers in it, as the model has it."""
+    """Return a path of the file, with PEFT's wrappers in it, as the model has it."""
     bare = path.replace(WRAPPED, "")
     found = paths.find(bare)
     if found == bare:
@@ -150,11 +151,11 @@ def refuse_tied(
     path: str,
     known: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Refuse a change of a parameter that is held elsewhere too, as PEFT changes it in one place;
-    equal copies in all places are one.
+    """Refuse a change of a parameter that is held elsewhere too, because PEFT changes it in one
+    place. Equal copies in all places count as one.
 
     Raises:
-        CheckpointError: with both names.
+        CheckpointError: the message gives both names.
     """
     known = known or {}
     for other in elsewhere(modules, path):
@@ -168,10 +169,10 @@ def refuse_tied(
 
 
 def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
-    """A site as its tensors alone tell it.
+    """Return a site as its tensors alone tell it.
 
     Raises:
-        CheckpointError: of no size.
+        CheckpointError: the tensors tell no size.
     """
     if min(sizes) < 1:
         raise CheckpointError(
@@ -183,7 +184,7 @@ def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
 
 def _check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
     for path, found in where.items():
-        names = (path, path.partition(WRAPPED)[0], found)  # PEFT's, and where it has moved since
+        names = (path, path.partition(WRAPPED)[0], found)  # PEFT's names, and the present one
         if all(reader.targeted(name) is False for name in names):
             raise CheckpointError(
                 f"{reader.where}: tensors for {short_repr(found)}, which its target_modules "
@@ -192,7 +193,7 @@ def _check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
 
 
 def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str) -> str:
-    """Our path of what a key's path means: a module, or a parameter of it."""
+    """Return our path of what a key's path means: a module, or a parameter of it."""
     home = path
     while home.endswith(WRAPPED):
         home = home.removesuffix(WRAPPED)
@@ -204,16 +205,16 @@ def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str)
         if depth < len(wanted):
             return wanted[
                 len(wanted) - 1 - depth
-            ]  # the first one registered is wrapped first, so it is innermost
+            ]  # PEFT wraps the first one registered before the others, so it is innermost
     if path in modules:
         return (
             f"{path}.in_proj_weight" if isinstance(modules[path], nn.MultiheadAttention) else path
         )
-    return path.replace(WRAPPED, "")  # an attention's out_proj inside its wrapper
+    return path.replace(WRAPPED, "")  # it is an attention's out_proj, inside the wrapper
 
 
 def _targeted(model: nn.Module, reader: ConfigReader) -> list[str]:
-    """The modules that PEFT would surely adapt."""
+    """Return the modules that PEFT would surely adapt."""
     saved = reader.names("modules_to_save")
     kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     found = [
@@ -225,7 +226,7 @@ def _targeted(model: nn.Module, reader: ConfigReader) -> list[str]:
 
 
 def _parameters(modules: Mapping[str, Any], reader: ConfigReader) -> list[str]:
-    """The parameters that the config names."""
+    """Return the parameters that the config names."""
     named = reader.names("target_parameters")
     full = (
         f"{path}.{name}" if path else name
@@ -236,11 +237,11 @@ def _parameters(modules: Mapping[str, Any], reader: ConfigReader) -> list[str]:
 
 
 def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, Any]]:
-    """{path: (Site, module)} of these modules and parameters of a model.
+    """Return {path: (Site, module)} of these modules and parameters of a model.
 
     Raises:
-        CheckpointError: a path that the model hasn't.
-        UnsupportedError: a layer that can't be adapted.
+        CheckpointError: the model lacks a path.
+        UnsupportedError: a layer can't be adapted.
     """
     refuse_uncopyable(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -282,7 +283,7 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
 
 
 def in_one_of(names: list[str], path: str) -> bool:
-    """Whether a module is in one that PEFT finds by the end of its name."""
+    """Tell whether a module is in one that PEFT finds by the end of its name."""
     parts = path.split(".")
     return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
 
@@ -290,8 +291,8 @@ def in_one_of(names: list[str], path: str) -> bool:
 def padding_checked(
     reader: ConfigReader, entry: ModuleEntry, part: Part, model: Any
 ) -> ModuleEntry:
-    """The place of an embedding's part: its table instead, where the padding row moves, which stays
-    as it is where the module is adapted.
+    """Return the place of an embedding's part. Where the part moves the padding row, that is the
+    table itself, because an adapted module leaves this row as it is.
 
     Raises:
         CheckpointError: the table has other places, which would move too.
@@ -310,12 +311,12 @@ def padding_checked(
 
 
 def _moves(part: Part, padding: int, table: Any) -> bool:
-    """Whether a part changes the padding row of a table (ids, features)."""
+    """Tell whether a part changes the padding row of a table (ids, features)."""
     A, ids = part.leaves.get("lora_A"), part.leaves.get("lora_ids")
     if not isinstance(table, Tensor) or (
         A is not None and (A.ndim != 2 or A.shape[1] != len(table))
     ):
-        return False  # a misfit is refused where it is fitted
+        return False  # the code that fits the tensors refuses a wrong shape
     if ids is not None:
         return bool((part.leaves["lora_rows"][ids == padding] != 0).any())
     if A is None:

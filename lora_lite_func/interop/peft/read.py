@@ -40,33 +40,32 @@ def from_peft(
     ignore: Iterable[str] = (),
     rename: Rename | None = None,
 ) -> Adapter | tuple[Adapter, ...]:
-    """An adapter that PEFT saved: `params = ll.from_peft("folder", model)`. Several where one file
-        holds several things
-    (a learned bias beside the factors, settings that differ by layer): a tuple, which `apply`,
-    `bind` and `merge` take as it is.
+    """Read an adapter that PEFT saved: `params = ll.from_peft("folder", model)`. Where one file
+    holds several things (a learned bias beside the factors, settings that differ by layer), the
+    result is a tuple, which `apply`, `bind` and `merge` take as it is.
 
     Nothing is dropped: what has no counterpart here is an error that names it.
 
     Args:
         source: a folder with adapter_config.json and adapter_model.safetensors (or .bin, read
             without running code), the file in it, or a state dict (then with `config`).
-        model: the base. LoRA, LoHa, LoKr, AdaLoRA, HiRA and C3A can do without; methods whose
-            tensors show one side of a layer only, or whose meaning hangs on the base weights (DoRA,
-            PiSSA), can't. With it, keys that match nothing in it are refused.
+        model: the base. LoRA, LoHa, LoKr, AdaLoRA, HiRA and C3A can do without. Methods whose
+            tensors show one side of a layer only, or whose meaning depends on the base weights
+            (DoRA, PiSSA), can't. With a model, keys that match nothing in it are refused.
         config: the config as a mapping, a path or PEFT's own object, where it isn't beside the
             tensors.
-        ignore: fields of the config to leave out of account: those to which nothing here
-            corresponds, and dropout, which here acts on what comes to a layer's call alone
+        ignore: fields of the config to leave out of account. These can be fields to which nothing
+            here corresponds, and dropout, which here acts only on what comes to a layer's call
             (`ignore="lora_dropout"` lets an adapter of convolutions be trained further).
         rename: for a model whose modules have moved since: {old names: new names}, names of a path
             in a row (`{"model.layers": "model.language_model.layers"}`), or a function from a
             file's path to the model's. Moves that transformers made (a language model into another
-            module, or out of it; experts stacked) are followed without, where they leave one
+            module, or out of it; experts stacked) are followed without it, where they leave one
             possibility.
 
     Raises:
-        CheckpointError: an unreadable file, an unknown method, a field or key that can't be
-            honoured, tensors missing or mis-shaped.
+        CheckpointError: the file is unreadable, its method is unknown, a field or key can't be
+            honoured, or tensors are missing or of the wrong shape.
         UnsupportedError: the method can't adapt a layer here.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
@@ -94,10 +93,10 @@ def from_peft(
 
 
 def _method(reader: ConfigReader) -> Codec:
-    """The file's method.
+    """Return the file's method.
 
     Raises:
-        CheckpointError: one that isn't read, or that learns biases in a way that PEFT hasn't.
+        CheckpointError: the method isn't read, or learns biases in a way that PEFT lacks.
     """
     kind = reader.text("peft_type").upper()
     if kind not in METHODS:
@@ -122,7 +121,7 @@ def _placed(
     model: Any,
     rename: Rename | None,
 ) -> list[tuple[ModuleEntry, Part]]:
-    """Everything that a file holds, each where it goes.
+    """Return everything that a file holds, each part with its place.
 
     Raises:
         CheckpointError, UnsupportedError: as `from_peft`.
@@ -149,7 +148,9 @@ def _placed(
 
 
 def _moved_key(paths: Paths, key: str) -> str:
-    """A key with its module's path as the model has it, PEFT's wrappers in it where they were."""
+    """Return a key with its module's path as the model has it. PEFT's wrappers stay where they
+    were.
+    """
     home, _, name = key.rpartition(".")
     wrappers = ""
     for wrapper in (WRAPPED, ".token_adapter", ".modules_to_save", ".original_module"):
@@ -161,8 +162,8 @@ def _moved_key(paths: Paths, key: str) -> str:
 def _parts(
     reader: ConfigReader, method: Codec, entry: ModuleEntry, held: Mapping[str, Tensor]
 ) -> Sequence[Part]:
-    """One module's parts; tensors whose shapes make no sense together are refused with them,
-    whatever it was that didn't work.
+    """Return one module's parts. Whatever fails on tensors whose shapes make no sense together, the
+    error gives their shapes.
     """
     shapes = {name: tuple(t.shape) for name, t in held.items()}
     try:
@@ -179,7 +180,7 @@ def _parts(
 
 
 def _is_counter(reader: ConfigReader, key: str, t: Tensor, model: Any) -> bool:
-    """Whether a tensor is a buffer of whole numbers in a module trained whole."""
+    """Tell whether a tensor is a buffer of whole numbers in a module trained whole."""
     whole = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
     if not whole or not in_one_of(reader.names("modules_to_save"), key):
         return False
@@ -191,7 +192,9 @@ def _is_counter(reader: ConfigReader, key: str, t: Tensor, model: Any) -> bool:
 def _refuse_tied_tables(
     reader: ConfigReader, parts: Iterable[tuple[ModuleEntry, Part]], model: nn.Module | None
 ) -> None:
-    """Refuse an adapted parameter that is held elsewhere too: PEFT adapts its module alone."""
+    """Refuse an adapted parameter that is held elsewhere too, because PEFT adapts its
+    module alone.
+    """
     tables = [entry.path for entry, _ in parts if KINDS[entry.kind].bare]
     if model is not None and tables:
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -200,7 +203,9 @@ def _refuse_tied_tables(
 
 
 def _is_left(key: str, leftovers: Iterable[str]) -> bool:
-    """Whether a tensor is of a training's state, and no part of what it made."""
+    """Tell whether a tensor belongs to the state of a training, and not to what the
+    training made.
+    """
     parts = key.split(".")
     return any(name in parts for name in leftovers)
 
@@ -210,7 +215,9 @@ def _on_tables(
     extras: Sequence[tuple[ModuleEntry, Part]],
     model: nn.Module | None,
 ) -> list[tuple[ModuleEntry, Part]]:
-    """A module's adapter as one of its weight, where the file has another weight for the module."""
+    """Return a module's adapter as one of its weight, where the file has another weight for the
+    module.
+    """
     replaced = {entry.path for entry, part in extras if part.config is FullConfig}
     moved = []
     for entry, part in parts:
@@ -222,7 +229,7 @@ def _on_tables(
 
 
 def _plain(held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors under the names of today's files."""
+    """Return the tensors under the names that today's files use."""
     return {
         name.removesuffix(".weight") if name == "lora_magnitude_vector.weight" else name: t
         for name, t in held.items()

@@ -28,9 +28,9 @@ def read_rows(
     replaced: Mapping[str, Tensor],
     model: nn.Module,
 ) -> list[tuple[ModuleEntry, Part]]:
-    """New rows of tables, as what is added to them.
+    """Read new rows of tables, as what is added to the old ones.
 
-    Where PEFT changes all places that share a table, it is one site, the table itself.
+    Where PEFT changes all places that share a table, the table itself is the one site.
 
     Args:
         reader: the config, with the ids.
@@ -39,7 +39,7 @@ def read_rows(
         model: the base.
 
     Raises:
-        CheckpointError: ids and rows that don't fit the table, or places that share one and differ.
+        CheckpointError: ids and rows don't fit the table, or places that share one differ.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     listed = {path: _listed(reader, path, new, modules) for path, new in rows.items()}
@@ -78,7 +78,7 @@ def _change(ids: list[int], rows: Tensor, table: Tensor) -> Part:
 
 
 def _listed(reader: ConfigReader, path: str, rows: Tensor, modules: Mapping[str, Any]) -> list[int]:
-    """The ids of a table's new rows, in the file's order.
+    """Return the ids of a table's new rows, in the file's order.
 
     Raises:
         CheckpointError: there are none, or they don't fit.
@@ -113,7 +113,9 @@ def _listed(reader: ConfigReader, path: str, rows: Tensor, modules: Mapping[str,
 
 
 def _padding(module: Any) -> int | None:
-    """The id whose row of an embedding stays as it is where its module is the site."""
+    """Return the id whose row of an embedding stays as it is where the embedding's module is the
+    site.
+    """
     padding: int | None = getattr(module, "padding_idx", None)
     return padding
 
@@ -122,17 +124,17 @@ def _padding(module: Any) -> int | None:
 def written_rows(
     adapters: Iterable[Adapter], modules: Mapping[str, Any], every_place: bool
 ) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
-    """({path: ids}, {path: rows (k, width)}): replaced rows of tables, by module.
+    """Return ({path: ids}, {path: rows (k, width)}): the replaced rows of tables, by module.
 
     Args:
-        adapters: of TokensConfig.
+        adapters: those of TokensConfig.
         modules: the base's, by path.
         every_place: whether PEFT's file has the rows of a tied table once for each of its places.
 
     Raises:
-        CheckpointError: no model was given, whose rows they are.
-        UnsupportedError: a table that PEFT would change elsewhere too, or in fewer places, or that
-            its names can't tell apart.
+        CheckpointError: the model whose rows they are wasn't given.
+        UnsupportedError: PEFT would change a table elsewhere too, or in fewer places, or its names
+            can't tell the table apart.
     """
     ids: dict[str, list[int]] = {}
     rows: dict[str, Tensor] = {}
@@ -159,14 +161,14 @@ def written_rows(
 
 
 def tied_homes(home: str, modules: Mapping[str, Any]) -> list[str]:
-    """The modules whose rows PEFT replaces together with one's, that one among them."""
+    """Return the modules whose rows PEFT replaces together with this one's, this one among them."""
     names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
     homes = [name.rpartition(".")[0] for name in names]
     return homes if any(ties(modules[""], modules[path]) for path in homes) else [home]
 
 
 def _places(home: str, bare: bool, modules: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """(the module that PEFT's config names, all modules whose rows PEFT then replaces).
+    """Return (the module that PEFT's config names, all modules whose rows PEFT then replaces).
 
     Raises:
         UnsupportedError: these aren't the places that the adapter changes.

@@ -30,7 +30,8 @@ from .token_rows import tied_homes, written_rows
 
 __all__ = ["peft_form", "to_peft"]
 
-_VERSION = "0.17.0"  # the release whose loader the layout is written for; newer ones read it
+# The layout is written for the loader of this release. Newer ones read it too.
+_VERSION = "0.17.0"
 
 
 def to_peft(
@@ -40,26 +41,29 @@ def to_peft(
     *,
     as_lora: bool = False,
 ) -> None:
-    """Write an adapter (or several of one method on different layers) as a PEFT folder:
-    adapter_config.json, adapter_model.safetensors.
+    """Write an adapter, or several of one method on different layers, as a PEFT folder with
+    adapter_config.json and adapter_model.safetensors.
 
     Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start
-    become the plain LoRA of twice the rank that they are; a BitFit beside another adapter becomes a
-    LoRA's lora_bias or a learned bias, a FullConfig's parameters modules_to_save, a TokensConfig's
-    rows trainable tokens. Scales are written so that PEFT's outputs are ours.
+    become the plain LoRA of twice the rank that they are. A BitFit beside another adapter becomes a
+    LoRA's lora_bias or a learned bias, a FullConfig's parameters become modules_to_save, and a
+    TokensConfig's rows become trainable tokens. Scales are written so that PEFT's outputs are ours.
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
-        model: the base it was made for; None leaves unchecked that the names mean its modules and
-            no others.
-        folder: made if it isn't there; the two files in it are replaced together: an interruption
-            leaves the old adapter, the new one, or a folder that isn't read.
-        as_lora: write VeRA as the LoRA that it amounts to (PEFT has one pair of projections for
-            every layer, so that layers of unlike shapes make it of more directions).
+        model: the base it was made for. With None, nothing checks that the names mean its modules
+            and no others.
+        folder: where to write; it is made if it isn't there. The two files in it are replaced
+            together: an interruption leaves the old adapter, the new one, or a folder that isn't
+            read.
+        as_lora: whether to write VeRA as the LoRA that it amounts to. PEFT has one pair of
+            projections for every layer, so layers of unlike shapes give a VeRA file more
+            directions.
 
     Raises:
-        UnsupportedError: the method, a setting or a mixture that PEFT has no form for.
-        CheckpointError: a part of a partition, a stack, or the folder can't be written.
+        UnsupportedError: PEFT has no form for the method, a setting or a mixture.
+        CheckpointError: `params` is a part of a partition or a stack, or the folder can't be
+            written.
     """
     fields, tensors = peft_form(params, model, as_lora=as_lora)
     says = json.dumps(fields, indent=2, sort_keys=True) + "\n"
@@ -71,8 +75,8 @@ def to_peft(
 def peft_form(
     params: Adapters, model: nn.Module | None, *, as_lora: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the fields of adapter_config.json, the tensors by PEFT's keys) of adapters, for `to_peft`
-    and for files that share its form.
+    """Return (the fields of adapter_config.json, the tensors by PEFT's keys) of adapters, for
+    `to_peft` and for files that share its form.
 
     Raises:
         UnsupportedError, CheckpointError: as `to_peft`.
@@ -117,7 +121,7 @@ def peft_form(
 def _folder(
     every: list[Adapter], modules: Mapping[str, Any], as_lora: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields of the config, and the tensors by their keys."""
+    """Return the fields of the config, and the tensors by their keys."""
     full, frozen = _trained_whole(every, modules)
     rows = [a for a in every if isinstance(a.config, TokensConfig)]
     adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
@@ -163,7 +167,9 @@ def _folder(
 
 
 def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Values, Values]:
-    """(what goes with copies of its modules, what stands for the base's parameters alone)."""
+    """Return (what goes with copies of its modules, what stands for the base's parameters
+    alone).
+    """
     full = [a for a in every if isinstance(a.config, FullConfig)]
     values = {path: (a.sites[path], held["lora_W"]) for a in full for path, held in a.items()}
     frozen = {path for a in full if a.config.frozen for path in a}  # type: ignore[attr-defined]
@@ -182,7 +188,7 @@ def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Va
 def _shifts_apart(
     adapters: list[Adapter], method: Codec
 ) -> tuple[list[Adapter], dict[str, Tensor]]:
-    """(the method's own adapters, {path: shift} of the BitFits beside them)."""
+    """Return (the method's own adapters, {path: shift} of the BitFits beside them)."""
     if BitFitConfig in method.configs:
         return adapters, {}
     own = [a for a in adapters if not isinstance(a.config, BitFitConfig)]
@@ -190,11 +196,11 @@ def _shifts_apart(
 
 
 def _sites(adapters: list[Adapter], method: Codec, modules: Mapping[str, Any]) -> dict[str, Site]:
-    """The method's own sites.
+    """Return the method's own sites.
 
     Raises:
-        UnsupportedError: two adapters on one, or a kind of layer that this method of PEFT doesn't
-            adapt.
+        UnsupportedError: two adapters are on one site, or this method of PEFT doesn't adapt its
+            kind of layer.
     """
     paths = [path for a in adapters for path in a]
     for path in paths:
@@ -235,8 +241,8 @@ def _replaced(
     homes: KeyMap,
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the fields that say which rows of tables are replaced, {path of a module: the wrapper around
-    it}); the rows are put beside the other tensors.
+    """Return (the fields that say which rows of tables are replaced, {path of a module: the wrapper
+    around it}), and put the rows beside the other tensors.
     """
     ids, held = written_rows(rows, modules, every_place=not method.token_prefix)
     if method.token_prefix is None:
@@ -284,8 +290,8 @@ def _check(adapters: list[Adapter]) -> None:
 
 
 def _method(adapters: list[Adapter], as_lora: bool) -> Codec:
-    """The one form for these adapters: that of their method, beside which biases may be learned,
-    else a LoRA.
+    """Return the one form for these adapters. It is that of their method, beside which biases may
+    be learned, or else a LoRA.
 
     Raises:
         UnsupportedError: there is none.
@@ -322,7 +328,9 @@ def _about(model: nn.Module | None) -> dict[str, Any]:
 
 
 def _numbers(method: Codec, made: Written, homes: KeyMap) -> dict[str, Any]:
-    """Ranks and alphas: the commonest as the default, the others as patterns of whole paths."""
+    """Return ranks and alphas, with the commonest as the default and the others as patterns of
+    whole paths.
+    """
     fields: dict[str, Any] = {}
     pairs: tuple[tuple[str, str, Mapping[str, float]], ...] = (
         (method.rank, "rank_pattern", made.ranks),
@@ -344,7 +352,7 @@ def _numbers(method: Codec, made: Written, homes: KeyMap) -> dict[str, Any]:
 def _targeted(
     made: Written, homes: KeyMap, modules: Mapping[str, Any], forward: list[str] | None
 ) -> dict[str, Any]:
-    """The fields that say what is adapted."""
+    """Return the fields that say what is adapted."""
     names = [name for name in dict.fromkeys(homes.names.values()) if name not in homes.parameters]
     fields: dict[str, Any] = {
         "target_modules": _targets(names, modules or made.tensors, forward) if names else []
@@ -357,11 +365,11 @@ def _targeted(
 
 
 def _targets(paths: list[str], modules: Mapping[str, Any], forward: list[str] | None = None) -> Any:
-    """The shortest list that names these modules and no others: last names, else whole paths, else
-        a pattern.
+    """Return the shortest list that names these modules and no others: last names, else whole
+    paths, else a pattern.
 
-    With IA3's feed-forward modules, which PEFT finds by any ending, those must be told apart by the
-    same names.
+    PEFT finds IA3's feed-forward modules by any ending, so the same names must tell those apart
+    too.
     """
     for names in (sorted({p.rpartition(".")[2] for p in paths}), sorted(paths)):
         if {m for m in modules if _named(m, names)} == set(paths):
@@ -376,7 +384,7 @@ def _named(path: str, names: list[str]) -> bool:
 
 
 def _forward(forward: list[str], targets: Any) -> Any:
-    """IA3's feed-forward modules in the terms of the targets."""
+    """Return IA3's feed-forward modules in the terms of the targets."""
     if isinstance(targets, str):
         return rf"(?:{'|'.join(map(re.escape, sorted(forward)))})"
     return [n for n in targets if any(_named(p, [n]) for p in forward)]

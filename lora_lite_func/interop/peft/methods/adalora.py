@@ -23,24 +23,31 @@ __all__ = ["ADALORA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """lora_A (r, d_in), lora_E (r, 1), lora_B (d_out, r): alpha / (init_r + 1e-5) B diag(E) A, r
-    what pruning left.
+    """Read lora_A (r, d_in), lora_E (r, 1) and lora_B (d_out, r), where r is what pruning left. The
+    update is alpha / (init_r + 1e-5) B diag(E) A. A module that lost all its directions gives no
+    part.
     """
     A, E, B = held["lora_A"], held["lora_E"].flatten(), held["lora_B"]
     r, first = A.shape[0], reader.whole("init_r", 12)
     alpha = reader.number("lora_alpha", 8)
     if r == 0:
-        return []  # all of it was pruned: the layer is the base's
+        return []  # all directions were pruned, so the layer is as in the base
     alpha = alpha if alpha > 0 else float(first)
     leaves = {
         "lora_A": A,
         "lora_B": B,
         "lora_E": E * (r / (first + 1e-5)),
-    }  # so that our alpha / r is PEFT's scale
+    }  # with this factor our alpha / r gives PEFT's scale
     return [Part(AdaLoRAConfig, leaves, {"dropout": reader.number("lora_dropout", 0.0)}, r, alpha)]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write lora_A (r, d_in), lora_E (r, 1) and lora_B (d_out, r), with r the largest rank of all
+    sites. Smaller ranks are padded with zeros.
+
+    Raises:
+        UnsupportedError: the adapters differ in dropout, or alpha isn't positive.
+    """
     said, (r, alphas) = of_config(adapters, "dropout", method="AdaLoRA"), ranks(adapters)
     first, alpha = max(r.values()), next(iter(alphas.values()))
     if alpha <= 0:
@@ -55,7 +62,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
             held,
         ) in (
             a.items()
-        ):  # a smaller rank is padded: PEFT knows only the first one, and what was pruned from it
+        ):  # PEFT knows one first rank and what was pruned from it, so smaller ranks are padded
             E = held["lora_E"] * ((first + 1e-5) / r[path] * alphas[path] / alpha)
             more = first - r[path]
             A, B = F.pad(held["lora_A"], (0, 0, 0, more)), F.pad(held["lora_B"], (0, more))

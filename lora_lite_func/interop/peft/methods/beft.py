@@ -19,12 +19,17 @@ __all__ = ["BEFT"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """beft_bias (1, d_out), added to the output."""
+    """Read beft_bias (1, d_out), which is added to the output.
+
+    Raises:
+        ModelNeededError: no model was given.
+    """
     entry.known("BEFT shifts outputs alone")
     return [Part(BitFitConfig, {"lora_b": held["beft_bias"].flatten()})]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write each site's shift of the output as beft_bias (1, d_out)."""
     return Written(
         {},
         {path: {"beft_bias": held["lora_b"][None]} for a in adapters for path, held in a.items()},

@@ -22,7 +22,13 @@ __all__ = ["BOFT"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """boft_R (m, n, b, b), whose skew part counts, turning the other way; boft_s (d_out, 1)."""
+    """Read boft_R (m, n, b, b) and boft_s (d_out, 1). Only the skew part of boft_R counts, and it
+    turns the other way than ours.
+
+    Raises:
+        CheckpointError: boft_R has another shape.
+        ModelNeededError: no model was given.
+    """
     entry.known("BOFT acts on inputs")
     R = held["boft_R"]
     if R.ndim != 4 or R.shape[-1] != R.shape[-2]:
@@ -42,6 +48,11 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write boft_R (m, n, b, b), and boft_s as (d_out, 1), or (1, d_out) for a convolution.
+
+    Raises:
+        UnsupportedError: the adapters differ in block size or in the number of butterfly factors.
+    """
     said = of_config(adapters, "block_size", "m", method="BOFT")
     b, tensors = said["block_size"], {}
     for a in adapters:

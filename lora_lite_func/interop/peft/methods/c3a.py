@@ -21,12 +21,17 @@ __all__ = ["C3A"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """c3a_kernel (d_out / b, d_in / b, b)."""
+    """Read c3a_kernel (d_out / b, d_in / b, b), the first columns of the circulant blocks."""
     w = held["c3a_kernel"]
     return [Part(C3AConfig, {"lora_w": w}, {"block_size": w.shape[-1]})]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write c3a_kernel (d_out / b, d_in / b, b), with a pattern for sites of another block size.
+
+    Raises:
+        UnsupportedError: PEFT's patterns can't tell the sites with different block sizes apart.
+    """
     blocks = {path: a.config.block_size for a in adapters for path in a}  # type: ignore[attr-defined]
     common, rest = patterned(blocks, "C3A's block_size_pattern")
     return Written(

@@ -13,10 +13,10 @@ __all__ = ["of_config", "patterned", "ranks"]
 
 
 def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
-    """Settings that all adapters must share, since one file has one config.
+    """Return the settings that all adapters must share, because one file has one config.
 
     Raises:
-        UnsupportedError: they differ.
+        UnsupportedError: the adapters differ in one.
     """
     found = {}
     for name in names:
@@ -31,17 +31,17 @@ def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str
 
 
 def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]]:
-    """({path: r}, {path: alpha}) of all sites."""
+    """Return ({path: r}, {path: alpha}) of all sites."""
     sites = [s for a in adapters for s in a.sites.values()]
     return {s.path: s.r for s in sites}, {s.path: s.alpha for s in sites}
 
 
 def patterned(values: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
-    """One number for most modules and {pattern: number} for the rest, for patterns that only match
-    behind a dot.
+    """Return one number for most modules and {pattern: number} for the rest, for patterns that
+    match only behind a dot.
 
     Raises:
-        UnsupportedError: they can't be told apart so.
+        UnsupportedError: such patterns can't tell the modules apart.
     """
     bare = {v for path, v in values.items() if "." not in path}
     every = list(values.values())

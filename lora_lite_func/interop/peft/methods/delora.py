@@ -21,7 +21,12 @@ __all__ = ["DELORA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """delora_A (r, d_in), delora_B (d_out, r), delora_lambda (1,), delora_w_norm (d_in,)."""
+    """Read delora_A (r, d_in), delora_B (d_out, r), delora_lambda (1,) and delora_w_norm (d_in,).
+    Where the norms are missing, they are computed from the base weight.
+
+    Raises:
+        ModelNeededError: the norms are missing and no model was given.
+    """
     A, B, strength = held["delora_A"], held["delora_B"], held["delora_lambda"].reshape(())
     norm = held["delora_w_norm"] if "delora_w_norm" in held else entry.weight("DeLoRA").norm(dim=0)
     leaves = {"lora_A": A, "lora_B": B, "lora_lambda": strength, "lora_wnorm": norm}
@@ -29,6 +34,9 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write delora_A (r, d_in), delora_B (d_out, r), delora_lambda (1,) and delora_w_norm
+    (d_in,).
+    """
     r, _ = ranks(adapters)
     names = {"lora_A": "delora_A", "lora_B": "delora_B", "lora_wnorm": "delora_w_norm"}
     tensors = same(adapters, **names)

@@ -22,13 +22,13 @@ from .config_fields import patterned, ranks
 __all__ = ["FOURIERFT"]
 
 
-_LARGEST = 2**31  # entries of a weight that a permutation is drawn for
+_LARGEST = 2**31  # the most entries of a weight that a permutation is drawn for
 
 
 @functools.lru_cache(maxsize=4)
 def _frequencies(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
-    """PEFT's frequencies: the first n of a seeded permutation of all entries, as (2, n) rows and
-    columns.
+    """Return PEFT's frequencies as (2, n) rows and columns: the first n entries of a seeded
+    permutation of all entries.
     """
     flat = torch.randperm(
         d_out * d_in, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
@@ -37,7 +37,12 @@ def _frequencies(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """fourierft_spectrum (n,), at frequencies drawn from random_loc_seed."""
+    """Read fourierft_spectrum (n,), the coefficients at frequencies drawn from random_loc_seed.
+
+    Raises:
+        CheckpointError: the weight is too large for a permutation of its entries.
+        ModelNeededError: no model was given.
+    """
     site, c = entry.known("FourierFT has coefficients alone"), held["fourierft_spectrum"]
     if site.d_out * site.d_in > _LARGEST:
         raise CheckpointError(
@@ -58,6 +63,13 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write fourierft_spectrum (n,), with the seed that PEFT draws the same frequencies from. The
+    file has one scale, so the coefficients of sites with another alpha are scaled.
+
+    Raises:
+        UnsupportedError: alpha is 0, PEFT draws other frequencies, or its patterns can't tell the
+            sites apart.
+    """
     alpha = next(iter(ranks(adapters)[1].values()))
     if not alpha:
         raise UnsupportedError(
@@ -90,6 +102,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 
 
 def _drawn_from(seed: int, adapter: Adapter) -> bool:
+    """Tell whether PEFT would draw all the adapter's frequencies from this seed."""
     sites = adapter.sites
     return all(
         torch.equal(

@@ -22,8 +22,8 @@ __all__ = ["GRALORA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """gralora_A (k, d_in / k, r), gralora_B (k, r, d_out / k), _general.weight for the hybrid part:
-    alpha / (r + hybrid_r).
+    """Read gralora_A (k, d_in / k, r) and gralora_B (k, r, d_out / k), and the hybrid part's
+    gralora_A_general.weight and gralora_B_general.weight. The scale is alpha / (r + hybrid_r).
     """
     leaves = {"lora_A": held["gralora_A"].mT, "lora_B": held["gralora_B"].mT}
     hybrid = reader.whole("hybrid_r", 0, 0)
@@ -45,6 +45,12 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write gralora_A (k, d_in / k, r) and gralora_B (k, r, d_out / k), and the factors of the
+    hybrid part where there is one.
+
+    Raises:
+        UnsupportedError: the sites differ in r or alpha, or the adapters in a setting.
+    """
     said = of_config(adapters, "k", "hybrid_r", "dropout", method="GraLoRA")
     r, alpha = ranks(adapters)
     if len(set(r.values())) != 1 or len(set(alpha.values())) != 1:

@@ -23,8 +23,11 @@ __all__ = ["HIRA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """hira_A (r, d_in), hira_B (d_out, r), of an embedding hira_embedding_*: W * (1 + B A), without
-    a scale, so alpha = r.
+    """Read hira_A (r, d_in) and hira_B (d_out, r), which an embedding has as hira_embedding_A and
+    hira_embedding_B. The weight becomes W * (1 + B A); there is no scale, so alpha is r.
+
+    Raises:
+        CheckpointError: the layer is a convolution in groups.
     """
     table = "hira_embedding_A" in held
     A, B = (held[f"hira_embedding_{n}"] if table else held[f"hira_{n}"] for n in "AB")
@@ -38,12 +41,21 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def _table_scale(module: Any) -> float:
-    """What an embedding multiplies its rows by (Gemma's): PEFT adds HiRA's change without it."""
+    """Return what an embedding multiplies its rows by, as Gemma's does. PEFT adds HiRA's change
+    without this factor.
+    """
     scale = getattr(module, "embed_scale", 1.0)
     return float(scale) if isinstance(scale, (int, float, Tensor)) else 1.0
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write hira_A (r, d_in) and hira_B (d_out, r), as kernels for a convolution, and under the
+    names hira_embedding_* for an embedding. The scale goes into hira_B.
+
+    Raises:
+        CheckpointError: a convolution's shape needs the base model, and none was given.
+        UnsupportedError: the adapters differ in dropout, or a convolution is in groups.
+    """
     said, (r, _) = of_config(adapters, "dropout", method="HiRA"), ranks(adapters)
     tensors: dict[str, dict[str, Tensor]] = {}
     for a in adapters:

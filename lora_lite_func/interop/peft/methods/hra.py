@@ -20,13 +20,22 @@ __all__ = ["HRA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """hra_u (d_in, r), a reflection per column."""
+    """Read hra_u (d_in, r), which holds one reflection in each column.
+
+    Raises:
+        ModelNeededError: no model was given.
+    """
     entry.known("HRA acts on inputs alone")
     U = held["hra_u"].mT
     return [Part(HRAConfig, {"lora_U": U}, r=U.shape[0])]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write hra_u (d_in, r), one reflection in each column.
+
+    Raises:
+        UnsupportedError: the sites differ in r.
+    """
     tensors = {path: {"hra_u": held["lora_U"].mT} for a in adapters for path, held in a.items()}
     many = {held["hra_u"].shape[1] for held in tensors.values()}
     if len(many) != 1:

@@ -21,8 +21,11 @@ __all__ = ["IA3"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """ia3_l: (d_out, 1) on the output, (1, d_in) on the input of feed-forward modules; convolutions
-    have (1, channels, 1 ...).
+    """Read ia3_l, which is (d_out, 1) for a gate on the output and (1, d_in) for one on the input
+    of a feed-forward module. A convolution's gate is (1, channels, 1, ...).
+
+    Raises:
+        ModelNeededError: no model was given.
     """
     site, gate = entry.known("IA3 has gates of one side of the layer alone"), held["ia3_l"]
     plain = gate.ndim == 2 and gate.shape[0] != gate.shape[1]
@@ -33,11 +36,12 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     if gate.numel() and site.d_in % gate.numel() == 0:
         gate = gate.repeat_interleave(
             site.d_in // gate.numel()
-        )  # a channel's gate for each entry of its kernel
+        )  # PEFT has one gate for a channel, which holds for each entry of its kernel
     return [Part(IA3FFConfig, {"lora_g": gate})]
 
 
 def _feed_forward(reader: ConfigReader, path: str) -> bool:
+    """Tell whether the config counts the module at this path among the feed-forward ones."""
     names = reader.get("feedforward_modules")
     if isinstance(names, str):
         return reader.matches("feedforward_modules", rf"(?:{names})\Z", names, path)
@@ -45,6 +49,15 @@ def _feed_forward(reader: ConfigReader, path: str) -> bool:
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write ia3_l as (d_out, 1) for a gate on the output and as (1, d_in) for one on the input,
+    whose module the config then lists as feed-forward. A convolution's gate is (1, channels, 1,
+    ...).
+
+    Raises:
+        CheckpointError: a convolution's shape needs the base model, and none was given.
+        UnsupportedError: PEFT has no such gate on this kind of layer, or the gates of a channel's
+            entries differ.
+    """
     made = Written({"feedforward_modules": []}, {})
     for a in adapters:
         forward = isinstance(a.config, IA3FFConfig)
@@ -68,7 +81,11 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 
 
 def _wide(path: str, t: Tensor, modules: Mapping[str, Any]) -> Tensor:
-    """A number per channel of a convolution as (1, channels, 1 ...)."""
+    """Return one number per channel of a convolution in the shape (1, channels, 1, ...).
+
+    Raises:
+        CheckpointError: no model was given.
+    """
     if path not in modules:
         raise CheckpointError(
             f"to_peft: {path!r}: PEFT's tensors of a convolution have its dimensions; give the "
@@ -78,7 +95,12 @@ def _wide(path: str, t: Tensor, modules: Mapping[str, Any]) -> Tensor:
 
 
 def _channels(path: str, gate: Tensor, module: Any) -> Tensor:
-    """A gate per entry of a kernel as PEFT's one per input channel, (1, c, 1 ...)."""
+    """Turn a gate for each entry of a kernel into PEFT's (1, c, 1, ...), one for each input
+    channel.
+
+    Raises:
+        UnsupportedError: the gates of a channel's entries differ, or can't be told by channel.
+    """
     by_channel = (
         gate.unflatten(0, (module.weight.shape[1], -1)) if module is not None else gate[:, None]
     )

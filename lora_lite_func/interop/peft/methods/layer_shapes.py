@@ -14,9 +14,11 @@ __all__ = ["as_stored", "kernel", "through_core", "without_padding"]
 
 
 def as_stored(site: Site, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor]:
-    """{suffix: tensor} of a LoRA pair A (r, d_in), B (d_out, r); of experts with (E, ...) in front.
+    """Return {suffix: tensor} of a LoRA pair A (r, d_in), B (d_out, r). Factors of stacked experts
+    come with (E, ...) in front.
 
     Raises:
+        CheckpointError: a convolution's shape needs the base model, and none was given.
         UnsupportedError: PEFT has no LoRA of this kind of layer.
     """
     if site.kind == "embedding":
@@ -33,19 +35,19 @@ def as_stored(site: Site, A: Tensor, B: Tensor, module: Any) -> dict[str, Tensor
 
 
 def without_padding(A: Tensor, module: Any) -> Tensor:
-    """The factor (r, ids) of an embedding with zeros for the padding id: PEFT would move that row,
-    and this library leaves it as it is.
+    """Return an embedding's factor (r, ids) with zeros for the padding id. PEFT would move that
+    row, and this library leaves it as it is.
     """
     padding = getattr(module, "padding_idx", None)
     return A if padding is None else A.index_fill(1, torch.tensor([padding], device=A.device), 0.0)
 
 
 def kernel(path: str, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor]:
-    """The factors of a convolution's update as kernels, (r, c, *k) and (d_out, r, 1, ...).
+    """Return the factors of a convolution's update as kernels, (r, c, *k) and (d_out, r, 1, ...).
 
     Raises:
         CheckpointError: no model was given.
-        UnsupportedError: a convolution in groups, which PEFT doesn't keep apart.
+        UnsupportedError: the convolution is in groups, which PEFT doesn't keep apart.
     """
     if module is None:
         raise CheckpointError(
@@ -62,7 +64,7 @@ def kernel(path: str, A: Tensor, B: Tensor, module: Any) -> tuple[Tensor, Tensor
 
 
 def through_core(core: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (d_out, r), (r, c * entries) of a kernel that is stored in Tucker's form: a core
-    (r, r, *k) between a (r, d_out) and b (r, c).
+    """Return the factors (d_out, r) and (r, c * entries) of a kernel that is stored in Tucker's
+    form, with a core (r, r, *k) between a (r, d_out) and b (r, c).
     """
     return a.mT, (core.flatten(2).mT @ b).mT.flatten(1)

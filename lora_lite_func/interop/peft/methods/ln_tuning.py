@@ -21,8 +21,12 @@ __all__ = ["LN_TUNING"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """ln_tuning_layers.weight, .bias: a trained copy of the norm; kept as the difference from the
-    base's.
+    """Read ln_tuning_layers.weight and ln_tuning_layers.bias, a trained copy of the norm. The parts
+    hold its difference from the base's norm.
+
+    Raises:
+        CheckpointError: the base's norm has no such parameter, or one of another shape.
+        ModelNeededError: no model was given.
     """
     entry.known("LN-tuning replaces the base's norms")
     own = {
@@ -42,6 +46,12 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write ln_tuning_layers.weight and ln_tuning_layers.bias: the base's norm with the change
+    added, in the shapes of the base's parameters.
+
+    Raises:
+        CheckpointError: the base model wasn't given.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     for a in adapters:
         for path, held in a.items():

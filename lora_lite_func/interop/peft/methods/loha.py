@@ -22,8 +22,9 @@ _NAMES = {f"lora_w{i}_{side}": f"hada_w{i}_{side}" for i in (1, 2) for side in "
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """hada_w1_a (d_out, r), hada_w1_b (r, d_in), hada_w2_*: (w1_a w1_b) * (w2_a w2_b) alpha / r;
-    hada_t1, hada_t2 stand between the factors of a convolution (use_effective_conv2d).
+    """Read hada_w1_a (d_out, r), hada_w1_b (r, d_in) and the same for hada_w2. The update is (w1_a
+    w1_b) * (w2_a w2_b) alpha / r. For a convolution, hada_t1 and hada_t2 may stand between the
+    factors (use_effective_conv2d).
     """
     alpha = reader.at("alpha_pattern", entry.pattern_path, reader.number("alpha", 8))
     leaves = renamed(held, _NAMES)
@@ -35,6 +36,11 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write hada_w1_a (d_out, r), hada_w1_b (r, d_in) and the same for hada_w2.
+
+    Raises:
+        UnsupportedError: the adapters differ in dropout.
+    """
     of_config(adapters, "dropout", method="LoHa")
     r, alpha = ranks(adapters)
     return Written({}, same(adapters, **_NAMES), {}, r, alpha)

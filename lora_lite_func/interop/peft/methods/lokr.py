@@ -24,8 +24,13 @@ _NAMES = {f"lora_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2"
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """lokr_w1 (l, m) or its factors, lokr_w2 (k, n) or its: kron(w1, w2) alpha / r, also where both
-    are full. Of a convolution lokr_w2 is (k, n, *kernel), or lokr_t2 stands between its factors.
+    """Read lokr_w1 (l, m) and lokr_w2 (k, n), each whole or as two factors. The update is kron(w1,
+    w2) alpha / r, and PEFT scales it so even where both are whole. A convolution's lokr_w2 is (k,
+    n, *kernel), or lokr_t2 stands between its factors.
+
+    Raises:
+        CheckpointError: the factors don't tell the layer's size, or a convolution's update isn't a
+            Kronecker product.
     """
     r = int(reader.at("rank_pattern", entry.pattern_path, reader.whole("r", 8)))
     alpha = reader.at("alpha_pattern", entry.pattern_path, reader.number("alpha", 8))
@@ -33,7 +38,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         return [_of_convolution(entry, held, r, alpha)]
     leaves, factor = renamed(held, _NAMES), reader.get("decompose_factor", -1)
     if "lora_w1" in leaves and "lora_w2" in leaves:
-        leaves["lora_w1"] = leaves["lora_w1"] * (alpha / r)  # ours has no rank to divide by
+        # Two whole factors of ours have no rank to divide by, so the scale goes into W1.
+        leaves["lora_w1"] = leaves["lora_w1"] * (alpha / r)
     fields = {"factor": factor, "decompose_both": reader.flag("decompose_both")}
     d_in, d_out = sizes(entry.path, held)
     (l, m), _ = _shapes(held)  # noqa: E741
@@ -44,12 +50,13 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def _of_convolution(entry: ModuleEntry, held: Mapping[str, Tensor], r: int, alpha: float) -> Part:
-    """PEFT splits the channels, here all entries of a kernel are inputs; so W1's shape is said, and
-    W2 is whole where PEFT's is, whatever its rank.
+    """Read a convolution's factors. PEFT splits the channels, while here all entries of a kernel
+    are inputs. So W1's shape is kept beside the factors, and W2 is whole where PEFT's is, whatever
+    its rank.
 
     Raises:
-        CheckpointError: two full factors of a kernel of one dimension, which PEFT multiplies in
-            another order.
+        CheckpointError: both factors of a kernel of one dimension are whole, and PEFT multiplies
+            those in another order.
     """
     w1 = held["lokr_w1"] if "lokr_w1" in held else held["lokr_w1_a"] @ held["lokr_w1_b"]
     fields = {"factor": -1, "decompose_both": False}
@@ -67,7 +74,7 @@ def _of_convolution(entry: ModuleEntry, held: Mapping[str, Tensor], r: int, alph
                 f"product: the two factors, both full, are multiplied in an order that mixes the "
                 f"kernel's entries; merge it in PEFT"
             )
-        w1, full = full[..., 0], w1  # as PEFT multiplies them
+        w1, full = full[..., 0], w1  # PEFT multiplies them in this order
         sited = {"w1_shapes": tuple(w1.shape)}
     w2 = full.flatten(1)
     whole = max(w2.shape)
@@ -76,10 +83,11 @@ def _of_convolution(entry: ModuleEntry, held: Mapping[str, Tensor], r: int, alph
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
-    """Linear layers alone.
+    """Write lokr_w1 (l, m) and lokr_w2 (k, n) of linear layers, each whole or as two factors.
 
     Raises:
-        UnsupportedError: sizes of W1 that PEFT doesn't take.
+        CheckpointError: the factors don't tell a layer's size.
+        UnsupportedError: the adapters differ in a setting, or PEFT would give W1 another size.
     """
     said = of_config(adapters, "factor", "decompose_both", method="LoKr")
     tensors, (r, alpha) = same(adapters, **_NAMES), ranks(adapters)
@@ -100,7 +108,11 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 
 
 def sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(d_in, d_out), of a linear layer."""
+    """Return (d_in, d_out) of a linear layer, as its factors tell them.
+
+    Raises:
+        CheckpointError: the factors are a convolution's, which don't tell the size of its kernel.
+    """
     if "lokr_t2" in held or ("lokr_w2" in held and held["lokr_w2"].ndim > 2):
         raise CheckpointError(
             f"{short_repr(path)}: a convolution's factors don't say its kernel's size; give the "
@@ -111,7 +123,7 @@ def sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _shapes(held: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(l, m) of W1, (k, n) of W2."""
+    """Return (l, m) of W1 and (k, n) of W2."""
 
     def shape(name: str) -> tuple[int, int]:
         full = held.get(name)
@@ -123,7 +135,9 @@ def _shapes(held: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int
 
 
 def _split_by_peft(width: int, factor: int) -> int:
-    """W1's part of a dimension: `factor` itself where it divides, else as `split` has it."""
+    """Return W1's part of a dimension: `factor` itself where it divides `width`, else what `split`
+    gives.
+    """
     return factor if factor > 0 and width % factor == 0 else split(width, factor)[0]
 
 

@@ -40,7 +40,8 @@ _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddi
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """The low-rank pair, its magnitudes, its bias.
+    """Read the low-rank pair of a module, with DoRA's magnitudes and a learned bias where it has
+    them.
 
     Raises:
         CheckpointError: half a pair, a rank that isn't the config's, or a start that the file
@@ -64,7 +65,7 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def _alpha(reader: ConfigReader, path: str, r: int) -> float:
-    """The alpha of a module, whose factors have rank r.
+    """Return the alpha of a module whose factors have rank r.
 
     Raises:
         CheckpointError: the config says another rank.
@@ -78,13 +79,14 @@ def _alpha(reader: ConfigReader, path: str, r: int) -> float:
 
 
 def scale_of(reader: ConfigReader, path: str, held: Mapping[str, Tensor]) -> float:
-    """What a plain pair's product is multiplied by."""
+    """Return the number that a plain pair's product is multiplied by."""
     r = held["lora_A.weight"].shape[0]
     return _alpha(reader, path, r) / divisor(r, reader.flag("use_rslora"))
 
 
 def factors(entry: ModuleEntry, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A (r, d_in), B (d_out, r), as matrices whatever the layer; of experts with (E, ...) in front.
+    """Return A (r, d_in) and B (d_out, r) as matrices, whatever the layer. Factors of stacked
+    experts have (E, ...) in front.
 
     Raises:
         CheckpointError: half a pair, or one that makes no matrix.
@@ -118,8 +120,8 @@ def factors(entry: ModuleEntry, held: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _experts(entry: ModuleEntry, held: Mapping[str, Tensor], experts: int) -> tuple[Tensor, Tensor]:
-    """A (E, r, d_in), B (E, d_out, r) of a stack of E weights: stored as (E r, d_in), expert by
-    expert, and (d_out, r E), direction by direction.
+    """Return A (E, r, d_in) and B (E, d_out, r) of a stack of E weights. PEFT stores them as (E r,
+    d_in), expert by expert, and as (d_out, r E), direction by direction.
     """
     A, B = held["lora_A.weight"], held["lora_B.weight"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % experts:
@@ -131,7 +133,7 @@ def _experts(entry: ModuleEntry, held: Mapping[str, Tensor], experts: int) -> tu
 
 
 def sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(d_in, d_out) of the pair."""
+    """Return (d_in, d_out), as the pair tells them."""
     A, B = factors(ModuleEntry(path, {}), held)
     return A.shape[1], B.shape[0]
 

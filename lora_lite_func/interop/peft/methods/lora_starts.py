@@ -23,12 +23,12 @@ _CONFIGS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 
 def rewrites_base(reader: ConfigReader) -> bool:
-    """Whether PEFT takes this file's start out of the base weights as it loads it."""
+    """Tell whether PEFT takes this file's start out of the base weights as it loads the file."""
     return _start(reader) in _CONFIGS
 
 
 def _start(reader: ConfigReader) -> str:
-    """The start's name; PEFT takes some of them in any case."""
+    """Return the start's name in lower case, because PEFT takes some names in any case."""
     return str(reader.get("init_lora_weights", True)).lower()
 
 
@@ -40,8 +40,8 @@ def subtracted_start(
     r: int,
     scale: float,
 ) -> Part | None:
-    """The part of a start that PEFT takes out of the base weight; None for those that leave it
-    alone, as all do of an embedding.
+    """Return the part of a start that PEFT takes out of the base weight. The result is None for
+    starts that leave the weight alone, as all of them do with an embedding.
 
     Raises:
         CheckpointError: a start that the file doesn't hold, or that isn't read here.
@@ -92,16 +92,17 @@ def magnitudes(
     r: int,
     scale: float,
 ) -> tuple[Part, Tensor]:
-    """(the DoRA of a pair, what its magnitudes multiply the rows of the update by, (d_out,)).
+    """Return the DoRA of a pair, and what its magnitudes multiply the rows of the update by,
+    (d_out,).
 
     Raises:
-        CheckpointError: use_dora without magnitudes.
+        CheckpointError: use_dora is set and there are no magnitudes.
     """
     if "lora_magnitude_vector" not in held:
         raise CheckpointError(
             f"{short_repr(entry.path)}: use_dora is set, but there is no lora_magnitude_vector"
         )
-    m = held["lora_magnitude_vector"].flatten()  # of a convolution (1, d_out, 1, ...)
+    m = held["lora_magnitude_vector"].flatten()  # a convolution has (1, d_out, 1, ...)
     W = entry.weight("DoRA")
     dora = {**leaves, "lora_m": m, "lora_wnorm2": W.square().sum(1)}
     norm = torch.addmm(W, leaves["lora_B"].to(W), leaves["lora_A"].to(W), alpha=scale).norm(dim=1)

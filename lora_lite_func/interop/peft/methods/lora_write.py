@@ -24,8 +24,9 @@ __all__ = ["as_lora_bias", "divisor", "write"]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
-    """LoRA and DoRA as they are, every other update as the pair of factors that its method gives
-    (a subtracted start has twice the rank); a BitFit on the same sites as lora_bias.
+    """Write LoRA and DoRA as they are, and every other update as the pair of factors that its
+    method gives (a subtracted start has twice the rank). A BitFit on the same sites becomes
+    lora_bias.
 
     Raises:
         UnsupportedError: PEFT has no form for this mixture.
@@ -55,8 +56,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 def as_lora_bias(
     low: Sequence[Adapter], shifts: Mapping[str, Tensor], modules: Mapping[str, Any]
 ) -> bool:
-    """Whether learned shifts can be the lora_bias of these: PEFT has it on the output of linear
-    layers and convolutions alone.
+    """Tell whether learned shifts can be the lora_bias of these adapters. PEFT has it on the output
+    of linear layers and convolutions alone.
     """
     sites = [site for a in low for site in a.sites.values()]
     plain = all(s.kind in ("linear", "conv") and attention(modules, s.path) is None for s in sites)
@@ -65,14 +66,14 @@ def as_lora_bias(
 
 
 def divisor(r: int, rslora: bool) -> float:
-    """What alpha is divided by."""
+    """Return what alpha is divided by to give the scale."""
     return math.sqrt(r) if rslora else float(r)
 
 
 # ------------------------------------------------------------------------------------------ factors
 def _pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
-    """The update of a site as s B A: A (r, d_in), B (d_out, r), s; of experts with (E, ...) in
-    front.
+    """Return (A, B, s) of a site whose update is s B A, with A (r, d_in) and B (d_out, r). Factors
+    of stacked experts have (E, ...) in front.
 
     Raises:
         UnsupportedError: the method's update isn't such a product.
@@ -90,12 +91,12 @@ def _pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
 
 
 def _plain_factors(cfg: Any, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
-    """DoRA's, whose magnitudes a file has beside them."""
+    """Return DoRA's factors. Its magnitudes stand beside them in a file."""
     return p["lora_A"], p["lora_B"], site.scaling
 
 
 def _scaled_projections(cfg: Any, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:
-    """VeRA's: its two vectors folded into its projections."""
+    """Return VeRA's projections with its two vectors multiplied into them."""
     A = p["lora_vera_d"][:, None] * p["lora_vera_A"]
     return A, p["lora_vera_b"][:, None] * p["lora_vera_B"], 1.0
 
@@ -114,7 +115,9 @@ def _one(values: list[bool], name: str) -> bool:
 
 
 def _dropout(low: Sequence[Adapter]) -> float:
-    """The one rate of all that have an input to drop; rows that are looked up have none."""
+    """Return the one rate of all sites that have an input to drop. An embedding looks rows up and
+    has none, so its rate counts only where there are no others.
+    """
     others = [a for a in low if any(s.kind != "embedding" for s in a.sites.values())]
     rate: float = of_config(others or low, "dropout", method="LoRA")["dropout"]
     bare = next((p for a in low for p, s in a.sites.items() if s.kind == "parameter"), None)
@@ -126,7 +129,9 @@ def _dropout(low: Sequence[Adapter]) -> float:
 
 
 def _refuse_beside_transposed(sites: Sequence[Site], modules: Mapping[str, Any]) -> None:
-    """Refuse what PEFT gets wrong with fan_in_fan_out, a setting of the whole file."""
+    """Refuse sites that PEFT gets wrong beside fan_in_fan_out, which is a setting of the whole
+    file.
+    """
     across = next((s.path for s in sites if s.kind == "linear" and s.transposed), None)
     if across is not None and any(
         s.kind == "parameter" or attention(modules, s.path) is not None for s in sites
@@ -139,10 +144,10 @@ def _refuse_beside_transposed(sites: Sequence[Site], modules: Mapping[str, Any])
 
 # --------------------------------------------------------------------------------- kinds of layer
 def _magnitude(adapter: Adapter, path: str, modules: Mapping[str, Any]) -> Tensor:
-    """(d_out,); of a convolution (1, d_out, 1, ...).
+    """Return a site's magnitudes as (d_out,), or as (1, d_out, 1, ...) for a convolution.
 
     Raises:
-        UnsupportedError: PEFT has no DoRA there, or one that moves a padding row.
+        UnsupportedError: PEFT has no DoRA there, or its DoRA would move a padding row.
     """
     site, m = adapter.sites[path], adapter[path]["lora_m"]
     if site.kind == "parameter" or attention(modules, path) is not None:
@@ -160,8 +165,8 @@ def _magnitude(adapter: Adapter, path: str, modules: Mapping[str, Any]) -> Tenso
 
 
 def _complete_attention(made: Written, modules: Mapping[str, Any], rslora: bool) -> None:
-    """Give both projections of each attention a pair of one rank and one scale, as PEFT adapts both
-    or none, and adds the second's update twice in each call.
+    """Give both projections of each attention a pair of one rank and one scale. PEFT adapts both or
+    none, and adds the second's update twice in each call.
     """
     for home in {home for path in made.tensors if (home := attention(modules, path)) is not None}:
         times = {f"{home}.in_proj_weight": 1.0, f"{home}.out_proj": 2.0}

@@ -22,7 +22,13 @@ __all__ = ["MISS"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """miss_block (r, d_out); (d_out / r, r, r) with init_weights="bat"; (r, mini_r) with "mini"."""
+    """Read miss_block, which is (r, d_out), or (d_out / r, r, r) with init_weights="bat", or (r,
+    mini_r) with init_weights="mini".
+
+    Raises:
+        CheckpointError: init_weights says something else.
+        ModelNeededError: no model was given.
+    """
     entry.known("MiSS repeats its block along the inputs")
     D, mode = held["miss_block"], reader.get("init_weights", True)
     if mode not in (True, False, "bat", "mini"):
@@ -37,6 +43,11 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write miss_block in the shape of its mode, which the config names in init_weights.
+
+    Raises:
+        UnsupportedError: the sites differ in r, or the adapters in a setting.
+    """
     said, (r, _) = of_config(adapters, "mode", "mini_r", "dropout", method="MiSS"), ranks(adapters)
     if len(set(r.values())) != 1:
         raise UnsupportedError(

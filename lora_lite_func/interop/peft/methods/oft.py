@@ -23,8 +23,14 @@ __all__ = ["OFT"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """oft_R.weight (n, b (b - 1) / 2): PEFT's exact branch turns the other way, its series as
-    ours.
+    """Read oft_R.weight (n, b (b - 1) / 2), the upper triangles of n blocks, or an embedding's
+    oft_embedding_R.weight. With PEFT's exact Cayley transform the blocks turn the other way than
+    ours, with its series the same way.
+
+    Raises:
+        CheckpointError: a convolution's patches overlap, the numbers don't fit the layer, or the
+            series has another length.
+        ModelNeededError: no model was given.
     """
     site = entry.known("OFT acts on inputs alone")
     table = "oft_embedding_R.weight" in held
@@ -45,14 +51,17 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     if series and reader.whole("num_cayley_neumann_terms", 5) != 5:
         raise reader.refuse("num_cayley_neumann_terms", "5, the one length of the series here")
     fields = {"block_size": block, "cayley": "neumann" if series else "exact", "block_share": share}
-    if table:  # its rows turn the other way than a layer's inputs
+    if table:
+        # A table's rows turn the other way than a layer's inputs.
         entry.site, series = _as_rows(site), not series
         entry.path = entry.site.path
     return [Part(OFTConfig, {"lora_oft_q": q if series else -q}, fields)]
 
 
 def _as_rows(site: Site) -> Site:
-    """An embedding's table (ids, features) as a matrix that is stored so: d_in is the features."""
+    """Return the site of an embedding's table (ids, features) as a stored matrix, whose d_in is the
+    features.
+    """
     return dataclasses.replace(
         site,
         path=f"{site.path}.weight",
@@ -64,14 +73,21 @@ def _as_rows(site: Site) -> Site:
 
 
 def _overlaps(module: Any) -> bool:
-    """A convolution whose kernel sees more than one place: PEFT rotates its patches and folds them
-    back, where they add up.
+    """Tell whether a module is a convolution whose kernel sees more than one place. PEFT rotates
+    its patches and folds them back, where they add up.
     """
     size = getattr(module, "kernel_size", ())
     return isinstance(size, tuple) and any(n != 1 for n in size)
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write oft_R.weight (n, b (b - 1) / 2). The config says one block size for all sites, or one
+    number of blocks.
+
+    Raises:
+        UnsupportedError: a convolution's patches overlap, the adapters differ in a setting, or
+            neither number fits all sites.
+    """
     wide = next((path for a in adapters for path in a if _overlaps(modules.get(path))), None)
     if wide is not None:
         raise UnsupportedError(
@@ -106,8 +122,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 
 
 def _adjusted(width: int, size: int) -> int:
-    """The block size that PEFT takes where `size` doesn't divide: the nearest that does, the
-    smaller of two.
+    """Return the block size that PEFT takes where `size` doesn't divide `width`: the nearest one
+    that does, and of two equally near ones the smaller.
     """
     if size >= width:
         return width

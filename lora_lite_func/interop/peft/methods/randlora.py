@@ -23,11 +23,15 @@ __all__ = ["RANDLORA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """randlora_lambda (r, N), randlora_gamma (N, small); corners of the shared randlora_A (r, 1,
-    small), randlora_B (large, N, r).
+    """Read randlora_lambda (r, N) and randlora_gamma (N, small), with corners of the shared
+    randlora_A (r, 1, small) and randlora_B (large, N, r).
 
     PEFT pairs the columns of B, flattened map by map, with the rows of A, flattened direction by
-    direction; ours are paired as the paper has them, so the columns move.
+    direction. Ours are paired as the paper has them, so the columns move.
+
+    Raises:
+        CheckpointError: the shared tensors are missing or too small.
+        ModelNeededError: no model was given.
     """
     site, scales = entry.known("RandLoRA's sides depend on both sizes"), held["randlora_gamma"]
     small, large = sorted((site.d_in, site.d_out))
@@ -51,6 +55,14 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write randlora_lambda (r, N) and randlora_gamma (N, small) of each site, and the shared
+    randlora_A (r, 1, small) and randlora_B (large, N, r), which PEFT expects under every module
+    again.
+
+    Raises:
+        UnsupportedError: the sites differ in r, alpha or the shared bases, or the adapters in
+            dropout.
+    """
     said, (r, alpha) = of_config(adapters, "dropout", method="RandLoRA"), ranks(adapters)
     if len(set(r.values())) != 1 or len(set(alpha.values())) != 1:
         raise UnsupportedError(
@@ -71,7 +83,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     least_A, least_B = (
         (rank, 1, min(most)),
         (max(most), -(-min(most) // rank), rank),
-    )  # as PEFT sizes them: each side's largest
+    )  # PEFT sizes them by the largest of each side
     shared = {
         "randlora_A": joined(
             [h["lora_rand_A"][:, None] for h in held], "randlora_A", way_out, least_A
@@ -82,7 +94,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     for each in tensors.values():
         each |= {
             name: t.clone() for name, t in shared.items()
-        }  # PEFT expects them again under every module
+        }  # PEFT expects them under every module again
     fields = {
         "r": rank,
         "randlora_alpha": next(iter(alpha.values())),

@@ -21,7 +21,11 @@ __all__ = ["ROAD"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """road_theta, road_alpha: laid out as ours."""
+    """Read road_theta and road_alpha, which are laid out as ours.
+
+    Raises:
+        ModelNeededError: no model was given.
+    """
     entry.known("RoAd turns outputs alone")
     fields = {
         "mode": reader.get("variant", "road_1"),
@@ -37,6 +41,11 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write road_theta and road_alpha as they are.
+
+    Raises:
+        UnsupportedError: the adapters differ in mode or group size.
+    """
     said = of_config(adapters, "mode", "group_size", method="RoAd")
     tensors = same(adapters, lora_road_theta="road_theta", lora_road_alpha="road_alpha")
     return Written({"variant": said["mode"], "group_size": said["group_size"]}, tensors)

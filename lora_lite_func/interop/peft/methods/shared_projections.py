@@ -15,6 +15,11 @@ __all__ = ["corner", "joined", "shared_tensor"]
 
 
 def shared_tensor(reader: ConfigReader, entry: ModuleEntry, name: str) -> Tensor:
+    """Return the tensor of this name that all modules of the file share.
+
+    Raises:
+        CheckpointError: the file was saved without it.
+    """
     if name not in entry.shared:
         raise CheckpointError(
             f"{reader.where}: no {name} among its tensors (save_projection=false): PEFT draws it "
@@ -25,17 +30,22 @@ def shared_tensor(reader: ConfigReader, entry: ModuleEntry, name: str) -> Tensor
 
 
 def corner(t: Tensor, name: str, *sizes: int) -> Tensor:
-    """The leading corner of these sizes."""
+    """Return the leading corner of these sizes.
+
+    Raises:
+        CheckpointError: the tensor is smaller, or has another number of dimensions.
+    """
     if t.ndim != len(sizes) or any(n < size for n, size in zip(t.shape, sizes, strict=True)):
         raise CheckpointError(f"{name}: expected at least {sizes}, found {tuple(t.shape)}")
     return t[tuple(slice(size) for size in sizes)].contiguous()
 
 
 def joined(parts: Sequence[Tensor], name: str, way_out: str, least: Sequence[int] = ()) -> Tensor:
-    """The smallest tensor, `least` or larger, that all parts are leading corners of.
+    """Return the smallest tensor, at least as large as `least`, that has all parts as leading
+    corners.
 
     Raises:
-        UnsupportedError: they disagree where they overlap.
+        UnsupportedError: the parts disagree where they overlap.
     """
     shapes = [p.shape for p in parts] + ([least] if least else [])
     whole = torch.zeros([max(sizes) for sizes in zip(*shapes, strict=True)], dtype=parts[0].dtype)

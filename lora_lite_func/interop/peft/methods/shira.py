@@ -22,7 +22,12 @@ __all__ = ["SHIRA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """shira_weight (n,), shira_indices (2, n): rows, columns."""
+    """Read shira_weight (n,) and shira_indices (2, n), which hold rows and columns.
+
+    Raises:
+        CheckpointError: the indices aren't rows and columns of the weight.
+        ModelNeededError: no model was given.
+    """
     site = entry.known("SHiRA has entries of the weight alone")
     r, where = reader.whole("r", 32), held["shira_indices"]
     size = torch.tensor([site.d_out, site.d_in])
@@ -46,6 +51,11 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write shira_weight (n,) and shira_indices (2, n), which hold rows and columns.
+
+    Raises:
+        UnsupportedError: the sites differ in r, or have another number of entries than PEFT's.
+    """
     r, _ = ranks(adapters)
     for a in adapters:
         for path, site in a.sites.items():

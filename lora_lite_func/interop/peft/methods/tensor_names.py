@@ -13,12 +13,14 @@ __all__ = ["columns_rows", "renamed", "same", "shifts_of"]
 
 
 def renamed(held: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """{our name: tensor} of those that are there, `names` given as {ours: theirs}."""
+    """Return {our name: tensor} of the tensors that are there. `names` maps our names to theirs."""
     return {ours: held[theirs] for ours, theirs in names.items() if theirs in held}
 
 
 def same(adapters: Sequence[Adapter], **names: str) -> dict[str, dict[str, Tensor]]:
-    """{path: {PEFT's suffix: tensor}} of those that are there, given as ours=theirs."""
+    """Return {path: {PEFT's suffix: tensor}} of the tensors that are there. Names are given as
+    ours=theirs.
+    """
     return {
         path: {theirs: held[ours] for ours, theirs in names.items() if ours in held}
         for a in adapters
@@ -27,12 +29,14 @@ def same(adapters: Sequence[Adapter], **names: str) -> dict[str, dict[str, Tenso
 
 
 def columns_rows(a: str, b: str) -> Callable[[str, Mapping[str, Tensor]], tuple[int, int]]:
-    """Codec.sizes of a pair stored as a (r, d_in) and b (d_out, r)."""
+    """Return a `Codec.sizes` for a pair that is stored as a (r, d_in) and b (d_out, r)."""
     return lambda path, held: (held[a].shape[-1], held[b].shape[0])
 
 
 def shifts_of(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """{path: what the BitFits among these add to its output}."""
+    """Return {path: shift}: what the BitFits among these adapters add to the output of each
+    layer.
+    """
     found: dict[str, Tensor] = {}
     for a in adapters:
         if isinstance(a.config, BitFitConfig):

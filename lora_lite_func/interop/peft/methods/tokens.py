@@ -10,7 +10,9 @@ __all__ = ["TOKENS"]
 
 
 def _nothing(*_: Any) -> Any:
-    """Replaced rows stand beside a method's tensors in any file; here there are no others."""
+    """Read or write nothing: replaced rows stand beside a method's tensors in any file, and this
+    method has no other tensors.
+    """
     return Written({}, {})
 
 

@@ -23,8 +23,12 @@ __all__ = ["VERA"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """vera_lambda_b (d_out,), vera_lambda_d (r,); corners of the shared vera_A (r, most), vera_B
-    (most, r).
+    """Read vera_lambda_b (d_out,) and vera_lambda_d (r,), with corners of the shared vera_A (r,
+    most) and vera_B (most, r).
+
+    Raises:
+        CheckpointError: the shared tensors are missing or too small.
+        ModelNeededError: no model was given.
     """
     site, b, d = (
         entry.known("VeRA has a vector per output alone"),
@@ -42,9 +46,15 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
-    """PEFT has one pair of projections for all modules: unlike ones lie side by side in it, as more
-        directions, and a module's
-    vera_lambda_d is zero in those that aren't its own.
+    """Write vera_lambda_b (d_out,) and vera_lambda_d (r,) of each site, and the shared projections
+    vera_A and vera_B.
+
+    PEFT has one pair of projections for all modules. Unlike pairs lie side by side in it as further
+    directions, and a module's vera_lambda_d is zero in those that aren't its own.
+
+    Raises:
+        UnsupportedError: the adapters differ in dropout, or projections disagree where they
+            overlap.
     """
     said = of_config(adapters, "dropout", method="VeRA")
     held = {path: h for a in adapters for path, h in a.items()}
@@ -77,7 +87,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 
 
 def _overlap(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
-    """Whether two modules' projections can be corners of one pair."""
+    """Tell whether two modules' projections can be corners of one pair."""
     for name in ("lora_vera_A", "lora_vera_B"):
         t, u = one[name], two[name]
         corner = tuple(slice(min(sizes)) for sizes in zip(t.shape, u.shape, strict=True))
