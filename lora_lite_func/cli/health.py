@@ -84,9 +84,8 @@ def update_norm(adapter: Adapter, path: str) -> float | None:
         return None
     if variant.low_rank_factors is not None:
         A, B, scaling = variant.low_rank_factors(adapter.config, p, site)
-        squared = (
-            ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
-        )  # this is |B A|^2 without building B A
+        # This is |B A|^2 without building B A.
+        squared = ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)
         return float(squared.sqrt()) * abs(float(scaling))
     if not variant.additive or variant.weight is None or site.d_in * site.d_out > _CHEAP:
         return None

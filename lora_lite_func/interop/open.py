@@ -108,9 +108,8 @@ def open_adapter(
     sites = [site for part in parts for site in part.sites.values()]
     upwards = {s.path: s.d_out for s in sites if s.kind == "conv" and s.transposed}
     tables = [s.path for s in sites if s.kind == "embedding"]
-    load(
-        path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards)
-    )  # refuses a misfit
+    # This load is for its checks alone: it refuses an adapter that doesn't fit.
+    load(path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards))
     return saved
 
 

@@ -130,9 +130,9 @@ def _made(weight: tuple[int, ...], transposed: bool, table: bool, upwards: int) 
         if transposed:
             return _Transposed(weight)
         if table:
-            return nn.Embedding.from_pretrained(
-                torch.empty(weight, device="meta")
-            )  # drawing values on the meta device would import the compiler
+            # A plain nn.Embedding would draw its values, and drawing on the meta device imports the
+            # compiler.
+            return nn.Embedding.from_pretrained(torch.empty(weight, device="meta"))
         return nn.Linear(weight[1], weight[0], bias=False, device="meta")
     if len(weight) in (3, 4, 5):
         if upwards and upwards % weight[1] == 0:

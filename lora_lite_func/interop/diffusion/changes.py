@@ -22,7 +22,7 @@ def changes(held: Held, entry: ModuleEntry, rows: Rows) -> list[Part]:
     """Return the parts that diff and diff_b make of a layer or a norm.
 
     Raises:
-        CheckpointError: a change hasn't the size of its place.
+        CheckpointError: a change has another size than its place.
     """
     site = entry.known("a change of a weight has its shape")
     weight, bias = (
@@ -64,7 +64,7 @@ def replaced(role: str, t: Tensor, parameter: ModuleEntry, rows: Rows) -> Part:
     to the model's.
 
     Raises:
-        CheckpointError: the tensor hasn't the parameter's size.
+        CheckpointError: the tensor has another size than the parameter.
     """
     site = parameter.known("a change of a parameter has its shape")
     t, own = rows_of(t, rows), parameter.weight("a change of a parameter")

@@ -185,7 +185,7 @@ def _by_update(entry: ModuleEntry) -> bool:
 
 
 def _check_rows(module: FileModule, entries: Mapping[str, tuple[Site, Any]]) -> None:
-    """Refuse a fused layer that hasn't the size of the layers that it is made of."""
+    """Refuse a fused layer of another size than the layers that it is made of."""
     ends = [end for target in module.targets for _, end in target.rows]
     if not ends:
         return

@@ -130,9 +130,8 @@ def _older(path: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
     names = [path]
     if path.startswith(_NEST):
         names.append(path[len(_NEST) :])
-    elif (
-        "embeddings.token_embedding" in modules
-    ):  # CLIPTextModel of transformers 5 lacks the module around it
+    elif "embeddings.token_embedding" in modules:
+        # CLIPTextModel of transformers 5 holds its modules itself, and older files nest them.
         names.append(_NEST + path)
     for name in names:
         yield name

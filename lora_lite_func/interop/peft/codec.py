@@ -43,22 +43,24 @@ class Codec:
         peft_type: its name in a config.
         configs: our methods that a file of this type is for.
         suffixes: what a module's keys end with.
-        understood: fields of the config that `read` honours.
+        understood: the fields of the config that `read` honours.
         read: (reader, entry, {suffix: tensor}) -> parts.
-        write: (adapters, {path: module}) -> Written; the adapters' configs are among `configs` and
-            `converts`, their sites differ.
+        write: (adapters, {path: module}) -> Written. The adapters' configs are among `configs` and
+            `converts`, and their sites differ.
         sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where
             they don't.
-        shared: names of tensors that stand beside the modules.
+        shared: the names of tensors that stand beside the modules.
         rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern`
             override.
-        ignored: fields without a part in a loaded adapter: of its start, or of training alone.
+        ignored: fields that have no part in a loaded adapter, because they are of its start or of
+            training alone.
         unread: fields that outputs depend on and that nothing here corresponds to.
-        leftovers: what of a training's state may be left in the file: whole parts of keys.
+        leftovers: whole parts of keys that mark the state of a training, which may be left in the
+            file.
         kinds: the kinds of layer that PEFT adapts with it.
-        biased: what its `bias` says where the adapted layers' own biases are learned; "" where it
-            has no such field.
-        holds: which adapters of `configs` a file can say as they are; None for all.
+        biased: what its `bias` field says where the adapted layers' own biases are learned; ""
+            where it has no such field.
+        holds: tells which adapters of `configs` a file can hold as they are; None for all.
         converts: further methods that `write` turns into this one.
         takes_shifts: (adapters, {path: shift}, {path: module}) -> whether `write` takes these
             learned shifts of outputs too; None where it takes none.

@@ -105,8 +105,7 @@ def entries_of(
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
     rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
     for entry in entries.values():
-        # Of two places that share a parameter, PEFT would change one, or would change both
-        # where the start was meant for one.
+        # PEFT changes one of two places that share it, or rewrites both where one was meant.
         if KINDS[entry.kind].bare or (entry.kind == "linear" and rewritten):
             refuse_tied(
                 reader, modules, entry.path if KINDS[entry.kind].bare else f"{entry.path}.weight"
@@ -203,9 +202,8 @@ def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str)
         wanted = [p for p in full if any(p == n or p.endswith("." + n) for n in names)]
         depth = (len(path) - len(home)) // len(WRAPPED)
         if depth < len(wanted):
-            return wanted[
-                len(wanted) - 1 - depth
-            ]  # PEFT wraps the first one registered before the others, so it is innermost
+            # PEFT wraps the first one registered before the others, so it is innermost.
+            return wanted[len(wanted) - 1 - depth]
     if path in modules:
         return (
             f"{path}.in_proj_weight" if isinstance(modules[path], nn.MultiheadAttention) else path

@@ -33,11 +33,12 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     if r == 0:
         return []  # all directions were pruned, so the layer is as in the base
     alpha = alpha if alpha > 0 else float(first)
+    # lora_E is scaled so that our alpha / r gives PEFT's scale.
     leaves = {
         "lora_A": A,
         "lora_B": B,
         "lora_E": E * (r / (first + 1e-5)),
-    }  # with this factor our alpha / r gives PEFT's scale
+    }
     return [Part(AdaLoRAConfig, leaves, {"dropout": reader.number("lora_dropout", 0.0)}, r, alpha)]
 
 
@@ -57,12 +58,11 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         )
     tensors = {}
     for a in adapters:
+        # PEFT knows one first rank and what was pruned from it, so smaller ranks are padded.
         for (
             path,
             held,
-        ) in (
-            a.items()
-        ):  # PEFT knows one first rank and what was pruned from it, so smaller ranks are padded
+        ) in a.items():
             E = held["lora_E"] * ((first + 1e-5) / r[path] * alphas[path] / alpha)
             more = first - r[path]
             A, B = F.pad(held["lora_A"], (0, 0, 0, more)), F.pad(held["lora_B"], (0, more))

@@ -21,7 +21,7 @@ __all__ = ["C3A"]
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
-    """Read c3a_kernel (d_out / b, d_in / b, b), the first columns of the circulant blocks."""
+    """Read c3a_kernel (d_out / b, d_in / b, b), where b is the size of the circulant blocks."""
     w = held["c3a_kernel"]
     return [Part(C3AConfig, {"lora_w": w}, {"block_size": w.shape[-1]})]
 

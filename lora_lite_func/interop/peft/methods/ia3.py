@@ -34,9 +34,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         return [Part(IA3Config, {"lora_g": gate.flatten()})]
     gate = gate.flatten()
     if gate.numel() and site.d_in % gate.numel() == 0:
-        gate = gate.repeat_interleave(
-            site.d_in // gate.numel()
-        )  # PEFT has one gate for a channel, which holds for each entry of its kernel
+        # PEFT has one gate for a channel, which holds for each entry of its kernel.
+        gate = gate.repeat_interleave(site.d_in // gate.numel())
     return [Part(IA3FFConfig, {"lora_g": gate})]
 
 

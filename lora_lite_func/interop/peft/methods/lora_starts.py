@@ -1,4 +1,6 @@
-"""LoRA files that hang on the base weight: starts that PEFT takes out of it, DoRA's magnitudes."""
+"""LoRA files that depend on the base weight: starts that PEFT takes out of it, and DoRA's
+magnitudes.
+"""
 
 from __future__ import annotations
 

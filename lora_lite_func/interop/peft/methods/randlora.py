@@ -80,10 +80,11 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
             *((s.d_in, s.d_out) for a in adapters for s in a.sites.values()), strict=True
         )
     ]
+    # PEFT sizes the shared tensors by the largest of each side.
     least_A, least_B = (
         (rank, 1, min(most)),
         (max(most), -(-min(most) // rank), rank),
-    )  # PEFT sizes them by the largest of each side
+    )
     shared = {
         "randlora_A": joined(
             [h["lora_rand_A"][:, None] for h in held], "randlora_A", way_out, least_A
@@ -92,9 +93,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     }
     tensors = same(adapters, lora_lambda="randlora_lambda", lora_gamma="randlora_gamma")
     for each in tensors.values():
-        each |= {
-            name: t.clone() for name, t in shared.items()
-        }  # PEFT expects them under every module again
+        # PEFT expects the shared tensors under every module again.
+        each |= {name: t.clone() for name, t in shared.items()}
     fields = {
         "r": rank,
         "randlora_alpha": next(iter(alpha.values())),
