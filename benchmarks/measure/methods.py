@@ -63,7 +63,9 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
         given["loss_fn"] = lambda out, batch: out.logits.square().mean()
     trainable, frozen = ll.partition(ll.init(base, cfg, **given))
     gen = torch.Generator().manual_seed(1)
-    noisy = optree.tree_map(lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable)
+    noisy: Any = optree.tree_map(
+        lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable
+    )
     return ll.combine(noisy, frozen)
 
 
