@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..core.config import dropout_of
 from ..core.errors import StructureError, UnsupportedError, nearest
 from ..core.site import Site
+from ..core.torch_internals import parameters_of
 from ..layers.affine import is_affine
 from ..layers.kinds import misfit, module_and_name
 from ..layers.weights import how_to_bake, is_packed, own_tensor
 from .attachment import Attachment
-from .state import parameters_of
 
 __all__ = [
     "check_bias",

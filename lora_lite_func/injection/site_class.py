@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.torch_internals import at_trace_time
+from ..core.torch_internals import at_trace_time, flatten_again
 from ..layers.embedding import bounded, padded, rows
 from . import activation_route, linear
 from .nested import by_values
 from .references import slots
 from .stand_in import on_stand_in
 from .state import Held
-from .weight_route import flatten_again, read, read_substituted, substituted
+from .weight_route import read, read_substituted, substituted
 
 __all__ = ["site_class"]
 

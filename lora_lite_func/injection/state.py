@@ -22,7 +22,6 @@ __all__ = [
     "hold",
     "leaves_at",
     "leaves_of",
-    "parameters_of",
     "tensors_at",
     "tensors_of",
 ]
@@ -97,16 +96,6 @@ class Leaves(nn.Module):
             if "_hf_hook" in self.__dict__ or self._forward_pre_hooks
             else Leaves.forward(self)
         )
-
-
-def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own parameters.
-
-    A replica that torch.nn.DataParallel made has none. Of a replica these are the tensors that
-    stand for them.
-    """
-    stand_ins: dict[str, Tensor | None] | None = module.__dict__.get("_former_parameters")
-    return {**module._parameters, **stand_ins} if stand_ins else module._parameters  # type: ignore[return-value]
 
 
 class Held(nn.ModuleList):

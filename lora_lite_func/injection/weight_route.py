@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
+from ..core.torch_internals import flatten_again, parameters_of
 from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
 from .checks import check_bias, check_dropout
@@ -17,12 +17,12 @@ from .dense_weight import merge_site
 from .rebinding import Rebinding
 from .references import BINDABLE, shallow_copy
 from .rows_weight import Chains, Within, by_adapters, narrowed
-from .state import parameters_of, tensors_at
+from .state import tensors_at
 from .weight_view import lazily, waits
 
 Tensors = Mapping[str, Tensor | None]
 
-__all__ = ["flatten_again", "read", "read_substituted", "substituted"]
+__all__ = ["read", "read_substituted", "substituted"]
 
 
 def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,15 +127,6 @@ def _concrete(site: Any, chains: Chains) -> Any:
                 attributes[name] = Rebinding({id(site): made}).turned(value)
     flatten_again(made)
     return made
-
-
-def flatten_again(module: Any) -> None:
-    """Make a recurrent layer's flat list of its tensors anew, from the tensors as they are now."""
-    attributes = module.__dict__
-    if "_flat_weights" in attributes:
-        flat = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
-        attributes["_flat_weights"] = flat
-        attributes["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
 
 
 def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
