@@ -31,6 +31,7 @@ __all__ = [
     "BATCH_NORMS",
     "CALL_HOOKS",
     "CONVOLUTIONS",
+    "INSTANCE_NORMS",
     "RUNNING_NORMS",
     "STATE_HOOKS",
     "TRACES_IDS",
@@ -428,6 +429,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 BATCH_NORMS: Any = getattr(nn.modules.batchnorm, "_BatchNorm", _BATCH_NORMS)
 """What every batch norm of torch is an instance of."""
+
+INSTANCE_NORMS: Any = getattr(nn.modules.instancenorm, "_InstanceNorm", _INSTANCE_NORMS)
+"""What every instance norm of torch is an instance of."""
 
 RUNNING_NORMS: Any = getattr(nn.modules.batchnorm, "_NormBase", (*_BATCH_NORMS, *_INSTANCE_NORMS))
 """What every norm of torch with running statistics is an instance of."""

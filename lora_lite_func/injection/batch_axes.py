@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
+from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, INSTANCE_NORMS, RUNNING_NORMS
 from ..kernels.row_plan import not_rows
 
 __all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
@@ -37,14 +38,8 @@ def check_apart(module: Any) -> None:
         UnsupportedError: a norm in it takes statistics of the whole batch.
     """
     for part in module.modules():
-        together = isinstance(part, nn.modules.batchnorm._BatchNorm) and (
-            part.training or part.running_mean is None
-        )
-        counts = (
-            isinstance(part, nn.modules.instancenorm._InstanceNorm)
-            and part.training
-            and part.track_running_stats
-        )
+        together = isinstance(part, BATCH_NORMS) and (part.training or part.running_mean is None)
+        counts = isinstance(part, INSTANCE_NORMS) and part.training and part.track_running_stats
         if together or counts:
             raise UnsupportedError(
                 f"{module._ll.path!r}: statistics of its {type(part).__name__} are the whole "
@@ -174,20 +169,15 @@ def _least(module: Any) -> int:
 
     It is known for torch's own classes, and 0 for an unknown one.
     """
-    match module:
-        case nn.modules.conv._ConvNd():
-            return len(module.kernel_size) + 2
-        case nn.LayerNorm() | nn.RMSNorm():
-            return len(module.normalized_shape) + 1
-        case nn.modules.instancenorm._InstanceNorm():
-            return module._get_no_batch_dim() + 1
-        case nn.Linear() | nn.Bilinear() | nn.GroupNorm() | nn.modules.batchnorm._NormBase():
-            return 2
-        case nn.Embedding():
-            return 1
-        case nn.EmbeddingBag():
-            return 2
-    return 0
+    if isinstance(module, CONVOLUTIONS):
+        return len(module.kernel_size) + 2
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) + 1
+    if isinstance(module, INSTANCE_NORMS):
+        return module._get_no_batch_dim() + 1
+    if isinstance(module, (nn.Linear, nn.Bilinear, nn.GroupNorm, nn.EmbeddingBag, RUNNING_NORMS)):
+        return 2
+    return 1 if isinstance(module, nn.Embedding) else 0
 
 
 def _unbatched(module: Any, x: Tensor) -> UnsupportedError:

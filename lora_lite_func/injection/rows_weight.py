@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
-from ..core.torch_internals import attributes_of, is_tracing_here
+from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, attributes_of, is_tracing_here
 from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
@@ -119,9 +119,9 @@ def _maps(module: Any) -> bool:
 
     It is where the module has a rule for vmap, and no kernel that is faster part by part.
     """
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return is_tracing_here()
-    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, BATCH_NORMS)
     own = module._ll.substituted.get("weight", ())
     return isinstance(module, (*norms, nn.Linear)) or any(
         attachment.site.kind == "norm" for attachment in own

@@ -343,6 +343,7 @@ def test_layers(internals: ModuleType) -> None:
         assert isinstance(norm, internals.BATCH_NORMS)
         assert isinstance(norm, internals.RUNNING_NORMS)
     assert isinstance(nn.InstanceNorm2d(2), internals.RUNNING_NORMS)
+    assert isinstance(nn.InstanceNorm2d(2), internals.INSTANCE_NORMS)
     for other in (nn.LayerNorm(2), nn.Linear(2, 2)):
         assert not isinstance(
             other, (internals.CONVOLUTIONS, internals.BATCH_NORMS, internals.RUNNING_NORMS)
