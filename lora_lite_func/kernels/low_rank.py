@@ -100,7 +100,7 @@ def _turned(B: Tensor) -> Tensor:
     Where a graph is recorded it is a copy: the products of both gradients are faster by a half
     then. It is copied from B made flat, so that B's gradient lies in memory as B does.
     """
-    if torch.is_grad_enabled() and not torch.jit.is_tracing():
+    if makes_graph():
         return B.reshape(-1).view(B.shape).mT.contiguous()
     return B.mT
 

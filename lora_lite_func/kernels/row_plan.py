@@ -104,7 +104,7 @@ class RowPlan:
             StructureError: the leading dimension isn't the rows.
             UnsupportedError: torch.jit.trace records the call.
         """
-        if torch.jit.is_tracing():
+        if is_traced():
             raise _untraceable(f"site {path!r}: ")
         if x.ndim < 1 + x.is_floating_point() or x.shape[0] != self.rows:
             raise not_rows(path, x, self.rows)
