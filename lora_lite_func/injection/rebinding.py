@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.torch_internals import TRACES_IDS
-from .references import PLAIN, Role, all_plain, attributes_of, refers, role_of, slots
+from ..core.torch_internals import attributes_of as attributes_of_module
+from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of, refers, role_of, slots
 from .unfollowed import globals_of, modules_in
 
-__all__ = ["MUTABLE", "Rebinding"]
+__all__ = ["MUTABLE", "Rebinding", "turn_callables"]
 
 _KEEPERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 _BASES: tuple[Any, ...] = (
@@ -314,6 +315,19 @@ class Rebinding:
             return cell
         new = self.turned(content)
         return cell if new is content else types.CellType(new)
+
+
+def turn_callables(module: nn.Module, copies: dict[int, Any]) -> None:
+    """Turn the callables among a module's attributes, its own `forward` among them, to copies.
+
+    Args:
+        module: a copy, which is written on.
+        copies: {id of an original module: its copy}. Other objects are added as they are copied.
+    """
+    rebinding = Rebinding(copies)
+    for name, value in attributes_of_module(module).items():
+        if isinstance(value, BINDABLE):
+            module.__dict__[name] = rebinding.turned(value)
 
 
 def _same(new: Iterable[tuple[Any, Any]], old: Iterable[tuple[Any, Any]]) -> bool:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
-from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, attributes_of, is_tracing_here
+from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, is_tracing_here
 from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
 from .linear import choose
-from .rebinding import Rebinding
-from .references import BINDABLE, shallow_copy
+from .rebinding import turn_callables
+from .references import shallow_copy
 from .rows_activation import mapped
 from .state import SiteState, tensors_at
 
@@ -277,6 +277,7 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
     are.
     """
     copies: dict[int, Any] = {}
+    own: list[nn.Module] = []
 
     def narrow(attachments: Sequence[Attachment]) -> tuple[Attachment, ...]:
         return tuple(
@@ -303,6 +304,7 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
         made = child
         if mixed or any(inside[name] is not c for name, c in child._modules.items()):
             made = shallow_copy(child, type(child))
+            own.append(made)
             made.__dict__["_modules"] = inside
             if mixed:
                 attachments = narrow(attachments)
@@ -316,8 +318,6 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
         return made
 
     children = {name: c if c is None else visit(c) for name, c in module._modules.items()}
-    for made in copies.values():
-        for name, value in attributes_of(made).items():
-            if isinstance(value, BINDABLE) and Rebinding(copies).turned(value) is not value:
-                made.__dict__[name] = Rebinding(copies).turned(value)
+    for made in own:
+        turn_callables(made, copies)
     return children

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..core.torch_internals import attributes_of
-from .rebinding import Rebinding
-from .references import BINDABLE, shallow_copy
+from .rebinding import turn_callables
+from .references import shallow_copy
 
 __all__ = ["on_stand_in"]
 
@@ -67,11 +67,8 @@ def _copy(site: Any, cls: type[nn.Module]) -> Any:
         attributes["forward"] = site._ll_layer_call
     elif own is not None:
         # The forward that the instance carried, and whatever is bound to it, works on this one.
-        rebinding = Rebinding({id(site): made})
-        for name, value in attributes.items():
-            if isinstance(value, BINDABLE):
-                attributes[name] = rebinding.turned(value)
-        attributes["forward"] = rebinding.turned(own)
+        attributes["forward"] = own
+        turn_callables(made, {id(site): made})
     return made
 
 

@@ -14,8 +14,8 @@ from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
 from .checks import check_bias, check_dropout
 from .dense_weight import merge_site
-from .rebinding import Rebinding
-from .references import BINDABLE, shallow_copy
+from .rebinding import turn_callables
+from .references import shallow_copy
 from .rows_weight import Chains, Within, by_adapters, narrowed
 from .state import tensors_at
 from .weight_view import lazily, waits
@@ -122,9 +122,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
     if own is not None:
         # The forward that the instance carried, and whatever is bound to it, works on this one.
         attributes["forward"] = own
-        for name, value in attributes.items():
-            if isinstance(value, BINDABLE):
-                attributes[name] = Rebinding({id(site): made}).turned(value)
+        turn_callables(made, {id(site): made})
     flatten_again(made)
     return made
 

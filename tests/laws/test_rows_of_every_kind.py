@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from cases import CASES, Case
 from helpers import close, leaves, moved, same_state, snapshot
@@ -68,6 +69,29 @@ class Recurrent(nn.Module):
         return torch.cat(
             [(y if first else y.transpose(0, 1)).flatten(1), last.transpose(0, 1).flatten(1)], 1
         )
+
+
+class Activated(nn.Module):
+    """A layer and a function that it holds as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.layer = F.relu, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.layer(x))
+
+
+class Around(nn.Module):
+    """A bare matrix before such layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.empty(16, 16))
+        self.inner, self.last = Activated(), Activated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x @ self.mix))
 
 
 class Twice(nn.Bilinear):
@@ -320,6 +344,18 @@ def test_two_stacks_of_other_rows_and_a_plain_adapter_compose_in_order() -> None
     both = torch.tensor([of, [0, 1, 2, -1]])
     ys = torch.func.vmap(lambda ids: ll.apply(model, ll.rows(ll.stack(turned), ids), x))(both)
     close(ys, torch.stack([looped(model, turned, ids, x) for ids in both.tolist()]), 1e-10)
+
+
+def test_layers_inside_hold_functions() -> None:
+    model, x, of = seeded(Around()), features(4, 3, 16), [2, 0, -1, 0]
+    chosen = {"target_names": "inner.layer", "target_parameters": "^mix"}
+    first = ll.init(model, ll.LoRAConfig(r=2, **chosen), seed=3)
+    members = [moved(first, seed) for seed in range(3)]
+    wanted, rows = looped(model, members, of, x), ll.rows(ll.stack(members), of)
+    close(ll.apply(model, rows, x), wanted, 1e-9)
+    bound = ll.bind(model, rows)
+    for _ in range(2):
+        close(bound(x), wanted, 1e-9)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
