@@ -23,11 +23,11 @@ from .attachment import Attachment
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
 from .nested import by_values
-from .prepared import Made, keep, ready_at
+from .prepared import Made, keep, ready_of
 from .prompt import tokens_of
 from .rows_activation import by_rows
 from .stand_in import on_stand_in
-from .state import tensors_at
+from .state import leaves_at, tensors_at, tensors_of
 
 __all__ = ["forward", "get_ready", "on_input", "phases"]
 
@@ -169,8 +169,9 @@ def phases(
         return _rows(attachments, count, frozen, module, x)
     p, ready = attachment.p, None
     if p is None:
-        ready = ready_at(attachment, module)
-        p = tensors_at(attachment, module)
+        leaves = leaves_at(module, attachment.slot)
+        ready = None if module.training else ready_of(leaves)
+        p = tensors_of(leaves)
     if SCALING in p or torch.compiler.is_dynamo_compiling():
         p, site = unfolded(p, site)
     d = None

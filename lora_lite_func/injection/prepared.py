@@ -14,10 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..core.torch_internals import is_tracing_here
-from .attachment import Attachment
 from .state import Leaves, leaves_at, leaves_of
 
-__all__ = ["Made", "keep", "ready_at", "ready_of"]
+__all__ = ["Made", "keep", "ready_of"]
 
 
 Source = tuple[Mapping[str, Any], str, Tensor]
@@ -133,19 +132,12 @@ def _forget(module: Any, incompatible: Any) -> None:
             prepared.forget()
 
 
-def ready_at(attachment: Attachment, module: Any) -> Made | None:
-    """What was made from an adapter's tensors at a site; None where a call has to make it.
+def ready_of(leaves: Leaves) -> Made | None:
+    """What was made from leaves in evaluation mode; None where a call has to make it.
 
     A call has to make it where nothing was kept, where the tensors aren't what they were (loaded,
     replaced for a call, written on, offloaded, of another dtype), and where they are to be trained.
     """
-    if attachment.p is not None or module.training:
-        return None
-    return ready_of(leaves_at(module, attachment.slot))
-
-
-def ready_of(leaves: Leaves) -> Made | None:
-    """What was made from leaves in evaluation mode; None where a call has to make it."""
     prepared: Any = leaves._modules.get("prepared")
     if prepared is None or prepared.made is None:
         return None
