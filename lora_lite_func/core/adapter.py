@@ -219,7 +219,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
         return render(self.layout.variant.name, self.sites, self._data, self.layout.specs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuild, (self.layout, list(leaves(self)))
+        return rebuild, (self.layout, leaves(self))
 
 
 def leaves(params: Adapter) -> list[Any]:
@@ -336,7 +336,7 @@ def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
 
 # ------------------------------------------------------------------------------------- registration
 def _flatten(params: Adapter) -> tuple[list[Any], Layout]:
-    return list(leaves(params)), params.layout
+    return leaves(params), params.layout
 
 
 def _unflatten(children: Iterable[Any], layout: Layout) -> Adapter:
@@ -355,7 +355,7 @@ def _flatten_with_keys(params: Adapter) -> tuple[list[tuple[Any, Any]], Layout]:
 
 
 def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str, str]]]:
-    return list(leaves(params)), params.layout, keys(params)
+    return leaves(params), params.layout, keys(params)
 
 
 def _dumped(layout: Layout) -> str:
