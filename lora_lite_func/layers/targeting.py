@@ -62,8 +62,8 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
     """
     check_model(model)
     refuse_uncopyable(model)
-    kinds = _wanted(variant, cfg)
-    chosen = _chosen_modules(model, cfg, kinds) if kinds else []
+    kinds, width = _wanted(variant, cfg), residual_width(model)
+    chosen = _chosen_modules(model, cfg, kinds, width) if kinds else []
     parameters = _chosen_parameters(model, cfg)
     _check_once(chosen, parameters)
     chosen += parameters
@@ -76,7 +76,6 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
             words,
         )
     scale_tensors: dict[float, Tensor] = {}
-    width = residual_width(model)
     return [
         (_site(variant, cfg, candidate, width, scale_tensors), candidate.module)
         for candidate in chosen
@@ -150,7 +149,9 @@ def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list
     return candidates
 
 
-def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Candidate]:
+def _chosen_modules(
+    model: nn.Module, cfg: AdapterConfig, kinds: list[Kind], width: int
+) -> list[Candidate]:
     """The candidates that names, exclusions, layers and roles leave.
 
     Raises:
@@ -163,7 +164,6 @@ def _chosen_modules(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> 
     written = [p for p in cfg.exclude_names if p not in needless]
     _check_patterns("exclude_names", written, paths, words)
     layers = _layers(cfg, paths, words)
-    width = residual_width(model)
     matches = [re.compile(p).search for p in cfg.target_names]
     chosen = [
         candidate
