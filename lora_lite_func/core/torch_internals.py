@@ -46,7 +46,6 @@ __all__ = [
     "is_compiled",
     "is_differentiated",
     "is_followed",
-    "is_ordinary",
     "is_traced",
     "is_tracing_here",
     "is_transformed",
@@ -236,11 +235,6 @@ def surroundings() -> Literal["eager", "grad"] | None:
     if is_differentiated() or _any_autocast() or torch.jit.is_tracing():
         return None
     return "eager" if inner is None else "grad"
-
-
-def is_ordinary() -> bool:
-    """Whether `surroundings` names what surrounds the call."""
-    return surroundings() is not None
 
 
 def makes_graph() -> bool:
