@@ -121,10 +121,7 @@ class Frozen:
             if id(p) not in self.parameters:
                 self.parameters[id(p)] = _parameter(p, p.requires_grad and self.keep_flags)
             parameters[name] = self.parameters[id(p)]
-        weights = _packed_buffers(copy)
-        for name, b in copy._buffers.items():
-            if b is not None and name not in weights:
-                copy._buffers[name] = _clone(b, self.made)
+        own_buffers(copy, self.made)
 
     def beside(self, tensor: Tensor, training: bool) -> Tensor:
         return _clone(tensor, self.made)
@@ -183,12 +180,17 @@ def own_bias(copy: nn.Module) -> None:
         parameters["bias"] = b.detach()
 
 
-def own_buffers(copy: nn.Module) -> None:
+def own_buffers(copy: nn.Module, made: dict[int, Tensor] | None = None) -> None:
     """Clone the buffers that a forward may write on: statistics, counters and masks.
 
     Buffers that hold a packed weight are not cloned.
+
+    Args:
+        copy: the copy of a module.
+        made: {id of a buffer: its clone}, where other modules may have the same buffers; clones are
+            added to it.
     """
-    weights, made = _packed_buffers(copy), dict[int, Tensor]()
+    weights, made = _packed_buffers(copy), {} if made is None else made
     for name, b in copy._buffers.items():
         if b is not None and name not in weights:
             copy._buffers[name] = _clone(b, made)
