@@ -31,7 +31,6 @@ __all__ = [
     "added",
     "dropout_of",
     "feature_dropout",
-    "field",
     "from_dict",
     "probability",
     "real",
@@ -62,8 +61,6 @@ LORA_LITE_EXCLUDE = ("lm_head", "embed_tokens")
 
 LARGEST = 2**31 - 1
 """A rank or a layer's dimension above it is a mistake, or a hostile file's."""
-
-field = dataclasses.field
 
 
 def record(default: T) -> T:
