@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, keys, member, members_of, rebuild
+from ..core.adapter import ABSENT, Adapter, member, members_of, rebuild
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import SCALING, Layout, Stacked
@@ -48,13 +48,10 @@ def stack(adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> Adapter:
         check_stackable(several[0], other, f"stack: number {i}")
         _check_ranks(several[0].layout, other.layout, f"stack: number {i}")
     layout = _layout([a.layout for a in several], labels)
-    columns = [
-        [_own(a, path, name) for a in several]
-        for path, name in keys(rebuild(layout, _nothing(layout)))
-    ]
     made = [
-        _piled(path, name, c, layout)
-        for (path, name), c in zip(keys(rebuild(layout, _nothing(layout))), columns, strict=True)
+        _piled(path, name, [_own(a, path, name) for a in several], layout)
+        for path, leaves in layout.names.items()
+        for name in leaves
     ]
     return rebuild(layout, made)
 
@@ -219,10 +216,6 @@ def _alike(a: Layout, b: Layout) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- leaves
-def _nothing(layout: Layout) -> list[None]:
-    return [None for names in layout.names.values() for _ in names]
-
-
 def _own(adapter: Adapter, path: str, name: str) -> Any:
     """A leaf of a member, or its scale, where the stack has a leaf for that."""
     if name != SCALING:
