@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, overload
 
 import torch
@@ -20,6 +20,7 @@ Tree = TypeVar("Tree")
 __all__ = [
     "cast",
     "check_adapter",
+    "check_named",
     "combine",
     "differing",
     "every_adapter",
@@ -164,10 +165,11 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
 
     def scaled(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         def one(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
-            return _own(
+            return check_named(
                 change(layout.config, tensors, strength),
                 tensors,
                 f"site {path!r}: {layout.variant.name}.scale",
+                "the adapter has",
             )
 
         # a member's own scale is no part of the method's tensors
@@ -182,19 +184,25 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     return replace(params, {path: scaled(path, tensors) for path, tensors in params._data.items()})
 
 
-def _own(made: Any, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
-    """What a method made of its tensors, under their names; those that it left out stay as they
-    were.
+def check_named(made: Any, known: Collection[str], where: str, whose: str) -> Mapping[str, Tensor]:
+    """What a method made, tensors under names that it has; it may leave some out.
+
+    Args:
+        made: what one of its functions gave.
+        known: the names.
+        where: which function, for messages.
+        whose: what has these names, for messages.
+
+    Raises:
+        ConfigError: something else than a mapping of names to tensors, or a name that isn't known.
     """
     if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
         raise ConfigError(
             f"{where}: expected a mapping of names to tensors, found {short_repr(made)}"
         )
-    odd = [name for name in made if name not in tensors]
+    odd = [name for name in made if name not in known]
     if odd:
-        raise ConfigError(
-            f"{where} gave {short_repr(odd[0])}, the adapter has {', '.join(tensors)}"
-        )
+        raise ConfigError(f"{where} gave {short_repr(odd[0])}, {whose} {', '.join(known)}")
     return made
 
 
@@ -222,7 +230,8 @@ def project(params: Adapter) -> Adapter:
 
     def nearest(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         where = f"site {path!r}: {layout.variant.name}.project"
-        return {**tensors, **_own(constrained(layout.config, tensors), tensors, where)}
+        made = constrained(layout.config, tensors)
+        return {**tensors, **check_named(made, tensors, where, "the adapter has")}
 
     return replace(params, {path: nearest(path, tensors) for path, tensors in params._data.items()})
 
