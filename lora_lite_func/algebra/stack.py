@@ -13,7 +13,7 @@ from ..core.adapter import ABSENT, Adapter, member, members_of, rebuild
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import SCALING, Layout, Stacked
-from .tree import check_adapter, differing
+from .tree import check_adapter, check_same_method, check_same_sites, other_settings
 
 __all__ = ["concatenate", "names", "num_members", "stack", "unstack", "update"]
 
@@ -140,39 +140,25 @@ def check_stackable(a: Adapter, b: Adapter, what: str) -> None:
     Raises:
         StructureError: it can't; the message names the first difference.
     """
-    check_adapter(a, what)
-    check_adapter(b, what)
+    check_same_method(a, b, what)
     if a.layout is b.layout:
         return
-    if a.layout.variant.name != b.layout.variant.name:
-        raise StructureError(
-            f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
-            f"method at a time"
-        )
     if any(isinstance(x.layout, Stacked) for x in (a, b)):
         raise StructureError(f"{what} is a stack itself; ll.concatenate puts stacks together")
-    for path in sorted(a.sites.keys() ^ b.sites.keys()):
-        raise StructureError(
-            f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone"
-        )
-    for path, site in a.sites.items():
-        found, expected = (
-            dataclasses.replace(s, r=1, alpha=1.0, scaling=1.0) for s in (b.sites[path], site)
-        )
-        if found != expected:
-            raise StructureError(
-                f"{what} differs at {path!r}: {differing(found, expected)}, the first "
-                f"{differing(expected, found)}"
-            )
+    first, second = (
+        {
+            path: dataclasses.replace(site, r=1, alpha=1.0, scaling=1.0)
+            for path, site in x.sites.items()
+        }
+        for x in (a, b)
+    )
+    check_same_sites(first, second, what)
     free = {name: getattr(a.config, name) for name in _FREE} | {
         n: getattr(a.config, n) for n in ("rank_pattern", "alpha_pattern")
     }
     other = dataclasses.replace(b.config, **free)
     if other != a.config:
-        raise StructureError(
-            f"{what} has other settings: {differing(other, a.config)}, the first "
-            f"{differing(a.config, other)}"
-        )
+        raise other_settings(a.config, other, what)
 
 
 def _check_ranks(first: Layout, other: Layout, what: str) -> None:

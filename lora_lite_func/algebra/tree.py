@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
-from ..core.config import real
+from ..core.config import AdapterConfig, real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
 from ..core.layout import SCALING
+from ..core.site import Site
 
 Tree = TypeVar("Tree")
 
@@ -21,11 +22,13 @@ __all__ = [
     "cast",
     "check_adapter",
     "check_named",
+    "check_same_method",
+    "check_same_sites",
     "combine",
-    "differing",
     "every_adapter",
     "map_adapters",
     "num_params",
+    "other_settings",
     "partition",
     "project",
     "scale",
@@ -358,33 +361,55 @@ def every_adapter(params: Any, what: str) -> list[Adapter]:
 
 def _same_layout(a: Adapter, b: Adapter, what: str) -> None:
     """Refuse two adapters whose static data differ, naming the first difference."""
-    check_adapter(a, what)
-    check_adapter(b, what)
+    check_same_method(a, b, what)
     if a.layout == b.layout:
         return
+    check_same_sites(a.sites, b.sites, what)
+    raise other_settings(a.config, b.config, what)
+
+
+def check_same_method(a: Any, b: Any, what: str) -> None:
+    """Refuse what isn't two adapters of one method.
+
+    Raises:
+        StructureError: it isn't.
+    """
+    check_adapter(a, what)
+    check_adapter(b, what)
     if a.layout.variant.name != b.layout.variant.name:
         raise StructureError(
             f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
             f"method at a time"
         )
-    for path in sorted(a.sites.keys() ^ b.sites.keys()):
+
+
+def check_same_sites(first: Mapping[str, Site], other: Mapping[str, Site], what: str) -> None:
+    """Refuse two adapters' sites that differ.
+
+    Raises:
+        StructureError: they do; the message names the first difference.
+    """
+    for path in sorted(first.keys() ^ other.keys()):
         raise StructureError(
-            f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone"
+            f"{what}: site {path!r} is in {'the first' if path in first else 'the other'} alone"
         )
-    for path, site in a.sites.items():
-        other = b.sites[path]
-        if site != other:
+    for path, site in first.items():
+        if site != other[path]:
             raise StructureError(
-                f"{what} differs at {path!r}: {differing(other, site)}, the first "
-                f"{differing(site, other)}"
+                f"{what} differs at {path!r}: {_differing(other[path], site)}, the first "
+                f"{_differing(site, other[path])}"
             )
-    raise StructureError(
-        f"{what} has other settings: {differing(b.config, a.config)}, the first "
-        f"{differing(a.config, b.config)}"
+
+
+def other_settings(first: AdapterConfig, other: AdapterConfig, what: str) -> StructureError:
+    """The refusal of two adapters whose configs differ."""
+    return StructureError(
+        f"{what} has other settings: {_differing(other, first)}, the first "
+        f"{_differing(first, other)}"
     )
 
 
-def differing(one: Any, other: Any) -> str:
+def _differing(one: Any, other: Any) -> str:
     """The fields that take part in equality and differ, with the values of `one`."""
     fields = [
         f.name
