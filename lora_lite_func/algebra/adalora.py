@@ -154,12 +154,10 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
             n: torch.lerp((v - mean[path][n]).abs(), state.uncertainty[path][n], schedule.beta2)
             for n, v in now.items()
         }
+    last = schedule.total_steps - schedule.final_steps + 1  # its choice is kept from there on
+    due = schedule.initial_steps < step < last and step % schedule.interval == 0
     keep = state.keep
-    final = step > schedule.total_steps - schedule.final_steps
-    if not final and step > schedule.initial_steps and step % schedule.interval == 0:
-        keep = _choose(params, mean, deviation, step, schedule)
-    elif step == schedule.total_steps - schedule.final_steps + 1:
-        # the last choice, which is kept from here on
+    if due or step == last:
         keep = _choose(params, mean, deviation, step, schedule)
     data = {
         path: {**ts, "lora_E": torch.where(keep[path], ts["lora_E"], 0.0)}

@@ -13,12 +13,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of
 from ..core.config import probability, real
 from ..core.errors import ConfigError, StructureError, nearest, short_repr
-from ..core.torch_internals import (
-    fused_adamw,
-    is_differentiated,
-    is_tracing_here,
-    is_transformed,
-)
+from ..core.torch_internals import fused_adamw, is_recorded
 from .tree import every_adapter, map_adapters
 
 __all__ = ["AdamW", "AdamWState", "adamw", "clip_grads"]
@@ -119,7 +114,7 @@ def adamw(
         columns = (flat, *map(pytree.tree_leaves, (grads, state.mean, state.square)))
         names = [name for a in every_adapter(trainable, "adamw") for name in _names(a)]
         own = [(_of(lr, name), _of(weight_decay, name)) for name in names]
-        plain = not _is_followed((*columns, own, state.step))
+        plain = not is_recorded((*columns, own, state.step))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not plain):
             rule = _Rule(slow, slower, eps, state.step + 1, plain, donate)
             moved = [rule(*each) for each in zip(*columns, own, strict=True)]
@@ -128,15 +123,6 @@ def adamw(
         return p, AdamWState(rule.step, mean, square)
 
     return AdamW(init, update)
-
-
-def _is_followed(tree: Any) -> bool:
-    """Whether the update has to be made of operations that a transform or a graph can follow."""
-    if is_tracing_here() or is_transformed() or is_differentiated():
-        return True
-    return torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(tree)
-    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, get_args, overload
 
@@ -134,7 +134,7 @@ def combine_adapters(
         made = tuple(
             _combined_low_rank(recipe, group)
             if config is LoRAConfig
-            else combined_form(config, how, _by_path(group))
+            else combined_form(config, how, _weighted_tensors(group))
             for config, group in forms.items()
         )
     if any(isinstance(given, (tuple, list)) for given in adapters):
@@ -158,24 +158,29 @@ def _exactly(adapters: Iterable[Adapter]) -> AbstractContextManager[object]:
     return stack
 
 
-def _by_path(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:
-    """{path: (weight, tensors, site) of all that adapt it}, each at the same place."""
-    paths = dict.fromkeys(path for _, adapter in group for path in adapter)
-    found: dict[str, Weighted] = {}
-    for path in paths:
-        there = [(w, a._data[path], a.sites[path]) for w, a in group if path in a]
-        _same_place([site for _, _, site in there])
-        found[path] = there
-    return found
+def _places(
+    group: Sequence[tuple[Any, Adapter]],
+) -> Iterator[tuple[str, Site, list[tuple[Any, Adapter]]]]:
+    """(path, site, (weight, adapter) of all that adapt it), each at the same place."""
+    for path in dict.fromkeys(path for _, adapter in group for path in adapter):
+        there = [(w, adapter) for w, adapter in group if path in adapter]
+        yield path, _same_place([adapter.sites[path] for _, adapter in there]), there
+
+
+def _weighted_tensors(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:
+    """{path: (weight, tensors, site) of all that adapt it}."""
+    return {
+        path: [(w, a._data[path], a.sites[path]) for w, a in there]
+        for path, _, there in _places(group)
+    }
 
 
 def _combined_low_rank(recipe: _Recipe, group: Sequence[tuple[Any, Adapter]]) -> Adapter:
     """One LoRA adapter made of adapters whose updates are pairs of factors."""
     sites: dict[str, Site] = {}
     pairs: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
-    for path in dict.fromkeys(path for _, adapter in group for path in adapter):
-        there = [(w, adapter) for w, adapter in group if path in adapter]
-        sites[path] = _same_place([adapter.sites[path] for _, adapter in there])
+    for path, site, there in _places(group):
+        sites[path] = site
         pairs[path] = [(w, *_factors(adapter, path)) for w, adapter in there]
     widest = max(A.shape[-2] for parts in pairs.values() for _, A, _, _ in parts)
     made = {path: recipe.at(sites[path], parts, widest) for path, parts in pairs.items()}

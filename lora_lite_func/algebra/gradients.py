@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..core.errors import StructureError, short_repr
-from ..core.torch_internals import is_differentiated, is_tracing_here, is_transformed
+from ..core.torch_internals import is_recorded
 
 __all__ = ["grad", "value_and_grad"]
 
@@ -124,11 +124,8 @@ Call = Callable[[list[Tensor]], tuple[Tensor, Any]]
 
 def _is_surrounded(args: Any, kwargs: Any) -> bool:
     """Whether the gradients may be differentiated, batched or recorded in turn."""
-    if is_tracing_here() or is_transformed() or is_differentiated() or _inside.get():
-        return True
-    return torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves((args, kwargs))
-    )
+    # the compiler knows no context variables, so they are asked last
+    return is_recorded((args, kwargs)) or _inside.get()
 
 
 def _by_torch_func(call: Call, leaves: list[Tensor]) -> tuple[Tensor, Any, list[Tensor]]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, keys, member, members_of, rebuild
+from ..core.adapter import ABSENT, Adapter, member, members_of, rebuild
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import SCALING, Layout, Stacked
-from .tree import check_adapter, differing
+from .tree import check_adapter, check_same_method, check_same_sites, other_settings
 
 __all__ = ["concatenate", "names", "num_members", "stack", "unstack", "update"]
 
@@ -48,13 +48,10 @@ def stack(adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> Adapter:
         check_stackable(several[0], other, f"stack: number {i}")
         _check_ranks(several[0].layout, other.layout, f"stack: number {i}")
     layout = _layout([a.layout for a in several], labels)
-    columns = [
-        [_own(a, path, name) for a in several]
-        for path, name in keys(rebuild(layout, _nothing(layout)))
-    ]
     made = [
-        _piled(path, name, c, layout)
-        for (path, name), c in zip(keys(rebuild(layout, _nothing(layout))), columns, strict=True)
+        _piled(path, name, [_own(a, path, name) for a in several], layout)
+        for path, leaves in layout.names.items()
+        for name in leaves
     ]
     return rebuild(layout, made)
 
@@ -143,39 +140,25 @@ def check_stackable(a: Adapter, b: Adapter, what: str) -> None:
     Raises:
         StructureError: it can't; the message names the first difference.
     """
-    check_adapter(a, what)
-    check_adapter(b, what)
+    check_same_method(a, b, what)
     if a.layout is b.layout:
         return
-    if a.layout.variant.name != b.layout.variant.name:
-        raise StructureError(
-            f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
-            f"method at a time"
-        )
     if any(isinstance(x.layout, Stacked) for x in (a, b)):
         raise StructureError(f"{what} is a stack itself; ll.concatenate puts stacks together")
-    for path in sorted(a.sites.keys() ^ b.sites.keys()):
-        raise StructureError(
-            f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone"
-        )
-    for path, site in a.sites.items():
-        found, expected = (
-            dataclasses.replace(s, r=1, alpha=1.0, scaling=1.0) for s in (b.sites[path], site)
-        )
-        if found != expected:
-            raise StructureError(
-                f"{what} differs at {path!r}: {differing(found, expected)}, the first "
-                f"{differing(expected, found)}"
-            )
+    first, second = (
+        {
+            path: dataclasses.replace(site, r=1, alpha=1.0, scaling=1.0)
+            for path, site in x.sites.items()
+        }
+        for x in (a, b)
+    )
+    check_same_sites(first, second, what)
     free = {name: getattr(a.config, name) for name in _FREE} | {
         n: getattr(a.config, n) for n in ("rank_pattern", "alpha_pattern")
     }
     other = dataclasses.replace(b.config, **free)
     if other != a.config:
-        raise StructureError(
-            f"{what} has other settings: {differing(other, a.config)}, the first "
-            f"{differing(a.config, other)}"
-        )
+        raise other_settings(a.config, other, what)
 
 
 def _check_ranks(first: Layout, other: Layout, what: str) -> None:
@@ -219,10 +202,6 @@ def _alike(a: Layout, b: Layout) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- leaves
-def _nothing(layout: Layout) -> list[None]:
-    return [None for names in layout.names.values() for _ in names]
-
-
 def _own(adapter: Adapter, path: str, name: str) -> Any:
     """A leaf of a member, or its scale, where the stack has a leaf for that."""
     if name != SCALING:

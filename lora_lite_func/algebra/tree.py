@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of, rebuild, replace
-from ..core.config import real
+from ..core.config import AdapterConfig, real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
 from ..core.layout import SCALING
+from ..core.site import Site
 
 Tree = TypeVar("Tree")
 
 __all__ = [
     "cast",
     "check_adapter",
+    "check_named",
+    "check_same_method",
+    "check_same_sites",
     "combine",
-    "differing",
     "every_adapter",
     "map_adapters",
     "num_params",
+    "other_settings",
     "partition",
     "project",
     "scale",
@@ -164,10 +168,11 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
 
     def scaled(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         def one(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
-            return _own(
+            return check_named(
                 change(layout.config, tensors, strength),
                 tensors,
                 f"site {path!r}: {layout.variant.name}.scale",
+                "the adapter has",
             )
 
         # a member's own scale is no part of the method's tensors
@@ -182,19 +187,25 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
     return replace(params, {path: scaled(path, tensors) for path, tensors in params._data.items()})
 
 
-def _own(made: Any, tensors: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
-    """What a method made of its tensors, under their names; those that it left out stay as they
-    were.
+def check_named(made: Any, known: Collection[str], where: str, whose: str) -> Mapping[str, Tensor]:
+    """What a method made, tensors under names that it has; it may leave some out.
+
+    Args:
+        made: what one of its functions gave.
+        known: the names.
+        where: which function, for messages.
+        whose: what has these names, for messages.
+
+    Raises:
+        ConfigError: something else than a mapping of names to tensors, or a name that isn't known.
     """
     if not isinstance(made, Mapping) or not all(isinstance(t, Tensor) for t in made.values()):
         raise ConfigError(
             f"{where}: expected a mapping of names to tensors, found {short_repr(made)}"
         )
-    odd = [name for name in made if name not in tensors]
+    odd = [name for name in made if name not in known]
     if odd:
-        raise ConfigError(
-            f"{where} gave {short_repr(odd[0])}, the adapter has {', '.join(tensors)}"
-        )
+        raise ConfigError(f"{where} gave {short_repr(odd[0])}, {whose} {', '.join(known)}")
     return made
 
 
@@ -222,7 +233,8 @@ def project(params: Adapter) -> Adapter:
 
     def nearest(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         where = f"site {path!r}: {layout.variant.name}.project"
-        return {**tensors, **_own(constrained(layout.config, tensors), tensors, where)}
+        made = constrained(layout.config, tensors)
+        return {**tensors, **check_named(made, tensors, where, "the adapter has")}
 
     return replace(params, {path: nearest(path, tensors) for path, tensors in params._data.items()})
 
@@ -349,33 +361,55 @@ def every_adapter(params: Any, what: str) -> list[Adapter]:
 
 def _same_layout(a: Adapter, b: Adapter, what: str) -> None:
     """Refuse two adapters whose static data differ, naming the first difference."""
-    check_adapter(a, what)
-    check_adapter(b, what)
+    check_same_method(a, b, what)
     if a.layout == b.layout:
         return
+    check_same_sites(a.sites, b.sites, what)
+    raise other_settings(a.config, b.config, what)
+
+
+def check_same_method(a: Any, b: Any, what: str) -> None:
+    """Refuse what isn't two adapters of one method.
+
+    Raises:
+        StructureError: it isn't.
+    """
+    check_adapter(a, what)
+    check_adapter(b, what)
     if a.layout.variant.name != b.layout.variant.name:
         raise StructureError(
             f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
             f"method at a time"
         )
-    for path in sorted(a.sites.keys() ^ b.sites.keys()):
+
+
+def check_same_sites(first: Mapping[str, Site], other: Mapping[str, Site], what: str) -> None:
+    """Refuse two adapters' sites that differ.
+
+    Raises:
+        StructureError: they do; the message names the first difference.
+    """
+    for path in sorted(first.keys() ^ other.keys()):
         raise StructureError(
-            f"{what}: site {path!r} is in {'the first' if path in a.sites else 'the other'} alone"
+            f"{what}: site {path!r} is in {'the first' if path in first else 'the other'} alone"
         )
-    for path, site in a.sites.items():
-        other = b.sites[path]
-        if site != other:
+    for path, site in first.items():
+        if site != other[path]:
             raise StructureError(
-                f"{what} differs at {path!r}: {differing(other, site)}, the first "
-                f"{differing(site, other)}"
+                f"{what} differs at {path!r}: {_differing(other[path], site)}, the first "
+                f"{_differing(site, other[path])}"
             )
-    raise StructureError(
-        f"{what} has other settings: {differing(b.config, a.config)}, the first "
-        f"{differing(a.config, b.config)}"
+
+
+def other_settings(first: AdapterConfig, other: AdapterConfig, what: str) -> StructureError:
+    """The refusal of two adapters whose configs differ."""
+    return StructureError(
+        f"{what} has other settings: {_differing(other, first)}, the first "
+        f"{_differing(first, other)}"
     )
 
 
-def differing(one: Any, other: Any) -> str:
+def _differing(one: Any, other: Any) -> str:
     """The fields that take part in equality and differ, with the values of `one`."""
     fields = [
         f.name

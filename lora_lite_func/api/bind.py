@@ -49,18 +49,19 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
         UnsupportedError: the model can't be copied, or `params` is what torch.func.grad or jvp
             differentiates.
     """
-    check_untracked(params, "ll.bind", "use ll.apply(model, params, ...)")
     adapters = flatten(params)
+    instead = "use ll.apply(model, params, ...)"
+    check_untracked((adapter for adapter, _ in adapters), "ll.bind", instead)
     check_model(model)
     for adapter, _ in adapters:
         check_values(adapter, model)
     sites: dict[str, list[Attachment]] = {}
     counts: dict[str, int] = {}
     homes: list[tuple[Layout, dict[str, str]]] = list(model.__dict__.get("_ll_bound", ()))
-    for adapter, plan in adapters:
+    tied = [tied_names(model, adapter.layout.sites.values()) for adapter, _ in adapters]
+    for (adapter, plan), more in zip(adapters, tied, strict=True):
         layout = adapter.layout
         indices: dict[str, str] = {}
-        more = tied_names(model, layout.sites.values())
         for path, own in layout.sites.items():
             for site in (own, *more.get(path, ())):
                 home = home_of(site)
@@ -79,16 +80,14 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
                 )
                 sites.setdefault(site.path, []).append(attachment)
         homes.append((layout, indices))
-    bound, tied = cast(ModelT, copy_tree(model, sites, Frozen())), False
-    for adapter, _ in adapters:
-        more = tied_names(model, adapter.layout.sites.values())
-        tied = tied or bool(more)
+    bound = cast(ModelT, copy_tree(model, sites, Frozen()))
+    for (adapter, _), more in zip(adapters, tied, strict=True):
         for path, tensors in adapter._data.items():
             held = Leaves(tensors, adapter.layout.specs[path])
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     bound.__dict__["_ll_bound"] = homes
-    if tied:
+    if any(tied):
         _declare_tied(bound)
     return bound
 
@@ -188,7 +187,7 @@ def _bound_before(model: nn.Module, path: str) -> int:
     return held_by(module)
 
 
-def check_untracked(params: Adapters, what: str, instead: str) -> None:
+def check_untracked(adapters: Iterable[Adapter], what: str, instead: str) -> None:
     """Refuse tensors that torch.func.grad or jvp follows where they become parameters.
 
     A parameter carries no gradient back to them.
@@ -196,12 +195,7 @@ def check_untracked(params: Adapters, what: str, instead: str) -> None:
     Raises:
         UnsupportedError: such a tensor is there; the message says what to do instead.
     """
-    if any(
-        _tracked(t)
-        for adapter, _ in flatten(params)
-        for t in leaves(adapter)
-        if isinstance(t, Tensor)
-    ):
+    if any(_tracked(t) for a in adapters for t in leaves(a) if isinstance(t, Tensor)):
         raise UnsupportedError(
             f"{what} makes parameters of its own, and inside torch.func.grad or jvp no gradient "
             f"comes through them; {instead}"

@@ -5,7 +5,6 @@ The recorder is an adapter whose phases change nothing.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,9 +22,10 @@ from ..injection.tree_copy import copy_tree
 from ..layers.kinds import matrix, module_and_name
 from ..layers.targeting import find
 from ..layers.weights import compute_dtype, dense_weight, device_of
+from .batches import arguments, described
 from .pairs import PairRecorder
 
-__all__ = ["arguments", "calibrate", "eval_copy", "gather"]
+__all__ = ["calibrate", "eval_copy", "gather"]
 
 _DATA = frozenset({"inputs", "activity", "gradients", "pairs"})
 
@@ -78,7 +78,7 @@ def _recorded(
 ) -> Statistics:
     """What the sites see in one pass over the batches."""
     rows = _directions(cfg, found) if "activity" in needs else {}
-    recorder = PairRecorder(found, arguments) if "pairs" in needs else _Recorder(found, needs, rows)
+    recorder = PairRecorder(found) if "pairs" in needs else _Recorder(found, needs, rows)
     record = Variant(
         name="calibration",
         config=AdapterConfig,
@@ -272,9 +272,7 @@ class _Recorder:
             if self.gradients:
                 loss = loss_fn(output, batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1:
-                    raise ConfigError(
-                        f"loss_fn: expected a scalar tensor, found {_described(loss)}"
-                    )
+                    raise ConfigError(f"loss_fn: expected a scalar tensor, found {described(loss)}")
                 if not loss.requires_grad:
                     raise ConfigError(
                         "loss_fn: its result depends on none of the chosen layers (is it detached?)"
@@ -382,52 +380,3 @@ def eval_copy(copy: nn.Module, path: str) -> None:
     for name, p in copy._parameters.items():
         if p is not None and p.requires_grad:
             copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
-
-
-def arguments(
-    model: nn.Module, batch: Any, has_loss: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as the model's arguments.
-
-    Raises:
-        ConfigError: the model can't take it.
-    """
-    if isinstance(batch, (tuple, list)) and has_loss:
-        if not batch:
-            raise ConfigError("calibration data: an empty tuple is no batch")
-        return arguments(model, batch[0], False)
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):
-        signature = None
-    args: tuple[Any, ...] = tuple(batch) if isinstance(batch, (tuple, list)) else ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        kwargs = dict(batch)
-        if signature is not None and "labels" not in signature.parameters:
-            kwargs.pop("labels", None)
-    elif not isinstance(batch, (tuple, list)):
-        args = (batch,)
-    if signature is not None:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            # The batch is (input, target), as a DataLoader of pairs gives it.
-            if len(args) == 2:
-                return arguments(model, args[0], False)
-            hint = "; a pair is (input, target)" if len(args) > 1 else ""
-            what = f"{type(model).__name__}.forward can't take a batch of {_described(batch)}"
-            raise ConfigError(f"calibration data: {what}: {error}{hint}") from None
-    return args, kwargs
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a mapping with {', '.join(map(str, value))}"
-    return (
-        f"{len(value)} in a {type(value).__name__}"
-        if isinstance(value, (tuple, list))
-        else f"a {type(value).__name__}"
-    )

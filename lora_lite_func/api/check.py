@@ -5,7 +5,6 @@ The recorder is an adapter that changes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -158,8 +157,8 @@ class _Recorder(TorchFunctionMode):
             param_specs=lambda cfg, site: {},
             inputs=self._enter,
             outputs=self._leave,
+            weight=self._weight,
         )
-        record = dataclasses.replace(record, weight=self._weight)
         cfg = AdapterConfig()
         tree = copy_tree(
             model,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..algebra.tree import check_named
 from ..core import random
 from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
@@ -194,8 +195,12 @@ def _one_start(
 ) -> dict[str, Tensor]:
     given: Mapping[str, Tensor] = {}
     if variant.init is not None:
-        given = variant.init(cfg, site, specs, weight, seen, draw)
-        _check_given(variant, specs, given)
+        given = check_named(
+            variant.init(cfg, site, specs, weight, seen, draw),
+            specs,
+            f"{variant.name}.init",
+            "its param_specs have",
+        )
     start = {}
     for name, spec in specs.items():
         dtype = leaf_dtype(spec, cfg.dtype or home.dtype)
@@ -260,20 +265,6 @@ def _check_spec(spec: ParamSpec, where: str) -> None:
     if spec.trainable and not dtype.is_floating_point:
         raise ConfigError(
             f"{where} is {dtype} and trainable; expected a floating dtype, or trainable=False"
-        )
-
-
-def _check_given(variant: Variant, specs: Mapping[str, ParamSpec], given: Any) -> None:
-    if not isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given.values()):
-        raise ConfigError(
-            f"{variant.name}.init: expected a mapping of names to tensors, found "
-            f"{short_repr(given)}"
-        )
-    odd = [name for name in given if name not in specs]
-    if odd:
-        raise ConfigError(
-            f"{variant.name}.init gave {short_repr(odd[0])}, its param_specs have "
-            f"{', '.join(specs)}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..algebra.flatten import Adapters
+from ..algebra.flatten import Adapters, flatten
 from ..injection.attachment import everywhere
 from ..injection.base_tensors import Frozen
 from ..injection.checks import check_bias, check_dense, check_mergeable, check_site, no_module
@@ -89,16 +89,16 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
         StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp
             differentiates.
     """
+    adapters = [adapter for adapter, _ in flatten(params)]
     check_untracked(
-        params,
+        adapters,
         "ll.merged",
         "use ll.functional_call(model, (), args, base=ll.merge(model, params)), or ll.apply",
     )
     new = merge(model, params, dequantize=dequantize)
     # Tied parameters stay tied.
-    for path, others in tied_names(
-        model, (attachments[-1].site for attachments in attachments_of(params).values())
-    ).items():
+    adapted = (site for adapter in adapters for site in adapter.layout.sites.values())
+    for path, others in tied_names(model, adapted).items():
         new |= {site.path: new[path] for site in others}
     kept: dict[int, nn.Parameter] = {}
     made: Any = copy_tree(model, {}, Frozen(keep_flags=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,15 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics, Statistics
+from .batches import arguments
 
 __all__ = ["PairRecorder"]
-
-Arguments = Callable[[nn.Module, Any, bool], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class PairRecorder:
     """Collects the pairs. Its `outputs` is a phase like any method's, and returns y as it came."""
 
-    def __init__(self, found: list[tuple[Site, nn.Module]], arguments: Arguments) -> None:
-        self.arguments = arguments
+    def __init__(self, found: list[tuple[Site, nn.Module]]) -> None:
         self.calls = {site.path: 0 for site, _ in found}
         self.seen: dict[str, list[Tensor]] = {}
         self.points: dict[str, Tensor] = {}
@@ -44,7 +42,7 @@ class PairRecorder:
             )
         sides = []
         for side in batch:
-            args, kwargs = self.arguments(copy, side, False)
+            args, kwargs = arguments(copy, side, False)
             mask = kwargs.get("attention_mask")
             self.mask = mask > 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
             self.points = {}

@@ -14,7 +14,7 @@ from ..algebra.tree import combine, map_adapters, partition
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError
 from .apply import apply
-from .calibrate import arguments
+from .batches import arguments
 
 __all__ = ["per_sample_grads"]
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.utils._python_dispatch as python_dispatch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "is_compiled",
     "is_differentiated",
     "is_followed",
+    "is_recorded",
     "is_traced",
     "is_tracing_here",
     "is_transformed",
@@ -222,6 +224,17 @@ def _is_in_dual_level() -> bool:
             return False
     except RuntimeError:
         return True
+
+
+def is_recorded(tree: Any) -> bool:
+    """Whether what is computed from a tree's tensors has to be made of operations that a transform,
+    a compiler or a graph can follow.
+    """
+    if is_tracing_here() or is_transformed() or is_differentiated():
+        return True
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in torch_pytree.tree_leaves(tree)
+    )
 
 
 def surroundings() -> Literal["eager", "grad"] | None:

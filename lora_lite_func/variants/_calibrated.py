@@ -35,7 +35,7 @@ def check_tokens(seen: SiteStatistics, least: int, method: str) -> None:
         raise ConfigError(f"{method}: every input of the calibration data is zero here")
 
 
-def projected(W: Tensor, U: Tensor, S: Tensor, chosen: slice, site: Site) -> tuple[Tensor, Tensor]:
+def projected(W: Tensor, WM: Tensor, chosen: slice, site: Site) -> tuple[Tensor, Tensor]:
     """A (r, d_in) and B (d_out, r) with s B A = U_r U_r^T W, sized by the singular values.
 
     For W M = U S V^T with any invertible M it is S V^T M^-1 = U^T W: the factors U sqrt(S / s) and
@@ -44,11 +44,11 @@ def projected(W: Tensor, U: Tensor, S: Tensor, chosen: slice, site: Site) -> tup
 
     Args:
         W: (d_out, d_in).
-        U: (d_out, k), orthonormal columns.
-        S: (k,), at least 0, descending.
-        chosen: which r of them.
+        WM: W M, (d_out, d_in).
+        chosen: which r of the singular values, which descend.
         site: for s, its scaling.
     """
+    U, S, _ = torch.linalg.svd(WM, full_matrices=False)  # (d_out, k), (k,)
     least = S[0] * max(W.shape) * torch.finfo(S.dtype).eps
     U, S = U[:, chosen], S[chosen]
     root = (S / site.scaling).sqrt()  # (r,)

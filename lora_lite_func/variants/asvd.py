@@ -84,8 +84,7 @@ def init(
         values, Q = torch.linalg.eigh(_calibrated.wide(stats.second))
         # a root of the moment up to a rotation, which U and S don't see
         WM = (W @ Q) * values.clamp_min(0.0).sqrt()
-    U, S, _ = torch.linalg.svd(WM, full_matrices=False)
-    A, B = _calibrated.projected(W, U, S, slice(site.r), site)
+    A, B = _calibrated.projected(W, WM, slice(site.r), site)
     return _subtracted.started(A, B)
 
 

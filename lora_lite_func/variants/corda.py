@@ -76,9 +76,8 @@ def init(
     _calibrated.check_tokens(stats, site.r, "CorDA")
     W, C = _calibrated.wide(weight), _calibrated.wide(stats.second)
     C = C + _DAMP * C.diagonal().mean() * torch.eye(site.d_in, dtype=C.dtype, device=C.device)
-    U, S, _ = torch.linalg.svd(W @ C, full_matrices=False)  # (d_out, k), (k,)
-    chosen = slice(0, site.r) if cfg.mode == "ipm" else slice(len(S) - site.r, None)
-    A, B = _calibrated.projected(W, U, S, chosen, site)
+    chosen = slice(site.r) if cfg.mode == "ipm" else slice(-site.r, None)
+    A, B = _calibrated.projected(W, W @ C, chosen, site)
     return _subtracted.started(A, B)
 
 
