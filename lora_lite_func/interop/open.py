@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.errors import CheckpointError
 from ..io.checkpoint import OWN, Saved, load
+from ..io.files import read_header
 from .assembly import ModelNeededError
 from .diffusion import from_diffusion
 from .diffusion.keys import split_role
@@ -52,9 +52,8 @@ def _form_of_file(path: Path) -> str:
     if not path.is_file():
         return "ll"
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-    except (OSError, ValueError, safetensors.SafetensorError):
+        keys, metadata = read_header(path)
+    except CheckpointError:
         return "ll"  # its reader then says what is wrong
     if OWN in metadata:
         return "ll"
