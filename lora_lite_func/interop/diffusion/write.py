@@ -22,8 +22,6 @@ __all__ = ["to_diffusion"]
 
 _STYLES = ("diffusers", "kohya")
 _BASE = "base_model.model."
-Form = tuple[dict[str, Tensor], dict[str, str]]
-"""(tensors, metadata) of a file."""
 
 
 def to_diffusion(
