@@ -97,9 +97,11 @@ def open_adapter(
                 transposed=True if reader.get("fan_in_fan_out") is True else None, embeddings=tables
             )
         return from_unpacked(reader, tensors, model, rename=rename)
+    saved: Saved
     if not callable(model) or isinstance(model, nn.Module):
-        return _typed(load(path, model))
-    saved = _typed(load(path))
+        saved = load(path, model)
+        return saved
+    saved = load(path)
     parts: list[Adapter] = (
         [saved]
         if isinstance(saved, Adapter)
@@ -138,11 +140,6 @@ def _of_others(
             f"give the base model too"
         )
     return from_diffusion(path, model, component=component, rename=rename)
-
-
-def _typed(found: Any) -> Saved:
-    saved: Saved = found
-    return saved
 
 
 def _tables(tensors: Mapping[str, Tensor]) -> list[str]:
