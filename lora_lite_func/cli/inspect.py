@@ -17,7 +17,7 @@ from ..interop.peft.folder import unpack
 from .health import health, health_lines, update_norm
 from .opening import Answer, add_component, opened, parts_of
 
-__all__ = ["HELP", "add_arguments", "inspected", "run"]
+__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "what an adapter is: method, config, sites, numbers of parameters, norms of its updates"
 
