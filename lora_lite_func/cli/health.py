@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..core.adapter import Adapter
 from ..core.layout import LeafSpec
 from .opening import parts_of
 
-__all__ = ["Health", "health", "health_lines", "update_norm"]
+__all__ = ["health", "health_lines", "not_finite", "update_norm"]
 
 Health = dict[str, list[str]]
 """{"not_finite": tensors with NaN or infinity, "zero": sites whose update is zero, "cut": tensors
@@ -24,32 +24,53 @@ _FEWEST = 8  # the fewest entries of an axis that can show a shard
 _SHOWN = 5
 
 
-def health(params: Any) -> Health:
-    """Return what is odd about the values of an adapter, or of several."""
-    found: Health = {"not_finite": [], "zero": [], "cut": []}
-    for name, adapter in parts_of(params).items():
-        prefix = f"{name}/" if name else ""
-        for path in adapter:
-            _look(adapter, path, prefix + path, found)
+def health(params: Any, norms: Mapping[str, float | None] | None = None) -> Health:
+    """Return what is odd about the values of an adapter, or of several.
+
+    Args:
+        params: the adapter, or several of them.
+        norms: {site: its `update_norm`} of an adapter alone, where the caller has worked them out.
+    """
+    found: Health = {"not_finite": not_finite(params), "zero": [], "cut": []}
+    odd = set(found["not_finite"])
+    for adapter, path, shown in _sites(params):
+        keys = {name: _key(shown, name) for name in adapter[path]}
+        for name, t in adapter[path].items():
+            spec = adapter.layout.specs[path][name]
+            if _has_numbers(t) and spec.trainable and keys[name] not in odd:
+                cut = _cut(t, spec)
+                if cut:
+                    found["cut"].append(f"{keys[name]}: {cut}")
+        if odd.isdisjoint(keys.values()):
+            norm = update_norm(adapter, path) if norms is None else norms[path]
+            if norm == 0.0:
+                found["zero"].append(shown)
     return found
 
 
-def _look(adapter: Adapter, path: str, shown: str, found: Health) -> None:
-    finite = True
-    for name, t in adapter[path].items():
-        key = f"{shown}.{name}" if shown else name
-        spec = adapter.layout.specs[path][name]
-        if t.is_meta or not t.is_floating_point():
-            continue
-        if not t.isfinite().all():
-            finite = False
-            found["not_finite"].append(key)
-        elif spec.trainable:
-            cut = _cut(t, spec)
-            if cut:
-                found["cut"].append(f"{key}: {cut}")
-    if finite and update_norm(adapter, path) == 0.0:
-        found["zero"].append(shown)
+def not_finite(params: Any) -> list[str]:
+    """Return the names of the tensors with NaN or infinity, of an adapter or of several."""
+    return [
+        _key(shown, name)
+        for adapter, path, shown in _sites(params)
+        for name, t in adapter[path].items()
+        if _has_numbers(t) and not t.isfinite().all()
+    ]
+
+
+def _sites(params: Any) -> Iterator[tuple[Adapter, str, str]]:
+    """Yield (adapter, path, what the site is called among those of several adapters)."""
+    for name, adapter in parts_of(params).items():
+        for path in adapter:
+            yield adapter, path, f"{name}/{path}" if name else path
+
+
+def _key(shown: str, name: str) -> str:
+    return f"{shown}.{name}" if shown else name
+
+
+def _has_numbers(t: Tensor) -> bool:
+    return t.is_floating_point() and not t.is_meta
 
 
 def _cut(t: Tensor, spec: LeafSpec) -> str:

@@ -15,9 +15,9 @@ from ..interop.assembly import ModelNeededError
 from ..interop.open import form_of
 from ..interop.peft.folder import unpack
 from .health import health, health_lines, update_norm
-from .opening import Answer, add_component, opened
+from .opening import Answer, add_component, opened, parts_of
 
-__all__ = ["HELP", "add_arguments", "inspected", "run"]
+__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "what an adapter is: method, config, sites, numbers of parameters, norms of its updates"
 
@@ -55,9 +55,7 @@ def inspected(params: Any) -> dict[str, Any]:
     """Return a description of an adapter, or of several, in JSON types."""
     if isinstance(params, Adapter):
         return _one(params)
-    if isinstance(params, Mapping):
-        return {"parts": {name: _one(part) for name, part in params.items()}}
-    return {"parts": {str(i): _one(part) for i, part in enumerate(params)}}
+    return {"parts": {name: _one(part) for name, part in parts_of(params).items()}}
 
 
 def _one(adapter: Adapter) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def _one(adapter: Adapter) -> dict[str, Any]:
         "trainable": sum(int(row["trainable"]) for row in rows),
         "bytes": sum(t.nbytes for held in adapter.values() for t in held.values()),
         "sites": rows,
-        "health": health(adapter),
+        "health": health(adapter, {row["site"]: row["norm"] for row in rows}),
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.errors import CheckpointError, UnsupportedError
 from ..io.shards import INDEX, Shards
 from ..io.swapping import is_left_over, swapped
-from .health import health
+from .health import not_finite
 
 __all__ = ["check_finite", "check_out", "merged_into", "others"]
 
@@ -89,7 +89,7 @@ def check_finite(params: object, force: bool) -> None:
     Raises:
         UnsupportedError: the message names the first such tensor.
     """
-    odd = health(params)["not_finite"]
+    odd = not_finite(params)
     if odd and not force:
         raise UnsupportedError(
             f"{odd[0]!r} holds NaN or infinity ({len(odd)} tensors in all), and so would the "

@@ -116,12 +116,16 @@ def _refuse_tied(shards: Shards, path: str, weight: str) -> None:
 
 def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path, force: bool) -> None:
     tensors: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}  # a weight and its bias come of one merge
     with shards.open(file) as opened:
         for name in opened.keys():  # noqa: SIM118
             if name not in jobs:
                 tensors[name] = opened.get_tensor(name)
                 continue
-            tensors[name] = _merged(shards, name, jobs[name])
+            if name not in made:
+                found = _merged(shards, jobs[name])
+                made |= {n: t for n, t in found.items() if shards[n] == file}
+            tensors[name] = made.pop(name)
             if not force and not tensors[name].isfinite().all():
                 raise UnsupportedError(
                     f"{short_repr(name)}: the merged tensor holds NaN or infinity in "
@@ -130,7 +134,10 @@ def _write(shards: Shards, file: str, jobs: Mapping[str, Job], work: Path, force
         write_safetensors(tensors, work / file, shards.metadata[file] or {"format": "pt"}, "merge")
 
 
-def _merged(shards: Shards, name: str, job: Job) -> Tensor:
+def _merged(shards: Shards, job: Job) -> dict[str, Tensor]:
+    """Return {tensor name: what a job makes of it}, of the weight and of the bias if there is
+    one.
+    """
     attachments, weight, bias = job
     W, b = shards.read(weight), None if bias is None else shards.read(bias)
     if not W.is_floating_point() or W.element_size() == 1:
@@ -144,8 +151,8 @@ def _merged(shards: Shards, name: str, job: Job) -> Tensor:
             f"into a bias, and this layer has none in the folder; "
             "leave the layer out, or keep the adapter unmerged"
         )
-    result = new if name == weight else moved
-    return (b if result is None else result).contiguous()  # type: ignore[union-attr]
+    found = {weight: new} if bias is None or moved is None else {weight: new, bias: moved}
+    return {name: t.contiguous() for name, t in found.items()}
 
 
 def bar(files: Iterator[str], count: int) -> Iterator[str]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
-from ..core.errors import CheckpointError, StructureError, UnsupportedError, short_repr
+from ..core.errors import CheckpointError, UnsupportedError, short_repr
 from ..core.layout import Layout
 from ..core.method import ParamSpec, dtype_fits, leaf_dtype, site_for, variant_for
 from ..core.site import Site
+from ..io.checks import check_values
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.weights import dense_weight
 
@@ -218,16 +219,6 @@ def _adapter(group: list[tuple[ModuleEntry, Part]]) -> Adapter:
     return Adapter(layout, {path: _fitted(layout, path, data[path]) for path in data})
 
 
-def _valid(layout: Layout, path: str, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the leaves, once the method has found their values possible."""
-    if layout.variant.validate is not None:
-        try:
-            layout.variant.validate(layout.config, leaves, layout.sites[path])
-        except StructureError as error:
-            raise CheckpointError(f"{short_repr(path)} {error}") from None
-    return leaves
-
-
 def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the leaves in the dtypes and shapes that the method asks for."""
     expected, fitted = layout.specs[path], {}
@@ -252,7 +243,8 @@ def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str
         least = expected[name].dtype
         wanted = leaf_dtype(ParamSpec((), dtype=least), t.dtype if least else common or t.dtype)
         fitted[name] = t.detach().to(wanted).contiguous()
-    return _valid(layout, path, fitted)
+    check_values(layout, path, fitted)
+    return fitted
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:

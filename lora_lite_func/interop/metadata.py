@@ -11,7 +11,7 @@ from typing import Any
 from ..core.config import LARGEST
 from ..core.errors import CheckpointError, short_repr
 
-__all__ = ["ConfigReader", "literal"]
+__all__ = ["ConfigReader"]
 
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, 0.0, "", "none", [], {})
 """Values of a field that say nothing."""
@@ -237,7 +237,7 @@ class ConfigReader(Mapping[str, Any]):
             return None
         if not self._listed("target_modules", path):
             return False
-        if not all(literal(name) for name in self.names("layers_pattern")):
+        if not all(_literal(name) for name in self.names("layers_pattern")):
             return None
         return isinstance(targets, str) or self._in_layers(path)
 
@@ -266,7 +266,7 @@ class ConfigReader(Mapping[str, Any]):
         return False
 
 
-def literal(key: str) -> bool:
+def _literal(key: str) -> bool:
     """Tell whether a key has none of a pattern's special characters, dots aside."""
     return re.fullmatch(r"[\w.]+", key) is not None
 

@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.errors import CheckpointError
 from ..io.checkpoint import OWN, Saved, load
+from ..io.checks import check_model
+from ..io.files import read_header
 from .assembly import ModelNeededError
 from .diffusion import from_diffusion
 from .diffusion.keys import split_role
 from .lora_lite import from_lora_lite
-from .peft import from_peft
 from .peft.folder import CONFIG, unpack
+from .peft.read import from_unpacked
 from .renaming import Rename
 
 __all__ = ["form_of", "open_adapter"]
@@ -52,9 +53,8 @@ def _form_of_file(path: Path) -> str:
     if not path.is_file():
         return "ll"
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-    except (OSError, ValueError, safetensors.SafetensorError):
+        keys, metadata = read_header(path)
+    except CheckpointError:
         return "ll"  # its reader then says what is wrong
     if OWN in metadata:
         return "ll"
@@ -90,16 +90,18 @@ def open_adapter(
     if form in ("lora_lite", "diffusion"):
         return _of_others(path, form, _base(model), component, rename)
     if form == "peft":
+        reader, tensors = unpack(path, None)
         if callable(model) and not isinstance(model, nn.Module):
-            reader, tensors = unpack(path, None)
             tables = _tables(tensors)
             model = model(
                 transposed=True if reader.get("fan_in_fan_out") is True else None, embeddings=tables
             )
-        return from_peft(path, model, rename=rename)
+        return from_unpacked(reader, tensors, model, rename=rename)
+    saved: Saved
     if not callable(model) or isinstance(model, nn.Module):
-        return _typed(load(path, model))
-    saved = _typed(load(path))
+        saved = load(path, model)
+        return saved
+    saved = load(path)
     parts: list[Adapter] = (
         [saved]
         if isinstance(saved, Adapter)
@@ -108,8 +110,12 @@ def open_adapter(
     sites = [site for part in parts for site in part.sites.values()]
     upwards = {s.path: s.d_out for s in sites if s.kind == "conv" and s.transposed}
     tables = [s.path for s in sites if s.kind == "embedding"]
-    # This load is for its checks alone: it refuses an adapter that doesn't fit.
-    load(path, model(transposed=_transposed(sites), embeddings=tables, upwards=upwards))
+    base = model(transposed=_transposed(sites), embeddings=tables, upwards=upwards)
+    try:
+        for part in parts:
+            check_model(part.layout, base)
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.fsdecode(path)}: {error}") from None
     return saved
 
 
@@ -134,11 +140,6 @@ def _of_others(
             f"give the base model too"
         )
     return from_diffusion(path, model, component=component, rename=rename)
-
-
-def _typed(found: Any) -> Saved:
-    saved: Saved = found
-    return saved
 
 
 def _tables(tensors: Mapping[str, Tensor]) -> list[str]:

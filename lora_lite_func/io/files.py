@@ -4,9 +4,11 @@ CheckpointErrors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 import safetensors
@@ -51,17 +53,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     Raises:
         CheckpointError: the file isn't safetensors, or can't be read.
     """
-    where = os.fsdecode(path)
-    _check_file(where)
-    try:
-        with safetensors.safe_open(where, framework="pt") as file:
-            # Clones are aligned, so that products are bit-equal to those before the save, and
-            # they don't depend on the file from here on.
-            keys = list(file.keys())
-            tensors = {key: file.get_tensor(key).clone() for key in keys}
-            return tensors, dict(file.metadata() or {})
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(unreadable(where, error)) from error
+    with _opened(path) as file:
+        # Clones are aligned, so that products are bit-equal to those before the save, and
+        # they don't depend on the file from here on.
+        tensors = {key: file.get_tensor(key).clone() for key in list(file.keys())}
+        return tensors, dict(file.metadata() or {})
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
@@ -70,11 +66,18 @@ def read_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]
     Raises:
         CheckpointError: the file isn't safetensors, or can't be read.
     """
+    with _opened(path) as file:
+        return list(file.keys()), dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a safetensors file for reading. What goes wrong in the block is a fault of the file."""
     where = os.fsdecode(path)
     _check_file(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            return list(file.keys()), dict(file.metadata() or {})
+            yield file
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(unreadable(where, error)) from error
 

@@ -35,7 +35,8 @@ class Shards(Mapping[str, str]):
             names = sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder}: not a readable folder: {error}") from None
-        self.files = _files(self.folder, names)
+        placed = _index(self.folder) if INDEX in names else None
+        self.files = _files(self.folder, names, placed)
         self.home: dict[str, str] = {}
         self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
@@ -53,18 +54,9 @@ class Shards(Mapping[str, str]):
                         file,
                         (tuple(piece.get_shape()), str(piece.get_dtype())),
                     )
-
-        self._check_index(names)
-
-    def _check_index(self, names: list[str]) -> None:
-        """Refuse a folder whose index names tensors that its files lack."""
-        if INDEX in names:
-            placed = read_json(self.folder / INDEX)["weight_map"]
-            lost = [name for name in placed if name not in self.home]
-            if lost:
-                raise CheckpointError(
-                    f"{self.folder / INDEX}: {short_repr(lost[0])} isn't in {placed[lost[0]]}"
-                )
+        for name, file in (placed or {}).items():
+            if name not in self.home:
+                raise CheckpointError(f"{self.folder / INDEX}: {short_repr(name)} isn't in {file}")
 
     def __getitem__(self, name: str) -> str:
         return self.home[name]
@@ -106,15 +98,20 @@ class Shards(Mapping[str, str]):
         return says if isinstance(says, dict) else {}
 
 
-def _files(folder: Path, names: list[str]) -> list[str]:
+def _index(folder: Path) -> dict[str, Any]:
+    """Return the index of the folder, which says what each tensor is in."""
+    index = read_json(folder / INDEX)
+    placed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors and files")
+    return placed
+
+
+def _files(folder: Path, names: list[str], placed: Mapping[str, Any] | None) -> list[str]:
     """Return the names of the shards. These are the files that the index names, which must be in
     this folder; without an index they are all that there are, except adapters.
     """
-    if INDEX in names:
-        index = read_json(folder / INDEX)
-        placed = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(placed, dict) or not placed:
-            raise CheckpointError(f"{folder / INDEX}: expected a weight_map of tensors and files")
+    if placed is not None:
         for file in placed.values():
             if (
                 not isinstance(file, str)

@@ -15,11 +15,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError
 
-__all__ = ["check_replaceable", "write_safetensors", "write_text"]
+__all__ = ["check_replaceable", "own_copies", "write_safetensors", "write_text"]
 
 _WRITE_FAULTS = (OSError, safetensors.SafetensorError, ValueError, RuntimeError)
 
@@ -49,6 +50,16 @@ def write_safetensors(
         what,
         lambda beside: safetensors.torch.save_file(dict(tensors), beside, dict(metadata)),
     )
+
+
+def own_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as `write_safetensors` takes them: on the CPU, contiguous, and each in
+    memory of its own.
+    """
+    return {
+        key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for key, t in tensors.items()
+    }
 
 
 def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:

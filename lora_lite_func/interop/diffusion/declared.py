@@ -92,7 +92,7 @@ class Declared:
         named = {_ROLES.get(role, role): t for role, t in held.items()}
         if reader is None or not any(role.startswith(("lora", "lokr", "hada")) for role in named):
             return None
-        method = METHODS[reader.text("peft_type").upper() if "peft_type" in reader else "LORA"]
+        method = METHODS[_kind(reader)]
         odd = next((name for name in named if name not in method.suffixes), None)
         if odd is not None:
             raise CheckpointError(
@@ -108,13 +108,18 @@ class Declared:
         return method.read(reader, entry, named)
 
 
+def _kind(reader: ConfigReader) -> str:
+    """Return the config's method, which is LoRA where it doesn't say."""
+    return reader.text("peft_type").upper() if "peft_type" in reader else "LORA"
+
+
 def _checked(reader: ConfigReader) -> ConfigReader:
     """Return the config, if all that it says is understood.
 
     Raises:
         CheckpointError: it is of another method, or has a field that would be dropped in silence.
     """
-    kind = reader.text("peft_type").upper() if "peft_type" in reader else "LORA"
+    kind = _kind(reader)
     if kind not in ("LORA", "LOHA", "LOKR"):
         raise reader.refuse("peft_type", "LORA, LOHA or LOKR")
     method = METHODS[kind]

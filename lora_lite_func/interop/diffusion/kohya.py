@@ -24,6 +24,7 @@ from ...variants import (
     LoKrConfig,
 )
 from ..peft.methods import LORA
+from ..peft.methods.lora_write import divisor
 
 __all__ = ["kohya_form"]
 
@@ -128,7 +129,7 @@ def _low_rank(adapter: Adapter, modules: Mapping[str, Any]) -> Written:
     made = LORA.write([adapter], modules)
     for path, held in made.tensors.items():
         A, B, r = held["lora_A.weight"], held["lora_B.weight"], made.ranks[path]
-        scale = made.alphas[path] / (r**0.5 if made.fields["use_rslora"] else r)
+        scale = made.alphas[path] / divisor(r, made.fields["use_rslora"])
         if scale == 0.0:
             B, scale = torch.zeros_like(B), 1.0
         found = {"lora_down.weight": A, "lora_up.weight": B, "alpha": _alpha(scale * r)}

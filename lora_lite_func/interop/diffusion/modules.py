@@ -53,7 +53,7 @@ def module_parts(
             f"{short_repr(module.name)} has alpha alone and lacks its factors "
             f"(down and up), so the file is incomplete"
         )
-    _check_rows(module, entries)
+    _check_rows(module)
     made = _factored(held, ModuleEntry("", {}, *entries[module.targets[0].path]), module.name)
     for target in module.targets:
         name = target.path if "." not in module.name else module.name
@@ -184,7 +184,7 @@ def _by_update(entry: ModuleEntry) -> bool:
     return entry.kind in ("linear", "conv", "norm")
 
 
-def _check_rows(module: FileModule, entries: Mapping[str, tuple[Site, Any]]) -> None:
+def _check_rows(module: FileModule) -> None:
     """Refuse a fused layer of another size than the layers that it is made of."""
     ends = [end for target in module.targets for _, end in target.rows]
     if not ends:

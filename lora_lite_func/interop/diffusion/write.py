@@ -7,12 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...algebra.flatten import Adapters, flatten
 from ...core.errors import CheckpointError, ConfigError, UnsupportedError, nearest, short_repr
-from ...io.writing import write_safetensors
+from ...io.writing import own_copies, write_safetensors
 from ..peft.write import peft_form
 from .declared import KEY
 from .keys import COMPONENTS
@@ -22,8 +21,6 @@ __all__ = ["to_diffusion"]
 
 _STYLES = ("diffusers", "kohya")
 _BASE = "base_model.model."
-Form = tuple[dict[str, Tensor], dict[str, str]]
-"""(tensors, metadata) of a file."""
 
 
 def to_diffusion(
@@ -65,18 +62,15 @@ def to_diffusion(
     said: dict[str, Any] = {}
     for name, (adapters, base) in parts.items():
         if style == "kohya":
-            own, metadata = kohya_form(adapters, base, _start(name, parts))
+            held, metadata = kohya_form(adapters, base, _start(name, parts))
+            tensors |= own_copies(held)
         else:
-            own, fields = _diffusers_form(adapters, base, name)
+            held, fields = _diffusers_form(adapters, base, name)
             said |= {f"{name}.{field}": value for field, value in fields.items()}
-        tensors |= own
+            tensors |= held
     if said:
         metadata = {KEY: json.dumps(said, indent=2, sort_keys=True)}
-    whole = {
-        key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for key, t in tensors.items()
-    }
-    write_safetensors(whole, path, {"format": "pt"} | metadata, "to_diffusion")
+    write_safetensors(tensors, path, {"format": "pt"} | metadata, "to_diffusion")
 
 
 def _by_component(params: Any, model: Any, component: str | None) -> dict[str, tuple[Any, Any]]:

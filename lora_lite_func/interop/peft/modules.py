@@ -138,10 +138,14 @@ def _moved(paths: Paths, path: str) -> str:
     found = paths.find(bare)
     if found == bare:
         return path
-    home = path
-    while home.endswith(WRAPPED):
-        home = home.removesuffix(WRAPPED)
-    return found + path[len(home) :]
+    return found + path[len(_unwrapped(path)) :]
+
+
+def _unwrapped(path: str) -> str:
+    """Return a path of the file without the wrappers at its end."""
+    while path.endswith(WRAPPED):
+        path = path.removesuffix(WRAPPED)
+    return path
 
 
 def refuse_tied(
@@ -193,10 +197,7 @@ def _check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
 
 def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str) -> str:
     """Return our path of what a key's path means: a module, or a parameter of it."""
-    home = path
-    while home.endswith(WRAPPED):
-        home = home.removesuffix(WRAPPED)
-    names = reader.names("target_parameters")
+    home, names = _unwrapped(path), reader.names("target_parameters")
     if home in modules and names:
         full = [f"{home}.{name}" for name in modules[home]._parameters]
         wanted = [p for p in full if any(p == n or p.endswith("." + n) for n in names)]

@@ -29,7 +29,7 @@ from .keys import WRAPPED
 from .methods import METHODS
 from .modules import adaptable, entries_of, in_one_of, padding_checked, refuse_tied
 
-__all__ = ["from_peft"]
+__all__ = ["from_peft", "from_unpacked"]
 
 
 def from_peft(
@@ -69,7 +69,22 @@ def from_peft(
         UnsupportedError: the method can't adapt a layer here.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    reader, tensors = unpack(source, config)
+    return from_unpacked(*unpack(source, config), model, ignore=ignore, rename=rename)
+
+
+def from_unpacked(
+    reader: ConfigReader,
+    tensors: Mapping[str, Tensor],
+    model: nn.Module | None,
+    *,
+    ignore: Sequence[str] = (),
+    rename: Rename | None = None,
+) -> Adapter | tuple[Adapter, ...]:
+    """Read an adapter as `from_peft` does, of what `unpack` returned.
+
+    Raises:
+        CheckpointError, UnsupportedError: as `from_peft`.
+    """
     method = _method(reader)
     understood = method.understood.split()
     reader.check([*understood, *method.ignored.split()], ignore, method.unread.split())

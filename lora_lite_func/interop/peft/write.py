@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...algebra.flatten import Adapters, flatten
@@ -17,7 +16,7 @@ from ...core.adapter import ABSENT, Adapter
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...io.swapping import swapped
-from ...io.writing import write_safetensors, write_text
+from ...io.writing import own_copies, write_safetensors, write_text
 from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, FullConfig, TokensConfig
 from .codec import Codec, Written
@@ -111,11 +110,7 @@ def peft_form(
         {} if model is None else dict(model.named_modules(remove_duplicate=False)),
         as_lora,
     )
-    own = {
-        key: t.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for key, t in tensors.items()
-    }
-    return _about(model) | fields, own
+    return _about(model) | fields, own_copies(tensors)
 
 
 def _folder(

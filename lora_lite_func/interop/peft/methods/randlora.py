@@ -93,8 +93,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     }
     tensors = same(adapters, lora_lambda="randlora_lambda", lora_gamma="randlora_gamma")
     for each in tensors.values():
-        # PEFT expects the shared tensors under every module again.
-        each |= {name: t.clone() for name, t in shared.items()}
+        each |= shared  # PEFT expects the shared tensors under every module again
     fields = {
         "r": rank,
         "randlora_alpha": next(iter(alpha.values())),
