@@ -41,10 +41,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
-    """A Net with seeded weights (biases too), in eval mode."""
+def seeded(model: Any, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """The model with seeded weights (biases too), in eval mode."""
     gen = torch.Generator().manual_seed(seed)
-    model = Net(**sizes).to(dtype).eval()
+    model = model.to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(
@@ -52,6 +52,12 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
                 * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
             )
     return model
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
+    """A Net with seeded weights."""
+    made: Net = seeded(Net(**sizes), seed, dtype)
+    return made
 
 
 def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.attention
 import torch.utils._pytree as pytree
-from helpers import close, moved, net, same_state, snapshot
+from helpers import close, moved, net, same_state, seeded, snapshot
 from hooks import hooked
 from hypothesis import given, settings
-from places import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features, seeded
+from places import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
