@@ -78,6 +78,19 @@ def leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
+def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
+    """Every input row that came to a layer, collected by a hook on a model of the caller's own."""
+    rows: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return torch.cat(rows)
+
+
 def close(a: Any, b: Any, tol: float) -> None:
     """Every leaf within tol of the other's, relative to the larger magnitude."""
     for u, v in zip(leaves(a), leaves(b), strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CALIBRATED, Case, start
-from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from helpers import Net, close, leaves, moved, net, same_state, seen_at, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,19 +37,6 @@ def data(
 
 def mean_square(y: Any, batch: Any) -> Tensor:
     return y.square().mean()
-
-
-def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
-    """Every input row that came to a layer, collected by a hook on a model of this test's own."""
-    rows: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1]))
-    )
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    handle.remove()
-    return torch.cat(rows)
 
 
 @pytest.mark.parametrize(
