@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
+from families import FAMILIES
 from helpers import Net, close, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
@@ -520,18 +521,8 @@ def test_no_base_weight_is_copied() -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_rows_is_generation_one_by_one(beams: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)
-    ).eval()
+    pytest.importorskip("transformers")
+    model = FAMILIES["llama"].fresh()
     inputs, mask, ids = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long), [1, -1, 0]
     mask[0, :3] = 0
     how = {
