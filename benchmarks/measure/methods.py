@@ -18,7 +18,7 @@ import lora_lite_func as ll
 
 from . import results
 from .harness import Result, Row, Suite, llama, saved
-from .peers import peft_adapted
+from .peers import noisy, peft_adapted
 
 HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
 
@@ -61,12 +61,7 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
     given: dict[str, Any] = {"calibration_data": [ids]} if needs & {"inputs", "gradients"} else {}
     if "gradients" in needs:
         given["loss_fn"] = lambda out, batch: out.logits.square().mean()
-    trainable, frozen = ll.partition(ll.init(base, cfg, **given))
-    gen = torch.Generator().manual_seed(1)
-    noisy: Any = optree.tree_map(
-        lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable
-    )
-    return ll.combine(noisy, frozen)
+    return noisy(ll.init(base, cfg, **given))
 
 
 def measure(suite: Suite, base: Any, name: str, ids: Tensor) -> tuple[Result, int]:
