@@ -17,10 +17,10 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from . import results
-from .harness import Result, Row, Suite, llama, saved
+from .harness import Result, Row, Suite, llama, saved, token_ids
 from .peers import noisy, peft_adapted
 
-HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
+HIDDEN, LAYERS, TOKENS = 512, 4, 512
 
 OURS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 16},
@@ -98,9 +98,7 @@ def area(suite: Suite, names: Sequence[str] = ()) -> Iterator[Row]:
     what is saved over LoRA's.
     """
     base = llama(1 if suite.quick else LAYERS, HIDDEN, device=suite.device)
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(
-        suite.device
-    )
+    ids = token_ids(TOKENS, suite.device)
     reference = 0
     for name in dict.fromkeys(("lora", *(names or ll.variants()))):
         result, kept = measure(suite, base, name, ids)
