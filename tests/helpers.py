@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:
         )
 
     return ll.combine(pytree.tree_map(noisy, trainable), frozen)
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """work(0), work(1) ... at once, a thread each; what one of them raises is raised here."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -4,7 +4,6 @@ equal to loops over the members.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
 from families import FAMILIES
-from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from helpers import Net, close, in_threads, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -393,11 +392,7 @@ def test_threads_do_not_meet() -> None:
             if not torch.allclose(ll.apply(model, shared[k], x), wanted[k], atol=1e-9):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 

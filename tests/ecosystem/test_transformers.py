@@ -5,13 +5,12 @@ hooks, checkpointing.
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES
-from helpers import close, leaves, moved, same_state, snapshot
+from helpers import close, in_threads, leaves, moved, same_state, snapshot
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, vmap
 
@@ -135,11 +134,7 @@ def test_two_hundred_calls_from_four_threads() -> None:
                 if not torch.equal(ll.apply(model, several[i], IDS).logits, expected[i])
             )
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 
