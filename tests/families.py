@@ -63,6 +63,10 @@ class Family:
     @functools.cached_property
     def model(self) -> Any:
         """The model in eval mode; nobody may write on it."""
+        return self.fresh()
+
+    def fresh(self) -> Any:
+        """The same model again, in eval mode, for one test alone."""
         torch.manual_seed(0)
         return self.build().eval()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
-    """A Net with seeded weights (biases too), in eval mode."""
+def seeded(model: Any, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """The model with seeded weights (biases too), in eval mode."""
     gen = torch.Generator().manual_seed(seed)
-    model = Net(**sizes).to(dtype).eval()
+    model = model.to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(
@@ -52,6 +53,12 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
                 * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
             )
     return model
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> Net:
+    """A Net with seeded weights."""
+    made: Net = seeded(Net(**sizes), seed, dtype)
+    return made
 
 
 def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:
@@ -67,9 +74,28 @@ def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:
     return ll.combine(pytree.tree_map(noisy, trainable), frozen)
 
 
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """work(0), work(1) ... at once, a thread each; what one of them raises is raised here."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
+
+
 def leaves(tree: Any) -> list[Any]:
     """The leaves of a pytree."""
     return pytree.tree_leaves(tree)
+
+
+def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
+    """Every input row that came to a layer, collected by a hook on a model of the caller's own."""
+    rows: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return torch.cat(rows)
 
 
 def close(a: Any, b: Any, tol: float) -> None:

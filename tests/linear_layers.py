@@ -1,4 +1,4 @@
-"""Plain linear layers with an adapter, and inputs for them."""
+"""Plain linear layers, without and with an adapter, and inputs for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from helpers import moved, net
 from torch import Tensor, nn
 
 import lora_lite_func as ll
+
+
+def layer(bias: bool = True, d_in: int = 16, d_out: int = 24) -> nn.Linear:
+    """A linear layer with seeded weights, float64."""
+    gen = torch.Generator().manual_seed(0)
+    made = nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64)
+    with torch.no_grad():
+        for t in made.parameters():
+            t.copy_(torch.randn(t.shape, generator=gen, dtype=torch.float64) * 0.3)
+    return made
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from cases import Case
@@ -79,19 +77,6 @@ class Own(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.weight[input] * 2.0
-
-
-def seeded(model: nn.Module) -> Any:
-    """Random weights, float64, eval mode."""
-    gen = torch.Generator().manual_seed(0)
-    model = model.double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=gen, dtype=torch.float64)
-                * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
-            )
-    return model
 
 
 def features(*shape: int) -> Tensor:

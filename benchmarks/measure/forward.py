@@ -11,7 +11,7 @@ import torch
 
 import lora_lite_func as ll
 
-from .harness import Row, Suite, llama
+from .harness import Row, Suite, llama, token_ids
 from .peers import PROJECTIONS, lora, lora_lite, noisy, peft_adapted, peft_lora
 
 _ROTATED: dict[str, tuple[type[ll.AdapterConfig], dict[str, Any], str, dict[str, Any]]] = {
@@ -84,9 +84,7 @@ def _made_once(suite: Suite, name: str) -> Row:
 def _long(suite: Suite, base: torch.nn.Module, tokens: int, r: int) -> Row:
     params, other = lora(base, r), peft_lora(base, r)
     bound = ll.bind(base, params)
-    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
-        suite.device
-    )
+    ids = token_ids(tokens, suite.device)
     with torch.no_grad():
         found = suite.compare(
             {"base": lambda: base(ids), "bound": lambda: bound(ids), "PEFT": lambda: other(ids)}

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_lite_func as ll
 
-from .harness import Row, Suite, llama
+from .harness import Row, Suite, llama, token_ids
 from .peers import lora, peft_lora
 
 
@@ -65,7 +65,7 @@ def _sites(suite: Suite) -> Iterator[Row]:
 
 
 def _rank(suite: Suite, base: Any) -> Iterator[Row]:
-    ids = _ids(suite, 512)
+    ids = token_ids(512, suite.device)
     for r in (2, 32) if suite.quick else (2, 8, 32, 128, 256):
         bound, other = ll.bind(base, lora(base, r)), peft_lora(base, r)
         calls = {
@@ -88,7 +88,7 @@ def _rank(suite: Suite, base: Any) -> Iterator[Row]:
 def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
     bound, other = ll.bind(base, lora(base)), peft_lora(base)
     for tokens in (1, 64) if suite.quick else (1, 8, 64, 256, 1024):
-        ids = _ids(suite, tokens)
+        ids = token_ids(tokens, suite.device)
         calls = {
             "base": lambda ids=ids: base(ids),
             "bound": lambda ids=ids: bound(ids),
@@ -128,7 +128,7 @@ def _members(suite: Suite, base: Any) -> Iterator[Row]:
 
 
 def _held(suite: Suite, base: Any) -> Iterator[Row]:
-    ids, params, held = _ids(suite, 1), lora(base), []
+    ids, params, held = token_ids(1, suite.device), lora(base), []
     for count in (1, 8) if suite.quick else (1, 64, 512):
         held += [lora(base) for _ in range(count - len(held))]
         found = suite.compare(
@@ -142,9 +142,3 @@ def _held(suite: Suite, base: Any) -> Iterator[Row]:
             guard=found.guard,
             curve=curve,
         )
-
-
-def _ids(suite: Suite, tokens: int) -> torch.Tensor:
-    return torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
-        suite.device
-    )

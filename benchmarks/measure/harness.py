@@ -240,6 +240,11 @@ def llama(layers: int, hidden: int = 512, seed: int = 0, device: str = "cpu") ->
     return LlamaForCausalLM(config).eval().requires_grad_(False).to(device)
 
 
+def token_ids(count: int, device: str) -> Tensor:
+    """One row (1, count) of `llama`'s vocabulary, always the same."""
+    return torch.randint(0, 1024, (1, count), generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
     """Bytes that a forward keeps for the backward pass, in distinct storages other than those of
     `held`.

@@ -17,10 +17,10 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from . import results
-from .harness import Result, Row, Suite, llama, saved
-from .peers import peft_adapted
+from .harness import Result, Row, Suite, llama, saved, token_ids
+from .peers import noisy, peft_adapted
 
-HIDDEN, LAYERS, TOKENS, VOCABULARY = 512, 4, 512, 1024
+HIDDEN, LAYERS, TOKENS = 512, 4, 512
 
 OURS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 16},
@@ -61,12 +61,7 @@ def start(base: Any, name: str, ids: Tensor) -> ll.Adapter:
     given: dict[str, Any] = {"calibration_data": [ids]} if needs & {"inputs", "gradients"} else {}
     if "gradients" in needs:
         given["loss_fn"] = lambda out, batch: out.logits.square().mean()
-    trainable, frozen = ll.partition(ll.init(base, cfg, **given))
-    gen = torch.Generator().manual_seed(1)
-    noisy: Any = optree.tree_map(
-        lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen), trainable
-    )
-    return ll.combine(noisy, frozen)
+    return noisy(ll.init(base, cfg, **given))
 
 
 def measure(suite: Suite, base: Any, name: str, ids: Tensor) -> tuple[Result, int]:
@@ -103,9 +98,7 @@ def area(suite: Suite, names: Sequence[str] = ()) -> Iterator[Row]:
     what is saved over LoRA's.
     """
     base = llama(1 if suite.quick else LAYERS, HIDDEN, device=suite.device)
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(
-        suite.device
-    )
+    ids = token_ids(TOKENS, suite.device)
     reference = 0
     for name in dict.fromkeys(("lora", *(names or ll.variants()))):
         result, kept = measure(suite, base, name, ids)

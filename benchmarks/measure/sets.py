@@ -17,10 +17,9 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from .harness import Row, Suite, llama
+from .peers import PROJECTIONS
 
 __all__ = ["area"]
-
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def stack_of(base: Any, ranks: list[int], seed: int = 0) -> ll.Adapter:
@@ -38,7 +37,7 @@ def peft_of(base: Any, count: int, r: int = 8) -> Any:
     """The base with `count` LoRA adapters of PEFT's, named "0", "1" ..."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=r, lora_alpha=16, target_modules=list(MODULES), init_lora_weights=False)
+    config = LoraConfig(r=r, lora_alpha=16, target_modules=PROJECTIONS, init_lora_weights=False)
     model: Any = get_peft_model(copy.deepcopy(base), config, adapter_name="0")
     for i in range(1, count):
         model.add_adapter(str(i), config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Row, Suite, llama
+from .harness import Row, Suite, llama, token_ids
 from .peers import PROJECTIONS, lora, noisy, peft_adapted, peft_lora
 
 
@@ -31,8 +31,7 @@ def embedded(base: Any, tokens: int, device: str) -> Tensor:
     """Embeddings of random tokens (1, tokens, h), of which the step takes the gradient: so backward
     goes through every layer.
     """
-    ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    return base.get_input_embeddings()(ids).detach().requires_grad_()
+    return base.get_input_embeddings()(token_ids(tokens, device)).detach().requires_grad_()
 
 
 def step(model: Callable[..., Any], x: Tensor, trained: list[Tensor]) -> Callable[[], Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import Net, close, leaves, moved, net
+from helpers import Net, close, in_threads, leaves, moved, net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -227,11 +226,7 @@ def test_in_threads() -> None:
                 if (a - b).abs().max() > 1e-12
             )
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 

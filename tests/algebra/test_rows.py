@@ -4,7 +4,6 @@ equal to loops over the members.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
@@ -12,7 +11,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
-from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from families import FAMILIES
+from helpers import Net, close, in_threads, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -392,11 +392,7 @@ def test_threads_do_not_meet() -> None:
             if not torch.allclose(ll.apply(model, shared[k], x), wanted[k], atol=1e-9):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 
@@ -520,18 +516,8 @@ def test_no_base_weight_is_copied() -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_rows_is_generation_one_by_one(beams: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)
-    ).eval()
+    pytest.importorskip("transformers")
+    model = FAMILIES["llama"].fresh()
     inputs, mask, ids = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long), [1, -1, 0]
     mask[0, :3] = 0
     how = {

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from cases import CALIBRATED, Case, start
-from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from families import FAMILIES
+from helpers import Net, close, leaves, moved, net, same_state, seen_at, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,19 +38,6 @@ def data(
 
 def mean_square(y: Any, batch: Any) -> Tensor:
     return y.square().mean()
-
-
-def seen_at(model: nn.Module, path: str, batches: list[Any]) -> Tensor:
-    """Every input row that came to a layer, collected by a hook on a model of this test's own."""
-    rows: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1]))
-    )
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    handle.remove()
-    return torch.cat(rows)
 
 
 @pytest.mark.parametrize(
@@ -809,18 +797,8 @@ def test_bitsandbytes_layers(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_language_model_with_padding_and_labels() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(vocab_size=64, head_dim=8, **sizes)
-    ).train()
+    pytest.importorskip("transformers")
+    model = FAMILIES["qwen3"].fresh().train()
     ids, mask = torch.randint(0, 64, (3, 10)), torch.ones(3, 10, dtype=torch.int64)
     mask[1, 6:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}

@@ -63,6 +63,11 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     return json.loads(capsys.readouterr().out)
 
 
+def converted(source: Path, output: Path, form: str, base: Path) -> int:
+    """The exit code of convert, with the base model given."""
+    return main(["convert", str(source), str(output), "--to", form, "--model", str(base)])
+
+
 def state(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model's folder."""
     return {
@@ -111,34 +116,8 @@ def test_convert_there_and_back(
     method: ll.AdapterConfig, model: nn.Module, base: Path, tmp_path: Path
 ) -> None:
     y = ll.apply(model, saved(model, tmp_path / "a", method), X)
-    assert (
-        main(
-            [
-                "convert",
-                str(tmp_path / "a"),
-                str(tmp_path / "peft"),
-                "--to",
-                "peft",
-                "--model",
-                str(base),
-            ]
-        )
-        == 0
-    )
-    assert (
-        main(
-            [
-                "convert",
-                str(tmp_path / "peft"),
-                str(tmp_path / "b"),
-                "--to",
-                "ll",
-                "--model",
-                str(base),
-            ]
-        )
-        == 0
-    )
+    assert converted(tmp_path / "a", tmp_path / "peft", "peft", base) == 0
+    assert converted(tmp_path / "peft", tmp_path / "b", "ll", base) == 0
     close(ll.apply(model, ll.load(tmp_path / "b", model), X), y, 1e-5)
 
 
@@ -311,20 +290,7 @@ def test_a_converted_adapter_differs_in_nothing_that_counts(
         ll.DoRAConfig(r=2),
     ):
         saved(model, tmp_path / "a", config)
-        assert (
-            main(
-                [
-                    "convert",
-                    str(tmp_path / "a"),
-                    str(tmp_path / "peft"),
-                    "--to",
-                    "peft",
-                    "--model",
-                    str(base),
-                ]
-            )
-            == 0
-        )
+        assert converted(tmp_path / "a", tmp_path / "peft", "peft", base) == 0
         assert (
             main(["diff", str(tmp_path / "a"), str(tmp_path / "peft"), "--model", str(base)]) == 0
         )
@@ -379,20 +345,7 @@ def test_other_kinds_convert_and_merge(
     parts = tuple(moved(ll.init(model, config), seed=i) for i, config in enumerate(PARTS[name]))
     ll.save(parts, tmp_path / "a")
     y = ll.apply(model, parts, ids)
-    assert (
-        main(
-            [
-                "convert",
-                str(tmp_path / "a"),
-                str(tmp_path / "peft"),
-                "--to",
-                "peft",
-                "--model",
-                str(base),
-            ]
-        )
-        == 0
-    )
+    assert converted(tmp_path / "a", tmp_path / "peft", "peft", base) == 0
     close(ll.apply(model, ll.from_peft(tmp_path / "peft", model), ids), y, 1e-5)
     assert main(["check", str(base), str(tmp_path / "peft")]) == 0
     assert main(["inspect", str(tmp_path / "peft"), "--model", str(base)]) == 0

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from helpers import close, moved, net
+from helpers import close, in_threads, moved, net
 from torch import nn
 
 import lora_lite_func as ll
@@ -151,11 +150,7 @@ def test_several_merges_at_once(adapter: ll.Adapter, tmp_path: Path) -> None:
     base, out = written(tmp_path / "base", 2), tmp_path / "out"
     codes: list[int] = []
     command = ["merge", str(base), str(tmp_path / "a"), str(out)]
-    threads = [threading.Thread(target=lambda: codes.append(main(command))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(3, lambda i: codes.append(main(command)))
     assert sorted(codes) == [0, 1, 1]
     assert sorted(os.listdir(out)) == sorted(os.listdir(base))
     close(state(out), dense(adapter), 1e-6)

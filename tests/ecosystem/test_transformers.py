@@ -5,19 +5,18 @@ hooks, checkpointing.
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import close, leaves, moved, same_state, snapshot
+from families import FAMILIES
+from helpers import close, in_threads, leaves, moved, same_state, snapshot
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, vmap
 
 import lora_lite_func as ll
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -29,65 +28,17 @@ pytestmark = [
 
 
 def qwen3() -> Any:
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=64,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return transformers.Qwen3ForCausalLM(config).eval()
-
-
-def bert() -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
-    return transformers.BertModel(config).eval()
-
-
-def t5() -> Any:
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        vocab_size=64,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return transformers.T5ForConditionalGeneration(config).eval()
+    return FAMILIES["qwen3"].fresh()
 
 
 IDS = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, 5:] = 0
 
-FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "qwen3": (qwen3, {"input_ids": IDS, "attention_mask": MASK}, "logits"),
-    "bert": (bert, {"input_ids": IDS, "attention_mask": MASK}, "last_hidden_state"),
-    "t5": (
-        t5,
-        {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :4]},
-        "logits",
-    ),
+INPUTS: dict[str, dict[str, Any]] = {
+    "qwen3": {"input_ids": IDS, "attention_mask": MASK},
+    "bert": {"input_ids": IDS, "attention_mask": MASK},
+    "t5": {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :4]},
 }
 CONFIGS = {
     "lora": ll.LoRAConfig(r=4),
@@ -99,36 +50,35 @@ CONFIGS = {
     "hra": ll.HRAConfig(r=4),
     "road": ll.ROADConfig(group_size=8),
 }
-family = pytest.mark.parametrize("name", FAMILIES)
+family = pytest.mark.parametrize("name", INPUTS)
 method = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 
 
 @family
 @method
 def test_laws_on_real_architectures(name: str, cfg: ll.AdapterConfig, tmp_path: Any) -> None:
-    make, inputs, key = FAMILIES[name]
-    model = make()
+    model, inputs, output = FAMILIES[name].fresh(), INPUTS[name], FAMILIES[name].output
     start = ll.init(model, cfg)
     assert len(start) == {"qwen3": 14, "bert": 13, "t5": 32}[name]
     with torch.no_grad():
         model(**inputs)  # a model may prepare itself on its first call
         before = snapshot(model)
         close(
-            ll.apply(model, start, **inputs)[key],
-            model(**inputs)[key],
+            output(ll.apply(model, start, **inputs)),
+            output(model(**inputs)),
             1e-5 if isinstance(cfg, ll.HRAConfig) else 0.0,
         )
         params = moved(start, size=0.05)
-        y = ll.apply(model, params, **inputs)[key]
-        assert (y - model(**inputs)[key]).abs().max() > 1e-3
-        close(y, ll.merged(model, params)(**inputs)[key], 2e-5)
-        close(y, ll.bind(model, params)(**inputs)[key], 1e-6)
+        y = output(ll.apply(model, params, **inputs))
+        assert (y - output(model(**inputs))).abs().max() > 1e-3
+        close(y, output(ll.merged(model, params)(**inputs)), 2e-5)
+        close(y, output(ll.bind(model, params)(**inputs)), 1e-6)
         ll.save(params, tmp_path / "a.safetensors")
         assert torch.equal(
-            ll.apply(model, ll.load(tmp_path / "a.safetensors", model), **inputs)[key], y
+            output(ll.apply(model, ll.load(tmp_path / "a.safetensors", model), **inputs)), y
         )
     trainable, frozen = ll.partition(params)
-    g = grad(lambda t: ll.apply(model, ll.combine(t, frozen), **inputs)[key].square().mean())(
+    g = grad(lambda t: output(ll.apply(model, ll.combine(t, frozen), **inputs)).square().mean())(
         trainable
     )
     unread = {"pooler.dense"} if name == "bert" else set()  # nothing reads BERT's pooler here
@@ -143,12 +93,13 @@ def test_laws_on_real_architectures(name: str, cfg: ll.AdapterConfig, tmp_path: 
 
 @family
 def test_vmap_over_the_whole_model(name: str) -> None:
-    make, inputs, key = FAMILIES[name]
-    model = make()
+    model, inputs, output = FAMILIES[name].fresh(), INPUTS[name], FAMILIES[name].output
     several = [moved(ll.init(model, ll.LoRAConfig(r=4)), seed, 0.05) for seed in range(3)]
     with torch.no_grad():
-        ys = vmap(lambda p: ll.apply(model, p, use_cache=False, **inputs)[key])(ll.stack(several))
-        close(ys, torch.stack([ll.apply(model, p, **inputs)[key] for p in several]), 1e-5)
+        ys = vmap(lambda p: output(ll.apply(model, p, use_cache=False, **inputs)))(
+            ll.stack(several)
+        )
+        close(ys, torch.stack([output(ll.apply(model, p, **inputs)) for p in several]), 1e-5)
 
 
 def test_one_graph_for_eight_adapters_of_different_alphas() -> None:
@@ -183,11 +134,7 @@ def test_two_hundred_calls_from_four_threads() -> None:
                 if not torch.equal(ll.apply(model, several[i], IDS).logits, expected[i])
             )
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 import pytest
 import torch
+from families import FAMILIES
 from helpers import close, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
@@ -261,18 +262,8 @@ def test_what_is_refused() -> None:
 
 @every
 def test_generation_edits_the_prompt_alone(config: Any) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, vocab_size=50, max_position_embeddings=64)
-    ).eval()
+    pytest.importorskip("transformers")
+    model = FAMILIES["llama"].fresh()
     params = moved(ll.init(model, config(r=4, first=2, last=1, tied=False)), size=0.3)
     ids, mask = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long)
     mask[0, :3] = 0  # padded on the left

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, leaves, moved
+from helpers import close, in_threads, leaves, moved
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -188,14 +187,10 @@ def test_threads_in_one_bound_model() -> None:
     bound = ll.bind(model, moved(ll.init(model, ll.LoRAConfig(r=4))))
     expected, wrong = bound(X), []
 
-    def work() -> None:
-        wrong.extend(1 for _ in range(100) if not torch.equal(bound(X), expected))
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(100) if not torch.equal(bound(X), expected))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 

@@ -7,13 +7,12 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved, net
+from helpers import close, in_threads, moved, net
 from torch import nn
 
 import lora_lite_func as ll
@@ -129,15 +128,11 @@ def test_two_writers_of_a_folder_leave_one_of_their_adapters(
     both = adapters(model)
     results = [ll.apply(model, params, X) for params in both]
 
-    def write(params: ll.Adapter) -> None:
+    def write(i: int) -> None:
         for _ in range(20):
-            ll.to_peft(params, model, tmp_path)
+            ll.to_peft(both[i], model, tmp_path)
 
-    threads = [threading.Thread(target=write, args=(params,)) for params in both]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(len(both), write)
     y = ll.apply(model, ll.from_peft(tmp_path, model), X)
     assert any(torch.allclose(y, result) for result in results)
     assert len(os.listdir(tmp_path)) == 2

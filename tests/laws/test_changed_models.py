@@ -210,9 +210,7 @@ def _shortened(model: Any) -> None:
     del model.layers[1]
 
 
-SMALLER = r"site 'layers\.0\.up': expected 16 -> 24, found Linear \(16 -> 40\)"
 NONE = r"site 'layers\.1\.down': expected 24 -> 16, found Tanh \(no linear layer\)"
-TWICE = r"site 'layers\.1\.up' is the same module as one at another path"
 
 REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "a layer of another size": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, Case, start
-from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from helpers import Net, close, in_threads, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -419,11 +418,7 @@ def test_many_threads_at_once(case: Case) -> None:
             i for _ in range(20) if not torch.equal(ll.apply(model, several[i], x), expected[i])
         )
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
     assert same_state(before, snapshot(model))
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case
-from helpers import close, leaves, moved, same_state, snapshot
-from places import IDS, Experts, Mixing, Own, Scaled, Transposed, features, method, seeded
+from helpers import close, leaves, moved, same_state, seeded, snapshot
+from places import IDS, Experts, Mixing, Own, Scaled, Transposed, features, method
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 

@@ -21,7 +21,6 @@ WIDE = ll.init(MODEL, ll.LoRAConfig(r=4, alpha=3))
 THIRD = moved(OTHER)
 STACK = ll.stack([OTHER, THIRD])
 NAMED = ll.stack({"a": OTHER, "b": THIRD})
-FROZEN = ll.partition(OTHER, lambda path, name: name == "lora_B")[0]
 
 
 def per_sample(p: Any, batch: Tensor = X) -> Any:

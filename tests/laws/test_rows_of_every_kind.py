@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from cases import CASES, Case
-from helpers import close, leaves, moved, same_state, snapshot
-from places import Experts, Mixing, Own, Scaled, Transposed, features, method, seeded
+from helpers import close, leaves, moved, same_state, seeded, snapshot
+from places import Experts, Mixing, Own, Scaled, Transposed, features, method
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode

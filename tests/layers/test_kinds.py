@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-import threading
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,10 +14,10 @@ import pytest
 import torch
 import torch.nn.attention
 import torch.utils._pytree as pytree
-from helpers import close, moved, net, same_state, snapshot
+from helpers import close, in_threads, moved, net, same_state, seeded, snapshot
 from hooks import hooked
 from hypothesis import given, settings
-from places import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features, seeded
+from places import IDS, Experts, Mixing, Own, Plus, Scaled, Transposed, features
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call, grad, vmap
@@ -484,11 +483,7 @@ def test_all_kinds_have_derivatives_and_threads_do_not_meet() -> None:
                 if (y - expected[i]).abs().max() > 1e-12
             )
 
-    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, lambda i: work(i % 2))
     assert not wrong
     assert same_state(before, snapshot(model))
     model.train()  # attention's fused kernels have no forward derivative

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, leaves, moved, same_state, snapshot
-from places import features, seeded
+from helpers import close, leaves, moved, same_state, seeded, snapshot
+from places import features
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

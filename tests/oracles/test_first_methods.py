@@ -11,21 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import close, moved
+from linear_layers import layer
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 from lora_lite_func.core.adapter import replace
 
 Dense = tuple[Tensor, Tensor | None]
-
-
-def layer(bias: bool = True, d_in: int = 16, d_out: int = 24) -> nn.Linear:
-    gen = torch.Generator().manual_seed(0)
-    made = nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64)
-    with torch.no_grad():
-        for t in made.parameters():
-            t.copy_(torch.randn(t.shape, generator=gen, dtype=torch.float64) * 0.3)
-    return made
 
 
 # ------------------------------------------------------------------------------------- the formulas

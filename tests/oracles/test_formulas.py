@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import close, moved
+from linear_layers import layer
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -38,16 +39,6 @@ def oracle(
         return f
 
     return row
-
-
-def layer(d_in: int, d_out: int, bias: bool, seed: int = 0) -> nn.Linear:
-    """A frozen layer with seeded weights, float64."""
-    gen = torch.Generator().manual_seed(seed)
-    made = nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64)
-    with torch.no_grad():
-        for t in made.parameters():
-            t.copy_(torch.randn(t.shape, generator=gen, dtype=torch.float64) * 0.3)
-    return made
 
 
 def blockdiag(blocks: Any) -> Tensor:
@@ -307,7 +298,7 @@ def _hira(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
 def test_merged_and_applied_are_the_formula(
     formula: Oracle, cfg: ll.AdapterConfig, d_in: int, d_out: int, bias: bool
 ) -> None:
-    model = layer(d_in, d_out, bias)
+    model = layer(bias, d_in, d_out)
     params = moved(ll.init(model, cfg, seed=7), size=0.3)
     W, b = formula(params[""], model.weight.detach(), model.bias.detach() if bias else None, cfg)
     assert (W - model.weight).abs().max() > 1e-3 or not isinstance(b, type(model.bias))
@@ -429,7 +420,7 @@ def test_equal_shapes_have_equal_random_parts(cfg: ll.AdapterConfig) -> None:
 
 
 def test_positions_rounded_by_a_cast_are_refused() -> None:
-    model = layer(8, 12, True)
+    model = layer(True, 8, 12)
     params = ll.init(model, ll.SHiRAConfig(r=1))
     assert ll.cast(params, torch.bfloat16)[""]["lora_idx"].dtype == torch.float32
     bound = ll.bind(model, params).to(torch.bfloat16)
@@ -441,7 +432,7 @@ def test_positions_rounded_by_a_cast_are_refused() -> None:
 
 @pytest.mark.parametrize("basis", ["V", "U"])
 def test_antipasto_steers_both_ways(basis: Any) -> None:
-    model = layer(16, 24, False)
+    model = layer(False)
     params = moved(ll.init(model, ll.AntiPaSTOConfig(r=8, basis=basis)), size=0.3)
     turns = []
     for c in (1.0, -1.0):

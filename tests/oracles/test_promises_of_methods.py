@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, start
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, seen_at
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -218,18 +218,6 @@ def test_ln_tuning_agrees_with_peft() -> None:
 
 
 # ---------------------------------------------------------------------------- ranks shared out anew
-def inputs_at(model: nn.Module, path: str, batches: list[Tensor]) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].reshape(-1, args[0].shape[-1]))
-    )
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    handle.remove()
-    return torch.cat(seen)
-
-
 @pytest.mark.parametrize("center", [False, True])
 def test_eva_shares_ranks_out_by_explained_variance(center: bool, tmp_path: Path) -> None:
     model, batches = net(width=16, inner=8, depth=3), [rows(40, seed=s) for s in range(3)]
@@ -239,7 +227,7 @@ def test_eva_shares_ranks_out_by_explained_variance(center: bool, tmp_path: Path
     params = ll.init(model, cfg, calibration_data=batches)
     shares = []
     for path in ll.init(model, ll.LoRAConfig()):
-        X = inputs_at(copy.deepcopy(model), path, batches)
+        X = seen_at(copy.deepcopy(model), path, batches)
         values = torch.linalg.svdvals(X - X.mean(0) if center else X).square()
         shares += [(float(v / values.sum()), path) for v in values[:8]]
     best = [path for _, path in sorted(shares, reverse=True)[: 4 * 6]]
