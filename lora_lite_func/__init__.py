@@ -17,10 +17,11 @@ from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
 from .algebra.gradients import grad, value_and_grad
 from .algebra.mean import mean
+from .algebra.parts import combine, partition
 from .algebra.precondition import precondition
 from .algebra.rows import Rows, rows
 from .algebra.stack import concatenate, names, num_members, stack, unstack, update
-from .algebra.tree import cast, combine, num_params, partition, project, scale, summary
+from .algebra.tree import cast, num_params, project, scale, summary
 from .api.apply import apply, functional_call
 from .api.bind import bind, prepared, unbind
 from .api.calibrate import calibrate
@@ -42,6 +43,7 @@ from .core.errors import (
 from .core.layout import Layout, Stacked
 from .core.method import Layer, ParamSpec, Variant, register, variant_for
 from .core.pinning import pin
+from .core.pytree import register_adapter
 from .core.site import Site
 from .core.statistics import Moments, SiteStatistics, Statistics
 from .injection.prompt import prompted
@@ -219,6 +221,8 @@ if not TYPE_CHECKING:  # a type checker has the imports above, and finds a missp
         pin((name,), {name: value}, __name__)
         return value
 
+
+register_adapter()
 
 _PICKLED = {
     "ABSENT": ABSENT,

@@ -23,7 +23,7 @@ from torch import Tensor
 import lora_lite_func as ll
 from lora_lite_func.cli.health import update_norm
 from lora_lite_func.interop.open import open_adapter
-from lora_lite_func.layers.targeting import layer_index
+from lora_lite_func.layers.roles import layer_index
 
 _MOST = 12  # singular values of a site that are drawn
 

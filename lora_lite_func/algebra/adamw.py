@@ -14,7 +14,7 @@ from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of
 from ..core.config import probability, real
 from ..core.errors import ConfigError, StructureError, nearest, short_repr
 from ..core.torch_internals import fused_adamw, is_recorded
-from .tree import every_adapter, map_adapters
+from .alike import every_adapter, map_adapters
 
 __all__ = ["AdamW", "AdamWState", "adamw", "clip_grads"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, check_shapes, rebuild
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
-from .tree import check_adapter, every_adapter
+from .alike import check_adapter, every_adapter
 
 __all__ = ["from_dict", "ravel", "to_dict"]
 

@@ -26,7 +26,7 @@ from ..core.adapter import ABSENT, Adapter, replace
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
 from ..core.layout import SCALING
-from .tree import map_adapters
+from .alike import map_adapters
 
 __all__ = ["precondition"]
 

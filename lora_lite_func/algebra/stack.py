@@ -13,7 +13,7 @@ from ..core.adapter import ABSENT, Adapter, member, members_of, rebuild
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import SCALING, Layout, Stacked
-from .tree import check_adapter, check_same_method, check_same_sites, other_settings
+from .alike import check_adapter, check_same_method, check_same_sites, other_settings
 
 __all__ = ["concatenate", "names", "num_members", "stack", "unstack", "update"]
 

@@ -23,10 +23,10 @@ from ..injection.tree_copy import copy_tree
 from ..layers.kinds import KINDS
 from ..layers.targeting import find
 from .apply import attachments_of
-from .calibrate import eval_copy
 from .check_method import verified
 from .comparison import allowed, apart, run
 from .merge import merged
+from .recorder import eval_copy
 from .report import Report
 
 __all__ = ["check"]

@@ -17,7 +17,8 @@ from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, LoraLiteError, StructureError, short_repr
 from ..core.layout import Layout
-from ..core.method import ParamSpec, Variant, leaf_dtype, variant_for
+from ..core.leaf_dtype import leaf_dtype
+from ..core.method import ParamSpec, Variant, variant_for
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
 from ..layers.kinds import KINDS, matrix, module_and_name

@@ -8,9 +8,10 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..algebra.alike import map_adapters
 from ..algebra.gradients import grad
+from ..algebra.parts import combine, partition
 from ..algebra.rows import rows
-from ..algebra.tree import combine, map_adapters, partition
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError
 from .apply import apply

@@ -1,27 +1,24 @@
 """Adapter: an immutable Mapping path -> {lora_name: tensor}, and a pytree node.
 
-It is registered with torch.utils._pytree and with optree, in every namespace.
+`pytree.py` registers it.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import optree
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import StructureError, nearest
-from .layout import Layout, from_json, to_json
-from .method import dtype_fits
+from .layout import Layout
+from .leaf_dtype import dtype_fits
 from .site import Site
+from .site_tensors import SiteTensors
 from .summary import render
 
 __all__ = [
@@ -57,28 +54,6 @@ class _Absent:
 
 
 ABSENT = _Absent()
-
-
-class SiteTensors(dict[str, Tensor]):
-    """One site's {lora_name: tensor}: a dict that can be read, copied, pickled (as an OrderedDict)
-    and mapped like any other, and not written on, since the adapter wouldn't change with it.
-    """
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(
-            "a site's tensors: an Adapter is immutable and does not support item assignment; make "
-            "another one by tree algebra, or take dict(params[path])"
-        )
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # torch.load(weights_only=True) makes none but this kind of dict by a call
-        return OrderedDict, (), None, None, iter(self.items())
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return self.__reduce__()
 
 
 class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[misc]
@@ -334,89 +309,6 @@ def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
     return where + f"found {tuple(found.shape)}"
 
 
-# ------------------------------------------------------------------------------------- registration
-def _flatten(params: Adapter) -> tuple[list[Any], Layout]:
-    return leaves(params), params.layout
-
-
-def _unflatten(children: Iterable[Any], layout: Layout) -> Adapter:
-    return rebuild(layout, children)
-
-
 def keys(params: Adapter) -> list[tuple[str, str]]:
     """(path, lora_name) of every leaf, in order."""
     return [(path, name) for path, names in params.layout.names.items() for name in names]
-
-
-def _flatten_with_keys(params: Adapter) -> tuple[list[tuple[Any, Any]], Layout]:
-    return list(
-        zip(map(torch_pytree.MappingKey, keys(params)), leaves(params), strict=True)
-    ), params.layout
-
-
-def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str, str]]]:
-    return leaves(params), params.layout, keys(params)
-
-
-def _dumped(layout: Layout) -> str:
-    """The layout as text for exported programs. AOTInductor puts it into C++ as a raw string, which
-    a closing bracket before a quotation mark would end.
-    """
-    return json.dumps(to_json(layout)).replace(")", r"\u0029")
-
-
-def _read_back(says: Any) -> Layout:
-    """The layout of an exported program; those of before 0.2.0 have JSON types for the text."""
-    return from_json(json.loads(says) if isinstance(says, str) else says)
-
-
-def _flatten_site(site: SiteTensors) -> tuple[list[Any], tuple[str, ...]]:
-    return list(site.values()), tuple(site)
-
-
-def _unflatten_site(children: Iterable[Any], names: tuple[str, ...]) -> SiteTensors:
-    return SiteTensors(zip(names, children, strict=True))
-
-
-@functools.cache
-def _register() -> None:
-    # by getattr, since Python would mangle the name inside a class
-    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")
-    torch_pytree.register_pytree_node(
-        Adapter,
-        _flatten,
-        _unflatten,
-        serialized_type_name="lora_lite_func.Adapter",
-        to_dumpable_context=_dumped,
-        from_dumpable_context=_read_back,
-        flatten_with_keys_fn=_flatten_with_keys,
-    )
-    torch_pytree.register_pytree_node(
-        _Absent,
-        lambda _: ([], None),
-        lambda _children, _context: ABSENT,
-        serialized_type_name="lora_lite_func.Absent",
-        flatten_with_keys_fn=lambda _: ([], None),
-    )
-    torch_pytree.register_pytree_node(
-        SiteTensors,
-        _flatten_site,
-        _unflatten_site,
-        serialized_type_name="lora_lite_func.SiteTensors",
-        flatten_with_keys_fn=lambda site: (
-            [(torch_pytree.MappingKey(name), t) for name, t in site.items()],
-            tuple(site),
-        ),
-    )
-    register: Any = optree.register_pytree_node  # its type stubs only allow collections of strings
-    register(
-        SiteTensors,
-        lambda site: (list(site.values()), tuple(site), tuple(site)),
-        lambda names, children: _unflatten_site(children, names),
-        namespace=everywhere,
-    )
-    register(Adapter, _optree_flatten, rebuild, namespace=everywhere)
-    register(_Absent, lambda _: ((), None, ()), lambda _meta, _kids: ABSENT, namespace=everywhere)
-
-
-_register()

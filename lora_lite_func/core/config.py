@@ -6,25 +6,21 @@ Everything is checked while a config is built.
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import re
-import types
 import typing
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from .config_values import check_pattern, check_rank, coerce
 from .errors import ConfigError, nearest, short_repr
 
 __all__ = [
     "DEFAULT_EXCLUDE",
-    "LARGEST",
     "LORA_LITE_EXCLUDE",
     "AdapterConfig",
     "Role",
@@ -58,9 +54,6 @@ DEFAULT_EXCLUDE = (
 
 LORA_LITE_EXCLUDE = ("lm_head", "embed_tokens")
 """lora-lite's defaults: a config that was carried over may name them where there are none."""
-
-LARGEST = 2**31 - 1
-"""A rank or a layer's dimension above it is a mistake, or a hostile file's."""
 
 
 def record(default: T) -> T:
@@ -143,17 +136,17 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
             object.__setattr__(
-                self, name, _coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}")
+                self, name, coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}")
             )
-        _check_rank(self.r, f"{type(self).__name__}.r")
+        check_rank(self.r, f"{type(self).__name__}.r")
         for what in ("target_names", "target_parameters", "transposed_parameters", "exclude_names"):
             for pattern in getattr(self, what):
-                _compiles(pattern, f"{type(self).__name__}.{what}")
+                check_pattern(pattern, f"{type(self).__name__}.{what}")
         for what in ("rank_pattern", "alpha_pattern"):
             for pattern, value in getattr(self, what):
-                _compiles(pattern, f"{type(self).__name__}.{what}")
+                check_pattern(pattern, f"{type(self).__name__}.{what}")
                 if what == "rank_pattern":
-                    _check_rank(value, f"{type(self).__name__}.rank_pattern[{short_repr(pattern)}]")
+                    check_rank(value, f"{type(self).__name__}.rank_pattern[{short_repr(pattern)}]")
         self.validate()
 
     def validate(self) -> None:
@@ -261,102 +254,3 @@ _HINTS: dict[type[AdapterConfig], dict[str, Any]] = {}
 def _resolved(cls: type[AdapterConfig]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def _check_rank(r: int, where: str) -> None:
-    if r < 1:
-        raise ConfigError(f"{where}: expected at least 1, found {short_repr(r)}")
-    if r > LARGEST:
-        raise ConfigError(f"{where}: expected at most {LARGEST}, found {short_repr(r)}")
-
-
-def _compiles(pattern: str, where: str) -> None:
-    # only a set of characters can make Python warn
-    quiet = warnings.catch_warnings() if "[" in pattern else nullcontext()
-    try:
-        with quiet:
-            if "[" in pattern:
-                warnings.simplefilter("ignore", FutureWarning)
-            re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"{where}: {short_repr(pattern)} is not a regular expression: {error}"
-        ) from None
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` says: lists become tuples, dicts pairs, ints floats.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _coerce(value, next(a for a in args if a is not type(None)), where)
-    if origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-        raise ConfigError(
-            f"{where}: expected one of {', '.join(map(repr, args))}, found {short_repr(value)}"
-        )
-    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        return tuple(
-            _coerce(v, args[0], f"{where}[{i}]")
-            for i, v in enumerate(_items(value, args[0], where))
-        )
-    if origin is tuple:
-        if (
-            not isinstance(value, Sequence)
-            or isinstance(value, (str, bytes))
-            or len(value) != len(args)
-        ):
-            raise ConfigError(f"{where}: expected {len(args)} values, found {short_repr(value)}")
-        return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
-    if hint is torch.dtype:
-        return _dtype(value, where)
-    if hint in (int, float, str, bool):
-        kinds = (int, float) if hint is float else hint
-        if not isinstance(value, kinds) or (hint is not bool and isinstance(value, bool)):
-            raise ConfigError(f"{where}: expected {hint.__name__}, found {short_repr(value)}")
-        return _finite(value, where) if hint is float else value
-    return value
-
-
-def _items(value: Any, kind: Any, where: str) -> Iterable[Any]:
-    """The items of what stands for a sequence: a string stands for itself alone, a mapping for its
-    pairs, a set for its items in a fixed order.
-    """
-    if isinstance(value, str) and (kind is str or typing.get_origin(kind) is Literal):
-        return (value,)
-    if isinstance(value, Mapping):
-        return tuple(value.items())
-    if isinstance(value, (set, frozenset)):
-        return sorted(
-            value, key=lambda v: (type(v).__name__, v if isinstance(v, (int, str)) else repr(v))
-        )
-    if not isinstance(value, (Sequence, range)) or isinstance(value, (str, bytes)):
-        raise ConfigError(f"{where}: expected a sequence, found {short_repr(value)}")
-    return value
-
-
-def _finite(value: float, where: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond the floats
-        number = math.inf
-    if not math.isfinite(number):
-        raise ConfigError(f"{where}: expected a finite number, found {short_repr(value)}")
-    return number
-
-
-def _dtype(value: Any, where: str) -> torch.dtype:
-    found = value
-    if isinstance(value, str):  # looked up by vars, which runs nothing of torch's
-        found = vars(torch).get(value.removeprefix("torch."))
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
-        raise ConfigError(
-            f"{where}: expected a floating torch.dtype, found {short_repr(value)}; 16 bits at least"
-        )
-    return found

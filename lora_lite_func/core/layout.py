@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import LARGEST, AdapterConfig, feature_dropout, from_dict, to_dict
+from .config import AdapterConfig, feature_dropout, from_dict, to_dict
+from .config_values import LARGEST
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
 from .method import Variant, site_for, variants
 from .site import Params, Site

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .errors import ConfigError, nearest, short_repr
+from .param_spec import ParamSpec
 from .phases import (
     ConfigT,
     DataT,
@@ -23,7 +24,6 @@ from .phases import (
     Layer,
     NeedsFn,
     OutputsFn,
-    ParamSpec,
     ParamSpecsFn,
     PlanFn,
     PrepareFn,
@@ -40,8 +40,6 @@ __all__ = [
     "Layer",
     "ParamSpec",
     "Variant",
-    "dtype_fits",
-    "leaf_dtype",
     "register",
     "site_for",
     "variant_for",
@@ -279,28 +277,6 @@ def variant_for(config: type[AdapterConfig]) -> Variant:
             f"{nearest(hint, [c.__name__ for c in _REGISTRY], first=50)}"
         )
     return _REGISTRY[config]
-
-
-def leaf_dtype(spec: ParamSpec, adapter_dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor gets: the adapter's, or the spec's where that is wider or no floating
-    dtype.
-    """
-    if spec.dtype is None:
-        return adapter_dtype
-    return (
-        torch.promote_types(spec.dtype, adapter_dtype)
-        if spec.dtype.is_floating_point
-        else spec.dtype
-    )
-
-
-def dtype_fits(spec_dtype: torch.dtype | None, found: torch.dtype) -> bool:
-    """Whether a tensor of dtype `found` can be a leaf with a spec of that dtype, as it is."""
-    if spec_dtype is not None and not spec_dtype.is_floating_point:
-        return found == spec_dtype
-    if not found.is_floating_point or found.itemsize == 1:
-        return False
-    return spec_dtype is None or torch.promote_types(spec_dtype, found) == found
 
 
 def site_for(

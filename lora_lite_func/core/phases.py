@@ -16,14 +16,13 @@ They are pure: none may write on what it is given, since x, y, W and b can be th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .config import AdapterConfig
-from .random import Draw
+from .param_spec import ParamSpec
 from .site import Params, Site
 from .statistics import SiteStatistics
 
@@ -57,7 +56,6 @@ __all__ = [
     "Layer",
     "NeedsFn",
     "OutputsFn",
-    "ParamSpec",
     "ParamSpecsFn",
     "PlanFn",
     "PrepareFn",
@@ -71,28 +69,6 @@ __all__ = [
 
 Factors: TypeAlias = tuple[Tensor, Tensor, float | Tensor]
 """A (k, d_in), B (d_out, k) and s of an update s B A; s may be a tensor ()."""
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One tensor of a method at a site.
-
-    Attributes:
-        shape: its shape.
-        init: "zeros", "ones", "kaiming" (uniform in +-1/sqrt(n), n the last dimension), or a draw
-            (shape, generator) -> float32 CPU tensor, by that torch.Generator alone.
-        trainable: False for a tensor that is part of the adapter but never learned.
-        dtype: None is the adapter's dtype; torch.float32 means "float32 at least" (for gates,
-            angles, magnitudes); an integer dtype is taken as it is.
-        rank_axis: the axis that counts directions, where one more direction of zeros changes
-            nothing: such tensors of different ranks stack.
-    """
-
-    shape: tuple[int, ...]
-    init: Literal["zeros", "ones", "kaiming"] | Draw = "zeros"
-    trainable: bool = True
-    dtype: torch.dtype | None = None
-    rank_axis: int | None = None
 
 
 class Layer(Protocol):

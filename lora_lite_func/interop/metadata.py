@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..core.config import LARGEST
+from ..core.config_values import LARGEST
 from ..core.errors import CheckpointError, short_repr
 
 __all__ = ["ConfigReader"]

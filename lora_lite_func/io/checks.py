@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..core.adapter import ABSENT
 from ..core.errors import CheckpointError, StructureError, nearest, short_repr
 from ..core.layout import Layout
-from ..core.method import dtype_fits
+from ..core.leaf_dtype import dtype_fits
 from ..layers.kinds import KINDS, misfit, module_and_name
 from .manifest import Piece, joined
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..core.config import LARGEST
+from ..core.config_values import LARGEST
 from ..core.errors import CheckpointError, nearest, short_repr
 from ..core.layout import Stacked, from_json
 from ..core.site import Site

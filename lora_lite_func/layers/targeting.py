@@ -6,7 +6,6 @@ What counts is structure: a linear-like layer needn't be an nn.Linear.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,22 +14,17 @@ from ..core.config import DEFAULT_EXCLUDE, LORA_LITE_EXCLUDE, AdapterConfig, dro
 from ..core.errors import TargetError, UnsupportedError, nearest, short_repr
 from ..core.method import Variant, site_for
 from ..core.site import Site
-from .kinds import KINDS, Facts, Kind, facts, kind_of
+from .kinds import KINDS, Facts, Kind, facts
+from .patterns import _elsewhere, check_patterns, chosen_layers, nothing_left, words_for
 from .refusals import check_model, refuse_uncopyable
+from .roles import layer_index, residual_width, role_of
 from .weights import is_packed, stored
 
-__all__ = ["find", "layer_index", "role_of"]
+__all__ = ["Found", "find"]
 
-_WRITERS = (
-    ".o",
-    ".o_proj",
-    ".out_proj",
-    ".attn.proj",
-    ".down_proj",
-    ".wo",
-    ".output.dense",
-)
-"""Whole names at the end of a path."""
+
+Found = list[tuple[Site, nn.Module]]
+"""Sites with the modules that hold them, as `find` gives them."""
 
 
 class Candidate(NamedTuple):
@@ -51,7 +45,7 @@ class Candidate(NamedTuple):
     uncalled: bool = False
 
 
-def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[Site, nn.Module]]:
+def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> Found:
     """The sites of a config, with the modules that hold them: modules in the order of
     `model.named_modules()`, then parameters.
 
@@ -67,9 +61,9 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> list[tuple[S
     parameters = _chosen_parameters(model, cfg)
     _check_once(chosen, parameters)
     chosen += parameters
-    words = _words({candidate.kind.name: candidate.kind for candidate in chosen}.values())
+    words = words_for({candidate.kind.name: candidate.kind for candidate in chosen}.values())
     for what in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(
+        check_patterns(
             what,
             [p for p, _ in getattr(cfg, what)],
             [candidate.path for candidate in chosen],
@@ -140,7 +134,7 @@ def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list
         if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
     ]
     if not candidates:
-        what = _words(kinds)
+        what = words_for(kinds)
         if kinds == [KINDS["linear"]]:
             what = "linear-like module (in_features, out_features, weight, a call)"
         raise TargetError(
@@ -157,13 +151,13 @@ def _chosen_modules(
     Raises:
         TargetError: one of those selects nothing, or nothing is left.
     """
-    candidates, words = _candidates(model, cfg, kinds), _words(kinds)
+    candidates, words = _candidates(model, cfg, kinds), words_for(kinds)
     paths = [candidate.path for candidate in candidates]
-    _check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
+    check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
     needless = (*DEFAULT_EXCLUDE, *LORA_LITE_EXCLUDE)
     written = [p for p in cfg.exclude_names if p not in needless]
-    _check_patterns("exclude_names", written, paths, words)
-    layers = _layers(cfg, paths, words)
+    check_patterns("exclude_names", written, paths, words)
+    layers = chosen_layers(cfg, paths, words)
     matches = [re.compile(p).search for p in cfg.target_names]
     chosen = [
         candidate
@@ -178,7 +172,7 @@ def _chosen_modules(
         )
     ]
     if not chosen:
-        raise TargetError(_nothing_left(cfg, paths, words))
+        raise TargetError(nothing_left(cfg, paths, words))
     return chosen
 
 
@@ -196,7 +190,7 @@ def _chosen_parameters(model: nn.Module, cfg: AdapterConfig) -> list[Candidate]:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for what in ("target_parameters", "transposed_parameters"):
-        _check_patterns(what, getattr(cfg, what), names, "parameters")
+        check_patterns(what, getattr(cfg, what), names, "parameters")
     user = [p for p in cfg.exclude_names if p not in DEFAULT_EXCLUDE]
     chosen: dict[int, Candidate] = {}
     for path in names:
@@ -307,110 +301,3 @@ def _check_adaptable(variant: Variant, cfg: AdapterConfig, candidate: Candidate)
             f"{path!r}: {dropout} acts on features that come to a layer's call, and this "
             f"{kind.one} is adapted without; set {dropout}=0"
         )
-
-
-def layer_index(path: str) -> int | None:
-    """The first number in a path: 3 for "model.layers.3.mlp.up_proj"; None where there is none."""
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
-
-
-def role_of(path: str, size: tuple[int, int] | None, width: int) -> str:
-    """Reader, writer or inner: by shape (d_in, d_out) against the residual width, and by name where
-    both sides have that width.
-    """
-    reads, writes = (n == width for n in size or (0, 0))
-    if reads and writes:
-        return "writer" if f".{path}".endswith(_WRITERS) else "reader"
-    return "reader" if reads else "writer" if writes else "inner"
-
-
-def residual_width(model: nn.Module) -> int:
-    """The width of the residual stream: the model config's hidden size, else the commonest feature
-    count of its linear layers.
-    """
-    config = getattr(model, "config", None)
-    for holder in (config, getattr(config, "text_config", None)):
-        for name in ("hidden_size", "d_model", "n_embd", "dim"):
-            width = getattr(holder, name, None)
-            if isinstance(width, int):
-                return width
-    linear = KINDS["linear"]
-    sizes = [n for m in model.modules() if linear.holds(m) for n in linear.size(m) or ()]
-    return max(sizes, key=lambda n: (sizes.count(n), n), default=0)
-
-
-# ------------------------------------------------------------------------------------- what is said
-def _words(kinds: Iterable[Kind]) -> str:
-    return " or ".join(kind.words for kind in kinds) or "sites"
-
-
-def _check_patterns(
-    what: str,
-    patterns: Iterable[str],
-    paths: list[str],
-    words: str,
-    model: nn.Module | None = None,
-    kinds: Iterable[Kind] = (),
-) -> None:
-    for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
-            hint = "" if model is None else _elsewhere(model, [pattern], kinds)
-            if not hint:
-                names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-                hint = f"; {nearest(pattern, names)}"
-                if not hint.startswith("; did you mean"):
-                    hint = f"; first ones: {', '.join(map(repr, paths[:3]))}"
-            raise TargetError(f"{what}: {pattern!r} matched none of {len(paths)} {words}{hint}")
-
-
-def _elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind]) -> str:
-    """Advice: what the patterns (any path, if there are none) match among the other kinds."""
-    taken = {kind.name for kind in kinds}
-    patterns = list(patterns) or [""]
-    counts: dict[str, int] = {}
-    for path, module in model.named_modules():
-        kind = kind_of(module) if any(re.search(p, path) for p in patterns) else None
-        if kind is not None and kind.name not in taken:
-            counts[kind.name] = counts.get(kind.name, 0) + 1
-    if counts:
-        found = " and ".join(f"{n} of kind {name!r}" for name, n in counts.items())
-        verb = "it has" if patterns == [""] else "it matches"
-        return f"; {verb} {found}: add target_kinds=({', '.join(map(repr, counts))},)"
-    names = [
-        name
-        for name, _ in model.named_parameters()
-        if patterns != [""] and any(re.search(p, name) for p in patterns)
-    ]
-    return f"; it matches the parameter {names[0]!r}: name it in target_parameters" if names else ""
-
-
-def _layers(cfg: AdapterConfig, paths: list[str], words: str) -> set[int] | None:
-    if cfg.layers is None:
-        return None
-    known = sorted({i for i in map(layer_index, paths) if i is not None})
-    if not known:
-        none = "no linear-like layer" if words == KINDS["linear"].words else f"none of the {words}"
-        raise TargetError(
-            f"layers: {none} has a number in its path; first ones: "
-            f"{', '.join(map(repr, paths[:3]))}"
-        )
-    count = known[-1] + 1
-    wanted = {i + count if i < 0 else i for i in cfg.layers}
-    for i in cfg.layers:
-        if (i + count if i < 0 else i) not in known:
-            raise TargetError(
-                f"layers: index {i} matches nothing; the layers are {known[0]} to {known[-1]}"
-            )
-    return wanted
-
-
-def _nothing_left(cfg: AdapterConfig, paths: list[str], words: str) -> str:
-    asked = {
-        what: getattr(cfg, what)
-        for what in ("target_names", "target_roles", "layers", "exclude_names")
-    }
-    text = ", ".join(
-        f"{k}={v!r}" for k, v in asked.items() if (v is not None if k == "layers" else v)
-    )
-    first = ", ".join(map(repr, paths[:3]))
-    return f"none of {len(paths)} {words} is left under {text}; first ones: {first}"
