@@ -12,7 +12,7 @@ from ..core.errors import TargetError, nearest
 from .kinds import KINDS, Kind, kind_of
 from .roles import layer_index
 
-__all__ = ["check_patterns", "chosen_layers", "nothing_left", "words_for"]
+__all__ = ["check_patterns", "chosen_layers", "elsewhere", "nothing_left", "words_for"]
 
 
 def words_for(kinds: Iterable[Kind]) -> str:
@@ -29,7 +29,7 @@ def check_patterns(
 ) -> None:
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
-            hint = "" if model is None else _elsewhere(model, [pattern], kinds)
+            hint = "" if model is None else elsewhere(model, [pattern], kinds)
             if not hint:
                 names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
                 hint = f"; {nearest(pattern, names)}"
@@ -38,7 +38,7 @@ def check_patterns(
             raise TargetError(f"{what}: {pattern!r} matched none of {len(paths)} {words}{hint}")
 
 
-def _elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind]) -> str:
+def elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind]) -> str:
     """Advice: what the patterns (any path, if there are none) match among the other kinds."""
     taken = {kind.name for kind in kinds}
     patterns = list(patterns) or [""]

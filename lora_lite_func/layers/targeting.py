@@ -15,7 +15,7 @@ from ..core.errors import TargetError, UnsupportedError, nearest, short_repr
 from ..core.method import Variant, site_for
 from ..core.site import Site
 from .kinds import KINDS, Facts, Kind, facts
-from .patterns import _elsewhere, check_patterns, chosen_layers, nothing_left, words_for
+from .patterns import check_patterns, chosen_layers, elsewhere, nothing_left, words_for
 from .refusals import check_model, refuse_uncopyable
 from .roles import layer_index, residual_width, role_of
 from .weights import is_packed, stored
@@ -138,7 +138,7 @@ def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list
         if kinds == [KINDS["linear"]]:
             what = "linear-like module (in_features, out_features, weight, a call)"
         raise TargetError(
-            f"{type(model).__name__} has no {what}{_elsewhere(model, cfg.target_names, kinds)}"
+            f"{type(model).__name__} has no {what}{elsewhere(model, cfg.target_names, kinds)}"
         )
     return candidates
 
