@@ -12,7 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .algebra import adalora
-from .algebra.adamw import AdamW, AdamWState, adamw, clip_grads
+from .algebra.adamw import AdamW, AdamWState, adamw
+from .algebra.clip import clip_grads
 from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
 from .algebra.gradients import grad, value_and_grad

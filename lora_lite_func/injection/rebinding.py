@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,22 +19,13 @@ from torch import Tensor, nn
 
 from ..core.torch_internals import TRACES_IDS
 from ..core.torch_internals import attributes_of as attributes_of_module
-from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of, refers, role_of, slots
+from .cloning import clone, has_modules_as_keys, refill, same_members
+from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of, refers, role_of
 from .unfollowed import globals_of, modules_in
 
 __all__ = ["MUTABLE", "Rebinding", "turn_callables"]
 
 _KEEPERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
-_BASES: tuple[Any, ...] = (
-    collections.OrderedDict,
-    collections.defaultdict,
-    collections.deque,
-    list,
-    set,
-    dict,
-    tuple,
-    frozenset,
-)
 MUTABLE = (list, dict, set, collections.deque)
 
 
@@ -77,16 +68,16 @@ class Rebinding:
             return known
         if isinstance(value, (tuple, frozenset)):
             return self._own_tuple(value) if type(value) is tuple else value
-        made = _clone(value)
+        made = clone(value)
         self.copies[id(value)] = self.copies[id(made)] = made
         held = made.values() if isinstance(made, dict) else made
-        if all_plain(held) and not _has_modules_as_keys(made):
+        if all_plain(held) and not has_modules_as_keys(made):
             return made
         self._owned.append(made)
         if isinstance(made, dict):
-            _refill(made, {key: self._own_member(item) for key, item in made.items()})
+            refill(made, {key: self._own_member(item) for key, item in made.items()})
         else:
-            _refill(made, [self._own_member(item) for item in made])
+            refill(made, [self._own_member(item) for item in made])
         return made
 
     def _own_tuple(self, value: tuple[Any, ...]) -> Any:
@@ -110,9 +101,9 @@ class Rebinding:
         """Turn the members of all own containers, in place."""
         for made in self._owned:
             if isinstance(made, dict):
-                _refill(made, {self.turned(k): self.turned(v) for k, v in made.items()})
+                refill(made, {self.turned(k): self.turned(v) for k, v in made.items()})
             else:
-                _refill(made, [self.turned(item) for item in made])
+                refill(made, [self.turned(item) for item in made])
 
     # ----------------------------------------------------------------------------------- references
     def turned(self, value: Any) -> Any:
@@ -160,11 +151,11 @@ class Rebinding:
     def _container(self, value: Any) -> Any:
         if isinstance(value, dict):
             new = {self.turned(k): self.turned(v) for k, v in value.items()}
-            made = value if _same(new.items(), value.items()) else _clone(value, new)
+            made = value if same_members(new.items(), value.items()) else clone(value, new)
         else:
             members = [self.turned(item) for item in value]
             same = all(a is b for a, b in zip(members, value, strict=True))
-            made = value if same else _clone(value, members)
+            made = value if same else clone(value, members)
         if self.by_id:
             self.copies[id(value)] = made
         return made
@@ -173,7 +164,9 @@ class Rebinding:
         """A mapping or list around another one, or a weak mapping or list."""
         if isinstance(value, types.MappingProxyType):
             new = {self.turned(k): self.turned(v) for k, v in value.items()}
-            made = value if _same(new.items(), value.items()) else types.MappingProxyType(new)
+            made = (
+                value if same_members(new.items(), value.items()) else types.MappingProxyType(new)
+            )
         elif isinstance(value, _KEEPERS):
             made = self._keeper(value)
         else:
@@ -193,7 +186,7 @@ class Rebinding:
             return value if members == set(value) else type(value)(members)
         pairs = list(value.items())
         new = [(self.turned(k), self.turned(v)) for k, v in pairs]
-        if _same(new, pairs):
+        if same_members(new, pairs):
             return value
         made = type(value)()
         for key, item in new:
@@ -328,53 +321,3 @@ def turn_callables(module: nn.Module, copies: dict[int, Any]) -> None:
     for name, value in attributes_of_module(module).items():
         if isinstance(value, BINDABLE):
             module.__dict__[name] = rebinding.turned(value)
-
-
-def _same(new: Iterable[tuple[Any, Any]], old: Iterable[tuple[Any, Any]]) -> bool:
-    return all(a is c and b is d for (a, b), (c, d) in zip(new, old, strict=True))
-
-
-def _has_modules_as_keys(value: Any) -> bool:
-    if not isinstance(value, dict) or all_plain(value):
-        return False
-    return any(isinstance(key, nn.Module) for key in value)
-
-
-def _clone(value: Any, members: Any = None) -> Any:
-    """A container of the same class with these members, or with its own if none are given.
-
-    A subclass is made without its constructor, which may ask for anything.
-    """
-    kind = type(value)
-    members = value if members is None else members
-    if kind in (list, set, frozenset, tuple, dict):
-        return kind(members)
-    base = _base(kind)
-    if base in (tuple, frozenset):
-        made = base.__new__(kind, members)
-    else:
-        made = base.__new__(kind)
-        if base is collections.deque:
-            base.__init__(made, (), value.maxlen)
-        elif base is collections.defaultdict:
-            base.__init__(made, value.default_factory)
-        _refill(made, members)
-    for name in slots(kind):
-        if hasattr(value, name):
-            object.__setattr__(made, name, getattr(value, name))
-    if hasattr(made, "__dict__"):
-        made.__dict__.update(value.__dict__)
-    return made
-
-
-def _refill(made: Any, members: Any) -> None:
-    """Replace a container's members by these, without its class's own methods."""
-    base = _base(type(made))
-    fill = base.extend if base in (list, collections.deque) else base.update
-    base.clear(made)
-    fill(made, members)
-
-
-def _base(kind: type) -> Any:
-    """The built-in Python class that a container's class is derived from."""
-    return next(base for base in _BASES if issubclass(kind, base))

@@ -8,7 +8,6 @@ recurrent layers are called part by part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,25 +17,20 @@ from torch import Tensor, nn
 from ..core.errors import UnsupportedError
 from ..core.site import Params
 from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, is_tracing_here
-from ..kernels.row_plan import RowGroups, RowPlan, not_rows, parted
+from ..kernels.row_plan import RowGroups, not_rows, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
-from .linear import choose
-from .rebinding import turn_callables
-from .references import shallow_copy
+from .narrowing import Within, of_rows
 from .rows_activation import mapped
-from .state import SiteState, tensors_at
+from .state import tensors_at
 
-__all__ = ["Chains", "Within", "by_adapters", "narrowed"]
+__all__ = ["Chains", "by_adapters"]
 
 Chains = Mapping[tuple[str, str], tuple[Attachment, ...]]
 """The adapters that go into each tensor that a module substitutes.
 
 The keys are (name of the module's child, or "", name of the tensor).
 """
-
-Within = Callable[[RowPlan], RowPlan]
-"""Makes the row plan of a part's rows from the row plan of all rows."""
 
 
 def _chosen(chains: Chains, own: Mapping[Any, Attachment | None]) -> Chains:
@@ -110,7 +104,7 @@ def by_adapters(
         if high - low > 1:
             made.append(_together(one, own, pieces, [at is not None for at in places], high - low))
         else:
-            made.append(one(own, pieces, None if len(runs) == 1 else _of(parts.rows[low])))
+            made.append(one(own, pieces, None if len(runs) == 1 else of_rows(parts.rows[low])))
     return made[0] if len(made) == 1 and parts.back is None else _joined(module, made, parts, runs)
 
 
@@ -252,72 +246,3 @@ _OUTPUT = (
     "its output holds a {}, in which the rows of several adapters can't be told apart; "
     "leave it out with exclude_names"
 )
-
-
-def _of(rows: Sequence[int]) -> Within:
-    made: list[tuple[RowPlan, RowPlan]] = []
-
-    def within(plan: RowPlan) -> RowPlan:
-        found = next((new for old, new in made if old is plan), None)
-        if found is None:
-            found = plan.only(rows)
-            made.append((plan, found))
-        return found
-
-    return within
-
-
-_NO_SITE = SiteState("")
-
-
-def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
-    """A module's children for a part's rows.
-
-    Children in which rows have adapters of their own are copied. The others are returned as they
-    are.
-    """
-    copies: dict[int, Any] = {}
-    own: list[nn.Module] = []
-
-    def narrow(attachments: Sequence[Attachment]) -> tuple[Attachment, ...]:
-        return tuple(
-            attachment
-            if attachment.row_plan is None
-            else attachment._replace(row_plan=within(attachment.row_plan))
-            for attachment in attachments
-        )
-
-    def visit(child: nn.Module) -> nn.Module:
-        if id(child) in copies:
-            return copies[id(child)]
-        had, inside = (
-            child.__dict__,
-            {name: c if c is None else visit(c) for name, c in child._modules.items()},
-        )
-        state: SiteState = had.get("_ll", _NO_SITE)
-        attachments, subs = state.attachments, state.substituted
-        mixed = any(
-            attachment.row_plan is not None
-            for chain in (attachments, *subs.values())
-            for attachment in chain
-        )
-        made = child
-        if mixed or any(inside[name] is not c for name, c in child._modules.items()):
-            made = shallow_copy(child, type(child))
-            own.append(made)
-            made.__dict__["_modules"] = inside
-            if mixed:
-                attachments = narrow(attachments)
-                made.__dict__["_ll"] = replace(
-                    state,
-                    attachments=attachments,
-                    substituted={name: narrow(chain) for name, chain in subs.items()},
-                    step=state.step and choose(attachments),
-                )
-        copies[id(child)] = made
-        return made
-
-    children = {name: c if c is None else visit(c) for name, c in module._modules.items()}
-    for made in own:
-        turn_callables(made, copies)
-    return children

@@ -14,9 +14,10 @@ from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
 from .checks import check_bias, check_dropout
 from .dense_weight import merge_site
+from .narrowing import Within, narrowed
 from .rebinding import turn_callables
 from .references import shallow_copy
-from .rows_weight import Chains, Within, by_adapters, narrowed
+from .rows_weight import Chains, by_adapters
 from .state import tensors_at
 from .weight_view import lazily, waits
 

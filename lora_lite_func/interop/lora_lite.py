@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
@@ -37,6 +36,14 @@ from ..variants import (
     ROADConfig,
 )
 from .assembly import ModuleEntry, Part, assemble
+from .lora_lite_methods import (
+    Held,
+    read_antipasto,
+    read_delora,
+    read_dora,
+    read_pissa,
+    read_plain,
+)
 from .metadata import ConfigReader
 from .peft.modules import adaptable
 
@@ -60,9 +67,6 @@ _OLD = (
     "'adapter.safetensors', {'cfg': json.dumps(old['cfg']), "
     "'base_fp': json.dumps(old.get('base_fp', {}))}) makes one"
 )
-# Fingerprints are sums of squares of weights that may have been rounded to 16 bits.
-_CLOSE = 2e-3
-Held = Mapping[str, Tensor]
 
 
 class _Way(NamedTuple):
@@ -186,136 +190,23 @@ def _fingerprint(path: str, prints: Any, where: str) -> float | None:
         raise CheckpointError(f"{where}: base_fp: {short_repr(text)} isn't a fingerprint") from None
 
 
-def _matches(weight: Tensor, expected: float | None, whole: Tensor | None = None) -> bool:
-    """Tell whether a weight has the fingerprint. What is left of a `whole` weight is only as exact
-    as the rounding of that weight.
-    """
-    size = 0.0 if whole is None else 1e-4 * float(whole.square().sum())
-    return (
-        expected is None
-        or abs(float(weight.square().sum()) - expected) <= _CLOSE * abs(expected) + size
-    )
-
-
 # ------------------------------------------------------------------------------------- the variants
-def _plain(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
-) -> dict[str, Tensor]:
-    """Return nothing beside what the file holds. The base is compared if it was given."""
-    if (
-        entry.module is not None
-        and expected is not None
-        and not _matches(entry.weight("lora-lite"), expected)
-    ):
-        raise CheckpointError(
-            f"{short_repr(entry.path)}: the file was made on another base (its fingerprint of "
-            f"the weight differs)"
-        )
-    return {}
-
-
-def _dora(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
-) -> dict[str, Tensor]:
-    """Return the squared norms of the base weight's rows. lora-lite computes them again in each
-    call, and ours are kept.
-    """
-    _plain(entry, held, r, scale, expected)
-    return {"lora_wnorm2": entry.weight("DoRA").square().sum(1)}
-
-
-def _delora(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
-) -> dict[str, Tensor]:
-    """Refuse another base than the file's, told by the column norms that the file holds."""
-    _plain(entry, held, r, scale, expected)
-    norms = held.get("lora_wnorm")
-    if entry.module is not None and norms is not None:
-        _refuse_apart(entry, norms, entry.weight("DeLoRA").norm(dim=0), "norms of its columns")
-    return {}
-
-
-def _refuse_apart(entry: ModuleEntry, held: Tensor, own: Tensor, what: str) -> None:
-    """Refuse a base that isn't the one that a file's frozen tensor was made of.
-
-    Raises:
-        CheckpointError: the two are further apart than rounding makes them.
-    """
-    if held.shape != own.shape:
-        return  # the code that fits the tensors refuses a wrong shape
-    allowed = 1e-3 + 4.0 * torch.finfo(held.dtype).eps
-    if float((held.to(own) - own).abs().max()) > allowed * float(own.abs().max()):
-        raise CheckpointError(
-            f"{short_repr(entry.path)}: the file was made on another base (the {what} differ); "
-            f"give the base as it was before lora-lite touched it"
-        )
-
-
-def _pissa(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
-) -> dict[str, Tensor]:
-    """Return the start that was taken out of W. It is the top singular triplets, divided by the
-    scale or (in lora-lite's earlier versions) not, and the fingerprint tells which.
-
-    The start is rounded to the dtype of the file, as it was when it was taken out.
-    """
-    W, dtype = entry.weight("PiSSA"), held["lora_A"].dtype
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    for over in (scale, 1.0):
-        if over <= 0 or r > S.shape[0]:
-            continue
-        root = (S[:r] / over).sqrt()
-        A, B = (root[:, None] * Vh[:r]).to(dtype), (U[:, :r] * root).to(dtype)
-        if _matches(W - scale * (B.to(W) @ A.to(W)), expected, W):
-            return {"lora_A0": A, "lora_B0": B}
-    raise CheckpointError(
-        f"{short_repr(entry.path)}: the file was made on another base (its fingerprint of what "
-        f"PiSSA left differs)"
-    )
-
-
-def _antipasto(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
-) -> dict[str, Tensor]:
-    """Check that the file's singular triplets are of the base, U_i^T W v_i = S_i. `half_angles`
-    says how the variant uses T.
-    """
-    if entry.module is not None:
-        _refuse_triplets(entry, held)
-    if entry.module is not None and expected is not None:
-        W = entry.weight("AntiPaSTO")
-        start = (held["lora_U"] * held["lora_S"]).to(W) @ held["lora_Vh"].to(W)
-        if not _matches(W - start, expected, W):
-            raise CheckpointError(
-                f"{short_repr(entry.path)}: the file was made on another base (its fingerprint "
-                f"differs)"
-            )
-    return {}
-
-
-def _refuse_triplets(entry: ModuleEntry, held: Held) -> None:
-    U, S, Vh = (held.get(f"lora_{name}") for name in ("U", "S", "Vh"))
-    W = entry.weight("AntiPaSTO")
-    if U is None or S is None or Vh is None or U.shape[:1] + Vh.shape[-1:] != W.shape:
-        return  # the code that fits the tensors refuses a wrong shape
-    own = ((U.to(W).mT @ W) * Vh.to(W)).sum(1)
-    _refuse_apart(entry, own.to(S.dtype), S.to(W), "singular values")
 
 
 _WAYS: Mapping[str, _Way] = {
-    "lora": _Way(LoRAConfig, {}, _plain),
-    "eva": _Way(EVAConfig, {}, _plain),
-    "dora": _Way(DoRAConfig, {}, _dora, fixed={"detach_norm": True}),
-    "pissa": _Way(PiSSAConfig, {}, _pissa),
-    "delora": _Way(DeLoRAConfig, {"lambda0": ""}, _delora, fixed={"init": "zero_B"}),
-    "ia3": _Way(IA3Config, {}, _plain),
-    "ia3_ff": _Way(IA3FFConfig, {}, _plain),
-    "hra": _Way(HRAConfig, {}, _plain),
-    "road": _Way(ROADConfig, {"road_variant": "mode", "group_size": "group_size"}, _plain),
+    "lora": _Way(LoRAConfig, {}, read_plain),
+    "eva": _Way(EVAConfig, {}, read_plain),
+    "dora": _Way(DoRAConfig, {}, read_dora, fixed={"detach_norm": True}),
+    "pissa": _Way(PiSSAConfig, {}, read_pissa),
+    "delora": _Way(DeLoRAConfig, {"lambda0": ""}, read_delora, fixed={"init": "zero_B"}),
+    "ia3": _Way(IA3Config, {}, read_plain),
+    "ia3_ff": _Way(IA3FFConfig, {}, read_plain),
+    "hra": _Way(HRAConfig, {}, read_plain),
+    "road": _Way(ROADConfig, {"road_variant": "mode", "group_size": "group_size"}, read_plain),
     "antipasto": _Way(
         AntiPaSTOConfig,
         {"block_size": "block_size", "rotate_basis": "basis", "max_rotation_angle": "max_angle"},
-        _antipasto,
+        read_antipasto,
         renamed={"lora_rot_T": "lora_rot"},
         fixed={"max_angle": 0.5, "half_angles": True},
     ),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.config_values import LARGEST
 from ..core.errors import CheckpointError, short_repr
+from .patterns import bounded, literal
 
 __all__ = ["ConfigReader"]
 
@@ -39,11 +40,8 @@ _ABOUT = (
 )
 """Fields of the file's origin and of its modules, and of starts that are over."""
 
-# How many unbounded quantifiers an alternative may have: more can take hours on a long path.
-_QUANTIFIED = 4
 # The largest number that is accepted. The comparison with it refuses NaN too.
 _LARGEST = 10**30
-_LONGEST = 5_000  # the most characters that a pattern may have
 
 
 class ConfigReader(Mapping[str, Any]):
@@ -208,7 +206,7 @@ class ConfigReader(Mapping[str, Any]):
         Raises:
             CheckpointError: it isn't a pattern, or one that could take too long.
         """
-        if not _bounded(written):
+        if not bounded(written):
             raise CheckpointError(
                 f"{self.where}: {name}: {short_repr(written)} could take too long to match; "
                 f"write the modules' names out"
@@ -227,17 +225,17 @@ class ConfigReader(Mapping[str, Any]):
         to tell.
         """
         targets, excluded = self.get("target_modules"), self.get("exclude_modules")
-        if isinstance(excluded, str) and not _bounded(excluded):
+        if isinstance(excluded, str) and not bounded(excluded):
             return None
         if self._listed("exclude_modules", path):
             return False
         if targets is None or (isinstance(targets, str) and targets == "all-linear"):
             return None
-        if isinstance(targets, str) and not _bounded(targets):
+        if isinstance(targets, str) and not bounded(targets):
             return None
         if not self._listed("target_modules", path):
             return False
-        if not all(_literal(name) for name in self.names("layers_pattern")):
+        if not all(literal(name) for name in self.names("layers_pattern")):
             return None
         return isinstance(targets, str) or self._in_layers(path)
 
@@ -264,45 +262,3 @@ class ConfigReader(Mapping[str, Any]):
             ):
                 return int(parts[i]) in numbers
         return False
-
-
-def _literal(key: str) -> bool:
-    """Tell whether a key has none of a pattern's special characters, dots aside."""
-    return re.fullmatch(r"[\w.]+", key) is not None
-
-
-def _bounded(pattern: str) -> bool:
-    """Tell whether matching takes time polynomial in the path, of a low degree. That is so where
-    each alternative has few unbounded quantifiers, and none of them inside another's.
-    """
-    if len(pattern) > _LONGEST:
-        return False
-    # An escape or a set matches one character, so any one character can stand for it.
-    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "a", pattern, flags=re.DOTALL)
-    # What a group is called, or whether it captures, has no part in how long matching takes.
-    text = re.sub(r"\(\?(?:P<\w+>|<?[=!]|:)", "(", text)
-    if "(?" in text or any(
-        len(re.findall(r"[*+]|\{", part)) > _QUANTIFIED for part in _alternatives(text)
-    ):
-        return False
-    # Innermost groups first: a repeated group with a quantifier inside can take exponential time.
-    while True:
-        inner = re.search(r"\(([^()]*)\)([*+{]?)", text)
-        if inner is None:
-            return True
-        if inner[2] and re.search(r"[*+{]|Q", inner[1]):
-            return False
-        mark = "Q" if inner[2] or re.search(r"[*+{Q]", inner[1]) else "a"
-        text = text[: inner.start()] + mark + text[inner.end() :]
-
-
-def _alternatives(text: str) -> list[str]:
-    """Return the parts of a pattern between the bars that stand in no group."""
-    depth, parts = 0, [""]
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == "|" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts

@@ -21,13 +21,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.config import DEFAULT_EXCLUDE
 from ..core.site import Site
-from .embedding import defers
-from .norms import normalises, uses_one_plus
-from .weights import is_linear_like, own_tensor, stored
+from .norms import uses_one_plus
+from .recognise import (
+    conv_size,
+    embedding_size,
+    is_conv,
+    is_embedding,
+    is_linear,
+    is_module,
+    is_norm,
+    is_transposed_conv,
+    is_transposed_linear,
+    linear_size,
+    looks_up_itself,
+    norm_size,
+)
+from .weights import own_tensor
 
 __all__ = [
     "KINDS",
@@ -85,81 +98,6 @@ class Kind:
     one_hot: bool = False
 
 
-# -------------------------------------------------------------------------------------- recognising
-def _is_transposed_linear(module: Any) -> bool:
-    """Whether it is transformers' Conv1D, which has nx and nf but no in_features."""
-    nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
-    if not isinstance(nf, int) or not isinstance(nx, int):
-        return False
-    weight = stored(module, "weight")
-    return isinstance(weight, Tensor) and tuple(weight.shape) == (nx, nf)
-
-
-def _is_linear(module: Any) -> bool:
-    return is_linear_like(module) or _is_transposed_linear(module)
-
-
-def _linear_size(module: Any) -> tuple[int, int] | None:
-    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if d_in is None or d_out is None:
-        d_in, d_out = getattr(module, "nx", None), getattr(module, "nf", None)
-    return None if d_in is None or d_out is None else (d_in, d_out)
-
-
-def _is_conv(module: Any) -> bool:
-    if not hasattr(module, "kernel_size"):
-        return False  # checked first, since a whole model may warn when it is asked for channels
-    channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
-    if not isinstance(channels, int) or not isinstance(weight, Tensor):
-        return False
-    if isinstance(weight, nn.UninitializedParameter) or weight.ndim < 2:
-        return False
-    return channels == (
-        weight.shape[1] * getattr(module, "groups", 1)
-        if _is_transposed_conv(module)
-        else weight.shape[0]
-    )
-
-
-def _is_transposed_conv(module: Any) -> bool:
-    return getattr(module, "transposed", False) is True
-
-
-def _conv_size(module: Any) -> tuple[int, int] | None:
-    return (
-        (stored(module, "weight").numel() // module.out_channels, module.out_channels)
-        if _is_conv(module)
-        else None
-    )
-
-
-def _is_embedding(module: Any) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(
-        stored(module, "weight"), Tensor
-    )
-
-
-def _embedding_size(module: Any) -> tuple[int, int] | None:
-    return (module.num_embeddings, module.embedding_dim) if _is_embedding(module) else None
-
-
-def _looks_up_itself(module: Any) -> bool:
-    return not defers(getattr(type(module), "_ll_base", type(module)))
-
-
-def _norm_size(module: Any) -> tuple[int, int] | None:
-    weight = stored(module, "weight")
-    return (1, weight.numel()) if isinstance(weight, Tensor) else None
-
-
-def _is_norm(module: Any) -> bool:
-    return isinstance(module, nn.Module) and normalises(module)
-
-
-def _is_module(module: Any) -> bool:
-    return isinstance(module, nn.Module)
-
-
 def _never(module: Any) -> bool:
     return False
 
@@ -175,35 +113,35 @@ KINDS: Mapping[str, Kind] = {
             "linear",
             "linear-like module",
             "linear-like layers",
-            _is_linear,
-            _linear_size,
+            is_linear,
+            linear_size,
             None,
-            _is_transposed_linear,
+            is_transposed_linear,
             DEFAULT_EXCLUDE,
         ),
         Kind(
             "conv",
             "convolution",
             "convolutions",
-            _is_conv,
-            _conv_size,
-            transposed=_is_transposed_conv,
+            is_conv,
+            conv_size,
+            transposed=is_transposed_conv,
             hides=DEFAULT_EXCLUDE[:1],
         ),
         Kind(
             "embedding",
             "embedding",
             "embeddings",
-            _is_embedding,
-            _embedding_size,
-            _looks_up_itself,
-            _is_embedding,
+            is_embedding,
+            embedding_size,
+            looks_up_itself,
+            is_embedding,
             one_hot=True,
         ),
-        Kind("norm", "norm", "norms", _is_norm, _norm_size),
+        Kind("norm", "norm", "norms", is_norm, norm_size),
         Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
         Kind("vector", "parameter", "parameters of one dimension", _never, _unknown, bare=True),
-        Kind("module", "module", "modules", _is_module, _unknown, None, listed=True),
+        Kind("module", "module", "modules", is_module, _unknown, None, listed=True),
     )
 }
 

@@ -17,8 +17,9 @@ from ...layers.weights import held, own_tensor, stored
 from ...variants import BitFitConfig, FullConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
+from .completeness import in_one_of
 from .keys import WRAPPED, elsewhere, first_name
-from .modules import adaptable, in_one_of, refuse_tied
+from .modules import adaptable, refuse_tied
 from .token_rows import read_rows
 
 __all__ = ["beside"]

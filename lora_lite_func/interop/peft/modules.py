@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, UnsupportedError, nearest, short_repr
-from ...core.method import variant_for
 from ...core.site import Site
 from ...layers.kinds import KINDS, facts, kind_of
 from ...layers.refusals import refuse_uncopyable
 from ...layers.weights import own_tensor, stored
-from ...variants import DoRAConfig, HiRAConfig
-from ..assembly import ModuleEntry, Part
+from ..assembly import ModuleEntry
 from ..metadata import ConfigReader
 from ..renaming import Paths
 from .codec import Codec
+from .completeness import check_complete, check_targeted
 from .keys import WRAPPED, attention, elsewhere
 
-__all__ = ["adaptable", "entries_of", "in_one_of", "padding_checked", "refuse_tied"]
+__all__ = ["adaptable", "entries_of", "refuse_tied"]
 
 
 def _name_in_attention(modules: Mapping[str, nn.Module], entry: ModuleEntry) -> None:
@@ -31,33 +30,6 @@ def _name_in_attention(modules: Mapping[str, nn.Module], entry: ModuleEntry) -> 
     if home is not None:
         # PEFT (0.21 at least) adds out_proj's update twice in each call, and trained it so
         entry.named, entry.times = home, 2.0 if entry.path.endswith("out_proj") else 1.0
-
-
-def _check_complete(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    reader: ConfigReader,
-    method: Codec,
-    paths: set[str],
-    where: Mapping[str, str],
-) -> None:
-    """Refuse a file that has no tensor for a place that its config names.
-
-    Raises:
-        CheckpointError: with the place.
-    """
-    missing = next((p for p in _targeted(model, reader) if p not in paths), None)
-    if missing is not None and method.suffixes and not method.prunes:
-        raise CheckpointError(
-            f"{reader.where}: target_modules name {short_repr(missing)}, for which there is no "
-            "tensor"
-        )
-    lost = next((p for p in _parameters(modules, reader) if p not in where.values()), None)
-    if lost is not None:
-        raise CheckpointError(
-            f"{reader.where}: target_parameters name {short_repr(lost)}, for which there is no "
-            "tensor"
-        )
 
 
 def entries_of(
@@ -83,7 +55,7 @@ def entries_of(
             that the config names has no tensors.
     """
     if model is None:
-        _check_targeted(reader, {path: path for path in sites})
+        check_targeted(reader, {path: path for path in sites})
         if method.sizes is None:
             return {path: ModuleEntry(path, shared) for path in sites}
         return {
@@ -96,12 +68,12 @@ def entries_of(
     moved = {path: path if paths is None else _moved(paths, path) for path in sites}
     where = {path: _resolved(modules, reader, moved[path]) for path in sites}
     bare = {path for path, found in where.items() if found not in modules}
-    _check_targeted(reader, {path: found for path, found in where.items() if path not in bare})
+    check_targeted(reader, {path: found for path, found in where.items() if path not in bare})
     known = adaptable(model, where.values())
     if len(known) != len(where):
         twice = next(found for found, n in Counter(where.values()).items() if n > 1)
         raise CheckpointError(f"{reader.where}: tensors of two adapters for {short_repr(twice)}")
-    _check_complete(model, modules, reader, method, {*sites, *where.values()}, where)
+    check_complete(model, modules, reader, method, {*sites, *where.values()}, where)
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
     rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
     for entry in entries.values():
@@ -185,16 +157,6 @@ def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
     return Site(path, *sizes, kind="embedding", transposed=True) if table else Site(path, *sizes)
 
 
-def _check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
-    for path, found in where.items():
-        names = (path, path.partition(WRAPPED)[0], found)  # PEFT's names, and the present one
-        if all(reader.targeted(name) is False for name in names):
-            raise CheckpointError(
-                f"{reader.where}: tensors for {short_repr(found)}, which its target_modules "
-                f"don't name"
-            )
-
-
 def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str) -> str:
     """Return our path of what a key's path means: a module, or a parameter of it."""
     home, names = _unwrapped(path), reader.names("target_parameters")
@@ -210,29 +172,6 @@ def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str)
             f"{path}.in_proj_weight" if isinstance(modules[path], nn.MultiheadAttention) else path
         )
     return path.replace(WRAPPED, "")  # it is an attention's out_proj, inside the wrapper
-
-
-def _targeted(model: nn.Module, reader: ConfigReader) -> list[str]:
-    """Return the modules that PEFT would surely adapt."""
-    saved = reader.names("modules_to_save")
-    kinds = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-    found = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, kinds) and reader.targeted(path)
-    ]
-    return [p for p in found if not in_one_of(saved, p)]
-
-
-def _parameters(modules: Mapping[str, Any], reader: ConfigReader) -> list[str]:
-    """Return the parameters that the config names."""
-    named = reader.names("target_parameters")
-    full = (
-        f"{path}.{name}" if path else name
-        for path, module in modules.items()
-        for name in module._parameters
-    )
-    return [p for p in full if any(p == name or p.endswith(f".{name}") for name in named)]
 
 
 def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, Any]]:
@@ -279,46 +218,3 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
             module,
         )
     return found
-
-
-def in_one_of(names: list[str], path: str) -> bool:
-    """Tell whether a module is in one that PEFT finds by the end of its name."""
-    parts = path.split(".")
-    return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
-
-
-def padding_checked(
-    reader: ConfigReader, entry: ModuleEntry, part: Part, model: Any
-) -> ModuleEntry:
-    """Return the place of an embedding's part. Where the part moves the padding row, that is the
-    table itself, because an adapted module leaves this row as it is.
-
-    Raises:
-        CheckpointError: the table has other places, which would move too.
-    """
-    padding = getattr(entry.module, "padding_idx", None) if entry.kind == "embedding" else None
-    if padding is None or not _moves(part, padding, stored(entry.module, "weight")):
-        return entry
-    modules = dict(model.named_modules(remove_duplicate=False))
-    table = f"{entry.path}.weight"
-    if "parameter" not in variant_for(part.config).sites or elsewhere(modules, table):
-        raise CheckpointError(
-            f"{reader.where}: {short_repr(entry.path)}: changes the row of id {padding}, "
-            f"padding, which stays as it is here"
-        )
-    return ModuleEntry(table, entry.shared, *adaptable(model, [table])[table])
-
-
-def _moves(part: Part, padding: int, table: Any) -> bool:
-    """Tell whether a part changes the padding row of a table (ids, features)."""
-    A, ids = part.leaves.get("lora_A"), part.leaves.get("lora_ids")
-    if not isinstance(table, Tensor) or (
-        A is not None and (A.ndim != 2 or A.shape[1] != len(table))
-    ):
-        return False  # the code that fits the tensors refuses a wrong shape
-    if ids is not None:
-        return bool((part.leaves["lora_rows"][ids == padding] != 0).any())
-    if A is None:
-        return False
-    update, row = bool((A[:, padding] != 0).any()), bool((table[padding] != 0).any())
-    return {HiRAConfig: update and row, DoRAConfig: update or row}.get(part.config, update)

@@ -22,12 +22,14 @@ from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
 from ..renaming import Paths, Rename
 from .codec import Codec
+from .completeness import in_one_of
 from .experts import stacked_experts
 from .extras_read import beside
 from .folder import split, unpack
 from .keys import WRAPPED
 from .methods import METHODS
-from .modules import adaptable, entries_of, in_one_of, padding_checked, refuse_tied
+from .modules import adaptable, entries_of, refuse_tied
+from .padding import padding_checked
 
 __all__ = ["from_peft", "from_unpacked"]
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...algebra.flatten import Adapters, flatten
-from ...core.adapter import ABSENT, Adapter
-from ...core.errors import CheckpointError, UnsupportedError, short_repr
+from ...core.adapter import Adapter
+from ...core.errors import CheckpointError, UnsupportedError
 from ...core.site import Site
 from ...io.swapping import swapped
 from ...io.writing import own_copies, write_safetensors, write_text
-from ...layers.kinds import KINDS
 from ...variants import BitFitConfig, FullConfig, TokensConfig
-from .codec import Codec, Written
+from .codec import Codec
 from .extras_write import Values, biases, copies, whole
 from .folder import CONFIG, TENSORS
 from .keys import KeyMap, key_map
 from .methods import LORA, METHODS, TOKENS
 from .methods.tensor_names import shifts_of
 from .token_rows import tied_homes, written_rows
+from .write_checks import check_whole, checked_sites
+from .write_fields import about_base, ranks_and_alphas, targeted, targets
 
 __all__ = ["peft_form", "to_peft"]
-
-# The layout is written for the loader of this release. Newer ones read it too.
-_VERSION = "0.17.0"
 
 
 def to_peft(
@@ -90,7 +86,7 @@ def peft_form(
         raise CheckpointError(
             f"to_peft: expected the base, an nn.Module, found {type(model).__name__}"
         )
-    _check(adapters)
+    check_whole(adapters)
     turned = next(
         (
             path
@@ -110,7 +106,7 @@ def peft_form(
         {} if model is None else dict(model.named_modules(remove_duplicate=False)),
         as_lora,
     )
-    return _about(model) | fields, own_copies(tensors)
+    return about_base(model) | fields, own_copies(tensors)
 
 
 def _folder(
@@ -122,14 +118,14 @@ def _folder(
     adapters = [a for a in every if not isinstance(a.config, (FullConfig, TokensConfig))]
     method = _method(adapters, as_lora) if adapters or not rows else TOKENS
     low, shifts = _shifts_apart(adapters, method)
-    sites = _sites(low, method, modules)
+    sites = checked_sites(low, method, modules)
     if shifts and method.takes_shifts is not None and method.takes_shifts(low, shifts, modules):
         made, shifts = method.write(adapters, modules), {}
     else:
         made = method.write(low, modules)
     homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
-    fields = {"peft_type": method.peft_type} | made.fields | _numbers(method, made, homes)
-    fields |= _targeted(made, homes, modules, fields.get("feedforward_modules"))
+    fields = {"peft_type": method.peft_type} | made.fields | ranks_and_alphas(method, made, homes)
+    fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
     tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
     tensors |= {
         f"base_model.model.{homes.key(p)}.{s}": t
@@ -190,45 +186,6 @@ def _shifts_apart(
     return own, shifts_of(adapters)
 
 
-def _sites(adapters: list[Adapter], method: Codec, modules: Mapping[str, Any]) -> dict[str, Site]:
-    """Return the method's own sites.
-
-    Raises:
-        UnsupportedError: two adapters are on one site, or this method of PEFT doesn't adapt its
-            kind of layer.
-    """
-    paths = [path for a in adapters for path in a]
-    for path in paths:
-        if (
-            modules
-            and path not in modules
-            and not any(KINDS[a.sites[path].kind].bare for a in adapters if path in a)
-        ):
-            raise CheckpointError(
-                f"to_peft: {type(modules['']).__name__} has no module {short_repr(path)}"
-            )
-    if len(set(paths)) != len(paths):
-        twice = next(p for p, n in Counter(paths).items() if n > 1)
-        raise UnsupportedError(
-            f"to_peft: {twice!r} has two adapters; PEFT keeps one per folder. Write a folder for "
-            f"each, or merge one first"
-        )
-    sites = {path: site for a in adapters for path, site in a.sites.items()}
-    for path, site in sites.items():
-        kind = site.kind
-        if kind == "conv" and path in modules:
-            kind = f"conv{modules[path].weight.ndim - 2}d"
-        if not any(
-            kind == k or (site.kind == "conv" == kind and k.startswith("conv"))
-            for k in method.kinds.split()
-        ):
-            raise UnsupportedError(
-                f"to_peft: {path!r}: PEFT's {method.peft_type} adapts "
-                f"{method.kinds.replace(' ', ', ')}, this is {kind}; merge it"
-            )
-    return sites
-
-
 def _replaced(
     rows: list[Adapter],
     method: Codec,
@@ -259,29 +216,8 @@ def _replaced(
             "to_peft: one file of trainable tokens has one list of ids for all tables; write a "
             "folder for each"
         )
-    fields = {"token_indices": first, "target_modules": _targets(list(ids), modules)}
+    fields = {"token_indices": first, "target_modules": targets(list(ids), modules)}
     return fields, dict.fromkeys(places, wrapper)
-
-
-def _check(adapters: list[Adapter]) -> None:
-    if all(isinstance(a.config, FullConfig) for a in adapters):
-        raise CheckpointError(
-            "to_peft: expected an adapter, found none; PEFT keeps parameters trained whole "
-            "(FullConfig) beside one alone"
-        )
-    for a in adapters:
-        for path, held in a._data.items():
-            for name, t in held.items():
-                if (
-                    t is ABSENT
-                    or not isinstance(t, Tensor)
-                    or tuple(t.shape) != a.layout.specs[path][name].shape
-                ):
-                    raise CheckpointError(
-                        f"to_peft: {path!r} {name}: expected a tensor of shape "
-                        f"{a.layout.specs[path][name].shape}; write a whole adapter, "
-                        "not a part of a partition, and a stack's members (ll.unstack) one by one"
-                    )
 
 
 def _method(adapters: list[Adapter], as_lora: bool) -> Codec:
@@ -304,82 +240,3 @@ def _method(adapters: list[Adapter], as_lora: bool) -> Codec:
             f"for each"
         )
     return named
-
-
-def _about(model: nn.Module | None) -> dict[str, Any]:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
-        model, "name_or_path", None
-    )
-    kind = type(model)  # PEFT's Auto classes find the base's class by it
-    origin = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    fixed = {
-        "auto_mapping": None if model is None else origin,
-        "revision": None,
-        "task_type": None,
-        "inference_mode": True,
-        "peft_version": _VERSION,
-    }
-    return fixed | {"base_model_name_or_path": name if isinstance(name, str) else None}
-
-
-def _numbers(method: Codec, made: Written, homes: KeyMap) -> dict[str, Any]:
-    """Return ranks and alphas, with the commonest as the default and the others as patterns of
-    whole paths.
-    """
-    fields: dict[str, Any] = {}
-    pairs: tuple[tuple[str, str, Mapping[str, float]], ...] = (
-        (method.rank, "rank_pattern", made.ranks),
-        (method.alpha, "alpha_pattern", made.alphas),
-    )
-    for name, pattern, values in pairs:
-        if values:
-            every = list(values.values())
-            common = max(dict.fromkeys(every), key=every.count)
-            fields[name] = common
-            fields[pattern] = {
-                "^" + re.escape(homes.names[path]): value
-                for path, value in values.items()
-                if value != common
-            }
-    return fields
-
-
-def _targeted(
-    made: Written, homes: KeyMap, modules: Mapping[str, Any], forward: list[str] | None
-) -> dict[str, Any]:
-    """Return the fields that say what is adapted."""
-    names = [name for name in dict.fromkeys(homes.names.values()) if name not in homes.parameters]
-    fields: dict[str, Any] = {
-        "target_modules": _targets(names, modules or made.tensors, forward) if names else []
-    }
-    if homes.parameters:
-        fields["target_parameters"] = sorted(homes.parameters)
-    if forward:
-        fields["feedforward_modules"] = _forward(forward, fields["target_modules"])
-    return fields
-
-
-def _targets(paths: list[str], modules: Mapping[str, Any], forward: list[str] | None = None) -> Any:
-    """Return the shortest list that names these modules and no others: last names, else whole
-    paths, else a pattern.
-
-    PEFT finds IA3's feed-forward modules by any ending, so the same names must tell those apart
-    too.
-    """
-    for names in (sorted({p.rpartition(".")[2] for p in paths}), sorted(paths)):
-        if {m for m in modules if _named(m, names)} == set(paths):
-            chosen = _forward(forward or [], names)
-            if {p for p in paths if any(p.endswith(n) for n in chosen)} == set(forward or []):
-                return names
-    return rf"(?:{'|'.join(map(re.escape, sorted(paths)))})"
-
-
-def _named(path: str, names: list[str]) -> bool:
-    return any(path == n or path.endswith("." + n) for n in names)
-
-
-def _forward(forward: list[str], targets: Any) -> Any:
-    """Return IA3's feed-forward modules in the terms of the targets."""
-    if isinstance(targets, str):
-        return rf"(?:{'|'.join(map(re.escape, sorted(forward)))})"
-    return [n for n in targets if any(_named(p, [n]) for p in forward)]

@@ -1,0 +1,74 @@
+"""Containers and objects cloned member by member, without a call of their own constructors."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .references import all_plain, slots
+
+__all__ = ["built_in_base", "clone", "has_modules_as_keys", "refill", "same_members"]
+
+_BASES: tuple[Any, ...] = (
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.deque,
+    list,
+    set,
+    dict,
+    tuple,
+    frozenset,
+)
+
+
+def same_members(new: Iterable[tuple[Any, Any]], old: Iterable[tuple[Any, Any]]) -> bool:
+    return all(a is c and b is d for (a, b), (c, d) in zip(new, old, strict=True))
+
+
+def has_modules_as_keys(value: Any) -> bool:
+    if not isinstance(value, dict) or all_plain(value):
+        return False
+    return any(isinstance(key, nn.Module) for key in value)
+
+
+def clone(value: Any, members: Any = None) -> Any:
+    """A container of the same class with these members, or with its own if none are given.
+
+    A subclass is made without its constructor, which may ask for anything.
+    """
+    kind = type(value)
+    members = value if members is None else members
+    if kind in (list, set, frozenset, tuple, dict):
+        return kind(members)
+    base = built_in_base(kind)
+    if base in (tuple, frozenset):
+        made = base.__new__(kind, members)
+    else:
+        made = base.__new__(kind)
+        if base is collections.deque:
+            base.__init__(made, (), value.maxlen)
+        elif base is collections.defaultdict:
+            base.__init__(made, value.default_factory)
+        refill(made, members)
+    for name in slots(kind):
+        if hasattr(value, name):
+            object.__setattr__(made, name, getattr(value, name))
+    if hasattr(made, "__dict__"):
+        made.__dict__.update(value.__dict__)
+    return made
+
+
+def refill(made: Any, members: Any) -> None:
+    """Replace a container's members by these, without its class's own methods."""
+    base = built_in_base(type(made))
+    fill = base.extend if base in (list, collections.deque) else base.update
+    base.clear(made)
+    fill(made, members)
+
+
+def built_in_base(kind: type) -> Any:
+    """The built-in Python class that a container's class is derived from."""
+    return next(base for base in _BASES if issubclass(kind, base))
