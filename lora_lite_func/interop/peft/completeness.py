@@ -56,7 +56,7 @@ def check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
 def _targeted(model: nn.Module, reader: ConfigReader) -> list[str]:
     """Return the modules that PEFT would surely adapt."""
     saved = reader.names("modules_to_save")
-    kinds = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+    kinds = (nn.Linear, nn.Embedding, CONVOLUTIONS)
     found = [
         path
         for path, module in model.named_modules()
