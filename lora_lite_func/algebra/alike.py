@@ -94,7 +94,11 @@ def every_adapter(params: Any, what: str) -> list[Adapter]:
 
 
 def check_same_layout(a: Adapter, b: Adapter, what: str) -> None:
-    """Refuse two adapters whose static data differ, naming the first difference."""
+    """Refuse two adapters whose static data differ, naming the first difference.
+
+    Raises:
+        StructureError: they do.
+    """
     check_same_method(a, b, what)
     if a.layout == b.layout:
         return

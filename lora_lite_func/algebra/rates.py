@@ -38,15 +38,26 @@ _DEFAULT = "default"
 
 
 def is_scalar(rate: Rate) -> bool:
+    """Whether a rate is one number, for every member."""
     return not isinstance(rate, Tensor) or not rate.ndim
 
 
 def check_rates(value: Any, what: str) -> None:
+    """Refuse rates that are negative, or no numbers.
+
+    Raises:
+        ConfigError: one is.
+    """
     for rate in value.values() if isinstance(value, Mapping) else (value,):
         check_not_negative(rate, what)
 
 
 def check_not_negative(value: Any, what: str) -> None:
+    """Refuse what is negative, or no number.
+
+    Raises:
+        ConfigError: it is.
+    """
     real(value, what)
     # a tensor's values may be data of a graph
     if isinstance(value, (int, float)) and not value >= 0:
@@ -54,13 +65,18 @@ def check_not_negative(value: Any, what: str) -> None:
 
 
 def rate_of(rates: Rates, name: str) -> Rate:
+    """The rate of the leaves of a name."""
     if not isinstance(rates, Mapping):
         return rates
     return rates[name] if name in rates else rates[_DEFAULT]
 
 
 def check_fit(value: Any, tree: Any, what: str) -> None:
-    """Refuse rates that don't fit the adapters: by names, and by members."""
+    """Refuse rates that don't fit the adapters: by names, and by members.
+
+    Raises:
+        StructureError: a name that no leaf has or that is missing, or a vector of another length.
+    """
     adapters = every_adapter(tree, what.partition(":")[0])
     if isinstance(value, Mapping):
         known = {name for a in adapters for name in leaf_names(a)}

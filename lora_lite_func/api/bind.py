@@ -15,6 +15,7 @@ from ..core.adapter import Adapter, leaves
 from ..core.errors import StructureError, UnsupportedError
 from ..core.layout import Layout
 from ..core.site import Site
+from ..core.torch_internals import is_tracked
 from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Frozen
@@ -195,17 +196,8 @@ def check_untracked(adapters: Iterable[Adapter], what: str, instead: str) -> Non
     Raises:
         UnsupportedError: such a tensor is there; the message says what to do instead.
     """
-    if any(_tracked(t) for a in adapters for t in leaves(a) if isinstance(t, Tensor)):
+    if any(is_tracked(t) for a in adapters for t in leaves(a) if isinstance(t, Tensor)):
         raise UnsupportedError(
             f"{what} makes parameters of its own, and inside torch.func.grad or jvp no gradient "
             f"comes through them; {instead}"
         )
-
-
-def _tracked(t: Tensor) -> bool:
-    levels: Any = torch._C._functorch
-    while levels.is_functorch_wrapped_tensor(t):
-        if levels.is_gradtrackingtensor(t):
-            return True
-        t = levels.get_unwrapped(t)
-    return False

@@ -153,6 +153,11 @@ class Recorder:
 def refuse_weight(
     cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    """The `weight` of a recorder: what takes a weight without the call can't be recorded.
+
+    Raises:
+        UnsupportedError: always.
+    """
     raise UnsupportedError(
         f"site {site.path!r}: its weight is used without calling the layer, so calibration can't "
         f"see what comes to it; "

@@ -23,6 +23,11 @@ LARGEST = 2**31 - 1
 
 
 def check_rank(r: int, where: str) -> None:
+    """Refuse a rank below 1, or above any layer.
+
+    Raises:
+        ConfigError: it is.
+    """
     if r < 1:
         raise ConfigError(f"{where}: expected at least 1, found {short_repr(r)}")
     if r > LARGEST:
@@ -30,6 +35,11 @@ def check_rank(r: int, where: str) -> None:
 
 
 def check_pattern(pattern: str, where: str) -> None:
+    """Refuse what isn't a regular expression.
+
+    Raises:
+        ConfigError: it isn't one.
+    """
     # only a set of characters can make Python warn
     quiet = warnings.catch_warnings() if "[" in pattern else nullcontext()
     try:

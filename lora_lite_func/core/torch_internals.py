@@ -32,6 +32,7 @@ __all__ = [
     "BATCH_NORMS",
     "CALL_HOOKS",
     "CONVOLUTIONS",
+    "HOOK_WRAPPERS",
     "INSTANCE_NORMS",
     "RUNNING_NORMS",
     "STATE_HOOKS",
@@ -50,6 +51,7 @@ __all__ = [
     "is_recorded",
     "is_traced",
     "is_tracing_here",
+    "is_tracked",
     "is_transformed",
     "is_watched",
     "is_wrapped",
@@ -224,6 +226,15 @@ def _is_in_dual_level() -> bool:
             return False
     except RuntimeError:
         return True
+
+
+def is_tracked(t: Tensor) -> bool:
+    """Whether torch.func.grad or jvp follows a tensor, at any of the levels around it."""
+    while _levels.is_functorch_wrapped_tensor(t):
+        if _levels.is_gradtrackingtensor(t):
+            return True
+        t = _levels.get_unwrapped(t)
+    return False
 
 
 def is_recorded(tree: Any) -> bool:
@@ -426,6 +437,10 @@ CALL_HOOKS = tuple(
     if name.startswith(("_forward", "_backward")) and isinstance(value, OrderedDict)
 )
 """The attributes in which a module keeps hooks on its calls."""
+
+_hook_wrapper = getattr(nn.modules.module, "_WrappedHook", None)
+HOOK_WRAPPERS: tuple[type, ...] = () if _hook_wrapper is None else (_hook_wrapper,)
+"""The classes in which a module keeps a hook with the module that it is for."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

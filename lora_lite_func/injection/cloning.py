@@ -25,10 +25,12 @@ _BASES: tuple[Any, ...] = (
 
 
 def same_members(new: Iterable[tuple[Any, Any]], old: Iterable[tuple[Any, Any]]) -> bool:
+    """Whether (key, value) pairs are the very same objects, one by one."""
     return all(a is c and b is d for (a, b), (c, d) in zip(new, old, strict=True))
 
 
 def has_modules_as_keys(value: Any) -> bool:
+    """Whether a value is a dict in which modules are keys."""
     if not isinstance(value, dict) or all_plain(value):
         return False
     return any(isinstance(key, nn.Module) for key in value)

@@ -23,6 +23,7 @@ Within = Callable[[RowPlan], RowPlan]
 
 
 def of_rows(rows: Sequence[int]) -> Within:
+    """The plans of these rows, each made once of the plan of all rows."""
     made: list[tuple[RowPlan, RowPlan]] = []
 
     def within(plan: RowPlan) -> RowPlan:

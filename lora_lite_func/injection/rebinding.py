@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.torch_internals import TRACES_IDS
-from ..core.torch_internals import attributes_of as attributes_of_module
+from ..core.torch_internals import TRACES_IDS, attributes_of
 from .cloning import clone, has_modules_as_keys, refill, same_members
-from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of, refers, role_of
+from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of_object, refers, role_of
 from .unfollowed import globals_of, modules_in
 
 __all__ = ["MUTABLE", "Rebinding", "turn_callables"]
@@ -137,7 +136,7 @@ class Rebinding:
 
     def _holds_owned(self, value: Any) -> bool:
         """Whether an object has a container that is also a module's."""
-        held = attributes_of(value).values()
+        held = attributes_of_object(value).values()
         return any(isinstance(item, MUTABLE) and id(item) in self.copies for item in held)
 
     def note(self, what: str, value: Any) -> None:
@@ -202,7 +201,7 @@ class Rebinding:
         new_object = kind.__new__ if kind is types.SimpleNamespace else object.__new__
         # The copy is noted first, because the object may refer to itself.
         made = self.copies[id(value)] = new_object(kind)
-        attributes = attributes_of(value)
+        attributes = attributes_of_object(value)
         new = {name: self.turned(item) for name, item in attributes.items()}
         if all(new[name] is item or item is value for name, item in attributes.items()):
             self.copies[id(value)] = value
@@ -318,6 +317,6 @@ def turn_callables(module: nn.Module, copies: dict[int, Any]) -> None:
         copies: {id of an original module: its copy}. Other objects are added as they are copied.
     """
     rebinding = Rebinding(copies)
-    for name, value in attributes_of_module(module).items():
+    for name, value in attributes_of(module).items():
         if isinstance(value, BINDABLE):
             module.__dict__[name] = rebinding.turned(value)

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _WrappedHook
 
-from ..core.torch_internals import at_trace_time, copy_attributes
+from ..core.torch_internals import HOOK_WRAPPERS, at_trace_time, copy_attributes
 from ..core.weak_memo import WeakMemo
 
 __all__ = [
@@ -26,7 +25,7 @@ __all__ = [
     "PLAIN",
     "Role",
     "all_plain",
-    "attributes_of",
+    "attributes_of_object",
     "is_users",
     "refers",
     "role_of",
@@ -138,7 +137,7 @@ def _role(cls: type) -> str:
         return Role.WRAPPER
     if issubclass(cls, _DATA):
         return Role.DATA
-    if cls in (types.SimpleNamespace, _WrappedHook):
+    if cls in (types.SimpleNamespace, *HOOK_WRAPPERS):
         return Role.OBJECT
     if not is_users(cls.__module__):
         return Role.OPAQUE if cls.__module__.partition(".")[0] in _OPAQUE_HOMES else Role.DATA
@@ -183,7 +182,7 @@ def refers(value: Any, seen: set[int] | None = None) -> bool:
         return True
     held: Any = value
     if role == Role.OBJECT:
-        held = attributes_of(value).values()
+        held = attributes_of_object(value).values()
     elif isinstance(value, dict):
         held = value.values()
         if not all_plain(value) and any(isinstance(k, nn.Module) for k in value):
@@ -202,7 +201,7 @@ def _has_owner(value: Any) -> bool:
     return not isinstance(value.__self__, (types.ModuleType, type, type(None), str, bytes))
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
+def attributes_of_object(value: Any) -> dict[str, Any]:
     """An object's attributes, including those in slots."""
     held = getattr(value, "__dict__", {})
     kept = slots(type(value))

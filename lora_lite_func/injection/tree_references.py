@@ -18,7 +18,7 @@ from ..core.torch_internals import STATE_HOOKS, own_attributes
 from ..layers.kinds import KINDS
 from .prompt_scope import under_scope
 from .rebinding import MUTABLE, Rebinding
-from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of, refers, role_of
+from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of_object, refers, role_of
 from .unfollowed import global_names
 
 __all__ = ["TreeReferences"]
@@ -107,7 +107,7 @@ class TreeReferences:
             return isinstance(value, Tensor) or (self.kept and _is_config(name, value))
         if role != Role.OBJECT:
             return refers(value)
-        held = attributes_of(value).values()
+        held = attributes_of_object(value).values()
         return self.kept or refers(value) or any(isinstance(item, MUTABLE) for item in held)
 
     # ------------------------------------------------------------------------------- after the walk

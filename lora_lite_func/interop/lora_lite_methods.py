@@ -40,7 +40,11 @@ def matches(weight: Tensor, expected: float | None, whole: Tensor | None = None)
 def read_plain(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Return nothing beside what the file holds. The base is compared if it was given."""
+    """Return nothing beside what the file holds. The base is compared if it was given.
+
+    Raises:
+        CheckpointError: the base isn't the one that the file was made on.
+    """
     if (
         entry.module is not None
         and expected is not None
@@ -97,6 +101,9 @@ def read_pissa(
     scale or (in lora-lite's earlier versions) not, and the fingerprint tells which.
 
     The start is rounded to the dtype of the file, as it was when it was taken out.
+
+    Raises:
+        CheckpointError: the base isn't the one that the file was made on.
     """
     W, dtype = entry.weight("PiSSA"), held["lora_A"].dtype
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -118,6 +125,9 @@ def read_antipasto(
 ) -> dict[str, Tensor]:
     """Check that the file's singular triplets are of the base, U_i^T W v_i = S_i. `half_angles`
     says how the variant uses T.
+
+    Raises:
+        CheckpointError: the base isn't the one that the file was made on.
     """
     if entry.module is not None:
         _refuse_triplets(entry, held)

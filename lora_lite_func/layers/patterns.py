@@ -16,6 +16,7 @@ __all__ = ["check_patterns", "chosen_layers", "elsewhere", "nothing_left", "word
 
 
 def words_for(kinds: Iterable[Kind]) -> str:
+    """The words for modules of these kinds, in messages."""
     return " or ".join(kind.words for kind in kinds) or "sites"
 
 
@@ -27,6 +28,19 @@ def check_patterns(
     model: nn.Module | None = None,
     kinds: Iterable[Kind] = (),
 ) -> None:
+    """Refuse a pattern that matches no path.
+
+    Args:
+        what: the config's field.
+        patterns: its regular expressions.
+        paths: the candidates' paths.
+        words: what they are, for the message.
+        model: where else a pattern may match, for advice; None gives none.
+        kinds: the kinds of the candidates.
+
+    Raises:
+        TargetError: with the nearest names, or where else it matches.
+    """
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
             hint = "" if model is None else elsewhere(model, [pattern], kinds)
@@ -60,6 +74,11 @@ def elsewhere(model: nn.Module, patterns: Iterable[str], kinds: Iterable[Kind]) 
 
 
 def chosen_layers(cfg: AdapterConfig, paths: list[str], words: str) -> set[int] | None:
+    """The layer indices of a config, counted from the start; None takes every layer.
+
+    Raises:
+        TargetError: an index that no path has, or no path has any.
+    """
     if cfg.layers is None:
         return None
     known = sorted({i for i in map(layer_index, paths) if i is not None})
@@ -80,6 +99,7 @@ def chosen_layers(cfg: AdapterConfig, paths: list[str], words: str) -> set[int] 
 
 
 def nothing_left(cfg: AdapterConfig, paths: list[str], words: str) -> str:
+    """The message where names, roles, layers and exclusions leave nothing."""
     asked = {
         what: getattr(cfg, what)
         for what in ("target_names", "target_roles", "layers", "exclude_names")

@@ -36,10 +36,12 @@ def is_transposed_linear(module: Any) -> bool:
 
 
 def is_linear(module: Any) -> bool:
+    """Whether a module acts as a linear layer."""
     return is_linear_like(module) or is_transposed_linear(module)
 
 
 def linear_size(module: Any) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer; None for any other module."""
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if d_in is None or d_out is None:
         d_in, d_out = getattr(module, "nx", None), getattr(module, "nf", None)
@@ -47,6 +49,7 @@ def linear_size(module: Any) -> tuple[int, int] | None:
 
 
 def is_conv(module: Any) -> bool:
+    """Whether a module is a convolution with one weight of its own."""
     if not hasattr(module, "kernel_size"):
         return False  # checked first, since a whole model may warn when it is asked for channels
     channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
@@ -62,10 +65,12 @@ def is_conv(module: Any) -> bool:
 
 
 def is_transposed_conv(module: Any) -> bool:
+    """Whether a convolution is a transposed one."""
     return getattr(module, "transposed", False) is True
 
 
 def conv_size(module: Any) -> tuple[int, int] | None:
+    """(d_in, d_out) of a convolution's weight as a matrix; None for any other module."""
     return (
         (stored(module, "weight").numel() // module.out_channels, module.out_channels)
         if is_conv(module)
@@ -74,27 +79,33 @@ def conv_size(module: Any) -> tuple[int, int] | None:
 
 
 def is_embedding(module: Any) -> bool:
+    """Whether a module is a table that ids are looked up in."""
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(
         stored(module, "weight"), Tensor
     )
 
 
 def embedding_size(module: Any) -> tuple[int, int] | None:
+    """(ids, features) of a table; None for any other module."""
     return (module.num_embeddings, module.embedding_dim) if is_embedding(module) else None
 
 
 def looks_up_itself(module: Any) -> bool:
+    """Whether a table's class looks ids up in a way of its own."""
     return not defers(getattr(type(module), "_ll_base", type(module)))
 
 
 def norm_size(module: Any) -> tuple[int, int] | None:
+    """(1, features) of a norm with a weight; None without one."""
     weight = stored(module, "weight")
     return (1, weight.numel()) if isinstance(weight, Tensor) else None
 
 
 def is_norm(module: Any) -> bool:
+    """Whether a module normalises its input."""
     return isinstance(module, nn.Module) and normalises(module)
 
 
 def is_module(module: Any) -> bool:
+    """Whether it is a module at all."""
     return isinstance(module, nn.Module)

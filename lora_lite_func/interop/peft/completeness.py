@@ -44,6 +44,11 @@ def check_complete(
 
 
 def check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
+    """Refuse tensors for a place that the config doesn't name.
+
+    Raises:
+        CheckpointError: with the place.
+    """
     for path, found in where.items():
         names = (path, path.partition(WRAPPED)[0], found)  # PEFT's names, and the present one
         if all(reader.targeted(name) is False for name in names):

@@ -60,6 +60,11 @@ def checked_sites(
 
 
 def check_whole(adapters: list[Adapter]) -> None:
+    """Refuse what isn't a whole adapter: nothing but weights, a part of a partition, a stack.
+
+    Raises:
+        CheckpointError: with the place.
+    """
     if all(isinstance(a.config, FullConfig) for a in adapters):
         raise CheckpointError(
             "to_peft: expected an adapter, found none; PEFT keeps parameters trained whole "

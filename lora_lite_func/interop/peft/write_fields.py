@@ -19,6 +19,7 @@ _VERSION = "0.17.0"
 
 
 def about_base(model: nn.Module | None) -> dict[str, Any]:
+    """Return the fields that say which base an adapter is for, and how the file is read."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
         model, "name_or_path", None
     )
