@@ -15,7 +15,7 @@ from ..core.adapter import Adapter, leaves
 from ..core.errors import StructureError, UnsupportedError
 from ..core.layout import Layout
 from ..core.site import Site
-from ..core.torch_internals import is_tracked
+from ..core.torch_internals import is_followed
 from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Frozen
@@ -196,7 +196,7 @@ def check_untracked(adapters: Iterable[Adapter], what: str, instead: str) -> Non
     Raises:
         UnsupportedError: such a tensor is there; the message says what to do instead.
     """
-    if any(is_tracked(t) for a in adapters for t in leaves(a) if isinstance(t, Tensor)):
+    if any(is_followed(t) for a in adapters for t in leaves(a) if isinstance(t, Tensor)):
         raise UnsupportedError(
             f"{what} makes parameters of its own, and inside torch.func.grad or jvp no gradient "
             f"comes through them; {instead}"

@@ -51,7 +51,6 @@ __all__ = [
     "is_recorded",
     "is_traced",
     "is_tracing_here",
-    "is_tracked",
     "is_transformed",
     "is_watched",
     "is_wrapped",
@@ -226,15 +225,6 @@ def _is_in_dual_level() -> bool:
             return False
     except RuntimeError:
         return True
-
-
-def is_tracked(t: Tensor) -> bool:
-    """Whether torch.func.grad or jvp follows a tensor, at any of the levels around it."""
-    while _levels.is_functorch_wrapped_tensor(t):
-        if _levels.is_gradtrackingtensor(t):
-            return True
-        t = _levels.get_unwrapped(t)
-    return False
 
 
 def is_recorded(tree: Any) -> bool:
