@@ -24,7 +24,8 @@ class Case:
         config: keywords -> config; r is even and at most 8, every width is divisible by 4.
         exact: identity at the start is bit-exact in every dtype; else within `identity` (float32
             units) of the base.
-        identity: tolerance of the identity where it isn't exact, in units of the dtype's epsilon.
+        identity: tolerance of the identity where it isn't exact, in units of the dtype's epsilon;
+            None where the method starts off the base by design.
         dead: trainable tensors whose gradient is zero at the start, and comes after one step.
         differentiable: the gradient is that of the function (False where the method detaches a part
             by design).
@@ -36,7 +37,7 @@ class Case:
     name: str
     config: Callable[..., ll.AdapterConfig]
     exact: bool = True
-    identity: float = 0.0
+    identity: float | None = 0.0
     dead: frozenset[str] = frozenset()
     differentiable: bool = True
     linear: bool = True
@@ -129,6 +130,14 @@ CASES = (
     Case("lora_orthogonal", _fixed(ll.LoRAConfig, init_A="orthogonal"), exact=False, identity=64.0),
     Case("pissa", _fixed(ll.PiSSAConfig)),
     Case("pissa_randomised", _fixed(ll.PiSSAConfig, svd_niter=2)),
+    Case("milora", _fixed(ll.MiLoRAConfig)),
+    Case("mica", _fixed(ll.MiCAConfig)),
+    Case("kasa", _fixed(ll.KaSAConfig), exact=False, identity=None, dead=A | {"lora_d"}),
+    Case("lora_xs", _fixed(ll.LoRAXSConfig)),
+    Case("tinylora", _fixed(ll.TinyLoRAConfig, u=5)),
+    Case("deft", _fixed(ll.DEFTConfig)),
+    Case("deft_qr", _fixed(ll.DEFTConfig, decomposition="qr"), exact=False, identity=64.0),
+    Case("para", _fixed(ll.DEFTConfig, para=True), exact=False, identity=None),
     Case("delora", _fixed(ll.DeLoRAConfig)),
     Case(
         "delora_zero_B",

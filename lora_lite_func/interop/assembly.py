@@ -53,6 +53,8 @@ class ModuleEntry:
         times: what PEFT multiplies the update by here, beyond what its config says.
         named: the name that the config's patterns use for it, where that isn't its path; otherwise
             "".
+        index, count: its number among the file's modules, in the order of the model, and how many
+            there are.
     """
 
     path: str
@@ -61,6 +63,8 @@ class ModuleEntry:
     module: Any = None
     times: float = 1.0
     named: str = ""
+    index: int = 0
+    count: int = 1
 
     @property
     def pattern_path(self) -> str:

@@ -14,6 +14,7 @@ from ..core.torch_internals import is_traced, makes_graph, may_overwrite
 __all__ = [
     "add",
     "add_dense",
+    "bottom_svd",
     "cast",
     "check_rank",
     "core_dtype",
@@ -164,3 +165,14 @@ def top_svd(
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q)[0])[0]
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)  # (k, k), (k,), (k, d_in)
     return (Q @ U)[:, :r], S[:r], Vh[:r]
+
+
+def bottom_svd(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The r smallest singular triplets: U (d_out, r), S (r,), Vh (r, d_in).
+
+    Args:
+        W: (d_out, d_in), float32 or float64.
+        r: how many triplets, at most min(d_out, d_in).
+    """
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, -r:], S[-r:], Vh[-r:]

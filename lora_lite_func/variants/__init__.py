@@ -14,6 +14,7 @@ from . import (
     boft,
     c3a,
     corda,
+    deft,
     delora,
     dora,
     eva,
@@ -23,11 +24,15 @@ from . import (
     hira,
     hra,
     ia3,
+    kasa,
     ln_tuning,
     loha,
     lokr,
     lora,
     lora_ga,
+    lora_xs,
+    mica,
+    milora,
     miss,
     oft,
     olora,
@@ -48,6 +53,7 @@ from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .c3a import C3AConfig
 from .corda import CorDAConfig
+from .deft import DEFTConfig
 from .delora import DeLoRAConfig
 from .dora import DoRAConfig
 from .eva import EVAConfig
@@ -57,11 +63,15 @@ from .gralora import GraLoRAConfig
 from .hira import HiRAConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config, IA3FFConfig
+from .kasa import KaSAConfig
 from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoRAConfig
 from .lora_ga import LoRAGAConfig
+from .lora_xs import LoRAXSConfig, TinyLoRAConfig
+from .mica import MiCAConfig
+from .milora import MiLoRAConfig
 from .miss import MiSSConfig
 from .oft import OFTConfig
 from .olora import OLoRAConfig
@@ -84,6 +94,7 @@ __all__ = [
     "BitFitConfig",
     "C3AConfig",
     "CorDAConfig",
+    "DEFTConfig",
     "DeLoRAConfig",
     "DiReFTConfig",
     "DoRAConfig",
@@ -95,12 +106,16 @@ __all__ = [
     "HiRAConfig",
     "IA3Config",
     "IA3FFConfig",
+    "KaSAConfig",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
     "LoRAGAConfig",
+    "LoRAXSConfig",
     "LoReFTConfig",
+    "MiCAConfig",
+    "MiLoRAConfig",
     "MiSSConfig",
     "OFTConfig",
     "OLoRAConfig",
@@ -110,6 +125,7 @@ __all__ = [
     "SHiRAConfig",
     "SSVDConfig",
     "SSteerConfig",
+    "TinyLoRAConfig",
     "TokensConfig",
     "VeRAConfig",
     "variants",
@@ -151,6 +167,12 @@ TABLE: tuple[Variant, ...] = (
     tokens.VARIANT,
     reft.VARIANT,
     reft.VARIANT_DIRECT,
+    lora_xs.VARIANT,
+    lora_xs.VARIANT_TINY,
+    milora.VARIANT,
+    mica.VARIANT,
+    kasa.VARIANT,
+    deft.VARIANT,
 )
 
 for _variant in TABLE:

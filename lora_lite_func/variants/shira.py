@@ -1,13 +1,14 @@
 """SHiRA: a few entries of the weight are trained, at fixed places.
 
     W' = W + D,   D zero but for D[o_k, i_k] = v_k
-    v (n,), places lora_idx (2, n);   n = r (d_in + d_out), as many as a LoRA's
+    v (n,), places lora_idx (2, n);   n = r (d_in + d_out), as many as a LoRA's, or a fraction
 
 Masks: "rand" (the same for every layer of a shape), "struct" (r rows and r columns, evenly spaced,
-and the diagonal), "magnitude" (the largest entries of W), "grad" (of the gradient G of a loss in
-W), "snip" (of W * G).
-Paper: Bhardwaj et al. 2024, arXiv 2406.13175. D is built for the call: to gather (tokens, n)
-entries costs more than one dense product unless n is tiny.
+and the diagonal), "magnitude" (the largest entries of W), "smallest" (its smallest), "grad" (the
+largest of the gradient G of a loss in W), "snip" (of W * G).
+Paper: Bhardwaj et al. 2024, arXiv 2406.13175. Super-Tuning, arXiv 2607.09287, is "magnitude" with
+fraction 0.01; Supra is a LoRA beside it, a tuple of both. D is built for the call: to gather
+(tokens, n) entries costs more than one dense product unless n is tiny.
 Identity at the start: v = 0. Needs x and y; the weight or a gradient once, if the mask does. alpha
 has no part in this method.
 """
@@ -21,8 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
-from ..core.errors import UnsupportedError
+from ..core.config import AdapterConfig, added, probability, record
+from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
@@ -36,17 +37,28 @@ class SHiRAConfig(AdapterConfig):
     method), and:
 
     Args:
-        mask: which entries: "rand", "struct", "magnitude", "grad" or "snip".
+        mask: which entries: "rand", "struct", "magnitude", "smallest", "grad" or "snip".
+        fraction: what part of the weight's entries, in (0, 1], instead of as many as r says.
         projection_seed: of the random mask.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
-    mask: Literal["rand", "struct", "magnitude", "grad", "snip"] = "rand"
+    mask: Literal["rand", "struct", "magnitude", "smallest", "grad", "snip"] = "rand"
+    fraction: float | None = added(None)
     projection_seed: int = record(0)
     dropout: float = 0.0
 
     def validate(self) -> None:
         probability(self.dropout, "SHiRAConfig.dropout")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ConfigError(
+                f"SHiRAConfig.fraction: expected a part of the entries in (0, 1], found "
+                f"{self.fraction}"
+            )
+        if self.fraction is not None and self.mask == "struct":
+            raise ConfigError(
+                "SHiRAConfig.fraction: the mask 'struct' has r rows and columns; choose another"
+            )
 
 
 _MOST_ROWS = 2**16
@@ -62,6 +74,8 @@ def _struct(site: Site) -> Tensor:
 
 
 def _count(cfg: SHiRAConfig, site: Site) -> int:
+    if cfg.fraction is not None:
+        return int(site.d_out * site.d_in * cfg.fraction)
     if cfg.mask != "struct":
         return site.r * (site.d_in + site.d_out)
     if site.r > _MOST_ROWS:
@@ -81,8 +95,14 @@ def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
     Raises:
         UnsupportedError: the weight has fewer entries, or the rank is beyond what can be counted.
     """
-    low_rank.check_rank(site, "SHiRA")
+    if cfg.fraction is None:
+        low_rank.check_rank(site, "SHiRA")
     n = _count(cfg, site)
+    if n < 1:
+        raise UnsupportedError(
+            f"SHiRA trains {cfg.fraction} of the entries, which of {site.d_out} x {site.d_in} is "
+            f"none; raise fraction"
+        )
     if n > site.d_in * site.d_out:
         raise UnsupportedError(
             f"SHiRA trains r (d_in + d_out) = {n} entries, found only {site.d_out} x {site.d_in} "
@@ -108,10 +128,12 @@ def init(
         return {"lora_idx": positions.pack(_struct(site), site.d_in)}
     score = {
         "magnitude": lambda: weight,
+        "smallest": lambda: weight,
         "grad": lambda: stats.gradient,
         "snip": lambda: stats.gradient * weight.to(stats.gradient),
     }
-    flat = score[cfg.mask]().abs().flatten().topk(n).indices.sort().values
+    chosen = score[cfg.mask]().abs().flatten().topk(n, largest=cfg.mask != "smallest")
+    flat = chosen.indices.sort().values
     return {"lora_idx": positions.pack(flat, site.d_in)}
 
 
@@ -154,6 +176,7 @@ def validate(cfg: SHiRAConfig, p: Params, site: Site) -> None:
 
 _NEEDS = {
     "magnitude": frozenset({"weight"}),
+    "smallest": frozenset({"weight"}),
     "grad": frozenset({"gradients"}),
     "snip": frozenset({"weight", "gradients"}),
 }

@@ -21,6 +21,8 @@ from torch import nn
 
 import lora_lite_func as ll
 
+KasaConfig = pytest.importorskip("peft.tuners.lora").KasaConfig
+
 # PEFT gives many warnings of its own; tests look for those about keys
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -75,6 +77,17 @@ CONFIGS = {
         n_frequency=20, scaling=20.0, n_frequency_pattern={"up": 7}, **k
     ),
     "shira": lambda **k: peft.ShiraConfig(r=2, random_seed=1, **k),
+    "mica": lambda **k: peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="mica", **k),
+    "kasa": lambda **k: peft.LoraConfig(r=3, lora_alpha=6, kasa_config=KasaConfig(), **k),
+    "tinylora": lambda **k: peft.TinyLoraConfig(r=3, u=4, **k),
+    "tinylora_drawn": lambda **k: peft.TinyLoraConfig(r=20, u=4, save_projection=False, **k),
+    "deft": lambda **k: peft.DeftConfig(r=3, alpha=6, **k),
+    "deft_qr": lambda **k: peft.DeftConfig(r=3, alpha=6, decomposition_method="qr", **k),
+    "para": lambda **k: peft.DeftConfig(r=3, para=True, **k),
+    "supertuning": lambda **k: peft.SupertuningConfig(sparsity=0.9, **k),
+    "supertuning_smallest": lambda **k: peft.SupertuningConfig(
+        sparsity=0.77, select_top=False, **k
+    ),
     "beft": lambda **k: peft.BeftConfig(**k),
     "ln_tuning": lambda **k: peft.LNTuningConfig(target_modules=["norm"]),
     "modules_to_save": lambda **k: peft.LoraConfig(
@@ -313,6 +326,15 @@ OURS = {
     "ia3_ff": ll.IA3FFConfig(),
     "boft": ll.BOFTConfig(block_size=4, m=1),
     "vera": ll.VeRAConfig(r=6, target_names=("up",)),
+    "lora_xs": ll.LoRAXSConfig(r=4),
+    "tinylora": ll.TinyLoRAConfig(r=3, u=5),
+    "milora": ll.MiLoRAConfig(r=3),
+    "mica": ll.MiCAConfig(r=3),
+    "kasa": ll.KaSAConfig(r=3),
+    "deft": ll.DEFTConfig(r=3),
+    "deft_qr": ll.DEFTConfig(r=3, decomposition="qr"),
+    "para": ll.DEFTConfig(r=3, para=True),
+    "supertuning": ll.SHiRAConfig(mask="magnitude", fraction=0.07),
     "bitfit": ll.BitFitConfig(),
 }
 

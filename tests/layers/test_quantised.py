@@ -68,7 +68,8 @@ def test_every_method(kind: str, case: Case, tmp_path: Any) -> None:
     x = torch.randn(4, 64)
     start = ll.init(base, case.config(r=4, target_names="1"))
     assert {t.dtype for t in start["1"].values()} == {torch.float32}
-    close(ll.apply(base, start, x), base(x), 1e-5)
+    if case.identity is not None:
+        close(ll.apply(base, start, x), base(x), 1e-5)
     params = moved(start)
     y = ll.apply(base, params, x)
     assert (y - base(x)).abs().max() > 1e-3

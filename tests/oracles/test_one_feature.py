@@ -36,7 +36,8 @@ def test_one_feature(case: Case, d_in: int, d_out: int) -> None:
     except ll.LoraLiteError:
         return  # refused with a reason: laws say which
     assert all(t.isfinite().all() for t in leaves(params))
-    close(ll.apply(model, params, x), model(x), 1e-13)
+    if case.identity is not None:
+        close(ll.apply(model, params, x), model(x), 1e-13)
     changed = moved(params)
     if params.layout.variant.weight is not None:
         close(ll.merged(model, changed)(x), ll.apply(model, changed, x), 1e-10)

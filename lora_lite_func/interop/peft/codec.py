@@ -49,7 +49,8 @@ class Codec:
             `converts`, and their sites differ.
         sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where
             they don't.
-        shared: the names of tensors that stand beside the modules.
+        shared: the names of tensors that stand beside the modules; one that ends with a dot is the
+            beginning of several.
         rank, alpha: the config's fields with the numbers that `rank_pattern` and `alpha_pattern`
             override.
         ignored: fields that have no part in a loaded adapter, because they are of its start or of

@@ -111,6 +111,8 @@ def split(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
     """Return ({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
 
+    A shared name that ends with a dot stands for all that begin with it.
+
     The longest suffix at a key's end counts, so a module may be called anything. The keys of a
     state dict that was never saved may still have the name of PEFT's own adapter (`default`) in
     them. It stands beside the suffix, where no module's name can be.
@@ -122,11 +124,13 @@ def split(
     sites: dict[str, dict[str, Tensor]] = {}
     common: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
-    names = set(shared)
+    names = {name for name in shared if not name.endswith(".")}
+    beginnings = tuple(name for name in shared if name.endswith("."))
     for key, t in tensors.items():
         outer = key.removeprefix(_SHARED)
-        if outer.removesuffix(_NAMED) in names:
-            common[outer.removesuffix(_NAMED)] = t
+        bare = outer.removesuffix(_NAMED)
+        if bare in names or bare.startswith(beginnings):
+            common[bare] = t
             continue
         stripped, ending = _ending(key.removeprefix(_PREFIX), endings)
         home, name = (

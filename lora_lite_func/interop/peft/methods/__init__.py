@@ -7,6 +7,7 @@ from .adalora import ADALORA
 from .beft import BEFT
 from .boft import BOFT
 from .c3a import C3A
+from .deft import DEFT
 from .delora import DELORA
 from .fourierft import FOURIERFT
 from .gralora import GRALORA
@@ -22,6 +23,8 @@ from .oft import OFT
 from .randlora import RANDLORA
 from .road import ROAD
 from .shira import SHIRA
+from .supertuning import SUPERTUNING
+from .tinylora import TINYLORA
 from .tokens import TOKENS
 from .vera import VERA
 
@@ -48,6 +51,9 @@ METHODS: dict[str, Codec] = {
         RANDLORA,
         FOURIERFT,
         SHIRA,
+        DEFT,
+        TINYLORA,
+        SUPERTUNING,
         BEFT,
         LN_TUNING,
         TOKENS,

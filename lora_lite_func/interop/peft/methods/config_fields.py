@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ....core.adapter import Adapter
 from ....core.errors import UnsupportedError
+from ....core.site import Site
 
-__all__ = ["of_config", "patterned", "ranks"]
+__all__ = ["clamped_rank", "of_config", "patterned", "ranks"]
 
 
 def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
@@ -34,6 +35,28 @@ def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]
     """Return ({path: r}, {path: alpha}) of all sites."""
     sites = [s for a in adapters for s in a.sites.values()]
     return {s.path: s.r for s in sites}, {s.path: s.alpha for s in sites}
+
+
+def clamped_rank(adapters: Sequence[Adapter], method: str, most: Callable[[Site], int]) -> int:
+    """Return the one r of a file, of which each module takes as much as it has room for.
+
+    Args:
+        adapters: the adapters.
+        method: PEFT's name, for messages.
+        most: site -> the largest rank that PEFT gives it.
+
+    Raises:
+        UnsupportedError: a site has another rank than PEFT would give it.
+    """
+    sites = [site for a in adapters for site in a.sites.values()]
+    r = max(site.r for site in sites)
+    for site in sites:
+        if site.r != min(r, most(site)):
+            raise UnsupportedError(
+                f"to_peft: {site.path!r}: one {method} file has one r, found {site.r} beside {r}; "
+                f"write a folder for each"
+            )
+    return r
 
 
 def patterned(values: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:

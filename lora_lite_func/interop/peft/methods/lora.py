@@ -2,6 +2,7 @@
 
 lora_A.weight (r, d_in), lora_B.weight (d_out, r); s = lora_alpha / r, or / sqrt(r) with use_rslora
 lora_magnitude_vector (d_out,) with use_dora
+lora_diag (r,) with kasa_config, which takes the weight's minor directions out of it
 lora_B.bias (d_out,) with lora_bias: y + s (B A x + bias)
 embeddings: lora_embedding_A (r, num), lora_embedding_B (dim, r)
 convolutions: A (r, c, *k), B (d_out, r, 1, ...)
@@ -22,16 +23,21 @@ from ....variants import (
     DeLoRAConfig,
     DoRAConfig,
     EVAConfig,
+    KaSAConfig,
     LoRAConfig,
     LoRAGAConfig,
+    LoRAXSConfig,
+    MiCAConfig,
+    MiLoRAConfig,
     OLoRAConfig,
     PiSSAConfig,
+    TinyLoRAConfig,
     VeRAConfig,
 )
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec
-from .lora_starts import magnitudes, rewrites_base, subtracted_start
+from .lora_starts import magnitudes, minor_directions, rewrites_base, subtracted_start
 from .lora_write import as_lora_bias, divisor, write
 
 __all__ = ["LORA", "factors", "scale_of"]
@@ -54,7 +60,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
     leaves = {"lora_A": A, "lora_B": B}
     scale = alpha / divisor(r, rslora)
-    part = subtracted_start(reader, entry, leaves, fields, r, scale)
+    part = minor_directions(reader, entry, held, leaves, fields, r, scale)
+    part = part or subtracted_start(reader, entry, leaves, fields, r, scale)
     part = part or Part(LoRAConfig, leaves, fields | {"rslora": rslora}, r, alpha)
     gain: Tensor | float = 1.0
     if "lora_magnitude_vector" in held or reader.flag("use_dora"):
@@ -149,23 +156,27 @@ LORA = Codec(
         CorDAConfig,
         ASVDConfig,
         LoRAGAConfig,
+        LoRAXSConfig,
+        MiLoRAConfig,
+        MiCAConfig,
+        KaSAConfig,
     ),
-    converts=(DeLoRAConfig, BitFitConfig, VeRAConfig),
+    converts=(DeLoRAConfig, BitFitConfig, TinyLoRAConfig, VeRAConfig),
     suffixes=(
         "lora_A.weight",
         "lora_B.weight",
         "lora_B.bias",
+        "lora_diag",
         "lora_embedding_A",
         "lora_embedding_B",
         "lora_magnitude_vector",
         "lora_magnitude_vector.weight",
     ),
     understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern "
-    "alpha_pattern init_lora_weights target_parameters trainable_token_indices",
+    "alpha_pattern init_lora_weights target_parameters trainable_token_indices kasa_config",
     ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size "
     "velora_config monteclora_config",
-    unread="use_qalora use_bdlora alora_invocation_tokens layer_replication arrow_config "
-    "kasa_config",
+    unread="use_qalora use_bdlora alora_invocation_tokens layer_replication arrow_config",
     leftovers=("lora_velora_embed", "lora_monteclora_sampler"),
     read=read,
     write=write,

@@ -1,6 +1,4 @@
-"""LoRA files that depend on the base weight: starts that PEFT takes out of it, and DoRA's
-magnitudes.
-"""
+"""LoRA files that depend on the base weight: what PEFT takes out of it, and DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -14,24 +12,59 @@ from torch import Tensor
 from ....core import random
 from ....core.errors import CheckpointError, short_repr
 from ....core.method import site_for, variants
-from ....variants import DoRAConfig, OLoRAConfig, PiSSAConfig
+from ....kernels.low_rank import bottom_svd
+from ....variants import DoRAConfig, KaSAConfig, MiCAConfig, OLoRAConfig, PiSSAConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 
-__all__ = ["magnitudes", "rewrites_base", "subtracted_start"]
+__all__ = ["magnitudes", "minor_directions", "rewrites_base", "subtracted_start"]
 
-_HARMLESS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+_HARMLESS = ("true", "false", "none", "gaussian", "orthogonal", "eva")
 _CONFIGS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 
 def rewrites_base(reader: ConfigReader) -> bool:
     """Tell whether PEFT takes this file's start out of the base weights as it loads the file."""
-    return _start(reader) in _CONFIGS
+    return _start(reader) in _CONFIGS or bool(reader.get("kasa_config"))
 
 
 def _start(reader: ConfigReader) -> str:
     """Return the start's name in lower case, because PEFT takes some names in any case."""
     return str(reader.get("init_lora_weights", True)).lower()
+
+
+def minor_directions(
+    reader: ConfigReader,
+    entry: ModuleEntry,
+    held: Mapping[str, Tensor],
+    leaves: dict[str, Tensor],
+    fields: dict[str, Any],
+    r: int,
+    scale: float,
+) -> Part | None:
+    """Return the part of a method about the minor singular directions of the weight: MiCA, whose B
+    is frozen, or KaSA, which takes them out of the weight.
+
+    Raises:
+        CheckpointError: KaSA with something that it has no form with.
+    """
+    if not reader.get("kasa_config"):
+        frozen_B = _start(reader) == "mica" and entry.kind in ("linear", "embedding")
+        return Part(MiCAConfig, leaves, fields, r, scale * r) if frozen_B else None
+    for name in ("use_dora", "lora_dropout"):
+        if reader.get(name):
+            raise CheckpointError(
+                f"{reader.where}: {name} with kasa_config isn't read"
+                + ("; read it with ignore=('lora_dropout',)" if name == "lora_dropout" else "")
+            )
+    if entry.kind != "linear":
+        raise CheckpointError(
+            f"{reader.where}: kasa_config has no meaning for {short_repr(entry.path)}, a "
+            f"{entry.kind}"
+        )
+    U, S, Vh = bottom_svd(entry.weight("KaSA"), r)
+    dropped = {"lora_drop_A": Vh, "lora_drop_B": U * S}
+    return Part(KaSAConfig, {**leaves, "lora_d": held["lora_diag"], **dropped}, {}, r, scale * r)
 
 
 def subtracted_start(

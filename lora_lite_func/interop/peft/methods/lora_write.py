@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....core.adapter import Adapter
+from ....core.config import feature_dropout
 from ....core.errors import UnsupportedError
 from ....core.site import Params, Site
-from ....variants import BitFitConfig, DoRAConfig, VeRAConfig
+from ....variants import BitFitConfig, DoRAConfig, MiCAConfig, VeRAConfig
 from ..codec import Written
 from ..keys import attention
-from .config_fields import of_config
 from .layer_shapes import as_stored
 from .tensor_names import shifts_of
 
@@ -37,6 +37,12 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     rslora = _one([bool(getattr(a.config, "rslora", False)) for a in low], "use_rslora")
     fields = {"use_dora": dora, "use_rslora": rslora, "lora_bias": bool(shifts)}
     made = Written(fields | {"lora_dropout": _dropout(low)}, {})
+    if all(isinstance(a.config, MiCAConfig) for a in low) and all(
+        s.kind in ("linear", "embedding") and attention(modules, s.path) is None
+        for a in low
+        for s in a.sites.values()
+    ):
+        made.fields["init_lora_weights"] = "mica"  # PEFT freezes B by it, too
     for adapter in low:
         for path, site in adapter.sites.items():
             A, B, scale = _pair(adapter, path)
@@ -119,7 +125,13 @@ def _dropout(low: Sequence[Adapter]) -> float:
     has none, so its rate counts only where there are no others.
     """
     others = [a for a in low if any(s.kind != "embedding" for s in a.sites.values())]
-    rate: float = of_config(others or low, "dropout", method="LoRA")["dropout"]
+    rates = [feature_dropout(a.config) for a in others or low]
+    rate = rates[0]
+    if any(other != rate for other in rates):
+        raise UnsupportedError(
+            f"to_peft: one LoRA file has one dropout, these adapters have {rates}; write a folder "
+            f"for each"
+        )
     bare = next((p for a in low for p, s in a.sites.items() if s.kind == "parameter"), None)
     if rate and bare is not None:
         raise UnsupportedError(

@@ -80,4 +80,5 @@ SHIRA = Codec(
     understood="r mask_type random_seed",
     read=read,
     write=write,
+    holds=lambda adapter: adapter.config.fraction is None,  # type: ignore[attr-defined]
 )

@@ -1,0 +1,119 @@
+"""KaSA: the weight loses its minor singular directions, beside a low-rank update with values.
+
+    y' = y + s ((x A^T) * d) B^T - (x A_-^T) B_-^T        s = alpha / r
+    A (r, d_in), B (d_out, r), d (r,)
+    W = U S V^T, its r smallest values:  lora_drop_A A_- = V_-^T, lora_drop_B B_- = U_- S_-, frozen
+
+Paper: Wang et al. 2024, arXiv 2412.06071. There W is rewritten for good; here the minor directions
+are subtracted in the call, so W stays as it is and strength 0 is the base. Both parts are one
+product of rank 2r. The paper's loss has beta |d|^2 + gamma (|B^T B - I| + |A A^T - I|) in addition,
+with 1e-4 and 1e-3.
+The start is not the identity, by design: the minor directions are missing. B = 0, so nothing else
+is changed. Needs W once, for the decomposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Factors
+from ..core.random import kaiming, normal
+from ..core.site import Params, Site
+from ..kernels import low_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class KaSAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig). It has no dropout, which would put the minor directions
+    back at random.
+    """
+
+
+def param_specs(cfg: KaSAConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_A (r, d_in), lora_B (d_out, r), lora_d (r,); frozen lora_drop_A, lora_drop_B.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
+    low_rank.check_rank(site, "KaSA")
+    a, b = (site.r, site.d_in), (site.d_out, site.r)
+    return {
+        "lora_A": ParamSpec(a, kaiming),
+        "lora_B": ParamSpec(b),
+        "lora_d": ParamSpec((site.r,), normal(1.0), dtype=torch.float32),
+        "lora_drop_A": ParamSpec(a, trainable=False),
+        "lora_drop_B": ParamSpec(b, trainable=False),
+    }
+
+
+def init(
+    cfg: KaSAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
+) -> dict[str, Tensor]:
+    """What the weight loses: its bottom r singular triplets."""
+    U, S, Vh = low_rank.bottom_svd(weight, site.r)
+    return {"lora_drop_A": Vh, "lora_drop_B": U * S}
+
+
+def _pair(p: Params, s: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Both parts as one pair (2r, d_in), (d_out, 2r)."""
+    A, B = p["lora_A"], p["lora_B"]
+    valued = (B * p["lora_d"] * s).to(B.dtype)
+    return torch.cat([A, p["lora_drop_A"]]), torch.cat([valued, -p["lora_drop_B"]], dim=1)
+
+
+def prepare(cfg: KaSAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """Both parts as one factor pair."""
+    return _pair(p, site.scale)
+
+
+def outputs(
+    cfg: KaSAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
+    """y + s B (d * A x) - B_- A_- x."""
+    return low_rank.add(y, x, *d)
+
+
+def weight(
+    cfg: KaSAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """W + s B diag(d) A - B_- A_-."""
+    held = {name: t.to(W.dtype) for name, t in p.items()}
+    return low_rank.add_dense(W, *_pair(held, site.scale)), b
+
+
+def scale(cfg: KaSAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
+    """Both parts times c."""
+    return {**p, "lora_B": p["lora_B"] * c, "lora_drop_B": p["lora_drop_B"] * c}
+
+
+def low_rank_factors(cfg: KaSAConfig, p: Params, site: Site) -> Factors:
+    """Both parts as one factor pair, and 1."""
+    return (*_pair(p, site.scale), 1.0)
+
+
+VARIANT = Variant(
+    name="kasa",
+    config=KaSAConfig,
+    paper="Wang et al. 2024, arXiv 2412.06071",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    additive=True,
+    scale=scale,
+    low_rank_factors=low_rank_factors,
+    needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
+)

@@ -1,0 +1,209 @@
+"""LoRA-XS: an r x r matrix between frozen singular directions; TinyLoRA: a vector that mixes them.
+
+    y' = y + s (x A^T) R^T B^T
+    A (r, d_in), B (d_out, r) frozen, of W = U S V^T:
+    LoRA-XS     A = V_r^T,           B = U_r S_r;           R (r, r),        s = alpha / r
+    TinyLoRA    A = sqrt(S_r) V_r^T, B = U_r sqrt(S_r);     R = sum_i v_i P_i,   s = 1
+                v (u,);  P (u, r, r) frozen, Gaussian of variance 1 / r
+
+Papers: LoRA-XS, Balazy et al. 2024, arXiv 2405.17604 (there R starts at a Gaussian of deviation
+1e-5; here at 0, which has the same gradient and is exact; the released code has LoRA's scale).
+TinyLoRA, Morris et al. 2026, arXiv 2602.04118, where layers may share v; here each layer has its
+own.
+Identity at the start: R = 0, or v = 0. Needs W once, for the decomposition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
+from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Factors
+from ..core.random import normal
+from ..core.site import Params, Site
+from ..kernels import low_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAXSConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig), and:
+
+    Args:
+        r: side of the trained matrix, larger than elsewhere: a layer has r^2 parameters.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+        svd_niter: None for the full SVD; a number for the randomised one with that many power
+            iterations (4 to 16).
+    """
+
+    r: int = 64
+    dropout: float = 0.0
+    svd_niter: int | None = record(None)
+
+    def validate(self) -> None:
+        _check(self.dropout, self.svd_niter, "LoRAXSConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyLoRAConfig(AdapterConfig):
+    """Shared fields (see AdapterConfig; alpha has no part in this method), and:
+
+    Args:
+        r: how many singular directions.
+        u: how many parameters a layer has.
+        dropout: probability of dropping an entry of the branch's input, in training mode only.
+        svd_niter: None for the full SVD; a number for the randomised one with that many power
+            iterations (4 to 16).
+    """
+
+    r: int = 2
+    u: int = 64
+    dropout: float = 0.0
+    svd_niter: int | None = record(None)
+
+    def validate(self) -> None:
+        _check(self.dropout, self.svd_niter, "TinyLoRAConfig")
+        if self.u < 1:
+            raise ConfigError(f"TinyLoRAConfig.u: expected at least 1, found {self.u}")
+
+
+def _check(dropout: float, svd_niter: int | None, where: str) -> None:
+    probability(dropout, f"{where}.dropout")
+    if svd_niter is not None and svd_niter < 0:
+        raise ConfigError(f"{where}.svd_niter: expected None or at least 0, found {svd_niter}")
+
+
+def _frozen(site: Site) -> dict[str, ParamSpec]:
+    """The singular directions."""
+    return {
+        "lora_A": ParamSpec((site.r, site.d_in), trainable=False),
+        "lora_B": ParamSpec((site.d_out, site.r), trainable=False),
+    }
+
+
+def param_specs(cfg: LoRAXSConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_R (r, r); frozen lora_A, lora_B.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
+    low_rank.check_rank(site, "LoRA-XS")
+    return {"lora_R": ParamSpec((site.r, site.r)), **_frozen(site)}
+
+
+def tiny_param_specs(cfg: TinyLoRAConfig, site: Site) -> dict[str, ParamSpec]:
+    """Trainable lora_v (u,); frozen lora_P (u, r, r), lora_A, lora_B.
+
+    Raises:
+        UnsupportedError: r is above min(d_in, d_out).
+    """
+    low_rank.check_rank(site, "TinyLoRA")
+    draw = normal(1.0 / math.sqrt(site.r))
+    return {
+        "lora_v": ParamSpec((cfg.u,), dtype=torch.float32),
+        "lora_P": ParamSpec((cfg.u, site.r, site.r), draw, trainable=False),
+        **_frozen(site),
+    }
+
+
+def init(
+    cfg: LoRAXSConfig | TinyLoRAConfig,
+    site: Site,
+    specs: Mapping[str, ParamSpec],
+    weight: Tensor,
+    stats: None,
+    generator: Callable[[str], torch.Generator],
+) -> dict[str, Tensor]:
+    """The top r singular directions; TinyLoRA splits the values evenly between the sides."""
+    U, S, Vh = low_rank.top_svd(weight, site.r, cfg.svd_niter, generator("lora_A"))
+    if isinstance(cfg, LoRAXSConfig):
+        return {"lora_A": Vh, "lora_B": U * S}
+    root = S.sqrt()  # (r,)
+    return {"lora_A": root[:, None] * Vh, "lora_B": U * root}
+
+
+def _between(p: Params) -> Tensor:
+    """R (r, r)."""
+    if "lora_R" in p:
+        return p["lora_R"]
+    dtype = torch.promote_types(p["lora_v"].dtype, p["lora_P"].dtype)
+    return torch.einsum("...u,...uij->...ij", p["lora_v"].to(dtype), p["lora_P"].to(dtype))
+
+
+def _pair(p: Params) -> tuple[Tensor, Tensor]:
+    """R A and B, or A and B R: R goes into the narrower factor."""
+    A, B = p["lora_A"], p["lora_B"]
+    R = _between(p).to(A.dtype)
+    return (R @ A, B) if A.shape[-1] <= B.shape[-2] else (A, B @ R)
+
+
+def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The update as one factor pair."""
+    return _pair(p)
+
+
+def outputs(
+    cfg: AdapterConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
+) -> Tensor:
+    """y + s (x A^T) R^T B^T."""
+    return low_rank.add(y, x, *d, site.scale)
+
+
+def weight(
+    cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """W + s B R A."""
+    A, B = _pair({name: t.to(W.dtype) for name, t in p.items()})
+    return low_rank.add_dense(W, A, B, site.scale), b
+
+
+def scale(cfg: AdapterConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
+    """R, or v, times c."""
+    return {name: t * c if name in ("lora_R", "lora_v") else t for name, t in p.items()}
+
+
+def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
+    """The update as one factor pair, and its scale."""
+    return (*_pair(p), site.scale)
+
+
+VARIANT = Variant(
+    name="lora_xs",
+    config=LoRAXSConfig,
+    paper="Balazy et al. 2024, arXiv 2405.17604",
+    param_specs=param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    additive=True,
+    scale=scale,
+    low_rank_factors=low_rank_factors,
+    batched=True,
+    needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
+)
+
+VARIANT_TINY = Variant(
+    name="tinylora",
+    config=TinyLoRAConfig,
+    paper="Morris et al. 2026, arXiv 2602.04118",
+    param_specs=tiny_param_specs,
+    init=init,
+    prepare=prepare,
+    outputs=outputs,
+    weight=weight,
+    additive=True,
+    scale=scale,
+    scaling=lambda cfg, site: 1.0,
+    low_rank_factors=low_rank_factors,
+    batched=True,
+    needs=frozenset({"weight"}),
+    sites=(*MATRICES, "embedding"),
+)
