@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....core import random
+from ....core.config import AdapterConfig
 from ....core.errors import CheckpointError, short_repr
-from ....core.method import site_for, variants
-from ....kernels.low_rank import bottom_svd
+from ....core.method import site_for, variant_for
 from ....variants import DoRAConfig, KaSAConfig, MiCAConfig, OLoRAConfig, PiSSAConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 
 __all__ = ["magnitudes", "minor_directions", "rewrites_base", "subtracted_start"]
 
-_HARMLESS = ("true", "false", "none", "gaussian", "orthogonal", "eva")
+_HARMLESS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 _CONFIGS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
 
 
@@ -62,9 +63,23 @@ def minor_directions(
             f"{reader.where}: kasa_config has no meaning for {short_repr(entry.path)}, a "
             f"{entry.kind}"
         )
-    U, S, Vh = bottom_svd(entry.weight("KaSA"), r)
-    dropped = {"lora_drop_A": Vh, "lora_drop_B": U * S}
+    dropped = _first(entry, KaSAConfig(r=r, alpha=scale * r), "KaSA")
     return Part(KaSAConfig, {**leaves, "lora_d": held["lora_diag"], **dropped}, {}, r, scale * r)
+
+
+def _first(entry: ModuleEntry, cfg: AdapterConfig, method: str) -> Mapping[str, Tensor]:
+    """Return the tensors that a method's start takes from the base weight.
+
+    Raises:
+        ModelNeededError: no model was given.
+    """
+    site = entry.known(f"{method} starts from the base weight")
+    weight, variant = entry.weight(method), variant_for(type(cfg))
+    here = site_for(variant, cfg, dataclasses.replace(site, r=cfg.r, alpha=cfg.alpha), {})
+    assert variant.init is not None
+    specs = variant.param_specs(cfg, here)
+    draw = partial(random.generator, 0, entry.path)
+    return variant.init(cfg, here, specs, weight, None, draw)
 
 
 def subtracted_start(
@@ -101,18 +116,7 @@ def subtracted_start(
             f"{reader.where}: init_lora_weights={short_repr(start)} has no meaning for "
             f"{short_repr(entry.path)}, a {entry.kind}"
         )
-    site, weight = entry.known(f"{start} starts from the base weight"), entry.weight(start)
-    variant, cfg = variants()[start], config(r=r, alpha=scale * r)
-    here = site_for(variant, cfg, dataclasses.replace(site, r=r, alpha=scale * r), {})
-    assert variant.init is not None
-    first = variant.init(
-        cfg,
-        here,
-        variant.param_specs(cfg, here),
-        weight,
-        None,
-        lambda name: random.generator(0, entry.path, name),
-    )
+    first = _first(entry, config(r=r, alpha=scale * r), start)
     wide = torch.promote_types(leaves["lora_A"].dtype, torch.float32)
     frozen = {name: first[name].to(wide) for name in ("lora_A0", "lora_B0")}
     trained = {name: t.to(wide) for name, t in leaves.items()}
