@@ -188,16 +188,33 @@ def phases(
     if KINDS[site.kind].listed:
         h, put, x = _hidden(module, attachment, y, x)
         return put(variant.outputs(cfg, p, d, x, h, site))
-    if not isinstance(y, Tensor):
-        raise UnsupportedError(
-            f"{site.path!r} ({type(module).__name__}): expected a tensor from the layer's call, "
-            f"found {type(y).__name__}; leave it out "
-            f"with exclude_names, or adapt its weight (target_parameters), or take a method that "
-            f"changes the input alone (HRA)"
-        )
+    _check_output(y, site, module)
     if attachment.dropout and module.training:
         x = dropped(x, attachment.dropout)
     return variant.outputs(cfg, p, d, x, y, site)
+
+
+def _check_output(y: Any, site: Site, module: Any) -> None:
+    """Refuse what a layer of a class of its own gives, if it isn't its product with the weight.
+
+    Raises:
+        UnsupportedError: it is no tensor, or a linear layer's isn't (..., d_out).
+    """
+    if not isinstance(y, Tensor):
+        expected, found = "a tensor", type(y).__name__
+    elif (
+        site.kind != "linear"
+        or getattr(type(module), "_ll_base", type(module)) is nn.Linear
+        or is_traced()
+    ) or y.shape[-1:] == (site.d_out,):
+        return
+    else:
+        expected, found = f"(..., {site.d_out})", f"{tuple(y.shape)} (a product by groups?)"
+    raise UnsupportedError(
+        f"{site.path!r} ({type(module).__name__}): expected {expected} from the layer's call, "
+        f"found {found}; leave it out with exclude_names, or adapt its weight "
+        f"(target_parameters), or take a method that changes the input alone (HRA)"
+    )
 
 
 def _prepare(
@@ -269,6 +286,7 @@ def _hidden(
     Of a whole module, the phase changes the hidden state in its output.
     """
     if not KINDS[attachment.site.kind].listed:
+        _check_output(y, attachment.site, module)
         return y, lambda h: h, x
     h, put = hidden_state(y, attachment.site.path, attachment.site.d_out)
     prompt = attachment.prompt or module.__dict__.get("_ll_prompt")

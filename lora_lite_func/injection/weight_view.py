@@ -221,7 +221,8 @@ def _read_only(value: LazyWeight, name: str) -> UnsupportedError:
     return UnsupportedError(
         f"{value._recipe.path!r} is the weight with an adapter in, made when it is read, so "
         f"{name!r} would be lost or go round the adapter; "
-        "the stored one is in named_parameters() and state_dict()"
+        "the stored one is in named_parameters() and state_dict(). If it is the model's own code "
+        "that writes on it, leave the layer out with exclude_names"
     )
 
 

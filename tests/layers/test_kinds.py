@@ -949,3 +949,24 @@ def test_a_layer_that_returns_more_than_its_product() -> None:
     for config in (ll.HRAConfig(r=2), ll.LoRAConfig(r=2, target_parameters=r"0\.weight")):
         params = moved(ll.init(model, config))
         close(ll.apply(model, params, x)[0], ll.merged(model, params)(x)[0], 1e-5)
+
+
+class Grouped(nn.Linear):
+    """Takes (..., groups, d_in) and gives (..., groups, d_out / groups): one weight each."""
+
+    groups = 2
+
+    def forward(self, input: Tensor) -> Tensor:
+        W = self.weight.view(self.groups, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", input, W)
+
+
+@pytest.mark.parametrize("config", [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.IA3Config()])
+def test_a_layer_whose_product_goes_by_groups(config: ll.AdapterConfig) -> None:
+    model, x = nn.Sequential(Grouped(4, 6, bias=False)), torch.randn(3, 2, 4)
+    params = moved(ll.init(model, config))
+    message = r"'0' \(Grouped\): expected \(\.\.\., 6\) from the layer's call, found \(3, 2, 3\)"
+    for adapted in (params, ll.rows(ll.stack([params, params]), [0, 1, 0])):
+        with pytest.raises(ll.UnsupportedError, match=message):
+            ll.apply(model, adapted, x)
+    agree(model, lora(model, target_parameters=r"0\.weight"), x, tol=1e-5)
