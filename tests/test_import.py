@@ -179,8 +179,8 @@ PACKAGES: dict[str, set[str]] = {
     "injection": {"core", "kernels", "layers"},
     "algebra": {"core", "kernels", "variants"},
     "io": {"core", "layers"},
-    "api": {"core", "layers", "injection", "algebra"},
-    "interop": {"core", "variants", "layers", "algebra", "io"},
+    "interop": {"core", "variants", "layers", "injection", "algebra", "io"},
+    "api": {"core", "layers", "injection", "algebra", "interop"},
     "cli": {"core", "layers", "injection", "algebra", "io", "api", "interop"},
 }
 """What each package may import, beside itself."""

@@ -21,6 +21,7 @@ from ..core.leaf_dtype import leaf_dtype
 from ..core.method import ParamSpec, Variant, variant_for
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
+from ..interop.fresh_heads import warn_of_fresh_heads
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.targeting import find
 from ..layers.weights import compute_dtype, dense_weight, device_of
@@ -41,6 +42,9 @@ def init(
 
     Pure: the model, its random state and torch's global one are untouched. A tensor's draw depends
     on (seed, path, name) alone, so choosing other sites never changes it.
+
+    Where a head of a model of transformers wasn't in its checkpoint, and the adapter leaves it
+    frozen, a warning says how to train it.
 
     Args:
         model: the frozen base.
@@ -76,7 +80,9 @@ def init(
                 )
             except LoraLiteError as error:
                 raise type(error)(f"site {site.path!r}: {error}") from None
-    return Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
+    made = Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
+    warn_of_fresh_heads(model, made.sites.values())
+    return made
 
 
 def targets(model: nn.Module, cfg: AdapterConfig) -> tuple[Site, ...]:
