@@ -24,7 +24,7 @@ from .algebra.rows import Rows, rows
 from .algebra.stack import concatenate, names, num_members, stack, unstack, update
 from .algebra.tree import cast, num_params, project, scale, summary
 from .api.apply import apply, functional_call
-from .api.bind import bind, prepared, unbind
+from .api.bind import bind, prepared, reference, unbind
 from .api.calibrate import calibrate
 from .api.check import check
 from .api.init import init, targets
@@ -187,6 +187,7 @@ __all__ = [
     "project",
     "prompted",
     "ravel",
+    "reference",
     "register",
     "rows",
     "save",

@@ -13,6 +13,7 @@ from helpers import net
 from torch import Tensor
 
 import lora_lite_func as ll
+from lora_lite_func.interop.bound_saves import AdapterSaver
 
 ROWS, STEPS = 8, 5
 
@@ -93,6 +94,7 @@ def work(folder: Path) -> None:
     fully_shard(sharded, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     found["fsdp"] = trained(sharded, own)
+    AdapterSaver(sharded, "")(folder / "saved", is_main_process=rank == 0)
 
     already = net(depth=1)
     fully_shard(already, mesh=mesh)

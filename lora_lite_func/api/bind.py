@@ -1,8 +1,7 @@
-"""The verbs for a kept copy of a model with adapters in it: bind, prepared and unbind."""
+"""The verbs for a kept copy of a model with adapters in it: bind, prepared, reference, unbind."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
@@ -13,19 +12,20 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
 from ..core.errors import StructureError, UnsupportedError
-from ..core.layout import Layout
-from ..core.site import Site
 from ..core.torch_internals import is_followed
 from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Frozen
-from ..injection.state import Leaves, held_by, hold, leaves_at
+from ..injection.bound import Entry, entries_of, keep_entries, tensors_in
+from ..injection.state import Leaves, held_by, hold
 from ..injection.tree_copy import copy_tree
+from ..interop.bound_loads import teach_loading
+from ..interop.bound_saves import teach_saving
 from ..layers.refusals import check_model
 from ..layers.tied import home_of, tied_names
 from .apply import check_values
 
-__all__ = ["ModelT", "bind", "check_untracked", "prepared", "unbind"]
+__all__ = ["ModelT", "bind", "check_untracked", "prepared", "reference", "unbind"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 """The model's class, which is also the class of its copies."""
@@ -39,7 +39,8 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
     `<site>.adapter.<i>.<lora_name>`, and share storage with `params`: training the bound module
     trains them. Frozen ones are buffers. Base weights share storage with the model's and don't
     require gradients. The user's model isn't changed, whatever is done to the bound one (train(),
-    to(), half(), hooks ...).
+    to(), half(), hooks ...). What its `save_pretrained` writes, if it has one, is the adapter
+    alone, which `ll.load` reads.
 
     Args:
         model: the frozen base; one that is bound already is adapted once more, outside what it has.
@@ -58,7 +59,8 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
         check_values(adapter, model)
     sites: dict[str, list[Attachment]] = {}
     counts: dict[str, int] = {}
-    homes: list[tuple[Layout, dict[str, str]]] = list(model.__dict__.get("_ll_bound", ()))
+    before = entries_of(model)
+    entries = before or []
     tied = [tied_names(model, adapter.layout.sites.values()) for adapter, _ in adapters]
     for (adapter, plan), more in zip(adapters, tied, strict=True):
         layout = adapter.layout
@@ -80,37 +82,18 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
                     plan,
                 )
                 sites.setdefault(site.path, []).append(attachment)
-        homes.append((layout, indices))
+        entries.append(Entry(layout, indices))
     bound = cast(ModelT, copy_tree(model, sites, Frozen()))
     for (adapter, _), more in zip(adapters, tied, strict=True):
         for path, tensors in adapter._data.items():
             held = Leaves(tensors, adapter.layout.specs[path])
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
-    bound.__dict__["_ll_bound"] = homes
-    if any(tied):
-        _declare_tied(bound)
+    keep_entries(bound, entries)
+    teach_saving(bound)
+    if before is None:
+        teach_loading(bound)
     return bound
-
-
-def _declare_tied(bound: nn.Module) -> None:
-    """Tell transformers that an adapter of a tied parameter is the same one in each of its places.
-
-    Without that, transformers refuses to save tensors that share memory.
-    """
-    if not hasattr(bound, "_tied_weights_keys"):
-        return
-    known: Any = bound._tied_weights_keys
-    first: dict[int, str] = {}
-    same: dict[str, str] = {}
-    for path, module in bound.named_modules(remove_duplicate=False):
-        if isinstance(module, Leaves) and first.setdefault(id(module), path) != path:
-            same |= {f"{path}.{name}": f"{first[id(module)]}.{name}" for name in module.names}
-    # It is a list before transformers 5.
-    if isinstance(known, list):
-        bound.__dict__["_tied_weights_keys"] = [*known, *map(re.escape, same)]
-    else:
-        bound.__dict__["_tied_weights_keys"] = {**(known or {}), **same}
 
 
 def prepared(model: ModelT, params: Adapters) -> ModelT:
@@ -142,6 +125,31 @@ def prepared(model: ModelT, params: Adapters) -> ModelT:
     return bound
 
 
+def reference(bound: ModelT) -> ModelT:
+    """A frozen copy of a bound model with its adapter as it is now, in evaluation mode: the
+    reference that DPO, GRPO and distillation compare a policy with.
+
+    It shares the base's storage and has copies of the adapter's tensors, so training the bound
+    model doesn't move it. What tools put on the bound model (a forward of theirs, hooks) is on it
+    too.
+
+    Args:
+        bound: the policy, made by `bind`.
+
+    Raises:
+        StructureError: the module wasn't made by `ll.bind`.
+        UnsupportedError: the model can't be copied.
+    """
+    _entries(bound)
+    with torch.inference_mode(False), torch.no_grad():
+        made = cast(ModelT, copy_tree(bound, {}, Frozen()))
+        for module in made.modules():
+            if isinstance(module, Leaves):
+                module.own_parameters()
+    teach_saving(made)
+    return made.requires_grad_(False).eval()
+
+
 def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     """The adapter of a bound module as it is now (a tuple, if it was bound with several); tensors
     share its storage.
@@ -149,34 +157,15 @@ def unbind(bound: nn.Module) -> Adapter | tuple[Adapter, ...]:
     Raises:
         StructureError: the module wasn't made by `ll.bind`, or a site was taken out of it since.
     """
-    homes: Iterable[tuple[Layout, dict[str, str]]] | None = getattr(bound, "__dict__", {}).get(
-        "_ll_bound"
-    )
-    if homes is None:
-        raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
-    found = []
-    for layout, indices in homes:
-        held = {path: _held(bound, layout.sites[path], i) for path, i in indices.items()}
-        found.append(
-            Adapter(
-                layout,
-                {
-                    path: {name: t.detach() for name, t in tensors.items()}
-                    for path, tensors in held.items()
-                },
-            )
-        )
+    found = [Adapter(entry.layout, tensors_in(bound, entry)) for entry in _entries(bound)]
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _held(bound: nn.Module, site: Site, slot: str) -> dict[str, Tensor]:
-    try:
-        return leaves_at(bound.get_submodule(home_of(site)), slot).tensors()
-    except (AttributeError, KeyError):
-        raise StructureError(
-            f"site {site.path!r}: the module there isn't the one that was bound, its adapter "
-            f"went with that"
-        ) from None
+def _entries(bound: nn.Module) -> list[Entry]:
+    entries = entries_of(bound)
+    if entries is None:
+        raise StructureError(f"expected a module made by ll.bind, found {type(bound).__name__}")
+    return entries
 
 
 def _bound_before(model: nn.Module, path: str) -> int:

@@ -13,6 +13,7 @@ from ..injection.base_tensors import Frozen
 from ..injection.checks import check_bias, check_dense, check_mergeable, check_site, no_module
 from ..injection.dense_weight import merge_site
 from ..injection.tree_copy import copy_tree
+from ..interop.bound_saves import teach_saving
 from ..layers.kinds import module_and_name
 from ..layers.quantised import dequantised, unpacked
 from ..layers.refusals import check_model
@@ -122,6 +123,7 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
             )
         module.register_parameter(leaf, kept[id(tensor)])
     _tell_untied(made, model)
+    teach_saving(made)
     return made
 
 

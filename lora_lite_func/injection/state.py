@@ -14,6 +14,7 @@ from ..core.site import Params
 from .attachment import Attachment
 
 __all__ = [
+    "CHILD",
     "Held",
     "Leaves",
     "SiteState",
@@ -26,7 +27,7 @@ __all__ = [
     "tensors_of",
 ]
 
-_CHILD = "adapter"
+CHILD = "adapter"
 """The name of the child that holds the adapters' tensors in a bound site."""
 
 
@@ -78,6 +79,14 @@ class Leaves(nn.Module):
             else:
                 self.register_buffer(name, tensor.detach())
 
+    def own_parameters(self) -> None:
+        """Take copies of the parameters, so that they share no memory with another model's."""
+        for module in self.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    own = nn.Parameter(p.detach().clone(), requires_grad=False)
+                    module._parameters[name] = own
+
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}: the tensors as they are now.
 
@@ -107,17 +116,17 @@ class Held(nn.ModuleList):
 
 def leaves_at(site: Any, slot: str) -> Leaves:
     """The tensors that a bound site holds for the adapter in that slot."""
-    return site._modules[_CHILD]._modules[slot]
+    return site._modules[CHILD]._modules[slot]
 
 
 def leaves_of(site: Any) -> Iterable[Leaves]:
     """The tensors of each adapter that a bound site holds."""
-    return site._modules[_CHILD]._modules.values() if _CHILD in site._modules else ()
+    return site._modules[CHILD]._modules.values() if CHILD in site._modules else ()
 
 
 def held_by(module: Any) -> int:
     """How many adapters' tensors a bound site holds; 0 for any other module."""
-    return len(module._modules.get(_CHILD, ())) if hasattr(type(module), "_ll_base") else 0
+    return len(module._modules.get(CHILD, ())) if hasattr(type(module), "_ll_base") else 0
 
 
 def hold(site: Any, leaves: Leaves) -> None:
@@ -126,14 +135,14 @@ def hold(site: Any, leaves: Leaves) -> None:
     Raises:
         UnsupportedError: the layer has something of its own under the name that is needed.
     """
-    if _CHILD not in site._modules:
-        if hasattr(site, _CHILD):
+    if CHILD not in site._modules:
+        if hasattr(site, CHILD):
             raise UnsupportedError(
-                f"{type(site).__name__} has an attribute {_CHILD!r}, the name that a bound site "
+                f"{type(site).__name__} has an attribute {CHILD!r}, the name that a bound site "
                 f"needs for itself"
             )
-        site._modules[_CHILD] = Held()
-    site._modules[_CHILD].append(leaves)
+        site._modules[CHILD] = Held()
+    site._modules[CHILD].append(leaves)
 
 
 _PLAIN_CHILDREN = frozenset({"prepared"})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.errors import CheckpointError
-from ..io.checkpoint import OWN, Saved, load
+from ..io.checkpoint import IN_FOLDERS, OWN, Saved, load
 from ..io.checks import check_model
 from ..io.files import read_header
 from .assembly import ModelNeededError
@@ -27,7 +27,8 @@ __all__ = ["form_of", "open_adapter"]
 
 def form_of(path: str | os.PathLike[str]) -> str:
     """Return the form of a file or folder: "peft" where an adapter_config.json is, "lora_lite" or
-    "diffusion" by what a safetensors file's header says, and otherwise "ll".
+    "diffusion" by what a safetensors file's header says, and otherwise "ll"; of a folder, "ll"
+    where a bound model's `save_pretrained` wrote it.
 
     Raises:
         CheckpointError: the path can't be looked at, or is a folder that isn't PEFT's.
@@ -37,12 +38,15 @@ def form_of(path: str | os.PathLike[str]) -> str:
         folder = here if here.is_dir() else here.parent
         if (folder / CONFIG).is_file() and (here.is_dir() or here.name.startswith("adapter_model")):
             return "peft"
-        if here.is_dir():
+        if not here.is_dir():
+            return _form_of_file(here)
+        form = _form_of_file(here / IN_FOLDERS)
+        if not (here / IN_FOLDERS).is_file() or form != "ll":
             raise CheckpointError(
                 f"{here}: a folder without {CONFIG}, so no PEFT adapter; an adapter's file of "
                 f"this library is named itself"
             )
-        return _form_of_file(here)
+        return form
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{here}: {error}") from None
 

@@ -8,6 +8,10 @@ Keys are flat, `<path>.<lora_name>`; the layouts are JSON metadata:
                   "names": [...]}, keys `<name>/<path>.<lora_name>`
     both          "same": {key: key}: frozen tensors that share memory are stored once
 
+In a folder that a tool may take for a model's, the file is called model.safetensors. There an empty
+tensor has the name of one of the model's own parameters (metadata "not_a_model"), so that whatever
+loads the file as the model's weights finds that they don't fit.
+
 A file is hostile until shown otherwise: everything it says is checked before anything is built, no
 code is run, and a fault is a CheckpointError that names what and where.
 """
@@ -33,10 +37,16 @@ from .files import check_regular, parse_json, unreadable
 from .manifest import Piece, joined, pieces_of, pieces_to_json
 from .writing import write_safetensors
 
-__all__ = ["OWN", "Saved", "load", "save"]
+__all__ = ["IN_FOLDERS", "OWN", "Saved", "load", "save", "save_in_folder"]
 
 OWN = "lora_lite_func"
 """The metadata entry of our own files."""
+
+IN_FOLDERS = "model.safetensors"
+"""The name of our file in a folder. Trainers of transformers look for what they resume from there.
+"""
+
+_NOT_A_MODEL = "not_a_model"
 
 Saved = Adapter | tuple[Adapter, ...] | list[Adapter] | dict[str, Adapter]
 """What a file may hold."""
@@ -56,13 +66,38 @@ def save(params: Saved, path: str | os.PathLike[str]) -> None:
         CheckpointError: `params` isn't an adapter or is a part of a partition, a tensor has no
             storage (sparse, or of a transform), or the file can't be written.
     """
+    tensors, metadata = _contents(params)
+    write_safetensors(tensors, path, metadata, "save")
+
+
+def save_in_folder(params: Saved, folder: str | os.PathLike[str], guard: str) -> None:
+    """Write what `save` writes to a folder that a tool may take for a model's.
+
+    Args:
+        params: as in `save`.
+        folder: the folder.
+        guard: the name of a parameter of the model.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    tensors, metadata = _contents(params)
+    if guard in tensors:
+        raise CheckpointError(f"save: {guard!r} is the name of an adapter's tensor, too")
+    path = os.path.join(folder, IN_FOLDERS)
+    guarded = {**tensors, guard: torch.empty(0)}
+    write_safetensors(guarded, path, {**metadata, _NOT_A_MODEL: guard}, "save")
+
+
+def _contents(params: Saved) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors by their keys, and the file's metadata."""
     pieces = pieces_of(params)
     same: dict[str, str] = {}
     tensors = _flat(pieces, same)
     says = pieces_to_json(params, pieces)
     if same:
         says["same"] = same
-    write_safetensors(tensors, path, {OWN: json.dumps(says, separators=(",", ":"))}, "save")
+    return tensors, {OWN: json.dumps(says, separators=(",", ":"))}
 
 
 def load(
@@ -75,7 +110,7 @@ def load(
     """Read what `save` wrote. It needs no model, and checks sites and shapes against one if given.
 
     Args:
-        path: the file.
+        path: the file; or the folder that a bound model's `save_pretrained` wrote.
         model: the base that the adapter should fit.
         device: where the tensors go; the CPU by default.
         member: the number of a stack's member, which alone is then read from the disk; or the index
@@ -89,20 +124,26 @@ def load(
     """
     where = os.fsdecode(path)
     if os.path.isdir(where):
-        raise CheckpointError(
-            f"{where}: not a readable safetensors file: it is a folder; ll.from_peft reads PEFT's"
-        )
+        folder, where = where, os.path.join(where, IN_FOLDERS)
+        if not os.path.exists(where):
+            raise CheckpointError(
+                f"{folder}: not a readable safetensors file: it is a folder without {IN_FOLDERS}; "
+                f"ll.from_peft reads PEFT's"
+            )
     check_regular(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:
-            says = (file.metadata() or {}).get(OWN)
+            metadata = file.metadata() or {}
+            says = metadata.get(OWN)
             try:
                 if says is None:
                     raise CheckpointError(
                         f"no {OWN!r} entry in its metadata, so it isn't an adapter that ll.save "
-                        f"wrote{reader_hint(file.keys(), file.metadata() or {})}"
+                        f"wrote{reader_hint(file.keys(), metadata)}"
                     )
-                return _read(file, parse_json(says, f"its {OWN!r} metadata"), model, member, device)
+                stored = [key for key in list(file.keys()) if key != metadata.get(_NOT_A_MODEL)]
+                says = parse_json(says, f"its {OWN!r} metadata")
+                return _read(file, stored, says, model, member, device)
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: {error}") from None
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -155,9 +196,13 @@ def _stored(leaf: Tensor, storages: set[int]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ reading
 def _read(
-    file: Any, says: Any, model: nn.Module | None, member: int | str | None, device: Any
+    file: Any,
+    stored: list[str],
+    says: Any,
+    model: nn.Module | None,
+    member: int | str | None,
+    device: Any,
 ) -> Any:
-    stored = list(file.keys())
     same, shape = contents_from_json(says, stored)
     pieces = shape.pieces
     keys = {

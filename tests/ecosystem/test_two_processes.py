@@ -43,7 +43,10 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
 
-    wanted = trained(ll.bind(net(depth=1), adapter()), slice(None))
+    bound = ll.bind(net(depth=1), adapter())
+    wanted = trained(bound, slice(None))
+    saved = torch.utils._pytree.tree_leaves(ll.load(tmp_path / "saved"))
+    close(saved, torch.utils._pytree.tree_leaves(ll.unbind(bound)), 1e-9)
     for way in ("ddp", "fsdp"):
         close(
             [torch.cat(halves) for halves in zip(first[way], second[way], strict=True)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ...algebra.flatten import Adapters, flatten
 from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, UnsupportedError
 from ...core.site import Site
+from ...injection.bound import base_modules
 from ...io.swapping import swapped
 from ...io.writing import own_copies, write_safetensors, write_text
 from ...variants import BitFitConfig, FullConfig, TokensConfig
@@ -26,7 +28,7 @@ from .token_rows import tied_homes, written_rows
 from .write_checks import check_whole, checked_sites
 from .write_fields import about_base, ranks_and_alphas, targeted, targets
 
-__all__ = ["peft_form", "to_peft"]
+__all__ = ["peft_form", "to_peft", "write_form"]
 
 
 def to_peft(
@@ -60,16 +62,27 @@ def to_peft(
         CheckpointError: `params` is a part of a partition or a stack, or the folder can't be
             written.
     """
-    fields, tensors = peft_form(params, model, as_lora=as_lora)
-    says = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    form = peft_form(params, model, as_lora=as_lora)
     with swapped(folder, "to_peft", marker=CONFIG) as work:
-        write_safetensors(tensors, work / TENSORS, {"format": "pt"}, "to_peft")
-        write_text(says, work / CONFIG, "to_peft")
+        write_form(form, work, "to_peft")
 
 
-def peft_form(
-    params: Adapters, model: nn.Module | None, *, as_lora: bool = False
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+Form = tuple[dict[str, Any], dict[str, Tensor]]
+"""The fields of adapter_config.json, and the tensors by PEFT's keys."""
+
+
+def write_form(form: Form, folder: Path, what: str) -> None:
+    """Write the two files of a PEFT folder.
+
+    Raises:
+        CheckpointError: they can't be written. The message begins with `what`.
+    """
+    fields, tensors = form
+    write_safetensors(tensors, folder / TENSORS, {"format": "pt"}, what)
+    write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", folder / CONFIG, what)
+
+
+def peft_form(params: Adapters, model: nn.Module | None, *, as_lora: bool = False) -> Form:
     """Return (the fields of adapter_config.json, the tensors by PEFT's keys) of adapters, for
     `to_peft` and for files that share its form.
 
@@ -103,7 +116,7 @@ def peft_form(
         )
     fields, tensors = _folder(
         adapters,
-        {} if model is None else dict(model.named_modules(remove_duplicate=False)),
+        {} if model is None else dict(base_modules(model)),
         as_lora,
     )
     return about_base(model) | fields, own_copies(tensors)

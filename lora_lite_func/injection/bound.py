@@ -1,0 +1,120 @@
+"""What a bound model says of the adapters in it, and the names of their tensors in its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..core.errors import StructureError
+from ..core.layout import Layout, Stacked
+from ..layers.tied import home_of
+from .state import CHILD, Held, Leaves, leaves_at
+
+__all__ = [
+    "Entry",
+    "base_keys",
+    "base_modules",
+    "entries_of",
+    "keep_entries",
+    "leaf_keys",
+    "part_of",
+    "tensors_in",
+]
+
+_KEPT = "_ll_bound"
+
+
+class Entry(NamedTuple):
+    """One adapter of a bound model.
+
+    Attributes:
+        layout: its static data.
+        slots: {path: its slot among the adapters that the site holds}.
+    """
+
+    layout: Layout
+    slots: Mapping[str, str]
+
+
+def entries_of(model: Any) -> list[Entry] | None:
+    """The adapters of a bound model, in order; None for any other object."""
+    kept: Sequence[Any] | None = getattr(model, "__dict__", {}).get(_KEPT)
+    return None if kept is None else [Entry(*one) for one in kept]
+
+
+def keep_entries(bound: nn.Module, entries: Sequence[Entry]) -> None:
+    """Let a bound model keep what its adapters are."""
+    bound.__dict__[_KEPT] = list(entries)
+
+
+def part_of(entry: Entry, path: str) -> Entry | None:
+    """What an adapter has inside the module at `path`, with names that begin there."""
+    if not path:
+        return entry
+    inside = {p: p[len(path) + 1 :] for p in entry.slots if p.startswith(f"{path}.")}
+    inside |= {path: ""} if path in entry.slots else {}
+    if not inside:
+        return None
+    return Entry(_part(entry.layout, inside), {inside[p]: entry.slots[p] for p in inside})
+
+
+def _part(layout: Layout, names: Mapping[str, str]) -> Layout:
+    """The layout of some sites alone, {path: new path}."""
+    if isinstance(layout, Stacked):
+        return Stacked([_part(member, names) for member in layout.members], layout.labels)
+    sites = [layout.sites[path].having(path=new) for path, new in names.items()]
+    return Layout(layout.variant, layout.config, sites)
+
+
+def base_keys(model: nn.Module) -> Iterator[str]:
+    """The names of a bound model's parameters but those of its adapters."""
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name
+
+
+def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of all modules but those that hold a bound model's adapters. A module that has
+    several paths comes with each of them.
+    """
+    yield path, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, Held):
+            yield from base_modules(child, f"{path}.{name}" if path else name)
+
+
+def leaf_keys(bound: nn.Module, entry: Entry) -> Iterator[tuple[str, str, str]]:
+    """(path of a site, name of a leaf, its key in the bound model's state dict), for each leaf."""
+    for path, slot in entry.slots.items():
+        home, leaves = home_of(entry.layout.sites[path]), _leaves(bound, entry, path)
+        prefix = f"{home}.{CHILD}" if home else CHILD
+        for name in entry.layout.names[path]:
+            # A leaf may be the weight of a layer of its own.
+            inner = f"{name}.weight" if name in leaves._modules else name
+            yield path, name, f"{prefix}.{slot}.{inner}"
+
+
+def tensors_in(bound: nn.Module, entry: Entry) -> dict[str, dict[str, Tensor]]:
+    """{path: {lora_name: tensor}}: an adapter's tensors as they are now, detached.
+
+    Raises:
+        StructureError: a site was taken out of the model since it was bound.
+    """
+    found = {path: _leaves(bound, entry, path).tensors() for path in entry.slots}
+    return {
+        path: {name: t.detach() for name, t in tensors.items()} for path, tensors in found.items()
+    }
+
+
+def _leaves(bound: nn.Module, entry: Entry, path: str) -> Leaves:
+    try:
+        module = bound.get_submodule(home_of(entry.layout.sites[path]))
+        return leaves_at(module, entry.slots[path])
+    except (AttributeError, KeyError):
+        raise StructureError(
+            f"site {path!r}: the module there isn't the one that was bound, its adapter went with "
+            f"that"
+        ) from None
