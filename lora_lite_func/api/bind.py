@@ -21,6 +21,7 @@ from ..injection.state import Leaves, held_by, hold
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_loads import teach_loading
 from ..interop.bound_saves import teach_saving
+from ..interop.quantised_models import tell_trainable
 from ..layers.refusals import check_model
 from ..layers.tied import home_of, tied_names
 from .apply import check_values
@@ -90,6 +91,7 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     keep_entries(bound, entries)
+    tell_trainable(bound)
     teach_saving(bound)
     if before is None:
         teach_loading(bound)

@@ -8,17 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
+from ..core.errors import UnsupportedError
 from ..injection.attachment import everywhere
 from ..injection.base_tensors import Frozen
 from ..injection.checks import check_bias, check_dense, check_mergeable, check_site, no_module
 from ..injection.dense_weight import merge_site
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_saves import teach_saving
+from ..interop.quantised_models import declared_dtype, forget_packing
 from ..layers.kinds import module_and_name
 from ..layers.quantised import dequantised, unpacked
 from ..layers.refusals import check_model
 from ..layers.tied import embeddings_of, tied_names
-from ..layers.weights import compute_dtype, is_packed, own_tensor
+from ..layers.weights import compute_dtype, is_linear_like, is_packed, own_tensor
 from .apply import attachments_of
 from .bind import ModelT, check_untracked
 
@@ -78,8 +80,9 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
     user's model isn't changed.
 
     Parameters that no site touches share storage with the model's (`copy.deepcopy` it for
-    independence). Flags stay as they were. With `dequantize` a packed site becomes a dense layer,
-    at the cost that `merge` tells.
+    independence). Flags stay as they were. With `dequantize` every packed layer becomes a dense
+    one, at the cost that `merge` tells, and a model of transformers says that it isn't quantised
+    any more.
 
     Args:
         model: the frozen base.
@@ -87,8 +90,8 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
         dequantize: as in `merge`.
 
     Raises:
-        StructureError, UnsupportedError: as `merge`; or `params` is what torch.func.grad or jvp
-            differentiates.
+        StructureError, UnsupportedError: as `merge`; `params` is what torch.func.grad or jvp
+            differentiates; or, with `dequantize`, the packing of a layer can't be read.
     """
     adapters = [adapter for adapter, _ in flatten(params)]
     check_untracked(
@@ -111,20 +114,42 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
             continue
         old = module._parameters.get(leaf)
         if leaf == "weight" and old is not None and is_packed(old):
-            bias = module._parameters.get("bias")
-            module = unpacked(
-                module, tensor, None if bias is None else bias.detach().to(tensor.dtype)
-            )
-            made = _put(made, path, module)
+            made = _with_dense(made, path, tensor)
             continue
         if id(tensor) not in kept:
             kept[id(tensor)] = nn.Parameter(
                 tensor.detach(), requires_grad=True if old is None else old.requires_grad
             )
         module.register_parameter(leaf, kept[id(tensor)])
+    if dequantize:
+        made = _without_packing(made)
     _tell_untied(made, model)
     teach_saving(made)
     return made
+
+
+def _without_packing(made: Any) -> Any:
+    """The model with dense layers in place of the packed ones that no adapter is on."""
+    for path, module in list(made.named_modules()):
+        weight = module._parameters.get("weight") if is_linear_like(module) else None
+        if weight is not None and is_packed(weight):
+            try:
+                values = _plain(module, "weight")
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{path!r}: {error}") from None
+            made = _with_dense(made, path, values)
+    if not any(is_packed(p) for p in made.parameters()):
+        forget_packing(made)
+    return made
+
+
+def _with_dense(made: Any, path: str, weight: Tensor) -> Any:
+    """The model with a dense layer of this weight in place of a packed one."""
+    module = made.get_submodule(path)
+    weight = weight.to(declared_dtype(made) or weight.dtype)
+    bias = module._parameters.get("bias")
+    dense = unpacked(module, weight, None if bias is None else bias.detach().to(weight.dtype))
+    return _put(made, path, dense)
 
 
 def _tell_untied(made: Any, model: Any) -> None:

@@ -46,7 +46,7 @@ def write_shards(
 
     Raises:
         CheckpointError: a folder or file can't be read or written.
-        UnsupportedError: a weight is packed or overflows, or a bias has nowhere to go.
+        UnsupportedError: a weight overflows, or a bias has nowhere to go.
     """
     along = others(shards.folder)
     files: Iterator[str] = iter(shards.files)
@@ -57,6 +57,9 @@ def write_shards(
             shutil.copy(entry, work / entry.name)
 
 
+_PLAIN = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that aren't packed, as safetensors says them."""
+
 Job = tuple[list[Attachment], str, str | None]
 """(the adapters there, the weight's name, the bias's name)."""
 
@@ -66,7 +69,8 @@ def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
 
     Raises:
         CheckpointError: the folder has no tensor for a site.
-        UnsupportedError: a method has no dense equivalent, or the head shares a table.
+        UnsupportedError: a method has no dense equivalent, a weight is packed, or the head shares
+            a table.
     """
     jobs: dict[str, Job] = {}
     for path, attachments in attachments_of(params).items():
@@ -77,6 +81,11 @@ def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
             raise CheckpointError(
                 f"{shards.folder}: no tensor {short_repr(weight)} for the site "
                 f"{short_repr(path)}; {nearest(weight, shards)}"
+            )
+        if shards.shapes[weight][1] not in _PLAIN:
+            raise UnsupportedError(
+                f"{short_repr(weight)} is packed ({shards.shapes[weight][1]}); merge into the "
+                f"unquantised model instead"
             )
         if attachments[-1].site.kind == "embedding":
             _refuse_tied(shards, path, weight)
@@ -140,10 +149,6 @@ def _merged(shards: Shards, job: Job) -> dict[str, Tensor]:
     """
     attachments, weight, bias = job
     W, b = shards.read(weight), None if bias is None else shards.read(bias)
-    if not W.is_floating_point() or W.element_size() == 1:
-        raise UnsupportedError(
-            f"{short_repr(weight)} is packed ({W.dtype}); merge into the unquantised model instead"
-        )
     new, moved = merge_site(None, attachments, W, b)
     if bias is None and moved is not None:
         raise UnsupportedError(

@@ -1,5 +1,5 @@
 """Merging into a model that transformers loads whole. This is for folders whose names and tensors
-aren't the model's own, as with experts, old names, and heads tied to tables.
+aren't the model's own, as with experts, old names, heads tied to tables, and packed weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..interop.open import open_adapter
 from ..io.shards import Shards
 from ..layers.kinds import module_and_name
 from .merge_folders import check_finite, merged_into, others
-from .whole_model import whole_model
+from .whole_model import is_packed_folder, whole_model
 
 __all__ = ["write_whole"]
 
@@ -24,7 +24,7 @@ def write_whole(
     shards: Shards, given: argparse.Namespace, target: Path, why: LoraLiteError
 ) -> list[str]:
     """Write the merged model as transformers saves it, and return the names of the merged
-    parameters.
+    parameters. A model whose weights are packed becomes a dense one.
 
     Args:
         shards: the base.
@@ -40,7 +40,7 @@ def write_whole(
     model = whole_model(shards, given.adapter, why)
     params = open_adapter(given.adapter, model, component=given.component, rename=given.rename)
     check_finite(params, given.force)
-    dense = merged(model, params)
+    dense = merged(model, params, dequantize=is_packed_folder(shards))
     with merged_into(target, shards, given.force) as work:
         dense.save_pretrained(work)  # type: ignore[operator]
         for entry in along:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import LoraLiteError, UnsupportedError
+from ..core.errors import LoraLiteError
 from ..interop.open import form_of
 from ..interop.peft.folder import unpack
 from ..io.checkpoint import load
 from ..io.shards import Shards
 
-__all__ = ["whole_model"]
+__all__ = ["is_packed_folder", "whole_model"]
 
 
 def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
@@ -38,7 +38,8 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
             sizes.tie_weights()
     except Exception as error:  # transformers can raise anything on such a folder
         raise type(why)(f"{why} (transformers doesn't know it either: {error})") from None
-    _check_complete(shards, sizes, why)
+    if not is_packed_folder(shards):
+        _check_complete(shards, sizes, why)
     _check_adapter(adapter, sizes)
     try:
         loaded: Any = kind.from_pretrained(
@@ -58,18 +59,17 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
     return made
 
 
+def is_packed_folder(shards: Shards) -> bool:
+    """Tell whether a folder's weights are packed, by its config."""
+    return shards.config().get("quantization_config") is not None
+
+
 def _class(shards: Shards, why: LoraLiteError) -> Any:
     """Return transformers' class for the folder, found by its config."""
     says = shards.config()
     named = says.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         raise why
-    if says.get("quantization_config") is not None:
-        raise UnsupportedError(
-            f"{shards.folder}: its weights are packed, by its quantization_config; take the "
-            f"unquantised model's folder, or merge in memory: "
-            f"ll.merged(model, params, dequantize=True)"
-        ) from why
     try:
         import transformers
     except ImportError:
