@@ -1,9 +1,9 @@
-"""A batch whose rows belong to different adapters of a stack, as a value that `ll.apply` takes."""
+"""A batch whose rows, or tokens, have different adapters of a stack, as a value of `ll.apply`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -22,12 +22,12 @@ BARE = -1
 
 
 class Rows:
-    """A stack of adapters and which of them each row of a batch has. A pytree node around the
-    stack.
+    """A stack of adapters and which of them each row of a batch has, or each token. A pytree node
+    around the stack.
 
     Attributes:
         stack: the adapters, every leaf (K, ...).
-        plan: the rows, sorted once.
+        plan: the rows (or tokens), sorted once.
     """
 
     __slots__ = ("plan", "stack")
@@ -37,15 +37,20 @@ class Rows:
 
     @property
     def ids(self) -> Tensor:
-        """(N,) int64: the member of each row, -1 for the bare base."""
-        return self.plan.ids
+        """(N,) int64: the member of each row, -1 for the bare base; (N, T) of each token."""
+        return self.plan.ids.view(self.plan.shape)
 
     def __repr__(self) -> str:
-        return f"Rows({self.plan.rows} rows of {self.plan.members} adapters)\n{self.stack!r}"
+        what = "tokens" if self.plan.by_token else "rows"
+        return f"Rows({self.plan.rows} {what} of {self.plan.members} adapters)\n{self.stack!r}"
 
 
-def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
-    """Each row of a batch its own adapter: `ll.apply(model, ll.rows(stack, [0, 2, -1, 0]), x)`.
+Id: TypeAlias = "int | str | None"
+
+
+def rows(stack: Adapter, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
+    """Each row of a batch its own adapter: `ll.apply(model, ll.rows(stack, [0, 2, -1, 0]), x)`; or
+    each token: ids (N, T), packed ones (1, T).
 
     Row i of the model's output is what `ll.apply(model, stack[ids[i]], x)` has there. The base runs
     once on the whole batch (a layer whose weight itself is adapted, once for each adapter, on its
@@ -54,38 +59,70 @@ def rows(stack: Adapter, ids: Tensor | Sequence[int | str | None]) -> Rows:
     activations per site. Keep the value for as long as the mix is the same: the rows are sorted
     when they are first seen.
 
+    With ids (N, T) each adapted layer changes token t of row n by adapter ids[n, t]. Every site's
+    input is (N, T, features) then. What isn't, and a module in which tokens may meet (a whole
+    block, a convolution, attention whose own weights are adapted), is refused with its path.
+
     Args:
         stack: what `ll.stack` gave.
         ids: per row the index of its adapter, -1 (or None) for the bare base; or names, where the
-            stack has names. A tensor (N,) of ints or a sequence. Under torch.compile a tensor that
-            is an input of the graph: one graph serves every mix.
+            stack has names. A tensor (N,) of ints or a sequence; per token a tensor (N, T), or a
+            sequence of sequences. Under torch.compile a tensor that is an input of the graph: one
+            graph serves every mix.
 
     Raises:
         StructureError: not a stack, an id that it doesn't have, or ids that aren't one number or
-            name per row.
+            name per row, or per token.
     """
     count = members_of(stack, "rows")
     if isinstance(ids, Tensor):
-        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.ndim not in (1, 2) or not whole:
             raise StructureError(
-                f"rows: expected integer ids (N,), found {ids.dtype} of shape {tuple(ids.shape)}"
+                f"rows: expected integer ids (N,) or (N, T), found {ids.dtype} of shape "
+                f"{tuple(ids.shape)}"
             )
         if is_tracing_here() or is_batched(ids):
             return Rows(stack, RowPlan(ids.long(), count, None))
-        known: Any = ids.tolist()
-    elif isinstance(ids, (str, Mapping, Set)) or not isinstance(ids, Iterable):
-        raise StructureError(f"rows: expected a sequence of ids, found {type(ids).__name__}")
+        held = ids.long()
+        known = held.flatten().tolist()
     else:
-        known = [_index(stack, i) for i in ids]
-    for row, i in enumerate(known):
-        if not BARE <= i < count:
-            raise StructureError(
-                f"rows: row {row} has id {i}, expected -1 (the bare base) to {count - 1}: the "
-                f"stack has {count} members"
-            )
-    held = ids.long() if isinstance(ids, Tensor) else torch.tensor(known, dtype=torch.int64)
+        known, shape = _numbers(stack, ids)
+        held = torch.tensor(known, dtype=torch.int64).view(shape)
+    odd = next((n for n, i in enumerate(known) if not BARE <= i < count), None)
+    if odd is not None:
+        tokens = held.shape[-1] if held.ndim > 1 else 0
+        where = f"row {odd // tokens}, token {odd % tokens}" if tokens else f"row {odd}"
+        raise StructureError(
+            f"rows: {where} has id {known[odd]}, expected -1 (the bare base) to {count - 1}: the "
+            f"stack has {count} members"
+        )
     ranks = stack.layout.ranks if isinstance(stack.layout, Stacked) else None
     return Rows(stack, RowPlan(held, count, known, ranks))
+
+
+def _numbers(stack: Adapter, ids: Any) -> tuple[list[int], tuple[int, ...]]:
+    """(the ids as numbers, in one list; their shape), of a sequence or a sequence of sequences."""
+    if isinstance(ids, (str, Mapping, Set)) or not isinstance(ids, Iterable):
+        raise StructureError(f"rows: expected a sequence of ids, found {type(ids).__name__}")
+    ids = list(ids)
+    by_token = [_is_nested(i) for i in ids]
+    if not any(by_token):
+        return [_index(stack, i) for i in ids], (len(ids),)
+    ids = [list(i) if nested else i for i, nested in zip(ids, by_token, strict=True)]
+    lengths = {len(i) if nested else None for i, nested in zip(ids, by_token, strict=True)}
+    if len(lengths) != 1:
+        raise StructureError(
+            "rows: expected as many ids for each row, one for each of its tokens, found "
+            f"{', '.join(sorted(map(str, lengths)))}; pad them with -1"
+        )
+    return [_index(stack, i) for own in ids for i in own], (len(ids), lengths.pop() or 0)
+
+
+def _is_nested(i: Any) -> bool:
+    """Whether an entry of ids is itself a sequence of them; a tensor () is a number."""
+    nested = isinstance(i, Iterable) and not isinstance(i, (str, Mapping, Set))
+    return nested and getattr(i, "ndim", 1) > 0
 
 
 def _index(stack: Adapter, i: Any) -> int:

@@ -164,16 +164,18 @@ def _by_rows(
     """The output where each row has a member of its own; None where the scale is differentiated.
 
     Raises:
-        StructureError: the leading dimension isn't the rows.
+        StructureError: the leading dimensions aren't the rows, or the tokens.
     """
-    assert attachment.row_plan is not None
+    plan = attachment.row_plan
+    assert plan is not None
     assert attachment.variant.low_rank_factors is not None
     graph = torch.is_grad_enabled()
     q, site = unfolded(p, attachment.site)
     A, B, s = attachment.variant.low_rank_factors(attachment.cfg, q, site)
     # Only a factor pair as it is stored has zeros behind the ranks of a shorter member.
-    banded = attachment.row_plan.ranks is not None and A.shape[1] == site.r
-    layout = attachment.row_plan.layout(x, site.path, in_place=True, banded=banded)
+    banded = plan.ranks is not None and A.shape[1] == site.r
+    rows = plan.flat(x, site.path)
+    layout = plan.layout(rows, site.path, in_place=True, banded=banded)
     segments = layout.segments
     if banded:
         segments = tuple(
@@ -183,7 +185,7 @@ def _by_rows(
         if graph and s.requires_grad:
             return None
         s = s.expand(A.shape[0]).view(-1, 1, 1)
-    return low_rank_by_rows(x, W, b, A, B, s, layout, segments)
+    return plan.unflat(low_rank_by_rows(rows, W, b, A, B, s, layout, segments))
 
 
 @dataclass(frozen=True, eq=False)

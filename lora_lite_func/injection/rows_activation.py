@@ -19,6 +19,7 @@ from ..core.torch_internals import without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.row_plan import not_rows
 from ..kernels.segments import Segment, SegmentLayout
+from ..layers.kinds import KINDS
 from .attachment import Attachment
 
 __all__ = ["by_rows", "mapped"]
@@ -124,39 +125,50 @@ def by_rows(
         inner: the layer with the adapters before this one.
         hidden: (attachment, its output, x) -> (what `outputs` changes, how to put that back, what
             it gets for x).
-        x: (N, ..., d_in).
+        x: (N, ..., d_in), or (N, T, ..., d_in) where each token has an adapter.
 
     Raises:
-        StructureError: the leading dimension isn't the rows.
-        UnsupportedError: the layer's output isn't one tensor.
+        StructureError: the leading dimensions aren't the rows, or the tokens.
+        UnsupportedError: the layer's output isn't one tensor, or the site is a whole module and
+            each token has an adapter.
     """
-    variant, path, plan = attachment.variant, attachment.site.path, attachment.row_plan
+    variant, site, plan = attachment.variant, attachment.site, attachment.row_plan
     assert plan is not None
-    layout = plan.layout(x, path)
+    if plan.by_token and KINDS[site.kind].listed:
+        raise UnsupportedError(
+            f"site {site.path!r}: {variant.name} changes a whole module's output, in which it may "
+            f"read other tokens, so it can't be another one for each token; leave it out with "
+            f"exclude_names, or give an id for each row"
+        )
+    flat = plan.flat(x, site.path)
+    layout = plan.layout(flat, site.path)
     if not layout.segments:
         return inner(x)
     rows = _Rows(attachment, p, layer, layout)
-    X = x if layout.take is None else x.index_select(0, layout.take)
-    y = inner(
-        x if variant.inputs is None else _joined(rows.call(variant.inputs, layout, X), layout, X, x)
-    )
+    X = flat if layout.take is None else flat.index_select(0, layout.take)
+    if variant.inputs is None:
+        y = inner(x)
+    else:
+        y = inner(plan.unflat(_joined(rows.call(variant.inputs, layout, X), layout, X, flat)))
     if variant.outputs is None:
         return y
     h, put, seen = hidden(attachment, y, x)
     if not isinstance(h, Tensor):
         raise UnsupportedError(
-            f"site {path!r}: its output is a {type(h).__name__}, whose rows can't be told apart; "
-            f"leave it out"
+            f"site {site.path!r}: its output is a {type(h).__name__}, whose rows can't be told "
+            f"apart; leave it out"
         )
-    if h.shape[:1] != x.shape[:1]:
-        raise not_rows(path, h, plan.rows)
+    if h.shape[: len(plan.shape)] != x.shape[: len(plan.shape)]:
+        raise not_rows(site.path, h, plan.rows)
+    h = h.flatten(0, 1) if plan.by_token else h
     H = h if layout.take is None else h.index_select(0, layout.take)
     # Dropout comes before the sort, so that the mask doesn't depend on how the rows are mixed.
     if attachment.dropout and training:
         seen = dropped(seen, attachment.dropout)
     if seen is not x:
+        seen = seen.flatten(0, 1) if plan.by_token else seen
         X = seen if layout.take is None else seen.index_select(0, layout.take)
-    return put(_joined(rows.call(variant.outputs, layout, X, H), layout, H, h))
+    return put(plan.unflat(_joined(rows.call(variant.outputs, layout, X, H), layout, H, h)))
 
 
 def _joined(

@@ -19,6 +19,7 @@ from .rebinding import turn_callables
 from .references import shallow_copy
 from .rows_weight import Chains, by_adapters
 from .state import tensors_at
+from .tokens_weight import by_tokens, has_tokens
 from .weight_view import lazily, waits
 
 Tensors = Mapping[str, Tensor | None]
@@ -45,7 +46,8 @@ def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
     ) -> Any:
         return _on_adapted(self, chains, args, kwargs, within)
 
-    return by_adapters(self, chains, home, call, args, kwargs)
+    way = by_tokens if has_tokens(chains) else by_adapters
+    return way(self, chains, home, call, args, kwargs)
 
 
 def _chains(site: Any) -> Chains:

@@ -1,7 +1,8 @@
-"""Which adapter each row of a batch has, and the layouts that follow from it."""
+"""Which adapter each row of a batch has, or each token, and the layouts that follow from it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ from ..core.errors import StructureError, UnsupportedError
 from ..core.torch_internals import is_traced, is_tracing_here, is_watched, outside_transforms
 from .segments import SegmentLayout, laid_out, traced
 
-__all__ = ["RowGroups", "RowPlan", "not_rows", "parted"]
+__all__ = ["RowGroups", "RowPlan", "batch_axes", "not_rows", "parted"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -40,17 +41,21 @@ class RowGroups(NamedTuple):
 
 
 class RowPlan:
-    """Which adapter each row of a batch has.
+    """Which adapter each row of a batch has, or each token of it.
+
+    Where each token has its own, tokens are rows: (N, T, d) is taken as (N T, d).
 
     Attributes:
-        ids: (N,) int64, -1 for the bare base.
+        ids: (rows,) int64, -1 for the bare base.
+        shape: (N,) where each row has an adapter, (N, T) where each token has one.
+        rows: N, or N T.
         members: how many adapters there are.
         known: whether the ids have values: they have none where they are traced, or under vmap.
         ranks: (members,) the largest rank that each has anywhere; None where all are alike or that
             isn't known.
     """
 
-    __slots__ = ("_ids", "_layouts", "_parts", "ids", "known", "members", "ranks", "rows")
+    __slots__ = ("_ids", "_layouts", "_parts", "ids", "known", "members", "ranks", "rows", "shape")
 
     def __init__(
         self,
@@ -59,7 +64,8 @@ class RowPlan:
         known: Sequence[int] | None,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        self.ids, self.members, self.rows = ids, members, ids.shape[0]
+        self.shape = tuple(ids.shape)
+        self.ids, self.members, self.rows = ids.reshape(-1), members, ids.numel()
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
         self._ids = None if known is None else tuple(known)
         self.known = self._ids is not None
@@ -72,21 +78,56 @@ class RowPlan:
         return (
             isinstance(other, RowPlan)
             and self._ids is not None
-            and (self._ids, self.members) == (other._ids, other.members)
+            and (self._ids, self.shape, self.members) == (other._ids, other.shape, other.members)
         )
 
     def __hash__(self) -> int:
-        return hash((self._ids, self.members))
+        return hash((self._ids, self.shape, self.members))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return RowPlan, (self.ids, self.members, self._ids, self.ranks)
+        return RowPlan, (self.ids.view(self.shape), self.members, self._ids, self.ranks)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has an adapter, rather than each row."""
+        return len(self.shape) > 1
 
     def only(self, rows: Sequence[int]) -> RowPlan:
-        """The plan for some of the rows."""
-        known = None if self._ids is None else [self._ids[row] for row in rows]
-        return RowPlan(
-            torch.stack([self.ids[row] for row in rows]), self.members, known, self.ranks
-        )
+        """The plan for some rows of the batch."""
+        ids, each = self.ids.view(self.shape), math.prod(self.shape[1:])
+        known = None
+        if self._ids is not None:
+            known = [i for row in rows for i in self._ids[row * each : (row + 1) * each]]
+        return RowPlan(torch.stack([ids[row] for row in rows]), self.members, known, self.ranks)
+
+    def of_tokens(self, tokens: int) -> RowPlan:
+        """The plan of a batch whose rows are the tokens of this one's, `tokens` of each row."""
+        if not self.by_token:
+            known = None if self._ids is None else [i for i in self._ids for _ in range(tokens)]
+            return RowPlan(self.ids.repeat_interleave(tokens), self.members, known, self.ranks)
+        made = RowPlan(self.ids, self.members, self._ids, self.ranks)
+        made._parts = self._parts
+        return made
+
+    def flat(self, x: Tensor, path: str) -> Tensor:
+        """A site's input with its rows first: x (N, ..., d_in), or (N T, ..., d_in) of tokens.
+
+        Raises:
+            StructureError: the leading dimensions aren't those of the batch.
+            UnsupportedError: torch.jit.trace records the call.
+        """
+        if is_traced():
+            raise _untraceable(f"site {path!r}: ")
+        features = x.is_floating_point()
+        if not self.by_token:
+            if x.ndim < 1 + features or x.shape[0] != self.rows:
+                raise not_rows(path, x, self.rows)
+            return x
+        return batch_axes(x, self.shape, path, features).flatten(0, 1)
+
+    def unflat(self, y: Tensor) -> Tensor:
+        """What was made of `flat`'s result, with the batch's own dimensions again."""
+        return y.unflatten(0, self.shape) if self.by_token else y
 
     def layout(
         self, x: Tensor, path: str, in_place: bool = False, banded: bool = False
@@ -94,20 +135,13 @@ class RowPlan:
         """The layout for a site's input.
 
         Args:
-            x: (N, ..., d_in).
+            x: (rows, ..., d_in), as `flat` gives it.
             path: the path of the site, for the message.
             in_place: whether segments are written onto the batch: then members with as many rows
                 share one, unless rows are few.
             banded: whether a segment may be cut by bands of ranks, where members' ranks differ.
 
-        Raises:
-            StructureError: the leading dimension isn't the rows.
-            UnsupportedError: torch.jit.trace records the call.
         """
-        if is_traced():
-            raise _untraceable(f"site {path!r}: ")
-        if x.ndim < 1 + x.is_floating_point() or x.shape[0] != self.rows:
-            raise not_rows(path, x, self.rows)
         if self._ids is None or torch.compiler.is_dynamo_compiling():
             return traced(self.ids.to(x.device), self.members)
         watched = is_watched()
@@ -224,4 +258,33 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
         "A layer that mixes rows (routed experts, flattened tokens, time first) can't tell them "
         "apart: leave it out with exclude_names, "
         "or call the model once per adapter"
+    )
+
+
+def batch_axes(x: Tensor, shape: tuple[int, ...], path: str, features: bool = True) -> Tensor:
+    """A site's input, once it is known that its first two dimensions are a batch's (N, T).
+
+    Args:
+        x: what came to the site.
+        shape: (N, T).
+        path: the path of the site, for the message.
+        features: whether x has features behind the tokens, as ids haven't.
+
+    Raises:
+        StructureError: they aren't, or another dimension is as long as the tokens, so that it can't
+            be told which of them is the tokens'.
+    """
+    if x.shape[:2] == shape and x.ndim >= 2 + features and shape[1] not in x.shape[2:-1]:
+        return x
+    rows, tokens = shape
+    if x.shape[:2] == shape and x.ndim >= 2 + features:
+        why = f"has another dimension of {tokens} beside the tokens'"
+    elif x.ndim and x.shape[0] == rows * tokens != rows:
+        why = "may have its tokens flattened, in an order that can't be told"
+    else:
+        why = "hasn't these tokens (pooled, cut to the last ones, or of another step)"
+    raise StructureError(
+        f"site {path!r}: adapters for {rows} x {tokens} tokens expect an input ({rows}, {tokens}, "
+        f"features), found shape {tuple(x.shape)}, which {why}. Leave it out with exclude_names, "
+        f"give adapters for rows, or call the model once per adapter"
     )

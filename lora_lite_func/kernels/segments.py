@@ -239,9 +239,9 @@ def traced(ids: Tensor, members: int) -> SegmentLayout:
     inside = safe[order]
     nth = torch.arange(rows, device=ids.device) - first[inside]  # which of its member's rows
     place = before[inside] * width + nth  # (N,) the row's place in the sorted batch
-    owner = torch.searchsorted(whole, torch.arange(parts, device=ids.device), right=True).clamp(
-        max=members - 1
-    )
+    # The zeros give it the batch of ids under vmap; searchsorted warns of what it would expand.
+    part = torch.arange(parts, device=ids.device) + torch.zeros_like(whole[:1])
+    owner = torch.searchsorted(whole, part, right=True).clamp(max=members - 1)
     own = order[first[owner].clamp(max=rows - 1)]  # a row of the same member to repeat
     take = own.repeat_interleave(width, output_size=parts * width).scatter(0, place, order)
     back = torch.zeros_like(order).scatter(0, order, place)
