@@ -18,6 +18,7 @@ from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
 from .algebra.gradients import grad, value_and_grad
 from .algebra.mean import mean
+from .algebra.mixed import Mixed, mixed
 from .algebra.parts import combine, partition
 from .algebra.precondition import precondition
 from .algebra.rows import Rows, rows
@@ -134,6 +135,7 @@ __all__ = [
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
+    "Mixed",
     "OFTConfig",
     "OLoRAConfig",
     "ParamSpec",
@@ -177,6 +179,7 @@ __all__ = [
     "mean",
     "merge",
     "merged",
+    "mixed",
     "names",
     "num_members",
     "num_params",

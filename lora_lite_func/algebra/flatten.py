@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, check_shapes, members_of
 from ..core.errors import StructureError
+from ..kernels.mixture import Mixture
 from ..kernels.row_plan import RowPlan
+from .mixed import Mixed
 from .rows import Rows
 
 __all__ = ["Adapters", "flatten"]
@@ -19,15 +21,17 @@ if TYPE_CHECKING:
 
     # a PyTree[Tensor] is what optree's functions say that they give back: an Adapter for an Adapter
     Adapters: TypeAlias = (
-        Adapter | PyTree[Tensor] | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
+        Adapter | PyTree[Tensor] | Rows | Mixed | Sequence["Adapters"] | Mapping[str, "Adapters"]
     )
 else:
-    Adapters = Adapter | Rows | Sequence["Adapters"] | Mapping[str, "Adapters"]
-"""One Adapter (or `ll.rows(stack, ids)`), or a tuple, list or dict of them, applied in order."""
+    Adapters = Adapter | Rows | Mixed | Sequence["Adapters"] | Mapping[str, "Adapters"]
+"""One Adapter (or `ll.rows(stack, ids)`, `ll.mixed(stack, weights)`), or a tuple, list or dict of
+them, applied in order.
+"""
 
 
-def flatten(params: Adapters) -> list[tuple[Adapter, RowPlan | None]]:
-    """The adapters in order, checked; with a plan a stack, of which each row has its own.
+def flatten(params: Adapters) -> list[tuple[Adapter, RowPlan | Mixture | None]]:
+    """The adapters in order, checked; with a plan a stack, of which each row has its own part.
 
     Raises:
         StructureError: something that isn't an adapter, or a tensor of the wrong shape.
@@ -42,6 +46,13 @@ def flatten(params: Adapters) -> list[tuple[Adapter, RowPlan | None]]:
                 f"{members_of(params.stack, 'rows')}"
             )
         return [(params.stack, params.plan)]
+    if isinstance(params, Mixed):
+        mixture, members = params.mixture(), members_of(params.stack, "mixed")
+        if members != mixture.members:
+            raise StructureError(
+                f"mixed: weights for {mixture.members} members, found a stack of {members}"
+            )
+        return [(params.stack, mixture)]
     if isinstance(params, (tuple, list, Mapping)):
         parts: Iterable[Any] = params.values() if isinstance(params, Mapping) else params
         return [adapter for part in parts for adapter in flatten(part)]

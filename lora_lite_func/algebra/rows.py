@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
-import optree
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..core.adapter import Adapter, members_of
 from ..core.errors import StructureError, nearest
 from ..core.layout import Stacked
+from ..core.nodes import register_node
 from ..core.torch_internals import is_batched, is_tracing_here
 from ..kernels.row_plan import RowPlan
 
@@ -144,20 +143,12 @@ def _index(stack: Adapter, i: Any) -> int:
     return int(i.__index__())
 
 
-def _register() -> None:
-    def flatten(value: Rows) -> tuple[list[Any], RowPlan]:
-        return [value.stack], value.plan
-
-    def unflatten(children: Iterable[Any], plan: RowPlan) -> Rows:
-        return Rows(next(iter(children)), plan)
-
-    torch_pytree.register_pytree_node(Rows, flatten, unflatten)
-    register: Any = optree.register_pytree_node
-    # by getattr, since Python would mangle the name inside a class
-    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")
-    register(
-        Rows, flatten, lambda plan, children: Rows(next(iter(children)), plan), namespace=everywhere
-    )
+def _flatten(value: Rows) -> tuple[list[Any], RowPlan]:
+    return [value.stack], value.plan
 
 
-_register()
+def _unflatten(children: Iterable[Any], plan: RowPlan) -> Rows:
+    return Rows(next(iter(children)), plan)
+
+
+register_node(Rows, _flatten, _unflatten)

@@ -92,6 +92,8 @@ class Variant(Generic[ConfigT, DataT]):
             of the phases; `ll.combine_adapters` and other libraries' files take it too.
         batched: the phases take several members at once as they are, leaves (m, ...) and x (m, n,
             ..., d_in), where `site.scale` may be (m,). Otherwise they are mapped over the members.
+        adds: `outputs` adds the same to any y, so that updates of several members can be summed. It
+            is so for an `additive` method whose only phase is `outputs`.
         has_phases: whether it can act around a layer's call; otherwise it goes by the weight.
         reads_prompt: whether it edits tokens of the prompt in the hidden states of whole modules.
     """
@@ -118,6 +120,7 @@ class Variant(Generic[ConfigT, DataT]):
     sites: tuple[str, ...] = ()
     low_rank_factors: FactorsFn[ConfigT] | None = None
     batched: bool = False
+    adds: bool = False
     has_phases: bool = field(init=False, compare=False)
     reads_prompt: bool = field(init=False, compare=False)
 
@@ -132,6 +135,8 @@ class Variant(Generic[ConfigT, DataT]):
             object.__setattr__(self, "sites", tuple(ordered))
         has_phases = self.inputs is not None or self.outputs is not None
         object.__setattr__(self, "has_phases", has_phases)
+        if self.additive and self.outputs is not None and self.inputs is None:
+            object.__setattr__(self, "adds", True)
         object.__setattr__(self, "reads_prompt", self.sites[:1] == ("module",))
 
     def needs_of(self, cfg: ConfigT) -> frozenset[str]:
@@ -247,6 +252,8 @@ def _check_fields(variant: Variant) -> None:
         )
     if variant.additive and variant.weight is None:
         raise ConfigError(f"{where} is `additive`, which says how its `weight` acts, but has none")
+    if variant.adds and (variant.outputs is None or variant.inputs is not None):
+        raise ConfigError(f"{where} has `adds`, which says how `outputs` acts, its only phase")
     if variant.dense is not None and variant.weight is None:
         raise ConfigError(
             f"{where} has `dense`, which asks for a product with `weight`'s W', but no `weight`"

@@ -18,10 +18,12 @@ from ..core.layout import SCALING, unfolded
 from ..core.site import Params, Site
 from ..core.torch_internals import at_trace_time, is_traced, without_autocast
 from ..kernels.dropout import dropped
+from ..kernels.mixture import Mixture
 from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
+from .mixed_activation import by_weights
 from .nested import by_values
 from .prepared import Made, keep, ready_of
 from .prompt import tokens_of
@@ -263,19 +265,18 @@ def _rows(
     module: Any,
     x: Tensor,
 ) -> Any:
-    """`phases` where each row has an outermost adapter of its own."""
+    """`phases` where each row has an outermost adapter of its own, or a mixture of several."""
     attachment = attachments[count - 1]
-    p = tensors_at(attachment, module)
+    p, plan = tensors_at(attachment, module), attachment.row_plan
     layer = FrozenLayer(attachments, count - 1, module, p, phases)
-    return by_rows(
-        attachment,
-        p,
-        layer,
-        module.training,
-        lambda x: phases(attachments, count - 1, frozen, module, x),
-        functools.partial(_hidden, module),
-        x,
-    )
+
+    def inner(x: Tensor) -> Any:
+        return phases(attachments, count - 1, frozen, module, x)
+
+    if isinstance(plan, Mixture):
+        return by_weights(attachment, plan, p, layer, module.training, inner, x)
+    hidden = functools.partial(_hidden, module)
+    return by_rows(attachment, p, layer, module.training, inner, hidden, x)
 
 
 def _hidden(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.method import Variant
 from ..core.site import Params, Site
+from ..kernels.mixture import Mixture
 from ..kernels.row_plan import RowPlan
 from ..layers.tied import tied_names
 from .prompt import Prompt
@@ -25,8 +26,9 @@ class Attachment(NamedTuple):
 
     `prompt` is what the call knows of its prompt, where the site is a whole module. It is None in a
     bound model, whose calls tell it. With a `row_plan` the tensors are those of a stack, and each
-    row of the batch has its own member. `here` is a () bool where it isn't None: it says whether
-    the row has an adapter at all, for a row of which that isn't known beforehand.
+    row of the batch has its own member, or its own mixture of them. `here` is a () bool where it
+    isn't None: it says whether the row has an adapter at all, for a row of which that isn't known
+    beforehand.
     """
 
     variant: Variant
@@ -36,7 +38,7 @@ class Attachment(NamedTuple):
     dropout: float
     slot: str = "0"
     prompt: Prompt | None = None
-    row_plan: RowPlan | None = None
+    row_plan: RowPlan | Mixture | None = None
     here: Tensor | None = None
 
 

@@ -21,9 +21,12 @@ from ..core.torch_internals import is_watched, surroundings
 from ..kernels import cost
 from ..kernels.low_rank_fused import linear_with_low_rank, low_rank, one_row
 from ..kernels.low_rank_rows import low_rank_by_rows
+from ..kernels.mixture import Mixture, add_mixture
 from ..kernels.recompute import recomputed_linear
+from ..kernels.row_plan import RowPlan
 from . import activation_route
 from .attachment import Attachment
+from .mixed_activation import stacked_factors
 from .prepared import ready_of
 from .state import Step, leaves_at, tensors_at, tensors_of
 
@@ -38,6 +41,8 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
     if len(attachments) != 1 or attachments[0].site.kind != "linear":
         return None
     attachment, variant = attachments[0], attachments[0].variant
+    if isinstance(attachment.row_plan, Mixture):
+        return None if variant.low_rank_factors is None else MixtureStep(attachment)
     if attachment.row_plan is not None:
         by_rows = variant.low_rank_factors is not None and variant.batched
         return RowsStep(attachment) if by_rows else None
@@ -143,7 +148,7 @@ class RowsStep:
         way, attachment = surroundings(), self.attachment
         operands = _operands(module, x, way)
         row_plan = attachment.row_plan
-        assert row_plan is not None
+        assert isinstance(row_plan, RowPlan)
         if operands is None or not row_plan.known or not x.is_contiguous():
             return None
         graph = torch.is_grad_enabled()
@@ -167,7 +172,7 @@ def _by_rows(
         StructureError: the leading dimensions aren't the rows, or the tokens.
     """
     plan = attachment.row_plan
-    assert plan is not None
+    assert isinstance(plan, RowPlan)
     assert attachment.variant.low_rank_factors is not None
     graph = torch.is_grad_enabled()
     q, site = unfolded(p, attachment.site)
@@ -186,6 +191,29 @@ def _by_rows(
             return None
         s = s.expand(A.shape[0]).view(-1, 1, 1)
     return plan.unflat(low_rank_by_rows(rows, W, b, A, B, s, layout, segments))
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureStep:
+    """A low-rank update in which each row of the batch, or each token, has a sum of several."""
+
+    attachment: Attachment
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        attachment, mixture = self.attachment, self.attachment.row_plan
+        assert isinstance(mixture, Mixture)
+        way = surroundings()
+        operands = _operands(module, x, way)
+        if operands is None or way != "eager" or (attachment.dropout and module.training):
+            return None
+        p = tensors_at(attachment, module)
+        if any(t.dtype is not x.dtype for name, t in p.items() if name != SCALING):
+            return None
+        if torch.is_grad_enabled() and (x.is_meta or is_watched()):
+            return None
+        w = mixture.at(x, attachment.site.path)
+        y = F.linear(x, *operands)
+        return add_mixture(y, x, *stacked_factors(attachment, p), w, fresh=True)
 
 
 @dataclass(frozen=True, eq=False)

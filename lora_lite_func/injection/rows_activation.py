@@ -17,7 +17,7 @@ from ..core.layout import unfolded
 from ..core.site import Params
 from ..core.torch_internals import without_autocast
 from ..kernels.dropout import dropped
-from ..kernels.row_plan import not_rows
+from ..kernels.row_plan import RowPlan, not_rows
 from ..kernels.segments import Segment, SegmentLayout
 from ..layers.kinds import KINDS
 from .attachment import Attachment
@@ -133,7 +133,7 @@ def by_rows(
             each token has an adapter.
     """
     variant, site, plan = attachment.variant, attachment.site, attachment.row_plan
-    assert plan is not None
+    assert isinstance(plan, RowPlan)
     if plan.by_token and KINDS[site.kind].listed:
         raise UnsupportedError(
             f"site {site.path!r}: {variant.name} changes a whole module's output, in which it may "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import flatten_again, parameters_of
+from ..kernels.mixture import Mixture
 from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
 from .checks import check_bias, check_dropout
@@ -46,8 +47,24 @@ def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
     ) -> Any:
         return _on_adapted(self, chains, args, kwargs, within)
 
+    _check_unmixed(self, chains)
     way = by_tokens if has_tokens(chains) else by_adapters
     return way(self, chains, home, call, args, kwargs)
+
+
+def _check_unmixed(site: Any, chains: Chains) -> None:
+    """Refuse a weighted sum of several members' updates for each row.
+
+    Raises:
+        UnsupportedError: there is one; the message says what to do instead.
+    """
+    for attachment in (a for attachments in chains.values() for a in attachments):
+        if isinstance(attachment.row_plan, Mixture):
+            raise UnsupportedError(
+                f"{attachment.site.path!r} ({site._ll_base.__name__}): its weight itself is "
+                f"adapted, so there is no update of its output that could be summed for each row; "
+                f"leave it out with exclude_names, or give each row one member (ll.rows)"
+            )
 
 
 def _chains(site: Any) -> Chains:

@@ -206,6 +206,7 @@ VARIANT = Variant(
     init=init,
     prepare=prepare,
     outputs=outputs,
+    adds=True,
     weight=weight,
     dense=dense,
     scale=scale,

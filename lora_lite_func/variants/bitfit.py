@@ -52,6 +52,7 @@ VARIANT = Variant(
     paper="Ben Zaken, Goldberg and Ravfogel 2021, arXiv 2106.10199",
     param_specs=param_specs,
     outputs=outputs,
+    adds=True,
     weight=weight,
     scale=scale,
     sites=("linear", "conv", "embedding", "norm"),

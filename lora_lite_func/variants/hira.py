@@ -88,6 +88,7 @@ VARIANT = Variant(
     param_specs=param_specs,
     prepare=prepare,
     outputs=outputs,
+    adds=True,
     weight=weight,
     dense=dense,
     scale=scale,

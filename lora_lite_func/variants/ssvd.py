@@ -122,6 +122,7 @@ VARIANT = Variant(
     init=init,
     prepare=prepare,
     outputs=outputs,
+    adds=True,
     weight=weight,
     dense=dense,
     scale=scale,
