@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .algebra import adalora
+from .algebra.activated import activated, invoked
 from .algebra.adamw import AdamW, AdamWState, adamw
 from .algebra.clip import clip_grads
 from .algebra.combine import add, combine_adapters
@@ -156,6 +157,7 @@ __all__ = [
     "UnsupportedError",
     "Variant",
     "VeRAConfig",
+    "activated",
     "adalora",
     "adamw",
     "add",
@@ -175,6 +177,7 @@ __all__ = [
     "functional_call",
     "grad",
     "init",
+    "invoked",
     "load",
     "mean",
     "merge",

@@ -154,6 +154,43 @@ def ragged(suite: Suite) -> Iterator[Row]:
     )
 
 
+def tokens(suite: Suite) -> Iterator[Row]:
+    """1,024 tokens packed in one row, of 64 requests of 16 adapters at random, over the requests as
+    64 rows; and weighted sums of 4 adapters for each of the 64 rows. Layers alone: attention over a
+    packed row is another base.
+    """
+    pair = [torch.nn.Linear(512, 1376), torch.nn.SiLU(), torch.nn.Linear(1376, 512)]
+    base = torch.nn.Sequential(*(layer for _ in range(4) for layer in copy.deepcopy(pair)))
+    base.eval().requires_grad_(False)
+    who = torch.randint(0, 16, (64,), generator=torch.Generator().manual_seed(0))
+    stack, x = stack_of(base, [8] * 16), torch.randn(64, 16, 512)
+    by_row = ll.bind(base, ll.rows(stack, who))
+    packed = ll.bind(base, ll.rows(stack, who.repeat_interleave(16)[None]))
+    mixed = ll.bind(base, ll.mixed(ll.stack(ll.unstack(stack)[:4]), torch.rand(64, 4)))
+    with torch.no_grad():
+        result = suite.compare(
+            {
+                "base": lambda: base(x),
+                "rows": lambda: by_row(x),
+                "packed": lambda: packed(x.view(1, 1024, 512)),
+                "mixed": lambda: mixed(x),
+            }
+        )
+    yield Row(
+        "1,024 packed tokens, 16 adapters at random",
+        result.over("packed", "rows"),
+        "the same tokens as 64 rows",
+        1.10,
+        guard=result.guard,
+    )
+    yield Row(
+        "64 rows x 16 tokens, each a sum of 4 adapters",
+        result.ratios["mixed"],
+        "base",
+        guard=result.guard,
+    )
+
+
 def ranks(suite: Suite) -> Iterator[Row]:
     """16 adapters of ranks 4 to 64 in one batch over 16 of the mean rank; 64 rows x 16 tokens."""
     base, wide = llama(4), [4, 8, 16, 64] * 4
@@ -349,5 +386,5 @@ def memory(suite: Suite) -> Iterator[Row]:
 
 def area(suite: Suite) -> Iterator[Row]:
     """Every figure."""
-    for part in (mixed, ragged, ranks, train, optimizer, samples, graphs, memory):
+    for part in (mixed, ragged, tokens, ranks, train, optimizer, samples, graphs, memory):
         yield from part(suite)

@@ -173,6 +173,7 @@ def _by_rows(
     """
     plan = attachment.row_plan
     assert isinstance(plan, RowPlan)
+    plan = plan.fitting(x)
     assert attachment.variant.low_rank_factors is not None
     graph = torch.is_grad_enabled()
     q, site = unfolded(p, attachment.site)

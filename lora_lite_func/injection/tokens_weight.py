@@ -12,8 +12,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
-from ..kernels.row_plan import batch_axes
+from ..kernels.row_plan import RowPlan, batch_axes
 from ..layers.token_wise import is_token_wise
+from .attachment import Attachment
 from .rows_weight import Chains, by_adapters
 
 __all__ = ["by_tokens", "has_tokens"]
@@ -59,16 +60,19 @@ def by_tokens(
             f"meet in its call, so they can't have adapters of their own; leave it out with "
             f"exclude_names, or give an id for each row"
         )
-    plans = (a.row_plan for attachments in chains.values() for a in attachments)
-    shape = next(plan.shape for plan in plans if plan is not None and plan.by_token)
-    x = batch_axes(inputs[0], shape, path, not isinstance(module, nn.Embedding))
-    own = {
-        key: tuple(
-            a if a.row_plan is None else a._replace(row_plan=a.row_plan.of_tokens(shape[1]))
-            for a in attachments
-        )
-        for key, attachments in chains.items()
-    }
+    plans = [a.row_plan for attachments in chains.values() for a in attachments]
+    shapes = [p.fitting(inputs[0]).shape for p in plans if isinstance(p, RowPlan) and p.by_token]
+    x, shape = inputs[0], shapes[0]
+    for each in shapes:
+        batch_axes(x, each, path, not isinstance(module, nn.Embedding))
+
+    def of_tokens(attachment: Attachment) -> Attachment:
+        plan = attachment.row_plan
+        if not isinstance(plan, RowPlan):
+            return attachment
+        return attachment._replace(row_plan=plan.fitting(x).of_tokens(shape[1]))
+
+    own = {key: tuple(map(of_tokens, attachments)) for key, attachments in chains.items()}
     given = [x.flatten(0, 1) if t is x else t for t in flat]
     args, kwargs = pytree.tree_unflatten(given, form)
     return by_adapters(module, own, home, call, args, kwargs).unflatten(0, shape)

@@ -53,9 +53,23 @@ class RowPlan:
         known: whether the ids have values: they have none where they are traced, or under vmap.
         ranks: (members,) the largest rank that each has anywhere; None where all are alike or that
             isn't known.
+        goes_on: whether tokens may come after those of the ids, which have the last id of their
+            row.
     """
 
-    __slots__ = ("_ids", "_layouts", "_parts", "ids", "known", "members", "ranks", "rows", "shape")
+    __slots__ = (
+        "_ids",
+        "_later",
+        "_layouts",
+        "_parts",
+        "goes_on",
+        "ids",
+        "known",
+        "members",
+        "ranks",
+        "rows",
+        "shape",
+    )
 
     def __init__(
         self,
@@ -63,7 +77,10 @@ class RowPlan:
         members: int,
         known: Sequence[int] | None,
         ranks: Sequence[int] | None = None,
+        goes_on: bool = False,
     ) -> None:
+        self.goes_on = goes_on
+        self._later: RowPlan | None = None
         self.shape = tuple(ids.shape)
         self.ids, self.members, self.rows = ids.reshape(-1), members, ids.numel()
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
@@ -78,14 +95,23 @@ class RowPlan:
         return (
             isinstance(other, RowPlan)
             and self._ids is not None
-            and (self._ids, self.shape, self.members) == (other._ids, other.shape, other.members)
+            and self._static() == other._static()
         )
 
     def __hash__(self) -> int:
-        return hash((self._ids, self.shape, self.members))
+        return hash(self._static())
+
+    def _static(self) -> tuple[object, ...]:
+        return self._ids, self.shape, self.members, self.goes_on
 
     def __reduce__(self) -> tuple[object, ...]:
-        return RowPlan, (self.ids.view(self.shape), self.members, self._ids, self.ranks)
+        return RowPlan, (
+            self.ids.view(self.shape),
+            self.members,
+            self._ids,
+            self.ranks,
+            self.goes_on,
+        )
 
     @property
     def by_token(self) -> bool:
@@ -98,7 +124,26 @@ class RowPlan:
         known = None
         if self._ids is not None:
             known = [i for row in rows for i in self._ids[row * each : (row + 1) * each]]
-        return RowPlan(torch.stack([ids[row] for row in rows]), self.members, known, self.ranks)
+        own = torch.stack([ids[row] for row in rows])
+        return RowPlan(own, self.members, known, self.ranks, self.goes_on)
+
+    def fitting(self, x: Tensor) -> RowPlan:
+        """The plan for a site's input (N, tokens, ...): this one, or where tokens go on one of as
+        many tokens as x has. Fewer than the ids are those of a step that goes on from a cache.
+        """
+        if not self.goes_on or x.ndim < 2 or x.shape[0] != self.shape[0]:
+            return self
+        tokens, had, later = x.shape[1], self.shape[1], self._later
+        if tokens == had:
+            return self
+        if later is not None and later.shape[1] == tokens:
+            return later
+        ids = self.ids.view(self.shape)
+        more = ids[:, -1:].expand(-1, tokens - had if tokens > had else tokens)
+        ids = torch.cat([ids, more], 1) if tokens > had else more
+        known = None if self._ids is None else ids.flatten().tolist()
+        later = self._later = RowPlan(ids, self.members, known, self.ranks)
+        return later
 
     def of_tokens(self, tokens: int) -> RowPlan:
         """The plan of a batch whose rows are the tokens of this one's, `tokens` of each row."""
