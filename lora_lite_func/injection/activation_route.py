@@ -204,9 +204,12 @@ def _check_output(y: Any, site: Site, module: Any) -> None:
     """
     if not isinstance(y, Tensor):
         expected, found = "a tensor", type(y).__name__
-    elif site.kind != "linear" or is_traced() or y.shape[-1:] == (site.d_out,):
-        return
-    elif getattr(type(module), "_ll_base", type(module)) is nn.Linear:
+    elif (
+        site.kind != "linear"
+        or is_traced()
+        or y.shape[-1:] == (site.d_out,)
+        or getattr(type(module), "_ll_base", type(module)) is nn.Linear
+    ):
         return
     else:
         expected, found = f"(..., {site.d_out})", f"{tuple(y.shape)} (a product by groups?)"

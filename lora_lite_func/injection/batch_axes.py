@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, INSTANCE_NORMS, RUNNING_NORMS
-from ..kernels.row_plan import not_rows
+from ..kernels.row_axes import not_rows
 
 __all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
 

@@ -17,7 +17,8 @@ from ..core.layout import unfolded
 from ..core.site import Params
 from ..core.torch_internals import without_autocast
 from ..kernels.dropout import dropped
-from ..kernels.row_plan import RowPlan, not_rows
+from ..kernels.row_axes import not_rows
+from ..kernels.row_plan import RowPlan
 from ..kernels.segments import Segment, SegmentLayout
 from ..layers.kinds import KINDS
 from .attachment import Attachment

@@ -12,7 +12,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
-from ..kernels.row_plan import RowPlan, batch_axes
+from ..kernels.row_axes import batch_axes
+from ..kernels.row_plan import RowPlan
 from ..layers.token_wise import is_token_wise
 from .attachment import Attachment
 from .rows_weight import Chains, by_adapters

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.torch_internals import is_traced
 from . import low_rank
-from .row_plan import batch_axes, not_rows
+from .row_axes import batch_axes, not_rows
 
 __all__ = ["Mixture", "add_mixture", "joined_factors"]
 

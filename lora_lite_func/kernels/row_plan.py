@@ -9,11 +9,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.errors import StructureError, UnsupportedError
 from ..core.torch_internals import is_traced, is_tracing_here, is_watched, outside_transforms
+from .row_axes import batch_axes, not_rows, untraceable
 from .segments import SegmentLayout, laid_out, traced
 
-__all__ = ["RowGroups", "RowPlan", "batch_axes", "not_rows", "parted"]
+__all__ = ["RowGroups", "RowPlan", "parted"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -162,7 +162,7 @@ class RowPlan:
             UnsupportedError: torch.jit.trace records the call.
         """
         if is_traced():
-            raise _untraceable(f"site {path!r}: ")
+            raise untraceable(f"site {path!r}: ")
         features = x.is_floating_point()
         if not self.by_token:
             if x.ndim < 1 + features or x.shape[0] != self.rows:
@@ -220,14 +220,6 @@ def _once(made: dict[K, V], key: K, make: Callable[[], V], watched: bool) -> V:
     return found
 
 
-def _untraceable(where: str = "") -> UnsupportedError:
-    return UnsupportedError(
-        f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no "
-        f"vmap); use torch.export.export or "
-        "torch.compile, or trace one adapter"
-    )
-
-
 def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
     """A batch in parts, where each row has an adapter by each of several plans. Where ids are
     unknown each row is a part.
@@ -240,7 +232,7 @@ def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
         UnsupportedError: torch.jit.trace records the call.
     """
     if is_traced():
-        raise _untraceable()
+        raise untraceable()
     known = [plan._ids for plan in plans]
     if any(ids is None for ids in known) or is_tracing_here():
         rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]
@@ -282,54 +274,4 @@ def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> 
         (None,) * plans,
         take,
         None if take is None else torch.argsort(take),
-    )
-
-
-def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
-    """The error for a tensor whose first dimension isn't the rows."""
-    found = x.shape[0] if x.ndim else 0
-    hint = ""
-    if found and rows and found % rows == 0:
-        hint = (
-            f", {found // rows} for each of them; where all of the batch was repeated in place "
-            f"(beams, several sequences per prompt), "
-            f"repeat each id: ids.repeat_interleave({found // rows}); where this layer alone "
-            f"sees tokens flattened into rows, others still "
-            f"have {rows}"
-        )
-    return StructureError(
-        f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the "
-        f"batch, found shape {tuple(x.shape)}{hint}. "
-        "A layer that mixes rows (routed experts, flattened tokens, time first) can't tell them "
-        "apart: leave it out with exclude_names, "
-        "or call the model once per adapter"
-    )
-
-
-def batch_axes(x: Tensor, shape: tuple[int, ...], path: str, features: bool = True) -> Tensor:
-    """A site's input, once it is known that its first two dimensions are a batch's (N, T).
-
-    Args:
-        x: what came to the site.
-        shape: (N, T).
-        path: the path of the site, for the message.
-        features: whether x has features behind the tokens, as ids haven't.
-
-    Raises:
-        StructureError: they aren't, or another dimension is as long as the tokens, so that it can't
-            be told which of them is the tokens'.
-    """
-    if x.shape[:2] == shape and x.ndim >= 2 + features and shape[1] not in x.shape[2:-1]:
-        return x
-    rows, tokens = shape
-    if x.shape[:2] == shape and x.ndim >= 2 + features:
-        why = f"has another dimension of {tokens} beside the tokens'"
-    elif x.ndim and x.shape[0] == rows * tokens != rows:
-        why = "may have its tokens flattened, in an order that can't be told"
-    else:
-        why = "hasn't these tokens (pooled, cut to the last ones, or of another step)"
-    raise StructureError(
-        f"site {path!r}: adapters for {rows} x {tokens} tokens expect an input ({rows}, {tokens}, "
-        f"features), found shape {tuple(x.shape)}, which {why}. Leave it out with exclude_names, "
-        f"give adapters for rows, or call the model once per adapter"
     )
