@@ -179,6 +179,18 @@ class ConfigReader(Mapping[str, Any]):
             raise self.refuse(name, "a list of names")
         return value
 
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Return a field that must be a list of whole numbers of at least 0, or null.
+
+        Raises:
+            CheckpointError: the field is anything else.
+        """
+        value = self.get(name)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+            raise self.refuse(name, "a list of token ids")
+        return tuple(value)
+
     def at(self, pattern: str, path: str, default: float, *, dotted: bool = False) -> float:
         """Return a number that may differ from module to module. The first key of `pattern` that
         PEFT matches to the path gives it, and otherwise it is the default.

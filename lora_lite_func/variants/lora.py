@@ -40,15 +40,25 @@ class LoRAConfig(AdapterConfig):
         frozen_A: leave lora_A at its random start and train lora_B alone (LoRA-FA, Zhang et al.
             2023, arXiv 2308.03303): x A^T is kept for the backward pass, and not x. Its correction
             of gradients is `ll.precondition(grads, params, "lora_fa")`.
+        invocation_tokens: the adapter is for the tokens from the last occurrence of this sequence
+            of ids on (activated LoRA, Greenewald et al. 2025, arXiv 2504.12397), so it is taken
+            as `ll.activated(params, ll.invoked(input_ids, invocation_tokens))` alone, and isn't
+            merged. Empty for an adapter of all tokens.
     """
 
     rslora: bool = False
     dropout: float = 0.0
     init_A: Literal["kaiming", "gaussian", "orthogonal"] = record("kaiming")
     frozen_A: bool = added(False)
+    invocation_tokens: tuple[int, ...] = added(())
 
     def validate(self) -> None:
         probability(self.dropout, "LoRAConfig.dropout")
+        odd = next((i for i in self.invocation_tokens if type(i) is not int or i < 0), None)
+        if odd is not None:
+            raise ConfigError(
+                f"LoRAConfig.invocation_tokens: expected token ids of at least 0, found {odd!r}"
+            )
         ranks = [self.r, *(r for _, r in self.rank_pattern)]
         if self.init_A == "orthogonal" and any(r % 2 for r in ranks):
             raise ConfigError(

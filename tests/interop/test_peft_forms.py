@@ -177,7 +177,7 @@ UNREAD = {
     "apply_GS": lambda: peft.HRAConfig(
         r=2, apply_GS=True, init_weights=False, target_modules=["0"]
     ),
-    "alora_invocation_tokens": lambda: peft.LoraConfig(r=2, target_modules=["0"]),
+    "layer_replication": lambda: peft.LoraConfig(r=2, target_modules=["0"]),
 }
 
 
@@ -185,9 +185,9 @@ UNREAD = {
 def test_what_outputs_depend_on_is_never_ignored(name: str, tmp_path: Path) -> None:
     model = linears()
     peft.get_peft_model(copy.deepcopy(model), UNREAD[name]()).save_pretrained(tmp_path)
-    if name == "alora_invocation_tokens":  # PEFT makes one of language models alone
+    if name == "layer_replication":  # PEFT replicates layers of language models alone
         file = tmp_path / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {name: [1, 2]}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: [[0, 1]]}))
     for ignore in ((), (name,)):
         with pytest.raises(
             ll.CheckpointError, match=rf"'{name}' is .*outputs depend.*merge_and_unload"

@@ -89,7 +89,7 @@ def peft_form(params: Adapters, model: nn.Module | None, *, as_lora: bool = Fals
     Raises:
         UnsupportedError, CheckpointError: as `to_peft`.
     """
-    parts = flatten(params)
+    parts = flatten(params, everywhere=False)
     adapters = [adapter for adapter, _ in parts]
     if any(plan is not None for _, plan in parts):
         raise CheckpointError(

@@ -10,6 +10,7 @@ convolutions: A (r, c, *k), B (d_out, r, 1, ...)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,12 +64,37 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     part = minor_directions(reader, entry, held, leaves, fields, r, scale)
     part = part or subtracted_start(reader, entry, leaves, fields, r, scale)
     part = part or Part(LoRAConfig, leaves, fields | {"rslora": rslora}, r, alpha)
+    tokens = reader.ids("alora_invocation_tokens")
+    if tokens:
+        part = _activated(reader, entry, held, part, tokens)
     gain: Tensor | float = 1.0
     if "lora_magnitude_vector" in held or reader.flag("use_dora"):
         part, gain = magnitudes(entry, held, leaves, fields, r, scale)
     if "lora_B.bias" not in held:
         return [part]
     return [part, Part(BitFitConfig, {"lora_b": held["lora_B.bias"] * scale * gain}, order=1)]
+
+
+def _activated(
+    reader: ConfigReader,
+    entry: ModuleEntry,
+    held: Mapping[str, Tensor],
+    part: Part,
+    tokens: tuple[int, ...],
+) -> Part:
+    """Return a part for the tokens from an invocation sequence on. PEFT has that for plain factors
+    of linear layers.
+
+    Raises:
+        CheckpointError: it is anything else.
+    """
+    plain = part.config is LoRAConfig and entry.kind == "linear"
+    if not plain or any("magnitude" in name or name == "lora_B.bias" for name in held):
+        raise CheckpointError(
+            f"{reader.where}: {short_repr(entry.path)}: alora_invocation_tokens is for plain "
+            f"factors of linear layers, found {', '.join(sorted(held))}"
+        )
+    return dataclasses.replace(part, fields=part.fields | {"invocation_tokens": tokens})
 
 
 def _alpha(reader: ConfigReader, path: str, r: int) -> float:
@@ -173,10 +199,11 @@ LORA = Codec(
         "lora_magnitude_vector.weight",
     ),
     understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern "
-    "alpha_pattern init_lora_weights target_parameters trainable_token_indices kasa_config",
+    "alpha_pattern init_lora_weights target_parameters trainable_token_indices kasa_config "
+    "alora_invocation_tokens",
     ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size "
     "velora_config monteclora_config",
-    unread="use_qalora use_bdlora alora_invocation_tokens layer_replication arrow_config",
+    unread="use_qalora use_bdlora layer_replication arrow_config",
     leftovers=("lora_velora_embed", "lora_monteclora_sampler"),
     read=read,
     write=write,

@@ -37,6 +37,14 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     rslora = _one([bool(getattr(a.config, "rslora", False)) for a in low], "use_rslora")
     fields = {"use_dora": dora, "use_rslora": rslora, "lora_bias": bool(shifts)}
     made = Written(fields | {"lora_dropout": _dropout(low)}, {})
+    tokens = {tuple(getattr(a.config, "invocation_tokens", ())) for a in low}
+    if len(tokens) > 1:
+        raise UnsupportedError(
+            f"to_peft: one LoRA file has one invocation sequence, these adapters have "
+            f"{', '.join(map(str, sorted(tokens)))}; write a folder for each"
+        )
+    if any(tokens):
+        made.fields["alora_invocation_tokens"] = list(*tokens)
     if all(isinstance(a.config, MiCAConfig) for a in low) and all(
         s.kind in ("linear", "embedding") and attention(modules, s.path) is None
         for a in low
