@@ -15,7 +15,7 @@ from ..core.nodes import register_node
 from ..core.torch_internals import is_batched, is_tracing_here
 from ..kernels.row_plan import RowPlan
 
-__all__ = ["Rows", "rows"]
+__all__ = ["BARE", "Rows", "rows"]
 
 BARE = -1
 

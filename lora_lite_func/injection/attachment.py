@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -15,7 +15,10 @@ from ..kernels.row_plan import RowPlan
 from ..layers.tied import tied_names
 from .prompt import Prompt
 
-__all__ = ["Attachment", "everywhere"]
+__all__ = ["Attachment", "Plan", "everywhere"]
+
+Plan: TypeAlias = RowPlan | Mixture
+"""Which member of a stack each row of a batch has, or how much of each."""
 
 
 class Attachment(NamedTuple):
@@ -38,7 +41,7 @@ class Attachment(NamedTuple):
     dropout: float
     slot: str = "0"
     prompt: Prompt | None = None
-    row_plan: RowPlan | Mixture | None = None
+    row_plan: Plan | None = None
     here: Tensor | None = None
 
 

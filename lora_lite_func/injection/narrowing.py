@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..kernels.row_plan import RowPlan
-from .attachment import Attachment
+from .attachment import Attachment, Plan
 from .linear import choose
 from .rebinding import turn_callables
 from .references import shallow_copy
@@ -18,15 +17,15 @@ from .state import SiteState
 __all__ = ["Within", "narrowed", "of_rows"]
 
 
-Within = Callable[[RowPlan], RowPlan]
-"""Makes the row plan of a part's rows from the row plan of all rows."""
+Within = Callable[[Plan], Plan]
+"""Makes the plan of a part's rows from the plan of all rows."""
 
 
 def of_rows(rows: Sequence[int]) -> Within:
     """The plans of these rows, each made once of the plan of all rows."""
-    made: list[tuple[RowPlan, RowPlan]] = []
+    made: list[tuple[Plan, Plan]] = []
 
-    def within(plan: RowPlan) -> RowPlan:
+    def within(plan: Plan) -> Plan:
         found = next((new for old, new in made if old is plan), None)
         if found is None:
             found = plan.only(rows)

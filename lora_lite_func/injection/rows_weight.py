@@ -18,7 +18,7 @@ from ..core.errors import UnsupportedError
 from ..core.site import Params
 from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, is_tracing_here
 from ..kernels.row_axes import not_rows
-from ..kernels.row_plan import RowGroups, parted
+from ..kernels.row_plan import RowGroups, RowPlan, parted
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
 from .narrowing import Within, of_rows
@@ -75,7 +75,9 @@ def by_adapters(
         if attachment.row_plan is not None
     }
     plans = [
-        attachment.row_plan for attachment in mixed.values() if attachment.row_plan is not None
+        attachment.row_plan
+        for attachment in mixed.values()
+        if isinstance(attachment.row_plan, RowPlan)
     ]
     flat, form = pytree.tree_flatten((args, kwargs))
     places = input_axes(module, args, kwargs, flat, [plan.rows for plan in plans])

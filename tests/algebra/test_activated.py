@@ -20,22 +20,22 @@ MASK = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
 
 @every
 def test_it_is_the_base_wherever_the_mask_is_zero(case: Case) -> None:
-    model, (params, other) = several(case, 2)
+    model, (params,) = several(case, 1)
     x, before = batch(3, 5, 16), snapshot(model)
     here = MASK[..., None] != 0
     wanted = torch.where(here, ll.apply(model, params, x), model(x))
     close(ll.apply(model, ll.activated(params, MASK), x), wanted, 1e-9)
     with torch.no_grad():
         close(ll.bind(model, ll.activated(params, MASK.bool(), goes_on=True))(x), wanted, 1e-9)
-    both = ll.activated([params, {"other": other}], MASK)
-    wanted = torch.where(here, ll.apply(model, (params, other), x), model(x))
-    close(ll.apply(model, both, x), wanted, 1e-9)
     assert same_state(before, snapshot(model))
 
 
-def test_rows_and_weights_are_masked() -> None:
+def test_rows_weights_and_several_adapters_are_masked() -> None:
     model, members = several(CASES[0])
     stack, x = ll.stack(members), batch(3, 5, 16)
+    both = ll.activated([members[0], {"other": members[1]}], MASK)
+    wanted = torch.where(MASK[..., None] != 0, ll.apply(model, members[:2], x), model(x))
+    close(ll.apply(model, both, x), wanted, 1e-9)
     for ids in (IDS, IDS[:, 0]):
         own = ids if ids.ndim > 1 else ids[:, None]
         wanted = ll.apply(model, ll.rows(stack, torch.where(MASK != 0, own, -1)), x)

@@ -14,6 +14,8 @@ from helpers import close
 
 import lora_lite_func as ll
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 INPUTS = torch.tensor([[8, 5, 6, 7, 5, 6, 9], [5, 6, 8, 9, 3, 4, 7], [8, 9, 3, 4, 8, 9, 3]])
 
 
