@@ -181,6 +181,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention under vmap
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_places(name: str) -> None:
     make, configs = OTHERS[name]
