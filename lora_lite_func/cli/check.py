@@ -8,12 +8,15 @@ from ..core.errors import printable
 from .health import health, health_lines
 from .opening import Answer, add_component, opened, parts_of
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
 HELP = (
     "whether an adapter fits a model, by their sizes alone, and whether its values are numbers; "
     "exit code 1 if not"
 )
+EXAMPLES = """\
+python -m lora_lite_func check model_folder adapter.safetensors
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,14 @@ from ..io.shards import Shards
 from .opening import Answer, add_component, opened, parts_of
 from .whole_model import whole_model
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
 HELP = "an adapter in another form"
 _STYLES = ("diffusers", "kohya")
+EXAMPLES = """\
+python -m lora_lite_func convert adapter.safetensors peft_folder --to peft --model model_folder
+python -m lora_lite_func convert peft_folder adapter.safetensors --to ll --model model_folder
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,9 +16,12 @@ from ..core.errors import printable
 from ..core.site import Site
 from .opening import Answer, opened, parts_of
 
-__all__ = ["HELP", "add_arguments", "difference", "run"]
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "difference", "run"]
 
 HELP = "how two adapters differ; exit code 1 if they do"
+EXAMPLES = """\
+python -m lora_lite_func diff a.safetensors b.safetensors
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

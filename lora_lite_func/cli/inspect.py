@@ -17,9 +17,13 @@ from ..interop.peft.folder import unpack
 from .health import health, health_lines, update_norm
 from .opening import Answer, add_component, opened, parts_of
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
 HELP = "what an adapter is: method, config, sites, numbers of parameters, norms of its updates"
+EXAMPLES = """\
+python -m lora_lite_func inspect adapter.safetensors
+python -m lora_lite_func inspect peft_folder --model model_folder --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The command line: inspect, diff, convert, merge, check.
+"""The command line: init, targets, methods, inspect, diff, convert, merge, check.
 
 The exit code is 0 if all is well, 1 for a difference or a fault in a file, and 2 for a wrong usage.
 """
@@ -9,22 +9,26 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from ..core.errors import LoraLiteError, printable
-from . import check, convert, diff, inspect, merge
+from . import check, convert, diff, init, inspect, merge, methods, targets
 
 __all__ = ["main"]
 
 _VERBS = {
+    "methods": methods,
+    "targets": targets,
+    "init": init,
     "inspect": inspect,
     "diff": diff,
     "convert": convert,
     "merge": merge,
     "check": check,
 }
-"""Each has HELP, add_arguments(parser) and run(given) -> Answer."""
+"""Each has HELP, EXAMPLES, add_arguments(parser) and run(given) -> Answer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,11 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lora_lite_func",
-        description="Look at adapters, compare, convert and merge them.",
+        description="Make adapters, look at them, compare, convert and merge them.",
+        epilog=_examples("".join(verb.EXAMPLES.splitlines(True)[0] for verb in _VERBS.values())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, verb in _VERBS.items():
-        made = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+        made = verbs.add_parser(
+            name,
+            help=verb.HELP,
+            description=textwrap.fill(verb.HELP, 100),
+            epilog=_examples(verb.EXAMPLES),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         made.add_argument(
             "--json",
             action="store_true",
@@ -62,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_arguments(made)
         made.set_defaults(run=verb.run)
     return parser
+
+
+def _examples(lines: str) -> str:
+    return "examples:\n" + textwrap.indent(lines, "  ")
 
 
 def _json(data: Any) -> str:

@@ -15,12 +15,15 @@ from .merge_shards import bar, jobs_of, write_shards
 from .merge_whole import write_whole
 from .opening import Answer, add_component
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["EXAMPLES", "HELP", "add_arguments", "run"]
 
 HELP = (
     "a model's folder with an adapter merged in, a shard in memory at a time; where the folder's "
     "names aren't the model's own, transformers loads it whole"
 )
+EXAMPLES = """\
+python -m lora_lite_func merge model_folder adapter.safetensors merged_folder
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

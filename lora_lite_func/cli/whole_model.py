@@ -14,7 +14,7 @@ from ..interop.peft.folder import unpack
 from ..io.checkpoint import load
 from ..io.shards import Shards
 
-__all__ = ["is_packed_folder", "whole_model"]
+__all__ = ["is_packed_folder", "known_class", "sizes_of", "weights_of", "whole_model"]
 
 
 def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
@@ -30,7 +30,18 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
         LoraLiteError: `why`, where transformers doesn't know the model, isn't installed, or can't
             load it; or the adapter can't be read, or doesn't fit.
     """
-    kind = _class(shards, why)
+    kind = known_class(shards, why)
+    sizes = sizes_of(shards, kind, why)
+    _check_adapter(adapter, sizes)
+    return weights_of(shards, kind, why)
+
+
+def sizes_of(shards: Shards, kind: Any, why: LoraLiteError) -> nn.Module:
+    """The folder's model as transformers makes it, without its weights.
+
+    Raises:
+        LoraLiteError: `why`, where transformers can't make it, or the folder holds less than it.
+    """
     try:
         config = kind.config_class.from_pretrained(shards.folder, local_files_only=True)
         with torch.device("meta"):
@@ -40,7 +51,16 @@ def whole_model(shards: Shards, adapter: str, why: LoraLiteError) -> nn.Module:
         raise type(why)(f"{why} (transformers doesn't know it either: {error})") from None
     if not is_packed_folder(shards):
         _check_complete(shards, sizes, why)
-    _check_adapter(adapter, sizes)
+    made: nn.Module = sizes
+    return made
+
+
+def weights_of(shards: Shards, kind: Any, why: LoraLiteError) -> nn.Module:
+    """The folder's model as transformers loads it, in eval mode.
+
+    Raises:
+        LoraLiteError: `why`, where transformers can't load it, or misses weights.
+    """
     try:
         loaded: Any = kind.from_pretrained(
             shards.folder,
@@ -64,8 +84,12 @@ def is_packed_folder(shards: Shards) -> bool:
     return shards.config().get("quantization_config") is not None
 
 
-def _class(shards: Shards, why: LoraLiteError) -> Any:
-    """Return transformers' class for the folder, found by its config."""
+def known_class(shards: Shards, why: LoraLiteError) -> Any:
+    """Transformers' class for the folder, found by its config.
+
+    Raises:
+        LoraLiteError: `why`, where transformers doesn't know the model or isn't installed.
+    """
     says = shards.config()
     named = says.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):

@@ -57,7 +57,7 @@ def test_commands_on_adapters_run(
         _left_by_merge_and_convert(folder)
 
 
-VERBS = ("inspect", "diff", "convert", "merge", "check")
+VERBS = ("methods", "targets", "init", "inspect", "diff", "convert", "merge", "check")
 
 
 def _left_by_merge_and_convert(folder: Path) -> None:
