@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from .algebra import adalora
 from .algebra.activated import activated, invoked
 from .algebra.adamw import AdamW, AdamWState, adamw
-from .algebra.bank import Bank
 from .algebra.clip import clip_grads
 from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
@@ -44,12 +43,11 @@ from .core.errors import (
     TargetError,
     UnsupportedError,
 )
-from .core.layout import Layout
+from .core.layout import Layout, Stacked
 from .core.method import Layer, ParamSpec, Variant, register, variant_for
 from .core.pinning import pin
 from .core.pytree import register_adapter
 from .core.site import Site
-from .core.stacked import Stacked
 from .core.statistics import Moments, SiteStatistics, Statistics
 from .injection.prompt import prompted
 from .io.checkpoint import load, save
@@ -108,7 +106,6 @@ __all__ = [
     "AdapterConfig",
     "AntiPaSTOConfig",
     "BOFTConfig",
-    "Bank",
     "BitFitConfig",
     "C3AConfig",
     "CheckpointError",
@@ -182,7 +179,6 @@ __all__ = [
     "init",
     "invoked",
     "load",
-    "load_into",
     "mean",
     "merge",
     "merged",
@@ -217,7 +213,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .interop.diffusion import from_diffusion, to_diffusion
-    from .interop.into_bank import load_into
     from .interop.lora_lite import from_lora_lite
     from .interop.peft import from_peft, to_peft
 
@@ -227,7 +222,6 @@ _ON_USE = {
     "from_diffusion": "interop.diffusion",
     "from_lora_lite": "interop.lora_lite",
     "from_peft": "interop.peft",
-    "load_into": "interop.into_bank",
     "to_diffusion": "interop.diffusion",
     "to_peft": "interop.peft",
 }

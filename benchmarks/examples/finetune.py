@@ -7,7 +7,7 @@ python -m benchmarks.examples.finetune --variants all --epochs 2
 python -m benchmarks.examples.finetune --model Qwen/Qwen3-0.6B-Base --task metamathqa.jsonl
         --eval gsm8k.jsonl --r 32
     A causal language model learns responses to prompts. It is scored by the final number of what it
-    generates.
+    generates. `python -m benchmarks.examples.causal` trains one at length.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ import lora_lite_func as ll
 from lora_lite_func.core.errors import nearest
 
 from . import causal, checks, report, sentiment
+from .causal.job import MODELS
+from .causal.methods import FACTOR
+from .causal.models import folder
 from .settings import LEARNING_RATES, config
 from .training import Run, Task, measure, train
 
 __all__ = ["LEARNING_RATES", "main"]
 
 FALLBACK = 3e-3  # for a method that the table doesn't have
-# language models of billions take smaller steps: 1e-4 is usual for LoRA where this task takes 1e-3
-CAUSAL_FACTOR = 0.1
 VARIANTS = "lora,delora,hra"
 DATA = {"inputs", "gradients"}
 BATCH = {"sentiment": 32, "causal": 4}
@@ -97,38 +98,18 @@ def new_run(task: Task, method: str | None, args: argparse.Namespace) -> Run:
     cfg = config(method, r=args.r, targets=args.targets)
     needs = ll.variants()[method].needs_of(cfg)
     data = task.pairs() if "pairs" in needs else task.calibration() if needs & DATA else {}
-    lr = LEARNING_RATES.get(method, FALLBACK) * (1.0 if args.kind == "sentiment" else CAUSAL_FACTOR)
+    lr = LEARNING_RATES.get(method, FALLBACK) * (1.0 if args.kind == "sentiment" else FACTOR)
     return Run(method, args.lr or lr, ll.init(task.model, cfg, seed=args.seed, **data), task.head())
 
 
 def load_task(args: argparse.Namespace) -> Task:
     """The task that the arguments name."""
     shared = {"batch": args.batch, "seed": args.seed, "device": args.device, "limit": args.limit}
-    source = args.model and folder(args.model)
+    source = args.model and folder(args.model, MODELS)
     if args.kind == "sentiment":
         return sentiment.load(source, **shared)
     lengths = {"max_tokens": args.max_tokens, "max_new_tokens": args.max_new_tokens}
     return causal.load(source, Path(args.task), args.eval, **shared, **lengths)
-
-
-def folder(model: str) -> Path:
-    """The folder with a model's files: a path as it is, an id looked up among what huggingface_hub
-    has stored.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise SystemExit(
-            f"--model {model}: neither a folder nor stored locally (HF_HUB_OFFLINE=0 allows a "
-            f"download): {error}"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------- arguments
@@ -219,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--r", type=_count, default=8, help="rank, alpha is 2 r (default 8)")
     add("--lr", type=float, help="peak learning rate of the adapters (default: per method, "
                                  "LEARNING_RATES in benchmarks/examples/settings.py; "
-        f"causal {CAUSAL_FACTOR} of it)")  # fmt: skip
+        f"causal {FACTOR} of it)")  # fmt: skip
     add("--batch", type=_count, help="examples per step (default 32; causal 4)")
     add("--seed", type=int, default=0, help="of split, order and adapters (default 0)")
     add(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter
 from ..core.errors import StructureError, nearest
-from ..core.stacked import PRESENT
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Constants
 from ..injection.prompt import Prompt, Prompted
@@ -97,7 +96,6 @@ def attachments_of(
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         for path, tensors in adapter._data.items():
-            present = tensors.get(PRESENT)
             if detach_frozen:
                 specs = layout.specs[path]
                 tensors = {
@@ -110,8 +108,7 @@ def attachments_of(
                 tensors,
                 layout.dropout,
                 prompt=prompt,
-                row_plan=None if plan is None else plan.at_site(layout, path, present),
-                optional=plan is None and present is not None,
+                row_plan=plan,
             )
             sites.setdefault(path, []).append(attachment)
     return sites

@@ -1,9 +1,8 @@
-"""The fine-tuning program: numbers and labels, its arguments, both tasks from start to end."""
+"""The fine-tuning program: its arguments, both tasks from start to end."""
 
 from __future__ import annotations
 
 import json
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,121 +15,6 @@ import lora_lite_func as ll
 pytest.importorskip("tqdm")
 
 from benchmarks.examples import causal, checks, finetune, report, sentiment, training
-
-
-# ------------------------------------------------------------------------------------------ numbers
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("6 * 7 = 42\n#### 42", "42"),
-        ("#### 1,234.50 dollars, of 9", "1234.50"),
-        ("#### -3\n\nQuestion: what is 9?", "-3"),
-        ("so 5. The answer is: $18.", "18"),
-        ("first 3, then 4, so 7 apples", "7"),
-        ("10-4", "4"),
-        ("it is .5", "0.5"),
-        ("none at all", None),
-        ("2 of them\n#### none", None),
-    ],
-)
-def test_final_number(text: str, number: str | None) -> None:
-    assert causal.final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_numbers_are_compared_by_value_and_none_matches_nothing() -> None:
-    assert causal._same(Decimal("42.0"), Decimal("42"))
-    assert not causal._same(None, None)
-
-
-# ------------------------------------------------------------------------------- a model of its own
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small Qwen3 with random weights and a tokenizer of characters."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    characters = ["<pad>", "<eos>", "<unk>", *"0123456789+= #"]
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>")
-    )
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    config = transformers.Qwen3Config(
-        vocab_size=len(characters),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # large enough for confident logits
-    )
-    folder = tmp_path_factory.mktemp("base")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Single-digit additions as JSON lines."""
-    file = tmp_path_factory.mktemp("task") / "sums.jsonl"
-    rows = [
-        {"prompt": f"{a}+{b}=", "response": f"#### {a + b}"} for a in range(10) for b in range(10)
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return file
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the program sets in the environment is undone afterwards."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-
-
-def test_labels_are_the_response_alone(base: Path, offline: None) -> None:
-    from transformers import AutoTokenizer
-
-    batch = causal.masked(AutoTokenizer.from_pretrained(base), [("1+2=", "3"), ("7=", "16 ")])
-    ids = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+= #"])}
-    assert batch["input_ids"].tolist() == [
-        [*(ids[c] for c in "1+2=3"), 1],
-        [*(ids[c] for c in "7=16 "), 1],
-    ]
-    assert batch["labels"].tolist() == [
-        [-100] * 4 + [ids["3"], 1],
-        [-100] * 2 + [ids["1"], ids["6"], ids[" "], 1],
-    ]
-    padded = causal.masked(AutoTokenizer.from_pretrained(base), [("1", "2"), ("1+1=", "2")])
-    assert padded["labels"][0].tolist() == [-100, ids["2"], 1, -100, -100, -100]
-    assert padded["attention_mask"][0].tolist() == [1, 1, 1, 0, 0, 0]
-
-
-def test_a_file_of_pairs_takes_three_forms_and_names_the_bad_line(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "p", "response": "r"},
-        {"query": "q", "response": "r", "type": "x"},
-        {"question": "q", "answer": "a"},
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    template = "Question: q Think step by step.\nAnswer:"
-    assert causal.pairs(file) == [("p", "r"), (template, " r"), (template, " a")]
-    file.write_text('{"prompt": "p", "response": "r"}\n\n{"prompt": "p"}', encoding="utf-8")
-    with pytest.raises(
-        SystemExit, match="line 3: expected an object with the texts prompt and response or query"
-    ):
-        causal.pairs(file)
-    file.write_text("{", encoding="utf-8")
-    with pytest.raises(SystemExit, match="line 1: not JSON"):
-        causal.pairs(file)
 
 
 # ------------------------------------------------------------------------------------- start to end
