@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes, leaves, rebuild
 from ..core.errors import StructureError, UnsupportedError
-from ..core.torch_internals import is_batched, is_tracing_here
+from ..core.torch_internals import is_tracing_here, outside_transforms, plain_values
 from ..kernels.row_plan import RowPlan
 from .mixed import Mixed
 from .rows import BARE, Rows
@@ -68,16 +68,23 @@ def _of_one(params: Adapter, mask: Tensor, goes_on: bool) -> Rows:
 
 def _masked(plan: RowPlan | None, mask: Tensor, members: int, goes_on: bool) -> RowPlan:
     """A plan for tokens, without those that are masked; of member 0 where there is no plan."""
+    ranks = None if plan is None else plan.ranks
+    if plan is not None:
+        _check(mask, plan.shape)
+    plain = None if is_tracing_here() else plain_values(mask)
+    if plain is None or (plan is not None and not plan.known):
+        return RowPlan(_ids(plan, mask), members, None, ranks, goes_on)
+    with outside_transforms():
+        ids = _ids(plan, plain)
+        return RowPlan(ids, members, ids.flatten().tolist(), ranks, goes_on)
+
+
+def _ids(plan: RowPlan | None, mask: Tensor) -> Tensor:
+    """(N, T): each token's member, or none where the mask is zero."""
     if plan is None:
-        ids = torch.zeros_like(mask, dtype=torch.int64)
-    else:
-        ids = plan.ids.view(plan.shape)
-        _check(mask, tuple(ids.shape))
-        ids = ids if plan.by_token else ids[:, None]
-    ids = torch.where(mask.to(ids.device) != 0, ids, BARE)
-    unknown = is_tracing_here() or is_batched(ids) or (plan is not None and not plan.known)
-    known = None if unknown else ids.flatten().tolist()
-    return RowPlan(ids, members, known, None if plan is None else plan.ranks, goes_on)
+        return (mask != 0).long() - 1
+    ids = plan.ids.view(plan.shape)
+    return torch.where(mask.to(ids.device) != 0, ids if plan.by_token else ids[:, None], BARE)
 
 
 def _weighed(params: Mixed, mask: Tensor, goes_on: bool) -> Mixed:

@@ -12,7 +12,7 @@ from ..core.adapter import Adapter, members_of
 from ..core.errors import StructureError, nearest
 from ..core.layout import Stacked
 from ..core.nodes import register_node
-from ..core.torch_internals import is_batched, is_tracing_here
+from ..core.torch_internals import is_tracing_here, outside_transforms, plain_values
 from ..kernels.row_plan import RowPlan
 
 __all__ = ["BARE", "Rows", "rows"]
@@ -81,10 +81,12 @@ def rows(stack: Adapter, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
                 f"rows: expected integer ids (N,) or (N, T), found {ids.dtype} of shape "
                 f"{tuple(ids.shape)}"
             )
-        if is_tracing_here() or is_batched(ids):
+        plain = None if is_tracing_here() else plain_values(ids)
+        if plain is None:
             return Rows(stack, RowPlan(ids.long(), count, None))
-        held = ids.long()
-        known = held.flatten().tolist()
+        with outside_transforms():
+            held = plain.long()
+            known = held.flatten().tolist()
     else:
         known, shape = _numbers(stack, ids)
         held = torch.tensor(known, dtype=torch.int64).view(shape)

@@ -122,8 +122,7 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
     Raises:
         StructureError: the adapter has no values; the message says what to do instead.
     """
-    tensors = next(iter(adapter._data.values()), {})
-    first: Any = next(iter(tensors.values()), None)
+    first = _first_leaf(adapter)
     if not isinstance(first, Tensor) or not first.is_meta or model is None:
         return
     if all(p.is_meta for p in model.parameters()):
@@ -132,6 +131,14 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
         "the adapter's tensors are on the meta device, so they have no values, and the model's "
         "aren't; load the adapter"
     )
+
+
+def _first_leaf(adapter: Adapter) -> Any:
+    """Any leaf; None where there is none. Not every torch compiles a `next` with a default."""
+    for tensors in adapter._data.values():
+        for t in tensors.values():
+            return t
+    return None
 
 
 def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

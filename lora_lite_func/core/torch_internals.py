@@ -44,7 +44,6 @@ __all__ = [
     "draws_differ",
     "flatten_again",
     "fused_adamw",
-    "is_batched",
     "is_compiled",
     "is_differentiated",
     "is_followed",
@@ -62,6 +61,7 @@ __all__ = [
     "own_attributes",
     "parameters_of",
     "plain_tensors",
+    "plain_values",
     "surroundings",
     "tensor_without_values",
     "without_autocast",
@@ -276,11 +276,6 @@ _is_legacy_batch: Callable[[Tensor], bool] = getattr(
 )
 
 
-def is_batched(t: Tensor) -> bool:
-    """Whether vmap's innermost level holds the tensor: its values differ among the members."""
-    return _is_batched(t)
-
-
 _is_batched: Callable[[Tensor], bool] = getattr(
     _levels, "is_batchedtensor", lambda t: is_transformed()
 )
@@ -318,6 +313,12 @@ def _layers(t: Tensor) -> Iterator[Tensor]:
     while inner is not None and _is_wrapped(t):
         t = inner(t)
         yield t
+
+
+def plain_values(t: Tensor) -> Tensor | None:
+    """The tensor beneath all levels of torch.func's transforms; None where a vmap maps over it."""
+    layers = list(_layers(t))
+    return None if any(map(_is_batched, layers)) else layers[-1]
 
 
 @contextlib.contextmanager

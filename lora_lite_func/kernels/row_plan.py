@@ -138,10 +138,14 @@ class RowPlan:
             return self
         if later is not None and later.shape[1] == tokens:
             return later
-        ids = self.ids.view(self.shape)
-        more = ids[:, -1:].expand(-1, tokens - had if tokens > had else tokens)
-        ids = torch.cat([ids, more], 1) if tokens > had else more
-        known = None if self._ids is None else ids.flatten().tolist()
+        kept = had if tokens > had else 0
+        at = [*range(kept), *[had - 1] * (tokens - kept)]  # which of the ids each token has
+        known = None
+        if self._ids is not None:
+            known = [self._ids[row * had + i] for row in range(self.shape[0]) for i in at]
+        with outside_transforms():
+            where = torch.tensor(at, device=self.ids.device)
+        ids = self.ids.view(self.shape).index_select(1, where)
         later = self._later = RowPlan(ids, self.members, known, self.ranks)
         return later
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, Case
 from families import FAMILIES
 from helpers import close, moved, same_state, seeded, snapshot
@@ -60,6 +61,11 @@ def test_gradients_maps_and_graphs() -> None:
     close(ll.grad(loss)(params), ll.grad(wanted)(params), 1e-9)
     close(torch.func.grad(loss)(params), ll.grad(wanted)(params), 1e-9)
     masks = torch.stack([MASK, 1 - MASK])
+    doubled = torch.func.grad(lambda p: loss(p, MASK * 2))  # a mask that is made inside
+    close(doubled(params), torch.func.grad(loss)(params), 1e-12)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, masks)
+    for i, mask in enumerate(masks):
+        close(pytree.tree_map(lambda t, i=i: t[i], each), torch.func.grad(loss)(params, mask), 1e-9)
     ys = torch.func.vmap(lambda m: loss(params, m))(masks)
     close(ys, torch.stack([loss(params, m) for m in masks]), 1e-9)
     step = torch.compile(loss, fullgraph=True, backend="eager")

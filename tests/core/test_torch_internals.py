@@ -117,9 +117,11 @@ def test_transforms(internals: ModuleType) -> None:
     assert not internals.is_followed(plain)
     for within, followed in ((in_grad, True), (in_both, True), (in_jvp, True), (in_vmap, False)):
         assert within(internals.is_followed) == [followed]
-    assert not internals.is_batched(plain)
-    assert in_vmap(internals.is_batched) == [True]
-    assert in_grad(internals.is_batched) == [False]
+    assert internals.plain_values(plain) is plain
+    assert in_vmap(internals.plain_values) == in_both(internals.plain_values) == [None]
+    (beneath,) = in_grad(internals.plain_values)
+    assert beneath is not None
+    assert not internals.is_wrapped(beneath)
     assert not internals.draws_differ(plain)
     assert in_both(internals.draws_differ) == [True]
     assert in_grad(internals.draws_differ) == [False]
