@@ -495,10 +495,8 @@ def own_attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
         held = attributes_of(module)
         return [(name, value) for name, value in held.items() if name not in _BASE]
     attributes = module.__dict__
-    if attributes.keys() == _BASE_NAMES:
-        return ()
-    if tuple(islice(attributes, len(_BASE))) == _BASE:  # cheaper than to ask for each name
-        return islice(attributes.items(), len(_BASE), None)
+    if tuple(attributes)[: len(_BASE)] == _BASE:  # cheaper than to ask for each name
+        return () if len(attributes) == len(_BASE) else islice(attributes.items(), len(_BASE), None)
     return ((name, value) for name, value in attributes.items() if name not in _BASE_NAMES)
 
 

@@ -28,8 +28,9 @@ class WeakMemo(Generic[K, V]):
 
     def __call__(self, key: K) -> V:
         found = id(key)
-        if found in self._found:
-            return self._found[found]
+        known = self._found
+        if found in known:
+            return known[found]
         value = self._compute(key)
         self._references[found] = weakref.ref(key, lambda _: self._forget(found))
         self._found[found] = value

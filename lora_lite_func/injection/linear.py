@@ -87,7 +87,7 @@ def _operands(module: Any, x: Any, way: str | None) -> tuple[Tensor, Tensor | No
     return W, b
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LowRankStep:
     """y = x W^T + b + s (drop(x) A^T) B^T, by `Variant.low_rank_factors`."""
 
@@ -138,7 +138,7 @@ class LowRankStep:
         return attachment.variant.low_rank_factors(attachment.cfg, p, site)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RowsStep:
     """A low-rank update in which each row of the batch has an adapter of its own."""
 
@@ -217,7 +217,7 @@ class MixtureStep:
         return add_mixture(y, x, *stacked_factors(attachment, p), w, fresh=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DenseStep:
     """y = x W'^T + b' with the dense equivalent W', where the method says that it costs less."""
 

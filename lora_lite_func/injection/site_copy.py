@@ -51,8 +51,11 @@ def site_copy(
     for attachments in new.values():
         if misfit(attachments[-1].site, module) is not None:
             check_site(module, attachments[-1].site)
-    had: SiteState = module.__dict__.get("_ll") or SiteState(path)
-    attachments, substituted = _routes(module, path, had, new, by_weight)
+    had: SiteState = module.__dict__.get("_ll") or _BARE
+    if had is _BARE and not by_weight and len(new) == 1 and _goes_around(module, new.get("", ())):
+        attachments, substituted = tuple(new[""]), {}
+    else:
+        attachments, substituted = _routes(module, path, had, new, by_weight)
     inner = inner or had.inner
     names = _substituted_names(substituted) if substituted or inner else None
     # Where the table's norms are bounded, torch's call would write on the table.
@@ -60,7 +63,8 @@ def site_copy(
     looks_up = isinstance(module, nn.Embedding) and not substituted
     if bounds and not looks_up:
         names = names or ()
-    base: type[nn.Module] = getattr(type(module), "_ll_base", under_scope(type(module)))
+    cls: Any = type(module)
+    base: type[nn.Module] = under_scope(cls) if had is _BARE else cls._ll_base
     active = len(attachments) > 0 or (bounds and looks_up)
     copy = make(module, site_class(base, active, names), kept)
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
@@ -79,6 +83,10 @@ def site_copy(
     return copy
 
 
+_BARE = SiteState("")
+"""What a layer without adapters carries; it is never written on."""
+
+
 def _substituted_names(substituted: Mapping[str, Sequence[Attachment]]) -> tuple[str, ...]:
     """The names of the tensors that are substituted.
 
@@ -90,6 +98,17 @@ def _substituted_names(substituted: Mapping[str, Sequence[Attachment]]) -> tuple
         if not _bare(attachments):
             names["bias"] = None
     return tuple(names)
+
+
+def _goes_around(module: nn.Module, attachments: Sequence[Attachment]) -> bool:
+    """Whether a layer has new adapters, and the phases of all of them can go around its call."""
+    for attachment in attachments:
+        goes_by_weight = KINDS[attachment.site.kind].by_weight
+        if goes_by_weight is not None and goes_by_weight(module):
+            return False
+        if not attachment.variant.has_phases:
+            return False
+    return len(attachments) > 0
 
 
 def _bare(attachments: Sequence[Attachment]) -> bool:

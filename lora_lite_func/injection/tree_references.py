@@ -67,16 +67,21 @@ class TreeReferences:
     def note(self, copy: nn.Module, path: str, slots: tuple[str, ...], reads_globals: bool) -> None:
         """Note what may have to be turned in a module's copy."""
         attributes = copy.__dict__
-        names = [
-            name
-            for name, value in own_attributes(copy)
-            if type(value) not in PLAIN and name not in _OURS and self._concerns(name, value)
-        ]
+        names: list[str] = []
+        own = own_attributes(copy)
+        if own:
+            names = [
+                name
+                for name, value in own
+                if type(value) not in PLAIN and name not in _OURS and self._concerns(name, value)
+            ]
+            state = attributes.get("_ll")
+            kept = state is not None and state.own_forward is not None
+            if kept or "forward" in attributes or "_ll_forward" in attributes:
+                self._note_forward(attributes, path, names)
         if slots:
             held = [name for name in slots if hasattr(copy, name)]
             names += [name for name in held if self._concerns(name, getattr(copy, name))]
-        if "forward" in attributes or "_ll" in attributes or "_ll_forward" in attributes:
-            self._note_forward(attributes, path, names)
         hooked = (
             attributes["_forward_hooks"]
             or attributes["_forward_pre_hooks"]
@@ -89,8 +94,9 @@ class TreeReferences:
     def _note_forward(self, attributes: dict[str, Any], path: str, names: list[str]) -> None:
         """Note an instance's own `forward`, which a site keeps in its state."""
         forward = attributes.get("forward") or attributes.get("_ll_forward")
-        if "_ll" in attributes and attributes["_ll"].own_forward is not None:
-            forward = attributes["_ll"].own_forward
+        state = attributes.get("_ll")
+        if state is not None and state.own_forward is not None:
+            forward = state.own_forward
             names.append("_ll")
         if forward is not None and not isinstance(forward, BINDABLE):
             raise UnsupportedError(

@@ -28,6 +28,9 @@ __all__ = [
 
 def is_transposed_linear(module: Any) -> bool:
     """Whether it is transformers' Conv1D, which has nx and nf but no in_features."""
+    # asked first, since a module's own look-up of what it hasn't costs more than all else here
+    if "nf" not in getattr(module, "__dict__", ()) and not hasattr(type(module), "nf"):
+        return False
     nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
     if not isinstance(nf, int) or not isinstance(nx, int):
         return False
