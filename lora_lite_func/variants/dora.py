@@ -93,15 +93,17 @@ def _gain(p: Params, n2: Tensor, wnorm2: Tensor) -> Tensor:
     return p["lora_m"].to(n2.dtype) / torch.maximum(n2, least).sqrt()
 
 
-def _as_stored(stored: Tensor, found: Tensor) -> Tensor:
+def _as_stored(cfg: DoRAConfig, stored: Tensor, found: Tensor) -> Tensor:
     """Squared row norms `found` (d_out,), exactly the stored ones where they differ by rounding
     alone: at the start m / n is then exactly 1, in whatever order they were summed.
     """
     close = (found - stored).abs() <= _ROUNDING * torch.finfo(found.dtype).eps * stored
-    return torch.where(close, stored + (found - found.detach()), found)  # differentiable either way
+    if not cfg.detach_norm:
+        stored = stored + (found - found.detach())  # differentiable either way
+    return torch.where(close, stored, found)
 
 
-def _row_norms(p: Params, layer: Layer, core: torch.dtype) -> Tensor:
+def _row_norms(cfg: DoRAConfig, p: Params, layer: Layer, core: torch.dtype) -> Tensor:
     """|W_i|^2 (d_out,) of the layer underneath as it is now; the stored ones where that has no
     dense weight at hand and is the base's own.
     """
@@ -112,13 +114,13 @@ def _row_norms(p: Params, layer: Layer, core: torch.dtype) -> Tensor:
     if W.itemsize == 1:
         W = W.to(core)  # float8 has no products and no common type with others
     found = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, core))
-    return _as_stored(stored, found.to(core).square())
+    return _as_stored(cfg, stored, found.to(core).square())
 
 
 def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
     """m / n and what follows from it."""
     core, s = low_rank.core_dtype(p["lora_m"].dtype), site.scale
-    A, B, wnorm2 = p["lora_A"], p["lora_B"], _row_norms(p, layer, core)
+    A, B, wnorm2 = p["lora_A"], p["lora_B"], _row_norms(cfg, p, layer, core)
     if cfg.detach_norm:
         A, B, wnorm2 = A.detach(), B.detach(), wnorm2.detach()
     WA = layer.linear(A).to(core).mT  # (d_out, r)
@@ -148,7 +150,7 @@ def weight(
     V = low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale)
     whole = V.detach() if cfg.detach_norm else V
     stored = p["lora_wnorm2"].to(core)
-    n2 = _as_stored(stored, torch.linalg.vector_norm(whole, dim=1).to(core).square())
+    n2 = _as_stored(cfg, stored, torch.linalg.vector_norm(whole, dim=1).to(core).square())
     return _gain(p, n2, stored)[:, None].to(W.dtype) * V, b
 
 
