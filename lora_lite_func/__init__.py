@@ -29,6 +29,7 @@ from .api.apply import apply, functional_call
 from .api.bind import bind, prepared, reference, unbind
 from .api.calibrate import calibrate
 from .api.check import check
+from .api.functional import functional
 from .api.init import init, targets
 from .api.merge import merge, merged
 from .api.per_sample import per_sample_grads
@@ -174,6 +175,7 @@ __all__ = [
     "from_diffusion",
     "from_lora_lite",
     "from_peft",
+    "functional",
     "functional_call",
     "grad",
     "init",

@@ -6,7 +6,7 @@ Nothing here writes on the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..injection.base_tensors import Constants
 from ..injection.prompt import Prompt, Prompted
 from ..injection.tree_copy import copy_tree
 
-__all__ = ["apply", "attachments_of", "check_values", "functional_call"]
+__all__ = ["apply", "attachments_of", "check_values", "functional_call", "with_prompt"]
 
 
 # -------------------------------------------------------------------------------------------- apply
@@ -66,13 +66,16 @@ def functional_call(
         StructureError: as `apply`; or `base` names what the model hasn't.
     """
     args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
-    if type(params) is Prompted:
-        adapters, given = params.params, Prompt(params.mask, True)
-    else:
-        adapters, given = params, None
-    sites = attachments_of(adapters, given, model)
+    sites = attachments_of(*with_prompt(params), model)
     tree = copy_tree(model, sites, Constants(_tied(model, base) if base is not None else {}))
     return tree(*args, **kwargs)
+
+
+def with_prompt(params: Adapters | Prompted) -> tuple[Adapters, Prompt | None]:
+    """(The adapters, the prompt that was given with them)."""
+    if type(params) is Prompted:
+        return params.params, Prompt(params.mask, True)
+    return cast(Adapters, params), None
 
 
 def attachments_of(

@@ -150,6 +150,20 @@ def test_bound_equals_apply(case: Case, s: dict[str, Any]) -> None:
 
 
 @every
+def test_a_kept_copy_gives_what_apply_gives(case: Case) -> None:
+    model, params, x = simple(case)
+    f, several = ll.functional(model, params), [params, moved(params, 2)]
+    for p in (*several, params):
+        with torch.no_grad():
+            assert torch.equal(f(p, x), ll.apply(model, p, x))
+        close(
+            ll.grad(lambda p: f(p, x).square().sum())(p), ll.grad(lambda p: loss(model, p, x))(p), 0
+        )
+    stacked = ll.stack(several)
+    close(vmap(lambda p: f(p, x))(stacked), vmap(lambda p: ll.apply(model, p, x))(stacked), 1e-12)
+
+
+@every
 @given(
     s=situations(), batch=st.sampled_from([(), (1,), (0,), (4,), (2, 3), (2, 0, 3), (1, 2, 1, 2)])
 )
