@@ -1,5 +1,5 @@
-"""Forward and training step under torch.compile's default backend, over eager and over the compiled
-base, and how many graphs.
+"""Forward and training step under torch.compile's default backend, over the compiled base, beside a
+bound model's, PEFT's and eager; and how many graphs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lora_lite_func as ll
 
-from .harness import Row, Suite, llama
-from .peers import lora
+from .harness import Result, Row, Suite, llama
+from .peers import lora, peft_lora
 from .train import embedded
 
 
@@ -31,9 +31,10 @@ def area(suite: Suite) -> Iterator[Row]:
 
 def _timed(suite: Suite, base: Any, x: Tensor, params: ll.Adapter) -> Iterator[Row]:
     torch.compiler.reset()
+    f = ll.functional(base, params)
 
     def with_adapter(p: Mapping[str, Mapping[str, Tensor]], x: Tensor) -> Tensor:
-        return ll.apply(base, p, inputs_embeds=x).logits  # type: ignore[arg-type]
+        return f(p, inputs_embeds=x).logits
 
     def without(x: Tensor) -> Tensor:
         return base(inputs_embeds=x).logits
@@ -46,27 +47,29 @@ def _timed(suite: Suite, base: Any, x: Tensor, params: ll.Adapter) -> Iterator[R
             "eager": lambda: with_adapter(params, x),
         }
         found = suite.compare(calls)
-    yield Row(
-        "forward, 512 tokens",
-        found.ratios["ours"],
-        "compiled base",
-        guard=found.guard,
-        peers={"ours eager": found.ratios["eager"]},
-    )
+    yield _over_compiled_base("forward, 512 tokens", found)
     leaves = [t.requires_grad_() for at in params.values() for t in at.values()]
     calls = {
         "compiled base": lambda: torch.autograd.grad(bare(x).mean(), [x]),
         "ours": lambda: torch.autograd.grad(fast(params, x).mean(), [x, *leaves]),
+        "bound": _compiled_step(ll.bind(base, params), x),
+        "PEFT": _compiled_step(peft_lora(base), x),
         "eager": lambda: torch.autograd.grad(with_adapter(params, x).mean(), [x, *leaves]),
     }
-    found = suite.compare(calls)
-    yield Row(
-        "training step, 512 tokens",
-        found.ratios["ours"],
-        "compiled base",
-        guard=found.guard,
-        peers={"ours eager": found.ratios["eager"]},
-    )
+    yield _over_compiled_base("training step, 512 tokens", suite.compare(calls))
+
+
+def _compiled_step(model: Any, x: Tensor) -> Callable[[], Any]:
+    """A compiled training step of a module that holds what it trains; one graph, or it raises."""
+    call = torch.compile(lambda x: model(inputs_embeds=x).logits, fullgraph=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return lambda: torch.autograd.grad(call(x).mean(), [x, *trained])
+
+
+def _over_compiled_base(what: str, found: Result) -> Row:
+    names = {"bound": "ours bound", "PEFT": "PEFT", "eager": "ours eager"}
+    peers = {names[name]: found.ratios[name] for name in names if name in found.ratios}
+    return Row(what, found.ratios["ours"], "compiled base", guard=found.guard, peers=peers)
 
 
 def graphs(base: Any, x: Tensor, adapters: list[ll.Adapter]) -> int:

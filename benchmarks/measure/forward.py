@@ -1,5 +1,5 @@
-"""What an adapter costs a forward of one to 2,048 tokens: `ll.apply`, a bound or prepared model and
-PEFT over the bare base.
+"""What an adapter costs a forward of one to 2,048 tokens: `ll.apply`, `ll.functional`, a bound or
+prepared model and PEFT over the bare base.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def area(suite: Suite) -> Iterator[Row]:
 def _decode(suite: Suite) -> Iterator[Row]:
     base = llama(2 if suite.quick else 8, device=suite.device)
     params, other, lite = lora(base), peft_lora(base), lora_lite(base, suite.lora_lite)
-    bound = ll.bind(base, params)
+    bound, f = ll.bind(base, params), ll.functional(base, params)
     ids = torch.zeros(1, 1, dtype=torch.long, device=suite.device)
     calls = {
         "base": lambda: base(ids),
         "bound": lambda: bound(ids),
+        "functional": lambda: f(params, ids),
         "apply": lambda: ll.apply(base, params, ids),
         "PEFT": lambda: other(ids),
     }
@@ -52,6 +53,14 @@ def _decode(suite: Suite) -> Iterator[Row]:
     peers = {name: ratios[name] for name in ("PEFT", "lora-lite") if name in ratios}
     yield Row("1 token, bound", ratios["bound"], "base", 1.10, guard=found.guard, peers=peers)
     yield Row("1 token, bound", found.over("bound", "PEFT"), "PEFT", 0.93, guard=found.guard)
+    yield Row(
+        "1 token, functional (a copy is kept)",
+        ratios["functional"],
+        "base",
+        1.10,
+        guard=found.guard,
+        peers=peers,
+    )
     yield Row(
         "1 token, apply (the tree is copied)",
         ratios["apply"],

@@ -142,14 +142,16 @@ class KeptTree:
         self.counts: list[int] = []
 
     def begin(self) -> None:
-        """Note how often the tree itself refers to each of its modules."""
-        self.counts = list(map(sys.getrefcount, self.copy.modules))
+        """Note how often the tree itself refers to each of its modules and dicts."""
+        self.counts = self._counts()
 
     def is_done(self) -> bool:
-        """Whether a call has left the tree as it was, and nobody else refers to a module of it."""
-        if list(map(sys.getrefcount, self.copy.modules)) != self.counts:
-            return False
-        return self.copy.is_same()
+        """Whether a call has left the tree as it was, and nobody else refers to a part of it."""
+        return self._counts() == self.counts and self.copy.is_same()
+
+    def _counts(self) -> list[int]:
+        # an object that stands for a layer in its call has the layer's own dict
+        return list(map(sys.getrefcount, chain(self.copy.modules, self.copy.dicts)))
 
     def release(self) -> None:
         """Let go of the adapters of the call that is done."""

@@ -204,6 +204,34 @@ def test_a_recomputed_block_has_the_adapter_of_its_own_call(copied: list[int]) -
     assert len(copied) == 6  # a copy that a graph still needs isn't used again
 
 
+class Around(nn.Linear):
+    """A layer that calls another one, in a checkpoint of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16, dtype=torch.float64)
+        self.inner = nn.Linear(16, 16, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + checkpoint(self.other, x, use_reentrant=False)  # type: ignore[operator]
+
+    def other(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x))
+
+
+def test_a_checkpoint_inside_of_a_layer() -> None:
+    model = nn.Sequential(Around())
+    several = adapters(model)
+    assert set(several[0]) == {"0", "0.inner"}
+    f = ll.functional(model, several[0])
+
+    def gradients(call: Callable[..., Tensor]) -> list[Any]:
+        given = [pytree.tree_map(lambda t: t.detach().requires_grad_(), p) for p in several]
+        losses = [call(p, x16()).square().mean() for p in given]
+        return [torch.autograd.grad(loss, leaves(p)) for loss, p in zip(losses, given, strict=True)]
+
+    close(gradients(f), gradients(lambda p, x: ll.apply(model, p, x)), 1e-12)
+
+
 # ------------------------------------------------------------------------------------------ threads
 def test_threads_with_unlike_adapters_do_not_meet() -> None:
     model = net()
