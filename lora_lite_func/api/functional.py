@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..algebra.flatten import Adapters, flatten
+from ..algebra.mixed import Mixed
 from ..algebra.rows import Rows
 from ..core.adapter import Adapter
 from ..core.errors import StructureError
@@ -144,7 +145,7 @@ def _layouts(params: Any) -> list[Layout]:
         return [params.layout]
     if isinstance(params, Layout):
         return [params]
-    if isinstance(params, Rows):
+    if isinstance(params, (Rows, Mixed)):
         return [params.stack.layout]
     if isinstance(params, Prompted):
         return _layouts(params.params)

@@ -103,6 +103,8 @@ def test_what_apply_takes(copied: list[int]) -> None:
     for ids in ([0, 2, -1, 1], [1, 1, 0, 2]):
         mixed = ll.rows(stack, ids)
         assert torch.equal(f(mixed, x16()), ll.apply(model, mixed, x16()))
+    shares = ll.mixed(stack, torch.rand(4, 3, generator=torch.Generator().manual_seed(0)).double())
+    assert torch.equal(f(shares, x16()), ll.apply(model, shares, x16()))
     wider = moved(ll.init(model, ll.LoRAConfig(r=4, alpha=3.0)))
     for params in (wider, ll.scale(p, 0.5), ll.stack([p, wider])[1]):
         assert torch.equal(f(params, x16()), ll.apply(model, params, x16()))
