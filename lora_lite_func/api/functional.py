@@ -24,9 +24,7 @@ from .apply import attachments_of, functional_call, with_prompt
 
 __all__ = ["functional"]
 
-Layouts: TypeAlias = (
-    Layout | Adapters | Prompted | Sequence["Layouts"] | Mapping[str, "Layouts"]  # type: ignore[misc]
-)
+Layouts: TypeAlias = Layout | Adapters | Prompted | Sequence["Layouts"] | Mapping[str, "Layouts"]
 """A Layout (`params.layout`), an adapter for its layout, or a tuple, list or dict of them."""
 
 
@@ -36,10 +34,14 @@ def functional(model: nn.Module, params: Layouts) -> Callable[..., Any]:
     `f(params, *args, **kwargs)` is `ll.apply(model, params, *args, **kwargs)`, for any adapter of
     the same methods on the same sites: other values, ranks and strengths, stacks under vmap, rows
     of a stack. It works wherever `apply` does (transforms, `ll.grad`, checkpointing, threads,
-    compiled) and costs less where the model has many modules: the walk over those is made here.
+    compiled) and costs less where the model has many modules: their copies are kept between calls.
 
-    Each call sees the model as it is then: values and dtypes of its weights, modes, hooks,
-    attributes. Where modules have been replaced, added or taken out, the walk is made once more.
+    Each call sees the model as it is then: the values of its weights are shared, and where anything
+    else has changed (a dtype, a mode, a hook, an attribute, a module) the model is copied anew.
+    Copies are kept where nobody refers to a part of one after its call (gradient checkpointing does
+    until the backward pass) and the call has left nothing on its modules. For models with hooks or
+    with buffers in training mode, and for adapters on bare parameters or whole modules, each call
+    makes its own, as `apply` does.
 
     Args:
         model: the frozen base; never written.
