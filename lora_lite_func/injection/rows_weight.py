@@ -18,7 +18,8 @@ from ..core.errors import UnsupportedError
 from ..core.site import Params
 from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, is_tracing_here
 from ..kernels.row_axes import not_rows
-from ..kernels.row_plan import RowGroups, RowPlan, parted
+from ..kernels.row_groups import RowGroups, parted
+from ..kernels.row_plan import RowPlan
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
 from .narrowing import Within, of_rows

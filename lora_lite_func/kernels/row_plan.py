@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,31 +13,10 @@ from ..core.torch_internals import is_traced, is_tracing_here, is_watched, outsi
 from .row_axes import batch_axes, not_rows, untraceable
 from .segments import SegmentLayout, laid_out, traced
 
-__all__ = ["RowGroups", "RowPlan", "parted"]
+__all__ = ["RowPlan", "once"]
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-class RowGroups(NamedTuple):
-    """A batch cut into parts whose rows have the same adapters, for a call with one weight for all
-    of its rows.
-
-    Attributes:
-        rows: the rows of each part, in the order of the sorted batch.
-        members: for each plan, (parts,) the member whose leaves a part takes; 0 where it has none.
-        bare: for each plan, which parts have no member; all False where ids are unknown.
-        here: for each plan, (parts,) bool, which parts have a member; None where ids are known.
-        take: (N,) which row goes where in the sorted batch; None where it is the batch itself.
-        back: (N,) where each row is in the sorted batch; None likewise.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    members: tuple[Tensor, ...]
-    bare: tuple[tuple[bool, ...], ...]
-    here: tuple[Tensor | None, ...]
-    take: Tensor | None = None
-    back: Tensor | None = None
 
 
 class RowPlan:
@@ -50,7 +29,9 @@ class RowPlan:
         shape: (N,) where each row has an adapter, (N, T) where each token has one.
         rows: N, or N T.
         members: how many adapters there are.
+        known_ids: the ids as ints; None where they have no values.
         known: whether the ids have values: they have none where they are traced, or under vmap.
+        groups: the batch in parts, as they were made for so many plans on a device.
         ranks: (members,) the largest rank that each has anywhere; None where all are alike or that
             isn't known.
         goes_on: whether tokens may come after those of the ids, which have the last id of their
@@ -58,13 +39,13 @@ class RowPlan:
     """
 
     __slots__ = (
-        "_ids",
         "_later",
         "_layouts",
-        "_parts",
         "goes_on",
+        "groups",
         "ids",
         "known",
+        "known_ids",
         "members",
         "ranks",
         "rows",
@@ -84,17 +65,17 @@ class RowPlan:
         self.shape = tuple(ids.shape)
         self.ids, self.members, self.rows = ids.reshape(-1), members, ids.numel()
         self.ranks = None if ranks is None or len(set(ranks)) == 1 else tuple(ranks)
-        self._ids = None if known is None else tuple(known)
-        self.known = self._ids is not None
+        self.known_ids = None if known is None else tuple(known)
+        self.known = self.known_ids is not None
         self._layouts: dict[tuple[int, bool, bool, bool, torch.device], SegmentLayout] = {}
-        self._parts: dict[tuple[int, torch.device], RowGroups] = {}
+        self.groups: dict[tuple[int, torch.device], Any] = {}
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
         return (
             isinstance(other, RowPlan)
-            and self._ids is not None
+            and self.known_ids is not None
             and self._static() == other._static()
         )
 
@@ -102,13 +83,13 @@ class RowPlan:
         return hash(self._static())
 
     def _static(self) -> tuple[object, ...]:
-        return self._ids, self.shape, self.members, self.goes_on
+        return self.known_ids, self.shape, self.members, self.goes_on
 
     def __reduce__(self) -> tuple[object, ...]:
         return RowPlan, (
             self.ids.view(self.shape),
             self.members,
-            self._ids,
+            self.known_ids,
             self.ranks,
             self.goes_on,
         )
@@ -122,8 +103,8 @@ class RowPlan:
         """The plan for some rows of the batch."""
         ids, each = self.ids.view(self.shape), math.prod(self.shape[1:])
         known = None
-        if self._ids is not None:
-            known = [i for row in rows for i in self._ids[row * each : (row + 1) * each]]
+        if self.known_ids is not None:
+            known = [i for row in rows for i in self.known_ids[row * each : (row + 1) * each]]
         own = torch.stack([ids[row] for row in rows])
         return RowPlan(own, self.members, known, self.ranks, self.goes_on)
 
@@ -141,8 +122,8 @@ class RowPlan:
         kept = had if tokens > had else 0
         at = [*range(kept), *[had - 1] * (tokens - kept)]  # which of the ids each token has
         known = None
-        if self._ids is not None:
-            known = [self._ids[row * had + i] for row in range(self.shape[0]) for i in at]
+        if self.known_ids is not None:
+            known = [self.known_ids[row * had + i] for row in range(self.shape[0]) for i in at]
         with outside_transforms():
             where = torch.tensor(at, device=self.ids.device)
         ids = self.ids.view(self.shape).index_select(1, where)
@@ -152,10 +133,14 @@ class RowPlan:
     def of_tokens(self, tokens: int) -> RowPlan:
         """The plan of a batch whose rows are the tokens of this one's, `tokens` of each row."""
         if not self.by_token:
-            known = None if self._ids is None else [i for i in self._ids for _ in range(tokens)]
+            known = (
+                None
+                if self.known_ids is None
+                else [i for i in self.known_ids for _ in range(tokens)]
+            )
             return RowPlan(self.ids.repeat_interleave(tokens), self.members, known, self.ranks)
-        made = RowPlan(self.ids, self.members, self._ids, self.ranks)
-        made._parts = self._parts
+        made = RowPlan(self.ids, self.members, self.known_ids, self.ranks)
+        made.groups = self.groups
         return made
 
     def flat(self, x: Tensor, path: str) -> Tensor:
@@ -191,24 +176,24 @@ class RowPlan:
             banded: whether a segment may be cut by bands of ranks, where members' ranks differ.
 
         """
-        if self._ids is None or torch.compiler.is_dynamo_compiling():
+        if self.known_ids is None or torch.compiler.is_dynamo_compiling():
             return traced(self.ids.to(x.device), self.members)
         watched = is_watched()
         if watched and is_tracing_here():
             return traced(self.ids.to(x.device), self.members)
         tokens = x[:1].numel() // (max(x.shape[-1], 1) if x.is_floating_point() else 1)
         half = tokens.bit_length() // 2  # one layout serves all sizes of similar magnitude
-        ids, graph, device = self._ids, torch.is_grad_enabled(), x.device
+        ids, graph, device = self.known_ids, torch.is_grad_enabled(), x.device
         ranks = self.ranks if banded else None
 
         def make() -> SegmentLayout:
             return laid_out(ids, self.members, 1 << (2 * half), not graph, device, in_place, ranks)
 
         key = (half, graph, in_place, ranks is not None, device)
-        return _once(self._layouts, key, make, watched)
+        return once(self._layouts, key, make, watched)
 
 
-def _once(made: dict[K, V], key: K, make: Callable[[], V], watched: bool) -> V:
+def once(made: dict[K, V], key: K, make: Callable[[], V], watched: bool) -> V:
     """What is made once for a key, for calls of every kind.
 
     Its tensors belong to no inference mode and to no transform. Where something sees each
@@ -222,60 +207,3 @@ def _once(made: dict[K, V], key: K, make: Callable[[], V], watched: bool) -> V:
         if not watched:
             made[key] = found
     return found
-
-
-def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
-    """A batch in parts, where each row has an adapter by each of several plans. Where ids are
-    unknown each row is a part.
-
-    Args:
-        plans: at least one, all with the same number of rows.
-        device: where the index tensors go.
-
-    Raises:
-        UnsupportedError: torch.jit.trace records the call.
-    """
-    if is_traced():
-        raise untraceable()
-    known = [plan._ids for plan in plans]
-    if any(ids is None for ids in known) or is_tracing_here():
-        rows, ids = plans[0].rows, [plan.ids.to(device) for plan in plans]
-        each = tuple((row,) for row in range(rows))
-        return RowGroups(
-            each,
-            tuple(i.clamp(min=0) for i in ids),
-            ((False,) * rows,) * len(plans),
-            tuple(i >= 0 for i in ids),
-        )
-    first = plans[0]
-    if any(plan is not first for plan in plans):
-        return _parts(list(zip(*known, strict=True)), len(plans), device)
-    return _once(
-        first._parts,
-        (len(plans), device),
-        lambda: _parts(list(zip(*known, strict=True)), len(plans), device),
-        is_watched(),
-    )
-
-
-def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> RowGroups:
-    """Parts of rows whose ids, one for each plan, are known."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, members in enumerate(ids):
-        groups.setdefault(members, []).append(row)
-    used = sorted(groups)
-    order = [row for members in used for row in groups[members]]
-    columns = list(zip(*used, strict=True)) or [()] * plans
-    sorted_already = order == list(range(len(order)))
-    take = None if sorted_already else torch.tensor(order, dtype=torch.int64, device=device)
-    return RowGroups(
-        tuple(tuple(groups[members]) for members in used),
-        tuple(
-            torch.tensor([max(i, 0) for i in column], dtype=torch.int64, device=device)
-            for column in columns
-        ),
-        tuple(tuple(i < 0 for i in column) for column in columns),
-        (None,) * plans,
-        take,
-        None if take is None else torch.argsort(take),
-    )
