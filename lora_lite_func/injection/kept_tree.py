@@ -68,8 +68,8 @@ class _State:
         self.modules.append(module)
         self.classes.append(type(module))
         self.hooks += hooks
-        for tensors in (attributes, module._parameters, module._buffers, module._modules):
-            held: dict[str, Any] = tensors  # type: ignore[assignment]
+        dicts: Any = (attributes, module._parameters, module._buffers, module._modules)
+        for held in dicts:
             self.dicts.append(held)
             self.values.append(held.values())
             self.sizes.append(len(held))

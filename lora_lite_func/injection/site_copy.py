@@ -52,8 +52,9 @@ def site_copy(
         if misfit(attachments[-1].site, module) is not None:
             check_site(module, attachments[-1].site)
     had: SiteState = module.__dict__.get("_ll") or _BARE
+    substituted: dict[str, tuple[Attachment, ...]] = {}
     if had is _BARE and not by_weight and len(new) == 1 and _goes_around(module, new.get("", ())):
-        attachments, substituted = tuple(new[""]), {}
+        attachments = tuple(new[""])
     else:
         attachments, substituted = _routes(module, path, had, new, by_weight)
     inner = inner or had.inner

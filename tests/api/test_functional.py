@@ -34,7 +34,7 @@ def adapters(model: nn.Module, count: int = 3, **config: Any) -> list[ll.Adapter
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each copy of a model that a call had to make."""
     made: list[int] = []
-    make = module_of_f.kept_tree
+    make = vars(module_of_f)["kept_tree"]
 
     def counting(*args: Any) -> Any:
         made.append(1)
@@ -215,7 +215,8 @@ class Around(nn.Linear):
         self.inner = nn.Linear(16, 16, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + checkpoint(self.other, x, use_reentrant=False)  # type: ignore[operator]
+        other: Any = checkpoint(self.other, x, use_reentrant=False)
+        return super().forward(x) + other
 
     def other(self, x: Tensor) -> Tensor:
         return torch.tanh(self.inner(x))
