@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .algebra import adalora
 from .algebra.activated import activated, invoked
 from .algebra.adamw import AdamW, AdamWState, adamw
+from .algebra.bank import Bank
 from .algebra.clip import clip_grads
 from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
@@ -44,11 +45,12 @@ from .core.errors import (
     TargetError,
     UnsupportedError,
 )
-from .core.layout import Layout, Stacked
+from .core.layout import Layout
 from .core.method import Layer, ParamSpec, Variant, register, variant_for
 from .core.pinning import pin
 from .core.pytree import register_adapter
 from .core.site import Site
+from .core.stacked import Stacked
 from .core.statistics import Moments, SiteStatistics, Statistics
 from .injection.prompt import prompted
 from .io.checkpoint import load, save
@@ -107,6 +109,7 @@ __all__ = [
     "AdapterConfig",
     "AntiPaSTOConfig",
     "BOFTConfig",
+    "Bank",
     "BitFitConfig",
     "C3AConfig",
     "CheckpointError",
@@ -181,6 +184,7 @@ __all__ = [
     "init",
     "invoked",
     "load",
+    "load_into",
     "mean",
     "merge",
     "merged",
@@ -215,6 +219,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .interop.diffusion import from_diffusion, to_diffusion
+    from .interop.into_bank import load_into
     from .interop.lora_lite import from_lora_lite
     from .interop.peft import from_peft, to_peft
 
@@ -224,6 +229,7 @@ _ON_USE = {
     "from_diffusion": "interop.diffusion",
     "from_lora_lite": "interop.lora_lite",
     "from_peft": "interop.peft",
+    "load_into": "interop.into_bank",
     "to_diffusion": "interop.diffusion",
     "to_peft": "interop.peft",
 }

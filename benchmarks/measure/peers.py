@@ -26,12 +26,12 @@ def lora(base: Any, r: int = 8, **config: Any) -> ll.Adapter:
     )
 
 
-def noisy(params: ll.Adapter) -> ll.Adapter:
+def noisy(params: ll.Adapter, seed: int = 1, size: float = 1e-3) -> ll.Adapter:
     """An adapter as if trained: its start with noise on what is trainable."""
     trainable, frozen = ll.partition(params)
-    gen = torch.Generator().manual_seed(1)
+    gen = torch.Generator().manual_seed(seed)
     moved: Any = optree.tree_map(
-        lambda t: t + 1e-3 * torch.randn(t.shape, generator=gen).to(t), cast("Any", trainable)
+        lambda t: t + size * torch.randn(t.shape, generator=gen).to(t), cast("Any", trainable)
     )
     return ll.combine(moved, frozen)
 

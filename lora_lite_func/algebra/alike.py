@@ -9,6 +9,7 @@ from typing import Any
 from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
 from ..core.errors import StructureError
+from ..core.layout import Layout
 from ..core.site import Site
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check_same_sites",
     "every_adapter",
     "map_adapters",
+    "other_method",
     "other_settings",
 ]
 
@@ -115,10 +117,14 @@ def check_same_method(a: Any, b: Any, what: str) -> None:
     check_adapter(a, what)
     check_adapter(b, what)
     if a.layout.variant.name != b.layout.variant.name:
-        raise StructureError(
-            f"{what} is {b.layout.variant.name!r}, the first {a.layout.variant.name!r}: one "
-            f"method at a time"
-        )
+        raise other_method(a.layout, b.layout, what)
+
+
+def other_method(first: Layout, other: Layout, what: str) -> StructureError:
+    """The refusal of two adapters of different methods."""
+    return StructureError(
+        f"{what} is {other.variant.name!r}, the first {first.variant.name!r}: one method at a time"
+    )
 
 
 def check_same_sites(first: Mapping[str, Site], other: Mapping[str, Site], what: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.adapter import ABSENT, Adapter, members_of, rebuild
 from ..core.errors import StructureError, short_repr
-from ..core.layout import Stacked
+from ..core.stacked import Stacked
 from ..core.torch_internals import is_tracing_here, is_transformed
 
 __all__ = ["mean"]
@@ -31,11 +31,13 @@ def mean(stack: Adapter, weights: Tensor | Sequence[float] | None = None) -> Ada
 
     Raises:
         StructureError: not a stack, weights that aren't one finite number per member, members of
-            different strengths, or frozen leaves that differ and so have no average.
+            different strengths or sites, or frozen leaves that differ and so have no average.
     """
     count = members_of(stack, "mean")
     w = _weights(weights, count)
     layout = stack.layout.alone() if isinstance(stack.layout, Stacked) else stack.layout
+    if isinstance(stack.layout, Stacked):
+        _check_sites(stack.layout)
     if layout is None:
         raise StructureError(
             "mean: the members' strengths differ (alpha / r); average their updates, "
@@ -52,6 +54,16 @@ def mean(stack: Adapter, weights: Tensor | Sequence[float] | None = None) -> Ada
             else:
                 made.append(_common(t, path, name))
     return rebuild(layout, made)
+
+
+def _check_sites(layout: Stacked) -> None:
+    for path in layout.sites:
+        lacking = layout.lacking(path)
+        if lacking:
+            raise StructureError(
+                f"mean: member {min(lacking)} has no site {path!r}, so its leaves have no average; "
+                f"average the updates, ll.combine_adapters(ll.unstack(stack), weights)"
+            )
 
 
 def _average(t: Tensor, w: Tensor | None) -> Tensor:

@@ -25,14 +25,14 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, replace
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
-from ..core.layout import SCALING
+from ..core.stacked import OF_MEMBERS, SCALING
 from .alike import map_adapters
 
 __all__ = ["precondition"]
 
 How = Literal["riemannian", "lora_fa", "lora_pro"]
 
-_NAMES = {"lora_A", "lora_B", "lora_A0", "lora_B0", SCALING}
+_NAMES = {"lora_A", "lora_B", "lora_A0", "lora_B0"} | OF_MEMBERS
 """Leaves of a method whose update is s B A, or that minus a frozen start."""
 
 

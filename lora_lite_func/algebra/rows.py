@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, members_of
 from ..core.errors import StructureError, nearest
-from ..core.layout import Stacked
 from ..core.nodes import register_node
+from ..core.stacked import Stacked
 from ..core.torch_internals import is_tracing_here, outside_transforms, plain_values
-from ..kernels.row_plan import RowPlan
+from ..kernels.row_plan import BARE, RowPlan
+from .bank import Bank
 
 __all__ = ["BARE", "Rows", "rows"]
-
-BARE = -1
 
 
 class Rows:
@@ -47,7 +46,7 @@ class Rows:
 Id: TypeAlias = "int | str | None"
 
 
-def rows(stack: Adapter, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
+def rows(stack: Adapter | Bank, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
     """Each row of a batch its own adapter: `ll.apply(model, ll.rows(stack, [0, 2, -1, 0]), x)`; or
     each token: ids (N, T), packed ones (1, T).
 
@@ -63,7 +62,7 @@ def rows(stack: Adapter, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
     block, a convolution, attention whose own weights are adapted), is refused with its path.
 
     Args:
-        stack: what `ll.stack` gave.
+        stack: what `ll.stack` gave, or an `ll.Bank` as it is now.
         ids: per row the index of its adapter, -1 (or None) for the bare base; or names, where the
             stack has names. A tensor (N,) of ints or a sequence; per token a tensor (N, T), or a
             sequence of sequences. Under torch.compile a tensor that is an input of the graph: one
@@ -73,6 +72,8 @@ def rows(stack: Adapter, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
         StructureError: not a stack, an id that it doesn't have, or ids that aren't one number or
             name per row, or per token.
     """
+    if isinstance(stack, Bank):
+        stack = stack.snapshot()
     count = members_of(stack, "rows")
     if isinstance(ids, Tensor):
         whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
@@ -138,7 +139,8 @@ def _index(stack: Adapter, i: Any) -> int:
                 f"...}}) gives it names"
             )
         if i not in labels:
-            raise StructureError(f"rows: no member {i!r}; {nearest(i, labels)}")
+            known = [label for label in labels if label is not None]
+            raise StructureError(f"rows: no member {i!r}; {nearest(i, known)}")
         return labels.index(i)
     if isinstance(i, bool) or not hasattr(i, "__index__"):
         raise StructureError(f"rows: expected ints, names or None, found {type(i).__name__}")

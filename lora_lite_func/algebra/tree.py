@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, leaves, members_of, replace
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
-from ..core.layout import SCALING
+from ..core.stacked import OF_MEMBERS
 from .alike import check_adapter
 
 __all__ = ["cast", "check_named", "num_params", "project", "scale", "summary"]
@@ -70,7 +70,7 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
             )
 
         # a member's own scale is no part of the method's tensors
-        own = {name: t for name, t in tensors.items() if name != SCALING}
+        own = {name: t for name, t in tensors.items() if name not in OF_MEMBERS}
         changed = {
             **tensors,
             **(one(own) if not layout.sites[path].num_experts else torch.func.vmap(one)(own)),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter
 from ..core.errors import StructureError, nearest
+from ..core.stacked import PRESENT
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Constants
 from ..injection.prompt import Prompt, Prompted
@@ -99,6 +100,7 @@ def attachments_of(
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
         for path, tensors in adapter._data.items():
+            present = tensors.get(PRESENT)
             if detach_frozen:
                 specs = layout.specs[path]
                 tensors = {
@@ -111,7 +113,8 @@ def attachments_of(
                 tensors,
                 layout.dropout,
                 prompt=prompt,
-                row_plan=plan,
+                row_plan=None if plan is None else plan.at_site(layout, path, present),
+                optional=plan is None and present is not None,
             )
             sites.setdefault(path, []).append(attachment)
     return sites

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
 from ..core.errors import StructureError, UnsupportedError
+from ..core.stacked import PRESENT
 from ..core.torch_internals import is_followed
 from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
@@ -67,6 +68,8 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
         layout = adapter.layout
         indices: dict[str, str] = {}
         for path, own in layout.sites.items():
+            present = adapter._data[path].get(PRESENT)
+            row_plan = None if plan is None else plan.at_site(layout, path, present)
             for site in (own, *more.get(path, ())):
                 home = home_of(site)
                 slot = str(counts.setdefault(home, _bound_before(model, home)))
@@ -80,7 +83,8 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
                     layout.dropout,
                     slot,
                     None,
-                    plan,
+                    row_plan,
+                    optional=plan is None and present is not None,
                 )
                 sites.setdefault(site.path, []).append(attachment)
         entries.append(Entry(layout, indices))

@@ -6,7 +6,7 @@ Files and exported programs carry that description.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,13 @@ from .config import AdapterConfig, feature_dropout, from_dict, to_dict
 from .config_values import LARGEST
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
 from .method import Variant, site_for, variants
-from .site import Params, Site
+from .site import Site
 
-__all__ = ["SCALING", "Layout", "LeafSpec", "Stacked", "from_json", "to_json", "unfolded"]
+__all__ = ["Layout", "LeafSpec", "from_json", "to_json"]
 
 _FORMAT = 1
 _FIELDS = ("format", "variant", "config", "sites")
 
-SCALING = "lora_factor"
-"""The frozen leaf () of a site whose scale differs among the members of a stack."""
 _COLUMNS = (
     "path",
     "kind",
@@ -107,72 +105,15 @@ class Layout:
         """The layout of a stack's member."""
         return self
 
+    def lacking(self, path: str) -> frozenset[int]:
+        """The members of a stack that have no such site."""
+        return frozenset()
+
     def __repr__(self) -> str:
         return f"Layout({self.variant.name}, {len(self.sites)} sites, {self.config})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (self.variant, self.config, tuple(self.sites.values()))
-
-
-class Stacked(Layout):
-    """The static data of a stack whose members differ in rank, strength, name or where they came
-    from.
-
-    Leaves are as wide as the widest member's, the others' padded with zeros; where scales differ
-    each site has a leaf `SCALING`.
-
-    Attributes:
-        members: each member's own layout.
-        labels: the members' names, if they have any.
-        ranks: the largest rank that each member has anywhere.
-    """
-
-    __slots__ = ("labels", "members", "ranks")
-
-    def __init__(self, members: Sequence[Layout], labels: Sequence[str] | None = None) -> None:
-        first = members[0]
-        ways = {path: [m.sites[path] for m in members] for path in first.sites}
-        super().__init__(
-            first.variant, first.config, [max(sites, key=lambda s: s.r) for sites in ways.values()]
-        )
-        self.members = tuple(members)
-        self.ranks = tuple(max(site.r for site in m.sites.values()) for m in members)
-        self.labels = None if labels is None else tuple(labels)
-        for path, sites in ways.items():
-            if len({s.scaling for s in sites}) > 1:
-                scale = LeafSpec((), False, torch.float32, None)
-                self.specs[path] = dict(sorted({**self.specs[path], SCALING: scale}.items()))
-                self.names[path] = tuple(self.specs[path])
-
-    def member(self, index: int) -> Layout:
-        """The layout of a member."""
-        return self.members[index]
-
-    def alone(self) -> Layout | None:
-        """The layout of one adapter as wide as the stack, for an average of its members; None where
-        their scales differ, so that it would need a leaf for its own.
-        """
-        if any(SCALING in names for names in self.names.values()):
-            return None
-        for member in self.members:
-            if member.specs == self.specs:
-                return member
-        return Layout(self.variant, self.config, self.sites.values())
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if isinstance(other, Stacked):
-            return self.members == other.members
-        return isinstance(other, Layout) and all(member == other for member in self.members)
-
-    __hash__ = Layout.__hash__
-
-    def __repr__(self) -> str:
-        return f"Stacked({len(self.members)} of {self.variant.name}, {len(self.sites)} sites)"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Stacked, (self.members, self.labels)
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
@@ -280,15 +221,3 @@ def _is_site(row: Any) -> bool:
         and 0 <= row[7] <= LARGEST
         and math.isfinite(row[6])
     )
-
-
-def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
-    """A method's own tensors, and the site with its scale as data, where it is.
-
-    It is among the tensors of a mixed stack's member; under torch.compile any scale is data.
-    """
-    if SCALING not in p:
-        if torch.compiler.is_dynamo_compiling() and site.scale_tensor is not None:
-            return p, site.scaled(site.scale_tensor)
-        return p, site
-    return {name: t for name, t in p.items() if name != SCALING}, site.scaled(p[SCALING])

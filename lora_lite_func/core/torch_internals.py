@@ -17,7 +17,7 @@ import functools
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
@@ -41,6 +41,7 @@ __all__ = [
     "attributes_of",
     "autocasts",
     "copy_attributes",
+    "copy_each",
     "draws_differ",
     "flatten_again",
     "fused_adamw",
@@ -62,6 +63,7 @@ __all__ = [
     "parameters_of",
     "plain_tensors",
     "plain_values",
+    "shares_memory",
     "surroundings",
     "tensor_without_values",
     "without_autocast",
@@ -413,6 +415,30 @@ def writes_on(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> lis
     }
     found = [args[i] if i < len(args) else named.get(name) for i, name in written]
     return [t for value in found for t in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _copy_one_by_one(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for place, t in zip(to, values, strict=True):
+        place.copy_(t)
+
+
+copy_each: Callable[[list[Tensor], list[Tensor]], None] = getattr(
+    torch, "_foreach_copy_", _copy_one_by_one
+)
+"""Copies each of several tensors onto another one of its shape."""
+
+_storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def shares_memory(t: Tensor) -> bool:
+    """Whether another tensor may hold the memory of this one: a view, an alias, what a graph saved.
+
+    Where torch doesn't say, it is always true.
+    """
+    if _storage_uses is None:
+        return True
+    storage = t.untyped_storage()  # the tensor's own hold on it, and this one
+    return _storage_uses(storage._cdata) > 2
 
 
 # ----------------------------------------------------------------------------------------- modules

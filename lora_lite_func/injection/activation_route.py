@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StructureError, UnsupportedError
-from ..core.layout import SCALING, unfolded
 from ..core.site import Params, Site
+from ..core.stacked import PRESENT, SCALING, unfolded
 from ..core.torch_internals import at_trace_time, is_traced, without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.mixture import Mixture
 from ..layers.kinds import KINDS
-from .attachment import Attachment
+from .attachment import Attachment, is_here
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
 from .mixed_activation import by_weights
@@ -174,7 +174,8 @@ def phases(
         leaves = leaves_at(module, attachment.slot)
         ready = None if module.training else ready_of(leaves)
         p = tensors_of(leaves)
-    if SCALING in p or torch.compiler.is_dynamo_compiling():
+    here = is_here(attachment, p) if attachment.optional else None
+    if SCALING in p or PRESENT in p or torch.compiler.is_dynamo_compiling():
         p, site = unfolded(p, site)
     d = None
     if variant.prepare is not None:
@@ -182,18 +183,23 @@ def phases(
             d = _prepare(attachments, count - 1, module, p, site, x.device.type)
         else:
             d = ready.d
-    inner = x if variant.inputs is None else variant.inputs(cfg, p, d, x, site)
+    inner = x if variant.inputs is None else _chosen(here, variant.inputs(cfg, p, d, x, site), x)
     y = frozen(inner) if count == 1 else phases(attachments, count - 1, frozen, module, inner)
     if variant.outputs is None:
         return y
     # The phase of a whole module gets, for x, where the hidden state has the prompt.
     if KINDS[site.kind].listed:
         h, put, x = _hidden(module, attachment, y, x)
-        return put(variant.outputs(cfg, p, d, x, h, site))
+        return put(_chosen(here, variant.outputs(cfg, p, d, x, h, site), h))
     _check_output(y, site, module)
     if attachment.dropout and module.training:
         x = dropped(x, attachment.dropout)
-    return variant.outputs(cfg, p, d, x, y, site)
+    return _chosen(here, variant.outputs(cfg, p, d, x, y, site), y)
+
+
+def _chosen(here: Tensor | None, changed: Tensor, t: Tensor) -> Tensor:
+    """What a phase made of t, or t itself where the adapter isn't here."""
+    return changed if here is None else torch.where(here, changed, t)
 
 
 def _check_output(y: Any, site: Site, module: Any) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.method import Variant
 from ..core.site import Params, Site
+from ..core.stacked import PRESENT
 from ..kernels.mixture import Mixture
 from ..kernels.row_plan import RowPlan
 from ..layers.tied import tied_names
 from .prompt import Prompt
 
-__all__ = ["Attachment", "Plan", "everywhere"]
+__all__ = ["Attachment", "Plan", "everywhere", "is_here"]
 
 Plan: TypeAlias = RowPlan | Mixture
 """Which member of a stack each row of a batch has, or how much of each."""
@@ -31,7 +32,8 @@ class Attachment(NamedTuple):
     bound model, whose calls tell it. With a `row_plan` the tensors are those of a stack, and each
     row of the batch has its own member, or its own mixture of them. `here` is a () bool where it
     isn't None: it says whether the row has an adapter at all, for a row of which that isn't known
-    beforehand.
+    beforehand. An `optional` one is of a stack of which some members lack the site: the tensor
+    `PRESENT` says whether this one has it.
     """
 
     variant: Variant
@@ -43,6 +45,17 @@ class Attachment(NamedTuple):
     prompt: Prompt | None = None
     row_plan: Plan | None = None
     here: Tensor | None = None
+    optional: bool = False
+
+
+def is_here(attachment: Attachment, p: Params) -> Tensor | None:
+    """() bool, whether there is an adapter at all; None where there is one in any case.
+
+    Args:
+        attachment: the adapter.
+        p: its tensors at the site.
+    """
+    return p[PRESENT] > 0.5 if attachment.optional else attachment.here
 
 
 def everywhere(

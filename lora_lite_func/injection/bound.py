@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..core.errors import StructureError
-from ..core.layout import Layout, Stacked
+from ..core.layout import Layout
+from ..core.stacked import Stacked
 from ..layers.tied import home_of
 from .state import CHILD, Held, Leaves, leaves_at
 
@@ -62,9 +63,13 @@ def part_of(entry: Entry, path: str) -> Entry | None:
 
 def _part(layout: Layout, names: Mapping[str, str]) -> Layout:
     """The layout of some sites alone, {path: new path}."""
+    sites = [
+        layout.sites[path].having(path=new) for path, new in names.items() if path in layout.sites
+    ]
     if isinstance(layout, Stacked):
-        return Stacked([_part(member, names) for member in layout.members], layout.labels)
-    sites = [layout.sites[path].having(path=new) for path, new in names.items()]
+        members = [_part(member, names) for member in layout.members]
+        extra = {new: layout.extra[path] for path, new in names.items()}
+        return Stacked(members, layout.labels, sites, extra)
     return Layout(layout.variant, layout.config, sites)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.layout import unfolded
 from ..core.site import Params
+from ..core.stacked import unfolded
 from ..core.torch_internals import autocasts
 from ..layers.embedding import keeping_padding
 from ..layers.kinds import KINDS, matrix, restored
-from .attachment import Attachment
+from .attachment import Attachment, is_here
 from .checks import check_dense
 from .state import tensors_at
 
@@ -43,16 +43,16 @@ def merge_site(
     new, bias = W.to(core), start
     for attachment in attachments:
         check_dense(attachment)
-        M, moved = _dense(
-            attachment, tensors_at(attachment, module), matrix(new, attachment.site), bias
-        )
+        p = tensors_at(attachment, module)
+        M, moved = _dense(attachment, p, matrix(new, attachment.site), bias)
         M = restored(M, new, attachment.site)
-        if attachment.here is not None:
-            M = torch.where(attachment.here, M, new)
+        here = is_here(attachment, p)
+        if here is not None:
+            M = torch.where(here, M, new)
             moved = (
                 moved
                 if moved is bias or moved is None
-                else torch.where(attachment.here, moved, 0.0 if bias is None else bias)
+                else torch.where(here, moved, 0.0 if bias is None else bias)
             )
         new, bias = M, moved
     if KINDS[attachment.site.kind].one_hot:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.layout import SCALING, unfolded
 from ..core.site import Params
+from ..core.stacked import OF_MEMBERS, SCALING, unfolded
 from ..core.torch_internals import is_watched, surroundings
 from ..kernels import cost
 from ..kernels.low_rank_fused import linear_with_low_rank, low_rank, one_row
@@ -41,6 +41,8 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
     if len(attachments) != 1 or attachments[0].site.kind != "linear":
         return None
     attachment, variant = attachments[0], attachments[0].variant
+    if attachment.optional:
+        return None
     if isinstance(attachment.row_plan, Mixture):
         return None if variant.low_rank_factors is None else MixtureStep(attachment)
     if attachment.row_plan is not None:
@@ -156,7 +158,7 @@ class RowsStep:
             return None
         p = tensors_at(attachment, module)
         for name, t in p.items():
-            if t.dtype is not x.dtype and name != SCALING:
+            if t.dtype is not x.dtype and name not in OF_MEMBERS:
                 return None
         if graph and (x.is_meta or is_watched()):
             return None
@@ -208,7 +210,7 @@ class MixtureStep:
         if operands is None or way != "eager" or (attachment.dropout and module.training):
             return None
         p = tensors_at(attachment, module)
-        if any(t.dtype is not x.dtype for name, t in p.items() if name != SCALING):
+        if any(t.dtype is not x.dtype for name, t in p.items() if name not in OF_MEMBERS):
             return None
         if torch.is_grad_enabled() and (x.is_meta or is_watched()):
             return None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..core.layout import unfolded
 from ..core.site import Params
+from ..core.stacked import unfolded
 from ..core.torch_internals import without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.mixture import Mixture, add_mixture

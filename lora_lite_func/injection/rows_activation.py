@@ -13,8 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..core.layout import unfolded
 from ..core.site import Params
+from ..core.stacked import unfolded
 from ..core.torch_internals import without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.row_axes import not_rows

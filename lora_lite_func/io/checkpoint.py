@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, rebuild
 from ..core.errors import CheckpointError, short_repr
-from ..core.layout import Stacked
-from .checks import check_keys, check_model, check_shapes, check_tensor, check_values
+from ..core.stacked import Stacked
+from .checks import check_keys, check_model, check_present, check_shapes, check_tensor, check_values
 from .contents import contents_from_json
 from .file_kinds import reader_hint
 from .files import check_regular, parse_json, unreadable
 from .manifest import Piece, joined, pieces_of, pieces_to_json
 from .writing import write_safetensors
 
-__all__ = ["IN_FOLDERS", "OWN", "Saved", "load", "save", "save_in_folder"]
+__all__ = ["IN_FOLDERS", "OWN", "Saved", "load", "read_mapped", "save", "save_in_folder"]
 
 OWN = "lora_lite_func"
 """The metadata entry of our own files."""
@@ -122,6 +122,25 @@ def load(
             fields; a tensor is missing, unexpected, or of the wrong shape or dtype; an index is out
             of range; or `model` lacks a site.
     """
+    return _read_file(path, model, device, member, copied=True)
+
+
+def read_mapped(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
+    """`load` without a copy: the tensors are the file's own pages, to be read once and soon.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return _read_file(path, model, None, None, copied=False)
+
+
+def _read_file(
+    path: str | os.PathLike[str],
+    model: nn.Module | None,
+    device: str | torch.device | None,
+    member: int | str | None,
+    copied: bool,
+) -> Any:
     where = os.fsdecode(path)
     if os.path.isdir(where):
         folder, where = where, os.path.join(where, IN_FOLDERS)
@@ -143,7 +162,7 @@ def load(
                     )
                 stored = [key for key in list(file.keys()) if key != metadata.get(_NOT_A_MODEL)]
                 says = parse_json(says, f"its {OWN!r} metadata")
-                return _read(file, stored, says, model, member, device)
+                return _read(file, stored, says, model, member, device, copied)
             except CheckpointError as error:
                 raise CheckpointError(f"{where}: {error}") from None
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
@@ -202,6 +221,7 @@ def _read(
     model: nn.Module | None,
     member: int | str | None,
     device: Any,
+    copied: bool,
 ) -> Any:
     same, shape = contents_from_json(says, stored)
     pieces = shape.pieces
@@ -225,7 +245,9 @@ def _read(
             # Clones are aligned, so that products are bit-equal to those before the save, and
             # they don't depend on the file from here on.
             read = file.get_tensor(key) if row is None else file.get_slice(key)[row]
-            cache[key, row] = read.clone() if device is None else read.to(device, copy=True)
+            if copied:
+                read = read.clone() if device is None else read.to(device, copy=True)
+            cache[key, row] = read
         return cache[key, row]
 
     made = []
@@ -264,6 +286,7 @@ def _adapter(
                     f"{short_repr(path)} {name} shares another tensor, and it is a trainable one"
                 )
         check_values(layout, path, held)
+        check_present(layout, path, held)
     return rebuild(
         layout, (data[path][name] for path, names in layout.names.items() for name in names)
     )

@@ -11,10 +11,18 @@ from ..core.adapter import ABSENT
 from ..core.errors import CheckpointError, StructureError, nearest, short_repr
 from ..core.layout import Layout
 from ..core.leaf_dtype import dtype_fits
+from ..core.stacked import PRESENT, Stacked
 from ..layers.kinds import KINDS, misfit, module_and_name
 from .manifest import Piece, joined
 
-__all__ = ["check_keys", "check_model", "check_shapes", "check_tensor", "check_values"]
+__all__ = [
+    "check_keys",
+    "check_model",
+    "check_present",
+    "check_shapes",
+    "check_tensor",
+    "check_values",
+]
 
 
 def check_keys(expected: set[str], found: set[str], count: int) -> None:
@@ -95,6 +103,22 @@ def check_values(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
         layout.variant.validate(layout.config, held, layout.sites[path])
     except StructureError as error:
         raise CheckpointError(f"{short_repr(path)} {error}") from None
+
+
+def check_present(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
+    """Check that a stack's leaf `PRESENT` says of each member what the member's sites say.
+
+    Raises:
+        CheckpointError: it doesn't.
+    """
+    if not isinstance(layout, Stacked) or PRESENT not in held:
+        return
+    expected = [float(path in member.sites) for member in layout.members]
+    if held[PRESENT].tolist() != expected:
+        raise CheckpointError(
+            f"{short_repr(path)} {PRESENT}: expected {short_repr(expected)}, as its members have "
+            f"the site or not, found {short_repr(held[PRESENT].tolist())}"
+        )
 
 
 def check_model(layout: Layout, model: nn.Module) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from ..core.adapter import Adapter
 from ..core.config_values import LARGEST
 from ..core.errors import CheckpointError, nearest, short_repr
-from ..core.layout import Stacked, from_json
+from ..core.layout import Layout, from_json
 from ..core.site import Site
+from ..core.stacked import Stacked
 from .manifest import CONTAINERS, FORMAT, Piece
 
 __all__ = ["Contents", "contents_from_json"]
@@ -159,15 +160,18 @@ def _unlike(prefix: str, says: Mapping[str, Any], most: int) -> Piece:
             f"labels: expected a name for each member, found {short_repr(labels)}"
         )
     layouts = [from_json(kind, most=most) for kind in kinds]
-    first = layouts[0]
+    first: dict[str, Layout] = {}  # the first member that has a site
     for layout in layouts:
-        alike = layout.variant is first.variant and layout.names == first.names
-        if not alike or any(
-            _place(site) != _place(first.sites[path]) for path, site in layout.sites.items()
-        ):
-            raise CheckpointError(
-                "members: expected one method on the same places for all of a stack"
-            )
+        for path, site in layout.sites.items():
+            other = first.setdefault(path, layout)
+            alike = layout.variant is other.variant and layout.names[path] == other.names[path]
+            if not alike or _place(site) != _place(other.sites[path]):
+                raise CheckpointError(
+                    "members: expected one method, and what they share at the same places, for "
+                    "all of a stack"
+                )
+    if any(layout.variant is not layouts[0].variant for layout in layouts):
+        raise CheckpointError("members: expected one method for all of a stack")
     return Piece(prefix, Stacked([layouts[i] for i in which], labels), {}, len(which))
 
 

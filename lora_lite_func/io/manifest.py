@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.adapter import ABSENT, Adapter
 from ..core.errors import CheckpointError, short_repr
-from ..core.layout import Layout, Stacked, to_json
+from ..core.layout import Layout, to_json
+from ..core.stacked import Stacked
 
 __all__ = ["CONTAINERS", "FORMAT", "Piece", "joined", "pieces_of", "pieces_to_json"]
 
@@ -93,8 +94,8 @@ def _piece(prefix: str, params: Adapter) -> Piece:
         layout = layout.alone()
     if layout is None:
         raise CheckpointError(
-            "save: one adapter made of a stack whose members' strengths differ (alpha / r) has no "
-            "strength that a file could say; make it of their updates, "
+            "save: one adapter made of a stack whose members' strengths differ (alpha / r), or "
+            "whose sites do, has no layout that a file could say; make it of their updates, "
             "ll.combine_adapters(ll.unstack(stack), weights)"
         )
     return Piece(prefix, layout, params._data, count)
@@ -125,6 +126,10 @@ def _description(piece: Piece) -> dict[str, Any]:
         if not any(k is member for k in kinds):
             kinds.append(member)
     which = [next(i for i, k in enumerate(kinds) if k is member) for member in layout.members]
+    if not all(member.sites for member in layout.members):
+        raise CheckpointError(
+            "save: the snapshot of a bank has free places, which no file keeps; save bank.stack()"
+        )
     labels = None if layout.labels is None else list(layout.labels)
     return {
         "format": FORMAT,

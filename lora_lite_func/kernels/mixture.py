@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.layout import Layout
 from ..core.torch_internals import is_traced
 from . import low_rank
 from .row_axes import batch_axes, not_rows
@@ -35,6 +36,16 @@ class Mixture:
     def only(self, rows: Sequence[int]) -> Mixture:
         """The weights of some rows of the batch."""
         return Mixture(torch.stack([self.weights[row] for row in rows]))
+
+    def at_site(self, layout: Layout, path: str, present: Tensor | None) -> Mixture:
+        """The weights at a site, zero for members that lack it.
+
+        Args:
+            layout: the stack's.
+            path: the site.
+            present: (members,) 1 where a member has the site; None where all have it.
+        """
+        return self if present is None else Mixture(self.weights * present.to(self.weights))
 
     def at(self, x: Tensor, path: str) -> Tensor:
         """The weights for a site's input: (N, 1 ..., members), with as many dimensions as x has

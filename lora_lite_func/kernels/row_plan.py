@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..core.layout import Layout
 from ..core.torch_internals import is_traced, is_tracing_here, is_watched, outside_transforms
 from .row_axes import batch_axes, not_rows, untraceable
 from .segments import SegmentLayout, laid_out, traced
 
-__all__ = ["RowPlan", "once"]
+__all__ = ["BARE", "RowPlan", "once"]
+
+BARE = -1
+"""The id of a row that has no adapter."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -41,6 +45,7 @@ class RowPlan:
     __slots__ = (
         "_later",
         "_layouts",
+        "_without",
         "goes_on",
         "groups",
         "ids",
@@ -69,6 +74,7 @@ class RowPlan:
         self.known = self.known_ids is not None
         self._layouts: dict[tuple[int, bool, bool, bool, torch.device], SegmentLayout] = {}
         self.groups: dict[tuple[int, torch.device], Any] = {}
+        self._without: dict[frozenset[int], RowPlan] = {}
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -162,6 +168,33 @@ class RowPlan:
     def unflat(self, y: Tensor) -> Tensor:
         """What was made of `flat`'s result, with the batch's own dimensions again."""
         return y.unflatten(0, self.shape) if self.by_token else y
+
+    def at_site(self, layout: Layout, path: str, present: Tensor | None) -> RowPlan:
+        """The plan for a site, where rows of members that lack it have the bare base.
+
+        Args:
+            layout: the stack's.
+            path: the site.
+            present: (members,) 1 where a member has the site; None where all have it.
+        """
+        if present is None:
+            return self
+        ids = self.ids.view(self.shape)
+        if self.known_ids is None or torch.compiler.is_dynamo_compiling():
+            # by values, so that one graph serves members of any sites
+            there = present.to(ids.device)[ids.clamp(min=0)] > 0.5
+            ids = torch.where(there, ids, BARE)
+            return RowPlan(ids, self.members, None, self.ranks, self.goes_on)
+        lacking = layout.lacking(path)
+        if lacking.isdisjoint(self.known_ids):
+            return self
+        known = [BARE if i in lacking else i for i in self.known_ids]
+
+        def make() -> RowPlan:
+            own = torch.tensor(known, dtype=torch.int64, device=ids.device).view(self.shape)
+            return RowPlan(own, self.members, known, self.ranks, self.goes_on)
+
+        return once(self._without, lacking, make, is_watched())
 
     def layout(
         self, x: Tensor, path: str, in_place: bool = False, banded: bool = False

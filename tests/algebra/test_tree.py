@@ -124,8 +124,6 @@ def _other(**fields: Any) -> Callable[[], ll.Adapter]:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (_other(target_names="up"), r"number 1: site 'layers\.[01]\.down' is in the first alone"),
-        (_other(exclude_names=()), "number 1: site 'head' is in the other alone"),
         (
             lambda: ll.init(net(), ll.IA3Config()),
             "number 1 is 'ia3', the first 'lora': one method at a time",

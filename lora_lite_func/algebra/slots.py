@@ -1,0 +1,163 @@
+"""The memory of a bank: leaves with a leading axis of slots, written one slot at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, check_shapes
+from ..core.errors import StructureError
+from ..core.layout import Layout, LeafSpec
+from ..core.stacked import OF_MEMBERS, PRESENT, SCALING
+from ..core.torch_internals import copy_each, shares_memory
+from .members import padded
+
+__all__ = ["Slots"]
+
+
+class Slots:
+    """Leaves (slots, ...) that nobody else ever holds: `views` gives aliases of them.
+
+    An alias has a version counter of its own, so that a write on one slot doesn't trouble the
+    graphs that read others.
+
+    Attributes:
+        count: the number of slots.
+        leaves: {path: {lora_name: (count, ...)}}, without those of `OF_MEMBERS`.
+        numbers: (2, sites, count), for each site and slot the scale and whether it is there.
+    """
+
+    def __init__(self, leaves: Mapping[str, Mapping[str, Tensor]], numbers: Tensor) -> None:
+        self.count, self.leaves, self.numbers = numbers.shape[-1], leaves, numbers
+
+    @staticmethod
+    def made(
+        layout: Layout, like: Adapter, count: int, device: torch.device, old: Slots | None
+    ) -> Slots:
+        """Memory of its own for leaves of a layout, with what is in an older one, slot by slot.
+
+        Args:
+            layout: what the leaves have to be wide enough for; never narrower than before.
+            like: an adapter with all sites that are new, for dtypes and for what free slots hold.
+            count: how many slots; never fewer than before.
+            device: where it is.
+            old: the older memory.
+        """
+        before: Mapping[str, Mapping[str, Tensor]] = {} if old is None else old.leaves
+        leaves = {
+            path: {
+                name: _leaf(before, like, path, name, spec, count, device)
+                for name, spec in specs.items()
+                if name not in OF_MEMBERS
+            }
+            for path, specs in layout.specs.items()
+        }
+        numbers = torch.zeros(2, len(leaves), count, dtype=_wide(leaves), device=device)
+        if old is not None:
+            rows = [list(leaves).index(path) for path in before]
+            numbers[:, rows, : old.count] = old.numbers.to(numbers.dtype)
+        return Slots(leaves, numbers)
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Write an adapter's leaves into a slot."""
+        places: list[Tensor] = []
+        values: list[Tensor] = []
+        for path, tensors in adapter._data.items():
+            own, specs = self.leaves[path], adapter.layout.specs[path]
+            for name, t in tensors.items():
+                place = own[name].select(0, slot)
+                if place.shape != t.shape:
+                    t = padded(t, specs[name]._replace(shape=tuple(place.shape)))
+                places.append(place)
+                values.append(t)
+        copy_each(places, values)
+        sites = adapter.layout.sites
+        numbers = [
+            [sites[path].scaling if path in sites else 0.0 for path in self.leaves],
+            [float(path in sites) for path in self.leaves],
+        ]
+        self.numbers[:, :, slot] = torch.tensor(numbers, dtype=self.numbers.dtype)
+
+    def free(self, slot: int) -> None:
+        """Note that a slot holds no adapter."""
+        self.numbers[:, :, slot] = 0.0
+
+    @torch.inference_mode(False)
+    def views(self, names: Mapping[str, tuple[str, ...]]) -> list[Tensor]:
+        """The leaves of these names in order, as aliases of the memory; numbers are copies."""
+        scales, present = self.numbers.clone().unbind(0)
+        of_members = {
+            SCALING: dict(zip(self.leaves, scales.unbind(0), strict=True)),
+            PRESENT: dict(zip(self.leaves, present.unbind(0), strict=True)),
+        }
+        return [
+            of_members[name][path] if name in of_members else self.leaves[path][name].data
+            for path, leaves in names.items()
+            for name in leaves
+        ]
+
+    def are_held(self) -> bool:
+        """Whether anybody still holds an alias."""
+        return any(shares_memory(t) for leaves in self.leaves.values() for t in leaves.values())
+
+    def check(self, adapter: Adapter, what: str) -> None:
+        """Refuse an adapter that isn't made of plain tensors of its layout's shapes, in the dtypes
+        of the slots.
+
+        Raises:
+            StructureError: the message names the first leaf.
+        """
+        for path, tensors in adapter._data.items():
+            own, specs = self.leaves.get(path, {}), adapter.layout.specs[path]
+            for name, t in tensors.items():
+                if type(t) not in _PLAIN or t.shape != specs[name].shape:
+                    check_shapes(adapter)
+                if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta:
+                    raise StructureError(
+                        f"{what}: {path!r} {name}: expected a plain tensor with values, found "
+                        f"{type(t).__name__}, {t.layout}, on {t.device}"
+                    )
+                if own and t.dtype is not own[name].dtype:
+                    raise StructureError(
+                        f"{what} differs at {path!r} {name}: {t.dtype}, the others "
+                        f"{own[name].dtype}; take ll.cast(adapter, {own[name].dtype})"
+                    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _leaf(
+    before: Mapping[str, Mapping[str, Tensor]],
+    like: Adapter,
+    path: str,
+    name: str,
+    spec: LeafSpec,
+    count: int,
+    device: torch.device,
+) -> Tensor:
+    """A leaf (count, ...) with the older one in its corner.
+
+    Nobody reads a free slot, but what it holds takes part in what is computed and left out: no
+    directions, or what another adapter has there.
+    """
+    old = before[path][name] if path in before else None
+    first = like._data[path][name].detach() if old is None else old[0]
+    new = torch.zeros((count, *spec.shape), dtype=first.dtype, device=device)
+    if spec.rank_axis is None:
+        new[:] = first
+    if old is not None:
+        new[tuple(map(slice, old.shape))] = old
+    return new
+
+
+def _wide(leaves: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
+    """The dtype of numbers beside these leaves: float32 at least."""
+    dtype = torch.float32
+    for tensors in leaves.values():
+        for t in tensors.values():
+            if t.is_floating_point():
+                dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
