@@ -102,8 +102,15 @@ class ConfigReader(Mapping[str, Any]):
                 f"on it (a setting of training), read it with ignore=({short_repr(name)},)"
             )
 
-    def without(self, ignore: Iterable[str], understood: Iterable[str]) -> ConfigReader:
+    def without(
+        self, ignore: Iterable[str], understood: Iterable[str], kept: Iterable[str] = ()
+    ) -> ConfigReader:
         """Return the config with some fields left out.
+
+        Args:
+            ignore: the fields that the caller leaves out of account.
+            understood: fields that outputs depend on.
+            kept: fields of training, which stay: what they did to the stored values is done.
 
         Raises:
             CheckpointError: the adapter's outputs depend on one of the fields.
@@ -116,8 +123,9 @@ class ConfigReader(Mapping[str, Any]):
                 f"{self.where}: ignore: the adapter's outputs depend on {short_repr(wrong)}; "
                 f"dropout alone may be left out"
             )
+        left = set(ignore).difference(kept)
         return ConfigReader(
-            {name: value for name, value in self.items() if name not in ignore}, self.where
+            {name: value for name, value in self.items() if name not in left}, self.where
         )
 
     def text(self, name: str) -> str:

@@ -173,7 +173,6 @@ def test_dropouts_of_training_alone_are_nothing_to_outputs(name: str, tmp_path: 
 
 
 UNREAD = {
-    "coft": lambda: peft.OFTConfig(oft_block_size=4, coft=True, eps=0.01, target_modules=["0"]),
     "apply_GS": lambda: peft.HRAConfig(
         r=2, apply_GS=True, init_weights=False, target_modules=["0"]
     ),
@@ -194,6 +193,31 @@ def test_what_outputs_depend_on_is_never_ignored(name: str, tmp_path: Path) -> N
         ) as error:
             ll.from_peft(tmp_path, model, ignore=ignore)
         assert "ignore=" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("ignore", [(), ("coft",)])
+def test_cofts_bound_is_met_whatever_is_stored(
+    share: bool, ignore: tuple[str, ...], tmp_path: Path
+) -> None:
+    config = peft.OFTConfig(
+        oft_block_size=4, coft=True, eps=0.2, block_share=share, target_modules=["0"]
+    )
+    model = linears()
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape, generator=gen) * 0.3
+    made.save_pretrained(tmp_path)  # as after a step: PEFT shortens the blocks in the next call
+    with torch.no_grad():
+        expected = made(X)
+    params = ll.from_peft(tmp_path, model, ignore=ignore)
+    assert isinstance(params, ll.Adapter)
+    assert params.config.coft_eps == 0.2  # type: ignore[attr-defined]
+    close(ll.apply(model, params, X), expected, 1e-5)
+    assert (expected - model(X)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

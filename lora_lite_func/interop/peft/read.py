@@ -89,8 +89,9 @@ def from_unpacked(
     """
     method = _method(reader)
     understood = method.understood.split()
-    reader.check([*understood, *method.ignored.split()], ignore, method.unread.split())
-    reader = reader.without(ignore, understood)
+    of_training = method.ignored.split()
+    reader.check([*understood, *of_training], ignore, method.unread.split())
+    reader = reader.without(ignore, understood, of_training)
     tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
     check_tensors({k: t for k, t in tensors.items() if not _is_counter(reader, k, t, model)})
     sites, shared, rest = split(tensors, method.suffixes, method.shared)

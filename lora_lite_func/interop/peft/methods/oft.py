@@ -11,9 +11,8 @@ from torch import Tensor
 from ....core.adapter import Adapter
 from ....core.errors import CheckpointError, UnsupportedError, short_repr
 from ....core.site import Site
-from ....variants import (
-    OFTConfig,
-)
+from ....variants import OFTConfig
+from ....variants.oft import project
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
@@ -25,7 +24,7 @@ __all__ = ["OFT"]
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """Read oft_R.weight (n, b (b - 1) / 2), the upper triangles of n blocks, or an embedding's
     oft_embedding_R.weight. With PEFT's exact Cayley transform the blocks turn the other way than
-    ours, with its series the same way.
+    ours, with its series the same way. COFT's bound is put on the blocks once.
 
     Raises:
         CheckpointError: a convolution's patches overlap, the numbers don't fit the layer, or the
@@ -50,7 +49,15 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         )
     if series and reader.whole("num_cayley_neumann_terms", 5) != 5:
         raise reader.refuse("num_cayley_neumann_terms", "5, the one length of the series here")
-    fields = {"block_size": block, "cayley": "neumann" if series else "exact", "block_share": share}
+    fields: dict[str, Any] = {
+        "block_size": block,
+        "cayley": "neumann" if series else "exact",
+        "block_share": share,
+    }
+    if reader.flag("coft"):
+        # PEFT shortens the stored blocks in each call, which changes nothing the second time.
+        fields["coft_eps"] = reader.number("eps", OFTConfig.coft_eps)
+        q = project(OFTConfig(**fields), {"lora_oft_q": q})["lora_oft_q"]
     if table:
         # A table's rows turn the other way than a layer's inputs.
         entry.site, series = _as_rows(site), not series
@@ -139,8 +146,7 @@ OFT = Codec(
     understood="r oft_block_size block_share use_cayley_neumann num_cayley_neumann_terms",
     read=read,
     write=write,
-    ignored="eps module_dropout",
-    unread="coft",
+    ignored="eps module_dropout coft",
     kinds="linear conv2d",
     biased="oft_only",
 )
