@@ -5,11 +5,12 @@ torch.distributed.run, it leaves its results in a folder.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers import net
+from helpers import moved, net
 from torch import Tensor
 
 import lora_lite_func as ll
@@ -60,10 +61,57 @@ def members(ids: range) -> ll.Adapter:
     return ll.combine(trainable, frozen)
 
 
-def refusal(model: torch.nn.Module) -> str:
-    """What the library says to a model that is sharded already."""
+METHODS = (
+    ll.LoRAConfig(r=4),
+    ll.DoRAConfig(r=4),
+    ll.PiSSAConfig(r=4),
+    ll.IA3Config(),
+    ll.HRAConfig(r=4),
+    ll.OFTConfig(block_size=4),
+)
+
+
+def adapted(model: torch.nn.Module, params: ll.Adapter) -> list[Tensor]:
+    """The output and the gradients of a bound model, by name."""
+    bound = ll.bind(model, params)
+    named = {name: p for name, p in bound.named_parameters() if p.requires_grad}
+    y = bound(data()[0][0, :6].view(2, 3, 16))
+    return [y, *torch.autograd.grad(y.square().sum(), [named[name] for name in sorted(named)])]
+
+
+def parallel(mesh: dist.device_mesh.DeviceMesh) -> tuple[list[list[Tensor]], list[str]]:
+    """What adapters make of a model whose layers are shared out, and what is refused there."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    model, whole = net(depth=1), net(depth=1)
+    plan = {"layers.0.up": ColwiseParallel(), "layers.0.down": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    made = []
+    for cfg in METHODS:
+        start = torch.utils._pytree.tree_leaves(ll.init(model, cfg))
+        assert all(type(t) is Tensor for t in start)
+        made.append([*start, *adapted(model, moved(ll.init(whole, cfg)))])
+    params = ll.init(model, METHODS[0])
+    stack = ll.stack([params, params])
+    x = data()[0][0]
+    tries: list[Callable[[], object]] = [
+        lambda: ll.merged(model, params),
+        lambda: ll.bind(model, params, linears=True),
+        lambda: ll.init(model, ll.FullConfig(target_parameters=(r"up\.weight",))),
+        lambda: ll.apply(model, ll.rows(stack, [0] * ROWS), x),
+        lambda: ll.apply(model.train(), ll.init(model, ll.LoRAConfig(r=2, dropout=0.5)), x),
+    ]
+    return made, [refused(attempt) for attempt in tries]
+
+
+def refused(attempt: Callable[[], object]) -> str:
+    """What the library says to it."""
     try:
-        ll.bind(model, adapter())
+        attempt()
     except ll.UnsupportedError as error:
         return str(error)
     return "nothing"
@@ -96,9 +144,11 @@ def work(folder: Path) -> None:
     found["fsdp"] = trained(sharded, own)
     AdapterSaver(sharded, "")(folder / "saved", is_main_process=rank == 0)
 
+    found["parallel"], found["parallel refusals"] = parallel(mesh)
+
     already = net(depth=1)
     fully_shard(already, mesh=mesh)
-    found["refusal"] = refusal(already)
+    found["refusal"] = refused(lambda: ll.bind(already, adapter()))
     torch.save(found, folder / f"{rank}.pt")
 
 

@@ -18,6 +18,7 @@ from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Frozen
 from ..injection.bound import Entry, entries_of, keep_entries, tensors_in
+from ..injection.called_linears import CalledLeaves, check_callable
 from ..injection.state import Leaves, held_by, hold
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_loads import teach_loading
@@ -33,7 +34,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 """The model's class, which is also the class of its copies."""
 
 
-def bind(model: ModelT, params: Adapters) -> ModelT:
+def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
     """A module of the model's own class with the adapter inside: for `generate`, a Trainer, an
     optimizer, a pipeline, an export.
 
@@ -47,18 +48,24 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
     Args:
         model: the frozen base; one that is bound already is adapted once more, outside what it has.
         params: as in `apply`; of `ll.rows` each call's batch has those rows.
+        linears: hold lora_A and lora_B of low-rank methods as linear layers that are called, for
+            tools that hook modules (opacus, curvlinops, laplace ...). Their names are
+            `<site>.adapter.<i>.lora_A.weight` then. Outputs and gradients are equal up to rounding,
+            at a higher cost.
 
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
-        UnsupportedError: the model can't be copied, or `params` is what torch.func.grad or jvp
-            differentiates.
+        UnsupportedError: the model can't be copied, `params` is what torch.func.grad or jvp
+            differentiates, or a method or layer has no such factors as `linears` asks for.
     """
     adapters = flatten(params)
     instead = "use ll.apply(model, params, ...)"
     check_untracked((adapter for adapter, _ in adapters), "ll.bind", instead)
     check_model(model)
-    for adapter, _ in adapters:
+    for adapter, plan in adapters:
         check_values(adapter, model)
+        if linears:
+            check_callable(adapter.layout, plan is not None)
     sites: dict[str, list[Attachment]] = {}
     counts: dict[str, int] = {}
     before = entries_of(model)
@@ -85,13 +92,14 @@ def bind(model: ModelT, params: Adapters) -> ModelT:
                     None,
                     row_plan,
                     optional=plan is None and present is not None,
+                    called=linears,
                 )
                 sites.setdefault(site.path, []).append(attachment)
         entries.append(Entry(layout, indices))
     bound = cast(ModelT, copy_tree(model, sites, Frozen()))
     for (adapter, _), more in zip(adapters, tied, strict=True):
         for path, tensors in adapter._data.items():
-            held = Leaves(tensors, adapter.layout.specs[path])
+            held = (CalledLeaves if linears else Leaves)(tensors, adapter.layout.specs[path])
             for site in (adapter.layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     keep_entries(bound, entries)

@@ -14,6 +14,7 @@ from .config import AdapterConfig
 from .errors import ConfigError, nearest, short_repr
 from .param_spec import ParamSpec
 from .phases import (
+    CalledOutputsFn,
     ConfigT,
     DataT,
     DenseFn,
@@ -90,6 +91,10 @@ class Variant(Generic[ConfigT, DataT]):
             else linear layers; a `weight` that always moves the bias has to name its kinds.
         low_rank_factors: the update as a factor pair. A plain linear layer then takes that instead
             of the phases; `ll.combine_adapters` and other libraries' files take it too.
+        called_outputs: `outputs` by calls of the factors, for tools that hook modules
+            (`ll.bind(..., linears=True)`).
+        check_calls: refuses a config under which gradients reach the factors beside those calls,
+            with UnsupportedError.
         batched: the phases take several members at once as they are, leaves (m, ...) and x (m, n,
             ..., d_in), where `site.scale` may be (m,). Otherwise they are mapped over the members.
         adds: `outputs` adds the same to any y, so that updates of several members can be summed. It
@@ -119,6 +124,8 @@ class Variant(Generic[ConfigT, DataT]):
     plan: PlanFn[ConfigT] | None = None
     sites: tuple[str, ...] = ()
     low_rank_factors: FactorsFn[ConfigT] | None = None
+    called_outputs: CalledOutputsFn[ConfigT, DataT] | None = None
+    check_calls: Callable[[ConfigT], None] | None = None
     batched: bool = False
     adds: bool = False
     has_phases: bool = field(init=False, compare=False)
@@ -199,6 +206,8 @@ _OPTIONAL = (
     "directions",
     "plan",
     "low_rank_factors",
+    "called_outputs",
+    "check_calls",
 )
 
 

@@ -44,6 +44,7 @@ else:
     DataOut = TypeVar("DataOut", covariant=True)
 
 __all__ = [
+    "CalledOutputsFn",
     "ConfigT",
     "DataT",
     "DenseFn",
@@ -54,6 +55,7 @@ __all__ = [
     "InitFn",
     "InputsFn",
     "Layer",
+    "Map",
     "NeedsFn",
     "OutputsFn",
     "ParamSpecsFn",
@@ -66,6 +68,9 @@ __all__ = [
     "WeightFn",
     "Work",
 ]
+
+Map: TypeAlias = Callable[[Tensor], Tensor]
+"""A factor as a linear map that is called."""
 
 Factors: TypeAlias = tuple[Tensor, Tensor, float | Tensor]
 """A (k, d_in), B (d_out, k) and s of an update s B A; s may be a tensor ()."""
@@ -216,6 +221,28 @@ class OutputsFn(Protocol[ConfigIn, DataIn]):
     ) -> Tensor:
         """y' (..., d_out), in y's dtype. x is what came to this adapter, before its `inputs`; y
         what the layer gave.
+        """
+
+
+class CalledOutputsFn(Protocol[ConfigIn, DataIn]):
+    """`outputs` of a method with trainable factors lora_A and lora_B, by calls of them."""
+
+    def __call__(
+        self,
+        cfg: ConfigIn,
+        p: Params,
+        d: DataIn,
+        x: Tensor,
+        y: Tensor,
+        site: Site,
+        A: Map,
+        B: Map,
+        /,
+    ) -> Tensor:
+        """y' (..., d_out), in y's dtype, the same as `outputs` gives.
+
+        A takes (..., d_in) to (..., r), B takes (..., r) to (..., d_out). Each is called once. x is
+        in lora_A's dtype. Gradients reach lora_A and lora_B by these calls alone.
         """
 
 

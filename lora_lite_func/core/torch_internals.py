@@ -49,6 +49,7 @@ __all__ = [
     "is_differentiated",
     "is_followed",
     "is_recorded",
+    "is_sharded",
     "is_traced",
     "is_tracing_here",
     "is_transformed",
@@ -369,6 +370,12 @@ _without_legacy_vmap = _legacy_vmap_guard()
 def is_wrapper(t: Any) -> bool:
     """Whether a tensor is of a subclass that holds others (torchao's, DTensor)."""
     return bool(_is_wrapper(t))
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether a tensor is shared out over processes (DTensor)."""
+    home: Any = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return home is not None and isinstance(t, home.DTensor)
 
 
 def _flattens(t: Any) -> bool:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..core.errors import StructureError, UnsupportedError
 from ..core.site import Params, Site
 from ..core.stacked import PRESENT, SCALING, unfolded
-from ..core.torch_internals import at_trace_time, is_traced, without_autocast
+from ..core.torch_internals import at_trace_time, is_sharded, is_traced, without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.mixture import Mixture
 from ..layers.kinds import KINDS
 from .attachment import Attachment, is_here
+from .called_linears import called_outputs
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
 from .mixed_activation import by_weights
@@ -28,6 +29,7 @@ from .nested import by_values
 from .prepared import Made, keep, ready_of
 from .prompt import tokens_of
 from .rows_activation import by_rows
+from .sharded_call import prepared_whole, sharded_call
 from .stand_in import on_stand_in
 from .state import leaves_at, tensors_at, tensors_of
 
@@ -100,6 +102,11 @@ def _on_checked(
 
     def call(x: Any) -> Any:
         return phases(attachments, len(attachments), frozen, module, x)
+
+    if is_sharded(x):
+        return sharded_call(
+            attachments, module, x, lambda a, x: phases(a, len(a), frozen, module, x)
+        )
 
     site = attachments[-1].site
     if KINDS[site.kind].listed:
@@ -194,7 +201,11 @@ def phases(
     _check_output(y, site, module)
     if attachment.dropout and module.training:
         x = dropped(x, attachment.dropout)
-    return _chosen(here, variant.outputs(cfg, p, d, x, y, site), y)
+    if attachment.called:
+        made = called_outputs(attachment, leaves_at(module, attachment.slot), p, d, x, y, site)
+    else:
+        made = variant.outputs(cfg, p, d, x, y, site)
+    return _chosen(here, made, y)
 
 
 def _chosen(here: Tensor | None, changed: Tensor, t: Tensor) -> Tensor:
@@ -231,9 +242,16 @@ def _prepare(
 ) -> Any:
     """What `prepare` gives for the adapter that has `under` others before it."""
     variant, cfg = attachments[under].variant, attachments[under].cfg
-    assert variant.prepare is not None
-    layer = FrozenLayer(attachments, under, module, p, phases)
-    return without_autocast(device, variant.prepare, cfg, p, site, layer)
+    made_of = variant.prepare
+    assert made_of is not None
+
+    def prepare(p: Params) -> Any:
+        layer = FrozenLayer(attachments, under, module, p, phases)
+        return without_autocast(device, made_of, cfg, p, site, layer)
+
+    if is_sharded(next(iter(p.values()), None)):
+        return prepared_whole(p, prepare)
+    return prepare(p)
 
 
 def get_ready(site: Any) -> None:

@@ -33,7 +33,8 @@ class Attachment(NamedTuple):
     row of the batch has its own member, or its own mixture of them. `here` is a () bool where it
     isn't None: it says whether the row has an adapter at all, for a row of which that isn't known
     beforehand. An `optional` one is of a stack of which some members lack the site: the tensor
-    `PRESENT` says whether this one has it.
+    `PRESENT` says whether this one has it. Of a `called` one the site holds the factors as linear
+    layers, which are called.
     """
 
     variant: Variant
@@ -46,6 +47,7 @@ class Attachment(NamedTuple):
     row_plan: Plan | None = None
     here: Tensor | None = None
     optional: bool = False
+    called: bool = False
 
 
 def is_here(attachment: Attachment, p: Params) -> Tensor | None:

@@ -13,6 +13,7 @@ from ..core.site import Site
 from ..core.torch_internals import parameters_of
 from ..layers.affine import is_affine
 from ..layers.kinds import misfit, module_and_name
+from ..layers.sharded import ADAPTED_ITSELF, check_parallel
 from ..layers.weights import how_to_bake, is_packed, own_tensor
 from .attachment import Attachment
 
@@ -108,6 +109,7 @@ def check_substitutable(module: Any, path: str, name: str) -> None:
     if name in module._buffers:
         # A buffer may hold integers, as a counter does.
         return
+    check_parallel(module, path, name, ADAPTED_ITSELF)
     if is_packed(tensor):
         raise UnsupportedError(
             f"{what} is packed ({tensor.dtype}), and here it would have to be adapted itself; "
@@ -150,6 +152,7 @@ def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
             f"merged values have nowhere to go; "
             f"bake it in first ({how_to_bake(module, name)})"
         )
+    check_parallel(module, path, name, "merged values are of the whole of it")
     if is_packed(weight) and not dequantize:
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape "

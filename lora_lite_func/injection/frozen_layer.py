@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
+from ..core.torch_internals import is_sharded
 from ..layers.kinds import KINDS, matrix
 from ..layers.quantised import dequantised
+from ..layers.sharded import replicated, whole
 from ..layers.weights import compute_dtype, is_dense, is_packed
 from .attachment import Attachment
 from .dense_weight import merge_site
@@ -39,6 +41,9 @@ class FrozenLayer:
         p: Params,
         phases: Callable[..., Any],
     ) -> None:
+        if any(attachment.called for attachment in attachments[:count]):
+            # What a hook sees is the model's call, and not what is asked here of the layer.
+            attachments = [attachment._replace(called=False) for attachment in attachments]
         self.attachments, self.count, self.module, self.p, self.phases = (
             attachments,
             count,
@@ -64,7 +69,7 @@ class FrozenLayer:
         # A linear-like layer needn't have the attribute.
         bias = getattr(self.module, "bias", None)
         if self.count == 0 and (bias is None or not bias.is_meta):
-            return bias
+            return None if bias is None else whole(bias)
         if KINDS[self.attachments[0].site.kind].one_hot:
             return None
         zero = torch.zeros(
@@ -106,7 +111,7 @@ class FrozenLayer:
         """
         weight: Tensor = self.module.weight
         site = self.attachments[0].site
-        if self.count == 0 and is_packed(weight) and not weight.is_meta:
+        if self.count == 0 and is_packed(weight) and not (weight.is_meta or is_sharded(weight)):
             return dequantised(self.module, weight)
         if (
             self.count
@@ -158,7 +163,8 @@ class FrozenLayer:
                 f"adapters are outside"
             )
         module = self.module
-        y: Tensor = self.phases(
-            self.attachments, self.count, module.forward, module, x.to(compute_dtype(module))
-        )
-        return y
+        x = x.to(compute_dtype(module))
+        if is_sharded(module.weight):
+            x = replicated(x, module.weight.device_mesh)
+        y: Tensor = self.phases(self.attachments, self.count, module.forward, module, x)
+        return whole(y)

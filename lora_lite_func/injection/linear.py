@@ -41,7 +41,7 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
     if len(attachments) != 1 or attachments[0].site.kind != "linear":
         return None
     attachment, variant = attachments[0], attachments[0].variant
-    if attachment.optional:
+    if attachment.optional or attachment.called:
         return None
     if isinstance(attachment.row_plan, Mixture):
         return None if variant.low_rank_factors is None else MixtureStep(attachment)

@@ -16,7 +16,7 @@ from ..layers.embedding import bounded, padded, rows
 from . import activation_route, linear
 from .nested import by_values
 from .references import slots
-from .stand_in import on_stand_in
+from .stand_in import delegated, on_stand_in
 from .state import Held
 from .weight_route import read, read_substituted, substituted
 
@@ -46,7 +46,7 @@ class _Lookup(nn.Embedding):
 
 @at_trace_time
 def site_class(
-    cls: type[nn.Module], active: bool, names: tuple[str, ...] | None
+    cls: type[nn.Module], active: bool, names: tuple[str, ...] | None, called: bool = False
 ) -> type[nn.Module]:
     """The subclass that a site's copy is an instance of; it is made once per class of layers.
 
@@ -54,6 +54,8 @@ def site_class(
         cls: the layer's own class.
         active: whether phases go around its call.
         names: the tensors that are substituted; None if the call isn't touched for that.
+        called: whether it holds linear layers that are called. Then the site is no instance of the
+            layer's class, as tools would take it for a leaf that has all parameters inside.
     """
     # The layer's class keeps the subclasses. A table in this file would keep the class alive, and
     # the class of a parametrized layer is one of its own that holds the layer.
@@ -61,16 +63,18 @@ def site_class(
     if made is None:
         made = {}
         type.__setattr__(cls, _KEPT, made)
-    key = (active, names)
+    key = (active, names, called)
     if key not in made:
-        made[key] = _made(cls, active, names)
+        made[key] = _made(cls, *key)
     return made[key]
 
 
 _KEPT = "_ll_site_classes"
 
 
-def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> type[nn.Module]:
+def _made(
+    cls: type[nn.Module], active: bool, names: tuple[str, ...] | None, called: bool
+) -> type[nn.Module]:
     """Make a site's class.
 
     The class has these attributes of its own:
@@ -92,7 +96,7 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
         "__qualname__": cls.__qualname__,
         "__reduce_ex__": _reduce_site,
         "_ll_base": cls,
-        "_ll_key": (cls, active, names),
+        "_ll_key": (cls, active, names, called),
         "_ll_computed": computed,
         "_ll_layer_call": layer_call,
         "_ll_substitutes": substitutes,
@@ -100,11 +104,13 @@ def _made(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> 
         "_ll_shares_dict": not substitutes and not slots(cls),
     }
     bases: tuple[type, ...] = (cls,)
+    if called:
+        bases, body = (nn.Module,), {**delegated(cls), **body}
     if active and issubclass(cls, nn.Embedding):
         bases = (_Lookup,) if cls is nn.Embedding else (cls, _Lookup)
         body["_ll_layer_call"] = nn.Embedding.forward
     elif active:
-        plain = not substitutes and cls.forward is nn.Linear.forward and not computed
+        plain = cls.forward is nn.Linear.forward and not (substitutes or computed or called)
         body["forward"] = linear.forward if plain else activation_route.forward
     else:
         body["forward"] = layer_call
@@ -133,8 +139,8 @@ def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
     return _new_site, self._ll_key, state
 
 
-def _new_site(cls: type[nn.Module], active: bool, names: tuple[str, ...] | None) -> nn.Module:
-    made = site_class(cls, active, names)
+def _new_site(cls: type[nn.Module], *key: Any) -> nn.Module:
+    made = site_class(cls, *key)
     return made.__new__(made)
 
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from ..core.errors import UnsupportedError
 from ..layers.kinds import KINDS, misfit
+from ..layers.sharded import ADAPTED_ITSELF, check_parallel
 from .attachment import Attachment
+from .called_linears import uncalled
 from .checks import check_site, check_substitutable
 from .linear import choose
 from .prompt_scope import under_scope
@@ -57,6 +59,10 @@ def site_copy(
         attachments = tuple(new[""])
     else:
         attachments, substituted = _routes(module, path, had, new, by_weight)
+    called = any(attachment.called for attachment in attachments)
+    if attachments:
+        around = attachments[0].site.kind == "linear" and not called
+        check_parallel(module, path, why=None if around else ADAPTED_ITSELF)
     inner = inner or had.inner
     names = _substituted_names(substituted) if substituted or inner else None
     # Where the table's norms are bounded, torch's call would write on the table.
@@ -67,7 +73,7 @@ def site_copy(
     cls: Any = type(module)
     base: type[nn.Module] = under_scope(cls) if had is _BARE else cls._ll_base
     active = len(attachments) > 0 or (bounds and looks_up)
-    copy = make(module, site_class(base, active, names), kept)
+    copy = make(module, site_class(base, active, names, called), kept)
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
     copy.__dict__["_ll"] = state
     if looks_up and base is not nn.Embedding:
@@ -139,6 +145,8 @@ def _routes(
         for attachment in attachments:
             by_weight = by_weight or not attachment.variant.has_phases
         if by_weight:
+            if any(attachment.called for attachment in attachments):
+                raise uncalled(path)
             substituted["weight"], attachments = attachments, ()
     for name, chain in new.items():
         if not name:

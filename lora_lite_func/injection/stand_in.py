@@ -7,6 +7,8 @@ calls that torch.compile leaves to Python in the middle of a graph, can't distur
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..core.torch_internals import attributes_of
 from .rebinding import turn_callables
 from .references import shallow_copy
 
-__all__ = ["on_stand_in"]
+__all__ = ["delegated", "on_stand_in"]
 
 Call = Callable[[Any, Callable[..., Any]], Any]
 
@@ -37,8 +39,7 @@ def on_stand_in(site: Any, cls: type[nn.Module], call: Call) -> Any:
         return call(site, site._ll_layer_call)
     compiled = torch.compiler.is_dynamo_compiling()
     if site._ll_shares_dict and not compiled and not _has_own_call(site):
-        made = object.__new__(cls)
-        object.__setattr__(made, "__dict__", site.__dict__)
+        made = _sharing(site, cls)
         return call(made, made.forward)
     made = _copy(site, cls)
     before = dict(attributes_of(made))
@@ -50,6 +51,42 @@ def on_stand_in(site: Any, cls: type[nn.Module], call: Call) -> Any:
         return call(made, made.forward)
     finally:
         _note(site, made, before)
+
+
+def delegated(cls: type[nn.Module]) -> dict[str, Any]:
+    """What a layer's class has beyond nn.Module, for a site that is no instance of that class.
+
+    Methods and properties work on a stand-in of the layer's class, which shares the site's
+    attributes.
+    """
+    found: dict[str, Any] = {}
+    for home in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)]):
+        for name, value in vars(home).items():
+            if not name.startswith(("__", "_ll_")) and name != "forward":
+                found[name] = _delegate(name, value)
+    return found
+
+
+def _delegate(name: str, value: Any) -> Any:
+    if isinstance(value, property):
+        return property(lambda site: getattr(_sharing(site, site._ll_base), name))
+    if not isinstance(value, types.FunctionType):
+        return value
+
+    @functools.wraps(value)
+    def call(site: Any, *args: Any, **kwargs: Any) -> Any:
+        made = _sharing(site, site._ll_base)
+        result = getattr(made, name)(*args, **kwargs)
+        return site if result is made else result
+
+    return call
+
+
+def _sharing(site: Any, cls: type[nn.Module]) -> Any:
+    """An object of a class with the site's very attributes."""
+    made = object.__new__(cls)
+    object.__setattr__(made, "__dict__", site.__dict__)
+    return made
 
 
 def _has_own_call(site: Any) -> bool:

@@ -103,7 +103,7 @@ class Leaves(nn.Module):
         return (
             self()
             if "_hf_hook" in self.__dict__ or self._forward_pre_hooks
-            else Leaves.forward(self)
+            else type(self).forward(self)
         )
 
 

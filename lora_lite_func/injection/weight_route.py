@@ -13,6 +13,7 @@ from ..core.torch_internals import flatten_again, parameters_of
 from ..kernels.mixture import Mixture
 from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
+from .called_linears import uncalled
 from .checks import check_bias, check_dropout
 from .dense_weight import merge_site
 from .narrowing import Within, narrowed
@@ -226,6 +227,8 @@ def _read(
     leaves = [tensors_at(attachment, self) for chain in chains.values() for attachment in chain]
 
     def make(*tensors: Tensor) -> Tensor:
+        if any(attachment.called for chain in chains.values() for attachment in chain):
+            raise uncalled(self._ll.path)
         it = iter(tensors)
         given = {**stored, **{n: next(it) for n in names}}
         filled = iter([{key: next(it) for key in p} for p in leaves])

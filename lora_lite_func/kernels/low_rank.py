@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
+from ..core.phases import Map
 from ..core.random import normal
 from ..core.site import Site
 from ..core.torch_internals import is_traced, makes_graph, may_overwrite
 
 __all__ = [
     "add",
+    "add_called",
     "add_dense",
     "bottom_svd",
     "cast",
@@ -52,6 +54,23 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float | Tensor = 1.0) -> 
         s: a float, or a 0-dim tensor.
     """
     return expand(y, project(x, A), B, s)
+
+
+def add_called(
+    y: Tensor, x: Tensor, A: Map, B: Map, s: float | Tensor = 1.0, E: Tensor | None = None
+) -> Tensor:
+    """`add` by calls of the factors: y + s B(A(x)), or y + s B(E * A(x)), in y's dtype.
+
+    Args:
+        y: (..., d_out).
+        x: (..., d_in), in the factors' dtype.
+        A: takes (..., d_in) to (..., r).
+        B: takes (..., r) to (..., d_out).
+        s: a float, or a tensor () or (d_out,).
+        E: (r,).
+    """
+    h = A(x)  # (..., r)
+    return (y + B(h if E is None else h * E) * s).to(y.dtype)
 
 
 def project(x: Tensor, A: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .kinds import KINDS, Facts, Kind, facts
 from .patterns import check_patterns, chosen_layers, elsewhere, nothing_left, words_for
 from .refusals import check_model, refuse_uncopyable
 from .roles import layer_index, residual_width, role_of
+from .sharded import ADAPTED_ITSELF, check_parallel
 from .weights import is_packed, stored
 
 __all__ = ["Found", "find"]
@@ -278,6 +279,9 @@ def _check_adaptable(variant: Variant, cfg: AdapterConfig, candidate: Candidate)
         raise UnsupportedError(
             f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}"
         )
+    if not kind.listed:
+        called = kind.name == "linear" and not candidate.uncalled
+        check_parallel(module, path, name, None if called else ADAPTED_ITSELF)
     if kind.bare and is_packed(module._parameters[name]):
         raise UnsupportedError(
             f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer "

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import is_wrapper
 from .quantised import dequantised
+from .sharded import whole
 
 __all__ = [
     "compute_dtype",
@@ -184,7 +185,7 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
         UnsupportedError: it is packed in a way that can't be read, has entries that aren't finite,
             or is on the meta device without a map to load it from.
     """
-    weight = _computed(module, name)
+    weight = whole(_computed(module, name))
     if weight.is_meta:
         weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights_map is None:

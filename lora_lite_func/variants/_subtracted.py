@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import ConfigT, Factors, InitFn, ParamSpecsFn
+from ..core.phases import ConfigT, Factors, InitFn, Map, ParamSpecsFn
 from ..core.site import Params, Site
 from ..kernels import low_rank
 
@@ -67,6 +68,21 @@ def outputs(
     return low_rank.add(y, x, *d, site.scale)
 
 
+def called_outputs(
+    cfg: AdapterConfig,
+    p: Params,
+    d: tuple[Tensor, Tensor],
+    x: Tensor,
+    y: Tensor,
+    site: Site,
+    A: Map,
+    B: Map,
+) -> Tensor:
+    """y + s (B(A(x)) - B0 A0 x), which is exactly y at the start: both terms are one product."""
+    start = F.linear(F.linear(x, p["lora_A0"]), p["lora_B0"])  # (..., d_out)
+    return (y + (B(A(x)) - start) * site.scale).to(y.dtype)
+
+
 def weight(
     cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -118,6 +134,7 @@ def variant(
         additive=True,
         scale=scale,
         low_rank_factors=low_rank_factors,
+        called_outputs=called_outputs,
         batched=True,
         needs=needs,
         sites=sites,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.phases import Factors, Map
 from ..core.random import normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -57,6 +57,13 @@ def outputs(cfg: AdaLoRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site
     return low_rank.add(y, x, d, p["lora_B"], site.scale)
 
 
+def called_outputs(
+    cfg: AdaLoRAConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
+) -> Tensor:
+    """y + s P(lam * Q(x))."""
+    return low_rank.add_called(y, x, A, B, site.scale, p["lora_E"])
+
+
 def weight(
     cfg: AdaLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -87,6 +94,7 @@ VARIANT = Variant(
     additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
+    called_outputs=called_outputs,
     batched=True,
     sites=(*MATRICES, "embedding"),
 )

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
+from ..core.errors import UnsupportedError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
+from ..core.phases import Map
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -137,9 +139,33 @@ def prepare(cfg: DoRAConfig, p: Params, site: Site, layer: Layer) -> Prepared:
 
 def outputs(cfg: DoRAConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """(m / n) (y - b + s (x A^T) B^T) + b."""
-    # gain * (y - b) + b
+    return low_rank.add(_scaled(d, y), x, p["lora_A"], d.B, site.scale)
+
+
+def _scaled(d: Prepared, y: Tensor) -> Tensor:
+    """(m / n) (y - b) + b, in y's dtype."""
     scaled = y * d.gain if d.shift is None else torch.addcmul(d.shift, y, d.gain)
-    return low_rank.add(scaled.to(y.dtype), x, p["lora_A"], d.B, site.scale)
+    return scaled.to(y.dtype)
+
+
+def check_calls(cfg: DoRAConfig) -> None:
+    """Refuse a norm whose gradient reaches A and B beside their calls.
+
+    Raises:
+        UnsupportedError: detach_norm is False.
+    """
+    if not cfg.detach_norm:
+        raise UnsupportedError(
+            "DoRAConfig.detach_norm=False: gradients reach A and B through the row norms too, "
+            "outside of their calls; take detach_norm=True"
+        )
+
+
+def called_outputs(
+    cfg: DoRAConfig, p: Params, d: Prepared, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
+) -> Tensor:
+    """(m / n) (y - b + s B(A(x))) + b."""
+    return low_rank.add_called(_scaled(d, y), x, A, B, d.gain * site.scale)
 
 
 def weight(
@@ -170,6 +196,8 @@ VARIANT = Variant(
     outputs=outputs,
     weight=weight,
     scale=scale,
+    called_outputs=called_outputs,
+    check_calls=check_calls,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
 )

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.phases import Factors, Map
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
@@ -156,6 +156,13 @@ def outputs(cfg: EVAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site
     return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
 
 
+def called_outputs(
+    cfg: EVAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
+) -> Tensor:
+    """y + s B(A(x))."""
+    return low_rank.add_called(y, x, A, B, site.scale)
+
+
 def weight(
     cfg: EVAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -189,6 +196,7 @@ VARIANT = Variant(
     additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
+    called_outputs=called_outputs,
     scaling=scaling,
     batched=True,
     plan=plan,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.phases import Factors, Map
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -84,6 +84,21 @@ def outputs(
     return low_rank.add(y, x, *d)
 
 
+def called_outputs(
+    cfg: KaSAConfig,
+    p: Params,
+    d: tuple[Tensor, Tensor],
+    x: Tensor,
+    y: Tensor,
+    site: Site,
+    A: Map,
+    B: Map,
+) -> Tensor:
+    """y + s B(d * A(x)) - B_- A_- x."""
+    y = low_rank.add(y, x, p["lora_drop_A"], p["lora_drop_B"], -1.0)
+    return low_rank.add_called(y, x, A, B, site.scale, p["lora_d"])
+
+
 def weight(
     cfg: KaSAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -114,6 +129,7 @@ VARIANT = Variant(
     additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
+    called_outputs=called_outputs,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
 )

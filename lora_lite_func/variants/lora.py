@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, added, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import MATRICES, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.phases import Factors, Map
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -117,6 +117,13 @@ def outputs(cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Sit
     return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
 
 
+def called_outputs(
+    cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
+) -> Tensor:
+    """y + s B(A(x))."""
+    return low_rank.add_called(y, x, A, B, site.scale)
+
+
 def weight(
     cfg: LoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -150,6 +157,7 @@ VARIANT = Variant(
     additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
+    called_outputs=called_outputs,
     scaling=scaling,
     batched=True,
     sites=(*MATRICES, "embedding"),

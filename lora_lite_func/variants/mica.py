@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.phases import Factors, Map
 from ..core.site import Params, Site
 from ..kernels import low_rank
 
@@ -66,6 +66,13 @@ def outputs(cfg: MiCAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Sit
     return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
 
 
+def called_outputs(
+    cfg: MiCAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
+) -> Tensor:
+    """y + s B(A(x))."""
+    return low_rank.add_called(y, x, A, B, site.scale)
+
+
 def weight(
     cfg: MiCAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -94,6 +101,7 @@ VARIANT = Variant(
     additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
+    called_outputs=called_outputs,
     batched=True,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

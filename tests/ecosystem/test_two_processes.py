@@ -5,14 +5,15 @@ to one process.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import close, net
-from two_processes import adapter, members, trained
+from helpers import close, leaves, moved, net
+from two_processes import METHODS, adapted, adapter, members, trained
 
 import lora_lite_func as ll
 
@@ -58,3 +59,17 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
     for found in (first, second):
         close(found["members"], alone, 1e-9)
         assert "bind first, then wrap" in found["refusal"]
+
+    whole = [ll.init(net(depth=1), cfg) for cfg in METHODS]
+    wanted_in_parallel = [[*leaves(p), *adapted(net(depth=1), moved(p))] for p in whole]
+    says = (
+        r"'layers\.0\.(up|down)'.*its weight is sharded.*merged.*full_tensor\(\)",
+        r"'layers\.0\.(up|down)'.*its weight is sharded.*full_tensor\(\)",
+        r"'layers\.0\.up\.weight'.*its weight is sharded.*itself.*full_tensor\(\)",
+        r"'layers\.0\.up'.*sharded.*each row has an adapter of its own",
+        r"'layers\.0\.up'.*sharded.*set dropout to 0",
+    )
+    for found in (first, second):
+        close(found["parallel"], wanted_in_parallel, 1e-9)
+        for text, pattern in zip(found["parallel refusals"], says, strict=True):
+            assert re.search(pattern, text), text

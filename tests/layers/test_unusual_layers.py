@@ -268,3 +268,21 @@ def test_a_lazy_layer_that_was_called_is_as_any_other() -> None:
     params = moved(ll.init(model, ll.LoRAConfig(r=2, target_kinds=("linear", "conv"))))
     assert set(params) == {"0", "1"}
     close(ll.merged(model, params)(x), ll.apply(model, params, x), 1e-12)
+
+
+def test_a_layer_that_transformers_shares_out_is_refused() -> None:
+    parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    params = ll.init(model, ll.LoRAConfig(r=2))
+    parallel.ColwiseParallel().install_forward(model[1], None)
+    says = r"'1(\.weight)?' \(Linear\).*tp_plan.*parallelize_module.*full_tensor\(\)"
+    attempts: list[Callable[[], object]] = [
+        lambda: ll.init(model, ll.LoRAConfig(r=2)),
+        lambda: ll.init(model, ll.FullConfig(target_parameters=(r"^1\.weight",))),
+        lambda: ll.apply(model, params, torch.ones(2, 4)),
+        lambda: ll.bind(model, params),
+        lambda: ll.merge(model, params),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ll.UnsupportedError, match=says):
+            attempt()
