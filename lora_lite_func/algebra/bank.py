@@ -86,7 +86,8 @@ class Bank:
         """A copy of one adapter, bit by bit as it was given."""
         with self._lock:
             found = member(self.snapshot(), self._slot(name))
-            return pytree.tree_map(torch.clone, found)
+            copied: Adapter = pytree.tree_map(torch.clone, found)
+            return copied
 
     def stack(self) -> Adapter:
         """A copy of all adapters as a stack, with their names: for files, vmap, `ll.mean`.
@@ -163,7 +164,7 @@ class Bank:
         _check_eager()
         what = f"Bank: {name!r}"
         check_adapter(adapter, what)
-        room = self._room or Room(adapter, self._capacity, self._device)
+        room = self._room or Room(adapter, self._capacity, self._device, what)
         return room, room.take(adapter, count, what)
 
 

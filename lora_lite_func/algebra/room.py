@@ -10,7 +10,7 @@ from ..core.adapter import Adapter, leaves, rebuild
 from ..core.layout import Layout
 from ..core.stacked import SCALING, Stacked, who_lacks
 from .members import Common
-from .slots import Slots
+from .slots import Slots, check_leaves
 
 __all__ = ["Room"]
 
@@ -28,11 +28,15 @@ class Room:
         capacity: for how many adapters there is room before all is copied.
     """
 
-    def __init__(self, first: Adapter, capacity: int, device: torch.device | None) -> None:
+    def __init__(
+        self, first: Adapter, capacity: int, device: torch.device | None, what: str
+    ) -> None:
+        self._common = Common()
+        self._common.check(first.layout, what)
+        check_leaves(first, {}, what)
         self.capacity = capacity
         self._device = device or next(t.device for t in leaves(first))
         self._empty = Layout(first.layout.variant, first.layout.config, ())
-        self._common = Common()
         self._members: list[Layout] = []  # by slot, as are the largest ranks
         self._ranks: list[int] = []
         self._free: list[int] = []
@@ -73,7 +77,7 @@ class Room:
             StructureError: it doesn't stack with the others.
         """
         self._common.check(adapter.layout, what)
-        self._memory.check(adapter, what)
+        check_leaves(adapter, self._memory.leaves, what)
         self._make_room(adapter, count)
         self._common.take(adapter.layout)
         slot = self._free[-1]
@@ -109,12 +113,14 @@ class Room:
         """
         before, count = len(self._members), capacity + max(1, capacity // _SPARE)
         members = [*self._members, *[self._empty] * (count - before)]
-        sites, extra, memory = list(adapter.layout.sites.values()), {}, None
+        new = adapter.layout.sites.values()
         if before:
-            sites, extra = [*self._frame.sites.values(), *sites], self._frame.extra
-            memory = self._memory
-        frame = Stacked(members, None, sites, extra)
-        memory = Slots.made(frame, adapter, count, self._device, memory)
+            sites = [*self._frame.sites.values(), *new]
+            frame = Stacked(members, None, sites, self._frame.extra)
+        else:
+            frame = Stacked(members, None, new)
+        old = self._memory if before else None
+        memory = Slots.made(frame, adapter, count, self._device, old)
         self._free = [*range(count - 1, before - 1, -1), *self._left, *self._free]
         self._left, self._members, self._layout = [], members, None
         self._ranks += [0] * (count - before)

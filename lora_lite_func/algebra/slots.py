@@ -14,7 +14,7 @@ from ..core.stacked import OF_MEMBERS, PRESENT, SCALING
 from ..core.torch_internals import copy_each, shares_memory
 from .members import padded
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "check_leaves"]
 
 
 class Slots:
@@ -102,31 +102,37 @@ class Slots:
         """Whether anybody still holds an alias."""
         return any(shares_memory(t) for leaves in self.leaves.values() for t in leaves.values())
 
-    def check(self, adapter: Adapter, what: str) -> None:
-        """Refuse an adapter that isn't made of plain tensors of its layout's shapes, in the dtypes
-        of the slots.
-
-        Raises:
-            StructureError: the message names the first leaf.
-        """
-        for path, tensors in adapter._data.items():
-            own, specs = self.leaves.get(path, {}), adapter.layout.specs[path]
-            for name, t in tensors.items():
-                if type(t) not in _PLAIN or t.shape != specs[name].shape:
-                    check_shapes(adapter)
-                if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta:
-                    raise StructureError(
-                        f"{what}: {path!r} {name}: expected a plain tensor with values, found "
-                        f"{type(t).__name__}, {t.layout}, on {t.device}"
-                    )
-                if own and t.dtype is not own[name].dtype:
-                    raise StructureError(
-                        f"{what} differs at {path!r} {name}: {t.dtype}, the others "
-                        f"{own[name].dtype}; take ll.cast(adapter, {own[name].dtype})"
-                    )
-
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def check_leaves(adapter: Adapter, leaves: Mapping[str, Mapping[str, Tensor]], what: str) -> None:
+    """Refuse an adapter that isn't made of plain tensors of its layout's shapes, in the dtypes of
+    others.
+
+    Args:
+        adapter: the adapter.
+        leaves: the others', {path: {lora_name: tensor}}.
+        what: which one it is, for messages.
+
+    Raises:
+        StructureError: the message names the first leaf.
+    """
+    for path, tensors in adapter._data.items():
+        own, specs = leaves.get(path, {}), adapter.layout.specs[path]
+        for name, t in tensors.items():
+            if type(t) not in _PLAIN or t.shape != specs[name].shape:
+                check_shapes(adapter)
+            if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_meta:
+                raise StructureError(
+                    f"{what}: {path!r} {name}: expected a plain tensor with values, found "
+                    f"{type(t).__name__}, {t.layout}, on {t.device}"
+                )
+            if own and t.dtype is not own[name].dtype:
+                raise StructureError(
+                    f"{what} differs at {path!r} {name}: {t.dtype}, the others "
+                    f"{own[name].dtype}; take ll.cast(adapter, {own[name].dtype})"
+                )
 
 
 def _leaf(

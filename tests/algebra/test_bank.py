@@ -277,6 +277,9 @@ def test_a_failure_leaves_it_as_it_was() -> None:
             bank.replace("a", adapter)
         with pytest.raises(ll.StructureError, match=message):
             bank.add("c", adapter)
+    for adapter, message in bad[3:5]:
+        with pytest.raises(ll.StructureError, match=message):
+            ll.Bank({"a": adapter})
     assert bank.capacity == 2
     assert list(bank) == ["a", "b"]
     assert all(same(bank[name], params) for name, params in known.items())
