@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, members_of
+from ..core.config_values import check_pattern
 from ..core.errors import StructureError, nearest
 from ..core.nodes import register_node
 from ..core.stacked import Stacked
@@ -46,7 +48,12 @@ class Rows:
 Id: TypeAlias = "int | str | None"
 
 
-def rows(stack: Adapter | Bank, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Rows:
+def rows(
+    stack: Adapter | Bank,
+    ids: Tensor | Sequence[Id | Sequence[Id]],
+    *,
+    flattened: str | Sequence[str] = (),
+) -> Rows:
     """Each row of a batch its own adapter: `ll.apply(model, ll.rows(stack, [0, 2, -1, 0]), x)`; or
     each token: ids (N, T), packed ones (1, T).
 
@@ -67,14 +74,18 @@ def rows(stack: Adapter | Bank, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Ro
             stack has names. A tensor (N,) of ints or a sequence; per token a tensor (N, T), or a
             sequence of sequences. Under torch.compile a tensor that is an input of the graph: one
             graph serves every mix.
+        flattened: regular expressions for the paths of layers whose input has all tokens of the
+            batch in one dimension, (N T, features), row by row as `x.view(-1, features)` leaves
+            them: routers and shared experts of many mixtures of experts. The shape doesn't tell
+            that order, so it is taken from here; others are refused.
 
     Raises:
-        StructureError: not a stack, an id that it doesn't have, or ids that aren't one number or
-            name per row, or per token.
+        StructureError: not a stack, an id that it doesn't have, ids that aren't one number or name
+            per row, or per token, or a pattern that matches no site.
     """
     if isinstance(stack, Bank):
         stack = stack.snapshot()
-    count = members_of(stack, "rows")
+    count, patterns = members_of(stack, "rows"), _patterns(stack, flattened)
     if isinstance(ids, Tensor):
         whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
         if ids.ndim not in (1, 2) or not whole:
@@ -84,7 +95,7 @@ def rows(stack: Adapter | Bank, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Ro
             )
         plain = None if is_tracing_here() else plain_values(ids)
         if plain is None:
-            return Rows(stack, RowPlan(ids.long(), count, None))
+            return Rows(stack, RowPlan(ids.long(), count, None, flattened=patterns))
         with outside_transforms():
             held = plain.long()
             known = held.flatten().tolist()
@@ -100,7 +111,19 @@ def rows(stack: Adapter | Bank, ids: Tensor | Sequence[Id | Sequence[Id]]) -> Ro
             f"stack has {count} members"
         )
     ranks = stack.layout.ranks if isinstance(stack.layout, Stacked) else None
-    return Rows(stack, RowPlan(held, count, known, ranks))
+    return Rows(stack, RowPlan(held, count, known, ranks, flattened=patterns))
+
+
+def _patterns(stack: Adapter, flattened: str | Sequence[str]) -> tuple[str, ...]:
+    """The patterns of flattened sites, each of which matches one."""
+    patterns = (flattened,) if isinstance(flattened, str) else tuple(flattened)
+    for pattern in patterns:
+        check_pattern(pattern, "rows: flattened")
+        if not any(re.search(pattern, path) for path in stack):
+            raise StructureError(
+                f"rows: flattened: {pattern!r} matches no site; {nearest(pattern, stack)}"
+            )
+    return patterns
 
 
 def _numbers(stack: Adapter, ids: Any) -> tuple[list[int], tuple[int, ...]]:

@@ -175,7 +175,7 @@ def _by_rows(
     """
     plan = attachment.row_plan
     assert isinstance(plan, RowPlan)
-    plan = plan.fitting(x)
+    plan = plan.at(x, attachment.site.path)
     assert attachment.variant.low_rank_factors is not None
     graph = torch.is_grad_enabled()
     q, site = unfolded(p, attachment.site)

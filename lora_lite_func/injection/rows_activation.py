@@ -135,7 +135,7 @@ def by_rows(
     """
     variant, site, plan = attachment.variant, attachment.site, attachment.row_plan
     assert isinstance(plan, RowPlan)
-    plan = plan.fitting(x)
+    plan = plan.at(x, site.path)
     if plan.by_token and KINDS[site.kind].listed:
         raise UnsupportedError(
             f"site {site.path!r}: {variant.name} changes a whole module's output, in which it may "

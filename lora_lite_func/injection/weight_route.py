@@ -11,8 +11,10 @@ from torch import Tensor
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import flatten_again, parameters_of
 from ..kernels.mixture import Mixture
+from ..kernels.row_plan import RowPlan
 from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
+from .attachment import Attachment
 from .called_linears import uncalled
 from .checks import check_bias, check_dropout
 from .dense_weight import merge_site
@@ -49,8 +51,23 @@ def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _on_adapted(self, chains, args, kwargs, within)
 
     _check_unmixed(self, chains)
+    chains = _at_input(self, chains, args)
     way = by_tokens if has_tokens(chains) else by_adapters
     return way(self, chains, home, call, args, kwargs)
+
+
+def _at_input(site: Any, chains: Chains, args: tuple[Any, ...]) -> Chains:
+    """The adapters with the plans for the site's input, which may have its tokens flattened."""
+    if not args or not isinstance(args[0], Tensor):
+        return chains
+
+    def at(attachment: Attachment) -> Attachment:
+        plan = attachment.row_plan
+        if not isinstance(plan, RowPlan) or not plan.flattened:
+            return attachment
+        return attachment._replace(row_plan=plan.at(args[0], site._ll.path))
+
+    return {key: tuple(map(at, attachments)) for key, attachments in chains.items()}
 
 
 def _check_unmixed(site: Any, chains: Chains) -> None:

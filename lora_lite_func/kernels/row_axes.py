@@ -28,7 +28,10 @@ def batch_axes(x: Tensor, shape: tuple[int, ...], path: str, features: bool = Tr
     if x.shape[:2] == shape and x.ndim >= 2 + features:
         why = f"has another dimension of {tokens} beside the tokens'"
     elif x.ndim and x.shape[0] == rows * tokens != rows:
-        why = "may have its tokens flattened, in an order that can't be told"
+        why = (
+            "may have its tokens flattened, in an order that can't be told from it (if that is "
+            f"row by row, say so: rows(..., flattened=[{path!r}]))"
+        )
     else:
         why = "hasn't these tokens (pooled, cut to the last ones, or of another step)"
     raise StructureError(
@@ -47,8 +50,7 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
             f", {found // rows} for each of them; where all of the batch was repeated in place "
             f"(beams, several sequences per prompt), "
             f"repeat each id: ids.repeat_interleave({found // rows}); where this layer alone "
-            f"sees tokens flattened into rows, others still "
-            f"have {rows}"
+            f"sees tokens flattened, row by row, say so: rows(..., flattened=[{path!r}])"
         )
     return StructureError(
         f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,12 +41,15 @@ class RowPlan:
             isn't known.
         goes_on: whether tokens may come after those of the ids, which have the last id of their
             row.
+        flattened: patterns of the paths whose inputs have all tokens in one dimension, row by row.
     """
 
     __slots__ = (
+        "_flat",
         "_later",
         "_layouts",
         "_without",
+        "flattened",
         "goes_on",
         "groups",
         "ids",
@@ -64,8 +68,10 @@ class RowPlan:
         known: Sequence[int] | None,
         ranks: Sequence[int] | None = None,
         goes_on: bool = False,
+        flattened: tuple[str, ...] = (),
     ) -> None:
-        self.goes_on = goes_on
+        self.goes_on, self.flattened = goes_on, flattened
+        self._flat: dict[int, RowPlan] = {}
         self._later: RowPlan | None = None
         self.shape = tuple(ids.shape)
         self.ids, self.members, self.rows = ids.reshape(-1), members, ids.numel()
@@ -89,7 +95,7 @@ class RowPlan:
         return hash(self._static())
 
     def _static(self) -> tuple[object, ...]:
-        return self.known_ids, self.shape, self.members, self.goes_on
+        return self.known_ids, self.shape, self.members, self.goes_on, self.flattened
 
     def __reduce__(self) -> tuple[object, ...]:
         return RowPlan, (
@@ -98,6 +104,7 @@ class RowPlan:
             self.known_ids,
             self.ranks,
             self.goes_on,
+            self.flattened,
         )
 
     @property
@@ -112,11 +119,19 @@ class RowPlan:
         if self.known_ids is not None:
             known = [i for row in rows for i in self.known_ids[row * each : (row + 1) * each]]
         own = torch.stack([ids[row] for row in rows])
-        return RowPlan(own, self.members, known, self.ranks, self.goes_on)
+        return RowPlan(own, self.members, known, self.ranks, self.goes_on, self.flattened)
+
+    def at(self, x: Tensor, path: str) -> RowPlan:
+        """The plan for a site's input: this one, or one whose rows are the tokens where the site
+        has them flattened.
+        """
+        if self.flattened and any(re.search(pattern, path) for pattern in self.flattened):
+            return self._flattened(x)
+        return self.fitting(x)
 
     def fitting(self, x: Tensor) -> RowPlan:
-        """The plan for a site's input (N, tokens, ...): this one, or where tokens go on one of as
-        many tokens as x has. Fewer than the ids are those of a step that goes on from a cache.
+        """The plan for an input (N, tokens, ...): this one, or where tokens go on one of as many
+        tokens as x has. Fewer than the ids are those of a step that goes on from a cache.
         """
         if not self.goes_on or x.ndim < 2 or x.shape[0] != self.shape[0]:
             return self
@@ -135,6 +150,22 @@ class RowPlan:
         ids = self.ids.view(self.shape).index_select(1, where)
         later = self._later = RowPlan(ids, self.members, known, self.ranks)
         return later
+
+    def _flattened(self, x: Tensor) -> RowPlan:
+        """The plan for x (N T, ...), or this one if that isn't its size."""
+        rows, count = self.shape[0], x.shape[0] if x.ndim else 0
+        tokens = count // rows if rows else 0
+        known = self.rows if self.by_token else rows * tokens
+        if not tokens or count == rows or count != known:
+            return self
+        if not self.known or is_tracing_here() or is_watched():
+            return self.of_tokens(tokens)
+        made = self._flat.get(tokens)
+        if made is None:
+            with outside_transforms():
+                made = self.of_tokens(tokens)
+            self._flat = {tokens: made}  # a batch has one size at a time
+        return made
 
     def of_tokens(self, tokens: int) -> RowPlan:
         """The plan of a batch whose rows are the tokens of this one's, `tokens` of each row."""
@@ -184,7 +215,7 @@ class RowPlan:
             # by values, so that one graph serves members of any sites
             there = present.to(ids.device)[ids.clamp(min=0)] > 0.5
             ids = torch.where(there, ids, BARE)
-            return RowPlan(ids, self.members, None, self.ranks, self.goes_on)
+            return RowPlan(ids, self.members, None, self.ranks, self.goes_on, self.flattened)
         lacking = layout.lacking(path)
         if lacking.isdisjoint(self.known_ids):
             return self
@@ -192,7 +223,7 @@ class RowPlan:
 
         def make() -> RowPlan:
             own = torch.tensor(known, dtype=torch.int64, device=ids.device).view(self.shape)
-            return RowPlan(own, self.members, known, self.ranks, self.goes_on)
+            return RowPlan(own, self.members, known, self.ranks, self.goes_on, self.flattened)
 
         return once(self._without, lacking, make, is_watched())
 

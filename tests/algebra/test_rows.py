@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
 from families import FAMILIES
-from helpers import Net, close, in_threads, leaves, moved, net, same_state, snapshot
+from helpers import Net, close, in_threads, leaves, moved, net, same_state, seeded, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -242,7 +242,7 @@ def test_more_rows_than_ids_may_be_repeats_or_tokens() -> None:
     stack = ll.stack([ll.init(model, ll.LoRAConfig(r=2), seed=s) for s in (0, 1)])
     message = (
         r"repeat each id: ids.repeat_interleave\(3\); where this layer alone sees tokens "
-        r"flattened into rows, others still have 2"
+        r"flattened, row by row, say so: rows\(..., flattened=\['layers.0.up'\]\)"
     )
     with pytest.raises(ll.StructureError, match=message):
         ll.apply(model, ll.rows(stack, [0, 1]), torch.randn(6, 16, dtype=torch.float64))
@@ -553,3 +553,57 @@ def test_a_trace_of_rows_is_refused_with_the_way_out() -> None:
         ll.UnsupportedError, match=r"'layers\.0\.up'.*torch\.jit\.trace.*torch\.export"
     ):
         torch.jit.trace(bound, torch.zeros(3, 16, dtype=torch.float64))
+
+
+class SharedExperts(nn.Module):
+    """Mixtures of experts flatten their tokens for the router and the experts that all share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.shared = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.up(x))
+        return h + self.shared(h.reshape(-1, 16)).view_as(h)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ll.LoRAConfig(r=2),
+        ll.DoRAConfig(r=2),
+        ll.HRAConfig(r=2),
+        ll.IA3Config(),
+        ll.LoRAConfig(r=2, target_parameters="weight"),
+    ],
+    ids=["lora", "dora", "hra", "ia3", "weight"],
+)
+@pytest.mark.parametrize(
+    "ids", [[1, -1, 0], [[1] * 4, [-1, 0, 0, 1], [0] * 4]], ids=["row", "token"]
+)
+def test_layers_whose_tokens_are_flattened_row_by_row(config: ll.AdapterConfig, ids: Any) -> None:
+    model, x = seeded(SharedExperts()), torch.randn(3, 4, 16, dtype=torch.float64)
+    members = [moved(ll.init(model, config, seed=seed), seed=seed) for seed in (0, 1)]
+    stack = ll.stack(members)
+    with pytest.raises(ll.StructureError, match=r"'shared.*say so: rows\(..., flattened=\['shared"):
+        ll.apply(model, ll.rows(stack, ids), x)
+    mixed = ll.rows(stack, ids, flattened="shared")
+    each = [ll.apply(model, member, x) for member in members] + [model(x)]
+    which = (
+        torch.tensor(ids).expand(3, 4) if isinstance(ids[0], list) else torch.tensor(ids)[:, None]
+    )
+    wanted = torch.stack(each).gather(
+        0, (which % 3).expand(3, 4)[None, :, :, None].expand(1, 3, 4, 16)
+    )
+    bound = ll.bind(model, mixed)
+    close(ll.apply(model, mixed, x), wanted[0], 1e-5)
+    close(bound(x), wanted[0], 1e-5)
+    if not isinstance(ids[0], list):
+        close(bound(x[:, :2]), wanted[0][:, :2], 1e-5)
+        close(bound(x[:, :1]), wanted[0][:, :1], 1e-5)
+
+
+def test_a_pattern_of_flattened_layers_matches_one() -> None:
+    stack = ll.stack([ll.init(net(), ll.LoRAConfig(r=2))])
+    with pytest.raises(ll.StructureError, match=r"rows: flattened: 'layers.0.upp' matches no site"):
+        ll.rows(stack, [0], flattened="layers.0.upp")
