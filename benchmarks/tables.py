@@ -35,7 +35,11 @@ def methods() -> str:
         "| config | name | what | acts on | reads | PEFT file | paper |",
         "|---|---|---|---|---|---|---|",
     ]
-    peft_types = {cfg: codec.peft_type for codec in METHODS.values() for cfg in codec.configs}
+    peft_types: dict[type, str] = {}
+    for codec in METHODS.values():
+        for cfg in codec.configs:
+            both = [peft_types[cfg]] if cfg in peft_types else []
+            peft_types[cfg] = ", ".join([*both, codec.peft_type])
     peft_types |= {TokensConfig: TOKENS.peft_type, FullConfig: "modules_to_save"}
     for variant in sorted(TABLE, key=lambda v: v.name):
         doc = sys.modules[variant.param_specs.__module__].__doc__ or ""
@@ -43,9 +47,10 @@ def methods() -> str:
         sides = (("input", variant.inputs), ("output", variant.outputs))
         acts_on = " and ".join(side for side, phase in sides if phase is not None) or "weight"
         reads = ", ".join(sorted(variant.needs)) or "nothing"
+        pair = "LORA" if variant.low_rank_factors is not None else ""
         rows.append(
             f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {acts_on} | {reads} | "
-            f"{peft_types.get(variant.config, '')} | {variant.paper} |"
+            f"{peft_types.get(variant.config, pair)} | {variant.paper} |"
         )
     return "\n".join(rows)
 

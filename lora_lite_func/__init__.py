@@ -19,9 +19,11 @@ from .algebra.clip import clip_grads
 from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
 from .algebra.gradients import grad, value_and_grad
+from .algebra.lori import masked_by
 from .algebra.mean import mean
 from .algebra.mixed import Mixed, mixed
 from .algebra.parts import combine, partition
+from .algebra.penalty import penalty
 from .algebra.precondition import precondition
 from .algebra.rows import Rows, rows
 from .algebra.stack import concatenate, names, num_members, stack, unstack, update
@@ -56,9 +58,11 @@ from .injection.prompt import prompted
 from .io.checkpoint import load, save
 from .kernels.row_plan import RowPlan
 from .variants import (
+    ABBAConfig,
     AdaLoRAConfig,
     AntiPaSTOConfig,
     ASVDConfig,
+    BDLoRAConfig,
     BitFitConfig,
     BOFTConfig,
     C3AConfig,
@@ -70,6 +74,7 @@ from .variants import (
     EVAConfig,
     FourierFTConfig,
     FullConfig,
+    GLoRAConfig,
     GraLoRAConfig,
     HiRAConfig,
     HRAConfig,
@@ -83,12 +88,18 @@ from .variants import (
     LoRAGAConfig,
     LoRAXSConfig,
     LoReFTConfig,
+    LoRIConfig,
     MiCAConfig,
     MiLoRAConfig,
     MiSSConfig,
+    MoRAConfig,
     OFTConfig,
     OLoRAConfig,
+    OSFConfig,
+    PEANuTConfig,
     PiSSAConfig,
+    PSOFTConfig,
+    QALoRAConfig,
     RandLoRAConfig,
     ROADConfig,
     SHiRAConfig,
@@ -97,10 +108,12 @@ from .variants import (
     TinyLoRAConfig,
     TokensConfig,
     VeRAConfig,
+    WaveFTConfig,
     variants,
 )
 
 __all__ = [
+    "ABBAConfig",
     "ASVDConfig",
     "AdaLoRAConfig",
     "AdamW",
@@ -108,6 +121,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AntiPaSTOConfig",
+    "BDLoRAConfig",
     "BOFTConfig",
     "Bank",
     "BitFitConfig",
@@ -122,6 +136,7 @@ __all__ = [
     "EVAConfig",
     "FourierFTConfig",
     "FullConfig",
+    "GLoRAConfig",
     "GraLoRAConfig",
     "HRAConfig",
     "HiRAConfig",
@@ -135,16 +150,22 @@ __all__ = [
     "LoRAConfig",
     "LoRAGAConfig",
     "LoRAXSConfig",
+    "LoRIConfig",
     "LoReFTConfig",
     "LoraLiteError",
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
     "Mixed",
+    "MoRAConfig",
     "OFTConfig",
     "OLoRAConfig",
+    "OSFConfig",
+    "PEANuTConfig",
+    "PSOFTConfig",
     "ParamSpec",
     "PiSSAConfig",
+    "QALoRAConfig",
     "ROADConfig",
     "RandLoRAConfig",
     "Report",
@@ -161,6 +182,7 @@ __all__ = [
     "UnsupportedError",
     "Variant",
     "VeRAConfig",
+    "WaveFTConfig",
     "activated",
     "adalora",
     "adamw",
@@ -185,6 +207,7 @@ __all__ = [
     "invoked",
     "load",
     "load_into",
+    "masked_by",
     "mean",
     "merge",
     "merged",
@@ -193,6 +216,7 @@ __all__ = [
     "num_members",
     "num_params",
     "partition",
+    "penalty",
     "per_sample_grads",
     "precondition",
     "prepared",

@@ -69,9 +69,12 @@ def compare(
     take: Map,
     tol: float = 1e-10,
     x_gradient: bool = True,
+    single: bool = False,
 ) -> None:
-    """The same outputs and gradients, within tol."""
-    made, site = theirs(model, their_config)
+    """The same outputs and gradients, within tol. With `single`, PEFT makes its adapter of float32
+    weights.
+    """
+    made, site = theirs(copy.deepcopy(model).float() if single else model, their_config)
     trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
     assert trained
     gen = torch.Generator().manual_seed(4)

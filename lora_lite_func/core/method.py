@@ -26,6 +26,7 @@ from .phases import (
     NeedsFn,
     OutputsFn,
     ParamSpecsFn,
+    PenaltyFn,
     PlanFn,
     PrepareFn,
     ProjectFn,
@@ -80,6 +81,7 @@ class Variant(Generic[ConfigT, DataT]):
             away; without it they never do.
         scale: the adapter at another strength, for `ll.scale`.
         project: the nearest tensors that a constraint of the method allows, for `ll.project`.
+        penalty: what the method adds to the loss, for `ll.penalty`.
         scaling: the scale of a site's update, alpha / r by default.
         needs: what `init` may need: a subset of {"weight", "inputs", "activity", "gradients",
             "pairs"}.
@@ -117,6 +119,7 @@ class Variant(Generic[ConfigT, DataT]):
     dense: DenseFn[ConfigT] | None = None
     scale: ScaleFn[ConfigT] | None = None
     project: ProjectFn[ConfigT] | None = None
+    penalty: PenaltyFn[ConfigT] | None = None
     scaling: ScalingFn[ConfigT] = _default_scaling
     needs: frozenset[str] = frozenset()
     needs_by: NeedsFn[ConfigT] | None = None
@@ -202,6 +205,7 @@ _OPTIONAL = (
     "dense",
     "scale",
     "project",
+    "penalty",
     "needs_by",
     "directions",
     "plan",

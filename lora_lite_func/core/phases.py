@@ -59,6 +59,7 @@ __all__ = [
     "NeedsFn",
     "OutputsFn",
     "ParamSpecsFn",
+    "PenaltyFn",
     "PlanFn",
     "PrepareFn",
     "ProjectFn",
@@ -320,6 +321,13 @@ class ScaleFn(Protocol[ConfigIn]):
         """The tensors at c times their strength; those left out stay. c = 0 is the base, c = 1
         changes nothing. A tensor c has shape (), or one that broadcasts over a stack's members.
         """
+
+
+class PenaltyFn(Protocol[ConfigIn]):
+    """What the loss has in addition, of a site's tensors alone."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> Tensor:
+        """A number (), weighted as the config says."""
 
 
 class ProjectFn(Protocol[ConfigIn]):

@@ -10,6 +10,7 @@ from . import (
     adalora,
     antipasto,
     asvd,
+    bdlora,
     bitfit,
     boft,
     c3a,
@@ -20,6 +21,7 @@ from . import (
     eva,
     fourierft,
     full,
+    glora,
     gralora,
     hira,
     hra,
@@ -31,12 +33,18 @@ from . import (
     lora,
     lora_ga,
     lora_xs,
+    lori,
     mica,
     milora,
     miss,
+    mora,
     oft,
     olora,
+    osf,
+    peanut,
     pissa,
+    psoft,
+    qalora,
     randlora,
     reft,
     road,
@@ -45,10 +53,12 @@ from . import (
     ssvd,
     tokens,
     vera,
+    waveft,
 )
 from .adalora import AdaLoRAConfig
 from .antipasto import AntiPaSTOConfig
 from .asvd import ASVDConfig
+from .bdlora import BDLoRAConfig
 from .bitfit import BitFitConfig
 from .boft import BOFTConfig
 from .c3a import C3AConfig
@@ -59,23 +69,30 @@ from .dora import DoRAConfig
 from .eva import EVAConfig
 from .fourierft import FourierFTConfig
 from .full import FullConfig
+from .glora import GLoRAConfig
 from .gralora import GraLoRAConfig
 from .hira import HiRAConfig
 from .hra import HRAConfig
 from .ia3 import IA3Config, IA3FFConfig
 from .kasa import KaSAConfig
 from .ln_tuning import LNTuningConfig
-from .loha import LoHaConfig
+from .loha import ABBAConfig, LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoRAConfig
 from .lora_ga import LoRAGAConfig
 from .lora_xs import LoRAXSConfig, TinyLoRAConfig
+from .lori import LoRIConfig
 from .mica import MiCAConfig
 from .milora import MiLoRAConfig
 from .miss import MiSSConfig
+from .mora import MoRAConfig
 from .oft import OFTConfig
 from .olora import OLoRAConfig
+from .osf import OSFConfig
+from .peanut import PEANuTConfig
 from .pissa import PiSSAConfig
+from .psoft import PSOFTConfig
+from .qalora import QALoRAConfig
 from .randlora import RandLoRAConfig
 from .reft import DiReFTConfig, LoReFTConfig
 from .road import ROADConfig
@@ -84,12 +101,15 @@ from .shira import SHiRAConfig
 from .ssvd import SSVDConfig
 from .tokens import TokensConfig
 from .vera import VeRAConfig
+from .waveft import WaveFTConfig
 
 __all__ = [
     "TABLE",
+    "ABBAConfig",
     "ASVDConfig",
     "AdaLoRAConfig",
     "AntiPaSTOConfig",
+    "BDLoRAConfig",
     "BOFTConfig",
     "BitFitConfig",
     "C3AConfig",
@@ -101,6 +121,7 @@ __all__ = [
     "EVAConfig",
     "FourierFTConfig",
     "FullConfig",
+    "GLoRAConfig",
     "GraLoRAConfig",
     "HRAConfig",
     "HiRAConfig",
@@ -113,13 +134,19 @@ __all__ = [
     "LoRAConfig",
     "LoRAGAConfig",
     "LoRAXSConfig",
+    "LoRIConfig",
     "LoReFTConfig",
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
+    "MoRAConfig",
     "OFTConfig",
     "OLoRAConfig",
+    "OSFConfig",
+    "PEANuTConfig",
+    "PSOFTConfig",
     "PiSSAConfig",
+    "QALoRAConfig",
     "ROADConfig",
     "RandLoRAConfig",
     "SHiRAConfig",
@@ -128,6 +155,7 @@ __all__ = [
     "TinyLoRAConfig",
     "TokensConfig",
     "VeRAConfig",
+    "WaveFTConfig",
     "variants",
 ]
 
@@ -173,6 +201,16 @@ TABLE: tuple[Variant, ...] = (
     mica.VARIANT,
     kasa.VARIANT,
     deft.VARIANT,
+    psoft.VARIANT,
+    peanut.VARIANT,
+    waveft.VARIANT,
+    glora.VARIANT,
+    bdlora.VARIANT,
+    qalora.VARIANT,
+    mora.VARIANT,
+    loha.VARIANT_ABBA,
+    lori.VARIANT,
+    osf.VARIANT,
 )
 
 for _variant in TABLE:

@@ -6,8 +6,8 @@
 
 Paper: Wang et al. 2024, arXiv 2412.06071. There W is rewritten for good; here the minor directions
 are subtracted in the call, so W stays as it is and strength 0 is the base. Both parts are one
-product of rank 2r. The paper's loss has beta |d|^2 + gamma (|B^T B - I| + |A A^T - I|) in addition,
-with 1e-4 and 1e-3.
+product of rank 2r. The paper's loss has beta |d|^2 + gamma (|B^T B - I| + |A A^T - I|) in
+addition, which is `ll.penalty`.
 The start is not the identity, by design: the minor directions are missing. B = 0, so nothing else
 is changed. Needs W once, for the decomposition.
 """
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
+from ..core.config import AdapterConfig, record
+from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.phases import Factors, Map
 from ..core.random import kaiming, normal
@@ -30,9 +31,22 @@ from ..kernels import low_rank
 
 @dataclass(frozen=True, kw_only=True)
 class KaSAConfig(AdapterConfig):
-    """Shared fields (see AdapterConfig). It has no dropout, which would put the minor directions
-    back at random.
+    """Shared fields (see AdapterConfig), and these. It has no dropout, which would put the minor
+    directions back at random.
+
+    Args:
+        beta: weight of |d|^2 in `ll.penalty`.
+        gamma: weight in it of the distances of B^T B and A A^T from the identity.
     """
+
+    beta: float = record(1e-4)
+    gamma: float = record(1e-3)
+
+    def validate(self) -> None:
+        for name in ("beta", "gamma"):
+            value = getattr(self, name)
+            if value < 0.0:
+                raise ConfigError(f"KaSAConfig.{name}: expected at least 0, found {value}")
 
 
 def param_specs(cfg: KaSAConfig, site: Site) -> dict[str, ParamSpec]:
@@ -117,6 +131,15 @@ def low_rank_factors(cfg: KaSAConfig, p: Params, site: Site) -> Factors:
     return (*_pair(p, site.scale), 1.0)
 
 
+def penalty(cfg: KaSAConfig, p: Params, site: Site) -> Tensor:
+    """beta |d|^2 + gamma (|B^T B - I| + |A A^T - I|), Frobenius, float32 at least."""
+    core = low_rank.core_dtype(p["lora_A"].dtype)
+    A, B, d = (p[f"lora_{name}"].to(core) for name in ("A", "B", "d"))
+    eye = torch.eye(site.r, dtype=core, device=A.device)
+    apart = (B.mT @ B - eye).norm() + (A @ A.mT - eye).norm()
+    return cfg.beta * d.square().sum() + cfg.gamma * apart
+
+
 VARIANT = Variant(
     name="kasa",
     config=KaSAConfig,
@@ -128,6 +151,7 @@ VARIANT = Variant(
     weight=weight,
     additive=True,
     scale=scale,
+    penalty=penalty,
     low_rank_factors=low_rank_factors,
     called_outputs=called_outputs,
     needs=frozenset({"weight"}),

@@ -6,7 +6,7 @@
     TinyLoRA    A = sqrt(S_r) V_r^T, B = U_r sqrt(S_r);     R = sum_i v_i P_i,   s = 1
                 v (u,);  P (u, r, r) frozen, Gaussian of variance 1 / r
 
-Papers: LoRA-XS, Balazy et al. 2024, arXiv 2405.17604 (there R starts at a Gaussian of deviation
+Papers: LoRA-XS, Bałazy et al. 2024, arXiv 2405.17604 (there R starts at a Gaussian of deviation
 1e-5; here at 0, which has the same gradient and is exact; the released code has LoRA's scale).
 TinyLoRA, Morris et al. 2026, arXiv 2602.04118, where layers may share v; here each layer has its
 own.
@@ -176,7 +176,7 @@ def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
 VARIANT = Variant(
     name="lora_xs",
     config=LoRAXSConfig,
-    paper="Balazy et al. 2024, arXiv 2405.17604",
+    paper="Bałazy et al. 2024, arXiv 2405.17604",
     param_specs=param_specs,
     init=init,
     prepare=prepare,

@@ -21,7 +21,8 @@ from torch import nn
 
 import lora_lite_func as ll
 
-KasaConfig = pytest.importorskip("peft.tuners.lora").KasaConfig
+lora = pytest.importorskip("peft.tuners.lora")
+BdLoraConfig, KasaConfig = lora.BdLoraConfig, lora.KasaConfig
 
 # PEFT gives many warnings of its own; tests look for those about keys
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -84,6 +85,30 @@ CONFIGS = {
     "deft": lambda **k: peft.DeftConfig(r=3, alpha=6, **k),
     "deft_qr": lambda **k: peft.DeftConfig(r=3, alpha=6, decomposition_method="qr", **k),
     "para": lambda **k: peft.DeftConfig(r=3, para=True, **k),
+    "psoft": lambda **k: peft.PsoftConfig(r=5, **k),
+    "psoft_pissa": lambda **k: peft.PsoftConfig(
+        r=5, ab_svd_init="pissa_init", psoft_mag_a=False, **k
+    ),
+    "peanut": lambda **k: peft.PeanutConfig(r=4, scaling=2.0, **k),
+    "peanut_deep": lambda **k: peft.PeanutConfig(r=4, depth=2, act_fn="silu", **k),
+    "waveft": lambda **k: peft.WaveFTConfig(
+        n_frequency=30, scaling=15.0, n_frequency_pattern={"up": 7}, **k
+    ),
+    "glora": lambda **k: peft.GloraConfig(r=3, **k),
+    "glora_vectors": lambda **k: peft.GloraConfig(
+        config_A_B="vector", config_C="vector", config_D_E="vector", **k
+    ),
+    "glora_parts": lambda **k: peft.GloraConfig(config_A_B="none", config_D_E="none", **k),
+    "bdlora": lambda **k: peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_bdlora=BdLoraConfig(
+            target_modules_bd_a=["down"], target_modules_bd_b=["up"], nblocks=2
+        ),
+        **k,
+    ),
+    "osf": lambda **k: peft.OSFConfig(**k),
+    "osf_pattern": lambda **k: peft.OSFConfig(effective_rank=0.75, rank_pattern={"up": 5}, **k),
     "supertuning": lambda **k: peft.SupertuningConfig(sparsity=0.9, **k),
     "supertuning_smallest": lambda **k: peft.SupertuningConfig(
         sparsity=0.77, select_top=False, **k
@@ -327,6 +352,16 @@ OURS = {
     "boft": ll.BOFTConfig(block_size=4, m=1),
     "vera": ll.VeRAConfig(r=6, target_names=("up",)),
     "lora_xs": ll.LoRAXSConfig(r=4),
+    "osf": ll.OSFConfig(kept=0.8),
+    "abba": ll.ABBAConfig(r=3),
+    "lori": ll.LoRIConfig(r=3),
+    "psoft": ll.PSOFTConfig(r=5),
+    "peanut": ll.PEANuTConfig(r=4, depth=1),
+    "glora": ll.GLoRAConfig(r=3),
+    "glora_constants": ll.GLoRAConfig(weight_form="constant", prompt_form="none"),
+    "bdlora": ll.BDLoRAConfig(r=4),
+    "melora": ll.BDLoRAConfig(r=4, blocks_A=2),
+    "qalora": ll.QALoRAConfig(r=4, group_size=4),
     "tinylora": ll.TinyLoRAConfig(r=3, u=5),
     "milora": ll.MiLoRAConfig(r=3),
     "mica": ll.MiCAConfig(r=3),
@@ -405,7 +440,6 @@ def changed(folder: Path, **fields: Any) -> Path:
         ({"peft_type": "XLORA"}, "peft_type 'XLORA' isn't read here"),
         ({"peft_type": 3}, "peft_type: expected a string"),
         ({"alora_invocation_tokens": ["1"]}, "alora_invocation_tokens: expected a list of token"),
-        ({"use_qalora": True}, "'use_qalora' is True"),
         ({"layer_replication": [[0, 1]]}, "'layer_replication'"),
         ({"a_new_field": 1}, "'a_new_field' is 1"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),

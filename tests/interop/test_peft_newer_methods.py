@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved
+from helpers import close, moved, net
 from peft_models import X, base, loaded, peft, saved
 from torch import nn
 
 import lora_lite_func as ll
+from lora_lite_func.core.adapter import replace
 
-KasaConfig = pytest.importorskip("peft.tuners.lora").KasaConfig
+lora = pytest.importorskip("peft.tuners.lora")
+BdLoraConfig, KasaConfig = lora.BdLoraConfig, lora.KasaConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many
 
@@ -93,6 +95,161 @@ def test_mica_keeps_its_frozen_factor(tmp_path: Path) -> None:
     assert isinstance(ll.from_peft(tmp_path / "ours", base()).config, ll.MiCAConfig)
 
 
+def test_qalora_is_read_by_its_shape(tmp_path: Path) -> None:
+    """PEFT multiplies the groups' means by their number. On layers that aren't GPTQ's it leaves
+    use_qalora out of account without a word, so its factors are whole there.
+    """
+    config = peft.LoraConfig(r=3, lora_alpha=6, use_qalora=True, target_modules=BOTH)
+    theirs = saved(config, base(), tmp_path)
+    plain = ll.from_peft(tmp_path, base())
+    assert isinstance(plain.config, ll.LoRAConfig)
+    close(ll.apply(base(), plain, X), theirs, 1e-5)
+    with pytest.raises(ll.CheckpointError, match="whether its factors are whole is told by the"):
+        ll.from_peft(tmp_path)
+    gen = torch.Generator().manual_seed(0)
+    A, B = torch.randn(3, 4, generator=gen), torch.randn(24, 3, generator=gen)
+    home = "base_model.model.layers.0.up."
+    held = {f"{home}lora_A.weight": A, f"{home}lora_B.weight": B}
+    fields = {"use_qalora": True, "qalora_group_size": 4, "target_modules": r".*layers\.0\.up"}
+    params = ll.from_peft(held, base(), config=config.to_dict() | fields)
+    x = torch.randn(5, 16, generator=gen)
+    means = torch.nn.functional.avg_pool1d(x, 4)
+    expected = 2.0 * (16 / 4) * means @ A.mT @ B.mT
+    layer = base().layers[0].up
+    update = ll.merge(base(), params)["layers.0.up.weight"] - layer.weight
+    close(x @ update.mT, expected, 1e-5)
+
+
+def test_bdlora_is_read_by_its_shape_and_written_where_names_tell_its_sides(
+    tmp_path: Path,
+) -> None:
+    blocks = BdLoraConfig(target_modules_bd_a=["down"], nblocks=4, match_strict=False)
+    config = peft.LoraConfig(r=4, use_bdlora=blocks, target_modules=BOTH)
+    theirs = saved(config, base(), tmp_path)
+    parts = ll.from_peft(tmp_path, base())
+    assert {type(p.config) for p in parts} == {ll.LoRAConfig, ll.BDLoRAConfig}
+    close(ll.apply(base(), parts, X), theirs, 1e-5)
+    with pytest.raises(ll.CheckpointError, match="give the base model too"):
+        ll.from_peft(tmp_path)
+    up = moved(ll.init(base(), ll.BDLoRAConfig(r=4, target_names="up")))
+    down = moved(ll.init(base(), ll.BDLoRAConfig(r=4, blocks_A=2, blocks_B=1, target_names="down")))
+    ll.to_peft((up, down), base(), tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["use_bdlora"] == {
+        "target_modules_bd_a": ["down"],
+        "target_modules_bd_b": ["up"],
+        "nblocks": 2,
+        "match_strict": True,
+    }
+    close(loaded(base(), tmp_path), ll.apply(base(), (up, down), X), 1e-5)
+    plain = moved(ll.init(base(), ll.LoRAConfig(target_names="down")))
+    ll.to_peft((up, plain), base(), tmp_path)
+    assert "use_bdlora" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    close(loaded(base(), tmp_path), ll.apply(base(), (up, plain), X), 1e-5)
+
+
+LOW_RANK = {
+    "lora_xs": ll.LoRAXSConfig(r=4),
+    "tinylora": ll.TinyLoRAConfig(r=3, u=5),
+    "kasa": ll.KaSAConfig(r=3),
+    "psoft": ll.PSOFTConfig(r=4),
+    "bdlora": ll.BDLoRAConfig(r=4),
+    "qalora": ll.QALoRAConfig(r=4, group_size=4),
+    "lori": ll.LoRIConfig(r=3),
+}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_a_pair_of_factors_is_a_lora_wherever_one_is_written(name: str, tmp_path: Path) -> None:
+    params = moved(ll.init(base(), LOW_RANK[name]))
+    ll.to_peft(params, base(), tmp_path / "peft", as_lora=True)
+    plain = ll.from_peft(tmp_path / "peft")
+    assert isinstance(plain.config, ll.LoRAConfig)
+    close(ll.apply(base(), plain, X), ll.apply(base(), params, X), 1e-5)
+    file = tmp_path / "kohya.safetensors"
+    ll.to_diffusion(params, base(), file, component="unet", style="kohya")
+    again = ll.from_diffusion(file, base(), component="unet")
+    close(ll.apply(base(), again, X), ll.apply(base(), params, X), 1e-5)
+
+
+def test_methods_with_factors_share_a_file(tmp_path: Path) -> None:
+    parts = (
+        moved(ll.init(base(), ll.PSOFTConfig(r=4, target_names="up"))),
+        moved(ll.init(base(), ll.MiLoRAConfig(r=2, target_names="down"))),
+    )
+    ll.to_peft(parts, base(), tmp_path)
+    close(loaded(base(), tmp_path), ll.apply(base(), parts, X), 1e-5)
+
+
+def test_psoft_goes_by_the_directions_of_this_base(tmp_path: Path) -> None:
+    saved(peft.PsoftConfig(r=3, target_modules=BOTH), base(), tmp_path / "theirs")
+    params = ll.from_peft(tmp_path / "theirs", base())
+    with pytest.raises(ll.CheckpointError, match="give the base"):
+        ll.from_peft(tmp_path / "theirs")
+    # a decomposition elsewhere may turn a pair of directions around
+    held = params["layers.0.up"]
+    turn = torch.tensor([1.0, -1.0, 1.0])
+    rows, columns = torch.triu_indices(3, 3, 1)
+    turned = {
+        "lora_U": held["lora_U"] * turn,
+        "lora_Vh": held["lora_Vh"] * turn[:, None],
+        "lora_q": held["lora_q"] * turn[rows] * turn[columns],
+    }
+    other = replace(params, {**params, "layers.0.up": {**held, **turned}})
+    close(ll.apply(base(), other, X), ll.apply(base(), params, X), 1e-6)
+    ll.to_peft(other, base(), tmp_path / "ours")
+    close(loaded(base(), tmp_path / "ours"), ll.apply(base(), params, X), 1e-5)
+    with pytest.raises(ll.UnsupportedError, match="directions aren't those of this one's"):
+        ll.to_peft(params, net(seed=5, dtype=torch.float32), tmp_path / "ours")
+    flat = base()
+    with torch.no_grad():
+        flat.layers[0].up.weight.copy_(torch.eye(24, 16))
+    with pytest.raises(ll.CheckpointError, match="equal but for rounding"):
+        ll.from_peft(tmp_path / "theirs", flat)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "match"),
+    [
+        ("PsoftConfig", {"psoft_orth": False}, "psoft_orth: expected true, found False"),
+        ("PsoftConfig", {"psoft_svd": "lowrank"}, "psoft_svd: expected 'full'"),
+        ("PsoftConfig", {"use_cayley_neumann": True}, "'use_cayley_neumann' is True"),
+        ("PsoftConfig", {"ab_svd_init": "other"}, "ab_svd_init: expected 'psoft_init' or"),
+        ("WaveFTConfig", {"wavelet_family": "db4"}, "wavelet_family: expected 'db1', Haar's"),
+        ("WaveFTConfig", {"use_idwt": False}, "use_idwt: expected true, found False"),
+        ("PeanutConfig", {"act_fn": "mish"}, "PEANuTConfig.activation: expected one of 'relu'"),
+        ("PeanutConfig", {"depth": 1}, r"lacks the tensor 'peanut_encoders\.0\.weight'"),
+        ("GloraConfig", {"config_A_B": "vector"}, "differing: 'lora_A_"),
+        ("DeftConfig", {"decomposition_method": "svd"}, "decomposition_method: expected 'relu' or"),
+    ],
+)
+def test_what_a_file_cannot_mean_here_is_refused(
+    config: str, fields: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    sizes = {"n_frequency": 9} if config == "WaveFTConfig" else {"r": 3}
+    saved(getattr(peft, config)(target_modules=BOTH, **sizes), base(), tmp_path)
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.from_peft(changed(tmp_path, **fields), base())
+
+
+@pytest.mark.parametrize(
+    ("cfg", "match"),
+    [
+        (ll.WaveFTConfig(n_frequency=9, dropout=0.1), "PEFT's WaveFT drops no inputs"),
+        (ll.WaveFTConfig(n_frequency=9, alpha=0.0), "a WaveFT of alpha=0 has no coefficients"),
+        (ll.WaveFTConfig(n_frequency=9), "PEFT draws WaveFT's places from its own seed"),
+        (ll.PEANuTConfig(r=2, rank_pattern={"up": 3}), r"one PEANuT file has one r, .* \[2, 3\]"),
+        (ll.MoRAConfig(), "PEFT has no one form for mora"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, ll.AdapterConfig) else "",
+)
+def test_what_peft_has_no_form_for_is_refused(
+    cfg: ll.AdapterConfig, match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ll.UnsupportedError, match=match):
+        ll.to_peft(ll.init(base(), cfg), base(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
@@ -101,13 +258,14 @@ def test_mica_keeps_its_frozen_factor(tmp_path: Path) -> None:
     ],
 )
 def test_what_kasa_is_not_read_with(fields: dict[str, Any], match: str, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, kasa_config=KasaConfig(), target_modules=BOTH)
+    config = peft.LoraConfig(r=3, kasa_config=KasaConfig(gamma=0.5), target_modules=BOTH)
     theirs = saved(config, base(), tmp_path)
     with pytest.raises(ll.CheckpointError, match=match):
         ll.from_peft(changed(tmp_path, **fields), base())
     if "lora_dropout" in fields:
         params = ll.from_peft(tmp_path, base(), ignore="lora_dropout")
         close(ll.apply(base(), params, X), theirs, 1e-5)
+        assert (params.config.beta, params.config.gamma) == (1e-4, 0.5)
     changed(tmp_path, lora_dropout=0.0, use_dora=False)
     with pytest.raises(ll.CheckpointError, match="give the base model too"):
         ll.from_peft(tmp_path)  # its directions are the base's

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import close
-from peft_layers import Tiny, compare, peft, theirs
+from peft_layers import D_IN, Tiny, compare, ours, peft, renamed, theirs
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
-KasaConfig = pytest.importorskip("peft.tuners.lora").KasaConfig
+lora = pytest.importorskip("peft.tuners.lora")
+BdLoraConfig, KasaConfig = lora.BdLoraConfig, lora.KasaConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many
 
@@ -59,6 +60,16 @@ def test_kasa() -> None:
     close(ll.apply(model, ll.scale(ll.init(model, ll.KaSAConfig(r=3)), 0.0), x), model(x), 1e-12)
 
 
+def test_kasa_s_penalty() -> None:
+    config = peft.LoraConfig(r=3, kasa_config=KasaConfig(beta=0.2, gamma=0.3))
+    made, site = theirs(Tiny(), config)
+    leaves = {"lora_A": site.lora_A, "lora_B": site.lora_B}
+    held = {name: layers["default"].weight.detach() for name, layers in leaves.items()}
+    held["lora_d"] = site.lora_diag["default"].detach()
+    params = ours(Tiny(), ll.KaSAConfig(r=3, beta=0.2, gamma=0.3), held)
+    close(ll.penalty(params), made.base_model._get_kasa_loss().double(), 1e-6)
+
+
 def test_tinylora() -> None:
     def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
         v = site.tinylora_v["default"]["0"]
@@ -102,6 +113,31 @@ def test_deft_starts_at_the_base_which_pefts_only_nears() -> None:
     assert torch.equal(ll.apply(model, ll.init(model, ll.DEFTConfig(r=4)), x), model(x))
 
 
+def test_osf_stays_in_its_subspace_which_pefts_leaves_under_adam() -> None:
+    """PEFT projects gradients, and Adam divides them entry by entry afterwards."""
+    model, x = Single(), torch.randn(64, 16)
+    kept = torch.linalg.svd(model.l.weight)[0][:, :8]
+    made = peft.get_peft_model(copy.deepcopy(model), peft.OSFConfig(target_modules=["l"]))
+    site = made.base_model.model.l
+    optimizer = torch.optim.Adam((p for p in made.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        made(x).square().mean().backward()
+        optimizer.step()
+    low = site.osf_svd_params["default"]["U_low"].detach()
+    assert (kept.mT @ low).abs().max() > 1e-2, "PEFT's steps stay in the subspace now"
+    params = ll.init(model, ll.OSFConfig())
+    bound = ll.bind(model, params)
+    optimizer = torch.optim.Adam((p for p in bound.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        bound(x).square().mean().backward()
+        optimizer.step()
+    update = ll.merge(model, ll.unbind(bound))["l.weight"] - model.l.weight
+    assert update.abs().max() > 1e-2
+    assert (kept.mT @ update).abs().max() < 1e-5
+
+
 def test_supertuning() -> None:
     def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
         flat = site.supertuning_indices["default"].long()
@@ -121,3 +157,103 @@ def test_supertuning() -> None:
         idx = ll.init(model, ll.SHiRAConfig(mask=mask, fraction=1 - 0.9))["l"]["lora_idx"].long()
         flat = site.supertuning_indices["default"].long().sort().values
         assert torch.equal(idx[0] * 16 + idx[1], flat)
+
+
+@pytest.mark.parametrize("start", ["psoft_init", "pissa_init"])
+def test_psoft(start: Any) -> None:
+    """PEFT's alpha has no effect: it divides its factors by the scale that it multiplies by."""
+
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        U, S, Vh = torch.linalg.svd(site.base_layer.weight.float(), full_matrices=False)
+        leaves = {"lora_U": U[:, :4], "lora_S": S[:4], "lora_Vh": Vh[:4]}
+        return {name: t.detach().double() for name, t in leaves.items()} | {
+            "lora_q": p["psoft_R"],
+            "lora_gain_a": p["psoft_R.vector_a"] - 1.0,
+            "lora_gain_b": p["psoft_R.vector_b"] - 1.0,
+        }
+
+    for alpha in (4, 9):
+        compare(
+            Tiny().float().double(),
+            peft.PsoftConfig(r=4, psoft_alpha=alpha, ab_svd_init=start),
+            ll.PSOFTConfig(r=4, both_sides=start == "pissa_init"),
+            take,
+            tol=1e-5,
+            single=True,
+        )
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_peanut(depth: int) -> None:
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {"lora_A": p["peanut_A"], "lora_B": p["peanut_B"]}
+        if depth:
+            for ours, kind in (("lora_E", "encoders"), ("lora_D", "decoders")):
+                layers = [getattr(site, f"peanut_{kind}")["default"][i] for i in range(depth)]
+                leaves[ours] = torch.stack([layer.weight for layer in layers])
+        return leaves
+
+    compare(
+        Tiny(),
+        peft.PeanutConfig(r=4, depth=depth, scaling=2.0, act_fn="silu"),
+        ll.PEANuTConfig(r=4, depth=depth, alpha=2.0, activation="silu"),
+        take,
+    )
+
+
+def test_waveft() -> None:
+    """PEFT's starts at zero here; its transform is ours with two quarters exchanged."""
+
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows, columns = site.waveft_indices["default"]
+        right, below = (rows < 12) & (columns >= 8), (rows >= 12) & (columns < 8)
+        rows = rows + 12 * right.long() - 12 * below.long()
+        columns = columns - 8 * right.long() + 8 * below.long()
+        return {"lora_c": p["waveft_spectrum"], "lora_idx": torch.stack([rows, columns]).double()}
+
+    compare(
+        Tiny(),
+        peft.WaveFTConfig(n_frequency=40, scaling=15.0),
+        ll.WaveFTConfig(n_frequency=40, alpha=15.0),
+        take,
+        tol=1e-6,  # PEFT's filters are float32 numbers
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "prompt", "bias"),
+    [("lora", "lora", "constant"), ("vector", "vector", "vector"), ("constant", "none", "none")],
+)
+def test_glora(weight: Any, prompt: Any, bias: Any) -> None:
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {}
+        for name, t in p.items():
+            path, key = name.split(".")
+            form = {"A": weight, "B": weight, "C": prompt}.get(path[-1], bias)
+            value = t.flatten() if key == "X" else t
+            leaves[f"lora_{path[-1]}_{key[-1].lower()}"] = value[0] if form == "constant" else value
+        return leaves
+
+    compare(
+        Tiny(),
+        peft.GloraConfig(r=3, config_A_B=weight, config_C=prompt, config_D_E=bias),
+        ll.GLoRAConfig(r=3, weight_form=weight, prompt_form=prompt, bias_form=bias),
+        take,
+    )
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_bdlora(side: str) -> None:
+    """PEFT's A starts sqrt(6 n) times as far out as LoRA's; ours as far as its blocks' LoRAs."""
+    blocks = BdLoraConfig(**{f"target_modules_bd_{side}": ["l"]}, nblocks=2)
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_bdlora=blocks)
+    ours_ = ll.BDLoRAConfig(
+        r=4, alpha=6, blocks_A=2 if side == "a" else 1, blocks_B=2 if side == "b" else 1
+    )
+    compare(Tiny(), config, ours_, renamed(lora_A="lora_A", lora_B="lora_B"))
+    if side == "a":
+        config.target_modules = ["l"]
+        A = peft.get_peft_model(Tiny(), config).base_model.model.l.lora_A["default"].weight
+        bound = (D_IN / 2) ** -0.5
+        assert A.abs().max() > 1.5 * bound, "PEFT's start is LoRA's now"
+        assert ll.init(Tiny(), ours_)["l"]["lora_A"].abs().max() <= bound

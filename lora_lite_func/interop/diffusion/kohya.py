@@ -24,7 +24,7 @@ from ...variants import (
     LoKrConfig,
 )
 from ..peft.methods import LORA
-from ..peft.methods.lora_write import divisor
+from ..peft.methods.lora_write import divisor, is_pair
 
 __all__ = ["kohya_form"]
 
@@ -98,7 +98,7 @@ def _writer(adapter: Adapter) -> Callable[[Adapter, Mapping[str, Any]], Written]
     if config in known:
         found: Callable[[Adapter, Mapping[str, Any]], Written] = known[config]
         return found
-    if config in LORA.configs:
+    if is_pair(adapter):
         return _low_rank
     raise UnsupportedError(
         f"to_diffusion: kohya's scripts and LyCORIS have no form for {adapter.layout.variant.name};"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
+from ...core.errors import UnsupportedError
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
 
@@ -35,6 +36,16 @@ class Written:
     alphas: dict[str, float] = field(default_factory=dict)
 
 
+def _read_alone(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Refuse to write.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    names = ", ".join(a.layout.variant.name for a in adapters)
+    raise UnsupportedError(f"to_peft: PEFT's files of {names} are read alone; merge it (ll.merge)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Codec:
     """One of PEFT's methods.
@@ -45,8 +56,8 @@ class Codec:
         suffixes: what a module's keys end with.
         understood: the fields of the config that `read` honours.
         read: (reader, entry, {suffix: tensor}) -> parts.
-        write: (adapters, {path: module}) -> Written. The adapters' configs are among `configs` and
-            `converts`, and their sites differ.
+        write: (adapters, {path: module}) -> Written. The adapters' configs are among `configs`, or
+            `is_pair` for LoRA's, and their sites differ. Left out where files are read alone.
         sizes: (path, {suffix: tensor}) -> (d_in, d_out), where the tensors alone tell; None where
             they don't.
         shared: the names of tensors that stand beside the modules; one that ends with a dot is the
@@ -62,7 +73,8 @@ class Codec:
         biased: what its `bias` field says where the adapted layers' own biases are learned; ""
             where it has no such field.
         holds: tells which adapters of `configs` a file can hold as they are; None for all.
-        converts: further methods that `write` turns into this one.
+        structure: (adapters, Written, {path: module}): writes into it what PEFT knows beyond the
+            tensors that other tools read too; None where there is no such thing.
         takes_shifts: (adapters, {path: shift}, {path: module}) -> whether `write` takes these
             learned shifts of outputs too; None where it takes none.
         token_prefix: what stands in front of `trainable_tokens_delta` in the keys of replaced rows;
@@ -78,7 +90,7 @@ class Codec:
     suffixes: tuple[str, ...]
     understood: str
     read: Callable[[ConfigReader, ModuleEntry, Mapping[str, Tensor]], Sequence[Part]]
-    write: Callable[[Sequence[Adapter], Mapping[str, Any]], Written]
+    write: Callable[[Sequence[Adapter], Mapping[str, Any]], Written] = _read_alone
     sizes: Callable[[str, Mapping[str, Tensor]], tuple[int, int]] | None = None
     shared: tuple[str, ...] = ()
     rank: str = "r"
@@ -89,7 +101,7 @@ class Codec:
     kinds: str = "linear"
     biased: str = ""
     holds: Callable[[Adapter], bool] | None = None
-    converts: tuple[type[AdapterConfig], ...] = ()
+    structure: Callable[[Sequence[Adapter], Written, Mapping[str, Any]], None] | None = None
     takes_shifts: (
         Callable[[Sequence[Adapter], Mapping[str, Tensor], Mapping[str, Any]], bool] | None
     ) = None

@@ -23,6 +23,7 @@ from .extras_write import Values, biases, copies, whole
 from .folder import CONFIG, TENSORS
 from .keys import KeyMap, key_map
 from .methods import LORA, METHODS, TOKENS
+from .methods.lora_write import is_pair
 from .methods.tensor_names import shifts_of
 from .token_rows import tied_homes, written_rows
 from .write_checks import check_whole, checked_sites
@@ -41,10 +42,11 @@ def to_peft(
     """Write an adapter, or several of one method on different layers, as a PEFT folder with
     adapter_config.json and adapter_model.safetensors.
 
-    Rewritten-weight methods (PiSSA, OLoRA, CorDA, ASVD, LoRA-GA) and DeLoRA with a subtracted start
-    become the plain LoRA of twice the rank that they are. A BitFit beside another adapter becomes a
-    LoRA's lora_bias or a learned bias, a FullConfig's parameters become modules_to_save, and a
-    TokensConfig's rows become trainable tokens. Scales are written so that PEFT's outputs are ours.
+    Methods with `low_rank_factors` of which PEFT has no form become the plain LoRA that they are;
+    those with a subtracted start (PiSSA, OLoRA, MiLoRA, DeLoRA) have twice the rank. A BitFit
+    beside another adapter becomes a LoRA's lora_bias or a learned bias, a FullConfig's parameters
+    become modules_to_save, and a TokensConfig's rows become trainable tokens. Scales are written so
+    that PEFT's outputs are ours.
 
     Args:
         params: the adapter, or a tuple, list or dict of them.
@@ -62,7 +64,7 @@ def to_peft(
         CheckpointError: `params` is a part of a partition or a stack, or the folder can't be
             written.
     """
-    form = peft_form(params, model, as_lora=as_lora)
+    form = peft_form(params, model, as_lora=as_lora, structured=not as_lora)
     with swapped(folder, "to_peft", marker=CONFIG) as work:
         write_form(form, work, "to_peft")
 
@@ -82,9 +84,15 @@ def write_form(form: Form, folder: Path, what: str) -> None:
     write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", folder / CONFIG, what)
 
 
-def peft_form(params: Adapters, model: nn.Module | None, *, as_lora: bool = False) -> Form:
+def peft_form(
+    params: Adapters,
+    model: nn.Module | None,
+    *,
+    as_lora: bool = False,
+    structured: bool = False,
+) -> Form:
     """Return (the fields of adapter_config.json, the tensors by PEFT's keys) of adapters, for
-    `to_peft` and for files that share its form.
+    `to_peft` and for files that share its form. Without `structured` a LoRA is whole factors.
 
     Raises:
         UnsupportedError, CheckpointError: as `to_peft`.
@@ -118,12 +126,13 @@ def peft_form(params: Adapters, model: nn.Module | None, *, as_lora: bool = Fals
         adapters,
         {} if model is None else dict(base_modules(model)),
         as_lora,
+        structured,
     )
     return about_base(model) | fields, own_copies(tensors)
 
 
 def _folder(
-    every: list[Adapter], modules: Mapping[str, Any], as_lora: bool
+    every: list[Adapter], modules: Mapping[str, Any], as_lora: bool, structured: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the fields of the config, and the tensors by their keys."""
     full, frozen = _trained_whole(every, modules)
@@ -136,6 +145,8 @@ def _folder(
         made, shifts = method.write(adapters, modules), {}
     else:
         made = method.write(low, modules)
+    if structured and method.structure is not None:
+        method.structure(low, made, modules)
     homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
     fields = {"peft_type": method.peft_type} | made.fields | ranks_and_alphas(method, made, homes)
     fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
@@ -243,7 +254,7 @@ def _method(adapters: list[Adapter], as_lora: bool) -> Codec:
     configs = {type(a.config) for a in adapters}
     own = [a for a in adapters if not isinstance(a.config, BitFitConfig)] or adapters
     named = next((m for m in METHODS.values() if all(m.is_for(a) for a in own)), None)
-    convertible = configs <= {*LORA.configs, *LORA.converts}
+    convertible = all(is_pair(a) for a in adapters)
     if as_lora or (convertible and (named is None or len(configs) > 1)):
         return LORA
     if named is None:

@@ -10,6 +10,7 @@ from .c3a import C3A
 from .deft import DEFT
 from .delora import DELORA
 from .fourierft import FOURIERFT
+from .glora import GLORA
 from .gralora import GRALORA
 from .hira import HIRA
 from .hra import HRA
@@ -20,6 +21,9 @@ from .lokr import LOKR
 from .lora import LORA
 from .miss import MISS
 from .oft import OFT
+from .osf import OSF
+from .peanut import PEANUT
+from .psoft import PSOFT
 from .randlora import RANDLORA
 from .road import ROAD
 from .shira import SHIRA
@@ -27,6 +31,7 @@ from .supertuning import SUPERTUNING
 from .tinylora import TINYLORA
 from .tokens import TOKENS
 from .vera import VERA
+from .waveft import WAVEFT
 
 __all__ = ["LORA", "METHODS", "TOKENS"]
 
@@ -54,6 +59,11 @@ METHODS: dict[str, Codec] = {
         DEFT,
         TINYLORA,
         SUPERTUNING,
+        PSOFT,
+        PEANUT,
+        WAVEFT,
+        GLORA,
+        OSF,
         BEFT,
         LN_TUNING,
         TOKENS,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ....core.adapter import Adapter
+from ....core.config import feature_dropout
 from ....core.errors import UnsupportedError
 from ....core.site import Site
 
-__all__ = ["clamped_rank", "of_config", "patterned", "ranks"]
+__all__ = ["clamped_rank", "of_config", "one_of", "patterned", "ranks", "refuse_dropout"]
 
 
 def of_config(adapters: Sequence[Adapter], *names: str, method: str) -> dict[str, Any]:
@@ -35,6 +36,32 @@ def ranks(adapters: Sequence[Adapter]) -> tuple[dict[str, int], dict[str, float]
     """Return ({path: r}, {path: alpha}) of all sites."""
     sites = [s for a in adapters for s in a.sites.values()]
     return {s.path: s.r for s in sites}, {s.path: s.alpha for s in sites}
+
+
+def one_of(values: Mapping[str, Any], method: str, name: str) -> Any:
+    """Return the one value of all sites, {path: value}.
+
+    Raises:
+        UnsupportedError: the sites differ in it.
+    """
+    if len(set(values.values())) != 1:
+        raise UnsupportedError(
+            f"to_peft: one {method} file has one {name}, these sites have "
+            f"{sorted(set(values.values()))}; write a folder for each"
+        )
+    return next(iter(values.values()))
+
+
+def refuse_dropout(adapters: Sequence[Adapter], method: str) -> None:
+    """Refuse adapters that drop inputs, where PEFT has no such thing.
+
+    Raises:
+        UnsupportedError: one of them does.
+    """
+    if any(feature_dropout(a.config) for a in adapters):
+        raise UnsupportedError(
+            f"to_peft: PEFT's {method} drops no inputs; set dropout=0.0 for the file"
+        )
 
 
 def clamped_rank(adapters: Sequence[Adapter], method: str, most: Callable[[Site], int]) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....core.adapter import Adapter
-from ....core.errors import CheckpointError, UnsupportedError, short_repr
+from ....core.errors import UnsupportedError
 from ....variants import (
     FourierFTConfig,
 )
@@ -18,22 +18,9 @@ from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
 from .config_fields import patterned, ranks
+from .seeded_entries import entries_of, seed_of
 
 __all__ = ["FOURIERFT"]
-
-
-_LARGEST = 2**31  # the most entries of a weight that a permutation is drawn for
-
-
-@functools.lru_cache(maxsize=4)
-def _frequencies(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
-    """Return PEFT's frequencies as (2, n) rows and columns: the first n entries of a seeded
-    permutation of all entries.
-    """
-    flat = torch.randperm(
-        d_out * d_in, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
-    )[:n]
-    return torch.stack([flat // d_in, flat % d_in]).to(torch.float64)
 
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
@@ -44,13 +31,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         ModelNeededError: no model was given.
     """
     site, c = entry.known("FourierFT has coefficients alone"), held["fourierft_spectrum"]
-    if site.d_out * site.d_in > _LARGEST:
-        raise CheckpointError(
-            f"{short_repr(entry.path)}: FourierFT permutes all entries of a weight, {site.d_out} "
-            f"x {site.d_in} are too many"
-        )
     seed = reader.whole("random_loc_seed", 777, 0)
-    entries = _frequencies(seed, c.shape[0], site.d_out, site.d_in)
+    entries = entries_of(site, seed, c.shape[0], "FourierFT").to(torch.float64)
     fields = {"n_frequency": c.shape[0], "projection_seed": seed}
     return [
         Part(
@@ -75,15 +57,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         raise UnsupportedError(
             "to_peft: a FourierFT of alpha=0 has no coefficients in PEFT; give it another alpha"
         )
-    seeds = [777, *dict.fromkeys(a.config.projection_seed for a in adapters)]  # type: ignore[attr-defined]
     counts = {path: a.config.n_frequency for a in adapters for path in a}  # type: ignore[attr-defined]
-    seed = next((s for s in seeds if all(_drawn_from(s, a) for a in adapters)), None)
-    if seed is None:
-        raise UnsupportedError(
-            "to_peft: PEFT draws FourierFT's frequencies from its own seed, and these were drawn "
-            "otherwise; only adapters that came from "
-            "PEFT go back; merge this one (ll.merge) instead"
-        )
+    seed = seed_of(adapters, "FourierFT", partial(entries_of, method="FourierFT"))
     tensors = {
         p: {"fourierft_spectrum": h["lora_c"] * (a.sites[p].alpha / alpha)}
         for a in adapters
@@ -98,18 +73,6 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
             "random_loc_seed": seed,
         },
         tensors,
-    )
-
-
-def _drawn_from(seed: int, adapter: Adapter) -> bool:
-    """Tell whether PEFT would draw all the adapter's frequencies from this seed."""
-    sites = adapter.sites
-    return all(
-        torch.equal(
-            h["lora_idx"].double().cpu(),
-            _frequencies(seed, h["lora_idx"].shape[1], sites[p].d_out, sites[p].d_in),
-        )
-        for p, h in adapter.items()
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ....core.adapter import Adapter
-from ....variants import LoHaConfig
+from ....variants import ABBAConfig, LoHaConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
@@ -48,7 +48,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
 
 LOHA = Codec(
     peft_type="LOHA",
-    configs=(LoHaConfig,),
+    configs=(LoHaConfig, ABBAConfig),
     suffixes=(*_NAMES.values(), "hada_t1", "hada_t2"),
     understood="r alpha rank_pattern alpha_pattern",
     ignored="rank_dropout module_dropout use_effective_conv2d",

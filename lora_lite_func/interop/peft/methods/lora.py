@@ -2,6 +2,8 @@
 
 lora_A.weight (r, d_in), lora_B.weight (d_out, r); s = lora_alpha / r, or / sqrt(r) with use_rslora
 lora_magnitude_vector (d_out,) with use_dora
+lora_A.weight (r, d_in / n) or lora_B.weight (d_out, r / n) with use_bdlora, n blocks
+lora_A.weight (r, d_in / g) with use_qalora, groups of g
 lora_diag (r,) with kasa_config, which takes the weight's minor directions out of it
 lora_B.bias (d_out,) with lora_bias: y + s (B A x + bias)
 embeddings: lora_embedding_A (r, num), lora_embedding_B (dim, r)
@@ -21,24 +23,18 @@ from ....variants import (
     ASVDConfig,
     BitFitConfig,
     CorDAConfig,
-    DeLoRAConfig,
     DoRAConfig,
     EVAConfig,
-    KaSAConfig,
     LoRAConfig,
     LoRAGAConfig,
-    LoRAXSConfig,
-    MiCAConfig,
-    MiLoRAConfig,
     OLoRAConfig,
     PiSSAConfig,
-    TinyLoRAConfig,
-    VeRAConfig,
 )
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec
 from .lora_starts import magnitudes, minor_directions, rewrites_base, subtracted_start
+from .lora_structured import keep_structure, structured_part
 from .lora_write import as_lora_bias, divisor, write
 
 __all__ = ["LORA", "factors", "scale_of"]
@@ -54,14 +50,17 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         CheckpointError: half a pair, a rank that isn't the config's, or a start that the file
             doesn't hold.
     """
-    A, B = factors(entry, held)
+    rslora, dropout = reader.flag("use_rslora"), reader.number("lora_dropout", 0.0)
+    part = structured_part(reader, entry, held, dropout)
+    A, B = factors(entry, held) if part is None else (held["lora_A.weight"], held["lora_B.weight"])
     r = A.shape[-2]
     alpha = _alpha(reader, entry.pattern_path, r) * entry.times
-    rslora, dropout = reader.flag("use_rslora"), reader.number("lora_dropout", 0.0)
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
     leaves = {"lora_A": A, "lora_B": B}
     scale = alpha / divisor(r, rslora)
-    part = minor_directions(reader, entry, held, leaves, fields, r, scale)
+    if part is not None:
+        part.alpha = scale * r
+    part = part or minor_directions(reader, entry, held, leaves, fields, r, scale)
     part = part or subtracted_start(reader, entry, leaves, fields, r, scale)
     part = part or Part(LoRAConfig, leaves, fields | {"rslora": rslora}, r, alpha)
     tokens = reader.ids("alora_invocation_tokens")
@@ -182,12 +181,7 @@ LORA = Codec(
         CorDAConfig,
         ASVDConfig,
         LoRAGAConfig,
-        LoRAXSConfig,
-        MiLoRAConfig,
-        MiCAConfig,
-        KaSAConfig,
     ),
-    converts=(DeLoRAConfig, BitFitConfig, TinyLoRAConfig, VeRAConfig),
     suffixes=(
         "lora_A.weight",
         "lora_B.weight",
@@ -200,16 +194,16 @@ LORA = Codec(
     ),
     understood="r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern "
     "alpha_pattern init_lora_weights target_parameters trainable_token_indices kasa_config "
-    "alora_invocation_tokens",
-    ignored="eva_config corda_config loftq_config lora_ga_config qalora_group_size "
-    "velora_config monteclora_config",
-    unread="use_qalora use_bdlora layer_replication arrow_config",
+    "alora_invocation_tokens use_bdlora use_qalora qalora_group_size",
+    ignored="eva_config corda_config loftq_config lora_ga_config velora_config monteclora_config",
+    unread="layer_replication arrow_config",
     leftovers=("lora_velora_embed", "lora_monteclora_sampler"),
     read=read,
     write=write,
     sizes=sizes,
     kinds="linear conv1d conv2d conv3d embedding parameter",
     biased="lora_only",
+    structure=keep_structure,
     takes_shifts=as_lora_bias,
     token_prefix="token_adapter.",
     rewrites_base=rewrites_base,

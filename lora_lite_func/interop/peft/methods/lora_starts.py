@@ -18,7 +18,7 @@ from ....variants import DoRAConfig, KaSAConfig, MiCAConfig, OLoRAConfig, PiSSAC
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 
-__all__ = ["magnitudes", "minor_directions", "rewrites_base", "subtracted_start"]
+__all__ = ["first_leaves", "magnitudes", "minor_directions", "rewrites_base", "subtracted_start"]
 
 _HARMLESS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 _CONFIGS = {"pissa": PiSSAConfig, "olora": OLoRAConfig}
@@ -63,11 +63,14 @@ def minor_directions(
             f"{reader.where}: kasa_config has no meaning for {short_repr(entry.path)}, a "
             f"{entry.kind}"
         )
-    dropped = _first(entry, KaSAConfig(r=r, alpha=scale * r), "KaSA")
-    return Part(KaSAConfig, {**leaves, "lora_d": held["lora_diag"], **dropped}, {}, r, scale * r)
+    dropped = first_leaves(entry, KaSAConfig(r=r, alpha=scale * r), "KaSA")
+    said = ConfigReader(reader["kasa_config"], f"{reader.where}: kasa_config")
+    weights = {"beta": said.number("beta", 1e-4), "gamma": said.number("gamma", 1e-3)}
+    own = {**leaves, "lora_d": held["lora_diag"], **dropped}
+    return Part(KaSAConfig, own, weights, r, scale * r)
 
 
-def _first(entry: ModuleEntry, cfg: AdapterConfig, method: str) -> Mapping[str, Tensor]:
+def first_leaves(entry: ModuleEntry, cfg: AdapterConfig, method: str) -> Mapping[str, Tensor]:
     """Return the tensors that a method's start takes from the base weight.
 
     Raises:
@@ -116,7 +119,7 @@ def subtracted_start(
             f"{reader.where}: init_lora_weights={short_repr(start)} has no meaning for "
             f"{short_repr(entry.path)}, a {entry.kind}"
         )
-    first = _first(entry, config(r=r, alpha=scale * r), start)
+    first = first_leaves(entry, config(r=r, alpha=scale * r), start)
     wide = torch.promote_types(leaves["lora_A"].dtype, torch.float32)
     frozen = {name: first[name].to(wide) for name in ("lora_A0", "lora_B0")}
     trained = {name: t.to(wide) for name, t in leaves.items()}

@@ -14,13 +14,13 @@ from ....core.adapter import Adapter
 from ....core.config import feature_dropout
 from ....core.errors import UnsupportedError
 from ....core.site import Params, Site
-from ....variants import BitFitConfig, DoRAConfig, MiCAConfig, VeRAConfig
+from ....variants import BitFitConfig, DoRAConfig, VeRAConfig
 from ..codec import Written
 from ..keys import attention
 from .layer_shapes import as_stored
 from .tensor_names import shifts_of
 
-__all__ = ["as_lora_bias", "divisor", "write"]
+__all__ = ["as_lora_bias", "divisor", "is_pair", "write"]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
@@ -45,12 +45,6 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         )
     if any(tokens):
         made.fields["alora_invocation_tokens"] = list(*tokens)
-    if all(isinstance(a.config, MiCAConfig) for a in low) and all(
-        s.kind in ("linear", "embedding") and attention(modules, s.path) is None
-        for a in low
-        for s in a.sites.values()
-    ):
-        made.fields["init_lora_weights"] = "mica"  # PEFT freezes B by it, too
     for adapter in low:
         for path, site in adapter.sites.items():
             A, B, scale = _pair(adapter, path)
@@ -100,8 +94,15 @@ def _pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
             f"is; write it in its own form (as_lora=False), or merge it"
         )
     A, B, s = factors(adapter.config, held, site)
-    dtype = next(t.dtype for name, t in held.items() if name.endswith("_A"))
+    specs = adapter.layout.specs[path]
+    dtype = next((t.dtype for name, t in held.items() if specs[name].dtype is None), A.dtype)
     return A.to(dtype), B.to(dtype), float(s)
+
+
+def is_pair(adapter: Adapter) -> bool:
+    """Tell whether an adapter's update is a pair of factors, or what a LoRA keeps beside one."""
+    variant = adapter.layout.variant
+    return variant.low_rank_factors is not None or variant.config in (*_FACTORS, BitFitConfig)
 
 
 def _plain_factors(cfg: Any, p: Params, site: Site) -> tuple[Tensor, Tensor, float | Tensor]:

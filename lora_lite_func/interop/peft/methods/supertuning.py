@@ -14,7 +14,7 @@ from ....variants import LoRAConfig, SHiRAConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
-from .config_fields import of_config
+from .config_fields import of_config, refuse_dropout
 
 __all__ = ["SUPERTUNING"]
 
@@ -64,11 +64,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         UnsupportedError: the adapters differ in a setting, drop inputs, or have another number of
             entries than PEFT's.
     """
-    said = of_config(adapters, "fraction", "mask", "dropout", method="Super-Tuning")
-    if said["dropout"]:
-        raise UnsupportedError(
-            "to_peft: PEFT's Super-Tuning drops no inputs; set dropout=0.0 for the file"
-        )
+    said = of_config(adapters, "fraction", "mask", method="Super-Tuning")
+    refuse_dropout(adapters, "Super-Tuning")
     sparsity = 1 - said["fraction"]
     tensors: dict[str, dict[str, Tensor]] = {}
     for a in adapters:

@@ -1,0 +1,52 @@
+"""What methods add to the loss, of their tensors alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import ABSENT, leaves
+from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
+from ..core.layout import SCALING
+from .alike import check_adapter
+
+__all__ = ["penalty"]
+
+
+def penalty(params: Any) -> Tensor:
+    """What the adapter's method adds to the loss, with the weights that its config has: the sum
+    over all sites, (). Pure; of a stack's members, `torch.func.vmap(ll.penalty)(stack)`.
+
+    Raises:
+        UnsupportedError: the method adds nothing.
+        StructureError: not an Adapter, or a part of a partition.
+        ConfigError: a method's `penalty` gives something else than a number.
+    """
+    check_adapter(params, "penalty")
+    layout = params.layout
+    if layout.variant.penalty is None:
+        raise UnsupportedError(f"{layout.variant.name} adds nothing to the loss")
+    if any(leaf is ABSENT for leaf in leaves(params)):
+        raise StructureError(
+            "penalty: this is one part of a partition; give the whole, ll.combine(trainable, "
+            "frozen)"
+        )
+    total: Any = 0.0
+    for path, tensors in params._data.items():
+        site = layout.sites[path]
+        own = {name: t for name, t in tensors.items() if name != SCALING}
+        one = partial(_asked, layout.variant.penalty, layout.config, site=site)
+        total = total + (torch.func.vmap(one)(own).sum() if site.num_experts else one(own))
+    return torch.as_tensor(total)
+
+
+def _asked(penalty: Any, cfg: Any, own: Any, *, site: Any) -> Tensor:
+    made = penalty(cfg, own, site)
+    if not isinstance(made, Tensor) or made.shape != ():
+        raise ConfigError(
+            f"site {site.path!r}: penalty gave {short_repr(made)}, expected a tensor ()"
+        )
+    return made
