@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
+from ..core.phases import Forms, Work
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
@@ -151,9 +152,14 @@ def weight(
     return W + W * (A[:, None] if column else A) + (B[:, None] if column else B), b
 
 
-def dense(cfg: GLoRAConfig, site: Site, tokens: int) -> bool:
-    """Where A and B are of low rank: the phases take a dense product of their own then."""
-    return cfg.weight_form == "lora"
+def dense(cfg: GLoRAConfig, site: Site, tokens: int) -> bool | Forms:
+    """Always where A and B are of low rank: the phases take a dense product of their own then.
+    Else passes over x and y, or over W.
+    """
+    if cfg.weight_form == "lora":
+        return True
+    row = Work(0.0, passes=site.d_in + 3 * site.d_out)
+    return Forms(row, Work(0.0, passes=4 * site.d_in * site.d_out))
 
 
 def scale(cfg: GLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
