@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.adapter import ABSENT, leaves
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
-from ..core.layout import SCALING
+from ..core.stacked import OF_MEMBERS, PRESENT
 from .alike import check_adapter
 
 __all__ = ["penalty"]
@@ -37,9 +37,10 @@ def penalty(params: Any) -> Tensor:
     total: Any = 0.0
     for path, tensors in params._data.items():
         site = layout.sites[path]
-        own = {name: t for name, t in tensors.items() if name != SCALING}
+        own = {name: t for name, t in tensors.items() if name not in OF_MEMBERS}
         one = partial(_asked, layout.variant.penalty, layout.config, site=site)
-        total = total + (torch.func.vmap(one)(own).sum() if site.num_experts else one(own))
+        added = torch.func.vmap(one)(own).sum() if site.num_experts else one(own)
+        total = total + (added * tensors[PRESENT] if PRESENT in tensors else added)
     return torch.as_tensor(total)
 
 
