@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, keys, leaves
 from ..core.config import probability, real
 from ..core.errors import ConfigError, StructureError, short_repr
-from ..core.torch_internals import fused_adamw, is_recorded
+from ..core.torch_internals import first_of, fused_adamw, is_recorded
 from .alike import every_adapter, map_adapters
 from .rates import (
     Rate,
@@ -96,7 +96,7 @@ def adamw(
     def init(trainable: Any) -> AdamWState:
         for value, what in ((lr, "lr"), (weight_decay, "weight_decay")):
             check_fit(value, trainable, f"adamw: {what}")
-        first = next((t for t in pytree.tree_leaves(trainable) if isinstance(t, Tensor)), None)
+        first = first_of((t for t in pytree.tree_leaves(trainable) if isinstance(t, Tensor)), None)
         step = torch.zeros((), device=None if first is None else first.device)
         mean, square = (pytree.tree_map(torch.zeros_like, trainable) for _ in range(2))
         return AdamWState(step, mean, square)
@@ -128,7 +128,8 @@ def adamw(
     return AdamW(init, update)
 
 
-@dataclass(frozen=True)
+# The compiler of torch 2.8 hashes it before it has its values, so its hash must not read those.
+@dataclass(frozen=True, eq=False)
 class _Rule:
     """One update of one leaf: it takes (p, g, m, v, (rate, decay)) and gives (p', m', v')."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, check_shapes, rebuild
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
+from ..core.torch_internals import first_of
 from .alike import check_adapter, every_adapter
 
 __all__ = ["from_dict", "ravel", "to_dict"]
@@ -56,7 +57,7 @@ def from_dict(values: Mapping[str, Mapping[str, Tensor]], like: Adapter | Layout
         raise StructureError(
             f"from_dict: expected {{path: {{name: tensor}}}}, found {type(values).__name__}"
         )
-    odd = next((path for path in values if path not in layout.names), None)
+    odd = first_of((path for path in values if path not in layout.names), None)
     if odd is not None:
         raise StructureError(f"from_dict: no site {odd!r}; {nearest(str(odd), layout.names)}")
     made = []
@@ -66,7 +67,7 @@ def from_dict(values: Mapping[str, Mapping[str, Tensor]], like: Adapter | Layout
             raise StructureError(
                 f"from_dict: {path!r}: expected {{name: tensor}}, found {type(found).__name__}"
             )
-        odd = next((name for name in found if name not in names), None)
+        odd = first_of((name for name in found if name not in names), None)
         if odd is not None:
             raise StructureError(f"from_dict: {path!r}: no tensor {odd!r}; {nearest(odd, names)}")
         for name in names:
@@ -118,10 +119,10 @@ def ravel(params: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """
     every_adapter(params, "ravel")
     leaves, form = pytree.tree_flatten(params)
-    odd = next((t for t in leaves if not isinstance(t, Tensor)), None)
+    odd = first_of((t for t in leaves if not isinstance(t, Tensor)), None)
     if odd is not None:
         raise StructureError(f"ravel: expected tensors, found {type(odd).__name__}")
-    odd = next((t for t in leaves if not t.is_floating_point()), None)
+    odd = first_of((t for t in leaves if not t.is_floating_point()), None)
     if odd is not None:
         raise StructureError(
             f"ravel: expected floating leaves, found one of {odd.dtype}; ravel the trainable "

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, nearest, short_repr
+from ..core.torch_internals import first_of
 from .alike import every_adapter
 
 __all__ = [
@@ -80,7 +81,7 @@ def check_fit(value: Any, tree: Any, what: str) -> None:
     adapters = every_adapter(tree, what.partition(":")[0])
     if isinstance(value, Mapping):
         known = {name for a in adapters for name in leaf_names(a)}
-        odd = next((name for name in value if name not in known and name != _DEFAULT), None)
+        odd = first_of((name for name in value if name not in known and name != _DEFAULT), None)
         if odd is not None:
             raise StructureError(f"{what}: no leaf is named {odd!r}; {nearest(str(odd), known)}")
         missing = sorted(known - value.keys())

@@ -14,7 +14,7 @@ from ..core.config_values import check_pattern
 from ..core.errors import StructureError, nearest
 from ..core.nodes import register_node
 from ..core.stacked import Stacked
-from ..core.torch_internals import is_tracing_here, outside_transforms, plain_values
+from ..core.torch_internals import first_of, is_tracing_here, outside_transforms, plain_values
 from ..kernels.row_plan import BARE, RowPlan
 from .bank import Bank
 
@@ -102,7 +102,7 @@ def rows(
     else:
         known, shape = _numbers(stack, ids)
         held = torch.tensor(known, dtype=torch.int64).view(shape)
-    odd = next((n for n, i in enumerate(known) if not BARE <= i < count), None)
+    odd = first_of((n for n, i in enumerate(known) if not BARE <= i < count), None)
     if odd is not None:
         tokens = held.shape[-1] if held.ndim > 1 else 0
         where = f"row {odd // tokens}, token {odd % tokens}" if tokens else f"row {odd}"

@@ -10,6 +10,7 @@ from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
 from ..core.stacked import Stacked
+from ..core.torch_internals import first_of
 from .alike import check_adapter
 from .members import Common, can_put, piled, put
 
@@ -163,7 +164,7 @@ def concatenate(stacks: Sequence[Adapter]) -> Adapter:
 
 # ------------------------------------------------------------------------------------ static data
 def _labels(adapters: Mapping[str, Adapter]) -> list[str]:
-    odd = next((label for label in adapters if not isinstance(label, str)), None)
+    odd = first_of((label for label in adapters if not isinstance(label, str)), None)
     if odd is not None:
         raise StructureError(f"stack: expected names, found {odd!r}")
     return list(adapters)

@@ -15,6 +15,7 @@ from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter
 from ..core.errors import StructureError, nearest
 from ..core.stacked import PRESENT
+from ..core.torch_internals import first_of
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Constants
 from ..injection.prompt import Prompt, Prompted
@@ -128,7 +129,8 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
     Raises:
         StructureError: the adapter has no values; the message says what to do instead.
     """
-    first = _first_leaf(adapter)
+    tensors: Any = first_of(adapter._data.values(), {})
+    first = first_of(tensors.values(), None)
     if not isinstance(first, Tensor) or not first.is_meta or model is None:
         return
     if all(p.is_meta for p in model.parameters()):
@@ -137,14 +139,6 @@ def check_values(adapter: Adapter, model: nn.Module | None) -> None:
         "the adapter's tensors are on the meta device, so they have no values, and the model's "
         "aren't; load the adapter"
     )
-
-
-def _first_leaf(adapter: Adapter) -> Any:
-    """Any leaf; None where there is none. Not every torch compiles a `next` with a default."""
-    for tensors in adapter._data.values():
-        for t in tensors.values():
-            return t
-    return None
 
 
 def _tied(model: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from ..algebra.parts import combine, partition
 from ..algebra.rows import rows
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError
+from ..core.torch_internals import first_of
 from .apply import apply
 from .batches import arguments
 
@@ -77,7 +78,7 @@ def _check_losses(losses: Any, count: int) -> None:
 
 
 def _samples(arguments: Any) -> int:
-    found = next(
+    found = first_of(
         (t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.ndim), None
     )
     if found is None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config_values import check_pattern, check_rank, coerce
 from .errors import ConfigError, nearest, short_repr
+from .torch_internals import first_of
 
 __all__ = [
     "DEFAULT_EXCLUDE",
@@ -158,11 +159,11 @@ class AdapterConfig:
 
     def rank_at(self, path: str) -> int:
         """The rank at a site."""
-        return next((r for pattern, r in self.rank_pattern if re.search(pattern, path)), self.r)
+        return first_of((r for pattern, r in self.rank_pattern if re.search(pattern, path)), self.r)
 
     def alpha_at(self, path: str) -> float:
         """The alpha at a site."""
-        return next(
+        return first_of(
             (a for pattern, a in self.alpha_pattern if re.search(pattern, path)), self.alpha
         )
 
@@ -200,7 +201,7 @@ def feature_dropout(cfg: AdapterConfig) -> float:
 
 def dropout_of(cfg: AdapterConfig) -> str:
     """The field by which a config asks for dropout; "" if it asks for none."""
-    return next((name for name in ("dropout", "block_dropout") if getattr(cfg, name, 0.0)), "")
+    return first_of((name for name in ("dropout", "block_dropout") if getattr(cfg, name, 0.0)), "")
 
 
 def real(value: Any, where: str) -> None:

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -43,6 +43,7 @@ __all__ = [
     "copy_attributes",
     "copy_each",
     "draws_differ",
+    "first_of",
     "flatten_again",
     "fused_adamw",
     "is_compiled",
@@ -61,6 +62,7 @@ __all__ = [
     "not_compiled",
     "outside_transforms",
     "own_attributes",
+    "paired",
     "parameters_of",
     "plain_tensors",
     "plain_values",
@@ -70,6 +72,9 @@ __all__ = [
     "without_autocast",
     "writes_on",
 ]
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 TRACES_IDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """Whether torch.compile can trace `id` of a list or dict."""
@@ -133,6 +138,21 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
+
+
+def first_of(items: Iterable[T], default: D) -> T | D:
+    """`next(iter(items), default)`, which the compiler of torch 2.8 can't trace."""
+    for item in items:
+        return item
+    return default
+
+
+def paired(names: Sequence[T], values: Sequence[D]) -> list[tuple[T, D]]:
+    """Names and values, as far as both go: the compiler of torch 2.8 takes every zip for a strict
+    one.
+    """
+    count = min(len(names), len(values))
+    return list(zip(names[:count], values[:count], strict=True))
 
 
 def is_tracing_here() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -59,6 +59,12 @@ def is_here(attachment: Attachment, p: Params) -> Tensor | None:
     """
     return p[PRESENT] > 0.5 if attachment.optional else attachment.here
 
+    def changed(self, **fields: Any) -> Attachment:
+        """`_replace`, which the compiler of torch 2.8 can't trace."""
+        own = zip(Attachment._fields, self, strict=True)
+        values: list[Any] = [fields.get(name, value) for name, value in own]
+        return Attachment(*values)
+
 
 def everywhere(
     model: nn.Module, sites: Mapping[str, Sequence[Attachment]]
@@ -71,6 +77,6 @@ def everywhere(
     for path, others in more.items():
         for site in others:
             spread.setdefault(site.path, []).extend(
-                attachment._replace(site=site) for attachment in sites[path]
+                attachment.changed(site=site) for attachment in sites[path]
             )
     return spread

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, INSTANCE_NORMS, RUNNING_NORMS
+from ..core.torch_internals import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    INSTANCE_NORMS,
+    RUNNING_NORMS,
+    first_of,
+    paired,
+)
 from ..kernels.row_axes import not_rows
 
 __all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
@@ -89,7 +96,7 @@ def _of_attention(
         "average_attn_weights",
         "is_causal",
     )
-    given = [*zip(names, args, strict=False), *kwargs.items()]
+    given = [*paired(names, args), *kwargs.items()]
     along = Axis(0 if module.batch_first else 1)
     where = dict.fromkeys(names[:3], along) | {"key_padding_mask": _FIRST}
     for name, value in given:
@@ -122,7 +129,7 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
     tensor, and all rows may share another one.
     """
     tensors = [t for t in flat if isinstance(t, Tensor)]
-    odd = next((value for value in flat if not isinstance(value, (Tensor, *PLAIN))), None)
+    odd = first_of((value for value in flat if not isinstance(value, (Tensor, *PLAIN))), None)
     if odd is not None or not tensors:
         what = "no tensor" if odd is None else f"a {type(odd).__name__}"
         raise UnsupportedError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
-from ..core.torch_internals import is_sharded
+from ..core.torch_internals import first_of, is_sharded
 from ..layers.kinds import KINDS, matrix
 from ..layers.quantised import dequantised
 from ..layers.sharded import replicated, whole
@@ -147,7 +147,7 @@ class FrozenLayer:
         return y if bias is None else y - bias.to(y.dtype)
 
     def _call(self, x: Tensor) -> Tensor:
-        mixed = next(
+        mixed = first_of(
             (
                 attachment
                 for attachment in self.attachments[: self.count]

@@ -248,7 +248,7 @@ class DenseStep:
         names = tuple(p)
 
         def make(W: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
-            own, at = unfolded(dict(zip(names, rest, strict=False)), site)
+            own, at = unfolded(dict(zip(names, rest[: len(names)], strict=True)), site)
             assert variant.weight is not None
             return variant.weight(cfg, own, at, W, None if b is None else rest[-1])
 

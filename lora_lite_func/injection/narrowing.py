@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.torch_internals import first_of
 from .attachment import Attachment, Plan
 from .linear import choose
 from .rebinding import turn_callables
@@ -26,7 +27,7 @@ def of_rows(rows: Sequence[int]) -> Within:
     made: list[tuple[Plan, Plan]] = []
 
     def within(plan: Plan) -> Plan:
-        found = next((new for old, new in made if old is plan), None)
+        found = first_of((new for old, new in made if old is plan), None)
         if found is None:
             found = plan.only(rows)
             made.append((plan, found))
@@ -51,7 +52,7 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
         return tuple(
             attachment
             if attachment.row_plan is None
-            else attachment._replace(row_plan=within(attachment.row_plan))
+            else attachment.changed(row_plan=within(attachment.row_plan))
             for attachment in attachments
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.torch_internals import at_trace_time, own_attributes
+from ..core.torch_internals import at_trace_time, own_attributes, paired
 from ..core.weak_memo import WeakMemo
 from ..layers.kinds import KINDS
 from .prompt import Prompt
@@ -66,7 +66,7 @@ def _prompt_of(
     It says its attention mask (N, T), since padding is no part of the prompt, and whether it goes
     on from a cache. Where it says nothing, the prompt is that of the call around it.
     """
-    given = {**dict(zip(_listed(cls), args, strict=False)), **kwargs}
+    given = {**dict(paired(_listed(cls), args)), **kwargs}
     mask = given.get(_MASK)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         encoders = mask is None and given.get(_ENCODED) is not None

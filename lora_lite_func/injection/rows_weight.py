@@ -168,7 +168,7 @@ def _members(
     flags = [None] * len(runs) if here is None else split(here)
     own: list[Params] = [{name: ts[n] for name, ts in leaves.items()} for n in range(len(runs))]
     return [
-        None if bare[low] else attachment._replace(p=own[n], row_plan=None, here=flags[n])
+        None if bare[low] else attachment.changed(p=own[n], row_plan=None, here=flags[n])
         for n, (low, _) in enumerate(runs)
     ]
 
@@ -187,7 +187,7 @@ def _together(
     def of_part(leaves: list[Params], here: list[Tensor | None], *rows: Tensor) -> Any:
         it = iter(rows)
         attachments = {
-            at: attachment._replace(p=p, here=h)
+            at: attachment.changed(p=p, here=h)
             for (at, attachment), p, h in zip(present.items(), leaves, here, strict=True)
         }
         return one(

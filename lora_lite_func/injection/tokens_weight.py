@@ -71,7 +71,7 @@ def by_tokens(
         plan = attachment.row_plan
         if not isinstance(plan, RowPlan):
             return attachment
-        return attachment._replace(row_plan=plan.fitting(x).of_tokens(shape[1]))
+        return attachment.changed(row_plan=plan.fitting(x).of_tokens(shape[1]))
 
     own = {key: tuple(map(of_tokens, attachments)) for key, attachments in chains.items()}
     given = [x.flatten(0, 1) if t is x else t for t in flat]

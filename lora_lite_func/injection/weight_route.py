@@ -250,7 +250,7 @@ def _read(
         given = {**stored, **{n: next(it) for n in names}}
         filled = iter([{key: next(it) for key in p} for p in leaves])
         own = {
-            key: tuple(attachment._replace(p=next(filled)) for attachment in chain)
+            key: tuple(attachment.changed(p=next(filled)) for attachment in chain)
             for key, chain in chains.items()
         }
         made = adapted(self, own, given).get(name, given[name])

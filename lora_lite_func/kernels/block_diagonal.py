@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import is_traced, may_overwrite
+from ..core.torch_internals import first_of, is_traced, may_overwrite
 from .cost import costs_on
 
 __all__ = ["check_divides", "plus_product", "product", "together", "widened"]
@@ -84,7 +84,7 @@ def together(n: int, b: int, device: torch.device) -> int:
     costs = costs_on(device)
     if costs is None or torch.is_grad_enabled() or is_traced():
         return 1
-    return next((k for k in range(costs.block_width // b, 1, -1) if n % k == 0), 1)
+    return first_of((k for k in range(costs.block_width // b, 1, -1) if n % k == 0), 1)
 
 
 def widened(M: Tensor) -> Tensor:

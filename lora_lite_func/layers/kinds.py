@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..core.config import DEFAULT_EXCLUDE
 from ..core.site import Site
+from ..core.torch_internals import first_of
 from .norms import uses_one_plus
 from .recognise import (
     conv_size,
@@ -148,7 +149,7 @@ KINDS: Mapping[str, Kind] = {
 
 def kind_of(module: Any) -> Kind | None:
     """The kind of a module with a weight; None for any other."""
-    return next(
+    return first_of(
         (kind for kind in KINDS.values() if kind.name != "module" and kind.holds(module)), None
     )
 

@@ -36,6 +36,8 @@ def tied_names(model: nn.Module, sites: Iterable[Site]) -> dict[str, list[Site]]
     tensors: dict[str, int] = {}
     for path, module in model.named_modules():
         for name, p in module._parameters.items():
+            if p is None:
+                continue
             full = f"{path}.{name}" if path else name
             names.setdefault(id(p), []).append(full)
             tensors[full] = id(p)

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import is_wrapper
+from ..core.torch_internals import first_of, is_wrapper
 from .quantised import dequantised
 from .sharded import whole
 
@@ -78,7 +78,7 @@ def stored(module: Any, name: str) -> Any:
         return max(parts, key=Tensor.numel)  # where there are a size and a direction, the direction
     if name not in own and _computing_hooks(module, name):
         sources = (own.get(name + suffix) for suffix in ("_v", "_orig"))
-        found = next((t for t in sources if t is not None), None)
+        found = first_of((t for t in sources if t is not None), None)
         if found is not None:
             return found
     return getattr(module, name, None)
@@ -112,7 +112,7 @@ def how_to_bake(module: Any, name: str) -> str:
         "WeightNorm": "remove_weight_norm(layer)",
         "SpectralNorm": "remove_spectral_norm(layer)",
     }
-    found = next((f"torch.nn.utils.{known[hook]}" for hook in hooks if hook in known), None)
+    found = first_of((f"torch.nn.utils.{known[hook]}" for hook in hooks if hook in known), None)
     if found is None and f"{name}_mask" in module._buffers:
         found = f"torch.nn.utils.prune.remove(layer, {name!r})"
     return found or f"give the layer a parameter {name!r}"

@@ -26,6 +26,7 @@ from ..core.method import Layer, ParamSpec, Variant
 from ..core.phases import Forms, Work
 from ..core.random import kaiming
 from ..core.site import Params, Site
+from ..core.torch_internals import first_of
 from ..kernels import low_rank
 
 
@@ -90,7 +91,7 @@ def _shape(cfg: LoKrConfig, site: Site) -> _Shape:
         ConfigError: `w1_shapes` gives sizes that don't divide the layer's.
     """
     (l, k), (m, n) = split(site.d_out, cfg.factor), split(site.d_in, cfg.factor)  # noqa: E741
-    given = next((shape for path, shape in cfg.w1_shapes if path == site.path), None)
+    given = first_of((shape for path, shape in cfg.w1_shapes if path == site.path), None)
     if given is not None:
         l, m = given  # noqa: E741
         if site.d_out % l or site.d_in % m:

@@ -448,3 +448,13 @@ def test_a_weight_that_is_given_to_a_checkpoint(reentrant: bool) -> None:
         bound(X.clone().requires_grad_()).square().mean().backward()
         grads.append({n: p.grad for n, p in bound.named_parameters() if p.requires_grad})
     close(grads[1], grads[0], 1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cfg", [ll.LoReFTConfig(r=2, target_names=("0",)), ll.DoRAConfig(r=2)])
+def test_a_bound_layer_is_printed_as_it_is_stored(bias: bool, cfg: ll.AdapterConfig) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=bias))
+    bound = ll.bind(model, ll.init(model, cfg))
+    for made in (bound, ll.bind(bound, ll.init(model, ll.LoRAConfig(r=2)))):
+        assert model[0].extra_repr() == made[0].extra_repr()
+        assert f"in_features=4, out_features=4, bias={bias}" in repr(made)
