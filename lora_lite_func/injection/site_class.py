@@ -114,6 +114,9 @@ def _made(
         body["forward"] = linear.forward if plain else activation_route.forward
     else:
         body["forward"] = layer_call
+    if not links:
+        # What a layer says of itself is of its stored tensors: nothing is merged to be printed.
+        body["extra_repr"] = lambda self: on_stand_in(self, cls, _extra_repr)
     if issubclass(cls, nn.RNNBase):
         # After a .to() nothing is flattened here; the copy that each call makes is flattened.
         body |= {"_init_flat_weights": flatten_again, "flatten_parameters": lambda self: None}
@@ -131,6 +134,10 @@ def _made(
             if name not in body and isinstance(getattr(cls, name, None), (property, type(None)))
         }
     return type(cls.__name__, bases, body)
+
+
+def _extra_repr(layer: nn.Module, call: Callable[..., Any]) -> str:
+    return layer.extra_repr()
 
 
 def _reduce_site(self: Any, protocol: Any) -> tuple[Any, ...]:
