@@ -5,7 +5,7 @@ Nothing here writes on the base, and no gradient reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from ..core.torch_internals import is_wrapper
 from ..layers.weights import is_packed
+from .written import may_write
 
-__all__ = ["BaseTensors", "Constants", "Frozen", "constant", "own_bias", "own_buffers"]
+__all__ = [
+    "BaseTensors",
+    "Constants",
+    "Frozen",
+    "constant",
+    "own_bias",
+    "own_buffers",
+    "own_written",
+]
 
 
 class BaseTensors(Protocol):
@@ -30,12 +39,15 @@ class BaseTensors(Protocol):
     def __call__(self, copy: nn.Module, path: str) -> None:
         """Replace the parameters and buffers that the copy of a module has from the base."""
 
-    def beside(self, tensor: Tensor, training: bool) -> Tensor:
+    made: dict[int, Tensor]
+    """{id of a tensor of the base: the tree's own one, which is cloned from it}."""
+
+    def beside(self, tensor: Tensor, holder: nn.Module) -> Tensor:
         """What stands for a tensor that a module holds beside its parameters and buffers.
 
         Args:
             tensor: the module's tensor.
-            training: whether the module is in training mode.
+            holder: the module's copy.
         """
 
 
@@ -56,7 +68,7 @@ class Constants:
     def __call__(self, copy: nn.Module, path: str) -> None:
         parameters: dict[str, Any] = copy._parameters
         given = self._replace(copy, path) if self.base else ()
-        if copy._buffers and (self.grad or copy.training):
+        if copy._buffers:
             self._buffers(copy, given)
         if not parameters:
             return
@@ -67,12 +79,12 @@ class Constants:
                     parameters[name] = constant(p, copy)
 
     def _buffers(self, copy: nn.Module, given: Any) -> None:
-        buffers, training = copy._buffers, copy.training
-        weights = _packed_buffers(copy) if training else ()
+        buffers, written = copy._buffers, _is_written(copy)
+        weights = _packed_buffers(copy) if written else ()
         for name, b in buffers.items():
             if b is None or name in given:
                 continue
-            if training and name not in weights:
+            if written and name not in weights:
                 buffers[name] = _clone(b, self.made)
             elif b.requires_grad:
                 buffers[name] = b.detach()
@@ -91,8 +103,8 @@ class Constants:
             copy.__dict__["_ll"].rebased = True
         return given
 
-    def beside(self, tensor: Tensor, training: bool) -> Tensor:
-        if training:
+    def beside(self, tensor: Tensor, holder: nn.Module) -> Tensor:
+        if id(tensor) in self.made or _is_written(holder):
             return _clone(tensor, self.made)
         return tensor.detach() if self.grad and tensor.requires_grad else tensor
 
@@ -123,7 +135,7 @@ class Frozen:
             parameters[name] = self.parameters[id(p)]
         own_buffers(copy, self.made)
 
-    def beside(self, tensor: Tensor, training: bool) -> Tensor:
+    def beside(self, tensor: Tensor, holder: nn.Module) -> Tensor:
         return _clone(tensor, self.made)
 
 
@@ -138,12 +150,56 @@ def _parameter(p: Tensor, requires_grad: bool) -> Tensor:
     return made
 
 
+def _is_written(copy: nn.Module) -> bool:
+    """Whether a module's call may write on the tensors that it holds."""
+    return copy.training or may_write(type(copy))
+
+
 def _clone(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
     """A tensor of the tree's own, the same one wherever the base has the same one."""
     found = made.get(id(tensor))
     if found is None:
-        found = made[id(tensor)] = tensor.detach().clone()
+        constant = tensor.detach() if tensor.requires_grad else tensor
+        found = made[id(tensor)] = constant.clone()
     return found
+
+
+def _own_copy(t: Tensor) -> Tensor:
+    """A tensor with the same values, class and flags, on memory of its own."""
+    if not isinstance(t, nn.Parameter):
+        return t.clone()
+    made = _parameter(t, t.requires_grad)
+    made.data = t.detach().clone()
+    return made
+
+
+def own_written(
+    written: Sequence[tuple[nn.Module, tuple[str, ...]]],
+    model: nn.Module,
+    copies: Mapping[int, nn.Module],
+) -> None:
+    """Give the tree its own ones of the parameters and buffers that its calls write on.
+
+    Args:
+        written: (a module of the base, the attributes that lead from it to a tensor).
+        model: the base.
+        copies: {id of a module of the base: its copy}.
+    """
+    for holder, (*way, name) in written:
+        module: Any = holder
+        for step in way:
+            module = module._modules.get(step) if isinstance(module, nn.Module) else None
+        if not isinstance(module, nn.Module):
+            continue
+        for kind in ("_parameters", "_buffers"):
+            old = getattr(module, kind).get(name)
+            if old is None or (kind == "_parameters" and is_packed(old)):
+                continue
+            new = _own_copy(getattr(copies[id(module)], kind)[name])
+            for other in model.modules():  # it may have other names
+                for tied, t in getattr(other, kind).items():
+                    if t is old:
+                        getattr(copies[id(other)], kind)[tied] = new
 
 
 def _packed_buffers(copy: Any) -> tuple[str, ...]:
@@ -151,14 +207,15 @@ def _packed_buffers(copy: Any) -> tuple[str, ...]:
 
     No call writes on them, and to copy them would cost what packing saves.
     """
-    if "weight" in copy._parameters or not isinstance(getattr(copy, "in_features", None), int):
+    packed = [n for n, b in copy._buffers.items() if b is not None and is_packed(b)]
+    if not packed or "weight" in copy._parameters:
         return ()
-    size = copy.in_features * getattr(copy, "out_features", 1)
-    return tuple(
-        name
-        for name, b in copy._buffers.items()
-        if b is not None and is_packed(b) and b.numel() * 32 >= size and b.numel() > 1
-    )
+    features = getattr(copy, "in_features", None)
+    if not isinstance(features, int):
+        return ()
+    size = features * getattr(copy, "out_features", 1)
+    sizes = {name: copy._buffers[name].numel() for name in packed}
+    return tuple(name for name, count in sizes.items() if count * 32 >= size and count > 1)
 
 
 def constant(parameter: Tensor, copy: nn.Module) -> Tensor:

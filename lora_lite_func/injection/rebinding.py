@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,19 @@ from torch import Tensor, nn
 
 from ..core.torch_internals import TRACES_IDS, attributes_of
 from .cloning import clone, has_modules_as_keys, refill, same_members
-from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of_object, refers, role_of
+from .references import (
+    BINDABLE,
+    PLAIN,
+    Role,
+    all_plain,
+    attributes_of_object,
+    has_state,
+    refers,
+    role_of,
+)
 from .unfollowed import globals_of, modules_in
 
-__all__ = ["MUTABLE", "Rebinding", "turn_callables"]
+__all__ = ["MUTABLE", "Rebinding", "own_object", "turn_callables"]
 
 _KEEPERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 MUTABLE = (list, dict, set, collections.deque)
@@ -36,6 +45,7 @@ class Rebinding:
             that what was one object stays one.
         beside: (tensor, self) -> what stands for a tensor that a container or a closure holds; None
             leaves such tensors as they are.
+        tensors: {id of a tensor of the base: the tree's own one}.
 
     Attributes:
         unfollowed: what may hold original modules and can't be turned, as (what it is, a module
@@ -45,9 +55,13 @@ class Rebinding:
     """
 
     def __init__(
-        self, copies: dict[int, Any], beside: Callable[[Tensor, Rebinding], Tensor] | None = None
+        self,
+        copies: dict[int, Any],
+        beside: Callable[[Tensor, Rebinding], Tensor] | None = None,
+        tensors: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.copies = copies
+        self.tensors = {} if tensors is None else tensors
         self.beside = beside
         self.by_id = TRACES_IDS or not torch.compiler.is_dynamo_compiling()
         self.unfollowed: list[tuple[str, nn.Module | None]] = []
@@ -56,12 +70,16 @@ class Rebinding:
 
     # ------------------------------------------------------------------------------ own containers
     def own(self, value: Any) -> Any:
-        """A container of the tree's own in place of a module's.
+        """A container or object of the tree's own in place of a module's.
 
-        So nothing is put into the original. The members stay what they are until `turn_owned`.
+        So nothing is put into the original. The members stay what they are until `turn_owned`, and
+        those of an object that refers to modules until the object is turned.
         """
         if not self.by_id:
             return self.turned(value)
+        if role_of(type(value)) == Role.OBJECT:
+            # A compiler can't ask for an object's id.
+            return value if torch.compiler.is_dynamo_compiling() else self._own_object(value)
         known = self.copies.get(id(value))
         if known is not None:
             return known
@@ -79,6 +97,20 @@ class Rebinding:
             refill(made, [self._own_member(item) for item in made])
         return made
 
+    def _own_object(self, value: Any) -> Any:
+        known = self.copies.get(id(value))
+        if known is not None:
+            return known
+        if refers(value):
+            # `turned` makes its copy, around these.
+            for item in attributes_of_object(value).values():
+                if isinstance(item, (*MUTABLE, Tensor)):
+                    self._own_member(item)
+            return value
+        if not has_state(value):
+            return value
+        return own_object(value, self.copies, self._own_member)
+
     def _own_tuple(self, value: tuple[Any, ...]) -> Any:
         members = [self._own_member(item) for item in value]
         if all(a is b for a, b in zip(members, value, strict=True)):
@@ -90,7 +122,7 @@ class Rebinding:
         kind = type(item)
         if kind in PLAIN:
             return item
-        if kind is tuple or issubclass(kind, MUTABLE):
+        if kind is tuple or issubclass(kind, MUTABLE) or role_of(kind) == Role.OBJECT:
             return self.own(item)
         if self.beside is not None and isinstance(item, Tensor):
             return self.beside(item, self)
@@ -115,7 +147,8 @@ class Rebinding:
             return value
         role = role_of(kind)
         if role == Role.DATA:
-            return value
+            owned = isinstance(value, Tensor) and len(self.tensors) > 0
+            return self.tensors.get(id(value), value) if owned else value
         if role == Role.POINTER:
             return self._pointer(value)
         if not self.by_id and role == Role.CONTAINER:
@@ -197,10 +230,8 @@ class Rebinding:
 
         The copy is around the modules' copies, and is the same one wherever the object is held.
         """
-        kind: Any = type(value)
-        new_object = kind.__new__ if kind is types.SimpleNamespace else object.__new__
         # The copy is noted first, because the object may refer to itself.
-        made = self.copies[id(value)] = new_object(kind)
+        made = self.copies[id(value)] = _new_object(type(value))
         attributes = attributes_of_object(value)
         new = {name: self.turned(item) for name, item in attributes.items()}
         if all(new[name] is item or item is value for name, item in attributes.items()):
@@ -307,6 +338,27 @@ class Rebinding:
             return cell
         new = self.turned(content)
         return cell if new is content else types.CellType(new)
+
+
+def own_object(value: Any, copies: dict[int, Any], own: Callable[[Any], Any] | None = None) -> Any:
+    """A copy of an object of a user's class, which is noted among the copies.
+
+    Args:
+        value: the object.
+        copies: as in `Rebinding`.
+        own: what is done with each of its attributes; None: they are plain.
+    """
+    # The copy is noted first, because the object may refer to itself.
+    made = copies[id(value)] = _new_object(type(value))
+    copies[id(made)] = made
+    for name, item in attributes_of_object(value).items():
+        object.__setattr__(made, name, item if own is None else own(item))
+    return made
+
+
+def _new_object(kind: Any) -> Any:
+    """An object of a class without its constructor, which may ask for anything."""
+    return (kind if kind is types.SimpleNamespace else object).__new__(kind)
 
 
 def turn_callables(module: nn.Module, copies: dict[int, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.torch_internals import HOOK_WRAPPERS, at_trace_time, copy_attributes
+from ..core.torch_internals import HOOK_WRAPPERS, TRACES_IDS, at_trace_time, copy_attributes
 from ..core.weak_memo import WeakMemo
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Role",
     "all_plain",
     "attributes_of_object",
+    "has_state",
     "is_users",
     "refers",
     "role_of",
@@ -190,9 +191,10 @@ def refers(value: Any, seen: set[int] | None = None) -> bool:
     if all_plain(held):
         return False
     seen = set() if seen is None else seen
-    if id(value) in seen:
-        return False
-    seen.add(id(value))
+    if TRACES_IDS or not torch.compiler.is_dynamo_compiling():
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
     return any(type(item) not in PLAIN and refers(item, seen) for item in held)
 
 
@@ -208,6 +210,21 @@ def attributes_of_object(value: Any) -> dict[str, Any]:
     if not kept:
         return held
     return {**held, **{name: getattr(value, name) for name in kept if hasattr(value, name)}}
+
+
+def has_state(value: Any) -> bool:
+    """Whether something may be written on an object of a user's class.
+
+    Nothing is written on a frozen record of plain values or on an object without attributes, and
+    one that says how it is copied may be the only one of its kind.
+    """
+    cls = type(value)
+    if any(hasattr(cls, name) for name in ("__copy__", "__deepcopy__")):
+        return False
+    held = attributes_of_object(value)
+    parameters = getattr(cls, "__dataclass_params__", None)
+    frozen = parameters is not None and parameters.frozen
+    return len(held) > 0 and not (frozen and all_plain(held.values()))
 
 
 # ------------------------------------------------------------------------------------------- slots

@@ -22,12 +22,14 @@ from ..core.weak_memo import WeakMemo
 from ..layers.kinds import KINDS, module_and_name
 from ..layers.refusals import check_model, refusal
 from .attachment import Attachment, everywhere
+from .base_tensors import own_written
 from .checks import no_module
 from .prompt_scope import has_own_prompt, is_scope, scope_class, under_scope
 from .references import slots
 from .site_copy import site_copy
 from .tree_references import TreeReferences
 from .unfollowed import global_names
+from .written import writes_directly
 
 __all__ = ["Copier", "copy_tree"]
 
@@ -73,6 +75,7 @@ class _ClassFacts(NamedTuple):
         is_scope: whether they tell their sites the prompt of each call.
         is_special: whether one of has_inner, is_table and is_scope is true.
         reads_globals: whether their calls may reach modules by a global name.
+        written: the tensors that their calls write on, by the attributes that lead there.
     """
 
     refusal: str | None
@@ -82,6 +85,7 @@ class _ClassFacts(NamedTuple):
     is_scope: bool
     is_special: bool
     reads_globals: bool
+    written: tuple[tuple[str, ...], ...]
 
 
 def _facts(cls: type) -> _ClassFacts:
@@ -90,7 +94,8 @@ def _facts(cls: type) -> _ClassFacts:
     scope = is_scope(cls)
     special = inner or table or scope
     reads = bool(global_names(cls))
-    return _ClassFacts(refusal(cls), slots(cls), inner, table, scope, special, reads)
+    written = writes_directly(cls)
+    return _ClassFacts(refusal(cls), slots(cls), inner, table, scope, special, reads, written)
 
 
 _FACTS = WeakMemo(_facts)
@@ -126,6 +131,7 @@ class Copier:
         self.tells = any(map(_asks, sites.values()))
         self.base_tensors = base_tensors
         self.copies: dict[int, Any] = {}
+        self.written: list[tuple[nn.Module, tuple[str, ...]]] = []
         self.references = TreeReferences(model, self.copies, base_tensors, refuse)
 
     def whole(self) -> nn.Module:
@@ -133,6 +139,8 @@ class Copier:
         root = self.visit(self.root, "", False)
         if self.left:
             raise no_module(self.root, next(iter(self.left)))
+        if self.written:
+            own_written(self.written, self.root, self.copies)
         self.references.turn(root)
         return root
 
@@ -168,6 +176,8 @@ class Copier:
         self.references.note(copy, path, facts.slots, facts.reads_globals)
         if copy._modules:
             self._visit_children(copy, path, attachments is not None)
+        if facts.written:
+            self.written += [(module, chain) for chain in facts.written]
         return copy
 
     def _special(

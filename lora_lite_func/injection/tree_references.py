@@ -17,8 +17,17 @@ from ..core.errors import UnsupportedError
 from ..core.torch_internals import STATE_HOOKS, own_attributes
 from ..layers.kinds import KINDS
 from .prompt_scope import under_scope
-from .rebinding import MUTABLE, Rebinding
-from .references import BINDABLE, PLAIN, Role, all_plain, attributes_of_object, refers, role_of
+from .rebinding import MUTABLE, Rebinding, own_object
+from .references import (
+    BINDABLE,
+    PLAIN,
+    Role,
+    all_plain,
+    attributes_of_object,
+    has_state,
+    refers,
+    role_of,
+)
 from .unfollowed import global_names
 
 __all__ = ["TreeReferences"]
@@ -57,10 +66,12 @@ class TreeReferences:
     ) -> None:
         self.model, self.copies, self.refuse = model, copies, refuse
         self.beside: Callable[..., Tensor] | None = getattr(base_tensors, "beside", None)
+        self.tensors: dict[int, Tensor] = getattr(base_tensors, "made", {})
         self.kept: bool = getattr(base_tensors, "kept", False)
         self.hooks = (*_CALL_HOOKS, *STATE_HOOKS) if self.kept else _CALL_HOOKS
         self.noted: list[_Noted] = []
-        self.training = False
+        self.records: dict[int, Any] = {}
+        self.holder: Any = None
         self._index: dict[int, tuple[str, Any, str]] | None = None
 
     # ------------------------------------------------------------------------------ during the walk
@@ -68,17 +79,17 @@ class TreeReferences:
         """Note what may have to be turned in a module's copy."""
         attributes = copy.__dict__
         names: list[str] = []
-        own = own_attributes(copy)
-        if own:
-            names = [
-                name
-                for name, value in own
-                if type(value) not in PLAIN and name not in _OURS and self._concerns(name, value)
-            ]
-            state = attributes.get("_ll")
-            kept = state is not None and state.own_forward is not None
-            if kept or "forward" in attributes or "_ll_forward" in attributes:
-                self._note_forward(attributes, path, names)
+        for name, value in own_attributes(copy):
+            if type(value) in PLAIN or name in _OURS:
+                continue
+            if self.records and id(value) in self.records:
+                attributes[name] = self.records[id(value)]
+            elif self._concerns(name, value):
+                names.append(name)
+        state = attributes.get("_ll")
+        kept = state is not None and state.own_forward is not None
+        if kept or "forward" in attributes or "_ll_forward" in attributes:
+            self._note_forward(attributes, path, names)
         if slots:
             held = [name for name in slots if hasattr(copy, name)]
             names += [name for name in held if self._concerns(name, getattr(copy, name))]
@@ -113,8 +124,14 @@ class TreeReferences:
             return isinstance(value, Tensor) or (self.kept and _is_config(name, value))
         if role != Role.OBJECT:
             return refers(value)
-        held = attributes_of_object(value).values()
-        return self.kept or refers(value) or any(isinstance(item, MUTABLE) for item in held)
+        if self.kept or refers(value):
+            return True
+        if torch.compiler.is_dynamo_compiling() or not has_state(value):
+            return False
+        if all_plain(attributes_of_object(value).values()):
+            # Many modules hold the same settings, so their copy is at hand for the others.
+            self.records[id(value)] = own_object(value, self.copies)
+        return True
 
     # ------------------------------------------------------------------------------- after the walk
     def turn(self, root: nn.Module) -> None:
@@ -125,7 +142,7 @@ class TreeReferences:
         """
         if not self.noted:
             return
-        rebinding = Rebinding(self.copies, self._beside)
+        rebinding = Rebinding(self.copies, self._beside, self.tensors)
         for noted in self.noted:
             self._own(rebinding, noted)
         for noted in self.noted:
@@ -141,16 +158,17 @@ class TreeReferences:
     def _own(self, rebinding: Rebinding, noted: _Noted) -> None:
         """Give the copies containers and tensors of the tree's own."""
         copy: Any = noted.copy
-        self.training = copy.training
+        self.holder = copy
         for name in noted.names:
             value = _get(copy, name)
-            if role_of(type(value)) == Role.CONTAINER:
+            if role_of(type(value)) in (Role.CONTAINER, Role.OBJECT):
                 _set(copy, name, rebinding.own(value))
             elif isinstance(value, Tensor) and not _is_computed(copy, name):
                 _set(copy, name, self._beside(value, rebinding))
 
     def _turn(self, rebinding: Rebinding, noted: _Noted) -> None:
         copy, path, attributes = noted.copy, noted.path, noted.copy.__dict__
+        self.holder = copy
         for name in noted.names:
             if name == "_ll":
                 state = attributes[name]
@@ -175,13 +193,14 @@ class TreeReferences:
 
     def _beside(self, tensor: Tensor, rebinding: Rebinding) -> Tensor:
         """What stands for a tensor that a module holds in an attribute or a container."""
-        if not isinstance(tensor, nn.Parameter) and not self.training and not tensor.requires_grad:
-            return tensor if self.beside is None else self.beside(tensor, False)
-        if self._index is None:
-            self._index = dict(self._tensors())
-        found = self._index.get(id(tensor))
+        # Only a parameter, or what could become one, has to be looked for among the tree's tensors.
+        found = None
+        if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+            if self._index is None:
+                self._index = dict(self._tensors())
+            found = self._index.get(id(tensor))
         if found is None:
-            return tensor if self.beside is None else self.beside(tensor, self.training)
+            return tensor if self.beside is None else self.beside(tensor, self.holder)
         path, copy, name = found
         state = copy.__dict__.get("_ll")
         if state is not None and _adapts(state, name):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.weak_memo import WeakMemo
 from .references import PLAIN, Role, is_users, refers, role_of
 
-__all__ = ["global_names", "globals_of", "modules_in"]
+__all__ = ["calls_of", "global_names", "globals_of", "modules_in"]
 
 _STEPS = 6
 _MOST = 2_000
@@ -47,7 +47,7 @@ def globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The globals that a user's function reads and that may lead to a module, as (name, value)."""
     if not is_users(function.__module__ or ""):
         return
-    for name in _READ(function.__code__)[0]:
+    for name in _READ(function.__code__):
         value = function.__globals__.get(name)
         if _may_lead(value) and refers(value):
             yield name, value
@@ -60,26 +60,22 @@ def _may_lead(value: Any) -> bool:
     return type(value) not in PLAIN and role_of(type(value)) != Role.DATA
 
 
-def _read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """(globals, attributes and methods) that a function and the functions inside it read."""
+def _read(code: types.CodeType) -> frozenset[str]:
+    """The globals that a function and the functions inside it read."""
     names = {
         i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
-    others = set(code.co_names)
-    for held in code.co_consts:
-        if isinstance(held, types.CodeType):
-            inner = _read(held)
-            names |= inner[0]
-            others |= inner[1]
-    return frozenset(names), frozenset(others)
+    inner = [_read(held) for held in code.co_consts if isinstance(held, types.CodeType)]
+    return frozenset(names).union(*inner)
 
 
 _READ = WeakMemo(_read)
 
 
-def _global_names(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
-    """The globals that the calls of a class read, as (the dict of globals, name)."""
-    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+def calls_of(cls: type) -> Iterator[types.FunctionType]:
+    """The functions in a class that its calls may reach: by name from `forward`, from what that
+    names, and so on. Those of torch are left out.
+    """
     left, done = ["forward"], set[str]()
     while left:
         name = left.pop()
@@ -88,12 +84,28 @@ def _global_names(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
         if name in done or not isinstance(method, types.FunctionType):
             continue
         done.add(name)
+        if not (method.__module__ or "").startswith("torch."):
+            yield method
+            left += _NAMES(method.__code__)
+
+
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The attributes and globals that a function and the functions inside it name."""
+    inner = [_names(held) for held in code.co_consts if isinstance(held, types.CodeType)]
+    return frozenset(code.co_names).union(*inner)
+
+
+_NAMES = WeakMemo(_names)
+
+
+def _global_names(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
+    """The globals that the calls of a class read, as (the dict of globals, name)."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    for method in calls_of(cls):
         if not is_users(method.__module__ or ""):
             continue
-        read, used_names = _READ(method.__code__)
-        left += used_names
         held = method.__globals__
-        for used in read:
+        for used in _READ(method.__code__):
             if used in held and _may_lead(held[used]):
                 found[id(held), used] = (held, used)
     return tuple(found.values())
