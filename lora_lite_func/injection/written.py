@@ -26,7 +26,7 @@ __all__ = ["may_write", "writes_directly"]
 def may_write(cls: type[nn.Module]) -> bool:
     """Whether the calls of a class may write in place on what it holds, in evaluation mode.
 
-    torch's own layers write in training mode alone.
+    The layers of torch and of the libraries that are known write in training mode alone.
     """
     return _MAY_WRITE(cls)
 
@@ -40,14 +40,13 @@ _MAY_WRITE = WeakMemo(_may_write)
 
 
 def _reached(cls: type[nn.Module]) -> Iterator[types.FunctionType]:
-    """The functions that the calls of a class may reach: its own, what those are wrapped around,
-    and the user's that they name.
+    """The user's functions that the calls of a class may reach: its own, what those are wrapped
+    around, and those that they name.
     """
     left, done = list(calls_of(cls)), set[types.CodeType]()
     while left:
         function = left.pop()
-        home = function.__module__ or ""
-        if function.__code__ in done or home.startswith("torch."):
+        if function.__code__ in done or not is_users(function.__module__ or ""):
             continue
         done.add(function.__code__)
         yield function
@@ -58,7 +57,7 @@ def _reached(cls: type[nn.Module]) -> Iterator[types.FunctionType]:
                 continue
             left += [held] if isinstance(held, types.FunctionType) else []
         named = map(function.__globals__.get, function.__code__.co_names)
-        left += [f for f in named if isinstance(f, types.FunctionType) and is_users(f.__module__)]
+        left += [f for f in named if isinstance(f, types.FunctionType)]
 
 
 def writes_directly(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
