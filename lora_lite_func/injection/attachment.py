@@ -49,6 +49,12 @@ class Attachment(NamedTuple):
     optional: bool = False
     called: bool = False
 
+    def changed(self, **fields: Any) -> Attachment:
+        """`_replace`, which the compiler of torch 2.8 can't trace."""
+        own = zip(Attachment._fields, self, strict=True)
+        values: list[Any] = [fields.get(name, value) for name, value in own]
+        return Attachment(*values)
+
 
 def is_here(attachment: Attachment, p: Params) -> Tensor | None:
     """() bool, whether there is an adapter at all; None where there is one in any case.
@@ -58,12 +64,6 @@ def is_here(attachment: Attachment, p: Params) -> Tensor | None:
         p: its tensors at the site.
     """
     return p[PRESENT] > 0.5 if attachment.optional else attachment.here
-
-    def changed(self, **fields: Any) -> Attachment:
-        """`_replace`, which the compiler of torch 2.8 can't trace."""
-        own = zip(Attachment._fields, self, strict=True)
-        values: list[Any] = [fields.get(name, value) for name, value in own]
-        return Attachment(*values)
 
 
 def everywhere(
