@@ -326,7 +326,7 @@ def test_diffusers_models_write_it_too(tmp_path: Path) -> None:
 def test_a_module_of_huggingface_hub(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
-    class Small(nn.Module, hub.PyTorchModelHubMixin):
+    class Small(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[name-defined]
         def __init__(self, width: int = 8) -> None:
             super().__init__()
             self.up = nn.Linear(width, width)
