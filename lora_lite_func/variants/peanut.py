@@ -11,6 +11,7 @@ Identity at the start: B = 0. Multiplies the dense weight in every call.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,7 @@ from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
 
-_ACTIVATIONS = {
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,

@@ -74,7 +74,10 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         for a in adapters
         for p, h in a.items()
     }
-    fields = {"scaling": alpha, "random_loc_seed": seed_of(adapters, "WaveFT", _places)}
+    fields: dict[str, Any] = {
+        "scaling": alpha,
+        "random_loc_seed": seed_of(adapters, "WaveFT", _places),
+    }
     fields |= {"n_frequency": common, "n_frequency_pattern": rest}
     return Written(fields | {"wavelet_family": "db1", "use_idwt": True}, tensors)
 
