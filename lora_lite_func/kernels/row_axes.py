@@ -62,6 +62,7 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
 
 
 def untraceable(where: str = "") -> UnsupportedError:
+    """The error for torch.jit.trace, which records no vmap."""
     return UnsupportedError(
         f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no "
         f"vmap); use torch.export.export or "

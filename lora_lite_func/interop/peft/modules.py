@@ -75,10 +75,7 @@ def entries_of(
         raise CheckpointError(f"{reader.where}: tensors of two adapters for {short_repr(twice)}")
     check_complete(model, modules, reader, method, {*sites, *where.values()}, where)
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
-    order = {name: i for i, name in enumerate(modules)}
-    in_order = sorted(entries.values(), key=lambda entry: order.get(entry.path, len(order)))
-    for i, entry in enumerate(in_order):
-        entry.index, entry.count = i, len(in_order)
+    _number(entries.values(), modules)
     rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
     for entry in entries.values():
         # PEFT changes one of two places that share it, or rewrites both where one was meant.
@@ -106,6 +103,14 @@ def entries_of(
             f"update of attention's out_proj around"
         )
     return entries
+
+
+def _number(entries: Iterable[ModuleEntry], modules: Mapping[str, nn.Module]) -> None:
+    """Number the places in the order of the model's modules."""
+    order = {name: i for i, name in enumerate(modules)}
+    in_order = sorted(entries, key=lambda entry: order.get(entry.path, len(order)))
+    for i, entry in enumerate(in_order):
+        entry.index, entry.count = i, len(in_order)
 
 
 def _moved(paths: Paths, path: str) -> str:
