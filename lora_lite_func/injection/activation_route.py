@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import StructureError, UnsupportedError
 from ..core.site import Params, Site
 from ..core.stacked import PRESENT, SCALING, unfolded
-from ..core.torch_internals import at_trace_time, is_sharded, is_traced, without_autocast
+from ..core.torch_internals import at_trace_time, first_of, is_sharded, is_traced, without_autocast
 from ..kernels.dropout import dropped
 from ..kernels.mixture import Mixture
 from ..layers.kinds import KINDS
@@ -249,7 +249,7 @@ def _prepare(
         layer = FrozenLayer(attachments, under, module, p, phases)
         return without_autocast(device, made_of, cfg, p, site, layer)
 
-    if is_sharded(next(iter(p.values()), None)):
+    if is_sharded(first_of(iter(p.values()), None)):
         return prepared_whole(p, prepare)
     return prepare(p)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from helpers import close, leaves, moved, same_state, snapshot
-from torch_versions import GROUPED, gives_addresses_in_grad, skip_without
+from torch_versions import GROUPED, groups_in_grad, skip_without
 
 import lora_lite_func as ll
 
@@ -65,7 +65,7 @@ def test_every_site_is_reached_and_learns(name: str) -> None:
     found = ll.check(f.model, params, **f.inputs)
     assert found.ok, repr(found)
     if name in GROUPED:
-        skip_without(gives_addresses_in_grad)
+        skip_without(groups_in_grad)
     grads = torch.func.grad(lambda p: loss(f, ll.apply(f.model, p, **f.inputs)))(params)
     assert {
         path for path, ts in grads.items() if any(t.abs().max() == 0 for t in ts.values())

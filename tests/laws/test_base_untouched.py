@@ -16,7 +16,7 @@ import torch
 from families import FAMILIES
 from helpers import moved
 from torch import Tensor, nn
-from torch_versions import GROUPED, gives_addresses_in_grad, skip_without
+from torch_versions import GROUPED, groups_in_grad, skip_without
 
 import lora_lite_func as ll
 
@@ -121,7 +121,7 @@ def test_real_models_stay_as_they_were(family: str) -> None:
     unchanged(before, model)
     ll.apply(model, params, **described.inputs)
     if family in GROUPED:
-        skip_without(gives_addresses_in_grad)
+        skip_without(groups_in_grad)
     grads = torch.func.grad(
         lambda p: described.output(ll.apply(model, p, **described.inputs)).square().mean()
     )(params)
