@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "BATCH_NORMS",
+    "CALLS_SHARDED",
     "CALL_HOOKS",
     "CONVOLUTIONS",
     "HOOK_WRAPPERS",
@@ -78,6 +79,9 @@ D = TypeVar("D")
 
 TRACES_IDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """Whether torch.compile can trace `id` of a list or dict."""
+
+CALLS_SHARDED = TRACES_IDS
+"""Whether calls on weights shared out over processes were found right: on 2.8 some weren't."""
 
 _levels: Any = getattr(torch._C, "_functorch", None)
 """The interpreters of torch.func's transforms, and the tensors that they wrap."""

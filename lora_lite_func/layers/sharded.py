@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import is_sharded
+from ..core.torch_internals import CALLS_SHARDED, is_sharded
 
 __all__ = ["ADAPTED_ITSELF", "check_parallel", "replicated", "whole"]
 
@@ -65,6 +65,8 @@ def check_parallel(module: Any, path: str, name: str = "weight", why: str | None
     if why is None and own_forward is not None:
         why = "a forward of its own goes around its call"
     tensor: Any = module._parameters.get(name)
+    if why is None and not CALLS_SHARDED:
+        why = "that was found right from torch 2.13 on (on 2.8 values were wrong)"
     if why is not None and is_sharded(tensor):
         placements = ", ".join(map(str, tensor.placements))
         raise UnsupportedError(
