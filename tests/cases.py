@@ -203,7 +203,7 @@ CASES = (
     Case("glora", _fixed(ll.GLoRAConfig), dead=frozenset({"lora_A_u", "lora_B_u", "lora_C_u"})),
     Case(
         "glora_vector",
-        _fixed(ll.GLoRAConfig, weight_form="vector", prompt_form="vector", bias_form="vector"),
+        _set(ll.GLoRAConfig, r=4, weight_form="vector", prompt_form="vector", bias_form="vector"),
     ),
     Case("bdlora", _fixed(ll.BDLoRAConfig), dead=A),
     Case("melora", _fixed(ll.BDLoRAConfig, blocks_A=2), dead=A),

@@ -238,7 +238,9 @@ def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ll.CheckpointError, match=r"it is a folder; ll\.from_peft reads PEFT's"):
+    with pytest.raises(
+        ll.CheckpointError, match=r"it is a folder without model\.safetensors; ll\.from_peft"
+    ):
         ll.load(tmp_path)
 
 

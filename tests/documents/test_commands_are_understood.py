@@ -68,7 +68,7 @@ def _pytest(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The file or folder exists, and what `-k` names is in one of its tests."""
     paths = [word for word in words if word.startswith("tests")]
     assert all((ROOT / path).exists() for path in paths), words
-    assert {w for w in words if w.startswith("-")} <= {"-q", "-x", "-k", "-n"}, words
+    assert {w for w in words if w.startswith("-")} <= {"-q", "-x", "-k", "-n", "--dist"}, words
     if "-k" in words:
         pattern = words[words.index("-k") + 1]
         path = ROOT / paths[0]

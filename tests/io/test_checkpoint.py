@@ -420,8 +420,8 @@ SITES = "expected a list of sites, found"
         (_set("sites", del_), "odd: 'sites'"),
         (_set("more", 1), "odd: 'more'"),
         (
-            _set("variant", "lor"),
-            "unknown variant 'lor'; did you mean 'lora'. ll.register adds one",
+            _set("variant", "loora"),
+            "unknown variant 'loora'; did you mean 'lora'. ll.register adds one",
         ),
         (_set("variant", ["lora"]), r"unknown variant \['lora'\]"),
         (_set("variant", None), "unknown variant None"),
