@@ -14,6 +14,7 @@ from helpers import moved, net
 from torch import Tensor
 
 import lora_lite_func as ll
+from lora_lite_func.core.torch_internals import CALLS_SHARDED
 from lora_lite_func.interop.bound_saves import AdapterSaver
 
 ROWS, STEPS = 8, 5
@@ -144,7 +145,10 @@ def work(folder: Path) -> None:
     found["fsdp"] = trained(sharded, own)
     AdapterSaver(sharded, "")(folder / "saved", is_main_process=rank == 0)
 
-    found["parallel"], found["parallel refusals"] = parallel(mesh)
+    if CALLS_SHARDED:
+        found["parallel"], found["parallel refusals"] = parallel(mesh)
+    else:
+        found["parallel refusals"] = [refused(lambda: parallel(mesh))]
 
     already = net(depth=1)
     fully_shard(already, mesh=mesh)

@@ -16,6 +16,7 @@ from helpers import close, leaves, moved, net
 from two_processes import METHODS, adapted, adapter, members, trained
 
 import lora_lite_func as ll
+from lora_lite_func.core.torch_internals import CALLS_SHARDED
 
 HERE = Path(__file__).parent.parent
 
@@ -69,7 +70,10 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
         r"'layers\.0\.up'.*sharded.*each row has an adapter of its own",
         r"'layers\.0\.up'.*sharded.*set dropout to 0",
     )
+    if not CALLS_SHARDED:
+        says = (r"'layers\.0\.(up|down)'.*its weight is sharded.*from torch 2\.13 on",)
     for found in (first, second):
-        close(found["parallel"], wanted_in_parallel, 1e-9)
+        if CALLS_SHARDED:
+            close(found["parallel"], wanted_in_parallel, 1e-9)
         for text, pattern in zip(found["parallel refusals"], says, strict=True):
             assert re.search(pattern, text), text
