@@ -2,8 +2,17 @@
 
 `choose` picks a step when the site is made. A step serves the calls in which only W, the bias and
 the adapter take part. It returns None for other calls, which are left to the phases. The forms of a
-low-rank update give equal results; each exists for what it saves (see kernels/low_rank_fused.py for
-the numbers).
+low-rank update give equal results; each exists for what it saves (see kernels/low_rank_fused.py).
+
+What each buys over the phases, as time by it over time without it, in float32 on two cores of an
+AMD EPYC (four layers of 512 x 512, rank 8; without and with a backward pass):
+
+    LowRankStep  1 token 0.72, 0.91; 512 tokens 0.98, 0.96
+                 one_row over the general form, 1 token: 0.83
+                 W + s B A over two thin products in place, rank 64: 512 tokens 0.97, 2,048 0.81
+    RowsStep     8 rows, 4 adapters: 1 token 0.72, 0.84; 512 tokens 0.91, 0.87
+    DenseStep    512 tokens: HiRA 0.49, 0.74; LoHa 0.82, 1.02
+                 2,048 tokens: HiRA 0.44, 0.63; OFT 0.89, 1.00
 """
 
 from __future__ import annotations
