@@ -7,11 +7,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-import optree
-import torch.utils._pytree as torch_pytree
-
 from .adapter import ABSENT, Adapter, keys, leaves, rebuild
 from .layout import Layout, from_json, to_json
+from .nodes import register_node
 from .site_tensors import SiteTensors
 
 __all__ = ["register_adapter"]
@@ -25,16 +23,6 @@ def _flatten(params: Adapter) -> tuple[list[Any], Layout]:
 
 def _unflatten(children: Iterable[Any], layout: Layout) -> Adapter:
     return rebuild(layout, children)
-
-
-def _flatten_with_keys(params: Adapter) -> tuple[list[tuple[Any, Any]], Layout]:
-    return list(
-        zip(map(torch_pytree.MappingKey, keys(params)), leaves(params), strict=True)
-    ), params.layout
-
-
-def _optree_flatten(params: Adapter) -> tuple[list[Any], Layout, list[tuple[str, str]]]:
-    return leaves(params), params.layout, keys(params)
 
 
 def _dumped(layout: Layout) -> str:
@@ -60,40 +48,26 @@ def _unflatten_site(children: Iterable[Any], names: tuple[str, ...]) -> SiteTens
 @functools.cache
 def register_adapter() -> None:
     """Make Adapter, its sites' tensors and ABSENT nodes, in every namespace of optree; once."""
-    # by getattr, since Python would mangle the name inside a class
-    everywhere = getattr(optree.registry, "__GLOBAL_NAMESPACE")
-    torch_pytree.register_pytree_node(
+    register_node(
         Adapter,
         _flatten,
         _unflatten,
+        keys,
         serialized_type_name="lora_lite_func.Adapter",
         to_dumpable_context=_dumped,
         from_dumpable_context=_read_back,
-        flatten_with_keys_fn=_flatten_with_keys,
     )
-    torch_pytree.register_pytree_node(
+    register_node(
         _Absent,
         lambda _: ([], None),
-        lambda _children, _context: ABSENT,
+        lambda _children, _static: ABSENT,
+        lambda _: (),
         serialized_type_name="lora_lite_func.Absent",
-        flatten_with_keys_fn=lambda _: ([], None),
     )
-    torch_pytree.register_pytree_node(
+    register_node(
         SiteTensors,
         _flatten_site,
         _unflatten_site,
+        tuple,
         serialized_type_name="lora_lite_func.SiteTensors",
-        flatten_with_keys_fn=lambda site: (
-            [(torch_pytree.MappingKey(name), t) for name, t in site.items()],
-            tuple(site),
-        ),
     )
-    register: Any = optree.register_pytree_node  # its type stubs only allow collections of strings
-    register(
-        SiteTensors,
-        lambda site: (list(site.values()), tuple(site), tuple(site)),
-        lambda names, children: _unflatten_site(children, names),
-        namespace=everywhere,
-    )
-    register(Adapter, _optree_flatten, rebuild, namespace=everywhere)
-    register(_Absent, lambda _: ((), None, ()), lambda _meta, _kids: ABSENT, namespace=everywhere)
