@@ -16,6 +16,7 @@ __all__ = [
     "add",
     "add_called",
     "add_dense",
+    "around_core",
     "bottom_svd",
     "cast",
     "check_rank",
@@ -145,6 +146,11 @@ def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Te
     is B0.
     """
     return torch.cat([A, A - A0], dim=-2), torch.cat([B - B0, B0], dim=-1)
+
+
+def around_core(A: Tensor, R: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """B R A as one factor pair (r, d_in), (d_out, r): R (r, r) goes into the narrower factor."""
+    return (R @ A, B) if A.shape[-1] <= B.shape[-2] else (A, B @ R)
 
 
 def check_rank(site: Site, method: str) -> None:

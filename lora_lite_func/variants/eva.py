@@ -27,11 +27,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
-from ..core.phases import Factors, Map
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
-from ..kernels import low_rank
-from . import _calibrated
+from . import _calibrated, _pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,25 +149,6 @@ def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, SiteStatistic
     )
 
 
-def outputs(cfg: EVAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + s (x A^T) B^T."""
-    return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
-
-
-def called_outputs(
-    cfg: EVAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
-) -> Tensor:
-    """y + s B(A(x))."""
-    return low_rank.add_called(y, x, A, B, site.scale)
-
-
-def weight(
-    cfg: EVAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B A."""
-    return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
-
-
 def scale(cfg: EVAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B times c."""
     return {**p, "lora_B": p["lora_B"] * c}
@@ -180,23 +159,18 @@ def scaling(cfg: EVAConfig, site: Site) -> float:
     return site.alpha / (site.r**0.5 if cfg.rslora else site.r)
 
 
-def low_rank_factors(cfg: EVAConfig, p: Params, site: Site) -> Factors:
-    """A, B and alpha / r."""
-    return p["lora_A"], p["lora_B"], site.scale
-
-
 VARIANT = Variant(
     name="eva",
     config=EVAConfig,
     paper="Paischer et al. 2024, arXiv 2410.07170",
     param_specs=param_specs,
     init=init,
-    outputs=outputs,
-    weight=weight,
+    outputs=_pair.outputs,
+    weight=_pair.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
-    called_outputs=called_outputs,
+    low_rank_factors=_pair.low_rank_factors,
+    called_outputs=_pair.called_outputs,
     scaling=scaling,
     batched=True,
     plan=plan,

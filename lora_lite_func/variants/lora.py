@@ -22,10 +22,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, added, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import MATRICES, ParamSpec, Variant
-from ..core.phases import Factors, Map
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
-from ..kernels import low_rank
+from . import _pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,25 +111,6 @@ def init(
     return {"lora_A": Q[::2].mT @ right / 10.0, "lora_B": left @ Q[1::2] / 10.0}
 
 
-def outputs(cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + s (x A^T) B^T."""
-    return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
-
-
-def called_outputs(
-    cfg: LoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
-) -> Tensor:
-    """y + s B(A(x))."""
-    return low_rank.add_called(y, x, A, B, site.scale)
-
-
-def weight(
-    cfg: LoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B A."""
-    return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
-
-
 def scale(cfg: LoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """B times c."""
     return {**p, "lora_B": p["lora_B"] * c}
@@ -141,23 +121,18 @@ def scaling(cfg: LoRAConfig, site: Site) -> float:
     return site.alpha / (math.sqrt(site.r) if cfg.rslora else site.r)
 
 
-def low_rank_factors(cfg: LoRAConfig, p: Params, site: Site) -> Factors:
-    """A, B and alpha / r."""
-    return p["lora_A"], p["lora_B"], site.scale
-
-
 VARIANT = Variant(
     name="lora",
     config=LoRAConfig,
     paper="Hu et al. 2021, arXiv 2106.09685",
     param_specs=param_specs,
     init=init,
-    outputs=outputs,
-    weight=weight,
+    outputs=_pair.outputs,
+    weight=_pair.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
-    called_outputs=called_outputs,
+    low_rank_factors=_pair.low_rank_factors,
+    called_outputs=_pair.called_outputs,
     scaling=scaling,
     batched=True,
     sites=(*MATRICES, "embedding"),

@@ -137,10 +137,9 @@ def _between(p: Params) -> Tensor:
 
 
 def _pair(p: Params) -> tuple[Tensor, Tensor]:
-    """R A and B, or A and B R: R goes into the narrower factor."""
-    A, B = p["lora_A"], p["lora_B"]
-    R = _between(p).to(A.dtype)
-    return (R @ A, B) if A.shape[-1] <= B.shape[-2] else (A, B @ R)
+    """The update as a factor pair (r, d_in), (d_out, r)."""
+    A = p["lora_A"]
+    return low_rank.around_core(A, _between(p).to(A.dtype), p["lora_B"])
 
 
 def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, ParamSpec, Variant
-from ..core.phases import Factors, Map
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from . import _pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,33 +61,9 @@ def init(
     return {"lora_B": low_rank.bottom_svd(weight, site.r)[0]}
 
 
-def outputs(cfg: MiCAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + s (x A^T) B^T."""
-    return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
-
-
-def called_outputs(
-    cfg: MiCAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
-) -> Tensor:
-    """y + s B(A(x))."""
-    return low_rank.add_called(y, x, A, B, site.scale)
-
-
-def weight(
-    cfg: MiCAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B A."""
-    return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
-
-
 def scale(cfg: MiCAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """A times c."""
     return {**p, "lora_A": p["lora_A"] * c}
-
-
-def low_rank_factors(cfg: MiCAConfig, p: Params, site: Site) -> Factors:
-    """A, B and alpha / r."""
-    return p["lora_A"], p["lora_B"], site.scale
 
 
 VARIANT = Variant(
@@ -96,12 +72,12 @@ VARIANT = Variant(
     paper="Minor Component Adaptation 2026, arXiv 2604.01694",
     param_specs=param_specs,
     init=init,
-    outputs=outputs,
-    weight=weight,
+    outputs=_pair.outputs,
+    weight=_pair.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
-    called_outputs=called_outputs,
+    low_rank_factors=_pair.low_rank_factors,
+    called_outputs=_pair.called_outputs,
     batched=True,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

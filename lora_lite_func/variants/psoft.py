@@ -95,10 +95,10 @@ def _core(cfg: PSOFTConfig, p: Params, dtype: torch.dtype) -> Tensor:
 
 
 def _pair(cfg: PSOFTConfig, p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The update as a factor pair (r, d_in), (d_out, r): the core goes into the narrower one."""
+    """The update as a factor pair (r, d_in), (d_out, r)."""
     U, Vh = p["lora_U"].to(dtype), p["lora_Vh"].to(dtype)
     core = _core(cfg, p, low_rank.core_dtype(dtype)).to(dtype)
-    return (core @ Vh, U) if Vh.shape[-1] <= U.shape[-2] else (Vh, U @ core)
+    return low_rank.around_core(Vh, core, U)
 
 
 def prepare(cfg: PSOFTConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:

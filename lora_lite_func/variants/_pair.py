@@ -1,0 +1,39 @@
+"""Phases of methods whose update is the stored pair of factors: y' = y + s (x A^T) B^T.
+
+They differ in how A and B start, and in which of them is trained.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.phases import Factors, Map
+from ..core.site import Params, Site
+from ..kernels import low_rank
+
+__all__ = ["called_outputs", "low_rank_factors", "outputs", "weight"]
+
+
+def outputs(cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y + s (x A^T) B^T."""
+    return low_rank.add(y, x, p["lora_A"], p["lora_B"], site.scale)
+
+
+def called_outputs(
+    cfg: AdapterConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site, A: Map, B: Map
+) -> Tensor:
+    """y + s B(A(x))."""
+    return low_rank.add_called(y, x, A, B, site.scale)
+
+
+def weight(
+    cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """W + s B A."""
+    return low_rank.add_dense(W, p["lora_A"], p["lora_B"], site.scale), b
+
+
+def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
+    """A, B and s."""
+    return p["lora_A"], p["lora_B"], site.scale
