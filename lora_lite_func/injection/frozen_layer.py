@@ -43,7 +43,7 @@ class FrozenLayer:
     ) -> None:
         if any(attachment.called for attachment in attachments[:count]):
             # What a hook sees is the model's call, and not what is asked here of the layer.
-            attachments = [attachment._replace(called=False) for attachment in attachments]
+            attachments = [attachment.changed(called=False) for attachment in attachments]
         self.attachments, self.count, self.module, self.p, self.phases = (
             attachments,
             count,

@@ -65,7 +65,7 @@ def _at_input(site: Any, chains: Chains, args: tuple[Any, ...]) -> Chains:
         plan = attachment.row_plan
         if not isinstance(plan, RowPlan) or not plan.flattened:
             return attachment
-        return attachment._replace(row_plan=plan.at(args[0], site._ll.path))
+        return attachment.changed(row_plan=plan.at(args[0], site._ll.path))
 
     return {key: tuple(map(at, attachments)) for key, attachments in chains.items()}
 
