@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
     torch.set_num_threads(given.threads)
     suite = Suite(given.quick, given.device, given.lora_lite)
     rows: dict[str, list[Row]] = {}
+    facts = {"versions": versions(), "machine": machine(given.device), "quick": given.quick}
     print(results.HEADER)
     for name in given.only:
         start = time.perf_counter()
@@ -92,12 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
             rows[name].append(row)
             print(results.line(name, row), flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    if given.json:
-        results.write(
-            given.json,
-            rows,
-            {"versions": versions(), "machine": machine(given.device), "quick": given.quick},
-        )
+        if given.json:  # after each area, so that a later one that fails takes nothing along
+            results.write(given.json, rows, facts)
     if given.plots:
         results.plots(given.plots, rows)
     return rows

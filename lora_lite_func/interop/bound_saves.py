@@ -143,7 +143,7 @@ def _write(
 
     gone = _replaced(Path(os.fsdecode(folder)))
     try:
-        form = peft_form(params, module)
+        form = peft_form(params, module, structured=True)
     except LoraLiteError:  # PEFT has none for these adapters
         form = None
     marker = IN_FOLDERS if form is None else CONFIG

@@ -143,6 +143,29 @@ def test_peft_and_transformers_load_it(base: Any, name: str, tmp_path: Path) -> 
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize(
+    ("cfg", "field"),
+    [
+        (ll.MiCAConfig(r=2), "init_lora_weights"),
+        (ll.BDLoRAConfig(r=4, blocks_A=2), "use_bdlora"),
+    ],
+    ids=["mica", "bdlora"],
+)
+def test_peft_goes_on_with_the_same_method(
+    base: Any, cfg: ll.AdapterConfig, field: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    bound: Any = ll.bind(base, moved(ll.init(base, cfg)))
+    bound.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[field]
+    expected = logits(bound)
+    assert (expected - logits(base)).abs().max() > 1e-3
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    close(logits(theirs), expected, 1e-5)
+    learned = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert learned == ll.num_params(ll.unbind(bound))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nothing_takes_it_for_the_model(
     base: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
