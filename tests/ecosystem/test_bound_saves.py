@@ -147,7 +147,7 @@ def test_peft_and_transformers_load_it(base: Any, name: str, tmp_path: Path) -> 
     ("cfg", "field"),
     [
         (ll.MiCAConfig(r=2), "init_lora_weights"),
-        (ll.BDLoRAConfig(r=4, blocks_A=2), "use_bdlora"),
+        (ll.BDLoRAConfig(r=4, blocks_A=2, blocks_B=1), "use_bdlora"),
     ],
     ids=["mica", "bdlora"],
 )
