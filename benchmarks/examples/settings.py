@@ -71,7 +71,9 @@ def config(method: str, *, r: int, targets: str) -> ll.AdapterConfig:
     given: dict[str, Any] = {"dtype": torch.float32, **FIXED.get(method, {})}
     if defaults["r"] == 8 and defaults["alpha"] == 16.0:
         given |= {"r": r, "alpha": 2.0 * r}
-    if "linear" in variant.sites:
+    if "target_names" in given:
+        pass
+    elif "linear" in variant.sites:
         given["target_names"] = (targets,)
     elif variant.sites[0] == "parameter":
         given["target_parameters"] = (targets.removesuffix("$") + r"\.weight$",)
