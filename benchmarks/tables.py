@@ -19,7 +19,8 @@ from pathlib import Path
 import lora_lite_func as ll
 from lora_lite_func.interop.peft.methods import METHODS, TOKENS
 from lora_lite_func.layers.kinds import KINDS
-from lora_lite_func.variants import TABLE, FullConfig, TokensConfig
+from lora_lite_func.variants import METHODS as OWN
+from lora_lite_func.variants import FullConfig, TokensConfig
 
 __all__ = ["PAGES", "kinds", "main", "methods", "rewritten", "verbs"]
 
@@ -30,7 +31,7 @@ GUIDES = ROOT / "lora_lite_func" / "guides"
 def methods() -> str:
     """Config, name, what it does, on which side it acts, what it reads, PEFT's file, paper."""
     rows = [
-        f"As of version {ll.__version__}, {len(TABLE)} methods.",
+        f"As of version {ll.__version__}, {len(OWN)} methods.",
         "",
         "| config | name | what | acts on | reads | PEFT file | paper |",
         "|---|---|---|---|---|---|---|",
@@ -41,7 +42,7 @@ def methods() -> str:
             both = [peft_types[cfg]] if cfg in peft_types else []
             peft_types[cfg] = ", ".join([*both, codec.peft_type])
     peft_types |= {TokensConfig: TOKENS.peft_type, FullConfig: "modules_to_save"}
-    for variant in sorted(TABLE, key=lambda v: v.name):
+    for variant in _own():
         doc = sys.modules[variant.param_specs.__module__].__doc__ or ""
         what = doc.partition("\n")[0].rstrip(".").split(": ", 1)[-1]
         sides = (("input", variant.inputs), ("output", variant.outputs))
@@ -59,11 +60,16 @@ def kinds() -> str:
     """Which kinds of site each method can adapt; its default in bold."""
     rows = [f"| name | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
     groups: dict[tuple[str, ...], list[str]] = {}
-    for variant in sorted(TABLE, key=lambda v: v.name):
+    for variant in _own():
         marks = tuple(_mark(kind, variant.sites) for kind in KINDS)
         groups.setdefault(marks, []).append(f"`{variant.name}`")
     rows += [f"| {' '.join(names)} | {' | '.join(marks)} |" for marks, names in groups.items()]
     return "\n".join(rows)
+
+
+def _own() -> list[ll.Variant]:
+    """The library's methods by name, without those that a program has registered."""
+    return [variant for name, variant in ll.variants().items() if name in OWN]
 
 
 def _mark(kind: str, sites: tuple[str, ...]) -> str:
@@ -76,7 +82,7 @@ def verbs() -> str:
     """Every public name that isn't a method's config: the first sentence of its docstring, and the
     guide that uses it first.
     """
-    configs = {variant.config.__name__ for variant in TABLE}
+    configs = {variant.config.__name__ for variant in _own()}
     guides = {page: (GUIDES / page).read_text(encoding="utf-8") for page in _guides_in_order()}
     rows = ["| name | what | see |", "|---|---|---|"]
     for name in sorted(set(ll.__all__) - configs, key=lambda n: (n.lower(), n)):

@@ -16,7 +16,6 @@ from .algebra.activated import activated, invoked
 from .algebra.adamw import AdamW, AdamWState, adamw
 from .algebra.bank import Bank
 from .algebra.clip import clip_grads
-from .algebra.combine import add, combine_adapters
 from .algebra.flat import from_dict, ravel, to_dict
 from .algebra.gradients import grad, value_and_grad
 from .algebra.lori import masked_by
@@ -24,14 +23,12 @@ from .algebra.mean import mean
 from .algebra.mixed import Mixed, mixed
 from .algebra.parts import combine, partition
 from .algebra.penalty import penalty
-from .algebra.precondition import precondition
 from .algebra.rows import Rows, rows
 from .algebra.stack import concatenate, names, num_members, stack, unstack, update
 from .algebra.tree import cast, num_params, project, scale, summary
 from .api.apply import apply, functional_call
 from .api.bind import bind, prepared, reference, unbind
 from .api.calibrate import calibrate
-from .api.check import check
 from .api.functional import functional
 from .api.init import init, targets
 from .api.merge import merge, merged
@@ -48,69 +45,17 @@ from .core.errors import (
     UnsupportedError,
 )
 from .core.layout import Layout
-from .core.method import Layer, ParamSpec, Variant, register, variant_for
+from .core.method import Layer, ParamSpec, Variant
 from .core.pinning import pin
 from .core.pytree import register_adapter
+from .core.registry import register, variant_for
 from .core.site import Site
 from .core.stacked import Stacked
 from .core.statistics import Moments, SiteStatistics, Statistics
 from .injection.prompt import prompted
 from .io.checkpoint import load, save
 from .kernels.row_plan import RowPlan
-from .variants import (
-    ABBAConfig,
-    AdaLoRAConfig,
-    AntiPaSTOConfig,
-    ASVDConfig,
-    BDLoRAConfig,
-    BitFitConfig,
-    BOFTConfig,
-    C3AConfig,
-    CorDAConfig,
-    DEFTConfig,
-    DeLoRAConfig,
-    DiReFTConfig,
-    DoRAConfig,
-    EVAConfig,
-    FourierFTConfig,
-    FullConfig,
-    GLoRAConfig,
-    GraLoRAConfig,
-    HiRAConfig,
-    HRAConfig,
-    IA3Config,
-    IA3FFConfig,
-    KaSAConfig,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoRAConfig,
-    LoRAGAConfig,
-    LoRAXSConfig,
-    LoReFTConfig,
-    LoRIConfig,
-    MiCAConfig,
-    MiLoRAConfig,
-    MiSSConfig,
-    MoRAConfig,
-    OFTConfig,
-    OLoRAConfig,
-    OSFConfig,
-    PEANuTConfig,
-    PiSSAConfig,
-    PSOFTConfig,
-    QALoRAConfig,
-    RandLoRAConfig,
-    ROADConfig,
-    SHiRAConfig,
-    SSteerConfig,
-    SSVDConfig,
-    TinyLoRAConfig,
-    TokensConfig,
-    VeRAConfig,
-    WaveFTConfig,
-    variants,
-)
+from .variants import METHODS, variants
 
 __all__ = [
     "ABBAConfig",
@@ -242,22 +187,85 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .algebra.combine import add, combine_adapters
+    from .algebra.precondition import precondition
+    from .api.check import check
     from .interop.diffusion import from_diffusion, to_diffusion
     from .interop.into_bank import load_into
     from .interop.lora_lite import from_lora_lite
     from .interop.peft import from_peft, to_peft
+    from .variants import (
+        ABBAConfig,
+        AdaLoRAConfig,
+        AntiPaSTOConfig,
+        ASVDConfig,
+        BDLoRAConfig,
+        BitFitConfig,
+        BOFTConfig,
+        C3AConfig,
+        CorDAConfig,
+        DEFTConfig,
+        DeLoRAConfig,
+        DiReFTConfig,
+        DoRAConfig,
+        EVAConfig,
+        FourierFTConfig,
+        FullConfig,
+        GLoRAConfig,
+        GraLoRAConfig,
+        HiRAConfig,
+        HRAConfig,
+        IA3Config,
+        IA3FFConfig,
+        KaSAConfig,
+        LNTuningConfig,
+        LoHaConfig,
+        LoKrConfig,
+        LoRAConfig,
+        LoRAGAConfig,
+        LoRAXSConfig,
+        LoReFTConfig,
+        LoRIConfig,
+        MiCAConfig,
+        MiLoRAConfig,
+        MiSSConfig,
+        MoRAConfig,
+        OFTConfig,
+        OLoRAConfig,
+        OSFConfig,
+        PEANuTConfig,
+        PiSSAConfig,
+        PSOFTConfig,
+        QALoRAConfig,
+        RandLoRAConfig,
+        ROADConfig,
+        SHiRAConfig,
+        SSteerConfig,
+        SSVDConfig,
+        TinyLoRAConfig,
+        TokensConfig,
+        VeRAConfig,
+        WaveFTConfig,
+    )
 
 __version__ = "0.2.0"
 
 _ON_USE = {
+    "add": "algebra.combine",
+    "check": "api.check",
+    "combine_adapters": "algebra.combine",
     "from_diffusion": "interop.diffusion",
     "from_lora_lite": "interop.lora_lite",
     "from_peft": "interop.peft",
     "load_into": "interop.into_bank",
+    "precondition": "algebra.precondition",
     "to_diffusion": "interop.diffusion",
     "to_peft": "interop.peft",
+    **{config: "variants" for _, config in METHODS.values()},
 }
-"""Readers and writers of other libraries' files, imported when they are first asked for."""
+"""Where names are that are imported when they are first asked for: the methods, readers and writers
+of other libraries' files, and what most programs don't use. Importing the library takes no longer
+for them."""
 
 
 if not TYPE_CHECKING:  # a type checker has the imports above, and finds a misspelt name
@@ -271,6 +279,7 @@ if not TYPE_CHECKING:  # a type checker has the imports above, and finds a missp
             )
         value = getattr(importlib.import_module(f".{_ON_USE[name]}", __name__), name)
         pin((name,), {name: value}, __name__)
+        globals()[name] = value
         return value
 
 

@@ -10,7 +10,10 @@ import language_model
 import pytest
 import torch
 
+import lora_lite_func as ll
+
 torch.set_num_threads(1)
+ll.variants()  # all are known, so that tests which forget a method of theirs forget no other
 hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=10, print_blob=True
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError, UnsupportedError, short_repr
-from ..core.method import variant_for
+from ..core.registry import variant_for
 from ..core.site import Site
 from ..core.stacked import unfolded
 from ..core.torch_internals import autocasts

@@ -14,7 +14,8 @@ from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
 from ..core.errors import UnsupportedError
 from ..core.layout import Layout
-from ..core.method import site_for, variant_for
+from ..core.method import site_for
+from ..core.registry import variant_for
 from ..core.site import Site
 from ..variants import HiRAConfig, IA3Config, IA3FFConfig
 

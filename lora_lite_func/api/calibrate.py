@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, nearest
-from ..core.method import Variant, variant_for
+from ..core.method import Variant
+from ..core.registry import variant_for
 from ..core.site import Site
 from ..core.statistics import SiteStatistics, Statistics
 from ..injection.attachment import Attachment

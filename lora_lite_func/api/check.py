@@ -13,7 +13,7 @@ from torch import nn
 from ..algebra.flatten import Adapters
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, LoraLiteError
-from ..core.method import variant_for
+from ..core.registry import variant_for
 from ..injection.attachment import Attachment
 from ..injection.tree_copy import copy_tree
 from ..layers.targeting import find

@@ -18,7 +18,8 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, LoraLiteError, StructureError, short_repr
 from ..core.layout import Layout
 from ..core.leaf_dtype import leaf_dtype
-from ..core.method import ParamSpec, Variant, variant_for
+from ..core.method import ParamSpec, Variant
+from ..core.registry import variant_for
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
 from ..interop.fresh_heads import warn_of_fresh_heads

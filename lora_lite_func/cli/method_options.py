@@ -10,7 +10,8 @@ from typing import Any
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, nearest, short_repr
-from ..core.method import Variant, variants
+from ..core.method import Variant
+from ..core.registry import variants
 
 __all__ = ["add_method_options", "config_from", "method_named", "settings", "unused_fields"]
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..core.errors import LoraLiteError, printable
 from ..core.layout import Layout
-from ..core.method import Variant, variants
+from ..core.method import Variant
+from ..core.registry import variants
 from ..layers.targeting import find
 from .base_model import base_sizes
 from .method_options import add_method_options, config_from, unused_fields

@@ -15,7 +15,8 @@ from torch import Tensor
 from .config import AdapterConfig, feature_dropout, from_dict, to_dict
 from .config_values import LARGEST
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
-from .method import Variant, site_for, variants
+from .method import Variant, site_for
+from .registry import variant_named, variants
 from .site import Site
 
 __all__ = ["Layout", "LeafSpec", "from_json", "to_json"]
@@ -152,18 +153,19 @@ def from_json(says: Any, *, most: int = LARGEST) -> Layout:
             f"its metadata should have {', '.join(_FIELDS)}; odd: "
             f"{', '.join(map(short_repr, sorted(odd)[:3]))}"
         )
-    known, name = variants(), says["variant"]
-    if not isinstance(name, str) or name not in known:
+    name = says["variant"]
+    variant = variant_named(name) if isinstance(name, str) else None
+    if variant is None:
         raise CheckpointError(
-            f"unknown variant {short_repr(name)}; {nearest(str(name), known, first=50)} "
+            f"unknown variant {short_repr(name)}; {nearest(str(name), variants(), first=50)} "
             f"ll.register adds one"
         )
     try:
-        cfg = from_dict(known[name].config, says["config"])
+        cfg = from_dict(variant.config, says["config"])
     except ConfigError as error:
         raise CheckpointError(f"config: {error}") from None
     try:
-        return Layout(known[name], cfg, _sites(known[name], cfg, says["sites"], most))
+        return Layout(variant, cfg, _sites(variant, cfg, says["sites"], most))
     except CheckpointError:
         raise
     except (LoraLiteError, OverflowError, RecursionError) as error:

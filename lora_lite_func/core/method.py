@@ -1,17 +1,16 @@
-"""Variant: one method as a record of pure functions; and the methods that are known."""
+"""Variant: one method as a record of pure functions."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from .config import AdapterConfig
-from .errors import ConfigError, nearest, short_repr
 from .param_spec import ParamSpec
 from .phases import (
     CalledOutputsFn,
@@ -37,16 +36,7 @@ from .phases import (
 )
 from .site import Site
 
-__all__ = [
-    "MATRICES",
-    "Layer",
-    "ParamSpec",
-    "Variant",
-    "register",
-    "site_for",
-    "variant_for",
-    "variants",
-]
+__all__ = ["MATRICES", "Layer", "ParamSpec", "Variant", "site_for"]
 
 MATRICES = ("linear", "conv", "parameter")
 """Kinds of site that any method with `weight` can adapt."""
@@ -168,9 +158,6 @@ class Variant(Generic[ConfigT, DataT]):
         """What versions before 0.2.0 called `batched`."""
         return self.batched
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return variant_for, (self.config,)  # functions can't be pickled: found by class
-
 
 _OLD_KEYWORDS = {"factor": "scaling", "factors": "low_rank_factors", "leading": "batched"}
 """What versions before 0.2.0 called fields of a Variant; still taken as keywords."""
@@ -192,111 +179,6 @@ def _with_old_keywords(init: Callable[..., None]) -> Callable[..., None]:
 
 
 Variant.__init__ = _with_old_keywords(Variant.__init__)  # type: ignore[method-assign]
-
-_REGISTRY: dict[type[AdapterConfig], Variant] = {}
-_NEEDS = frozenset({"weight", "inputs", "activity", "gradients", "pairs"})
-_OPTIONAL = (
-    "init",
-    "prepare",
-    "inputs",
-    "outputs",
-    "weight",
-    "validate",
-    "dense",
-    "scale",
-    "project",
-    "penalty",
-    "needs_by",
-    "directions",
-    "plan",
-    "low_rank_factors",
-    "called_outputs",
-    "check_calls",
-)
-
-
-def register(variant: Variant[ConfigT, DataT]) -> Variant[ConfigT, DataT]:
-    """Make a method known by its config class and its name (files find it so); returns it.
-
-    Raises:
-        ConfigError: another method has that name or that config class, or a field says something
-            that can't be meant.
-    """
-    if not isinstance(variant, Variant):
-        raise ConfigError(f"register: expected a Variant, found {short_repr(variant)}")
-    name, config = variant.name, variant.config
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"variant {name!r}: expected a name")
-    if not isinstance(config, type) or not issubclass(config, AdapterConfig):
-        raise ConfigError(
-            f"variant {name!r}: expected a subclass of AdapterConfig for its config, found "
-            f"{config!r}"
-        )
-    _check_fields(variant)
-    odd = set(variant.needs) - _NEEDS
-    if odd:
-        raise ConfigError(
-            f"variant {name!r} needs {', '.join(sorted(map(str, odd)))}; known are "
-            f"{', '.join(sorted(_NEEDS))}"
-        )
-    for known in _REGISTRY.values():
-        if known is not variant and (known.name == name or known.config is config):
-            raise ConfigError(
-                f"variant {name!r} ({config.__name__}): {known.name!r} has that name or config "
-                f"already"
-            )
-    _REGISTRY[config] = variant
-    return variant
-
-
-def _check_fields(variant: Variant) -> None:
-    where = f"variant {variant.name!r}"
-    for name in ("param_specs", "scaling", *_OPTIONAL):
-        value = getattr(variant, name)
-        if not callable(value) and not (value is None and name in _OPTIONAL):
-            raise ConfigError(f"{where}: {name}: expected a function, found {short_repr(value)}")
-    if isinstance(variant.needs, str):
-        raise ConfigError(
-            f"{where}: needs: expected a set of names, found {short_repr(variant.needs)}"
-        )
-    if isinstance(variant.sites, str):
-        raise ConfigError(
-            f"{where}: sites: expected a tuple of names, found {short_repr(variant.sites)}"
-        )
-    if variant.additive and variant.weight is None:
-        raise ConfigError(f"{where} is `additive`, which says how its `weight` acts, but has none")
-    if variant.adds and (variant.outputs is None or variant.inputs is not None):
-        raise ConfigError(f"{where} has `adds`, which says how `outputs` acts, its only phase")
-    if variant.dense is not None and variant.weight is None:
-        raise ConfigError(
-            f"{where} has `dense`, which asks for a product with `weight`'s W', but no `weight`"
-        )
-
-
-def variants() -> dict[str, Variant]:
-    """Every registered method: {name: Variant}."""
-    return {v.name: v for v in sorted(_REGISTRY.values(), key=lambda v: v.name)}
-
-
-def variant_for(config: type[AdapterConfig]) -> Variant:
-    """The method of a config class.
-
-    Raises:
-        ConfigError: no registered method has it.
-    """
-    if config is type:
-        raise ConfigError(
-            "no variant is registered for type; give an instance of the config's class, such as "
-            "ll.LoRAConfig(r=8)"
-        )
-    if config not in _REGISTRY:
-        name = getattr(config, "__name__", repr(config))
-        hint = "" if config is AdapterConfig else name  # the base class is close to all names
-        raise ConfigError(
-            f"no variant is registered for {name}; "
-            f"{nearest(hint, [c.__name__ for c in _REGISTRY], first=50)}"
-        )
-    return _REGISTRY[config]
 
 
 def site_for(

@@ -18,7 +18,8 @@ from ..core.config import AdapterConfig
 from ..core.errors import CheckpointError, UnsupportedError, short_repr
 from ..core.layout import Layout
 from ..core.leaf_dtype import dtype_fits, leaf_dtype
-from ..core.method import ParamSpec, site_for, variant_for
+from ..core.method import ParamSpec, site_for
+from ..core.registry import variant_for
 from ..core.site import Site
 from ..io.checks import check_values
 from ..layers.kinds import KINDS, matrix, module_and_name

@@ -1,110 +1,71 @@
-"""The table of methods, one file each.
+"""The table of methods, one file each, imported when one is first asked for.
 
-A new method is a file here and a row below; a user's own is registered by `ll.register`.
+A new method is a file here, a row of METHODS and an import for type checkers; a user's own is
+registered by `ll.register`.
 """
 
 from __future__ import annotations
 
-from ..core.method import Variant, register, variants
-from . import (
-    adalora,
-    antipasto,
-    asvd,
-    bdlora,
-    bitfit,
-    boft,
-    c3a,
-    corda,
-    deft,
-    delora,
-    dora,
-    eva,
-    fourierft,
-    full,
-    glora,
-    gralora,
-    hira,
-    hra,
-    ia3,
-    kasa,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    lora_ga,
-    lora_xs,
-    lori,
-    mica,
-    milora,
-    miss,
-    mora,
-    oft,
-    olora,
-    osf,
-    peanut,
-    pissa,
-    psoft,
-    qalora,
-    randlora,
-    reft,
-    road,
-    s_steer,
-    shira,
-    ssvd,
-    tokens,
-    vera,
-    waveft,
-)
-from .adalora import AdaLoRAConfig
-from .antipasto import AntiPaSTOConfig
-from .asvd import ASVDConfig
-from .bdlora import BDLoRAConfig
-from .bitfit import BitFitConfig
-from .boft import BOFTConfig
-from .c3a import C3AConfig
-from .corda import CorDAConfig
-from .deft import DEFTConfig
-from .delora import DeLoRAConfig
-from .dora import DoRAConfig
-from .eva import EVAConfig
-from .fourierft import FourierFTConfig
-from .full import FullConfig
-from .glora import GLoRAConfig
-from .gralora import GraLoRAConfig
-from .hira import HiRAConfig
-from .hra import HRAConfig
-from .ia3 import IA3Config, IA3FFConfig
-from .kasa import KaSAConfig
-from .ln_tuning import LNTuningConfig
-from .loha import ABBAConfig, LoHaConfig
-from .lokr import LoKrConfig
-from .lora import LoRAConfig
-from .lora_ga import LoRAGAConfig
-from .lora_xs import LoRAXSConfig, TinyLoRAConfig
-from .lori import LoRIConfig
-from .mica import MiCAConfig
-from .milora import MiLoRAConfig
-from .miss import MiSSConfig
-from .mora import MoRAConfig
-from .oft import OFTConfig
-from .olora import OLoRAConfig
-from .osf import OSFConfig
-from .peanut import PEANuTConfig
-from .pissa import PiSSAConfig
-from .psoft import PSOFTConfig
-from .qalora import QALoRAConfig
-from .randlora import RandLoRAConfig
-from .reft import DiReFTConfig, LoReFTConfig
-from .road import ROADConfig
-from .s_steer import SSteerConfig
-from .shira import SHiRAConfig
-from .ssvd import SSVDConfig
-from .tokens import TokensConfig
-from .vera import VeRAConfig
-from .waveft import WaveFTConfig
+import importlib
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..core.method import Variant
+from ..core.pinning import pin
+from ..core.registry import register, register_later, variants
+
+if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
+    from .adalora import AdaLoRAConfig
+    from .antipasto import AntiPaSTOConfig
+    from .asvd import ASVDConfig
+    from .bdlora import BDLoRAConfig
+    from .bitfit import BitFitConfig
+    from .boft import BOFTConfig
+    from .c3a import C3AConfig
+    from .corda import CorDAConfig
+    from .deft import DEFTConfig
+    from .delora import DeLoRAConfig
+    from .dora import DoRAConfig
+    from .eva import EVAConfig
+    from .fourierft import FourierFTConfig
+    from .full import FullConfig
+    from .glora import GLoRAConfig
+    from .gralora import GraLoRAConfig
+    from .hira import HiRAConfig
+    from .hra import HRAConfig
+    from .ia3 import IA3Config, IA3FFConfig
+    from .kasa import KaSAConfig
+    from .ln_tuning import LNTuningConfig
+    from .loha import ABBAConfig, LoHaConfig
+    from .lokr import LoKrConfig
+    from .lora import LoRAConfig
+    from .lora_ga import LoRAGAConfig
+    from .lora_xs import LoRAXSConfig, TinyLoRAConfig
+    from .lori import LoRIConfig
+    from .mica import MiCAConfig
+    from .milora import MiLoRAConfig
+    from .miss import MiSSConfig
+    from .mora import MoRAConfig
+    from .oft import OFTConfig
+    from .olora import OLoRAConfig
+    from .osf import OSFConfig
+    from .peanut import PEANuTConfig
+    from .pissa import PiSSAConfig
+    from .psoft import PSOFTConfig
+    from .qalora import QALoRAConfig
+    from .randlora import RandLoRAConfig
+    from .reft import DiReFTConfig, LoReFTConfig
+    from .road import ROADConfig
+    from .s_steer import SSteerConfig
+    from .shira import SHiRAConfig
+    from .ssvd import SSVDConfig
+    from .tokens import TokensConfig
+    from .vera import VeRAConfig
+    from .waveft import WaveFTConfig
 
 __all__ = [
-    "TABLE",
+    "METHODS",
     "ABBAConfig",
     "ASVDConfig",
     "AdaLoRAConfig",
@@ -159,59 +120,87 @@ __all__ = [
     "variants",
 ]
 
-TABLE: tuple[Variant, ...] = (
-    lora.VARIANT,
-    pissa.VARIANT,
-    delora.VARIANT,
-    ia3.VARIANT,
-    ia3.VARIANT_FF,
-    dora.VARIANT,
-    hra.VARIANT,
-    road.VARIANT,
-    olora.VARIANT,
-    loha.VARIANT,
-    lokr.VARIANT,
-    vera.VARIANT,
-    oft.VARIANT,
-    boft.VARIANT,
-    adalora.VARIANT,
-    bitfit.VARIANT,
-    c3a.VARIANT,
-    fourierft.VARIANT,
-    miss.VARIANT,
-    ssvd.VARIANT,
-    s_steer.VARIANT,
-    antipasto.VARIANT,
-    randlora.VARIANT,
-    gralora.VARIANT,
-    shira.VARIANT,
-    hira.VARIANT,
-    eva.VARIANT,
-    corda.VARIANT,
-    asvd.VARIANT,
-    lora_ga.VARIANT,
-    ln_tuning.VARIANT,
-    full.VARIANT,
-    tokens.VARIANT,
-    reft.VARIANT,
-    reft.VARIANT_DIRECT,
-    lora_xs.VARIANT,
-    lora_xs.VARIANT_TINY,
-    milora.VARIANT,
-    mica.VARIANT,
-    kasa.VARIANT,
-    deft.VARIANT,
-    psoft.VARIANT,
-    peanut.VARIANT,
-    waveft.VARIANT,
-    glora.VARIANT,
-    bdlora.VARIANT,
-    qalora.VARIANT,
-    mora.VARIANT,
-    loha.VARIANT_ABBA,
-    lori.VARIANT,
-    osf.VARIANT,
-)
+METHODS = {
+    "abba": ("loha", "ABBAConfig"),
+    "adalora": ("adalora", "AdaLoRAConfig"),
+    "antipasto": ("antipasto", "AntiPaSTOConfig"),
+    "asvd": ("asvd", "ASVDConfig"),
+    "bdlora": ("bdlora", "BDLoRAConfig"),
+    "bitfit": ("bitfit", "BitFitConfig"),
+    "boft": ("boft", "BOFTConfig"),
+    "c3a": ("c3a", "C3AConfig"),
+    "corda": ("corda", "CorDAConfig"),
+    "deft": ("deft", "DEFTConfig"),
+    "delora": ("delora", "DeLoRAConfig"),
+    "direft": ("reft", "DiReFTConfig"),
+    "dora": ("dora", "DoRAConfig"),
+    "eva": ("eva", "EVAConfig"),
+    "fourierft": ("fourierft", "FourierFTConfig"),
+    "full": ("full", "FullConfig"),
+    "glora": ("glora", "GLoRAConfig"),
+    "gralora": ("gralora", "GraLoRAConfig"),
+    "hira": ("hira", "HiRAConfig"),
+    "hra": ("hra", "HRAConfig"),
+    "ia3": ("ia3", "IA3Config"),
+    "ia3_ff": ("ia3", "IA3FFConfig"),
+    "kasa": ("kasa", "KaSAConfig"),
+    "ln_tuning": ("ln_tuning", "LNTuningConfig"),
+    "loha": ("loha", "LoHaConfig"),
+    "lokr": ("lokr", "LoKrConfig"),
+    "lora": ("lora", "LoRAConfig"),
+    "lora_ga": ("lora_ga", "LoRAGAConfig"),
+    "lora_xs": ("lora_xs", "LoRAXSConfig"),
+    "loreft": ("reft", "LoReFTConfig"),
+    "lori": ("lori", "LoRIConfig"),
+    "mica": ("mica", "MiCAConfig"),
+    "milora": ("milora", "MiLoRAConfig"),
+    "miss": ("miss", "MiSSConfig"),
+    "mora": ("mora", "MoRAConfig"),
+    "oft": ("oft", "OFTConfig"),
+    "olora": ("olora", "OLoRAConfig"),
+    "osf": ("osf", "OSFConfig"),
+    "peanut": ("peanut", "PEANuTConfig"),
+    "pissa": ("pissa", "PiSSAConfig"),
+    "psoft": ("psoft", "PSOFTConfig"),
+    "qalora": ("qalora", "QALoRAConfig"),
+    "randlora": ("randlora", "RandLoRAConfig"),
+    "road": ("road", "ROADConfig"),
+    "s_steer": ("s_steer", "SSteerConfig"),
+    "shira": ("shira", "SHiRAConfig"),
+    "ssvd": ("ssvd", "SSVDConfig"),
+    "tinylora": ("lora_xs", "TinyLoRAConfig"),
+    "tokens": ("tokens", "TokensConfig"),
+    "vera": ("vera", "VeRAConfig"),
+    "waveft": ("waveft", "WaveFTConfig"),
+}
+"""{the method's name: (its file, its config class)}."""
 
-for _variant in TABLE:
-    register(_variant)
+_FILES = {config: file for file, config in METHODS.values()}
+
+
+def _load(file: str) -> Any:
+    """A file's module, whose methods are registered."""
+    module = importlib.import_module(f".{file}", __name__)
+    configs = [config for config, home in _FILES.items() if home == file]
+    pin(configs, vars(module), __name__.rpartition(".")[0])
+    for value in list(vars(module).values()):
+        if isinstance(value, Variant):
+            register(value)
+    return module
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _FILES:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}",
+                name=name,
+                obj=sys.modules[__name__],
+            )
+        value = globals()[name] = getattr(_load(_FILES[name]), name)
+        return value
+
+
+for _name, (_file, _) in METHODS.items():
+    register_later(_name, partial(_load, _file))

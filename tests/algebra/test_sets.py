@@ -13,7 +13,7 @@ from helpers import Net, close, leaves, moved, net
 from torch import Tensor
 
 import lora_lite_func as ll
-from lora_lite_func.core.method import variant_for
+from lora_lite_func.core.registry import variant_for
 
 PHASED = [c for c in CASES if variant_for(type(c.config(r=4))).has_phases]
 every = pytest.mark.parametrize("case", PHASED, ids=repr)

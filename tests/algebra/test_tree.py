@@ -18,7 +18,7 @@ from hypothesis import given
 from torch import Tensor
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 

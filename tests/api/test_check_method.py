@@ -14,7 +14,7 @@ from helpers import moved, net
 from torch import nn
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 
 MODEL = net(depth=1)
 X = torch.randn(6, 16, dtype=torch.float64)

@@ -18,7 +18,7 @@ from helpers import close, leaves, net, same_state, snapshot
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 
 every = pytest.mark.parametrize("case", CASES, ids=repr)
 

@@ -460,6 +460,6 @@ def test_an_outsiders_fields_are_checked() -> None:
     ):
         Outsider(mode="c")
     with pytest.raises(
-        ll.ConfigError, match="no variant is registered for Outsider; there are: 'LoRAConfig'"
+        ll.ConfigError, match="no variant is registered for Outsider; there are: 'ABBAConfig'"
     ):
         ll.init(torch.nn.Linear(2, 2), Outsider())

@@ -6,7 +6,7 @@ import pytest
 from cases import CALIBRATED, CASES, Case
 
 from lora_lite_func.core.layout import Layout
-from lora_lite_func.core.method import variant_for
+from lora_lite_func.core.registry import variant_for
 from lora_lite_func.core.site import Site
 
 UNUSED = {

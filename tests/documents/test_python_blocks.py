@@ -13,7 +13,7 @@ import torch
 from pages import PAGES, blocks
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 
 WITH_BLOCKS = [page for page in PAGES if blocks(page, "python")]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 from lora_lite_func.injection import weight_route
 
 CONFIGS = [

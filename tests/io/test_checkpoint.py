@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 
 KEY = "lora_lite_func"
 

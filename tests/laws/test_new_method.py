@@ -8,7 +8,7 @@ import torch
 from new_method import MIX, MixConfig
 
 import lora_lite_func as ll
-from lora_lite_func.core.method import _REGISTRY
+from lora_lite_func.core.registry import _REGISTRY
 
 
 def test_it_is_known_by_name_and_by_config():

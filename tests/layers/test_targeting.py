@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lora_lite_func as ll
-from lora_lite_func.core import method as methods
+from lora_lite_func.core import registry as methods
 
 LoRA = ll.LoRAConfig
 
@@ -388,6 +388,6 @@ def test_something_that_is_no_config() -> None:
         with pytest.raises(ll.ConfigError, match=f"no variant is registered for {name}; "):
             ll.init(net(), odd)
     with pytest.raises(
-        ll.ConfigError, match="no variant is registered for Net; there are: 'LoRAConfig'"
+        ll.ConfigError, match="no variant is registered for Net; there are: 'ABBAConfig'"
     ):
         ll.init(LoRA(), net())

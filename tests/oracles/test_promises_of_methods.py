@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import lora_lite_func as ll
-from lora_lite_func.core.method import variant_for
+from lora_lite_func.core.registry import variant_for
 from lora_lite_func.kernels.cost import dense_pays
 
 DENSE = [case for case in CASES if variant_for(type(case.config(r=4))).dense is not None]

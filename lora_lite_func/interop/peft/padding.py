@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
-from ...core.method import variant_for
+from ...core.registry import variant_for
 from ...layers.weights import stored
 from ...variants import DoRAConfig, HiRAConfig
 from ..assembly import ModuleEntry, Part

@@ -13,7 +13,8 @@ from torch import Tensor
 from ....core import random
 from ....core.config import AdapterConfig
 from ....core.errors import CheckpointError, short_repr
-from ....core.method import site_for, variant_for
+from ....core.method import site_for
+from ....core.registry import variant_for
 from ....variants import DoRAConfig, KaSAConfig, MiCAConfig, OLoRAConfig, PiSSAConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
