@@ -17,6 +17,7 @@ from lora_lite_func.interop.diffusion.names import ModelNames
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+conversion: Any = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -237,6 +238,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "WanTransformer3DModel": {"num_layers": 1, "image_dim": 16, "added_kv_proj_dim": 5120},
     "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1},
     "ChromaTransformer2DModel": {"num_layers": 1, "num_single_layers": 1},
+    "Lumina2Transformer2DModel": {"num_layers": 1, "num_refiner_layers": 1},
+    "LTX2VideoTransformer3DModel": {"num_layers": 1},
+    "Krea2Transformer2DModel": {
+        "num_layers": 1, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+    },
+    "Ideogram4Transformer2DModel": {"num_layers": 1},
+    "CosmosTransformer3DModel": {"num_layers": 1},
+    "AceStepTransformer1DModel": {"num_hidden_layers": 1},
 }  # fmt: skip
 
 
@@ -247,6 +256,35 @@ def test_every_original_name_is_some_models() -> None:
             known = ModelNames(getattr(diffusers, name)(**how))
             found |= {n for f in ORIGINAL_NAMES for n in f if known.find(n.replace("#", "0"))}
     assert found == {name for family in ORIGINAL_NAMES for name in family}
+
+
+CONVERTERS = {
+    "Krea2Transformer2DModel": ("krea2", "blocks.0.attn.wq"),
+    "CosmosTransformer3DModel": ("anima", "blocks.0.self_attn.q_proj"),
+    "LTX2VideoTransformer3DModel": ("ltx2", "adaln_single.linear"),
+    "AceStepTransformer1DModel": ("ace_step", "layers.0.self_attn.q_proj"),
+}
+"""{model: (its converter in diffusers, a name of its original release)}."""
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_newer_models_have_the_names_that_diffusers_converter_knows(name: str) -> None:
+    converter, example = CONVERTERS[name]
+    convert = getattr(conversion, f"_convert_non_diffusers_{converter}_lora_to_diffusers")
+    with torch.device("meta"):
+        known = ModelNames(getattr(diffusers, name)(**SMALL[name]))
+    family = next(f for f in ORIGINAL_NAMES if example.replace(".0.", ".#.") in f)
+    start = "base_model.model." if converter == "ace_step" else "diffusion_model."
+    compared = 0
+    for row in family:
+        original = row.replace("#", "0")
+        ((target,),) = [known.find(original) or ()]
+        key = f"{start}{original}.lora_A.weight"
+        (theirs,) = convert({key: torch.zeros(2, 4)})
+        if target.path in known.modules:  # they convert no parameters that stand alone
+            assert theirs == f"transformer.{target.path}.lora_A.weight"
+            compared += 1
+    assert compared >= 8
 
 
 def test_wan_as_diffusers_reads_it() -> None:

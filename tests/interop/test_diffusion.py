@@ -370,7 +370,7 @@ def test_lokr_with_factors_that_ours_would_not_have() -> None:
 
 
 def test_magnitudes_over_every_update() -> None:
-    """DoRA over LoRA is a DoRA; over LoHa and LoKr the whole change; of inputs it is refused."""
+    """DoRA over LoRA is a DoRA; over LoHa and LoKr, and of inputs, the whole change."""
     model, q, m = unet(), f"lora_unet_{Q.replace('.', '_')}", 0.5 + noise(8, 1, seed=9).abs()
     W = model.get_parameter(f"{Q}.weight").detach()
     w = {
@@ -396,8 +396,8 @@ def test_magnitudes_over_every_update() -> None:
         close(delta(model, params, Q), m * V / V.norm(dim=1, keepdim=True) - W, 1e-5)
         assert isinstance(params, ll.Adapter)
         assert (params.layout.variant.name == "dora") == (name == "lora")
-        with pytest.raises(ll.UnsupportedError, match="wd_on_out=False"):
-            ll.from_diffusion(file | {f"{q}.dora_scale": m.mT}, model)
+        of_inputs = ll.from_diffusion(file | {f"{q}.dora_scale": m.mT}, model)
+        close(delta(model, of_inputs, Q), m.mT * V / V.norm(dim=0, keepdim=True) - W, 1e-5)
 
 
 def test_changes_of_weights_biases_norms_and_parameters() -> None:
@@ -490,9 +490,9 @@ def test_files_from_the_field() -> None:
         "is 0, which kohya's scripts": pair | {f"{q}.alpha": torch.tensor(0.0)},
         "textual inversion": pair | {"bundle_emb.word.string_to_param.*": noise(1, 8)},
         "ll.from_peft reads the folder": {f"base_model.model.{Q}.lora_A.weight": noise(2, 8)},
-        "is a tensor of OFT or BOFT": {f"{q}.oft_blocks": noise(2, 4, 4)},
-        "is a tensor of GLoRA": {f"{q}.a1.weight": noise(2, 4)},
-        "is a tensor of IA3": {f"{q}.on_input": torch.tensor(True), f"{q}.weight": noise(1, 8)},
+        "is a tensor of AdaLoRA": {f"{q}.lora_E": noise(2, 1)},
+        "is a tensor of LyCORIS' use_scalar": pair | {f"{q}.scalar": torch.tensor(1.0)},
+        "has a1 and lacks a2": {f"{q}.a1.weight": noise(8, 2)},
         "lacks its factors": {f"{q}.alpha": torch.tensor(1.0)},
         "lacks down": {f"{q}.lora_up.weight": noise(8, 2)},
         "lacks hada_w2_b": {f"{q}.hada_{n}": noise(8, 8) for n in ("w1_a", "w1_b", "w2_a")},

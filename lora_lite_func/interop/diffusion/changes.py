@@ -15,7 +15,7 @@ from ..assembly import ModuleEntry, Part
 from .factored import Held, Rows, rows_of
 from .kronecker import whole_change
 
-__all__ = ["changes", "replaced"]
+__all__ = ["changes", "check_size", "replaced"]
 
 
 def changes(held: Held, entry: ModuleEntry, rows: Rows) -> list[Part]:
@@ -29,9 +29,9 @@ def changes(held: Held, entry: ModuleEntry, rows: Rows) -> list[Part]:
         None if role not in held else rows_of(held[role], rows) for role in ("diff", "diff_b")
     )
     if weight is not None:
-        _check_size(entry, "diff", weight, site.d_out * site.d_in)
+        check_size(entry, "diff", weight, site.d_out * site.d_in)
     if bias is not None:
-        _check_size(entry, "diff_b", bias, site.d_out)
+        check_size(entry, "diff_b", bias, site.d_out)
     if site.kind == "norm":
         return [] if weight is None and bias is None else [_norm(entry, weight, bias)]
     found = []
@@ -68,12 +68,17 @@ def replaced(role: str, t: Tensor, parameter: ModuleEntry, rows: Rows) -> Part:
     """
     site = parameter.known("a change of a parameter has its shape")
     t, own = rows_of(t, rows), parameter.weight("a change of a parameter")
-    _check_size(parameter, role, t, own.numel())
+    check_size(parameter, role, t, own.numel())
     value = matrix(t.reshape(parameter.module._parameters[module_and_name(site)[1]].shape), site)
     return Part(FullConfig, {"lora_W": own + value.to(own) if role == "diff" else value}, order=-1)
 
 
-def _check_size(entry: ModuleEntry, role: str, t: Tensor, size: int) -> None:
+def check_size(entry: ModuleEntry, role: str, t: Tensor, size: int) -> None:
+    """Refuse a tensor of another size than its place.
+
+    Raises:
+        CheckpointError: the message gives both.
+    """
     if t.numel() != size:
         raise CheckpointError(
             f"{short_repr(entry.path)}: {role}: expected {size} entries, found shape "

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .newer_families import NEWER_NAMES
+
 __all__ = ["ORIGINAL_NAMES"]
 
 _DOUBLE, _SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
@@ -154,5 +156,6 @@ ORIGINAL_NAMES: tuple[Names, ...] = (
     _SD3,
     _WAN,
     _Z_IMAGE,
+    *NEWER_NAMES,
 )
 """A row counts for the models that have all its modules of diffusers."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
 from ..assembly import check_tensors, widened
-from .keys import COMPONENTS, FOREIGN, component_of, split_role
+from .keys import COMPONENTS, FOREIGN, GATED, component_of, split_role
 from .names import ModelNames, Target
 
 __all__ = ["FileModule", "gathered"]
 
 _PEFT = "base_model.model."
+_NUMBERS = ("alpha", "on_input")
+"""Roles of tensors that hold one number."""
 
 
 @dataclass
@@ -45,6 +47,7 @@ def gathered(
     found: dict[tuple[Target, ...], FileModule] = {}
     components: dict[str, None] = {}  # a dict keeps the order
     lost: list[str] = []
+    gated = {key.removesuffix(GATED) for key in map(str, tensors) if key.endswith(GATED)}
     for key, t in tensors.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
             raise CheckpointError(f"expected names and tensors, found {short_repr(key)}")
@@ -52,7 +55,7 @@ def gathered(
         components.setdefault(owners[0] if owners else "")
         if component is not None and start and owners and component not in owners:
             continue  # it is another component's key
-        name, role = _split(key)
+        name, role = _split(key, gated)
         bare = name[len(start) :] if len(start) < len(name) else name
         targets = names.find(bare) or names.find(name)
         if targets is None:
@@ -64,7 +67,7 @@ def gathered(
                 f"two tensors {role} for {short_repr(targets[0].path)}, {short_repr(key)} the "
                 f"second; name the component whose keys should be read, or leave one out"
             )
-        module.held[role] = t if role == "alpha" else _plain(key, t)
+        module.held[role] = t if role in _NUMBERS else _plain(key, t)
     if lost:
         raise CheckpointError(_unplaced(lost[0], names, component, components))
     if not found:
@@ -79,8 +82,9 @@ def _plain(key: str, t: Tensor) -> Tensor:
     return t.detach()
 
 
-def _split(key: str) -> tuple[str, str]:
-    """Return (the module's part of a key, the tensor's role).
+def _split(key: str, gated: Container[str]) -> tuple[str, str]:
+    """Return (the module's part of a key, the tensor's role). In the modules that are gated, a
+    weight is LyCORIS' gate.
 
     Raises:
         CheckpointError: the key is of another method, of PEFT's own files, or of no adapter.
@@ -94,6 +98,11 @@ def _split(key: str) -> tuple[str, str]:
     found = split_role(key)
     if found is not None:
         return found
+    home, _, leaf = key.rpartition(".")
+    if leaf == "weight" and home in gated:
+        return home, "gate"
+    if leaf == "diff_m":  # Wan's blocks hold it themselves
+        return f"{home}.modulation", "diff"
     if key.startswith("bundle_emb.") or ".string_to_param" in key:
         raise CheckpointError(
             f"{short_repr(key)} is an embedding of new words (textual inversion), no "
@@ -106,15 +115,18 @@ def _split(key: str) -> tuple[str, str]:
             f"into the model with the tool that made it"
         )
     raise CheckpointError(
-        f"unexpected tensor {short_repr(key)}; read are LoRA, DoRA, LoHa and LoKr, diff, "
-        f"diff_b and the changes of norms"
+        f"unexpected tensor {short_repr(key)}; read are LoRA, DoRA, LoHa, LoKr, IA3, "
+        f"GLoRA, OFT, diff, diff_b and the changes of norms"
     )
 
 
 def _unplaced(
     name: str, names: ModelNames, component: str | None, components: Iterable[str]
 ) -> str:
-    text = f"the model has no module for {short_repr(name)}; {names.hint(name)}"
+    text = (
+        f"the model has no module for {short_repr(name)}; {names.hint(name)} Where names have "
+        f"moved, or begin with another tool's prefix, rename= says how (a mapping or a function)."
+    )
     several = [known for known in components if known]
     if component is None and len(several) > 1:
         text += (

@@ -4,7 +4,8 @@ diffusers   unet.<path>.lora_A.weight, .lora_B.weight; older: <path>.lora.down.w
             <path>.processor.to_q_lora.down.weight, <path>.lora_linear_layer.down.weight
 ComfyUI     diffusion_model.<path>.lora_down.weight; text_encoders.clip_l.transformer.<path> ...
 kohya       lora_unet_<path with _ for .>.lora_down.weight, .lora_up.weight, .lora_mid.weight
-LyCORIS     the same with .hada_w1_a ..., .lokr_w1 ..., .diff, .diff_b, .w_norm, .dora_scale
+LyCORIS     the same with .hada_w1_a ..., .lokr_w1 ..., .diff, .diff_b, .w_norm, .dora_scale;
+            .weight and .on_input; .a1.weight ... .b2.weight; .oft_blocks, .rescale
 all         <the same>.alpha, a number: the scale is alpha / r, and 1 where there is none
 """
 
@@ -13,9 +14,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["COMPONENTS", "FOREIGN", "component_of", "split_role"]
+__all__ = ["COMPONENTS", "FOREIGN", "GATED", "component_of", "split_role"]
 
-_DENOISER = ("lora_unet_", "diffusion_model.", "model.diffusion_model.")
+_DENOISER = (
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "lora_unet_",
+    "Hunyuan_video_lora_",
+    "Hunyuan_video_I2V_lora_",
+)
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "unet": ("unet.", *_DENOISER),
     "transformer": ("transformer.", "lora_transformer_", *_DENOISER),
@@ -39,7 +46,7 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
         "text_encoders.t5xxl.transformer.",
         "text_encoders.t5xxl.",
     ),
-    "model": _DENOISER[1:],
+    "model": _DENOISER[:2],
 }
 """Whose keys begin with what. A key that begins with none of these can be of any of them."""
 # The prefix of LyCORIS' own wrapper, which doesn't name the component.
@@ -55,7 +62,7 @@ _PAIRS = {
 _PLAIN = (
     *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
-    *("alpha", "diff", "diff_b", "set_weight"),
+    *("alpha", "diff", "diff_b", "set_weight", "on_input", "oft_blocks", "rescale"),
 )
 _ROLES: Mapping[str, str] = {
     **{
@@ -75,8 +82,11 @@ _ROLES: Mapping[str, str] = {
     ".lora_embedding_B": "up",
     ".lora_up.bias": "up_bias",
     ".dora_scale": "dora_scale",
+    **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},  # GLoRA's
     ".lora_magnitude_vector": "magnitude",
 }
+GATED = ".on_input"
+"""The end of a key beside LyCORIS' gate, which is called weight."""
 _NAMED = re.compile(
     r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(\.(?!weight$|bias$)[^.]+)?"  # an adapter's name, such as default
@@ -92,15 +102,7 @@ _NAMED_ROLES = {
     "magnitude_vector.weight": "magnitude",
 }
 FOREIGN: Mapping[str, str] = {
-    "oft_blocks": "OFT or BOFT",
     "oft_diag": "OFT",
-    "rescale": "OFT",
-    "on_input": "IA3",
-    "a1.weight": "GLoRA",
-    "a2.weight": "GLoRA",
-    "b1.weight": "GLoRA",
-    "b2.weight": "GLoRA",
-    "bm.weight": "GLoRA",
     "lora_E": "AdaLoRA",
     "scalar": "LyCORIS' use_scalar",
     "reshape_weight": "a layer of another shape",

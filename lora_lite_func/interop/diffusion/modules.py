@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...layers.kinds import KINDS
-from ...variants import BitFitConfig, DoRAConfig
+from ...variants import BitFitConfig
 from ..assembly import ModuleEntry, Part, common_dtype
 from ..peft.modules import adaptable
 from .changes import changes, replaced
 from .declared import Declared
 from .factored import Hadamard, Held, LowRank, Rows, rows_of
 from .gather import FileModule
-from .kronecker import Kronecker, whole_change
+from .kronecker import Kronecker
+from .magnitudes import has_magnitudes, over_inputs, with_magnitudes
+from .multiplied import CONSTRAINT, Gate, Rotation, Sandwich
 
 __all__ = ["module_parts"]
 
 _BY_ROWS = ("up", "up_bias", "magnitude", "dora_scale", "diff", "diff_b", "set_weight")
 Placed = tuple[ModuleEntry, Part]
 Factored = LowRank | Hadamard | Kronecker
+Update = Factored | Gate | Sandwich | Rotation
+_KINDS: Mapping[str, tuple[type[Any], tuple[str, ...]]] = {
+    "lora": (LowRank, ("down", "up", "mid", "up_bias")),
+    "hada": (Hadamard, ("hada",)),
+    "lokr": (Kronecker, ("lokr",)),
+    "ia3": (Gate, ("gate", "on_input")),
+    "glora": (Sandwich, ("a1", "a2", "b1", "b2", "bm")),
+    "oft": (Rotation, ("oft_blocks", "rescale")),
+}
+"""{kind: (its update, what the roles of its tensors begin with)}."""
 
 
 def module_parts(
@@ -46,8 +59,10 @@ def module_parts(
     """
     held = {role: t for role, t in module.held.items() if role != "alpha"}
     common = common_dtype(held.values())
-    held = {role: t.to(common) for role, t in held.items()}
+    held = {role: t.to(common or t.dtype) for role, t in held.items()}
     alpha = _alpha(module)
+    if alpha is not None and "oft_blocks" in held:
+        held[CONSTRAINT] = torch.tensor(alpha)
     if not held:
         raise CheckpointError(
             f"{short_repr(module.name)} has alpha alone and lacks its factors "
@@ -70,77 +85,48 @@ def module_parts(
                 f"{short_repr(module.name)} is several layers of the model, "
                 f"which isn't read beside a config of PEFT's"
             )
-        for part in _scaled(made, alpha, own, entry, target.rows) if said is None else said:
+        for part in _scaled(made.share(target.rows), alpha, own, entry) if said is None else said:
             yield entry, part
 
 
 # ------------------------------------------------------------------------------------------ factors
-def _factored(held: Held, entry: ModuleEntry, name: str) -> Factored | None:
+def _factored(held: Held, entry: ModuleEntry, name: str) -> Update | None:
     """Return the update by factors, if there is one.
 
     Raises:
         CheckpointError: a layer has two of them, or half of one.
     """
-    kinds = {"lora": ("down", "up", "mid", "up_bias"), "hada": ("hada",), "lokr": ("lokr",)}
-    found = [kind for kind, starts in kinds.items() if any(r.startswith(starts) for r in held)]
+    found = [
+        kind for kind, (_, starts) in _KINDS.items() if any(r.startswith(starts) for r in held)
+    ]
     if len(found) > 1:
         raise CheckpointError(f"{short_repr(name)} has factors of both {' and '.join(found)}")
     if not found:
-        if "magnitude" in held or "dora_scale" in held:
+        if has_magnitudes(held):
             raise CheckpointError(f"{short_repr(name)} has magnitudes (DoRA) and lacks the factors")
         return None
     entry.path = name
-    made = {"lora": LowRank, "hada": Hadamard, "lokr": Kronecker}[found[0]]
-    update: Factored = made.of(held, entry)  # type: ignore[attr-defined]
+    if has_magnitudes(held) and not issubclass(_KINDS[found[0]][0], Factored):
+        raise CheckpointError(f"{short_repr(name)} has magnitudes (DoRA) beside {found[0]}")
+    update: Update = _KINDS[found[0]][0].of(held, entry)
     return update
 
 
-def _scaled(
-    made: Factored, alpha: float | None, held: Held, entry: ModuleEntry, rows: Rows
-) -> list[Part]:
+def _scaled(update: Update, alpha: float | None, held: Held, entry: ModuleEntry) -> list[Part]:
     """Return the parts of an update by factors: with alpha, and DoRA's magnitudes or a learned
     bias.
     """
-    update = made.share(rows)
-    if made.r and alpha is not None:
-        update.scale = alpha / made.r
+    if update.r and alpha is not None:
+        update.scale = alpha / update.r
     scale, gain = update.scale, None
-    if "magnitude" in held or "dora_scale" in held:
-        part, gain = _dora(update, held, entry)
+    if has_magnitudes(held) and isinstance(update, Factored):
+        part, gain = with_magnitudes(update, held, entry)
     else:
         part = update.part(entry)
     if "up_bias" not in held:
         return [part]
     shift = held["up_bias"].flatten() * scale
     return [part, Part(BitFitConfig, {"lora_b": shift if gain is None else shift * gain}, order=1)]
-
-
-def _dora(update: Factored, held: Held, entry: ModuleEntry) -> tuple[Part, Tensor]:
-    """Return (the part with magnitudes of the weight's rows, what a learned bias is multiplied by).
-    A LoRA with magnitudes is a DoRA. For another update, the whole change is worked out from the
-    weight.
-    """
-    site, W = entry.known("DoRA needs both sizes"), entry.weight("DoRA")
-    name = "dora_scale" if "dora_scale" in held else "magnitude"
-    t = held[name]
-    if name == "dora_scale" and t.ndim > 1 and t.shape[0] == 1 != site.d_out:
-        raise UnsupportedError(
-            f"{short_repr(entry.path)}: dora_scale of shape {tuple(t.shape)} scales the weight's "
-            f"inputs (LyCORIS' wd_on_out=False), here DoRA scales its outputs; merge it into the "
-            f"model with the tool that made it"
-        )
-    if t.numel() != site.d_out:
-        raise CheckpointError(
-            f"{short_repr(entry.path)}: {name}: expected {site.d_out} entries, found shape "
-            f"{tuple(t.shape)}"
-        )
-    m, V = t.flatten(), W + update.dense().to(W)
-    gain = m.to(W) / V.norm(dim=1)
-    if isinstance(update, LowRank):
-        leaves = {"lora_A": update.A, "lora_B": update.B, "lora_m": m}
-        leaves["lora_wnorm2"] = W.square().sum(1)
-        return Part(DoRAConfig, leaves, {}, update.r, update.scale * update.r), gain
-    return whole_change(gain[:, None] * V - W, entry), gain
 
 
 def _alpha(module: FileModule) -> float | None:
@@ -155,7 +141,7 @@ def _alpha(module: FileModule) -> float | None:
     value = float(t)
     if not abs(value) < 1e30:
         raise CheckpointError(told + f"expected a finite number, found {short_repr(value)}")
-    if value == 0.0:
+    if value == 0.0 and "oft_blocks" not in module.held:
         raise CheckpointError(
             told + "is 0, which kohya's scripts and LyCORIS take for the rank and others for no "
             "update at all; leave the key out for the first, the module for the second"
@@ -185,11 +171,19 @@ def _by_update(entry: ModuleEntry) -> bool:
 
 
 def _check_rows(module: FileModule) -> None:
-    """Refuse a fused layer of another size than the layers that it is made of."""
+    """Refuse a fused layer of another size than the layers that it is made of, and one with
+    magnitudes of its inputs, which are of them all.
+    """
     ends = [end for target in module.targets for _, end in target.rows]
     if not ends:
         return
     expected, held = max(ends), module.held
+    if "dora_scale" in held and over_inputs(held["dora_scale"]):
+        raise UnsupportedError(
+            f"{short_repr(module.name)}: dora_scale of shape {tuple(held['dora_scale'].shape)} "
+            f"scales the inputs (LyCORIS' wd_on_out=False) of a layer that is several in the "
+            f"model; merge it into the model with the tool that made it"
+        )
     for role in _BY_ROWS:
         if (
             role in held

@@ -66,7 +66,8 @@ class ModelNames:
         for text in (name, plain):
             if text in self.dotted:
                 return self.dotted[text]
-        means = self.flat.get(plain.replace(".", "_"), [])
+        flat = plain.replace(".", "_")
+        means = self.flat.get(flat) or self.flat.get(flat.rstrip("_"), [])  # some tools leave a _
         if len(means) > 1:
             paths = " or ".join(targets[0].path for targets in means)
             raise CheckpointError(f"{short_repr(name)} could be {paths}; its key doesn't say")

@@ -42,10 +42,11 @@ def from_diffusion(
     several things (a learned bias or norms beside the factors), the result is a tuple, which
     `apply`, `bind` and `merge` take as it is.
 
-    It reads LoRA (with factors of kernels, DoRA's magnitudes and learned biases), LoHa, LoKr, and
-    changes of weights, biases and norms. Names of the original releases (Stable Diffusion's UNet,
-    SD3, Flux, HunyuanVideo, Wan, Z-Image) are found in diffusers' models. A fused layer's update is
-    shared out by rows, exactly. Tensors of 8 bits are widened to float32.
+    It reads LoRA (with factors of kernels, DoRA's magnitudes and learned biases), LoHa, LoKr, IA3,
+    GLoRA, OFT, and changes of weights, biases and norms. Names of the original releases (Stable
+    Diffusion's UNet, SD3, Flux, HunyuanVideo, Wan, Z-Image, Lumina 2, LTX-2, Krea 2, Ideogram 4,
+    Cosmos, ACE-Step) are found in diffusers' models. A fused layer's update is shared out by rows,
+    exactly. Tensors of 8 bits are widened to float32.
 
     Args:
         source: a .safetensors file (or .bin, read without running code), a folder that diffusers
