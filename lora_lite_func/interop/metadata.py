@@ -257,7 +257,9 @@ class ConfigReader(Mapping[str, Any]):
             return False
         if not all(literal(name) for name in self.names("layers_pattern")):
             return None
-        return isinstance(targets, str) or self._in_layers(path)
+        if isinstance(targets, str) or path in self.names("target_modules"):
+            return True  # layers are chosen among what the ends of paths name
+        return self._in_layers(path)
 
     def _listed(self, name: str, path: str) -> bool:
         value = self.get(name)
@@ -265,7 +267,11 @@ class ConfigReader(Mapping[str, Any]):
             return self.matches(name, rf"(?:{value})\Z", value, path)
         return any(path == entry or path.endswith("." + entry) for entry in self.names(name))
 
-    def _in_layers(self, path: str) -> bool:
+    def _in_layers(self, path: str) -> bool | None:
+        """Tell whether a path is in one of the layers that the config names. Releases of PEFT take
+        the first or the last number of a path, and some want a dot before the list of layers; the
+        result is None where that makes a difference.
+        """
         wanted = self.get("layers_to_transform")
         if wanted is None or wanted == []:
             return True
@@ -274,11 +280,11 @@ class ConfigReader(Mapping[str, Any]):
             raise self.refuse("layers_to_transform", "layer numbers")
         parts = path.split(".")
         names = self.names("layers_pattern")
+        found = set()
         for i in range(1, len(parts) - 1):
-            # The path reads name.<number>.rest. Without a pattern PEFT wants a dot before it.
             above = "." + ".".join(parts[:i])
             if parts[i].isdecimal() and (
-                any(above.endswith("." + name) for name in names) if names else i >= 2
+                not names or any(above.endswith("." + name) for name in names)
             ):
-                return int(parts[i]) in numbers
-        return False
+                found |= {int(parts[i]) in numbers} | ({False} if i == 1 and not names else set())
+        return (found.pop() if len(found) == 1 else None) if found else False

@@ -13,6 +13,7 @@ from ..core.adapter import Adapter
 from ..core.errors import CheckpointError
 from ..io.checkpoint import IN_FOLDERS, OWN, Saved, load
 from ..io.checks import check_model
+from ..io.file_kinds import not_an_adapter
 from ..io.files import read_header
 from .assembly import ModelNeededError
 from .diffusion import from_diffusion
@@ -43,8 +44,8 @@ def form_of(path: str | os.PathLike[str]) -> str:
         form = _form_of_file(here / IN_FOLDERS)
         if not (here / IN_FOLDERS).is_file() or form != "ll":
             raise CheckpointError(
-                f"{here}: a folder without {CONFIG}, so no PEFT adapter; an adapter's file of "
-                f"this library is named itself"
+                f"{here}: a folder without {CONFIG}, so no PEFT adapter"
+                + (not_an_adapter(here) or "; an adapter's file of this library is named itself")
             )
         return form
     except (OSError, ValueError) as error:

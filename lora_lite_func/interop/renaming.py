@@ -3,11 +3,16 @@ themselves.
 
 A path that the model lacks is looked for without the names of containers. Where a release of
 transformers has put a language model into another module, or taken it out, its layers are the same.
+What else transformers renames in older checkpoints, it renames here too.
+So are those of a module that torch has wrapped, in the model or as the file was saved.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +24,17 @@ Rename = Mapping[str, str] | Callable[[str], str]
 """{old names: new names}, names of a path in a row, or what makes a new path of an old one."""
 
 _CONTAINERS = frozenset({"model", "language_model", "text_model", "vision_model"})
+_WRAPPERS = frozenset(
+    {
+        "_orig_mod",
+        "module",
+        "_module",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "base_model",
+    }
+)
+"""What torch.compile, data parallelism, opacus, FSDP, checkpointing and PEFT put around modules."""
 _OTHER_NAMES = {"block_sparse_moe": "mlp"}  # Mixtral's, before transformers 5
 
 
@@ -56,7 +72,10 @@ class Paths:
             return said
         if path in self.known or not path:
             return path
-        moved = self.by_core.get(_core(path), [])
+        today = self._as_transformers_loads_it(path)
+        if today in self.known:
+            return today
+        moved = self.by_core.get(_core(today), [])
         if len(moved) > 1:
             raise CheckpointError(
                 f"{type(self.model).__name__} has no {short_repr(path)}, which could be "
@@ -64,6 +83,27 @@ class Paths:
                 f"rename={{{path!r}: {moved[0]!r}}}"
             )
         return moved[0] if moved else path
+
+    def _as_transformers_loads_it(self, path: str) -> str:
+        """Return the path that transformers gives to a module of an older checkpoint."""
+        key = f"{path}.weight"
+        for renaming in self._renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key.removesuffix(".weight")
+
+    @functools.cached_property
+    def _renamings(self) -> list[Any]:
+        """What transformers renames in older checkpoints of this model."""
+        model: Any = self.model
+        if "transformers" not in sys.modules or not hasattr(model, "base_model_prefix"):
+            return []
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming
+        except ImportError:  # it is older than such renamings
+            return []
+        changes = get_model_conversion_mapping(model, add_legacy=False)
+        return [change for change in changes if isinstance(change, WeightRenaming)]
 
     def renamed(self, path: str) -> str:
         """Return what `rename` makes of a path, or the path itself where `rename` says nothing.
@@ -115,6 +155,6 @@ class Paths:
 
 
 def _core(path: str) -> tuple[str, ...]:
-    """Return the names of a path without those of containers."""
+    """Return the names of a path without those of containers and wrappers."""
     names = (_OTHER_NAMES.get(name, name) for name in path.split("."))
-    return tuple(name for name in names if name not in _CONTAINERS)
+    return tuple(name for name in names if name not in _CONTAINERS | _WRAPPERS)

@@ -1,4 +1,4 @@
-"""What kind of file a reader was given that it can't read, so that its message can name a
+"""What kind of file or folder a reader was given that it can't read, so that its message can name a
 way out.
 """
 
@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-__all__ = ["form_of_tensors", "looks_like", "reader_hint"]
+__all__ = ["form_of_tensors", "looks_like", "not_a_model", "not_an_adapter", "reader_hint"]
 
 _FACTORS = re.compile(
     r"lora_(A|B|up|down|magnitude_vector|linear_layer)\b|\.lora[._](up|down)\.|hada_w|lokr_w"
@@ -63,3 +64,45 @@ def looks_like(path: str) -> str:
         return "; it is empty"
     found = next((what for begin, what in _BEGINNINGS if start.startswith(begin)), None)
     return "" if found is None else f"; it seems to be {found}"
+
+
+_WHOLE = re.compile(r"(?:pytorch_)?model(?:-\d+-of-\d+)?(?:\.\w+)?\.(?:safetensors|bin)")
+_FEW = 3
+
+
+def not_an_adapter(folder: Path) -> str:
+    """Return the end of a message about a folder that isn't PEFT's: the adapters below it, or what
+    it is.
+    """
+    names = _names_in(folder)
+    below = [name for name in names if (folder / name / "adapter_config.json").is_file()]
+    if below:
+        more = f" and {len(below) - _FEW} more" if len(below) > _FEW else ""
+        return f"; adapters are in {', '.join(below[:_FEW])}{more} there: name one"
+    if "adapters.safetensors" in names:
+        return "; it is an adapter of MLX's, which mlx_lm.fuse merges into a model"
+    if any(_WHOLE.fullmatch(name) for name in names):
+        return "; it holds a whole model, which transformers loads: no adapter stands beside it"
+    return ""
+
+
+def not_a_model(folder: Path) -> str:
+    """Return the end of a message about a folder without a model's safetensors."""
+    names = _names_in(folder)
+    if "adapter_config.json" in names:
+        return "; it is an adapter's, where the base model's is wanted"
+    if "model_index.json" in names:
+        return "; it is a whole pipeline's: name the folder of one component in it, such as unet"
+    if any(_WHOLE.fullmatch(name) for name in names):
+        return (
+            "; it has a pickled model: load it and save it again, "
+            "AutoModel.from_pretrained(folder).save_pretrained(another)"
+        )
+    return ""
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return []

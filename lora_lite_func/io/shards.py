@@ -12,12 +12,14 @@ import safetensors
 from torch import Tensor
 
 from ..core.errors import CheckpointError, short_repr
+from .file_kinds import not_a_model
 from .files import read_json
 from .swapping import interrupted
 
 __all__ = ["INDEX", "Shards"]
 
 INDEX = "model.safetensors.index.json"
+_OWN = re.compile(r"(?:model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.safetensors")
 
 
 class Shards(Mapping[str, str]):
@@ -34,7 +36,11 @@ class Shards(Mapping[str, str]):
         try:
             names = sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: not a readable folder: {error}") from None
+            there = os.path.lexists(self.folder)
+            hub = "; what is on a hub is downloaded first (huggingface_hub.snapshot_download)"
+            raise CheckpointError(
+                f"{self.folder}: not a readable folder: {error}{'' if there else hub}"
+            ) from None
         placed = _index(self.folder) if INDEX in names else None
         self.files = _files(self.folder, names, placed)
         self.home: dict[str, str] = {}
@@ -109,7 +115,8 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _files(folder: Path, names: list[str], placed: Mapping[str, Any] | None) -> list[str]:
     """Return the names of the shards. These are the files that the index names, which must be in
-    this folder; without an index they are all that there are, except adapters.
+    this folder; without an index they are the model's own by their names, or else all that there
+    are, except adapters.
     """
     if placed is not None:
         for file in placed.values():
@@ -125,6 +132,8 @@ def _files(folder: Path, names: list[str], placed: Mapping[str, Any] | None) -> 
     found = [n for n in names if n.endswith(".safetensors") and not n.startswith(("adapter_", "."))]
     if not found:
         raise CheckpointError(
-            f"{folder}: expected a model's safetensors files, found none{interrupted(folder)}"
+            f"{folder}: expected a model's safetensors files, found none"
+            f"{interrupted(folder) or not_a_model(folder)}"
         )
-    return found
+    # Another precision, or another format, of the same model may stand beside it.
+    return [name for name in found if _OWN.fullmatch(name)] or found

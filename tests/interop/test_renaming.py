@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,33 @@ def test_a_language_model_that_moved(name: str, tmp_path: Path) -> None:
     params = ll.from_peft(tmp_path, model)
     assert "model.language_model.layers.0.q_proj" in params[1]
     close(ll.apply(model, params, X), right, 1e-5)
+
+
+WRAPPED = {
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "compiled inside": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    "compiled layer by layer": lambda key: key.replace("layers.0.", "layers.0._orig_mod."),
+    "data parallel": lambda key: f"module.{key}",
+    "differentially private": lambda key: f"_module.{key}",
+    "sharded": lambda key: key.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+    "checkpointed": lambda key: key.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+    "PEFT twice": lambda key: f"base_model.model.{key}",
+    "bare": lambda key: key.removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_wrapped_the_model_as_it_was_saved(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Moved().eval()
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=r".*language_model\.layers.*_proj",
+        rank_pattern={"q_proj": 3},
+        modules_to_save=["lm_head"],
+    )
+    right = written(model, config, tmp_path, X, WRAPPED[name])
+    close(ll.apply(model, ll.from_peft(tmp_path, model), X), right, 1e-5)
 
 
 def test_paths_that_could_be_several_are_said(tmp_path: Path) -> None:
@@ -281,3 +309,61 @@ def test_a_pair_for_each_expert(name: str, tmp_path: Path) -> None:
     bias = {key.replace("lora_A.weight", "lora_B.bias"): torch.zeros(8)}
     with pytest.raises(ll.CheckpointError, match=r"a plain LoRA pair is read, found .*bias"):
         ll.from_peft(tensors | bias, model, config=said)
+
+
+def vit() -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4, num_labels=3,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def neox() -> Any:
+    config = {name: TEXT[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    made = transformers.GPTNeoXConfig(**config, num_hidden_layers=2, num_attention_heads=2)
+    return transformers.GPTNeoXForCausalLM(made).eval()
+
+
+MOVED: dict[str, dict[str, Any]] = {
+    "ViT": {
+        "make": vit,
+        "now": {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]},
+        "then": {"target_modules": ["query", "intermediate.dense"]},
+        "names": {
+            ".layers.": ".encoder.layer.",
+            "attention.q_proj": "attention.attention.query",
+            "mlp.fc1": "intermediate.dense",
+        },
+        "x": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+    },
+    "a head": {
+        "make": neox,
+        "now": {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]},
+        "then": {"modules_to_save": ["embed_out"]},
+        "names": {"lm_head": "embed_out"},
+        "x": IDS,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_names_that_transformers_4_gave(name: str, tmp_path: Path) -> None:
+    """Modules that transformers renames in the model's own checkpoints, of the factors and of what
+    is trained whole.
+    """
+    case = MOVED[name]
+    pytest.importorskip("transformers.conversion_mapping")
+
+    def older(key: str) -> str:
+        for new, old in case["names"].items():
+            key = key.replace(new, old)
+        return key
+
+    torch.manual_seed(0)
+    model = case["make"]()
+    config = peft.LoraConfig(r=2, **case["now"])
+    right = written(model, config, tmp_path, case["x"], older)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | case["then"]))
+    close(ll.apply(model, ll.from_peft(tmp_path, model), case["x"]).logits, right, 1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, short_repr
 from ...core.torch_internals import CONVOLUTIONS
@@ -13,7 +13,7 @@ from ..metadata import ConfigReader
 from .codec import Codec
 from .keys import WRAPPED
 
-__all__ = ["check_complete", "check_targeted", "in_one_of"]
+__all__ = ["check_complete", "check_targeted", "in_one_of", "refuse_emptied"]
 
 
 def check_complete(
@@ -85,3 +85,21 @@ def in_one_of(names: list[str], path: str) -> bool:
     """Tell whether a module is in one that PEFT finds by the end of its name."""
     parts = path.split(".")
     return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)) for name in names)
+
+
+def refuse_emptied(reader: ConfigReader, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a file without tensors, or with one of shape (0,), which no pruned rank (0, d_in)
+    leaves.
+
+    Raises:
+        CheckpointError: the message gives the tensor and tells how to save again.
+    """
+    emptied = next((key for key, t in tensors.items() if tuple(t.shape) == (0,)), None)
+    if emptied is not None or not tensors:
+        raise CheckpointError(
+            f"{reader.where}: {'the file beside it' if emptied is None else short_repr(emptied)} "
+            f"is empty, as where DeepSpeed's ZeRO-3 saved what one process holds; gather the "
+            f"parameters before the save (stage3_gather_16bit_weights_on_model_save, or "
+            f"deepspeed.zero.GatheredParameters), or take them out of the checkpoint "
+            f"(zero_to_fp32.py)"
+        )

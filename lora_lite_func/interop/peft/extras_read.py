@@ -250,11 +250,22 @@ def _whole(
         raise CheckpointError(
             f"{reader.where}: {short_repr(path)}: expected shape "
             f"{None if base is None else tuple(base.shape)}, found {tuple(t.shape)}"
+            f"{_resized(base, t)}"
         )
     if not t.is_floating_point():  # it is a counter, and parameters here are floating
         t = t.to(torch.float64)
     return ModuleEntry(path, {}, site, module), Part(
         FullConfig, {"lora_W": matrix(t, site)}, {"frozen": frozen}, order=-1
+    )
+
+
+def _resized(base: Tensor | None, t: Tensor) -> str:
+    """Return what a message adds about a table, or a head, with another number of rows."""
+    if base is None or base.ndim != 2 or t.ndim != 2 or base.shape[1] != t.shape[1]:
+        return ""
+    return (
+        f"; where its vocabulary had been resized, do so first "
+        f"(model.resize_token_embeddings({len(t)}))"
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
-from ...io.file_kinds import form_of_tensors, reader_hint
+from ...io.file_kinds import form_of_tensors, not_an_adapter, reader_hint
 from ...io.files import read_header, read_json, read_safetensors
 from ...io.pickles import read_pickle
 from ...io.swapping import interrupted
@@ -21,7 +22,9 @@ __all__ = ["CONFIG", "FILES", "TENSORS", "split", "unpack"]
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 _PICKLES = (".bin", ".pt", ".pth")
-_NAMED = ".default"
+_SHARDS = "adapter_model-*-of-*.safetensors"  # as transformers saves a large one
+_OUTER = re.compile(r"^(?:(?:_orig_mod|_?module|_fsdp_wrapped_module)\.)+(?=base_model\.)")
+"""What torch's, and opacus's, wrappers around a PEFT model leave in front of its keys."""
 _WRAPPERS = (".modules_to_save", "trainable_tokens_delta")
 """What PEFT puts its adapter's name behind, of no method's own."""
 _PREFIX, _SHARED = "base_model.model.", "base_model."
@@ -48,7 +51,8 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
         folder = path if path.is_dir() else path.parent
         lost = not path.exists() and path.suffix not in (".safetensors", *_PICKLES)
         chosen = [path] if folder is not path and path.name != CONFIG else []
-        files = chosen or [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
+        usual = [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
+        files = chosen or usual[:1] or sorted(folder.glob(_SHARDS))
     except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{short_repr(source)}: not a path: {error}") from None
     if lost:
@@ -59,17 +63,37 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
     if not files:
         raise CheckpointError(
             f"{path}: expected {TENSORS} or {PICKLE} in this folder, found neither"
-            f"{interrupted(folder)}"
+            f"{interrupted(folder) or not_an_adapter(folder)}"
         )
     if config is None and not (folder / CONFIG).exists():
         raise CheckpointError(
             f"{path}: expected {CONFIG} beside the tensors, found none{interrupted(folder)}"
-            f"{_other_reader(files[0])}"
+            f"{_other_reader(files[0])}{not_an_adapter(folder)}"
         )
     reader = _config(folder / CONFIG if config is None else config, str(folder / CONFIG))
-    return reader, read_pickle(files[0]) if files[0].suffix in _PICKLES else read_safetensors(
-        files[0]
-    )[0]
+    return reader, _tensors(files)
+
+
+def _tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, or of all the shards that it was saved in.
+
+    Raises:
+        CheckpointError: a file can't be read, a shard is missing, or two hold one tensor.
+    """
+    count = re.fullmatch(r".*-of-0*(\d+)", files[0].stem)
+    if count is not None and files[0].match(_SHARDS) and int(count[1]) != len(files):
+        raise CheckpointError(
+            f"{files[0].parent}: expected {count[1]} files {_SHARDS}, found {len(files)}; take the "
+            f"whole folder"
+        )
+    found: dict[str, Tensor] = {}
+    for file in files:
+        held = read_pickle(file) if file.suffix in _PICKLES else read_safetensors(file)[0]
+        twice = next((key for key in held if key in found), None)
+        if twice is not None:
+            raise CheckpointError(f"{file}: {short_repr(twice)} is in another shard too")
+        found |= held
+    return found
 
 
 def _other_reader(file: Path) -> str:
@@ -93,16 +117,42 @@ def _config(config: Any, where: str) -> ConfigReader:
     return ConfigReader(config, where)
 
 
-def _ending(key: str, endings: Iterable[str]) -> tuple[str, str | None]:
+def _adapters_name(keys: Iterable[str], endings: Sequence[str]) -> str:
+    """Return the name of the adapter that stands in the keys of a state dict that was never saved:
+    beside the method's suffix, where no module's name can be. It is "default" where there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    halves = (ending.rpartition(".") for ending in endings)
+    forms = (
+        rf"{re.escape(head + dot)}NAME\.{tail}" if dot else rf"{tail}\.NAME"
+        for head, dot, tail in halves
+    )
+    between = re.compile(rf".*\.(?:{'|'.join(forms)})".replace("NAME", r"([^.]+)"))
+    found = {
+        next(filter(None, match.groups()))
+        for key in keys
+        if (match := between.fullmatch(key)) and not key.endswith(tuple(f".{e}" for e in endings))
+    }
+    if len(found) > 1:
+        raise CheckpointError(
+            f"tensors of the adapters {', '.join(sorted(map(short_repr, found)))}; take one's "
+            f"(peft.get_peft_model_state_dict(model, adapter_name=...))"
+        )
+    return found.pop() if found else "default"
+
+
+def _ending(key: str, endings: Iterable[str], named: str) -> tuple[str, str | None]:
     """Return (the key without an adapter's name, the method's suffix that it ends with)."""
     front, _, last = key.rpartition(".")
-    for candidate in (key, key.removesuffix(_NAMED), f"{front.removesuffix(_NAMED)}.{last}"):
+    for candidate in (key, key.removesuffix(named), f"{front.removesuffix(named)}.{last}"):
         found = next((e for e in endings if candidate.endswith("." + e)), None)
         if found is not None:
             return candidate, found
     for name in _WRAPPERS:
-        key = key.replace(f"{name}{_NAMED}.", f"{name}.")
-        key = key.removesuffix(_NAMED) if key.endswith(name + _NAMED) else key
+        key = key.replace(f"{name}{named}.", f"{name}.")
+        key = key.removesuffix(named) if key.endswith(name + named) else key
     return key, None
 
 
@@ -114,25 +164,26 @@ def split(
     A shared name that ends with a dot stands for all that begin with it.
 
     The longest suffix at a key's end counts, so a module may be called anything. The keys of a
-    state dict that was never saved may still have the name of PEFT's own adapter (`default`) in
-    them. It stands beside the suffix, where no module's name can be.
+    state dict that was never saved may still have an adapter's name (`default`) in them.
 
     Raises:
-        CheckpointError: two keys mean the same tensor.
+        CheckpointError: two keys mean the same tensor, or there are several adapters.
     """
     endings = sorted(suffixes, key=len, reverse=True)
+    named = f".{_adapters_name(tensors, endings)}"
     sites: dict[str, dict[str, Tensor]] = {}
     common: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     names = {name for name in shared if not name.endswith(".")}
     beginnings = tuple(name for name in shared if name.endswith("."))
-    for key, t in tensors.items():
+    for full, t in tensors.items():
+        key = _OUTER.sub("", full)
         outer = key.removeprefix(_SHARED)
-        bare = outer.removesuffix(_NAMED)
+        bare = outer.removesuffix(named)
         if bare in names or bare.startswith(beginnings):
             common[bare] = t
             continue
-        stripped, ending = _ending(key.removeprefix(_PREFIX), endings)
+        stripped, ending = _ending(key.removeprefix(_PREFIX), endings, named)
         home, name = (
             (rest, stripped)
             if ending is None

@@ -203,7 +203,7 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
             if module is None or tensor is None:
                 raise CheckpointError(
                     f"{type(model).__name__} has no module {short_repr(path)}; "
-                    f"{nearest(path, modules)}"
+                    f"{nearest(path, modules)} Where modules have moved since, rename= says how."
                 )
         else:
             kind = kind_of(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
 from ..renaming import Paths, Rename
 from .codec import Codec
-from .completeness import in_one_of
+from .completeness import in_one_of, refuse_emptied
 from .experts import stacked_experts
 from .extras_read import beside
 from .folder import split, unpack
@@ -93,6 +94,7 @@ def from_unpacked(
     reader.check([*understood, *of_training], ignore, method.unread.split())
     reader = reader.without(ignore, understood, of_training)
     tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
+    refuse_emptied(reader, tensors)
     check_tensors({k: t for k, t in tensors.items() if not _is_counter(reader, k, t, model)})
     sites, shared, rest = split(tensors, method.suffixes, method.shared)
     if not sites and not rest:
@@ -151,7 +153,7 @@ def _placed(
     if paths is not None:
         if method.stacks_experts:
             sites, parts = stacked_experts(reader, sites, paths)
-        rest = {_moved_key(paths, key): t for key, t in rest.items()}
+        reader, rest = _moved(reader, paths, rest)
     entries = entries_of(model, reader, method, sites, shared, paths)
     if paths is not None:
         paths.check_used([*sites, *rest])
@@ -163,6 +165,30 @@ def _placed(
         (padding_checked(reader, entry, part, model), part)
         for entry, part in (*_on_tables(parts, extras, model), *extras)
     ]
+
+
+def _moved(
+    reader: ConfigReader, paths: Paths, rest: Mapping[str, Tensor]
+) -> tuple[ConfigReader, dict[str, Tensor]]:
+    """Return (the config, with the modules trained whole under the model's names too, the tensors
+    by keys as the model has them).
+
+    Raises:
+        CheckpointError: two keys mean one tensor.
+    """
+    keys = {key: _moved_key(paths, key) for key in rest}
+    twice = next((new for new, n in Counter(keys.values()).items() if n > 1), None)
+    if twice is not None:
+        raise CheckpointError(f"{reader.where}: two tensors for {short_repr(twice)}")
+    saved = reader.names("modules_to_save")
+    today = [
+        new.replace(".modules_to_save", "").rpartition(".")[0]
+        for key, new in keys.items()
+        if new != key and in_one_of(saved, key.rpartition(".")[0])
+    ]
+    if today:
+        reader = ConfigReader({**reader, "modules_to_save": [*saved, *today]}, reader.where)
+    return reader, {keys[key]: t for key, t in rest.items()}
 
 
 def _moved_key(paths: Paths, key: str) -> str:

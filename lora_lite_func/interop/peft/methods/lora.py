@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ....core.errors import CheckpointError, short_repr
+from ....core.site import Site
 from ....variants import (
     ASVDConfig,
     BitFitConfig,
@@ -53,6 +54,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     rslora, dropout = reader.flag("use_rslora"), reader.number("lora_dropout", 0.0)
     part = structured_part(reader, entry, held, dropout)
     A, B = factors(entry, held) if part is None else (held["lora_A.weight"], held["lora_B.weight"])
+    if entry.site is not None and entry.site.num_experts:
+        A, B = _as_laid_out(reader, entry.site, A, B)
     r = A.shape[-2]
     alpha = _alpha(reader, entry.pattern_path, r) * entry.times
     fields: dict[str, Any] = {"dropout": dropout if "lora_A.weight" in held else 0.0}
@@ -162,6 +165,18 @@ def _experts(entry: ModuleEntry, held: Mapping[str, Tensor], experts: int) -> tu
             f"{tuple(A.shape)} and {tuple(B.shape)}"
         )
     return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def _as_laid_out(reader: ConfigReader, site: Site, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of stacked experts over (d_in, d_out), which PEFT before 0.19.1 has the
+    other way round where it took d_out for d_in. Where a matrix is square, the release tells.
+    """
+    release = str(reader.get("peft_version"))
+    if site.d_in == site.d_out:
+        swapped = not site.transposed and release.startswith(("0.18.", "0.19.0"))
+    else:
+        swapped = (A.shape[-1], B.shape[-2]) == (site.d_out, site.d_in)
+    return (B.mT, A.mT) if swapped else (A, B)
 
 
 def sizes(path: str, held: Mapping[str, Tensor]) -> tuple[int, int]:
