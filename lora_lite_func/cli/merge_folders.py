@@ -18,7 +18,8 @@ __all__ = ["check_finite", "check_out", "merged_into", "others"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _MODEL = re.compile(
-    r"(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?"
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin)(?:\.index\.json)?"
 )
 """Names of a model's files, in one or in shards."""
 
@@ -33,7 +34,10 @@ def others(folder: Path) -> list[Path]:
     found = [
         f
         for f in sorted(folder.iterdir())
-        if f.is_file() and not f.name.endswith(_WEIGHTS) and not f.name.startswith("adapter_")
+        if f.is_file()
+        and not f.name.endswith(_WEIGHTS)
+        and not f.name.startswith("adapter_")
+        and not re.search(r"\.index\.\w+\.json$", f.name)  # it is of another precision
     ]
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for file in found:

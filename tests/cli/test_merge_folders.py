@@ -189,3 +189,52 @@ def test_convert_does_not_write_on_its_input(
     again = ll.from_peft(tmp_path / "again", MODEL)
     close(ll.apply(MODEL, again, x), ll.apply(MODEL, adapter, x), 1e-6)
     assert isinstance(MODEL, nn.Module)
+
+
+def test_another_precision_and_another_format_beside_the_model(
+    adapter: ll.Adapter, tmp_path: Path
+) -> None:
+    """Loaders take the plain names, so they are merged and nothing else goes along."""
+    base, out = written(tmp_path / "base", 1), tmp_path / "out"
+    half = {key: t.half() for key, t in MODEL.state_dict().items()}
+    safetensors.torch.save_file(half, base / "model.fp16.safetensors")
+    safetensors.torch.save_file(half, base / "consolidated.safetensors")
+    (base / "model.safetensors.index.fp16.json").write_text("{}")
+    assert main(["merge", str(base), str(tmp_path / "a"), str(out)]) == 0
+    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    close(state(out), dense(adapter), 1e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_folder_of_a_diffusion_models_component(
+    shards: int, adapter: ll.Adapter, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    for file in sorted(written(tmp_path / "plain", shards).iterdir()):
+        base.mkdir(exist_ok=True)
+        text = file.name.replace("model", "diffusion_pytorch_model", 1)
+        file.rename(base / (text if file.name.startswith("model") else file.name))
+    for more in ([], ["--force"]):
+        assert main(["merge", str(base), str(tmp_path / "a"), str(out), *more]) == 0
+        assert sorted(os.listdir(out)) == sorted(os.listdir(base))
+        close(state(out), dense(adapter), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "it has a pickled model: load it and save it again"),
+        ("adapter_config.json", "it is an adapter's, where the base model's is wanted"),
+        ("model_index.json", "a whole pipeline's: name the folder of one component"),
+        ("", "what is on a hub is downloaded first"),
+    ],
+)
+def test_a_base_that_is_something_else_says_so(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    if name:
+        base.mkdir()
+        (base / name).write_text("{}")
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
