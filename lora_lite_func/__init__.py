@@ -28,6 +28,7 @@ from .algebra.stack import concatenate, names, num_members, stack, unstack, upda
 from .algebra.tree import cast, num_params, project, scale, summary
 from .api.apply import apply, functional_call
 from .api.bind import bind, prepared, reference, unbind
+from .api.bind_requests import bind_requests
 from .api.calibrate import calibrate
 from .api.functional import functional
 from .api.init import init, targets
@@ -134,6 +135,7 @@ __all__ = [
     "add",
     "apply",
     "bind",
+    "bind_requests",
     "calibrate",
     "cast",
     "check",

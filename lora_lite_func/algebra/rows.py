@@ -18,7 +18,7 @@ from ..core.torch_internals import first_of, is_tracing_here, outside_transforms
 from ..kernels.row_plan import BARE, RowPlan
 from .bank import Bank
 
-__all__ = ["BARE", "Rows", "rows"]
+__all__ = ["BARE", "Id", "Rows", "rows"]
 
 
 class Rows:

@@ -23,6 +23,7 @@ from ..injection.state import Leaves, held_by, hold
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_loads import teach_loading
 from ..interop.bound_saves import teach_saving
+from ..interop.continuous_batching import refuse_rows
 from ..interop.quantised_models import tell_trainable
 from ..layers.refusals import check_model
 from ..layers.tied import home_of, tied_names
@@ -32,6 +33,9 @@ __all__ = ["ModelT", "bind", "check_untracked", "prepared", "reference", "unbind
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 """The model's class, which is also the class of its copies."""
+
+_PACKING = "init_continuous_batching"
+"""The method of transformers' language models that packs requests into one row."""
 
 
 def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
@@ -107,6 +111,8 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
     teach_saving(bound)
     if before is None:
         teach_loading(bound)
+    if any(plan is not None for _, plan in adapters) and hasattr(bound, _PACKING):
+        bound.__dict__[_PACKING] = refuse_rows
     return bound
 
 

@@ -39,6 +39,11 @@ _OURS = ("_ll", "_ll_bound", "_ll_prompt", "_flat_weights", "_flat_weight_refs")
 A site or a bound model carries them, and a recurrent layer's list of its tensors is made again.
 """
 
+_MANAGER = "_cached_continuous_batching_manager"
+"""What transformers' continuous batching keeps on a model: it calls that model, so a copy of the
+model has none, and makes its own.
+"""
+
 _CONFIGS = ("config", "generation_config", "cfg", "args", "hparams")
 
 
@@ -82,7 +87,9 @@ class TreeReferences:
         for name, value in own_attributes(copy):
             if type(value) in PLAIN or name in _OURS:
                 continue
-            if self.records and id(value) in self.records:
+            if name == _MANAGER:
+                attributes[name] = None
+            elif self.records and id(value) in self.records:
                 attributes[name] = self.records[id(value)]
             elif self._concerns(name, value):
                 names.append(name)
