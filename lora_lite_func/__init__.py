@@ -103,6 +103,7 @@ __all__ = [
     "MiLoRAConfig",
     "MiSSConfig",
     "Mixed",
+    "MoELoRAConfig",
     "MoRAConfig",
     "OFTConfig",
     "OLoRAConfig",
@@ -140,6 +141,7 @@ __all__ = [
     "cast",
     "check",
     "clip_grads",
+    "collect",
     "combine",
     "combine_adapters",
     "concatenate",
@@ -153,6 +155,7 @@ __all__ = [
     "init",
     "invoked",
     "load",
+    "load_balance",
     "load_into",
     "masked_by",
     "mean",
@@ -192,10 +195,12 @@ if TYPE_CHECKING:
     from .algebra.combine import add, combine_adapters
     from .algebra.precondition import precondition
     from .api.check import check
+    from .api.collect import collect
     from .interop.diffusion import from_diffusion, to_diffusion
     from .interop.into_bank import load_into
     from .interop.lora_lite import from_lora_lite
     from .interop.peft import from_peft, to_peft
+    from .kernels.gates import load_balance
     from .variants import (
         ABBAConfig,
         AdaLoRAConfig,
@@ -231,6 +236,7 @@ if TYPE_CHECKING:
         MiCAConfig,
         MiLoRAConfig,
         MiSSConfig,
+        MoELoRAConfig,
         MoRAConfig,
         OFTConfig,
         OLoRAConfig,
@@ -255,10 +261,12 @@ __version__ = "0.2.0"
 _ON_USE = {
     "add": "algebra.combine",
     "check": "api.check",
+    "collect": "api.collect",
     "combine_adapters": "algebra.combine",
     "from_diffusion": "interop.diffusion",
     "from_lora_lite": "interop.lora_lite",
     "from_peft": "interop.peft",
+    "load_balance": "kernels.gates",
     "load_into": "interop.into_bank",
     "precondition": "algebra.precondition",
     "to_diffusion": "interop.diffusion",

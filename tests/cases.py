@@ -5,12 +5,15 @@ with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from new_method import MixConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import lora_lite_func as ll
 
@@ -32,6 +35,8 @@ class Case:
         linear: it adapts linear layers where nothing says otherwise.
         stacks: it adapts a parameter that is a stack of weights, one for each expert.
         calibration: model -> keywords of `ll.init`, where the start depends on data.
+        update: (config, {lora_name: tensor}, site, x) -> what it adds to a layer's output, written
+            by hand, of a method that no weight can stand for. It isn't merged.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Case:
     linear: bool = True
     stacks: bool = True
     calibration: Callable[[nn.Module], dict[str, Any]] | None = None
+    update: Callable[[Any, Any, ll.Site, Tensor], Tensor] | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -119,6 +125,45 @@ def _data_and_loss(model: nn.Module) -> dict[str, Any]:
 def start(case: Case, model: nn.Module, cfg: ll.AdapterConfig, seed: int = 0) -> ll.Adapter:
     """`ll.init` with what the method's start depends on."""
     return ll.init(model, cfg, seed=seed, **(case.calibration(model) if case.calibration else {}))
+
+
+def dense(case: Case, model: nn.Module, params: ll.Adapter, x: Tensor) -> Tensor:
+    """The model's output by torch alone: on merged weights, or with what the case adds by hand."""
+    update = case.update
+    if update is None:
+        return functional_call(model, ll.merge(model, params), (x,))
+
+    def adding(path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        held, site = params[path], params.sites[path]
+        return lambda layer, args, y: y + update(params.config, held, site, args[0])
+
+    handles = [model.get_submodule(path).register_forward_hook(adding(path)) for path in params]
+    try:
+        return model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def merging(case: Case) -> AbstractContextManager[Any]:
+    """Where a case is merged, or refused."""
+    if case.update is None:
+        return nullcontext()
+    return pytest.raises(ll.UnsupportedError, match=r"has no dense equivalent")
+
+
+def _experts(cfg: Any, p: Any, site: ll.Site, x: Tensor) -> Tensor:
+    """s sum over e of g_e B_e A_e x, token by token and expert by expert, of MoE-LoRA and Arrow."""
+    tokens = []
+    for token in x.reshape(-1, site.d_in):
+        logits = p["lora_route"] @ token if "lora_route" in p else (p["lora_proto"] @ token).abs()
+        best = logits.argsort(descending=True)[: cfg.top_k]
+        g = (logits[best] / cfg.temperature).softmax(0)
+        B = p["lora_B"][best]
+        A = p["lora_A"].expand(len(B), -1, -1) if p["lora_A"].ndim == 2 else p["lora_A"][best]
+        each = [g[i] * B[i] @ (A[i] @ token) for i in range(len(B))]
+        tokens.append(site.scaling * torch.stack(each).sum(0))
+    return torch.stack(tokens).view(*x.shape[:-1], site.d_out)
 
 
 A = frozenset({"lora_A"})
@@ -210,6 +255,13 @@ CASES = (
     Case("qalora", _fixed(ll.QALoRAConfig, group_size=4), dead=A),
     Case("mora", _fixed(ll.MoRAConfig)),
     Case("mora_sharing", _fixed(ll.MoRAConfig, mode="sharing")),
+    Case("moelora", _fixed(ll.MoELoRAConfig), dead=A | {"lora_route"}, update=_experts),
+    Case(
+        "moelora_top",
+        _fixed(ll.MoELoRAConfig, experts=4, shared_A=False, top_k=2, temperature=0.5),
+        dead=A | {"lora_route"},
+        update=_experts,
+    ),
     Case("ln_tuning", _norms, linear=False),
     Case("tokens_of_a_head", _head_tokens, linear=False, stacks=False),
     Case("full", _weights, linear=False),
@@ -237,3 +289,6 @@ CALIBRATED = (
     ),
 )
 """Methods whose start depends on data."""
+
+MERGED = tuple(case for case in CASES + CALIBRATED if case.update is None)
+"""Methods for which a weight can stand."""

@@ -29,6 +29,7 @@ from .phases import (
     PlanFn,
     PrepareFn,
     ProjectFn,
+    RouterFn,
     ScaleFn,
     ScalingFn,
     ValidateFn,
@@ -62,6 +63,7 @@ class Variant(Generic[ConfigT, DataT]):
         prepare: small tensors that the phases share, of the parameters alone.
         inputs: the phase before the frozen layer.
         outputs: the phase after it.
+        router: by how much `outputs` shares tokens out among experts, for `ll.collect`.
         weight: the dense equivalent, for merging and for weights that are used uncalled.
         additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b on
             b.
@@ -103,6 +105,7 @@ class Variant(Generic[ConfigT, DataT]):
     prepare: PrepareFn[ConfigT, DataT] | None = None
     inputs: InputsFn[ConfigT, DataT] | None = None
     outputs: OutputsFn[ConfigT, DataT] | None = None
+    router: RouterFn[ConfigT, DataT] | None = None
     weight: WeightFn[ConfigT] | None = None
     additive: bool = False
     validate: ValidateFn[ConfigT] | None = None

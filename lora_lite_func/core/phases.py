@@ -63,6 +63,7 @@ __all__ = [
     "PlanFn",
     "PrepareFn",
     "ProjectFn",
+    "RouterFn",
     "ScaleFn",
     "ScalingFn",
     "ValidateFn",
@@ -223,6 +224,13 @@ class OutputsFn(Protocol[ConfigIn, DataIn]):
         """y' (..., d_out), in y's dtype. x is what came to this adapter, before its `inputs`; y
         what the layer gave.
         """
+
+
+class RouterFn(Protocol[ConfigIn, DataIn]):
+    """By how much tokens are shared out among a method's experts."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, d: DataIn, x: Tensor, site: Site, /) -> Tensor:
+        """Probabilities (..., E) over all experts, for the x that `outputs` gets."""
 
 
 class CalledOutputsFn(Protocol[ConfigIn, DataIn]):

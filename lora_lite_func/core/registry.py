@@ -24,6 +24,7 @@ _OPTIONAL = (
     "prepare",
     "inputs",
     "outputs",
+    "router",
     "weight",
     "validate",
     "dense",

@@ -201,6 +201,9 @@ def phases(
     _check_output(y, site, module)
     if attachment.dropout and module.training:
         x = dropped(x, attachment.dropout)
+    if attachment.seen is not None:
+        assert variant.router is not None
+        attachment.seen.add(site.path, variant.router(cfg, p, d, x, site))
     if attachment.called:
         made = called_outputs(attachment, leaves_at(module, attachment.slot), p, d, x, y, site)
     else:

@@ -15,6 +15,7 @@ from ..kernels.mixture import Mixture
 from ..kernels.row_plan import RowPlan
 from ..layers.tied import tied_names
 from .prompt import Prompt
+from .side_outputs import SideOutputs
 
 __all__ = ["Attachment", "Plan", "everywhere", "is_here"]
 
@@ -34,7 +35,7 @@ class Attachment(NamedTuple):
     isn't None: it says whether the row has an adapter at all, for a row of which that isn't known
     beforehand. An `optional` one is of a stack of which some members lack the site: the tensor
     `PRESENT` says whether this one has it. Of a `called` one the site holds the factors as linear
-    layers, which are called.
+    layers, which are called. `seen` takes what its router decides, where that is asked for.
     """
 
     variant: Variant
@@ -48,6 +49,7 @@ class Attachment(NamedTuple):
     here: Tensor | None = None
     optional: bool = False
     called: bool = False
+    seen: SideOutputs | None = None
 
     def changed(self, **fields: Any) -> Attachment:
         """`_replace`, which the compiler of torch 2.8 can't trace."""

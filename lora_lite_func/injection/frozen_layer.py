@@ -86,7 +86,11 @@ class FrozenLayer:
         """The dense weight (d_out, d_in) with the adapters inside.
 
         Where there is no dense weight at hand, it is what the layer makes of the unit vectors.
+
+        Raises:
+            UnsupportedError: an adapter inside makes more of the layer than a product.
         """
+        self._check_product()
         weight, site = getattr(self.module, "weight", None), self.attachments[0].site
         inside = self.attachments[: self.count]
         mergeable = all(a.variant.weight is not None and a.row_plan is None for a in inside)
@@ -128,7 +132,12 @@ class FrozenLayer:
         return matrix(weight, site)
 
     def linear(self, x: Tensor) -> Tensor:
-        """The layer's product x W^T without its bias."""
+        """The layer's product x W^T without its bias.
+
+        Raises:
+            UnsupportedError: an adapter inside makes more of the layer than a product.
+        """
+        self._check_product()
         weight = self.module.weight
         if self.is_plain:
             return F.linear(x.to(weight.dtype), matrix(weight, self.attachments[0].site))
@@ -145,6 +154,17 @@ class FrozenLayer:
             self.bias,
         )
         return y if bias is None else y - bias.to(y.dtype)
+
+    def _check_product(self) -> None:
+        """Refuse to read a weight that an adapter inside hasn't left."""
+        for inside in self.attachments[: self.count]:
+            if inside.variant.weight is None:
+                raise UnsupportedError(
+                    f"{inside.site.path!r}: {self.attachments[self.count].variant.name} reads the "
+                    f"layer underneath as a product with a weight, and {inside.variant.name} there "
+                    f"has no dense equivalent; put it first, so that {inside.variant.name} is "
+                    f"outside"
+                )
 
     def _call(self, x: Tensor) -> Tensor:
         mixed = first_of(

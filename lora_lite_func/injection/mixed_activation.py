@@ -47,9 +47,14 @@ def by_weights(
 
     Raises:
         StructureError: the leading dimensions aren't those of the weights.
-        UnsupportedError: the layer's output isn't a tensor.
+        UnsupportedError: the layer's output isn't a tensor, or routers are to be collected.
     """
     variant, site = attachment.variant, attachment.site
+    if attachment.seen is not None:
+        raise UnsupportedError(
+            f"site {site.path!r}: each token has a weighted sum of several routers' updates, so "
+            f"there is no one router to collect; call ll.apply"
+        )
     w, y = mixture.at(x, site.path), inner(x)
     if not isinstance(y, Tensor):
         raise UnsupportedError(

@@ -170,7 +170,26 @@ def by_rows(
     if seen is not x:
         seen = seen.flatten(0, 1) if plan.by_token else seen
         X = seen if layout.take is None else seen.index_select(0, layout.take)
+    if attachment.seen is not None:
+        attachment.seen.add(site.path, plan.unflat(_router(rows, layout, X, H, h)))
     return put(plan.unflat(_joined(rows.call(variant.outputs, layout, X, H), layout, H, h)))
+
+
+def _router(rows: _Rows, layout: SegmentLayout, X: Tensor, H: Tensor, h: Tensor) -> Tensor:
+    """What the members' routers say of their rows, (N, ..., E), and zero for bare rows.
+
+    Args:
+        rows: the stack at the site.
+        layout: which rows are whose.
+        X: what comes to the method, sorted.
+        H: what comes out of the layer, sorted.
+        h: the same in the order of the batch.
+    """
+    router = rows.attachment.variant.router
+    assert router is not None
+    made = rows.call(router, layout, X)
+    nothing, none = (made[0].new_zeros(*t.shape[:-1], made[0].shape[-1]) for t in (H, h))
+    return _joined(made, layout, nothing, none)
 
 
 def _joined(

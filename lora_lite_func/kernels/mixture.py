@@ -12,7 +12,7 @@ from ..core.torch_internals import is_traced
 from . import low_rank
 from .row_axes import batch_axes, not_rows
 
-__all__ = ["Mixture", "add_mixture", "joined_factors"]
+__all__ = ["Mixture", "add_mixture", "joined_B", "joined_factors"]
 
 
 class Mixture:
@@ -69,11 +69,15 @@ class Mixture:
 
 
 def joined_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor pairs A (K, r, d_in), B (K, d_out, r) as one, (K r, d_in) and (d_out, K r).
+    """Factor pairs A (K, r, d_in), B (K, d_out, r) as one, (K r, d_in) and (d_out, K r)."""
+    return A.flatten(0, 1), joined_B(B)
 
-    The second is the transpose of what lies in memory, as products with it have it.
+
+def joined_B(B: Tensor) -> Tensor:
+    """B (K, d_out, r) as (d_out, K r), the transpose of what lies in memory, as products with it
+    have it.
     """
-    return A.flatten(0, 1), B.mT.flatten(0, 1).mT
+    return B.mT.flatten(0, 1).mT
 
 
 def add_mixture(
@@ -84,16 +88,20 @@ def add_mixture(
     Args:
         y: (..., d_out), what the branch is added to; the result has its dtype.
         x: (..., d_in), or ids (...) of an embedding.
-        A: (K, r, d_in).
+        A: (K, r, d_in), or (r, d_in), one for all members.
         B: (K, d_out, r).
         s: a float, a scale for all members, or (K,).
         w: (..., K), which broadcasts over x's tokens.
         fresh: whether y may be written on.
     """
-    members, r = A.shape[:2]
-    A, B = joined_factors(A, B)
-    h = low_rank.project(x, A).unflatten(-1, (members, r))  # (..., K, r)
-    h = (h * (w * s).unsqueeze(-1)).to(h.dtype).flatten(-2)
+    members, _, r = B.shape
+    if A.ndim == 2:
+        h = low_rank.project(x, A).unsqueeze(-2)  # (..., 1, r)
+        B = joined_B(B)
+    else:
+        A, B = joined_factors(A, B)
+        h = low_rank.project(x, A).unflatten(-1, (members, r))  # (..., K, r)
+    h = (h * (w * s).unsqueeze(-1)).to(h.dtype).flatten(-2)  # (..., K r)
     if fresh and h.dtype == y.dtype:
         y.view(-1, y.shape[-1]).addmm_(h.view(-1, members * r), B.mT)
         return y

@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .mica import MiCAConfig
     from .milora import MiLoRAConfig
     from .miss import MiSSConfig
+    from .moelora import MoELoRAConfig
     from .mora import MoRAConfig
     from .oft import OFTConfig
     from .olora import OLoRAConfig
@@ -100,6 +101,7 @@ __all__ = [
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
+    "MoELoRAConfig",
     "MoRAConfig",
     "OFTConfig",
     "OLoRAConfig",
@@ -155,6 +157,7 @@ METHODS = {
     "mica": ("mica", "MiCAConfig"),
     "milora": ("milora", "MiLoRAConfig"),
     "miss": ("miss", "MiSSConfig"),
+    "moelora": ("moelora", "MoELoRAConfig"),
     "mora": ("mora", "MoRAConfig"),
     "oft": ("oft", "OFTConfig"),
     "olora": ("olora", "OLoRAConfig"),

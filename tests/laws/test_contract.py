@@ -12,7 +12,7 @@ import optree
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from cases import CALIBRATED, CASES, Case, start
+from cases import CALIBRATED, CASES, MERGED, Case, dense, merging, start
 from helpers import Net, close, in_threads, leaves, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch_versions import GRAPHS_OF_UNLIKE_STRENGTHS
 import lora_lite_func as ll
 
 every = pytest.mark.parametrize("case", CASES + CALIBRATED, ids=repr)
+merged = pytest.mark.parametrize("case", MERGED, ids=repr)
 FP64 = st.just(torch.float64)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 
@@ -125,7 +126,7 @@ def test_draws_depend_on_seed_path_and_name_alone(
 
 
 # ------------------------------------------------------------------------- one function, many forms
-@every
+@merged
 @given(s=situations())
 def test_merge_equals_apply(case: Case, s: dict[str, Any]) -> None:
     model, params, x = build(case, s)
@@ -137,6 +138,22 @@ def test_merge_equals_apply(case: Case, s: dict[str, Any]) -> None:
     if all(n in names for n in new):
         close(ll.functional_call(model, {}, x, base=new), y, 1e-10)
         close(functional_call(model, new, (x,)), y, 1e-10)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.update is not None], ids=repr)
+@given(s=situations())
+def test_what_no_weight_can_stand_for_is_refused_where_one_has_to(
+    case: Case, s: dict[str, Any]
+) -> None:
+    model, params, x = build(case, s)
+    close(ll.apply(model, params, x), dense(case, model, params, x), 1e-10)
+    for verb in (ll.merge, ll.merged):
+        with merging(case):
+            verb(model, params)
+    attention = nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64).eval()
+    q = torch.randn(2, 5, 16, dtype=torch.float64)
+    with merging(case):
+        ll.apply(attention, ll.init(attention, case.config(r=4)), q, q, q)
 
 
 @every
@@ -188,7 +205,7 @@ def test_strength(case: Case, s: dict[str, Any]) -> None:
     assert ll.scale(params, 2.0).layout == params.layout
 
 
-@every
+@merged
 def test_attention_output_projection_goes_by_weight(case: Case) -> None:
     if not case.linear:
         pytest.skip(
@@ -270,26 +287,19 @@ def test_grads_of_bound_module_and_functional_agree(case: Case) -> None:
 
 
 @every
-def test_gradient_equals_that_of_merged_weights(case: Case) -> None:
+def test_gradient_equals_that_of_the_dense_model(case: Case) -> None:
     model, params, x = simple(case)
     direct = grad(lambda p: loss(model, p, x))(params)
-    through = grad(lambda p: _dense(model, p, x).square().sum())(params)
+    through = grad(lambda p: dense(case, model, p, x).square().sum())(params)
     for path in params:
         for name, g in direct[path].items():
             if params.layout.specs[path][name].trainable:
                 close(g, through[path][name], 1e-9)
     close(
         grad(lambda x: loss(model, params, x))(x),
-        grad(lambda x: _dense(model, params, x).square().sum())(x),
+        grad(lambda x: dense(case, model, params, x).square().sum())(x),
         1e-9,
     )
-
-
-def _dense(model: nn.Module, params: Any, x: Tensor) -> Tensor:
-    """The model on merged weights; a bias the layer hasn't is impossible here, the model has them
-    all.
-    """
-    return functional_call(model, ll.merge(model, params), (x,))
 
 
 @every
@@ -415,8 +425,9 @@ def test_the_model_is_never_written(case: Case, s: dict[str, Any]) -> None:
     start(case, model, case.config(**s["config"]))
     ll.apply(model, params, x)
     ll.bind(model, params).train().to(torch.float32)
-    ll.merge(model, params)
-    ll.merged(model, params)
+    for verb in (ll.merge, ll.merged):
+        with merging(case):
+            verb(model, params)
     with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size|dimension|expected"):
         ll.apply(model, params, x[..., :3])
     assert same_state(before, snapshot(model))
@@ -448,13 +459,20 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
     params = moved(start(case, model, case.config(r=4)), size=0.05)
     trainable, frozen = ll.partition(params)
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
-    expected, weights = ll.apply(model, params, x), ll.merge(model, params)
+    expected = ll.apply(model, params, x)
     with torch.autocast("cpu", dtype=dtype):
         y, base = ll.apply(model, params, x), model(x)
-        inside = ll.merge(model, params)
         grads = grad(lambda t: loss(model, ll.combine(t, frozen), x).float())(trainable)
     assert y.dtype == base.dtype == dtype
     close(y.float(), expected, 0.05)
-    # autocast rounds calls of layers, and merging is none
-    assert all(torch.equal(inside[name], weights[name]) for name in weights)
     close(grads, grad(lambda t: loss(model, ll.combine(t, frozen), x))(trainable), 0.1)
+
+
+@merged
+def test_merging_is_no_call_that_autocast_rounds(case: Case) -> None:
+    model = net(dtype=torch.float32)
+    params = moved(start(case, model, case.config(r=4)), size=0.05)
+    weights = ll.merge(model, params)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ll.merge(model, params)
+    assert all(torch.equal(inside[name], weights[name]) for name in weights)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from cases import CALIBRATED, CASES, Case, start
+from cases import CALIBRATED, CASES, MERGED, Case, start
 from helpers import Net, close, leaves, moved, net
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -82,14 +82,20 @@ def test_vmap_is_a_loop(case: Case) -> None:
     stack, x = ll.stack(several), batch(2)
     wanted = torch.stack([ll.apply(model, params, x) for params in several])
     close(vmap(lambda p: ll.apply(model, p, x))(stack), wanted, 1e-10)
-    weights = vmap(lambda p: ll.merge(model, p))(stack)
-    for i, params in enumerate(several):
-        merged = {**dict(model.named_parameters()), **ll.merge(model, params)}
-        close({n: t[i] for n, t in weights.items()}, {n: merged[n] for n in weights}, 1e-10)
+    for i in range(len(several)):
         # what a tree map takes out of the stack isn't told that a site is missing; its leaf says so
         member = pytree.tree_map(lambda t, i=i: t[i], stack)
         close(ll.apply(model, member, x), wanted[i], 1e-10)
         close(ll.bind(model, member)(x), wanted[i], 1e-10)
+
+
+@pytest.mark.parametrize("case", MERGED, ids=repr)
+def test_weights_are_merged_together(case: Case) -> None:
+    model, several = unlike(case)
+    weights = vmap(lambda p: ll.merge(model, p))(ll.stack(several))
+    for i, params in enumerate(several):
+        merged = {**dict(model.named_parameters()), **ll.merge(model, params)}
+        close({n: t[i] for n, t in weights.items()}, {n: merged[n] for n in weights}, 1e-10)
 
 
 @every

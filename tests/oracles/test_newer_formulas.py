@@ -271,6 +271,9 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.BDLoRAConfig(blocks_A=0), "blocks_A: expected at least 1, found 0"),
         (lambda: ll.QALoRAConfig(group_size=0), "group_size: expected at least 1, found 0"),
         (lambda: ll.OSFConfig(kept=1.0), r"OSFConfig.kept: expected a part in \(0, 1\), found 1"),
+        (lambda: ll.MoELoRAConfig(experts=0), "MoELoRAConfig.experts: expected at least 1, found"),
+        (lambda: ll.MoELoRAConfig(top_k=4), "MoELoRAConfig.top_k: expected 1 to experts=3, found"),
+        (lambda: ll.MoELoRAConfig(temperature=0.0), "temperature: expected more than 0, found 0"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
     ],
 )
