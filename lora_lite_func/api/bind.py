@@ -47,7 +47,8 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
     trains them. Frozen ones are buffers. Base weights share storage with the model's and don't
     require gradients. The user's model isn't changed, whatever is done to the bound one (train(),
     to(), half(), hooks ...). What its `save_pretrained` writes, if it has one, is the adapter
-    alone, which `ll.load` reads.
+    alone, which `ll.load` reads. Two modules bound to one adapter move together: what a policy in
+    training is compared with (DPO, GRPO, distillation) is `ll.reference(bound)`, which stays.
 
     Args:
         model: the frozen base; one that is bound already is adapted once more, outside what it has.
