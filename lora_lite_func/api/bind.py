@@ -61,7 +61,8 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
     Raises:
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the model can't be copied, `params` is what torch.func.grad or jvp
-            differentiates, or a method or layer has no such factors as `linears` asks for.
+            differentiates, or was made under torch.inference_mode, or a method or layer has no such
+            factors as `linears` asks for.
     """
     adapters = flatten(params)
     instead = "use ll.apply(model, params, ...)"
@@ -69,6 +70,7 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
     check_model(model)
     for adapter, plan in adapters:
         check_values(adapter, model)
+        _check_trainable(adapter)
         if linears:
             check_callable(adapter.layout, plan is not None)
     sites: dict[str, list[Attachment]] = {}
@@ -196,6 +198,28 @@ def _bound_before(model: nn.Module, path: str) -> int:
         # copy_tree says what is wrong with the path.
         return 0
     return held_by(module)
+
+
+def _check_trainable(adapter: Adapter) -> None:
+    """Refuse tensors that torch makes no parameters of.
+
+    Raises:
+        UnsupportedError: the message names the first.
+    """
+    if torch.is_inference_mode_enabled():
+        return
+    for path, tensors in adapter._data.items():
+        for name, t in tensors.items():
+            if (
+                isinstance(t, Tensor)
+                and t.is_inference()
+                and adapter.layout.specs[path][name].trainable
+            ):
+                raise UnsupportedError(
+                    f"ll.bind: {path!r} {name} was made under torch.inference_mode, and torch "
+                    f"trains no such tensor; make the adapter outside of it, or copy it: "
+                    f"torch.utils._pytree.tree_map(torch.clone, params)"
+                )
 
 
 def check_untracked(adapters: Iterable[Adapter], what: str, instead: str) -> None:

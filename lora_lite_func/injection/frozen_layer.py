@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import UnsupportedError
 from ..core.site import Params
-from ..core.torch_internals import first_of, is_sharded
+from ..core.torch_internals import first_of, is_sharded, is_wrapper
 from ..layers.kinds import KINDS, matrix
 from ..layers.quantised import dequantised
 from ..layers.sharded import replicated, whole
@@ -56,12 +56,14 @@ class FrozenLayer:
     def is_plain(self) -> bool:
         """Whether the layer has a dense weight at hand and no other adapters inside."""
         weight: Any = getattr(self.module, "weight", None)
+        # Subclasses count: of a user's parameter, or what an export traces with.
         dense = (
-            type(weight) in (Tensor, nn.Parameter)
+            isinstance(weight, Tensor)
             and weight.is_floating_point()
             and not weight.is_meta
+            and not is_wrapper(weight)
         )
-        return bool(dense and self.count == 0)
+        return dense and self.count == 0
 
     @property
     def bias(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import net
+from helpers import moved, net
 from torch import nn
 
 import lora_lite_func as ll
@@ -296,3 +296,16 @@ def test_tensors_without_values() -> None:
             match="the adapter's tensors are on the meta device, so they have no values",
         ):
             call()
+
+
+def test_what_inference_mode_made_is_trained_as_a_copy() -> None:
+    model, x = net(), torch.ones(2, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        params = moved(ll.init(model, ll.LoRAConfig(r=2)))
+        y = ll.bind(model, params)(x)
+    with pytest.raises(ll.UnsupportedError, match=r"'layers.0.down' lora_A was made under torch"):
+        ll.bind(model, params)
+    bound = ll.bind(model, torch.utils._pytree.tree_map(torch.clone, params))
+    assert torch.equal(bound(x), y)
+    bound(x).sum().backward()
+    assert torch.equal(ll.prepared(model, params)(x), y)

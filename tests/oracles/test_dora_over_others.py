@@ -92,8 +92,12 @@ def test_its_norms_are_those_of_the_weight_that_the_call_is_given(detach: bool) 
     assert torch.equal(ll.functional_call(model, start, x, base=same), model(x))
 
 
+class OfAManifold(nn.Parameter):
+    """A parameter that a library for optimisation on manifolds marks."""
+
+
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("how", ["in place", "by data", "tied"])
+@pytest.mark.parametrize("how", ["in place", "by data", "tied", "of a subclass"])
 def test_its_norms_are_those_of_the_weight_that_the_model_has_now(how: str, detach: bool) -> None:
     model: Any = layer()
     other: Any = layer(seed=5)
@@ -103,11 +107,16 @@ def test_its_norms_are_those_of_the_weight_that_the_model_has_now(how: str, deta
         model[0].load_state_dict(other[0].state_dict())
     elif how == "by data":
         model[0].weight.data = other[0].weight.data
-    else:
+    elif how == "tied":
         model[0].weight = other[0].weight
+    else:
+        model[0].weight = OfAManifold(other[0].weight.detach())
     W, b = model[0].weight, model[0].bias
     expected = formula(W, b, dora["0"], dora.sites["0"].scaling, x)
     close(ll.apply(model, dora, x), expected, 1e-12)
     close(ll.bind(model, dora)(x), expected, 1e-12)
     close(ll.prepared(model, dora)(x), expected, 1e-12)
     close(ll.merged(model, dora)(x), expected, 1e-12)
+    for strict in (False, True):
+        program = torch.export.export(ll.bind(model, dora), (x,), strict=strict)
+        close(program.module()(x), expected, 1e-12)
