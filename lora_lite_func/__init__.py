@@ -67,6 +67,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AntiPaSTOConfig",
+    "ArrowConfig",
     "BDLoRAConfig",
     "BOFTConfig",
     "Bank",
@@ -135,6 +136,7 @@ __all__ = [
     "adamw",
     "add",
     "apply",
+    "arrow",
     "bind",
     "bind_requests",
     "calibrate",
@@ -192,6 +194,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .algebra.arrow import arrow
     from .algebra.combine import add, combine_adapters
     from .algebra.precondition import precondition
     from .api.check import check
@@ -205,6 +208,7 @@ if TYPE_CHECKING:
         ABBAConfig,
         AdaLoRAConfig,
         AntiPaSTOConfig,
+        ArrowConfig,
         ASVDConfig,
         BDLoRAConfig,
         BitFitConfig,
@@ -260,6 +264,7 @@ __version__ = "0.2.0"
 
 _ON_USE = {
     "add": "algebra.combine",
+    "arrow": "algebra.arrow",
     "check": "api.check",
     "collect": "api.collect",
     "combine_adapters": "algebra.combine",

@@ -262,6 +262,7 @@ CASES = (
         dead=A | {"lora_route"},
         update=_experts,
     ),
+    Case("arrow", _fixed(ll.ArrowConfig, experts=3, top_k=2), dead=A, update=_experts),
     Case("ln_tuning", _norms, linear=False),
     Case("tokens_of_a_head", _head_tokens, linear=False, stacks=False),
     Case("full", _weights, linear=False),

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError, UnsupportedError, short_repr
 from ..core.registry import variant_for
 from ..core.site import Site
-from ..core.stacked import unfolded
-from ..core.torch_internals import autocasts
 from ..variants import LoRAConfig
 from .alike import check_adapter
 from .combine_forms import FORMS, Weighted, as_adapter, combined_form
 from .combine_recipe import How, Recipe
+from .low_rank_update import exactly, low_rank_update
 
 __all__ = ["add", "combine_adapters"]
 
@@ -116,7 +113,7 @@ def combine_adapters(
             forms.setdefault(config if config in FORMS else LoRAConfig, []).append(
                 (numbers[i], adapter)
             )
-    with _exactly(adapter for group in forms.values() for _, adapter in group):
+    with exactly(adapter for group in forms.values() for _, adapter in group):
         made = tuple(
             _combined_low_rank(recipe, group)
             if config is LoRAConfig
@@ -132,16 +129,6 @@ def combine_adapters(
             f"them side by side, ll.apply(model, (p1, p2), x)"
         )
     return made[0]
-
-
-def _exactly(adapters: Iterable[Adapter]) -> AbstractContextManager[object]:
-    """A context without the caller's autocast, which would round the products."""
-    kinds = {t.device.type for adapter in adapters for p in adapter.values() for t in p.values()}
-    stack = ExitStack()
-    for kind in sorted(kinds):
-        if autocasts(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
 
 
 def _places(
@@ -167,7 +154,9 @@ def _combined_low_rank(recipe: Recipe, group: Sequence[tuple[Any, Adapter]]) -> 
     pairs: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
     for path, site, there in _places(group):
         sites[path] = site
-        pairs[path] = [(w, *_factors(adapter, path)) for w, adapter in there]
+        pairs[path] = [
+            (w, *low_rank_update(adapter, path, "combine_adapters")) for w, adapter in there
+        ]
     widest = max(A.shape[-2] for parts in pairs.values() for _, A, _, _ in parts)
     made = {path: recipe.at(sites[path], parts, widest) for path, parts in pairs.items()}
     return as_adapter(
@@ -232,21 +221,6 @@ def add(*adapters: Adapter) -> Adapter:
         StructureError, UnsupportedError: as `combine_adapters`.
     """
     return combine_adapters(adapters)
-
-
-# -------------------------------------------------------------------------------- adapters and back
-def _factors(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
-    """(A, B, s) of a site: the update is s B A."""
-    layout = adapter.layout
-    variant, (p, site) = layout.variant, unfolded(adapter._data[path], layout.sites[path])
-    if variant.low_rank_factors is None:
-        raise UnsupportedError(
-            f"combine_adapters: {variant.name}'s update isn't a product of two factors; apply "
-            f"them side by side, "
-            "ll.apply(model, (p1, p2), x)"
-        )
-    A, B, s = variant.low_rank_factors(layout.config, p, site)
-    return (A, B, s) if isinstance(s, float) else (A, B * s, 1.0)
 
 
 def _same_place(sites: Sequence[Site]) -> Site:

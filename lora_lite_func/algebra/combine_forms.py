@@ -70,9 +70,14 @@ def combined_form(config: type[AdapterConfig], how: str, at: Mapping[str, Weight
 
 
 def as_adapter(
-    config: type[AdapterConfig], sites: Mapping[str, Site], made: Mapping[str, dict[str, Tensor]]
+    config: type[AdapterConfig],
+    sites: Mapping[str, Site],
+    made: Mapping[str, dict[str, Tensor]],
+    **fields: Any,
 ) -> Adapter:
-    """An adapter of strength 1, each site of the rank that its lora_A has."""
+    """An adapter of strength 1, each site of the rank that its lora_A has; `fields` are its
+    config's own.
+    """
     ranks = {path: p["lora_A"].shape[-2] if "lora_A" in p else 1 for path, p in made.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     odd = {f"^{re.escape(path)}$": r for path, r in ranks.items() if r != common}
@@ -81,6 +86,7 @@ def as_adapter(
         alpha=float(common),
         rank_pattern=tuple(odd.items()),
         alpha_pattern=tuple((k, float(r)) for k, r in odd.items()),
+        **fields,
     )
     variant, scale_tensors = variant_for(config), dict[float, Tensor]()
     placed = [

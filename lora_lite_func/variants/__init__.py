@@ -18,6 +18,7 @@ from ..core.registry import register, register_later, variants
 if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .adalora import AdaLoRAConfig
     from .antipasto import AntiPaSTOConfig
+    from .arrow import ArrowConfig
     from .asvd import ASVDConfig
     from .bdlora import BDLoRAConfig
     from .bitfit import BitFitConfig
@@ -71,6 +72,7 @@ __all__ = [
     "ASVDConfig",
     "AdaLoRAConfig",
     "AntiPaSTOConfig",
+    "ArrowConfig",
     "BDLoRAConfig",
     "BOFTConfig",
     "BitFitConfig",
@@ -126,6 +128,7 @@ METHODS = {
     "abba": ("loha", "ABBAConfig"),
     "adalora": ("adalora", "AdaLoRAConfig"),
     "antipasto": ("antipasto", "AntiPaSTOConfig"),
+    "arrow": ("arrow", "ArrowConfig"),
     "asvd": ("asvd", "ASVDConfig"),
     "bdlora": ("bdlora", "BDLoRAConfig"),
     "bitfit": ("bitfit", "BitFitConfig"),

@@ -274,6 +274,9 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.MoELoRAConfig(experts=0), "MoELoRAConfig.experts: expected at least 1, found"),
         (lambda: ll.MoELoRAConfig(top_k=4), "MoELoRAConfig.top_k: expected 1 to experts=3, found"),
         (lambda: ll.MoELoRAConfig(temperature=0.0), "temperature: expected more than 0, found 0"),
+        (lambda: ll.ArrowConfig(experts=0), "ArrowConfig.experts: expected at least 1, found 0"),
+        (lambda: ll.ArrowConfig(top_k=5), "ArrowConfig.top_k: expected 1 to experts=4, found 5"),
+        (lambda: ll.ArrowConfig(temperature=-1.0), "temperature: expected more than 0, found -1"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
     ],
 )

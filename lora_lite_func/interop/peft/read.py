@@ -22,6 +22,7 @@ from ...variants import FullConfig
 from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
 from ..renaming import Paths, Rename
+from .arrow import is_router, read_router
 from .codec import Codec
 from .completeness import in_one_of, refuse_emptied
 from .experts import stacked_experts
@@ -42,6 +43,8 @@ def from_peft(
     config: Any = None,
     ignore: Iterable[str] = (),
     rename: Rename | None = None,
+    experts: Sequence[Any] = (),
+    general: Sequence[Any] = (),
 ) -> Adapter | tuple[Adapter, ...]:
     """Read an adapter that PEFT saved: `params = ll.from_peft("folder", model)`. Where one file
     holds several things (a learned bias beside the factors, settings that differ by layer), the
@@ -65,6 +68,8 @@ def from_peft(
             file's path to the model's. Moves that transformers made (a language model into another
             module, or out of it; experts stacked) are followed without it, where they leave one
             possibility.
+        experts: of an Arrow router's folder, the folders (or adapters) of the experts, in order.
+        general: likewise, those whose knowledge is taken out of the experts (GenKnowSub).
 
     Raises:
         CheckpointError: the file is unreadable, its method is unknown, a field or key can't be
@@ -72,7 +77,19 @@ def from_peft(
         UnsupportedError: the method can't adapt a layer here.
     """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return from_unpacked(*unpack(source, config), model, ignore=ignore, rename=rename)
+    reader, tensors = unpack(source, config)
+    if is_router(reader):
+        return read_router(
+            reader,
+            experts,
+            general,
+            lambda folder: from_peft(folder, model, ignore=ignore, rename=rename),
+        )
+    if experts or general:
+        raise CheckpointError(
+            f"{reader.where}: experts: this isn't an Arrow router's folder, which alone needs them"
+        )
+    return from_unpacked(reader, tensors, model, ignore=ignore, rename=rename)
 
 
 def from_unpacked(
@@ -88,6 +105,8 @@ def from_unpacked(
     Raises:
         CheckpointError, UnsupportedError: as `from_peft`.
     """
+    if is_router(reader):
+        return read_router(reader, (), (), from_peft)
     method = _method(reader)
     understood = method.understood.split()
     of_training = method.ignored.split()

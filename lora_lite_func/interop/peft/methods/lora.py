@@ -211,7 +211,7 @@ LORA = Codec(
     "alpha_pattern init_lora_weights target_parameters trainable_token_indices kasa_config "
     "alora_invocation_tokens use_bdlora use_qalora qalora_group_size",
     ignored="eva_config corda_config loftq_config lora_ga_config velora_config monteclora_config",
-    unread="layer_replication arrow_config",
+    unread="layer_replication",
     leftovers=("lora_velora_embed", "lora_monteclora_sampler"),
     read=read,
     write=write,
