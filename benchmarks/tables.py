@@ -45,7 +45,11 @@ def methods() -> str:
     for variant in _own():
         doc = sys.modules[variant.param_specs.__module__].__doc__ or ""
         what = doc.partition("\n")[0].rstrip(".").split(": ", 1)[-1]
-        sides = (("input", variant.inputs), ("output", variant.outputs))
+        sides = (
+            ("input", variant.inputs),
+            ("output", variant.outputs),
+            ("whole call", variant.virtual),
+        )
         acts_on = " and ".join(side for side, phase in sides if phase is not None) or "weight"
         reads = ", ".join(sorted(variant.needs)) or "nothing"
         pair = "LORA" if variant.low_rank_factors is not None else ""

@@ -13,7 +13,7 @@ from ..core.adapter import ABSENT, Adapter
 from ..core.errors import StructureError
 from ..core.layout import Layout, LeafSpec
 from ..core.site import Site
-from ..core.stacked import PRESENT, SCALING, Stacked
+from ..core.stacked import OF_MEMBERS, Stacked, number_of
 from .alike import check_same_sites, other_method, other_settings
 
 __all__ = ["Common", "can_put", "kind_of", "padded", "piled", "put"]
@@ -113,11 +113,8 @@ def piled(path: str, name: str, several: Sequence[Adapter], layout: Layout) -> A
         StructureError: they differ in dtype or device, or some are absent.
     """
     spec = layout.specs[path][name]
-    if name == SCALING:
-        scales = [a.sites[path].scaling if path in a else 0.0 for a in several]
-        return _numbers(scales, path, several)
-    if name == PRESENT:
-        return _numbers([float(path in a) for a in several], path, several)
+    if name in OF_MEMBERS:
+        return _numbers([number_of(name, a.sites.get(path)) for a in several], path, several)
     column = [a._data[path][name] if path in a else None for a in several]
     axis = spec.rank_axis if isinstance(layout, Stacked) else None
     _check_kinds(column, f"at {path!r} {name}", axis)
@@ -148,12 +145,10 @@ def _own(adapter: Adapter, path: str, name: str, spec: LeafSpec, leaf: Any) -> T
     """What an adapter has for a leaf of a stack; None where that may stay as it is."""
     if leaf is ABSENT:
         return None
-    if name == PRESENT:
-        return leaf.new_tensor(float(path in adapter))
+    if name in OF_MEMBERS:
+        return leaf.new_tensor(number_of(name, adapter.sites.get(path)))
     if path not in adapter:
         return None
-    if name == SCALING:
-        return leaf.new_tensor(adapter.sites[path].scaling)
     return padded(adapter._data[path][name], spec)
 
 

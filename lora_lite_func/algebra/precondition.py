@@ -32,7 +32,7 @@ __all__ = ["precondition"]
 
 How = Literal["riemannian", "lora_fa", "lora_pro"]
 
-_NAMES = {"lora_A", "lora_B", "lora_A0", "lora_B0"} | OF_MEMBERS
+_NAMES = {"lora_A", "lora_B", "lora_A0", "lora_B0", *OF_MEMBERS}
 """Leaves of a method whose update is s B A, or that minus a frozen start."""
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..core.adapter import Adapter, leaves, rebuild
 from ..core.layout import Layout
-from ..core.stacked import SCALING, Stacked, who_lacks
+from ..core.stacked import LENGTH, SCALING, Stacked, who_lacks
 from .members import Common
 from .slots import Slots, check_leaves
 
@@ -135,5 +135,8 @@ def _covers(frame: Stacked, layout: Layout) -> bool:
         if own is None or site.r > own.r:
             return False
         if site.scaling != own.scaling and SCALING not in frame.names[path]:
+            return False
+        counts = layout.variant.virtual is not None
+        if counts and site.r != own.r and LENGTH not in frame.names[path]:
             return False
     return True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError
 from ..core.layout import Layout, LeafSpec
-from ..core.stacked import OF_MEMBERS, PRESENT, SCALING
+from ..core.stacked import OF_MEMBERS, number_of
 from ..core.torch_internals import copy_each, shares_memory
 from .members import padded
 
@@ -26,7 +26,7 @@ class Slots:
     Attributes:
         count: the number of slots.
         leaves: {path: {lora_name: (count, ...)}}, without those of `OF_MEMBERS`.
-        numbers: (2, sites, count), for each site and slot the scale and whether it is there.
+        numbers: (3, sites, count), for each site and slot what it has for each of `OF_MEMBERS`.
     """
 
     def __init__(self, leaves: Mapping[str, Mapping[str, Tensor]], numbers: Tensor) -> None:
@@ -54,7 +54,9 @@ class Slots:
             }
             for path, specs in layout.specs.items()
         }
-        numbers = torch.zeros(2, len(leaves), count, dtype=_wide(leaves), device=device)
+        numbers = torch.zeros(
+            len(OF_MEMBERS), len(leaves), count, dtype=_wide(leaves), device=device
+        )
         if old is not None:
             rows = [list(leaves).index(path) for path in before]
             numbers[:, rows, : old.count] = old.numbers.to(numbers.dtype)
@@ -75,8 +77,7 @@ class Slots:
         copy_each(places, values)
         sites = adapter.layout.sites
         numbers = [
-            [sites[path].scaling if path in sites else 0.0 for path in self.leaves],
-            [float(path in sites) for path in self.leaves],
+            [number_of(name, sites.get(path)) for path in self.leaves] for name in OF_MEMBERS
         ]
         self.numbers[:, :, slot] = torch.tensor(numbers, dtype=self.numbers.dtype)
 
@@ -87,10 +88,9 @@ class Slots:
     @torch.inference_mode(False)
     def views(self, names: Mapping[str, tuple[str, ...]]) -> list[Tensor]:
         """The leaves of these names in order, as aliases of the memory; numbers are copies."""
-        scales, present = self.numbers.clone().unbind(0)
         of_members = {
-            SCALING: dict(zip(self.leaves, scales.unbind(0), strict=True)),
-            PRESENT: dict(zip(self.leaves, present.unbind(0), strict=True)),
+            name: dict(zip(self.leaves, numbers.unbind(0), strict=True))
+            for name, numbers in zip(OF_MEMBERS, self.numbers.clone().unbind(0), strict=True)
         }
         return [
             of_members[name][path] if name in of_members else self.leaves[path][name].data

@@ -26,6 +26,7 @@ from ..interop.fresh_heads import warn_of_fresh_heads
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.targeting import find
 from ..layers.weights import compute_dtype, dense_weight, device_of
+from ..layers.whole_calls import TokenTable
 from .calibrate import gather
 
 __all__ = ["init", "targets"]
@@ -149,8 +150,12 @@ def _start(
     A stack of weights has one start per weight, with draws of its own.
     """
     specs = _specs(variant, cfg, site)
-    W = None
-    if variant.init is not None and "weight" in variant.needs_of(cfg):
+    W: Any = None
+    if variant.init is None or "weight" not in variant.needs_of(cfg):
+        pass
+    elif KINDS[site.kind].called:
+        W = TokenTable(module)
+    else:
         W = matrix(
             dense_weight(
                 module,
@@ -181,7 +186,7 @@ def _home(site: Site, module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
     For a whole module its first floating parameter tells it.
     """
-    if not KINDS[site.kind].listed:
+    if not KINDS[site.kind].whole:
         name = module_and_name(site)[1]
         return device_of(module, name), compute_dtype(module, name)
     first = next(
@@ -196,7 +201,7 @@ def _one_start(
     cfg: AdapterConfig,
     site: Site,
     specs: Mapping[str, ParamSpec],
-    weight: Tensor | None,
+    weight: Any,
     seen: SiteStatistics | None,
     draw: Callable[[str], torch.Generator],
     home: _Home,

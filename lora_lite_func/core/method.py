@@ -33,6 +33,7 @@ from .phases import (
     ScaleFn,
     ScalingFn,
     ValidateFn,
+    VirtualFn,
     WeightFn,
 )
 from .site import Site
@@ -52,7 +53,7 @@ class Variant(Generic[ConfigT, DataT]):
     """One method: a record of pure functions, none of which may write on what it is given.
 
     The types of the functions, in core/phases.py, say their arguments and shapes. A method needs
-    `param_specs` and at least one of `inputs`, `outputs` and `weight`.
+    `param_specs` and at least one of `inputs`, `outputs`, `weight` and `virtual`.
 
     Attributes:
         name: how files and tables call it.
@@ -65,6 +66,8 @@ class Variant(Generic[ConfigT, DataT]):
         outputs: the phase after it.
         router: by how much `outputs` shares tokens out among experts, for `ll.collect`.
         weight: the dense equivalent, for merging and for weights that are used uncalled.
+        virtual: what stands in front of a whole call's own tokens; its sites are of kind "call" or
+            "cache", and `r` is how many tokens it stands for.
         additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b on
             b.
         validate: a check of frozen tensors' values, for what a file says.
@@ -107,6 +110,7 @@ class Variant(Generic[ConfigT, DataT]):
     outputs: OutputsFn[ConfigT, DataT] | None = None
     router: RouterFn[ConfigT, DataT] | None = None
     weight: WeightFn[ConfigT] | None = None
+    virtual: VirtualFn[ConfigT] | None = None
     additive: bool = False
     validate: ValidateFn[ConfigT] | None = None
     dense: DenseFn[ConfigT] | None = None
@@ -136,7 +140,8 @@ class Variant(Generic[ConfigT, DataT]):
         if isinstance(self.sites, (set, frozenset)):  # unordered: linear layers go first
             ordered = sorted(self.sites, key=lambda kind: (kind != "linear", kind))
             object.__setattr__(self, "sites", tuple(ordered))
-        has_phases = self.inputs is not None or self.outputs is not None
+        phases = (self.inputs, self.outputs, self.virtual)
+        has_phases = any(phase is not None for phase in phases)
         object.__setattr__(self, "has_phases", has_phases)
         if self.additive and self.outputs is not None and self.inputs is None:
             object.__setattr__(self, "adds", True)

@@ -67,6 +67,7 @@ __all__ = [
     "ScaleFn",
     "ScalingFn",
     "ValidateFn",
+    "VirtualFn",
     "WeightFn",
     "Work",
 ]
@@ -148,7 +149,7 @@ class InitFn(Protocol[ConfigIn]):
             site: the site.
             specs: what `param_specs` gave for it.
             weight: the dense weight (d_out, d_in), a Tensor of float32 at least, if "weight" is in
-                the method's `needs`; else None.
+                the method's `needs`; else None. Of a whole call it is the model's TokenTable.
             stats: the site's SiteStatistics, if `needs` has "inputs", "gradients" or "pairs"; else
                 None.
             generator: lora_name -> the torch.Generator to draw that tensor with, on the CPU.
@@ -252,6 +253,16 @@ class CalledOutputsFn(Protocol[ConfigIn, DataIn]):
 
         A takes (..., d_in) to (..., r), B takes (..., r) to (..., d_out). Each is called once. x is
         in lora_A's dtype. Gradients reach lora_A and lora_B by these calls alone.
+        """
+
+
+class VirtualFn(Protocol[ConfigIn]):
+    """What stands in front of a whole call's own tokens."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> Tensor:
+        """At a site of kind "call" virtual tokens (P, d), embedded as the model's own tokens are;
+        at one of kind "cache" each layer's keys and values (layers, 2, P, heads * head size). P is
+        `site.r`.
         """
 
 

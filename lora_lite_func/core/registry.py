@@ -26,6 +26,7 @@ _OPTIONAL = (
     "outputs",
     "router",
     "weight",
+    "virtual",
     "validate",
     "dense",
     "scale",

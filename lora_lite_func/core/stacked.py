@@ -11,7 +11,16 @@ import torch
 from .layout import Layout, LeafSpec
 from .site import Params, Site
 
-__all__ = ["OF_MEMBERS", "PRESENT", "SCALING", "Stacked", "unfolded", "who_lacks"]
+__all__ = [
+    "LENGTH",
+    "OF_MEMBERS",
+    "PRESENT",
+    "SCALING",
+    "Stacked",
+    "number_of",
+    "unfolded",
+    "who_lacks",
+]
 
 SCALING = "lora_factor"
 """The frozen leaf () of a site whose scale differs among the members of a stack."""
@@ -21,8 +30,20 @@ PRESENT = "lora_present"
 it is the base there.
 """
 
-OF_MEMBERS = frozenset({SCALING, PRESENT})
+LENGTH = "lora_length"
+"""The frozen leaf () of a whole call for which the members of a stack have unlike numbers of
+virtual tokens: how many a member has; 0 where it lacks the site.
+"""
+
+OF_MEMBERS = (SCALING, PRESENT, LENGTH)
 """The leaves that are a stack's own, and none of the method's."""
+
+
+def number_of(name: str, site: Site | None) -> float:
+    """What a member has for one of `OF_MEMBERS`, by its own site; None where it lacks the site."""
+    if site is None:
+        return 0.0
+    return {SCALING: site.scaling, PRESENT: 1.0, LENGTH: float(site.r)}[name]
 
 
 class Stacked(Layout):
@@ -30,8 +51,8 @@ class Stacked(Layout):
     came from.
 
     Sites are those that any member has. Leaves are as wide as the widest member's, the others'
-    padded with zeros. A site has a leaf `SCALING` where scales differ, and a leaf `PRESENT` where
-    some members lack it.
+    padded with zeros. A site has a leaf `SCALING` where scales differ, a leaf `LENGTH` where
+    numbers of virtual tokens do, and a leaf `PRESENT` where some members lack it.
 
     Attributes:
         members: each member's own layout; one without sites is a free place.
@@ -73,6 +94,9 @@ class Stacked(Layout):
                 self._add_leaf(path, PRESENT)
             if len({s.scaling for s in own}) > 1 or SCALING in extra.get(path, ()):
                 self._add_leaf(path, SCALING)
+            unlike = self.variant.virtual is not None and len({s.r for s in own}) > 1
+            if unlike or LENGTH in extra.get(path, ()):
+                self._add_leaf(path, LENGTH)
 
     @property
     def extra(self) -> dict[str, tuple[str, ...]]:
@@ -167,6 +191,6 @@ def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
         site = site.scaled(p[SCALING])
     elif torch.compiler.is_dynamo_compiling() and site.scale_tensor is not None:
         site = site.scaled(site.scale_tensor)
-    if SCALING in p or PRESENT in p:
+    if any(name in p for name in OF_MEMBERS):
         p = {name: t for name, t in p.items() if name not in OF_MEMBERS}
     return p, site

@@ -10,7 +10,6 @@ block was in, and calls inside one another don't disturb each other.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.torch_internals import at_trace_time, own_attributes, paired
-from ..core.weak_memo import WeakMemo
 from ..layers.kinds import KINDS
+from ..layers.signatures import arguments_of
 from .prompt import Prompt
 from .rebinding import Rebinding
 from .references import PLAIN, refers, shallow_copy
@@ -34,19 +33,6 @@ _OWN = ("_modules", "_ll_prompt", "forward")
 
 
 # ----------------------------------------------------------------------- what a call says of itself
-def _parameters(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(getattr(cls, "_ll_base", cls).forward).parameters)[1:]
-
-
-_PARAMETERS = WeakMemo(_parameters)
-
-
-@at_trace_time
-def _listed(cls: type) -> tuple[str, ...]:
-    """The names of the arguments of a class's forward."""
-    return _PARAMETERS(cls)
-
-
 @at_trace_time
 def has_own_prompt(cls: type) -> bool:
     """Whether calls of a class have a mask of their own.
@@ -54,7 +40,7 @@ def has_own_prompt(cls: type) -> bool:
     Calls of a stack do, as it takes tokens. Calls of a block don't, as it takes what its stack
     makes of the mask.
     """
-    names = _listed(cls)
+    names = arguments_of(cls)
     return _MASK in names and any(name in names for name in _TOKENS)
 
 
@@ -66,7 +52,7 @@ def _prompt_of(
     It says its attention mask (N, T), since padding is no part of the prompt, and whether it goes
     on from a cache. Where it says nothing, the prompt is that of the call around it.
     """
-    given = {**dict(paired(_listed(cls), args)), **kwargs}
+    given = {**dict(paired(arguments_of(cls), args)), **kwargs}
     mask = given.get(_MASK)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         encoders = mask is None and given.get(_ENCODED) is not None

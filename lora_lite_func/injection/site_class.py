@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.torch_internals import at_trace_time, flatten_again
 from ..layers.embedding import bounded, padded, rows
-from . import activation_route, linear
+from . import activation_route, linear, virtual_call
 from .nested import by_values
 from .references import slots
 from .stand_in import delegated, on_stand_in
@@ -46,7 +46,11 @@ class _Lookup(nn.Embedding):
 
 @at_trace_time
 def site_class(
-    cls: type[nn.Module], active: bool, names: tuple[str, ...] | None, called: bool = False
+    cls: type[nn.Module],
+    active: bool,
+    names: tuple[str, ...] | None,
+    called: bool = False,
+    whole_call: bool = False,
 ) -> type[nn.Module]:
     """The subclass that a site's copy is an instance of; it is made once per class of layers.
 
@@ -56,6 +60,7 @@ def site_class(
         names: the tensors that are substituted; None if the call isn't touched for that.
         called: whether it holds linear layers that are called. Then the site is no instance of the
             layer's class, as tools would take it for a leaf that has all parameters inside.
+        whole_call: whether arguments and result of its call are adapted.
     """
     # The layer's class keeps the subclasses. A table in this file would keep the class alive, and
     # the class of a parametrized layer is one of its own that holds the layer.
@@ -63,7 +68,7 @@ def site_class(
     if made is None:
         made = {}
         type.__setattr__(cls, _KEPT, made)
-    key = (active, names, called)
+    key = (active, names, called, whole_call)
     if key not in made:
         made[key] = _made(cls, *key)
     return made[key]
@@ -73,7 +78,11 @@ _KEPT = "_ll_site_classes"
 
 
 def _made(
-    cls: type[nn.Module], active: bool, names: tuple[str, ...] | None, called: bool
+    cls: type[nn.Module],
+    active: bool,
+    names: tuple[str, ...] | None,
+    called: bool,
+    whole_call: bool,
 ) -> type[nn.Module]:
     """Make a site's class.
 
@@ -96,7 +105,7 @@ def _made(
         "__qualname__": cls.__qualname__,
         "__reduce_ex__": _reduce_site,
         "_ll_base": cls,
-        "_ll_key": (cls, active, names, called),
+        "_ll_key": (cls, active, names, called, whole_call),
         "_ll_computed": computed,
         "_ll_layer_call": layer_call,
         "_ll_substitutes": substitutes,
@@ -106,7 +115,9 @@ def _made(
     bases: tuple[type, ...] = (cls,)
     if called:
         bases, body = (nn.Module,), {**delegated(cls), **body}
-    if active and issubclass(cls, nn.Embedding):
+    if whole_call:
+        body |= virtual_call.methods(cls)
+    elif active and issubclass(cls, nn.Embedding):
         bases = (_Lookup,) if cls is nn.Embedding else (cls, _Lookup)
         body["_ll_layer_call"] = nn.Embedding.forward
     elif active:
@@ -126,7 +137,7 @@ def _made(
             "__len__": lambda self: len(_links(self)),
         }
     body |= {name: read_substituted(name) for name in names or ()}
-    if active and not links:
+    if active and not links and not whole_call:
         readable = ("weight",) if _Lookup in bases else ("weight", "bias")
         body |= {
             name: read(name)

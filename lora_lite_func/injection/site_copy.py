@@ -73,7 +73,8 @@ def site_copy(
     cls: Any = type(module)
     base: type[nn.Module] = under_scope(cls) if had is _BARE else cls._ll_base
     active = len(attachments) > 0 or (bounds and looks_up)
-    copy = make(module, site_class(base, active, names, called), kept)
+    whole_call = any(KINDS[attachment.site.kind].called for attachment in attachments)
+    copy = make(module, site_class(base, active, names, called, whole_call), kept)
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
     copy.__dict__["_ll"] = state
     if looks_up and base is not nn.Embedding:

@@ -275,5 +275,5 @@ def _is_config(name: str, value: Any) -> bool:
 
 def _adapts(state: Any, name: str) -> bool:
     """Whether a site's adapters go into the tensor of this name."""
-    around = any(not KINDS[a.site.kind].listed for a in state.attachments)
+    around = any(not KINDS[a.site.kind].whole for a in state.attachments)
     return name in state.substituted or (around and name in ("weight", "bias"))

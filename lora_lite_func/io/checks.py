@@ -11,7 +11,7 @@ from ..core.adapter import ABSENT
 from ..core.errors import CheckpointError, StructureError, nearest, short_repr
 from ..core.layout import Layout
 from ..core.leaf_dtype import dtype_fits
-from ..core.stacked import PRESENT, Stacked
+from ..core.stacked import LENGTH, PRESENT, Stacked, number_of
 from ..layers.kinds import KINDS, misfit, module_and_name
 from .manifest import Piece, joined
 
@@ -106,19 +106,20 @@ def check_values(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
 
 
 def check_present(layout: Layout, path: str, held: Mapping[str, Tensor]) -> None:
-    """Check that a stack's leaf `PRESENT` says of each member what the member's sites say.
+    """Check that a stack's leaves `PRESENT` and `LENGTH` say of each member what its sites say.
 
     Raises:
-        CheckpointError: it doesn't.
+        CheckpointError: one of them doesn't.
     """
-    if not isinstance(layout, Stacked) or PRESENT not in held:
+    if not isinstance(layout, Stacked):
         return
-    expected = [float(path in member.sites) for member in layout.members]
-    if held[PRESENT].tolist() != expected:
-        raise CheckpointError(
-            f"{short_repr(path)} {PRESENT}: expected {short_repr(expected)}, as its members have "
-            f"the site or not, found {short_repr(held[PRESENT].tolist())}"
-        )
+    for name in (PRESENT, LENGTH):
+        expected = [number_of(name, member.sites.get(path)) for member in layout.members]
+        if name in held and held[name].tolist() != expected:
+            raise CheckpointError(
+                f"{short_repr(path)} {name}: expected {short_repr(expected)}, as its members have "
+                f"the site, found {short_repr(held[name].tolist())}"
+            )
 
 
 def check_model(layout: Layout, model: nn.Module) -> None:

@@ -12,6 +12,8 @@ Methods see a matrix (d_out, d_in), or (E, d_out, d_in) for E experts, however i
                 it is a kernel
     vector      a bare tensor of one dimension or none, as a column
     module      any module whose output is a hidden state: no weight, d_in = d_out = its width
+    call        the whole call of a model that embeds tokens: no weight, d_in = d_out = their width
+    cache       the same of a model with a key-value cache: d_in its layers, d_out a layer's keys
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from .recognise import (
     norm_size,
 )
 from .weights import own_tensor
+from .whole_calls import cache_size, takes_cache, takes_tokens, token_size
 
 __all__ = [
     "KINDS",
@@ -82,8 +85,11 @@ class Kind:
         hides: which of the default exclusions are meant for this kind.
         bare: whether it is a tensor, not a module.
         one_hot: whether its call takes ids, whose one-hot vectors the matrix multiplies.
+        whole: whether it is a whole module, whose weights aren't its own.
         listed: where no pattern chooses, only members of an nn.ModuleList (a model's blocks) are
-            candidates.
+            candidates; what is adapted is the hidden state in its output.
+        called: whether its whole call is adapted, arguments and result; where no pattern chooses,
+            only the outermost ones are candidates.
     """
 
     name: str
@@ -95,7 +101,9 @@ class Kind:
     transposed: Callable[[Any], bool] = lambda module: False
     hides: tuple[str, ...] = ()
     bare: bool = False
+    whole: bool = False
     listed: bool = False
+    called: bool = False
     one_hot: bool = False
 
 
@@ -142,7 +150,27 @@ KINDS: Mapping[str, Kind] = {
         Kind("norm", "norm", "norms", is_norm, norm_size),
         Kind("parameter", "parameter", "parameters", _never, _unknown, bare=True),
         Kind("vector", "parameter", "parameters of one dimension", _never, _unknown, bare=True),
-        Kind("module", "module", "modules", is_module, _unknown, None, listed=True),
+        Kind("module", "module", "modules", is_module, _unknown, None, whole=True, listed=True),
+        Kind(
+            "call",
+            "model that embeds tokens",
+            "models that embed tokens (get_input_embeddings, inputs_embeds)",
+            takes_tokens,
+            token_size,
+            None,
+            whole=True,
+            called=True,
+        ),
+        Kind(
+            "cache",
+            "model with a key-value cache",
+            "models with a key-value cache",
+            takes_cache,
+            cache_size,
+            None,
+            whole=True,
+            called=True,
+        ),
     )
 }
 
@@ -150,7 +178,7 @@ KINDS: Mapping[str, Kind] = {
 def kind_of(module: Any) -> Kind | None:
     """The kind of a module with a weight; None for any other."""
     return first_of(
-        (kind for kind in KINDS.values() if kind.name != "module" and kind.holds(module)), None
+        (kind for kind in KINDS.values() if not kind.whole and kind.holds(module)), None
     )
 
 

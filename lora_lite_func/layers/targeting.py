@@ -134,6 +134,8 @@ def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list
         for path, module, kind in found
         if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
     ]
+    if not cfg.target_names:
+        candidates = _outermost(candidates)
     if not candidates:
         what = words_for(kinds)
         if kinds == [KINDS["linear"]]:
@@ -142,6 +144,19 @@ def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list
             f"{type(model).__name__} has no {what}{elsewhere(model, cfg.target_names, kinds)}"
         )
     return candidates
+
+
+def _outermost(candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates without those whose whole call is inside another's."""
+    kept: list[Candidate] = []
+    outer: list[str] = []
+    for candidate in candidates:
+        inside = any(not path or candidate.path.startswith(f"{path}.") for path in outer)
+        if candidate.kind.called and not inside:
+            outer.append(candidate.path)
+        if not (candidate.kind.called and inside):
+            kept.append(candidate)
+    return kept
 
 
 def _chosen_modules(
@@ -219,7 +234,7 @@ def _check_once(modules: list[Candidate], parameters: list[Candidate]) -> None:
         (id(candidate.module), name): candidate.path
         for candidate in modules
         for name in ("weight", "bias")
-        if not candidate.kind.listed
+        if not candidate.kind.whole
     }
     for candidate in parameters:
         twice = weights.get((id(candidate.module), candidate.name))
@@ -279,7 +294,7 @@ def _check_adaptable(variant: Variant, cfg: AdapterConfig, candidate: Candidate)
         raise UnsupportedError(
             f"{path!r}: {variant.name} adapts {', '.join(variant.sites)}, this is {this}"
         )
-    if not kind.listed:
+    if not kind.whole:
         called = kind.name == "linear" and not candidate.uncalled
         check_parallel(module, path, name, None if called else ADAPTED_ITSELF)
     if kind.bare and is_packed(module._parameters[name]):
@@ -287,13 +302,13 @@ def _check_adaptable(variant: Variant, cfg: AdapterConfig, candidate: Candidate)
             f"{path!r} is packed ({module._parameters[name].dtype}): adapt its layer "
             f"(target_names), whose call unpacks it"
         )
-    tensor = None if kind.listed else module._parameters.get(name)
+    tensor = None if kind.whole else module._parameters.get(name)
     if tensor is not None and tensor.is_complex():
         raise UnsupportedError(
             f"{path!r}: its {name} is complex, and adapters are real; leave it out with "
             f"exclude_names"
         )
-    by_call = kind.listed or not (
+    by_call = kind.whole or not (
         kind.bare
         or kind.one_hot
         or (kind.by_weight is not None and kind.by_weight(module))

@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .osf import OSFConfig
     from .peanut import PEANuTConfig
     from .pissa import PiSSAConfig
+    from .prompt_tuning import PromptTuningConfig
     from .psoft import PSOFTConfig
     from .qalora import QALoRAConfig
     from .randlora import RandLoRAConfig
@@ -111,6 +112,7 @@ __all__ = [
     "PEANuTConfig",
     "PSOFTConfig",
     "PiSSAConfig",
+    "PromptTuningConfig",
     "QALoRAConfig",
     "ROADConfig",
     "RandLoRAConfig",
@@ -167,6 +169,7 @@ METHODS = {
     "osf": ("osf", "OSFConfig"),
     "peanut": ("peanut", "PEANuTConfig"),
     "pissa": ("pissa", "PiSSAConfig"),
+    "prompt_tuning": ("prompt_tuning", "PromptTuningConfig"),
     "psoft": ("psoft", "PSOFTConfig"),
     "qalora": ("qalora", "QALoRAConfig"),
     "randlora": ("randlora", "RandLoRAConfig"),

@@ -98,9 +98,15 @@ def test_a_command_touches_the_files_that_contributing_says() -> None:
     assert "python -m lora_lite_func diff" in PAGES["lora_lite_func/guides/serving.md"]
 
 
+WHOLE_CALLS = {"call": "test_prompts.py", "cache": "test_prompts.py"}
+"""Where models of transformers stand for the laws' toy models, which embed no tokens."""
+
+
 def test_a_kind_is_known_by_the_files_that_contributing_says() -> None:
     kinds = (ROOT / "lora_lite_func/layers/kinds.py").read_text(encoding="utf-8")
     places = (ROOT / "tests/laws/test_every_kind.py").read_text(encoding="utf-8")
     for name in KINDS:
         assert f'"{name}",' in kinds
-        assert f'"{name}",' in places or name == "linear" or KINDS[name].listed, name
+        assert f'"{name}",' in places or name == "linear" or KINDS[name].whole, name
+        if KINDS[name].called:
+            assert (ROOT / "tests/ecosystem" / WHOLE_CALLS[name]).exists()

@@ -83,6 +83,8 @@ class Codec:
         stacks_experts: whether pairs of single experts are read where a model stacks them.
         prunes: whether a targeted module may have no tensors.
         rewrites_base: reader -> whether PEFT changes the base's weights as it loads the file.
+        of_whole_model: whether its tensors are of a whole model, under keys that name no module;
+            `suffixes` are the keys then.
     """
 
     peft_type: str
@@ -110,6 +112,7 @@ class Codec:
     stacks_experts: bool = False
     prunes: bool = False
     rewrites_base: Callable[[ConfigReader], bool] | None = None
+    of_whole_model: bool = False
 
     def is_for(self, adapter: Adapter) -> bool:
         """Tell whether an adapter's natural form is a file of this type."""

@@ -32,6 +32,7 @@ from .keys import WRAPPED
 from .methods import METHODS
 from .modules import adaptable, entries_of, refuse_tied
 from .padding import padding_checked
+from .whole_model import of_whole_model, whole_model_entry
 
 __all__ = ["from_peft", "from_unpacked"]
 
@@ -115,7 +116,13 @@ def from_unpacked(
     tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
     refuse_emptied(reader, tensors)
     check_tensors({k: t for k, t in tensors.items() if not _is_counter(reader, k, t, model)})
-    sites, shared, rest = split(tensors, method.suffixes, method.shared)
+    own: dict[str, Tensor] = {}
+    if method.of_whole_model:
+        own, tensors = of_whole_model(tensors, method.suffixes)
+    suffixes = () if method.of_whole_model else method.suffixes
+    sites, shared, rest = split(tensors, suffixes, method.shared)
+    if own:
+        sites = {"": own}
     if not sites and not rest:
         raise CheckpointError(
             f"{reader.where}: no tensor of a {method.peft_type} adapter beside it"
@@ -173,7 +180,10 @@ def _placed(
         if method.stacks_experts:
             sites, parts = stacked_experts(reader, sites, paths)
         reader, rest = _moved(reader, paths, rest)
-    entries = entries_of(model, reader, method, sites, shared, paths)
+    if method.of_whole_model:
+        entries = {"": whole_model_entry(model, reader, method)} if sites else {}
+    else:
+        entries = entries_of(model, reader, method, sites, shared, paths)
     if paths is not None:
         paths.check_used([*sites, *rest])
     for path, entry in entries.items():

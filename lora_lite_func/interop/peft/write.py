@@ -18,7 +18,7 @@ from ...injection.bound import base_modules
 from ...io.swapping import swapped
 from ...io.writing import own_copies, write_safetensors, write_text
 from ...variants import BitFitConfig, FullConfig, TokensConfig
-from .codec import Codec
+from .codec import Codec, Written
 from .extras_write import Values, biases, copies, whole
 from .folder import CONFIG, TENSORS
 from .keys import KeyMap, key_map
@@ -26,6 +26,7 @@ from .methods import LORA, METHODS, TOKENS
 from .methods.lora_write import is_pair
 from .methods.tensor_names import shifts_of
 from .token_rows import tied_homes, written_rows
+from .whole_model import of_whole_model_keys
 from .write_checks import check_whole, checked_sites
 from .write_fields import about_base, ranks_and_alphas, targeted, targets
 
@@ -147,15 +148,7 @@ def _folder(
         made = method.write(low, modules)
     if structured and method.structure is not None:
         method.structure(low, made, modules)
-    homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
-    fields = {"peft_type": method.peft_type} | made.fields | ranks_and_alphas(method, made, homes)
-    fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
-    tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
-    tensors |= {
-        f"base_model.model.{homes.key(p)}.{s}": t
-        for p, held in made.tensors.items()
-        for s, t in held.items()
-    }
+    fields, tensors, homes = _own(method, made, sites, modules)
     saved, kept = whole(full, modules, [*sites, *(p for a in rows for p in a)])
     tensors |= {f"base_model.model.{key}": t for key, t in kept.items()}
     if shifts:
@@ -178,7 +171,28 @@ def _folder(
             f"to_peft: {saved[0]!r}: PEFT keeps no whole modules beside replaced rows alone; "
             f"write a folder for each"
         )
+    if method.of_whole_model:
+        tensors = of_whole_model_keys(tensors)
     return {"modules_to_save": saved or None} | fields if method.keeps_modules else fields, tensors
+
+
+def _own(
+    method: Codec, made: Written, sites: Mapping[str, Site], modules: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor], KeyMap]:
+    """Return the fields and tensors of the method itself, and where its sites go in the file."""
+    fields = {"peft_type": method.peft_type} | made.fields
+    tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
+    if method.of_whole_model:
+        return fields, {s: t for held in made.tensors.values() for s, t in held.items()}, KeyMap()
+    homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
+    fields |= ranks_and_alphas(method, made, homes)
+    fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
+    tensors |= {
+        f"base_model.model.{homes.key(p)}.{s}": t
+        for p, held in made.tensors.items()
+        for s, t in held.items()
+    }
+    return fields, tensors, homes
 
 
 def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Values, Values]:

@@ -23,6 +23,7 @@ from .miss import MISS
 from .oft import OFT
 from .osf import OSF
 from .peanut import PEANUT
+from .prompt_tuning import PROMPT_TUNING
 from .psoft import PSOFT
 from .randlora import RANDLORA
 from .road import ROAD
@@ -64,6 +65,7 @@ METHODS: dict[str, Codec] = {
         WAVEFT,
         GLORA,
         OSF,
+        PROMPT_TUNING,
         BEFT,
         LN_TUNING,
         TOKENS,

@@ -1,0 +1,66 @@
+"""The result of a model's call, without what belongs to virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..layers.whole_calls import CACHES
+from .virtual_front import Front
+
+__all__ = ["own_tokens", "without_cache"]
+
+_OF_TOKENS = ("start_logits", "end_logits")
+"""Members of a result that have a number for each token."""
+
+
+def own_tokens(result: Any, front: Front, tokens: int) -> Any:
+    """A result with what it has for the row's own tokens alone, in its logits and hidden states.
+
+    Attention weights stay whole: they are between all tokens.
+
+    Args:
+        result: a tensor, a tuple, a mapping (a ModelOutput of transformers).
+        front: where the virtual tokens stand.
+        tokens: T, how many tokens a row has of its own.
+    """
+    width = front.slots + tokens
+
+    def cut(t: Tensor) -> Tensor:
+        return front.own(t) if t.ndim == 3 and t.shape[1] == width else t
+
+    def cut_of_tokens(t: Tensor) -> Tensor:
+        return front.own(t) if t.ndim == 2 and t.shape[1] == width else t
+
+    if not isinstance(result, Mapping):
+        return _each(result, cut)
+    return _rebuilt(
+        result,
+        {
+            name: _each(value, cut_of_tokens if name in _OF_TOKENS else cut)
+            for name, value in result.items()
+        },
+    )
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, or a tuple or list of them and of others, with the tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_each(one, change) for one in value)
+    return value
+
+
+def without_cache(result: Any) -> Any:
+    """A result without the cache that the call was given in the caller's place."""
+    if not isinstance(result, Mapping) or not any(name in result for name in CACHES):
+        return result
+    return _rebuilt(result, {k: v for k, v in result.items() if k not in CACHES})
+
+
+def _rebuilt(result: Any, items: dict[str, Any]) -> Any:
+    """A mapping of the same kind with other items."""
+    return items if type(result) is dict else type(result)(**items)

@@ -1,0 +1,145 @@
+"""The whole call of a model with virtual tokens, or keys and values, in front of each row.
+
+A call that doesn't go on from a cache is given the tokens in front of its own, embedded by the
+copy's own table, with a mask, labels and positions that fit; its result has the caller's tokens
+alone. A call that goes on from a cache, which holds the virtual tokens too, is given mask and
+positions that count them. Which of the two it is, is told by the cache's length. Keys and values
+are put into the cache before the first tokens are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.errors import UnsupportedError
+from ..core.torch_internals import paired
+from ..layers.kinds import KINDS
+from ..layers.signatures import arguments_of
+from ..layers.whole_calls import given_cache, has_encoder, is_causal
+from .attachment import Attachment
+from .call_result import own_tokens, without_cache
+from .stand_in import on_stand_in
+from .virtual_arguments import Given, batch_of, going_on, in_front
+from .virtual_cache import cached_tokens, check_room, fill, new_cache
+from .virtual_encoder import encoded, encoder_with_front
+from .virtual_values import front_of, values_of
+
+__all__ = ["methods"]
+
+
+def methods(cls: type[nn.Module]) -> dict[str, Any]:
+    """What a site's class has in place of its model's own: the call, and what `generate` asks of
+    the model beside it.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(paired(arguments_of(cls), args)), **kwargs}
+        attachments = self._ll.attachments
+        return on_stand_in(
+            self, self._ll_base, lambda module, call: _begun(attachments, module, call, given)
+        )
+
+    made: dict[str, Any] = {"forward": forward}
+    if hasattr(cls, "prepare_inputs_for_generation"):
+        # `generate` would make the mask of a static cache before virtual tokens are counted
+        made["create_masks_for_generate"] = staticmethod(lambda **given: given["attention_mask"])
+    if hasattr(cls, "get_encoder") and "encoder_outputs" in arguments_of(cls):
+        made["get_encoder"] = _get_encoder
+    return made
+
+
+def _get_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
+    attachments = _parted(self._ll.attachments)[1]
+
+    def with_front(module: Any, call: Any) -> Any:
+        encoder = module.get_encoder(*args, **kwargs)
+        return encoder_with_front(attachments, module, encoder) if attachments else encoder
+
+    return on_stand_in(self, self._ll_base, with_front)
+
+
+def _parted(
+    attachments: Sequence[Attachment],
+) -> tuple[list[Attachment], list[Attachment]]:
+    """(the adapters with virtual keys and values, those with virtual tokens), innermost first.
+
+    Raises:
+        UnsupportedError: an adapter of the result's hidden state is there too.
+    """
+    for attachment in attachments:
+        if not KINDS[attachment.site.kind].called:
+            raise UnsupportedError(
+                f"{attachment.site.path!r}: {attachment.variant.name} edits a hidden state in the "
+                f"result of a call that another adapter changes as a whole; name blocks inside "
+                f"(target_names)"
+            )
+    cached = [a for a in attachments if a.site.kind == "cache"]
+    return cached, [a for a in attachments if a.site.kind != "cache"]
+
+
+def _begun(
+    attachments: Sequence[Attachment], module: Any, call: Callable[..., Any], given: Given
+) -> Any:
+    """The result of a call, once it is known whether it goes on from a cache."""
+    cached, tokens = _parted(attachments)
+    begins = cached_tokens(given) == 0
+    names = arguments_of(type(module))
+    has_cache = given_cache(given)[1] is not None
+    if tokens and has_encoder(module):
+        given, tokens = encoded(tokens, module, given), []
+    if cached and begins:
+        given = new_cache(module, given, names)
+        rows = batch_of(given, cached[0].site.path, _decoded(module))[0]
+        for attachment in cached:
+            fill(attachment, module, given, rows)
+    inside = (*cached, *tokens)
+    result = _called(inside, len(inside), begins, module, call, given)
+    if cached and not has_cache and not _uses_cache(module, given):
+        return without_cache(result)
+    return result
+
+
+def _called(
+    attachments: Sequence[Attachment],
+    count: int,
+    begins: bool,
+    module: Any,
+    call: Callable[..., Any],
+    given: Given,
+) -> Any:
+    """The result of a call with the first `count` adapters in."""
+    if count == 0:
+        return call(**given)
+    attachment, names = attachments[count - 1], arguments_of(type(module))
+    path, slots, of = attachment.site.path, attachment.site.r, _decoded(module)
+    rows, tokens, _ = batch_of(given, path, of)
+    front, held = front_of(attachment, module, rows), cached_tokens(given)
+
+    def inner(given: Given) -> Any:
+        return _called(attachments, count - 1, begins, module, call, given)
+
+    if begins and attachment.site.kind != "cache":
+        check_room(given, held + slots + tokens, slots, path)
+        values = values_of(attachment, module, rows)
+        causal = is_causal(module)
+        given, front = in_front(front, values, module, given, names, causal, path)
+        return own_tokens(inner(given), front, tokens)
+    check_room(given, held + tokens, slots, path)
+    under = sum(a.site.r for a in attachments[: count - 1])
+    return inner(going_on(front, given, names, held - slots - under, path, of))
+
+
+def _decoded(module: Any) -> str:
+    """What the arguments about tokens with a cache begin with."""
+    return "decoder_" if has_encoder(module) else ""
+
+
+def _uses_cache(module: Any, given: Given) -> bool:
+    """Whether the caller is given the cache that the call makes."""
+    said = given.get("use_cache")
+    return bool(getattr(module.config, "use_cache", True) if said is None else said)

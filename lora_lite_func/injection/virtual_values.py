@@ -1,0 +1,89 @@
+"""What an adapter puts in front of each row of a batch, and how many places of it a row uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UnsupportedError
+from ..core.site import Params
+from ..core.stacked import LENGTH, PRESENT, unfolded
+from ..kernels.row_axes import not_rows
+from ..kernels.row_plan import RowPlan
+from .attachment import Attachment
+from .rows_activation import mapped
+from .state import tensors_at
+from .virtual_front import Front
+
+__all__ = ["front_of", "values_of"]
+
+
+def values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
+    """What stands in front of each row, (N, *what the method's `virtual` gives).
+
+    Args:
+        attachment: the method at the site.
+        module: the site.
+        rows: N.
+    """
+    p = tensors_at(attachment, module)
+    virtual = attachment.variant.virtual
+    assert virtual is not None
+
+    def one(p: Params) -> Tensor:
+        q, site = unfolded(p, attachment.site)
+        return virtual(attachment.cfg, q, site)
+
+    plan = attachment.row_plan
+    if plan is None:
+        made = one(p)
+        return made.expand(rows, *made.shape)
+    ids = _ids(attachment, rows).to(next(iter(p.values())).device).clamp(min=0)
+    made = mapped(one, p)
+    return made.index_select(0, ids)
+
+
+def front_of(attachment: Attachment, module: Any, rows: int) -> Front:
+    """Where an adapter's virtual tokens stand in a batch of N rows.
+
+    Raises:
+        StructureError: the batch hasn't as many rows as have adapters.
+        UnsupportedError: each token has an adapter of its own.
+    """
+    p = tensors_at(attachment, module)
+    return Front(attachment.site.r, _lengths(attachment, p, rows))
+
+
+def _lengths(attachment: Attachment, p: Params, rows: int) -> Tensor | None:
+    """How many places each row uses, (N,) int64; None where every row uses all."""
+    plan = attachment.row_plan
+    if plan is None:
+        if LENGTH not in p and PRESENT not in p:
+            return None
+        first = next(iter(p.values()))
+        length = p.get(LENGTH, first.new_tensor(float(attachment.site.r)))
+        length = length * p[PRESENT] if PRESENT in p else length
+        return length.long().expand(rows)
+    ids = _ids(attachment, rows)
+    known = plan.known_ids if isinstance(plan, RowPlan) else None
+    if LENGTH not in p and known is not None and min(known, default=0) >= 0:
+        return None
+    device = next(iter(p.values())).device
+    of_member = p.get(LENGTH, torch.full((plan.members,), attachment.site.r, device=device))
+    ids = ids.to(device)
+    return torch.where(ids < 0, 0, of_member.index_select(0, ids.clamp(min=0)).long())
+
+
+def _ids(attachment: Attachment, rows: int) -> Tensor:
+    plan = attachment.row_plan
+    assert isinstance(plan, RowPlan)
+    if plan.by_token:
+        raise UnsupportedError(
+            f"site {attachment.site.path!r}: {attachment.variant.name} stands in front of whole "
+            f"rows, so it can't be another one for each token; give an id for each row"
+        )
+    if plan.rows != rows:
+        raise not_rows(attachment.site.path, torch.empty(rows, 0, device="meta"), plan.rows)
+    return plan.ids

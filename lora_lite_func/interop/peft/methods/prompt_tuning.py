@@ -1,0 +1,71 @@
+"""PEFT's prompt tuning: embeddings of virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ....core.adapter import Adapter
+from ....core.errors import CheckpointError
+from ....variants import PromptTuningConfig
+from ...assembly import ModuleEntry, Part
+from ...metadata import ConfigReader
+from ..codec import Codec, Written
+from ..whole_model import only_one, said_of_model
+
+__all__ = ["ABOUT_MODEL", "PROMPT_TUNING", "TENSOR", "virtual_tokens"]
+
+TENSOR = "prompt_embeddings"
+ABOUT_MODEL = "token_dim num_layers num_attention_heads num_transformer_submodules"
+"""Fields of the model, which the tensors' shapes say too."""
+
+
+def virtual_tokens(reader: ConfigReader, held: Mapping[str, Tensor]) -> Tensor:
+    """Return the virtual tokens' rows (P, ...) of a file. One for a model that encodes and decodes
+    has as many again behind them, which PEFT leaves unused.
+
+    Raises:
+        CheckpointError: there are fewer rows than the config says.
+    """
+    rows = held[TENSOR]
+    count = reader.whole("num_virtual_tokens", rows.shape[0])
+    submodules = reader.get("num_transformer_submodules") or 1
+    if rows.ndim != 2 or rows.shape[0] != count * submodules:
+        raise CheckpointError(
+            f"{reader.where}: num_virtual_tokens is {count}, for {submodules} parts of a model; "
+            f"{TENSOR} is {tuple(rows.shape)}"
+        )
+    return rows[:count]
+
+
+def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
+    """Read prompt_embeddings (P, width)."""
+    tokens = virtual_tokens(reader, held)
+    return [Part(PromptTuningConfig, {"lora_tokens": tokens}, r=tokens.shape[0])]
+
+
+def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
+    """Write the tokens, and what PEFT takes from the model.
+
+    Raises:
+        UnsupportedError: PEFT has no one file for these adapters.
+    """
+    adapter, path = only_one(adapters, modules, "PROMPT_TUNING")
+    tokens = adapter[path]["lora_tokens"]
+    fields = {"num_virtual_tokens": tokens.shape[0], "token_dim": tokens.shape[1]}
+    return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
+
+
+PROMPT_TUNING = Codec(
+    peft_type="PROMPT_TUNING",
+    configs=(PromptTuningConfig,),
+    suffixes=(TENSOR,),
+    understood=f"num_virtual_tokens {ABOUT_MODEL}",
+    ignored="prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs",
+    read=read,
+    write=write,
+    kinds="call",
+    of_whole_model=True,
+)

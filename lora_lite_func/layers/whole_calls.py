@@ -1,0 +1,182 @@
+"""Models whose whole call can be adapted, as those of transformers are: what takes virtual tokens,
+and what takes virtual keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UnsupportedError
+from .signatures import arguments_of
+
+__all__ = [
+    "CACHES",
+    "TokenTable",
+    "cache_size",
+    "given_cache",
+    "has_encoder",
+    "heads_of",
+    "is_causal",
+    "takes_cache",
+    "takes_tokens",
+    "token_size",
+    "token_table",
+]
+
+CACHES = ("cache", "past_key_values")
+"""What releases of transformers call the argument for a key-value cache."""
+
+_EMBEDDED, _ENCODED = "inputs_embeds", "encoder_outputs"
+
+
+def token_table(module: Any) -> Any:
+    """The module that embeds a model's tokens; None for a module that names none."""
+    named = getattr(module, "get_input_embeddings", None)
+    try:
+        table = named() if callable(named) else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return table if isinstance(stored_table(table), Tensor) else None
+
+
+def stored_table(table: Any) -> Any:
+    """The stored rows (ids, width) of a module that embeds tokens."""
+    return getattr(table, "_parameters", {}).get("weight")
+
+
+class TokenTable:
+    """A model's own embedding of tokens, as a method's start may read it.
+
+    Attributes:
+        size: how many ids there are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._table = token_table(module)
+        self.size = int(stored_table(self._table).shape[0])
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The embedded tokens (n, width) of ids (n,), as the model's call has them."""
+        home = stored_table(self._table).device
+        with torch.no_grad():
+            made: Tensor = self._table(ids.to(home))
+        return made.detach().float()
+
+
+# --------------------------------------------------------------------------------- virtual tokens
+def takes_tokens(module: Any) -> bool:
+    """Whether virtual tokens can stand in front of a module's own, by its arguments.
+
+    A classifier of causal sequences isn't such a module: it finds each row's last token in the ids,
+    which virtual tokens leave it without. The model inside it is.
+    """
+    if not callable(getattr(type(module), "get_input_embeddings", None)):
+        return False
+    names = arguments_of(type(module))
+    if _EMBEDDED not in names or token_table(module) is None:
+        return False
+    finds_last = any(c.__name__.endswith("ForSequenceClassification") for c in type(module).__mro__)
+    goes_on = any(name in names for name in CACHES)
+    return not (finds_last and goes_on and _ENCODED not in names)
+
+
+def token_size(module: Any) -> tuple[int, int] | None:
+    """(width, width) of a model's embedded tokens; None for a module that takes none.
+
+    Raises:
+        UnsupportedError: the model looks its ids up in each layer too.
+    """
+    if not takes_tokens(module):
+        return None
+    config = getattr(module, "config", None)
+    of_text = getattr(config, "get_text_config", lambda: config)()
+    if getattr(of_text, "hidden_size_per_layer_input", 0):
+        raise UnsupportedError(
+            f"{type(module).__name__}: its layers look the ids up in tables of their own, and "
+            f"virtual tokens have no ids; take virtual keys and values, or a LoRA"
+        )
+    table = token_table(module)
+    # a table may hold another width than it gives (an embedding in factors)
+    width = int(getattr(table, "embedding_dim", stored_table(table).shape[-1]))
+    return width, width
+
+
+def has_encoder(module: Any) -> bool:
+    """Whether a model encodes its tokens and decodes others."""
+    return _ENCODED in arguments_of(type(module))
+
+
+def is_causal(module: Any) -> bool:
+    """Whether a model's tokens see earlier ones alone, so that calls may go on from a cache."""
+    if not any(name in arguments_of(type(module)) for name in CACHES) or has_encoder(module):
+        return False
+    said = (vars(part).get("is_causal") for part in module.modules())
+    return next((one for one in said if isinstance(one, bool)), True)
+
+
+# ------------------------------------------------------------------------ virtual keys and values
+def takes_cache(module: Any) -> bool:
+    """Whether a model's attention can be given keys and values of tokens that it hasn't seen."""
+    if not callable(getattr(type(module), "get_input_embeddings", None)):
+        return False
+    if not any(name in arguments_of(type(module)) for name in CACHES):
+        return False
+    return (has_encoder(module) or is_causal(module)) and heads_of(module) is not None
+
+
+def cache_size(module: Any) -> tuple[int, int] | None:
+    """(layers, width of a layer's keys) of a model's cache; None for a module without one."""
+    if not takes_cache(module):
+        return None
+    layers, heads, size = heads_of(module) or (0, 0, 0)
+    return layers, heads * size
+
+
+def heads_of(module: Any) -> tuple[int, int, int] | None:
+    """(layers, heads, size of a head) of the keys in a model's cache; None where its config doesn't
+    say them.
+
+    Raises:
+        UnsupportedError: layers that share keys, or have keys of unlike shapes.
+    """
+    config: Any = getattr(module, "config", None)
+    if not callable(getattr(config, "get_text_config", None)):
+        return None
+    config = config.get_text_config(decoder=True)
+    layers = _said(config, "num_decoder_layers", "num_hidden_layers")
+    heads = _said(config, "num_key_value_heads", "num_attention_heads")
+    if not isinstance(layers, int) or not isinstance(heads, int):
+        return None
+    for name in ("num_kv_shared_layers", "kv_lora_rank", "num_global_key_value_heads"):
+        if getattr(config, name, None):
+            raise UnsupportedError(
+                f"{type(module).__name__}: its config has {name}={getattr(config, name)}, so that "
+                f"not all of its layers have keys of one shape of their own; take virtual tokens "
+                f"(ll.PromptTuningConfig)"
+            )
+    kinds = getattr(config, "layer_types", None) or ()
+    odd = next((kind for kind in kinds if not str(kind).endswith("attention")), None)
+    odd = odd or next((kind for kind in kinds if str(kind).startswith("linear")), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__}: it has layers of type {odd!r}, which keep no keys; take "
+            f"virtual tokens (ll.PromptTuningConfig)"
+        )
+    size = _said(config, "head_dim")
+    return layers, heads, size or config.hidden_size // config.num_attention_heads
+
+
+def _said(config: Any, *names: str) -> Any:
+    """The first of these that a config says."""
+    return next((v for v in (getattr(config, name, None) for name in names) if v), None)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """(the name of a call's cache, the cache); ("", None) where it has none."""
+    return next(
+        ((name, arguments[name]) for name in CACHES if arguments.get(name) is not None), ("", None)
+    )

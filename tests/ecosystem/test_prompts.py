@@ -1,0 +1,381 @@
+"""Virtual tokens in front of a model's own: hand-made calls, rows, generation with every cache.
+
+The laws' toy models embed no tokens, so what holds there for every method is asked for here of
+models of transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import close, moved, same_state, snapshot
+from prompts import CAUSAL, ENCODERS, IDS, both, fresh, greedy, output, single
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+import lora_lite_func as ll
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+every = pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS, *both])
+causal = pytest.mark.parametrize("name", CAUSAL)
+
+
+def prompt(model: nn.Module, r: int = 4, seed: int = 0) -> ll.Adapter:
+    """Virtual tokens of a size that every model notices."""
+    return ll.init(model, ll.PromptTuningConfig(r=r, init="normal"), seed=seed)
+
+
+def by_hand(model: Any, tokens: Tensor, ids: Tensor, **more: Any) -> Any:
+    """The model's own call with embedded tokens in front of the rows'."""
+    own = model.get_input_embeddings()(ids)
+    front = tokens.to(own).expand(ids.shape[0], *tokens.shape)
+    return model(inputs_embeds=torch.cat([front, own], dim=1), **more)
+
+
+# --------------------------------------------------------------------------------- hand-made calls
+@every
+def test_it_is_the_models_call_with_embedded_tokens_in_front(name: str) -> None:
+    model, given = fresh(name), single(name, IDS)
+    params = prompt(model)
+    more = {k: v for k, v in given.items() if k != "input_ids"}
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = by_hand(model, params[""]["lora_tokens"], IDS, **more)
+        found = ll.apply(model, params, **given)
+        bound = ll.bind(model, params)(**given)
+    own = 0 if name in both else 4
+    whole = output(expected)
+    if "pooler_output" in expected:
+        close(found.pooler_output, expected.pooler_output, 1e-6)
+        whole, found, bound = expected.last_hidden_state, found.last_hidden_state, bound[0]
+        close(found, whole[:, own:], 1e-6)
+        close(bound, found, 1e-6)
+    else:
+        close(output(found), whole[:, own:], 1e-6)
+        close(output(bound), output(found), 1e-6)
+    assert same_state(before, snapshot(model))
+
+
+def test_labels_hidden_states_and_tuples_are_the_callers() -> None:
+    model = fresh("llama")
+    params, labels = prompt(model), IDS.clone()
+    labels[0, :2] = -100
+    front = torch.full((3, 4), -100)
+    with torch.no_grad():
+        expected = by_hand(
+            model, params[""]["lora_tokens"], IDS, labels=torch.cat([front, labels], 1)
+        )
+        found = ll.apply(model, params, IDS, labels=labels, output_hidden_states=True)
+        close(found.loss, expected.loss, 1e-6)
+        assert [tuple(h.shape[:2]) for h in found.hidden_states] == [(3, 6)] * 3
+        loss, logits, *_ = ll.apply(model, params, IDS, labels=labels, return_dict=False)
+        close(loss, expected.loss, 1e-6)
+        close(logits, found.logits, 0.0)
+        last = ll.apply(model, params, IDS, logits_to_keep=2).logits
+        close(last, found.logits[:, -2:], 1e-6)
+        chosen = ll.apply(model, params, IDS, logits_to_keep=torch.tensor([0, 3])).logits
+        close(chosen, found.logits[:, [0, 3]], 1e-6)
+        embedded = ll.apply(model, params, inputs_embeds=model.get_input_embeddings()(IDS)).logits
+        close(embedded, found.logits, 1e-6)
+
+
+def test_places_in_the_text_move_with_it() -> None:
+    model = fresh("bert", "BertForQuestionAnswering")
+    params = prompt(model)
+    start, end = torch.tensor([1, 0, 2]), torch.tensor([3, 3, 5])
+    with torch.no_grad():
+        found = ll.apply(model, params, IDS, start_positions=start, end_positions=end)
+        expected = by_hand(
+            model, params[""]["lora_tokens"], IDS, start_positions=start + 4, end_positions=end + 4
+        )
+    close(found.loss, expected.loss, 1e-6)
+    assert found.start_logits.shape == (3, 6)
+
+
+# ------------------------------------------------------------------------------------------- rows
+def ragged(name: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A padded batch of four rows, its mask, and the rows alone."""
+    lengths = (6, 4, 5, 3)
+    gen = torch.Generator().manual_seed(3)
+    alone = [torch.randint(3, 63, (1, n), generator=gen) for n in lengths]
+    ids, mask = torch.zeros(4, 6, dtype=torch.long), torch.zeros(4, 6, dtype=torch.long)
+    for i, row in enumerate(alone):
+        at = slice(6 - lengths[i], 6) if name in CAUSAL else slice(0, lengths[i])
+        ids[i, at], mask[i, at] = row[0], 1
+    return ids, mask, alone
+
+
+@every
+def test_rows_of_unlike_lengths_bare_rows_and_padding_are_single_calls(name: str) -> None:
+    model = fresh(name)
+    several = [prompt(model, r, seed=r) for r in (5, 2)]
+    stack = ll.stack(several)
+    ids, mask, alone = ragged(name)
+    more = {"decoder_input_ids": IDS[:1, :3].expand(4, -1)} if name in both else {}
+    members = [1, -1, 0, 1]
+    with torch.no_grad():
+        rows = ll.rows(stack, members)
+        found = ll.apply(model, rows, ids, attention_mask=mask, **more)
+        for i, (member, row) in enumerate(zip(members, alone, strict=True)):
+            params: Any = () if member < 0 else several[member]
+            own = {k: v[i : i + 1] for k, v in more.items()}
+            expected = ll.apply(model, params, row, **own)
+            if "pooler_output" in found:
+                close(found.pooler_output[i], expected.pooler_output[0], 5e-6)
+            one, y = output(found)[i], output(expected)[0]
+            if name in ENCODERS:
+                close(one[: row.shape[1]], y[: row.shape[1]], 5e-6)
+            else:
+                close(one[-y.shape[0] :], y, 5e-6)
+
+
+def test_a_mixed_stack_by_vmap_and_a_bank() -> None:
+    """transformers' mask for SDPA asks whether a mask leaves all, which vmap can't tell."""
+    model = fresh("llama", attn_implementation="eager")
+    several = [prompt(model, r, seed=r) for r in (3, 1)]
+    with torch.no_grad():
+        expected = torch.stack([ll.apply(model, p, IDS).logits for p in several])
+        found = vmap(lambda p: ll.apply(model, p, IDS, use_cache=False).logits)(ll.stack(several))
+        close(found, expected, 5e-6)
+        bank = ll.Bank(capacity=2)
+        for label, params in zip(("a", "b"), several, strict=True):
+            bank.add(label, params)
+        by_bank = ll.apply(model, ll.rows(bank, ["b", "a", None]), IDS).logits
+        close(by_bank[0], expected[1, 0], 5e-6)
+        close(by_bank[1], expected[0, 1], 5e-6)
+        close(by_bank[2], model(IDS).logits[2], 5e-6)
+    back = ll.unstack(ll.stack(several))
+    assert [p[""]["lora_tokens"].shape[0] for p in back] == [3, 1]
+
+
+# ------------------------------------------------------------------------------------- generation
+@causal
+def test_generate_is_a_full_call_at_every_step(name: str) -> None:
+    model = fresh(name)
+    params = prompt(model)
+    bound = ll.bind(model, params)
+    ids, steps = IDS[:1], 5
+    how = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        expected = greedy(lambda x: ll.apply(model, params, x), ids, steps)
+        assert not torch.equal(expected, model.generate(ids, **how))
+        for cache in (None, "dynamic", "static_with_room", "uncached"):
+            given: dict[str, Any] = {}
+            if cache == "uncached":
+                given["use_cache"] = False
+            elif cache == "static_with_room":
+                room = ids.shape[1] + steps + 4
+                given["cache"] = transformers.StaticCache(model.config, max_cache_len=room)
+            elif cache is not None:
+                given["cache_implementation"] = cache
+            assert torch.equal(bound.generate(ids, **given, **how), expected), cache
+
+
+@causal
+def test_generate_of_rows_and_left_padding(name: str) -> None:
+    model = fresh(name)
+    several = [prompt(model, r, seed=r) for r in (5, 2)]
+    ids, mask, alone = ragged(name)
+    members, steps = [1, -1, 0, 1], 4
+    bound = ll.bind(model, ll.rows(ll.stack(several), members))
+    how = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        found = bound.generate(ids, attention_mask=mask, **how)
+        uncached = bound.generate(ids, attention_mask=mask, use_cache=False, **how)
+        for i, (member, row) in enumerate(zip(members, alone, strict=True)):
+            params: Any = () if member < 0 else several[member]
+            expected = greedy(lambda x, p=params: ll.apply(model, p, x), row, steps)
+            assert torch.equal(found[i, -steps:], expected[0, -steps:])
+            assert torch.equal(uncached[i, -steps:], expected[0, -steps:])
+
+
+@pytest.mark.parametrize("name", both)
+def test_generate_of_encoder_decoders(name: str) -> None:
+    """`generate` calls the encoder alone, which has the virtual tokens there too."""
+    model = fresh(name)
+    params, steps = prompt(model), 4
+    bound = ll.bind(model, params)
+    begin = torch.full((3, 1), model.config.decoder_start_token_id)
+    with torch.no_grad():
+        written = begin
+        for _ in range(steps):
+            logits = ll.apply(model, params, IDS, decoder_input_ids=written).logits
+            written = torch.cat([written, logits[:, -1:].argmax(-1)], dim=1)
+        for cached in (True, False):
+            found = bound.generate(
+                IDS, max_new_tokens=steps, do_sample=False, use_cache=cached, eos_token_id=None
+            )
+            assert torch.equal(found, written)
+        states = bound.get_encoder()(IDS)
+        assert states[0].shape[1] == IDS.shape[1] + 4
+        close(
+            bound(encoder_outputs=states, decoder_input_ids=begin).logits,
+            bound(IDS, decoder_input_ids=begin).logits,
+            1e-6,
+        )
+        mask, bare = torch.ones_like(IDS), model.get_encoder()(IDS)
+        with pytest.raises(ll.UnsupportedError, match="isn't of 4 virtual tokens and those of"):
+            bound(encoder_outputs=bare, attention_mask=mask, decoder_input_ids=begin)
+
+
+def test_a_cache_without_room_is_refused_by_name() -> None:
+    model = fresh("llama")
+    bound = ll.bind(model, prompt(model))
+    how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with (
+        torch.no_grad(),
+        pytest.raises(ll.UnsupportedError, match=r"room for 8 tokens, .* needs 10"),
+    ):
+        bound.generate(IDS[:1], cache_implementation="static", **how)
+    with torch.no_grad():  # longer by the virtual tokens
+        bound.generate(IDS[:1], cache_implementation="static", max_cache_len=20, **how)
+
+
+# -------------------------------------------------------------------------------- other transforms
+def test_gradients_are_those_of_the_hand_made_call() -> None:
+    model = fresh("llama")
+    params = prompt(model)
+    tokens = params[""]["lora_tokens"].clone().requires_grad_()
+    front = torch.full((3, 4), -100)
+    loss = by_hand(model, tokens, IDS, labels=torch.cat([front, IDS], 1)).loss
+    (expected,) = torch.autograd.grad(loss, tokens)
+    found = grad(lambda p: ll.apply(model, p, IDS, labels=IDS).loss)(params)
+    close(found[""]["lora_tokens"], expected, 1e-6)
+    bound = ll.bind(model, params)
+    bound(IDS, labels=IDS).loss.backward()
+    (leaf,) = [p for p in bound.parameters() if p.requires_grad]
+    close(leaf.grad, expected, 1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_with_other_adapters_inside_and_outside() -> None:
+    model = fresh("llama")
+    first, second = prompt(model, 3), prompt(model, 2, seed=5)
+    cfg = ll.LoRAConfig(r=2, target_kinds=("linear", "embedding"), exclude_names=())
+    lora = moved(ll.init(model, cfg), size=0.05)
+    with torch.no_grad():
+        merged = ll.merged(model, lora)
+        close(ll.apply(model, (lora, first), IDS).logits, ll.apply(merged, first, IDS).logits, 1e-5)
+        both_in = torch.cat([first[""]["lora_tokens"], second[""]["lora_tokens"]])
+        expected = by_hand(model, both_in, IDS).logits[:, 5:]
+        close(ll.apply(model, (first, second), IDS).logits, expected, 1e-6)
+        twice = ll.bind(ll.bind(model, first), second)
+        close(twice(IDS).logits, expected, 1e-6)
+
+
+def test_one_graph_for_prompts_of_a_length() -> None:
+    torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounter
+
+    model, counter = fresh("llama"), CompileCounter()
+    call = torch.compile(
+        lambda p: ll.apply(model, p, IDS, use_cache=False).logits, backend=counter, fullgraph=True
+    )
+    with torch.no_grad():
+        for seed in range(3):
+            params = prompt(model, seed=seed)
+            close(call(params), ll.apply(model, params, IDS).logits, 1e-5)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------ places and starts
+class Wrapped(nn.Module):
+    """A model of transformers inside another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(fresh("bert_pooled"))
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(ids).last_hidden_state.mean(1))
+
+
+def test_which_call_is_adapted() -> None:
+    assert [s.path for s in ll.targets(fresh("llama"), ll.PromptTuningConfig())] == [""]
+    assert [s.path for s in ll.targets(Wrapped(), ll.PromptTuningConfig())] == ["inner"]
+    classifier = fresh("llama", "LlamaForSequenceClassification")
+    assert [s.path for s in ll.targets(classifier, ll.PromptTuningConfig())] == ["model"]
+    chosen = ll.PromptTuningConfig(target_names="^model$")
+    assert [s.path for s in ll.targets(fresh("llama"), chosen)] == ["model"]
+    with pytest.raises(ll.TargetError, match="has no models that embed tokens"):
+        ll.init(nn.Linear(3, 3), ll.PromptTuningConfig())
+    model = Wrapped().eval()
+    params = prompt(model)
+    with torch.no_grad():
+        assert (ll.apply(model, params, IDS) - model(IDS)).abs().max() > 1e-3
+
+
+def test_a_classifier_finds_the_last_token_of_padded_rows() -> None:
+    """PEFT leaves it without ids, so it takes the last place, padding or not."""
+    model = fresh("llama", "LlamaForSequenceClassification", num_labels=3)
+    params = prompt(model)
+    ids = IDS.clone()
+    ids[1, 4:] = 0
+    with torch.no_grad():
+        found = ll.apply(model, params, ids, attention_mask=(ids != 0).long()).logits
+        close(found[1], ll.apply(model, params, ids[1:2, :4]).logits[0], 1e-6)
+
+
+def test_starts_are_tokens_of_the_vocabulary() -> None:
+    model = fresh("gemma2")
+    embedded = model.get_input_embeddings()(torch.arange(64)).detach()
+    given = ll.init(model, ll.PromptTuningConfig(r=5, token_ids=(7, 9, 8)))[""]["lora_tokens"]
+    assert torch.equal(given, embedded[torch.tensor([7, 9, 8, 7, 9])])
+    drawn = ll.init(model, ll.PromptTuningConfig(r=5))[""]["lora_tokens"]
+    assert all((embedded == row).all(-1).any() for row in drawn)
+    assert drawn.dtype == torch.float32
+    with pytest.raises(ll.ConfigError, match="token id 64: the model has 64 of them"):
+        ll.init(model, ll.PromptTuningConfig(token_ids=(64,)))
+    with pytest.raises(ll.ConfigError, match='are of init="vocabulary"'):
+        ll.PromptTuningConfig(token_ids=(1,), init="normal")
+
+
+# --------------------------------------------------------------------------------- what is refused
+def test_what_has_no_meaning_is_refused() -> None:
+    model = fresh("llama")
+    params = prompt(model)
+    for verb in (ll.merged, ll.merge):
+        with pytest.raises(ll.UnsupportedError, match="prompt_tuning has no dense equivalent"):
+            verb(model, params)
+    with pytest.raises(ll.UnsupportedError, match="no `scale` function"):
+        ll.scale(params, 0.5)
+    stack = ll.stack([params, params])
+    with pytest.raises(ll.UnsupportedError, match="no weighted sum of its members"):
+        ll.mixed(stack, torch.ones(3, 2))
+    with pytest.raises(ll.UnsupportedError, match="give an id for each row"):
+        ll.apply(model, ll.rows(stack, torch.zeros(3, 6, dtype=torch.long)), IDS)
+    with pytest.raises(ll.StructureError, match="first dimension is the 2 rows"):
+        ll.apply(model, ll.rows(stack, [0, 1]), IDS)
+    with pytest.raises(ll.UnsupportedError, match=r"attention_mask \(\(3, 1, 6, 6\)\); give one"):
+        ll.apply(model, params, IDS, attention_mask=torch.ones(3, 1, 6, 6))
+    with pytest.raises(ll.UnsupportedError, match="the call has no tokens"):
+        ll.apply(model, params)
+    with pytest.raises(ll.UnsupportedError, match="2 dimensions, found"):
+        ll.apply(model, params, IDS[0])
+    with pytest.raises(ll.UnsupportedError, match=r"weights \(3, 6\) has something for each"):
+        ll.apply(model, params, IDS, weights=torch.ones(3, 6))
+
+
+# -------------------------------------------------------------------------------------------- files
+def test_files_keep_lengths_and_places(tmp_path: Any) -> None:
+    model = fresh("llama")
+    several = {"a": prompt(model, 3), "b": prompt(model, 1, seed=1)}
+    ll.save(several["a"], tmp_path / "one.safetensors")
+    back = ll.load(tmp_path / "one.safetensors", model)
+    assert torch.equal(back[""]["lora_tokens"], several["a"][""]["lora_tokens"])
+    ll.save(ll.stack(several), tmp_path / "stack.safetensors")
+    with torch.no_grad():
+        rows = ll.rows(ll.load(tmp_path / "stack.safetensors", model), ["b", "a", None])
+        found = ll.apply(model, rows, IDS).logits
+        close(found[0], ll.apply(model, several["b"], IDS[:1]).logits[0], 5e-6)

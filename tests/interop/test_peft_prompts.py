@@ -1,0 +1,148 @@
+"""PEFT's prompt learning: its forward, loss and files, and where its generation goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import close
+from peft_models import load_file, peft
+from prompts import IDS, both, fresh, greedy, output, single
+
+import lora_lite_func as ll
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many
+
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bert_pooled": "FEATURE_EXTRACTION",
+    "t5": "SEQ_2_SEQ_LM",
+    "bart": "SEQ_2_SEQ_LM",
+}
+
+
+def theirs(name: str, config: Any, folder: Path) -> Any:
+    """PEFT's model, and its folder."""
+    torch.manual_seed(5)
+    made = peft.get_peft_model(copy.deepcopy(fresh(name)), config).eval()
+    with torch.no_grad():
+        for key, p in made.named_parameters():
+            if p.requires_grad and "prompt_encoder" in key:
+                p += 0.1 * torch.randn_like(p)
+    made.save_pretrained(folder)
+    return made
+
+
+def prompt_config(name: str) -> Any:
+    return peft.PromptTuningConfig(task_type=TASKS[name], num_virtual_tokens=4)
+
+
+def agrees(name: str, made: Any, params: Any) -> None:
+    """Outputs, with a mask and without, and the loss are PEFT's; but those of padding, whose
+    positions PEFT counts on.
+    """
+    model, given = fresh(name), single(name, IDS)
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    labels = {}
+    if name != "bert_pooled":
+        own = IDS[:, :3].clone() if name in both else IDS.masked_fill(mask == 0, -100)
+        labels = {"labels": own}
+    with torch.no_grad():
+        for more in ({}, {"attention_mask": mask}):
+            expected = made(**given, **more, **labels)
+            found = ll.apply(model, params, **given, **more, **labels)
+            theirs, ours = output(expected), output(found)[:, :6]
+            theirs = theirs[:, 4:10] if name not in both else theirs
+            kept = mask[:, :, None] != 0 if more and name not in both else torch.tensor(True)
+            close(torch.where(kept, ours, 0.0), torch.where(kept, theirs, 0.0), 2e-6)
+            if labels:
+                close(found.loss, expected.loss, 2e-6)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompt_tuning_both_ways(name: str, tmp_path: Path) -> None:
+    made = theirs(name, prompt_config(name), tmp_path / "theirs")
+    model = fresh(name)
+    params = ll.from_peft(tmp_path / "theirs", model)
+    assert isinstance(params.config, ll.PromptTuningConfig)
+    assert params[""]["lora_tokens"].shape == (4, 32)
+    agrees(name, made, params)
+    ll.to_peft(params, model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    agrees(name, again, params)
+    assert list(load_file(tmp_path / "ours")) == ["prompt_embeddings"]
+    back = ll.from_peft(tmp_path / "ours", model)
+    assert torch.equal(back[""]["lora_tokens"], params[""]["lora_tokens"])
+
+
+def test_pefts_generation_with_a_cache_is_not_that_of_its_full_calls(tmp_path: Path) -> None:
+    """From the second step on its model sees the virtual tokens and the last token alone."""
+    made = theirs("llama", prompt_config("llama"), tmp_path)
+    params = ll.from_peft(tmp_path, fresh("llama"))
+    how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask, ids = torch.ones_like(IDS), IDS
+    with torch.no_grad():
+        expected = torch.cat(
+            [greedy(lambda x: ll.apply(fresh("llama"), params, x), row[None], 8) for row in ids]
+        )
+        assert torch.equal(ll.bind(fresh("llama"), params).generate(ids, **how), expected)
+        assert not torch.equal(made.generate(input_ids=ids, attention_mask=mask, **how), expected)
+        uncached = made.generate(input_ids=ids, attention_mask=mask, use_cache=False, **how)
+        assert torch.equal(uncached, expected)
+
+
+def test_what_a_file_of_prompts_must_say(tmp_path: Path) -> None:
+    theirs("llama", prompt_config("llama"), tmp_path)
+    with pytest.raises(ll.CheckpointError, match="keys don't say which module's call is adapted"):
+        ll.from_peft(tmp_path)
+    with pytest.raises(ll.CheckpointError, match=r"expected shape \(4, 16\), found \(4, 32\)"):
+        ll.from_peft(tmp_path, fresh("llama", hidden_size=16))
+    file = tmp_path / "adapter_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"num_virtual_tokens": 3}))
+    with pytest.raises(ll.CheckpointError, match=r"num_virtual_tokens is 3, .* is \(4, 32\)"):
+        ll.from_peft(tmp_path, fresh("llama"))
+
+
+def test_one_file_holds_the_prompt_of_one_model(tmp_path: Path) -> None:
+    model = fresh("llama")
+    params = ll.init(model, ll.PromptTuningConfig(r=2))
+    inner = ll.init(model, ll.PromptTuningConfig(r=2, target_names="^model$"))
+    with pytest.raises(ll.UnsupportedError, match="are of 2 "):
+        ll.to_peft((params, inner), model, tmp_path)
+    with pytest.raises(
+        ll.UnsupportedError, match="'model': PEFT's PROMPT_TUNING is of the model's"
+    ):
+        ll.to_peft(inner, model, tmp_path)
+    with pytest.raises(ll.UnsupportedError, match="no one form for"):
+        ll.to_peft((params, ll.init(model, ll.LoRAConfig(r=2))), model, tmp_path)
+
+
+def test_a_classifiers_head_is_beside_its_prompt(tmp_path: Path) -> None:
+    import transformers
+
+    model = fresh("llama", "LlamaForSequenceClassification", num_labels=3)
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    torch.manual_seed(5)
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p += 0.1
+    made.save_pretrained(tmp_path)
+    params = ll.from_peft(tmp_path, model)
+    assert isinstance(model, transformers.PreTrainedModel)
+    with torch.no_grad():
+        expected = made(IDS).logits
+        close(ll.apply(model, params, IDS).logits, expected, 1e-5)
+    ll.to_peft(params, model, tmp_path / "ours")
+    assert load_file(tmp_path / "ours").keys() == load_file(tmp_path).keys()
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    with torch.no_grad():
+        close(again(IDS).logits, expected, 1e-5)
