@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
@@ -22,6 +23,7 @@ def teach_loading(bound: nn.Module) -> None:
     """Let a model that was bound just now load the state of its adapters in other names."""
     bound.register_load_state_dict_pre_hook(_take_adapters)
     bound.register_load_state_dict_pre_hook(_take_peft_layers)
+    bound.register_load_state_dict_pre_hook(_part_shared)
     bound.register_load_state_dict_post_hook(_need_no_base)
 
 
@@ -51,7 +53,7 @@ def _take_adapters(
         for saved, key, (path, name) in leaves:
             own = held[path][name]
             # A file has frozen tensors that share memory once.
-            memory = (own.data_ptr(), own.dtype, own.shape, own.stride(), own.device)
+            memory = _memory_of(own)
             frozen = not entry.layout.specs[path][name].trainable
             if saved in state_dict:
                 state_dict[key] = state_dict.pop(saved)
@@ -63,6 +65,33 @@ def _take_adapters(
                     f"the file lacks {saved!r} of the adapter, or has it once for several sites; "
                     f"bind what ll.load reads"
                 )
+
+
+def _part_shared(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Give tensors that share memory memory of their own where the state has unlike values for
+    them, as that of an adapter with a projection of its own at each site.
+    """
+    for entry in entries_of(module) or []:
+        held, first = tensors_in(module, entry), dict[Any, Tensor]()
+        for path, name, key in leaf_keys(module, entry):
+            own, value = held[path][name], state_dict.get(prefix + key)
+            if value is None:
+                continue
+            known = first.setdefault(_memory_of(own), value)
+            if known is not value and not torch.equal(known, value):
+                home, _, last = key.rpartition(".")
+                leaves = module.get_submodule(home)
+                if last in leaves._buffers:
+                    leaves._buffers[last] = own.clone()
+
+
+def _memory_of(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.dtype, t.shape, t.stride(), t.device
 
 
 def _take_peft_layers(

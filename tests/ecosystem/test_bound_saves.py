@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.utils._pytree as pytree
 from families import FAMILIES, IDS
 from helpers import close, leaves, moved
 from torch import Tensor, nn
@@ -265,6 +266,22 @@ def test_a_file_that_lacks_a_tensor_is_no_adapter(base: Any, tmp_path: Path) -> 
     del file["model.layers.0.self_attn.q_proj.lora_B"]
     with pytest.raises(RuntimeError, match=r"lacks 'model\.layers\.0\.self_attn\.q_proj\.lora_B"):
         bound.load_state_dict(file, strict=False)
+
+
+def test_a_state_may_have_frozen_tensors_of_each_site(base: Any) -> None:
+    """Sites of a new VeRA share their projections; those of one from elsewhere needn't."""
+    shared = ll.init(base, CONFIGS["vera"])
+    own = pytree.tree_map(lambda t: t + torch.rand_like(t) / 10, shared)
+    bound: Any = ll.bind(base, shared)
+    before = pytree.tree_map(torch.clone, shared)
+    bound.load_state_dict(ll.bind(base, own).state_dict())
+    assert same(ll.unbind(bound), own)
+    assert torch.equal(logits(bound), logits(ll.bind(base, own)))
+    again: Any = ll.bind(base, ll.init(base, CONFIGS["vera"], seed=4))
+    again.load_state_dict(ll.bind(base, before).state_dict())
+    assert same(ll.unbind(again), before)
+    memories = {t.data_ptr() for name, t in again.named_buffers() if "vera_A" in name}
+    assert len(memories) < sum("vera_A" in name for name, _ in again.named_buffers())
 
 
 def test_pushing_goes_by_the_models_own_push(
