@@ -129,6 +129,7 @@ __all__ = [
     "TinyLoRAConfig",
     "TokensConfig",
     "UnsupportedError",
+    "VBLoRAConfig",
     "Variant",
     "VeRAConfig",
     "WaveFTConfig",
@@ -258,6 +259,7 @@ if TYPE_CHECKING:
         SSVDConfig,
         TinyLoRAConfig,
         TokensConfig,
+        VBLoRAConfig,
         VeRAConfig,
         WaveFTConfig,
     )

@@ -4,6 +4,7 @@ with the reason.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ def _randlora(**kw: Any) -> ll.AdapterConfig:
     larger than the weights.
     """
     return ll.RandLoRAConfig(**{**kw, "alpha": kw.get("alpha", 16.0) / 64})
+
+
+def _bank(**kw: Any) -> ll.AdapterConfig:
+    """A small bank of short vectors, of which the laws' sizes have room for several."""
+    return ll.VBLoRAConfig(**{"num_vectors": 6, "vector_length": 4, **kw})
 
 
 def _data(model: nn.Module) -> dict[str, Any]:
@@ -263,6 +269,8 @@ CASES = (
         update=_experts,
     ),
     Case("arrow", _fixed(ll.ArrowConfig, experts=3, top_k=2), dead=A, update=_experts),
+    Case("vblora", _bank, exact=False, identity=1e15),  # near the base, whatever the dtype
+    Case("vblora_exact", functools.partial(_bank, exact_start=True)),
     Case("ln_tuning", _norms, linear=False),
     Case("tokens_of_a_head", _head_tokens, linear=False, stacks=False),
     Case("full", _weights, linear=False),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, check_shapes
 from ..core.errors import StructureError, UnsupportedError, short_repr
 from ..core.registry import variant_for
+from ..core.shared import site_tensors
 from ..core.site import Site
 from ..variants import LoRAConfig
 from .alike import check_adapter
@@ -143,7 +144,7 @@ def _places(
 def _weighted_tensors(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:
     """{path: (weight, tensors, site) of all that adapt it}."""
     return {
-        path: [(w, a._data[path], a.sites[path]) for w, a in there]
+        path: [(w, site_tensors(a.layout.shared, a._data, path), a.sites[path]) for w, a in there]
         for path, _, there in _places(group)
     }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.errors import UnsupportedError
+from ..core.shared import site_tensors
 from ..core.stacked import unfolded
 from ..core.torch_internals import autocasts
 
@@ -28,7 +29,8 @@ def low_rank_update(adapter: Adapter, path: str, what: str) -> tuple[Tensor, Ten
         UnsupportedError: the method's update isn't a product of two factors.
     """
     layout = adapter.layout
-    variant, (p, site) = layout.variant, unfolded(adapter._data[path], layout.sites[path])
+    p, site = unfolded(site_tensors(layout.shared, adapter._data, path), layout.sites[path])
+    variant = layout.variant
     if variant.low_rank_factors is None:
         raise UnsupportedError(
             f"{what}: {variant.name}'s update isn't a product of two factors; apply them side by "

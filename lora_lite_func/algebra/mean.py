@@ -44,12 +44,12 @@ def mean(stack: Adapter, weights: Tensor | Sequence[float] | None = None) -> Ada
             "ll.combine_adapters(ll.unstack(stack), weights)"
         )
     made: list[Any] = []
-    for path, specs in stack.layout.specs.items():
-        for name, spec in specs.items():
+    for path, names in stack.layout.names.items():
+        for name in names:
             t = stack._data[path][name]
             if t is ABSENT:
                 made.append(ABSENT)
-            elif spec.trainable:
+            elif stack.layout.specs[path][name].trainable:
                 made.append(_average(t, w))
             else:
                 made.append(_common(t, path, name))

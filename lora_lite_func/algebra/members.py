@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter
 from ..core.errors import StructureError
 from ..core.layout import Layout, LeafSpec
+from ..core.shared import Once
 from ..core.site import Site
 from ..core.stacked import OF_MEMBERS, Stacked, number_of
 from .alike import check_same_sites, other_method, other_settings
@@ -34,7 +35,7 @@ class Common:
         """Take what a member has that those before it hadn't."""
         if layout is not self._last:
             self._first, self._last = self._first or layout, layout
-            for path in layout.sites:
+            for path in layout.names:
                 self._homes.setdefault(path, layout)
 
     def check(self, layout: Layout, what: str) -> None:
@@ -54,19 +55,23 @@ class Common:
             raise other_method(first, layout, what)
         if isinstance(layout, Stacked):
             raise StructureError(f"{what} is a stack itself; ll.concatenate puts stacks together")
-        shared = [path for path in layout.sites if path in self._homes]
-        for path in shared:
-            site, other = layout.sites[path], self._homes[path].sites[path]
-            if _place(site) != _place(other):
+        common = [path for path in layout.names if path in self._homes]
+        for path in common:
+            site, other = layout.sites.get(path), self._homes[path].sites.get(path)
+            if site is not None and other is not None and _place(site) != _place(other):
                 check_same_sites({path: _anywhere(other)}, {path: _anywhere(site)}, what)
         if layout.config != first.config:
             free = {name: getattr(first.config, name) for name in _FREE}
             settings = dataclasses.replace(layout.config, **free)
             if settings != first.config:
                 raise other_settings(first.config, settings, what)
-        for path in shared:
+        for path in common:
             if layout.specs[path] != self._homes[path].specs[path]:
                 _check_leaves(self._homes[path], layout, path, what)
+            if layout.shared.get(path) != self._homes[path].shared.get(path):
+                raise StructureError(
+                    f"{what} shares other tensors at {path!r} than the first, or with other sites"
+                )
 
 
 def _place(site: Site) -> tuple[Any, ...]:
@@ -98,16 +103,27 @@ def _check_leaves(first: Layout, other: Layout, path: str, what: str) -> None:
         shape = other.specs[path][name].shape
         if not _fits(shape, spec.shape, spec.rank_axis):
             raise StructureError(
-                f"{what} differs at {path!r} {name}: {shape}, the first {spec.shape} (its rank "
-                f"is {first.sites[path].r}); "
+                f"{what} differs at {path!r} {name}: {shape}, the first {spec.shape}"
+                f"{_rank(first, path)}; "
                 f"{first.variant.name} has no direction of zeros that changes nothing, so it "
                 f"can't be padded: stack equal ranks"
             )
 
 
+def _rank(layout: Layout, path: str) -> str:
+    return f" (its rank is {layout.sites[path].r})" if path in layout.sites else ""
+
+
 # ------------------------------------------------------------------------------------------- leaves
-def piled(path: str, name: str, several: Sequence[Adapter], layout: Layout) -> Any:
+def piled(path: str, name: str, several: Sequence[Adapter], layout: Layout, once: Once) -> Any:
     """A leaf of a stack, (K, ...), of its members' leaves.
+
+    Args:
+        path: the site, or the home of shared leaves.
+        name: the leaf.
+        several: the members.
+        layout: the stack's.
+        once: stacks frozen leaves that are one in each member once.
 
     Raises:
         StructureError: they differ in dtype or device, or some are absent.
@@ -121,7 +137,10 @@ def piled(path: str, name: str, several: Sequence[Adapter], layout: Layout) -> A
     first = next(leaf for leaf in column if leaf is not None)
     if first is ABSENT:
         return ABSENT
-    return torch.stack([_filler(spec, first) if t is None else padded(t, spec) for t in column])
+    full = [_filler(spec, first) if t is None else padded(t, spec) for t in column]
+    if spec.trainable:
+        return torch.stack(full)
+    return once(lambda *members: torch.stack(members), *full)
 
 
 def can_put(adapter: Adapter, stacked: Adapter) -> bool:
@@ -135,10 +154,19 @@ def can_put(adapter: Adapter, stacked: Adapter) -> bool:
 
 def put(adapter: Adapter, stacked: Adapter, place: int) -> Iterable[Any]:
     """The leaves of a stack with an adapter's in one member's place."""
+    once = Once()
+
+    def with_own(leaf: Tensor, own: Tensor) -> Tensor:
+        return torch.select_scatter(leaf, own, 0, place)
+
     for path, tensors in stacked._data.items():
         for name, leaf in tensors.items():
-            own = _own(adapter, path, name, stacked.layout.specs[path][name], leaf)
-            yield leaf if own is None else torch.select_scatter(leaf, own, 0, place)
+            spec = stacked.layout.specs[path][name]
+            own = _own(adapter, path, name, spec, leaf)
+            if own is None:
+                yield leaf
+            else:
+                yield with_own(leaf, own) if spec.trainable else once(with_own, leaf, own)
 
 
 def _own(adapter: Adapter, path: str, name: str, spec: LeafSpec, leaf: Any) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.adapter import ABSENT, leaves
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
+from ..core.shared import each_site, expert_axes
 from ..core.stacked import OF_MEMBERS, PRESENT
 from .alike import check_adapter
 
@@ -35,11 +36,15 @@ def penalty(params: Any) -> Tensor:
             "frozen)"
         )
     total: Any = 0.0
-    for path, tensors in params._data.items():
+    for path, tensors in each_site(layout.shared, params._data):
         site = layout.sites[path]
         own = {name: t for name, t in tensors.items() if name not in OF_MEMBERS}
         one = partial(_asked, layout.variant.penalty, layout.config, site=site)
-        added = torch.func.vmap(one)(own).sum() if site.num_experts else one(own)
+        if site.num_experts:
+            axes = expert_axes(own, layout.shared.get(path, ()))
+            added = torch.func.vmap(one, in_dims=(axes,))(own).sum()
+        else:
+            added = one(own)
         total = total + (added * tensors[PRESENT] if PRESENT in tensors else added)
     return torch.as_tensor(total)
 

@@ -48,11 +48,11 @@ class Slots:
         before: Mapping[str, Mapping[str, Tensor]] = {} if old is None else old.leaves
         leaves = {
             path: {
-                name: _leaf(before, like, path, name, spec, count, device)
-                for name, spec in specs.items()
+                name: _leaf(before, like, path, name, layout.specs[path][name], count, device)
+                for name in names
                 if name not in OF_MEMBERS
             }
-            for path, specs in layout.specs.items()
+            for path, names in layout.names.items()
         }
         numbers = torch.zeros(
             len(OF_MEMBERS), len(leaves), count, dtype=_wide(leaves), device=device

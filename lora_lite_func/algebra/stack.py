@@ -9,6 +9,7 @@ from ..core.adapter import Adapter, member, members_of, rebuild
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
+from ..core.shared import Once
 from ..core.stacked import Stacked
 from ..core.torch_internals import first_of
 from .alike import check_adapter
@@ -51,9 +52,9 @@ def stack(adapters: Iterable[Adapter] | Mapping[str, Adapter]) -> Adapter:
 
 def _stacked(several: Sequence[Adapter], labels: Sequence[str | None] | None) -> Adapter:
     """The stack of adapters that are known to be members of one."""
-    layout = _layout([a.layout for a in several], labels)
+    layout, once = _layout([a.layout for a in several], labels), Once()
     made = [
-        piled(path, name, several, layout)
+        piled(path, name, several, layout, once)
         for path, leaves in layout.names.items()
         for name in leaves
     ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.adapter import ABSENT, Adapter, leaves, members_of, replace
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
+from ..core.shared import Once, each_site, expert_axes
 from ..core.stacked import OF_MEMBERS
 from .alike import check_adapter
 
@@ -71,14 +72,17 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
 
         # a member's own scale is no part of the method's tensors
         own = {name: t for name, t in tensors.items() if name not in OF_MEMBERS}
-        changed = {
-            **tensors,
-            **(one(own) if not layout.sites[path].num_experts else torch.func.vmap(one)(own)),
-        }
+        if layout.sites[path].num_experts:
+            shared = layout.shared.get(path, ())
+            made = torch.func.vmap(one, in_dims=(expert_axes(own, shared),))(own)
+            made = {name: t[0] if name in shared else t for name, t in made.items()}
+        else:
+            made = one(own)
         # a wide strength widens a 0-dim tensor
-        return {name: changed[name].to(t.dtype) for name, t in tensors.items()}
+        return {name: made.get(name, t).to(t.dtype) for name, t in tensors.items()}
 
-    return replace(params, {path: scaled(path, tensors) for path, tensors in params._data.items()})
+    sites = each_site(layout.shared, params._data)
+    return replace(params, {path: scaled(path, tensors) for path, tensors in sites})
 
 
 def check_named(made: Any, known: Collection[str], where: str, whose: str) -> Mapping[str, Tensor]:
@@ -130,7 +134,8 @@ def project(params: Adapter) -> Adapter:
         made = constrained(layout.config, tensors)
         return {**tensors, **check_named(made, tensors, where, "the adapter has")}
 
-    return replace(params, {path: nearest(path, tensors) for path, tensors in params._data.items()})
+    sites = each_site(layout.shared, params._data)
+    return replace(params, {path: nearest(path, tensors) for path, tensors in sites})
 
 
 def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
@@ -142,13 +147,14 @@ def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
     check_adapter(params, "cast")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         raise StructureError(f"cast: expected a floating dtype, found {dtype!r}")
-    specs = params.layout.specs
+    specs, once = params.layout.specs, Once()
 
     def leaf(path: str, name: str, t: Any) -> Any:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             return t
-        at_least = specs[path][name].dtype
-        return t.to(dtype if at_least is None else torch.promote_types(dtype, at_least))
+        spec = specs[path][name]
+        wanted = dtype if spec.dtype is None else torch.promote_types(dtype, spec.dtype)
+        return t.to(wanted) if spec.trainable else once(lambda t: t.to(wanted), t, key=wanted)
 
     return replace(
         params,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter
 from ..core.errors import StructureError, nearest
+from ..core.shared import each_site
 from ..core.stacked import PRESENT
 from ..core.torch_internals import first_of
 from ..injection.attachment import Attachment
@@ -100,7 +101,7 @@ def attachments_of(
         check_values(adapter, model)
         layout = adapter.layout
         variant, cfg = layout.variant, layout.config
-        for path, tensors in adapter._data.items():
+        for path, tensors in each_site(layout.shared, adapter._data):
             present = tensors.get(PRESENT)
             if detach_frozen:
                 specs = layout.specs[path]
@@ -116,6 +117,7 @@ def attachments_of(
                 prompt=prompt,
                 row_plan=None if plan is None else plan.at_site(layout, path, present),
                 optional=plan is None and present is not None,
+                shared=layout.shared.get(path, ()),
             )
             sites.setdefault(path, []).append(attachment)
     return sites

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
 from ..core.errors import StructureError, UnsupportedError
+from ..core.shared import each_site
 from ..core.stacked import PRESENT
 from ..core.torch_internals import is_followed
 from ..injection.activation_route import get_ready
@@ -100,14 +101,18 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
                     row_plan,
                     optional=plan is None and present is not None,
                     called=linears,
+                    shared=layout.shared.get(path, ()),
                 )
                 sites.setdefault(site.path, []).append(attachment)
         entries.append(Entry(layout, indices))
     bound = cast(ModelT, copy_tree(model, sites, Frozen()))
     for (adapter, _), more in zip(adapters, tied, strict=True):
-        for path, tensors in adapter._data.items():
-            held = (CalledLeaves if linears else Leaves)(tensors, adapter.layout.specs[path])
-            for site in (adapter.layout.sites[path], *more.get(path, ())):
+        layout, common = adapter.layout, _shared_parameters(adapter)
+        for path, tensors in each_site(layout.shared, adapter._data):
+            keys = layout.shared.get(path, {}).items()
+            shared = {name: common[group, name] for name, group in keys if (group, name) in common}
+            held = (CalledLeaves if linears else Leaves)(tensors, layout.specs[path], shared)
+            for site in (layout.sites[path], *more.get(path, ())):
                 hold(bound.get_submodule(home_of(site)), held)
     keep_entries(bound, entries)
     tell_trainable(bound)
@@ -117,6 +122,17 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
     if any(plan is not None for _, plan in adapters) and hasattr(bound, _PACKING):
         bound.__dict__[_PACKING] = refuse_rows
     return bound
+
+
+def _shared_parameters(adapter: Adapter) -> dict[tuple[str, str], nn.Parameter]:
+    """{(path of a group, lora_name): the one parameter that its sites hold}, of what is trained."""
+    layout = adapter.layout
+    return {
+        (path, name): nn.Parameter(adapter._data[path][name].detach())
+        for path, names in layout.names.items()
+        for name in names
+        if path not in layout.sites and layout.specs[path][name].trainable
+    }
 
 
 def prepared(model: ModelT, params: Adapters) -> ModelT:
@@ -166,9 +182,10 @@ def reference(bound: ModelT) -> ModelT:
     _entries(bound)
     with torch.inference_mode(False), torch.no_grad():
         made = cast(ModelT, copy_tree(bound, {}, Frozen()))
+        own: dict[int, nn.Parameter] = {}
         for module in made.modules():
             if isinstance(module, Leaves):
-                module.own_parameters()
+                module.own_parameters(own)
     teach_saving(made)
     return made.requires_grad_(False).eval()
 

@@ -15,11 +15,18 @@ from ..algebra.tree import check_named
 from ..core import random
 from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
-from ..core.errors import ConfigError, LoraLiteError, StructureError, short_repr
+from ..core.errors import (
+    ConfigError,
+    LoraLiteError,
+    StructureError,
+    UnsupportedError,
+    short_repr,
+)
 from ..core.layout import Layout
 from ..core.leaf_dtype import leaf_dtype
 from ..core.method import ParamSpec, Variant
 from ..core.registry import variant_for
+from ..core.shared import group_path
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
 from ..interop.fresh_heads import warn_of_fresh_heads
@@ -73,7 +80,8 @@ def init(
             cfg, found = planned, find(model, variant, planned)
     data: dict[str, dict[str, Tensor]] = {}
     copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]] = {}
-    homes = [_Home(*_home(site, module), copies) for site, module in found]
+    shared: dict[tuple[str, str], Tensor] = {}
+    homes = [_Home(*_home(site, module), copies, shared) for site, module in found]
     with _unsurrounded({home.device.type for home in homes}):
         for (site, module), home in zip(found, homes, strict=True):
             try:
@@ -111,14 +119,19 @@ def _unsurrounded(kinds: set[str]) -> Iterator[None]:
 
 
 class _Home(NamedTuple):
-    """Where a site's tensors go, and the copies of frozen starts that were made so far.
+    """Where a site's tensors go, and what was made so far that it may share.
 
-    `copies` is {what was copied to where: (the original, its copy)}.
+    Attributes:
+        device: where it computes.
+        dtype: in which dtype.
+        copies: of frozen starts, {what was copied to where: (the original, its copy)}.
+        shared: {(group, lora_name): the tensor that the sites of the group have in common}.
     """
 
     device: torch.device
     dtype: torch.dtype
     copies: dict[Any, tuple[weakref.ref[Tensor], Tensor]]
+    shared: dict[tuple[str, str], Tensor]
 
     def copy(self, value: Tensor, dtype: torch.dtype, frozen: bool) -> Tensor:
         """A clone of a start, because trainable tensors must not share storage.
@@ -167,17 +180,24 @@ def _start(
         )
     starts = []
     for i in range(max(site.num_experts, 1)):
-        draw = functools.partial(_generator, seed, site, i)
+        draw = functools.partial(_generator, seed, site, i, specs)
         weight = W[i].contiguous() if W is not None and site.num_experts else W
         starts.append(_one_start(variant, cfg, site, specs, weight, seen, draw, home))
-    return (
-        {name: torch.stack([s[name] for s in starts]) for name in specs}
-        if site.num_experts
-        else starts[0]
-    )
+    if not site.num_experts:
+        return starts[0]
+    return {
+        name: torch.stack([s[name] for s in starts]) if spec.group is None else starts[0][name]
+        for name, spec in specs.items()
+    }
 
 
-def _generator(seed: int, site: Site, i: int, name: str) -> torch.Generator:
+def _generator(
+    seed: int, site: Site, i: int, specs: Mapping[str, ParamSpec], name: str
+) -> torch.Generator:
+    """What a tensor is drawn with; one that several sites share, by its group alone."""
+    group = specs[name].group if name in specs else None
+    if group is not None:
+        return random.generator(seed, group_path(group), name)
     return random.generator(seed, site.path, f"{name}.{i}" if site.num_experts else name)
 
 
@@ -216,6 +236,9 @@ def _one_start(
         )
     start = {}
     for name, spec in specs.items():
+        if spec.group is not None and (spec.group, name) in home.shared:
+            start[name] = _of_group(home, spec.group, name)
+            continue
         dtype = leaf_dtype(spec, cfg.dtype or home.dtype)
         value = given[name] if name in given else _drawn(spec, draw, name, home.device, dtype)
         if tuple(value.shape) != tuple(spec.shape):
@@ -229,7 +252,25 @@ def _one_start(
             start[name] = value.detach().to(
                 home.device, dtype, memory_format=torch.contiguous_format
             )
+        if spec.group is not None:
+            home.shared[spec.group, name] = start[name]
     return start
+
+
+def _of_group(home: _Home, group: str, name: str) -> Tensor:
+    """The tensor that a site shares with others that have started.
+
+    Raises:
+        UnsupportedError: they are on another device.
+    """
+    common = home.shared[group, name]
+    if common.device != home.device:
+        raise UnsupportedError(
+            f"it shares {name} with layers on {common.device} and is itself on {home.device}: one "
+            f"tensor can't be on both; put the model on one device, or adapt the layers of each "
+            f"device by an adapter of their own"
+        )
+    return common
 
 
 def _specs(variant: Variant, cfg: AdapterConfig, site: Site) -> Mapping[str, ParamSpec]:
@@ -241,6 +282,11 @@ def _specs(variant: Variant, cfg: AdapterConfig, site: Site) -> Mapping[str, Par
         )
     if not specs:
         raise ConfigError(f"{variant.name}.param_specs: expected at least one tensor, found {{}}")
+    if all(spec.group is not None for spec in specs.values()):
+        raise ConfigError(
+            f"{variant.name}.param_specs: expected at least one tensor of the site's own, found "
+            f"{short_repr(sorted(specs))}"
+        )
     for name, spec in specs.items():
         if not isinstance(name, str) or not name.startswith("lora_") or "." in name:
             raise ConfigError(
@@ -265,6 +311,11 @@ def _check_spec(spec: ParamSpec, where: str) -> None:
     if axis is not None and not 0 <= axis < len(shape):
         raise ConfigError(
             f"{where} has rank_axis={axis}; expected one of its {len(shape)} axes, counted from 0"
+        )
+    if spec.group is not None and (not isinstance(spec.group, str) or not spec.group):
+        raise ConfigError(
+            f"{where} has the group {short_repr(spec.group)}; expected a name, or None for a "
+            f"tensor of the site's own"
         )
     if dtype is None:
         return

@@ -99,15 +99,15 @@ def _one_differing(a: Adapter, b: Adapter) -> dict[str, Any]:
     if settings:
         found["settings"] = settings
     for key, first, second in (("only_a", a, b), ("only_b", b, a)):
-        alone = [path for path in first if path not in second]
+        alone = [path for path in first if path not in second.sites]
         if alone:
             found[key] = alone
     tensors: dict[str, Any] = {}
-    for path in a:
-        if path in b:
-            if _facts(a.sites[path]) != _facts(b.sites[path]):
+    for path in a.layout.names:
+        if path in b.layout.names:
+            if path in a.sites and _facts(a.sites[path]) != _facts(b.sites[path]):
                 tensors[path] = f"{_facts(a.sites[path])} / {_facts(b.sites[path])}"
-            for name in sorted({*a[path], *b[path]}):
+            for name in sorted({*a.layout.names[path], *b.layout.names[path]}):
                 apart = _apart(a[path].get(name), b[path].get(name))
                 if apart is not None:
                     tensors[f"{path}.{name}"] = apart

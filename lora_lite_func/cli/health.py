@@ -33,15 +33,15 @@ def health(params: Any, norms: Mapping[str, float | None] | None = None) -> Heal
     """
     found: Health = {"not_finite": not_finite(params), "zero": [], "cut": []}
     odd = set(found["not_finite"])
-    for adapter, path, shown in _sites(params):
-        keys = {name: _key(shown, name) for name in adapter[path]}
-        for name, t in adapter[path].items():
-            spec = adapter.layout.specs[path][name]
-            if _has_numbers(t) and spec.trainable and keys[name] not in odd:
+    for adapter, path, shown in _places(params):
+        keys = {name: _key(shown, name) for name in adapter.layout.names[path]}
+        for name, key in keys.items():
+            t, spec = adapter[path][name], adapter.layout.specs[path][name]
+            if _has_numbers(t) and spec.trainable and key not in odd:
                 cut = _cut(t, spec)
                 if cut:
-                    found["cut"].append(f"{keys[name]}: {cut}")
-        if odd.isdisjoint(keys.values()):
+                    found["cut"].append(f"{key}: {cut}")
+        if path in adapter.sites and odd.isdisjoint(keys.values()):
             norm = update_norm(adapter, path) if norms is None else norms[path]
             if norm == 0.0:
                 found["zero"].append(shown)
@@ -52,16 +52,18 @@ def not_finite(params: Any) -> list[str]:
     """Return the names of the tensors with NaN or infinity, of an adapter or of several."""
     return [
         _key(shown, name)
-        for adapter, path, shown in _sites(params)
-        for name, t in adapter[path].items()
-        if _has_numbers(t) and not t.isfinite().all()
+        for adapter, path, shown in _places(params)
+        for name in adapter.layout.names[path]
+        if _has_numbers(adapter[path][name]) and not adapter[path][name].isfinite().all()
     ]
 
 
-def _sites(params: Any) -> Iterator[tuple[Adapter, str, str]]:
-    """Yield (adapter, path, what the site is called among those of several adapters)."""
+def _places(params: Any) -> Iterator[tuple[Adapter, str, str]]:
+    """Yield (adapter, path, what it is called among those of several adapters) of each path where
+    tensors live: sites, and groups of them that share some.
+    """
     for name, adapter in parts_of(params).items():
-        for path in adapter:
+        for path in adapter.layout.names:
             yield adapter, path, f"{name}/{path}" if name else path
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.adapter import Adapter
+from ..algebra.tree import num_params
+from ..core.adapter import Adapter, leaves
 from ..core.config import to_dict
 from ..core.errors import printable
 from ..interop.assembly import ModelNeededError
@@ -70,8 +71,8 @@ def _one(adapter: Adapter) -> dict[str, Any]:
         "members": _members(adapter),
         "names": None if labels is None else list(labels),
         "config": to_dict(adapter.config),
-        "trainable": sum(int(row["trainable"]) for row in rows),
-        "bytes": sum(t.nbytes for held in adapter.values() for t in held.values()),
+        "trainable": num_params(adapter),
+        "bytes": sum(t.nbytes for t in leaves(adapter)),
         "sites": rows,
         "health": health(adapter, {row["site"]: row["norm"] for row in rows}),
     }
@@ -87,7 +88,9 @@ def _site(adapter: Adapter, path: str) -> dict[str, Any]:
         "r": site.r,
         "alpha": site.alpha,
         "tensors": {name: _form(t) for name, t in held.items()},
-        "trainable": sum(t.numel() for name, t in held.items() if specs[name].trainable),
+        "trainable": sum(
+            held[name].numel() for name in adapter.layout.names[path] if specs[name].trainable
+        ),
         "norm": update_norm(adapter, path),
     }
 

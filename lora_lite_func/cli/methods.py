@@ -61,7 +61,7 @@ def _cost(given: argparse.Namespace, variant: Variant, model: nn.Module) -> dict
         cfg = config_from(given, variant)
         sites = [site for site, _ in find(model, variant, cfg)]
         layout = Layout(variant, cfg, sites)
-        found = trainable(layout, layout.specs)
+        found = trainable(layout, layout.names)
     except LoraLiteError as error:
         return {"sites": None, "trainable": None, "why": str(error)}
     return {"sites": len(sites), "trainable": found, "why": None}

@@ -45,17 +45,17 @@ def run(given: argparse.Namespace) -> Answer:
         }
         for site in sites
     ]
-    total = trainable(layout, layout.specs)
+    total = trainable(layout, layout.names)
     return _text(given.method, rows, total), {"sites": rows, "trainable": total}, 0
 
 
 def trainable(layout: Layout, paths: Iterable[str]) -> int:
-    """How many numbers would be learned at these sites."""
+    """How many numbers would be learned at these paths of a layout, where its leaves live."""
     return sum(
-        _count(spec.shape)
+        _count(layout.specs[path][name].shape)
         for path in paths
-        for spec in layout.specs[path].values()
-        if spec.trainable
+        for name in layout.names[path]
+        if layout.specs[path][name].trainable
     )
 
 

@@ -17,6 +17,7 @@ from .config import AdapterConfig
 from .errors import StructureError, nearest
 from .layout import Layout
 from .leaf_dtype import dtype_fits
+from .shared import Once, regrouped, site_tensors
 from .site import Site
 from .site_tensors import SiteTensors
 from .summary import render
@@ -62,6 +63,9 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
     `params["layers.0.up"]["lora_A"]` is a tensor; so is `params["layers.0.up", "lora_A"]`, by its
     key in the pytree. Of a stack, `params[2]` is the third member.
 
+    Where a method's sites share a tensor (VB-LoRA's bank), each has it among its own here; the
+    pytree has it once, at its key (".all", "lora_bank").
+
     Immutable; change it by tree algebra (`optree.tree_map`, `torch.utils._pytree.tree_map`,
     `ll.scale` ...). Two adapters with equal sites and equal method settings have equal tree
     structure, whatever patterns chose the sites.
@@ -78,6 +82,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
     layout: Layout
 
     def __init__(self, layout: Layout, data: Mapping[str, Mapping[str, Tensor]]) -> None:
+        data = regrouped(layout.shared, data)
         if data.keys() != layout.names.keys():
             odd = next(iter(data.keys() ^ layout.names.keys()))
             raise StructureError(
@@ -135,12 +140,13 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
         if hasattr(path, "__index__") and not isinstance(path, bool):
             return member(self, path.__index__())
         try:
-            return SiteTensors(self._data[path])  # type: ignore[index]
+            held = site_tensors(self.layout.shared, self._data, path)  # type: ignore[arg-type]
+            return SiteTensors(held)
         except (KeyError, TypeError):
             raise KeyError(f"no site {path!r}; {nearest(str(path), self._data)}") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
+        return iter(self.layout.sites)
 
     def to(
         self,
@@ -164,22 +170,26 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
             device, dtype = None, device
         if dtype is not None and not dtype_fits(None, dtype):
             raise StructureError(f"to: expected a floating dtype of 16 bits or more, found {dtype}")
-        moved = [self._moved(path, name, device, dtype, non_blocking) for path, name in keys(self)]
-        return rebuild(self.layout, moved)
+        once = Once()
 
-    def _moved(self, path: str, name: str, device: Any, dtype: Any, non_blocking: bool) -> Any:
-        leaf = self._data[path][name]
-        if not isinstance(leaf, Tensor):
-            return leaf
-        least = self.layout.specs[path][name].dtype
-        if dtype is None or not leaf.is_floating_point():
-            wanted = leaf.dtype
-        else:
-            wanted = dtype if least is None else torch.promote_types(dtype, least)
-        return leaf.to(device=device, dtype=wanted, non_blocking=non_blocking)
+        def moved(path: str, name: str) -> Any:
+            leaf, spec = self._data[path][name], self.layout.specs[path][name]
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if dtype is None or not leaf.is_floating_point():
+                wanted = leaf.dtype
+            else:
+                wanted = dtype if spec.dtype is None else torch.promote_types(dtype, spec.dtype)
+
+            def move(t: Tensor) -> Tensor:
+                return t.to(device=device, dtype=wanted, non_blocking=non_blocking)
+
+            return move(leaf) if spec.trainable else once(move, leaf, key=wanted)
+
+        return rebuild(self.layout, [moved(path, name) for path, name in keys(self)])
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.layout.sites)
 
     def __contains__(self, path: object) -> bool:
         return path in self._data
@@ -217,7 +227,8 @@ def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
 
 
 def replace(params: Adapter, data: Mapping[str, Mapping[str, Any]]) -> Adapter:
-    """The same layout around other leaves, unchecked."""
+    """The same layout around other leaves, unchecked; what sites share may be given at them."""
+    data = regrouped(params.layout.shared, data)
     return rebuild(
         params.layout,
         (data[path][name] for path, names in params.layout.names.items() for name in names),

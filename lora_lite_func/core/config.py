@@ -26,6 +26,7 @@ __all__ = [
     "AdapterConfig",
     "Role",
     "added",
+    "by_path",
     "dropout_of",
     "feature_dropout",
     "from_dict",
@@ -33,6 +34,7 @@ __all__ = [
     "real",
     "record",
     "to_dict",
+    "with_paths",
 ]
 
 Role = Literal["reader", "writer", "inner"]
@@ -64,12 +66,19 @@ def record(default: T) -> T:
     return dataclasses.field(default=default, compare=False)
 
 
-def added(default: Any) -> Any:
+def added(default: Any, *, compare: bool = True) -> Any:
     """A field that older files don't have; without it they mean the default."""
-    return dataclasses.field(default=default, metadata={_ADDED: True})
+    return dataclasses.field(default=default, compare=compare, metadata={_ADDED: True})
+
+
+def by_path(default: Any, *, compare: bool = True) -> Any:
+    """A field {path: value}, what a method keeps site by site. Older files don't have it."""
+    known = {_ADDED: True, _BY_PATH: True}
+    return dataclasses.field(default=default, compare=compare, metadata=known)
 
 
 _ADDED = "added after files of the class were written"
+_BY_PATH = "its keys are the paths of sites"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +223,21 @@ def real(value: Any, where: str) -> None:
         raise ConfigError(f"{where}: expected a number or a tensor, found {short_repr(value)}")
     if isinstance(value, Tensor) and value.is_complex():
         raise ConfigError(f"{where}: expected real numbers, found {value.dtype}")
+
+
+def with_paths(cfg: Config, names: Mapping[str, str]) -> Config:
+    """The config of some sites alone, under other names.
+
+    Args:
+        cfg: the config.
+        names: {path: new path}, of the sites that are left.
+    """
+    moved: dict[str, Any] = {
+        f.name: tuple((names[path], value) for path, value in getattr(cfg, f.name) if path in names)
+        for f in dataclasses.fields(cfg)
+        if _BY_PATH in f.metadata
+    }
+    return dataclasses.replace(cfg, **moved) if moved else cfg
 
 
 def to_dict(cfg: AdapterConfig) -> dict[str, Any]:

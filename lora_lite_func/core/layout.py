@@ -17,6 +17,7 @@ from .config_values import LARGEST
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
 from .method import Variant, site_for
 from .registry import variant_named, variants
+from .shared import group_path
 from .site import Site
 
 __all__ = ["Layout", "LeafSpec", "from_json", "to_json"]
@@ -66,28 +67,61 @@ class Layout:
         config: its config.
         dropout: the probability by which entries of a branch's input are dropped in training.
         sites: {path: Site}, paths in order.
-        specs: {path: {lora_name: LeafSpec}}, names in order.
-        names: {path: its leaves' names}.
+        specs: {path: {lora_name: LeafSpec}}, names in order: of each site, with what it shares with
+            others, and of each group that shares something (see shared.py).
+        names: {path: the names of the leaves that live there}, sites and then groups.
+        shared: {path of a site: {lora_name: path of the group}}, of sites that share something.
     """
 
-    __slots__ = ("config", "dropout", "names", "sites", "specs", "variant")
+    __slots__ = ("config", "dropout", "names", "shared", "sites", "specs", "variant")
 
     def __init__(self, variant: Variant, config: AdapterConfig, sites: Iterable[Site]) -> None:
         self.variant = variant
         self.config = config
         self.dropout = feature_dropout(config)
         self.sites = {site.path: site for site in sorted(sites, key=lambda s: s.path)}
+        self.shared: dict[str, dict[str, str]] = {}
         self.specs = {path: self._leaf_specs(site) for path, site in self.sites.items()}
         self.names = {path: tuple(specs) for path, specs in self.specs.items()}
+        if self.shared:
+            self._add_groups()
 
     def _leaf_specs(self, site: Site) -> dict[str, LeafSpec]:
-        """A site's leaves. In a stack of experts' weights, each has a leading axis of experts."""
+        """A site's leaves. In a stack of experts' weights, each has a leading axis of experts,
+        except for what is shared.
+        """
         experts = (site.num_experts,) if site.num_experts else ()
         found = {}
         for name, spec in sorted(self.variant.param_specs(self.config, site).items()):
-            axis = None if spec.rank_axis is None else spec.rank_axis + len(experts)
-            found[name] = LeafSpec((*experts, *spec.shape), spec.trainable, spec.dtype, axis)
+            own = experts if spec.group is None else ()
+            axis = None if spec.rank_axis is None else spec.rank_axis + len(own)
+            found[name] = LeafSpec((*own, *spec.shape), spec.trainable, spec.dtype, axis)
+            if spec.group is not None:
+                self.shared.setdefault(site.path, {})[name] = group_path(spec.group)
         return found
+
+    def _add_groups(self) -> None:
+        """Give each group's leaves a place of their own.
+
+        Raises:
+            ConfigError: a leaf has other sizes at one site of a group than at another.
+        """
+        first: dict[tuple[str, str], str] = {}
+        groups: dict[str, dict[str, LeafSpec]] = {}
+        for path, shared in self.shared.items():
+            self.names[path] = tuple(name for name in self.specs[path] if name not in shared)
+            for name, group in shared.items():
+                spec, known = self.specs[path][name], first.setdefault((group, name), path)
+                common = groups.setdefault(group, {}).setdefault(name, spec)
+                if common != spec:
+                    raise ConfigError(
+                        f"{self.variant.name}: {known!r} and {path!r} share one {name}, but it is "
+                        f"{common.shape} at the first and {spec.shape} at the second; give them "
+                        f"one rank, or leave one out"
+                    )
+        for group, specs in sorted(groups.items()):
+            self.specs[group] = dict(sorted(specs.items()))
+            self.names[group] = tuple(self.specs[group])
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -97,6 +131,7 @@ class Layout:
             and self.config == other.config
             and self.sites == other.sites
             and self.names == other.names
+            and self.shared == other.shared
         )
 
     def __hash__(self) -> int:

@@ -25,6 +25,9 @@ class ParamSpec:
             angles, magnitudes); an integer dtype is taken as it is.
         rank_axis: the axis that counts directions, where one more direction of zeros changes
             nothing: such tensors of different ranks stack.
+        group: which sites have one tensor in common here: those whose specs give this name the same
+            group, in which shapes are equal. A site needs a tensor of its own beside such. In a
+            stack of weights, one for each expert, the experts share it too.
     """
 
     shape: tuple[int, ...]
@@ -32,3 +35,4 @@ class ParamSpec:
     trainable: bool = True
     dtype: torch.dtype | None = None
     rank_axis: int | None = None
+    group: str | None = None

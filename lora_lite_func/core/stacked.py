@@ -124,7 +124,7 @@ class Stacked(Layout):
     def _add_leaf(self, path: str, name: str) -> None:
         own = LeafSpec((), False, torch.float32, None)
         self.specs[path] = dict(sorted({**self.specs[path], name: own}.items()))
-        self.names[path] = tuple(self.specs[path])
+        self.names[path] = tuple(sorted((*self.names[path], name)))
 
     def member(self, index: int) -> Layout:
         """The layout of a member."""

@@ -24,20 +24,22 @@ def render(
     data: Mapping[str, Mapping[str, Any]],
     specs: Mapping[str, Mapping[str, LeafSpec]],
 ) -> str:
-    """The table as text: path, in -> out, tensors with shape and dtype, a star at frozen ones."""
+    """The table as text: path, in -> out, tensors with shape and dtype, a star at frozen ones; what
+    sites share comes last.
+    """
     groups: dict[tuple[tuple[str, ...], str, str], list[tuple[int, ...]]] = {}
     total = learned = 0
-    for path, site in sites.items():
+    for path, held in data.items():
         cells = []
-        for name, leaf in data[path].items():
+        for name, leaf in held.items():
             cells.append(f"{name}{'' if specs[path][name].trainable else '*'} {_leaf(leaf)}")
             count = leaf.numel() if isinstance(leaf, Tensor) else 0
             total += count
             learned += count if specs[path][name].trainable else 0
         numbers = tuple(int(n) for n in _NUMBER.findall(path))
-        groups.setdefault((tuple(_NUMBER.split(path)), _dims(site), "  ".join(cells)), []).append(
-            numbers
-        )
+        dims = _dims(sites[path]) if path in sites else "shared"
+        row = tuple(_NUMBER.split(path)), dims, "  ".join(cells)
+        groups.setdefault(row, []).append(numbers)
     rows = [
         (printable(_fold(texts, numbers)) or '""', dims, cells)
         for (texts, dims, cells), numbers in groups.items()

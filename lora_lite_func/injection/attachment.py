@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class Attachment(NamedTuple):
     isn't None: it says whether the row has an adapter at all, for a row of which that isn't known
     beforehand. An `optional` one is of a stack of which some members lack the site: the tensor
     `PRESENT` says whether this one has it. Of a `called` one the site holds the factors as linear
-    layers, which are called. `seen` takes what its router decides, where that is asked for.
+    layers, which are called. `seen` takes what its router decides, where that is asked for. In a
+    stack of weights, all experts have one tensor of each name in `shared`.
     """
 
     variant: Variant
@@ -50,6 +51,7 @@ class Attachment(NamedTuple):
     optional: bool = False
     called: bool = False
     seen: SideOutputs | None = None
+    shared: Collection[str] = ()
 
     def changed(self, **fields: Any) -> Attachment:
         """`_replace`, which the compiler of torch 2.8 can't trace."""

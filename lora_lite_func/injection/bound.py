@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..core.config import with_paths
 from ..core.errors import StructureError
 from ..core.layout import Layout
 from ..core.stacked import Stacked
@@ -70,7 +71,7 @@ def _part(layout: Layout, names: Mapping[str, str]) -> Layout:
         members = [_part(member, names) for member in layout.members]
         extra = {new: layout.extra[path] for path, new in names.items()}
         return Stacked(members, layout.labels, sites, extra)
-    return Layout(layout.variant, layout.config, sites)
+    return Layout(layout.variant, with_paths(layout.config, names), sites)
 
 
 def base_keys(model: nn.Module) -> Iterator[str]:
@@ -92,11 +93,13 @@ def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def leaf_keys(bound: nn.Module, entry: Entry) -> Iterator[tuple[str, str, str]]:
-    """(path of a site, name of a leaf, its key in the bound model's state dict), for each leaf."""
+    """(path of a site, name of a leaf, its key in the bound model's state dict), for each leaf; one
+    that several sites share has a key at each.
+    """
     for path, slot in entry.slots.items():
         home, leaves = home_of(entry.layout.sites[path]), _leaves(bound, entry, path)
         prefix = f"{home}.{CHILD}" if home else CHILD
-        for name in entry.layout.names[path]:
+        for name in leaves.names:
             # A leaf may be the weight of a layer of its own.
             inner = f"{name}.weight" if name in leaves._modules else name
             yield path, name, f"{prefix}.{slot}.{inner}"

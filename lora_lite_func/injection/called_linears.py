@@ -7,6 +7,7 @@ curvlinops, laplace and nngeometry, the engine of torchjd.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ def check_callable(layout: Layout, by_rows: bool) -> None:
         except UnsupportedError as error:
             raise UnsupportedError(f"{where}: {error}, or bind it without linears=True") from None
     for path, site in layout.sites.items():
+        if not layout.shared.get(path, {}).keys().isdisjoint(_FACTORS):
+            raise UnsupportedError(
+                f"ll.bind(..., linears=True): site {path!r}: {variant.name} has one factor for "
+                f"several layers, and a tool would count its calls as one layer's; {_INSTEAD}"
+            )
         if site.kind != "linear":
             raise UnsupportedError(
                 f"ll.bind(..., linears=True): site {path!r}: expected a linear layer, found "
@@ -72,8 +78,13 @@ class CalledLeaves(Leaves):
     without linears is taken too.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], specs: Mapping[str, LeafSpec]) -> None:
-        super().__init__({n: t for n, t in tensors.items() if n not in _FACTORS}, specs)
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, LeafSpec],
+        shared: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    ) -> None:
+        super().__init__({n: t for n, t in tensors.items() if n not in _FACTORS}, specs, shared)
         self.names = tuple(tensors)
         for name in _FACTORS:
             setattr(self, name, _linear(tensors[name], specs[name].trainable))

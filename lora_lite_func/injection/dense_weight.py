@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, UnsupportedError
+from ..core.shared import expert_axes
 from ..core.site import Params
 from ..core.stacked import unfolded
 from ..core.torch_internals import autocasts
@@ -78,7 +79,8 @@ def _dense(
     if not site.num_experts:
         return _checked(attachment, weight(attachment.cfg, p, site, M, b), M)
     return torch.func.vmap(
-        lambda p, M: _checked(attachment, weight(attachment.cfg, p, site, M, None), M)[0]
+        lambda p, M: _checked(attachment, weight(attachment.cfg, p, site, M, None), M)[0],
+        in_dims=(expert_axes(p, attachment.shared), 0),
     )(dict(p), M), b
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
 from ..core.layout import LeafSpec
+from ..core.shared import Once
 from ..core.site import Params
 from .attachment import Attachment
 
@@ -70,22 +73,52 @@ class Leaves(nn.Module):
     them (torch.nn.utils.parametrize, prune), each call takes what it computes.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], specs: Mapping[str, LeafSpec]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, LeafSpec],
+        shared: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    ) -> None:
+        """
+        Args:
+            tensors: {lora_name: tensor}.
+            specs: what is known of each.
+            shared: the trainable ones that other sites hold too.
+        """
         super().__init__()
         self.names = tuple(tensors)
         for name, tensor in tensors.items():
-            if specs[name].trainable:
-                self.register_parameter(name, nn.Parameter(tensor.detach()))
-            else:
+            if not specs[name].trainable:
                 self.register_buffer(name, tensor.detach())
+            elif name in shared:
+                self.register_parameter(name, shared[name])
+            else:
+                self.register_parameter(name, nn.Parameter(tensor.detach()))
 
-    def own_parameters(self) -> None:
-        """Take copies of the parameters, so that they share no memory with another model's."""
+    def own_parameters(self, made: dict[int, nn.Parameter]) -> None:
+        """Take copies of the parameters, so that they share no memory with another model's.
+
+        Args:
+            made: {id of a parameter: its copy}, of all that have been copied.
+        """
         for module in self.modules():
             for name, p in module._parameters.items():
                 if p is not None:
-                    own = nn.Parameter(p.detach().clone(), requires_grad=False)
-                    module._parameters[name] = own
+                    if id(p) not in made:
+                        made[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=False)
+                    module._parameters[name] = made[id(p)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaves:
+        """Move or cast the tensors, as `nn.Module` does. Buffers that several sites have in one
+        memory stay so.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        once = _results_of(fn)
+        for name, t in before.items():
+            now = self._buffers[name]
+            self._buffers[name] = once(lambda _, now=now: now, t)
+        return self
 
     def forward(self) -> dict[str, Tensor]:
         """{lora_name: tensor}: the tensors as they are now.
@@ -105,6 +138,19 @@ class Leaves(nn.Module):
             if "_hf_hook" in self.__dict__ or self._forward_pre_hooks
             else type(self).forward(self)
         )
+
+
+_RESULTS: weakref.WeakKeyDictionary[Any, Once] = weakref.WeakKeyDictionary()
+
+
+def _results_of(fn: Callable[[Tensor], Tensor]) -> Once:
+    """What a function gave so far for buffers that share memory. A call of `to`, `half` and the
+    like takes one function of its own through all modules.
+    """
+    try:
+        return _RESULTS.setdefault(fn, Once())
+    except TypeError:  # nothing can refer to it weakly
+        return Once()
 
 
 class Held(nn.ModuleList):

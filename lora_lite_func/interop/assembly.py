@@ -222,7 +222,26 @@ def _adapter(group: list[tuple[ModuleEntry, Part]]) -> Adapter:
         )
         data[s.path] = part.leaves
     layout = Layout(variant, cfg, sites)
-    return Adapter(layout, {path: _fitted(layout, path, data[path]) for path in data})
+    fitted = {path: _fitted(layout, path, data[path]) for path in data}
+    _check_shared(layout, fitted)
+    return Adapter(layout, fitted)
+
+
+def _check_shared(layout: Layout, data: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse tensors that differ where the method has one for several sites.
+
+    Raises:
+        CheckpointError: with the sites.
+    """
+    first: dict[tuple[str, str], str] = {}
+    for path, groups in layout.shared.items():
+        for name, group in groups.items():
+            known = first.setdefault((group, name), path)
+            if not torch.equal(data[path][name], data[known][name]):
+                raise CheckpointError(
+                    f"{short_repr(path)} {name}: {layout.variant.name} has one for this site and "
+                    f"{short_repr(known)}, and the file has two that differ"
+                )
 
 
 def _fitted(layout: Layout, path: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

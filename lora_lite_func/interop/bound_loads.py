@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.errors import CheckpointError, LoraLiteError
-from ..injection.bound import base_keys, entries_of, leaf_keys, tensors_in
+from ..injection.bound import Entry, base_keys, entries_of, leaf_keys, tensors_in
 from ..io.manifest import joined
 
 __all__ = ["teach_loading"]
@@ -42,10 +42,11 @@ def _take_adapters(
     for i, entry in enumerate(entries):
         front = prefix + (f"{i}/" if len(entries) > 1 else "")
         leaves = [
-            (joined(front, path, name), prefix + key, (path, name))
+            (_saved(entry, front, path, name), prefix + key, (path, name))
             for path, name, key in leaf_keys(module, entry)
         ]
-        if not any(saved in state_dict for saved, _, _ in leaves):
+        file = {saved: state_dict.pop(saved) for saved, _, _ in leaves if saved in state_dict}
+        if not file:
             continue
         state_dict.pop(prefix + next(base_keys(module), ""), None)  # the file's empty guard
         held = tensors_in(module, entry)
@@ -55,8 +56,8 @@ def _take_adapters(
             # A file has frozen tensors that share memory once.
             memory = _memory_of(own)
             frozen = not entry.layout.specs[path][name].trainable
-            if saved in state_dict:
-                state_dict[key] = state_dict.pop(saved)
+            if saved in file:
+                state_dict[key] = file[saved]
                 stored.setdefault(memory, state_dict[key])
             elif frozen and memory in stored:
                 state_dict[key] = stored[memory]
@@ -65,6 +66,11 @@ def _take_adapters(
                     f"the file lacks {saved!r} of the adapter, or has it once for several sites; "
                     f"bind what ll.load reads"
                 )
+
+
+def _saved(entry: Entry, front: str, path: str, name: str) -> str:
+    """The key of a leaf in a file of ours."""
+    return joined(front, entry.layout.shared.get(path, {}).get(name, path), name)
 
 
 def _part_shared(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, rebuild
 from ..core.errors import CheckpointError, short_repr
+from ..core.shared import each_site
 from ..core.stacked import Stacked
 from .checks import check_keys, check_model, check_present, check_shapes, check_tensor, check_values
 from .contents import contents_from_json
@@ -285,8 +286,9 @@ def _adapter(
                 raise CheckpointError(
                     f"{short_repr(path)} {name} shares another tensor, and it is a trainable one"
                 )
-        check_values(layout, path, held)
-        check_present(layout, path, held)
+    for path, tensors in each_site(layout.shared, data):
+        check_values(layout, path, tensors)
+        check_present(layout, path, tensors)
     return rebuild(
         layout, (data[path][name] for path, names in layout.names.items() for name in names)
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.adapter import Adapter
 from ..core.config_values import LARGEST
-from ..core.errors import CheckpointError, nearest, short_repr
+from ..core.errors import CheckpointError, ConfigError, nearest, short_repr
 from ..core.layout import Layout, from_json
 from ..core.site import Site
 from ..core.stacked import Stacked
@@ -165,6 +165,7 @@ def _unlike(prefix: str, says: Mapping[str, Any], most: int) -> Piece:
         for path, site in layout.sites.items():
             other = first.setdefault(path, layout)
             alike = layout.variant is other.variant and layout.names[path] == other.names[path]
+            alike = alike and layout.shared.get(path) == other.shared.get(path)
             if not alike or _place(site) != _place(other.sites[path]):
                 raise CheckpointError(
                     "members: expected one method, and what they share at the same places, for "
@@ -172,7 +173,11 @@ def _unlike(prefix: str, says: Mapping[str, Any], most: int) -> Piece:
                 )
     if any(layout.variant is not layouts[0].variant for layout in layouts):
         raise CheckpointError("members: expected one method for all of a stack")
-    return Piece(prefix, Stacked([layouts[i] for i in which], labels), {}, len(which))
+    try:
+        stacked = Stacked([layouts[i] for i in which], labels)
+    except ConfigError as error:  # a tensor of a group can't be what each of them says
+        raise CheckpointError(f"members: {error}") from None
+    return Piece(prefix, stacked, {}, len(which))
 
 
 def _place(site: Site) -> Any:

@@ -12,7 +12,9 @@ from ..core.errors import StructureError
 __all__ = ["check_indices"]
 
 
-def check_indices(coordinates: Sequence[Tensor], sizes: Sequence[int], name: str) -> None:
+def check_indices(
+    coordinates: Sequence[Tensor], sizes: Sequence[int], name: str, *, once: bool = True
+) -> None:
     """Refuse indices that aren't whole numbers of their range, each tuple of them once.
 
     Args:
@@ -20,6 +22,7 @@ def check_indices(coordinates: Sequence[Tensor], sizes: Sequence[int], name: str
             several lists of n.
         sizes: how many indices there are along each axis.
         name: the name of the leaf, for messages.
+        once: whether a tuple may stand in a list only once.
 
     Raises:
         StructureError: NaN, a fraction, an index out of range, or the same entry twice.
@@ -36,6 +39,8 @@ def check_indices(coordinates: Sequence[Tensor], sizes: Sequence[int], name: str
                 f"{wide[wrong][0].item():g}"
             )
         flat = flat * size + wide.long()
+    if not once:
+        return
     ordered = flat.sort(-1).values
     twice = ordered[..., 1:] == ordered[..., :-1]
     if twice.any():

@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .shira import SHiRAConfig
     from .ssvd import SSVDConfig
     from .tokens import TokensConfig
+    from .vblora import VBLoRAConfig
     from .vera import VeRAConfig
     from .waveft import WaveFTConfig
 
@@ -121,6 +122,7 @@ __all__ = [
     "SSteerConfig",
     "TinyLoRAConfig",
     "TokensConfig",
+    "VBLoRAConfig",
     "VeRAConfig",
     "WaveFTConfig",
     "variants",
@@ -179,6 +181,7 @@ METHODS = {
     "ssvd": ("ssvd", "SSVDConfig"),
     "tinylora": ("lora_xs", "TinyLoRAConfig"),
     "tokens": ("tokens", "TokensConfig"),
+    "vblora": ("vblora", "VBLoRAConfig"),
     "vera": ("vera", "VeRAConfig"),
     "waveft": ("waveft", "WaveFTConfig"),
 }

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.config import AdapterConfig, added, probability
+from ..core.config import AdapterConfig, by_path, probability
 from ..core.errors import ConfigError, short_repr
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.phases import Forms, Work
@@ -46,7 +46,7 @@ class LoKrConfig(AdapterConfig):
     factor: int = -1
     decompose_both: bool = False
     dropout: float = 0.0
-    w1_shapes: tuple[tuple[str, tuple[int, int]], ...] = added(())
+    w1_shapes: tuple[tuple[str, tuple[int, int]], ...] = by_path(())
 
     def validate(self) -> None:
         probability(self.dropout, "LoKrConfig.dropout")

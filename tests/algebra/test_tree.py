@@ -43,7 +43,7 @@ def same(a: ll.Adapter, b: ll.Adapter) -> bool:
 @given(data=st.data())
 def test_partition_then_combine_is_nothing(case: Case, data: st.DataObject) -> None:
     params = made(case)
-    keys = [(path, name) for path, tensors in params.items() for name in tensors]
+    keys = [(path, name) for path, names in params.layout.names.items() for name in names]
     chosen = data.draw(st.sets(st.sampled_from(keys)))
     first, second = ll.partition(params, lambda path, name: (path, name) in chosen)
     assert len(optree.tree_leaves(first)) == len(chosen)

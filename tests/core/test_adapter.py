@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from itertools import product
 from typing import Any
 
 import optree
@@ -119,10 +120,11 @@ def test_data_that_does_not_fit_the_layout() -> None:
 @every
 def test_torch_and_optree_flatten_alike(case: Case) -> None:
     params = ll.init(net(), case.config(r=4))
-    ours = [t for tensors in params.values() for t in tensors.values()]
+    keys = [key for path, names in params.layout.names.items() for key in product((path,), names)]
+    ours = [params[key] for key in keys]
     for flat in (pytree.tree_leaves(params), optree.tree_leaves(params)):
         assert all(a is b for a, b in zip(flat, ours, strict=True))
-    names = [f"{path}.{name}" for path, tensors in params.items() for name in tensors]
+    names = [".".join(key) for key in keys]
     assert [".".join(keys[0].key) for keys, _ in pytree.tree_flatten_with_path(params)[0]] == names
     assert [".".join(p[-1]) for p in optree.tree_paths(params)] == names
     for again in (

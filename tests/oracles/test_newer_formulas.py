@@ -233,6 +233,31 @@ def _lori(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return W + 1.5 * p["lora_B"] @ p["lora_A"], b
 
 
+@oracle(ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=4, topk=3))
+@oracle(ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=8, exact_start=True), what="exact")
+def _vblora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    def mixture(bank: Tensor, logits: Tensor) -> Tensor:
+        best = sorted(range(len(logits)), key=lambda i: -logits[i])[: cfg.topk]
+        weights = torch.softmax(logits[best], 0)
+        return sum(w * bank[i] for w, i in zip(weights, best, strict=True))
+
+    def update(bank: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        rows = [torch.cat([mixture(bank, ls) for ls in row]) for row in A]
+        columns = [torch.cat([mixture(bank, ls) for ls in column]) for column in B.unbind(1)]
+        return torch.stack(columns, 1) @ torch.stack(rows)
+
+    made = W + update(p["lora_bank"], p["lora_logits_A"], p["lora_logits_B"])
+    if not cfg.exact_start:
+        return made, b
+    start = [
+        torch.full_like(p[f"lora_logits_{s}"], -torch.inf).scatter(
+            -1, p[f"lora_index_{s}0"].long(), p[f"lora_top_{s}0"]
+        )
+        for s in "AB"
+    ]
+    return made - update(p["lora_bank0"], *start), b
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("formula", "cfg", "d_in", "d_out"), ORACLES)
 def test_merged_and_applied_are_the_formula(
@@ -278,6 +303,8 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.ArrowConfig(top_k=5), "ArrowConfig.top_k: expected 1 to experts=4, found 5"),
         (lambda: ll.ArrowConfig(temperature=-1.0), "temperature: expected more than 0, found -1"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
+        (lambda: ll.VBLoRAConfig(num_vectors=2, topk=3), "at most num_vectors=2, found 3"),
+        (lambda: ll.VBLoRAConfig(vector_length=0), "vector_length: expected at least 1, found 0"),
     ],
 )
 def test_what_a_config_cannot_mean_is_refused(make: Any, match: str) -> None:
@@ -298,6 +325,7 @@ def test_what_a_config_cannot_mean_is_refused(make: Any, match: str) -> None:
         ),
         (ll.QALoRAConfig(), "by group_size=32, found d_in=12; group_size=12 fits"),
         (ll.DEFTConfig(r=25), "DEFT takes r of d_out directions, .* at most 24, found r=25"),
+        (ll.VBLoRAConfig(), "24 x 12 update .* divides both, found 256; one that divides 12 fits"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_does(cfg: ll.AdapterConfig, match: str) -> None:

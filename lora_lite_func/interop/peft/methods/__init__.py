@@ -31,6 +31,7 @@ from .shira import SHIRA
 from .supertuning import SUPERTUNING
 from .tinylora import TINYLORA
 from .tokens import TOKENS
+from .vblora import VBLORA
 from .vera import VERA
 from .waveft import WAVEFT
 
@@ -66,6 +67,7 @@ METHODS: dict[str, Codec] = {
         GLORA,
         OSF,
         PROMPT_TUNING,
+        VBLORA,
         BEFT,
         LN_TUNING,
         TOKENS,

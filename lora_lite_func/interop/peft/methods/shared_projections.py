@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ....core.adapter import Adapter
 from ....core.errors import CheckpointError, UnsupportedError
 from ...assembly import ModuleEntry
 from ...metadata import ConfigReader
 
-__all__ = ["corner", "joined", "shared_tensor"]
+__all__ = ["common_leaf", "corner", "joined", "shared_tensor"]
 
 
 def shared_tensor(reader: ConfigReader, entry: ModuleEntry, name: str) -> Tensor:
@@ -27,6 +28,21 @@ def shared_tensor(reader: ConfigReader, entry: ModuleEntry, name: str) -> Tensor
             "save it in PEFT with save_projection=True"
         )
     return entry.shared[name]
+
+
+def common_leaf(adapters: Sequence[Adapter], name: str, method: str) -> Tensor:
+    """Return the one leaf of this name that all sites have.
+
+    Raises:
+        UnsupportedError: they have several.
+    """
+    first, *others = [held[name] for a in adapters for held in a.values()]
+    if not all(t is first or torch.equal(t, first) for t in others):
+        raise UnsupportedError(
+            f"to_peft: one {method} file has one {name}, these adapters have several; write a "
+            f"folder for each"
+        )
+    return first
 
 
 def corner(t: Tensor, name: str, *sizes: int) -> Tensor:
