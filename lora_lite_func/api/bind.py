@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,6 +13,7 @@ from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
 from ..core.errors import StructureError, UnsupportedError
 from ..core.shared import each_site
+from ..core.site import Site
 from ..core.stacked import PRESENT
 from ..core.torch_internals import is_followed
 from ..injection.activation_route import get_ready
@@ -74,23 +75,60 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
         _check_trainable(adapter)
         if linears:
             check_callable(adapter.layout, plan is not None)
+    before = entries_of(model)
+    tied = [tied_names(model, adapter.layout.sites.values()) for adapter, _ in adapters]
     sites: dict[str, list[Attachment]] = {}
     counts: dict[str, int] = {}
-    before = entries_of(model)
     entries = before or []
-    tied = [tied_names(model, adapter.layout.sites.values()) for adapter, _ in adapters]
     for (adapter, plan), more in zip(adapters, tied, strict=True):
-        layout = adapter.layout
-        indices: dict[str, str] = {}
-        for path, own in layout.sites.items():
-            present = adapter._data[path].get(PRESENT)
-            row_plan = None if plan is None else plan.at_site(layout, path, present)
-            for site in (own, *more.get(path, ())):
-                home = home_of(site)
-                slot = str(counts.setdefault(home, _bound_before(model, home)))
-                counts[home] += 1
-                indices.setdefault(path, slot)
-                attachment = Attachment(
+        slots: dict[str, str] = {}
+        for path, attachment in _attachments(model, adapter, plan, more, counts, linears):
+            slots.setdefault(path, attachment.slot)
+            sites.setdefault(attachment.site.path, []).append(attachment)
+        entries.append(Entry(adapter.layout, slots))
+    bound = cast(ModelT, copy_tree(model, sites, Frozen()))
+    for (adapter, _), more in zip(adapters, tied, strict=True):
+        _hold_leaves(bound, adapter, more, CalledLeaves if linears else Leaves)
+    keep_entries(bound, entries)
+    tell_trainable(bound)
+    teach_saving(bound)
+    if before is None:
+        teach_loading(bound)
+    if any(plan is not None for _, plan in adapters) and hasattr(bound, _PACKING):
+        bound.__dict__[_PACKING] = refuse_rows
+    return bound
+
+
+def _attachments(
+    model: nn.Module,
+    adapter: Adapter,
+    plan: Any,
+    tied: Mapping[str, Sequence[Site]],
+    counts: dict[str, int],
+    called: bool,
+) -> Iterator[tuple[str, Attachment]]:
+    """(a site's path in the adapter, the attachment): of each site, and of the other places of its
+    tied weight.
+
+    Args:
+        model: the base.
+        adapter: the adapter.
+        plan: its row plan, or None.
+        tied: {path: the other places}.
+        counts: {a module's path: how many adapters it has}, which this counts on.
+        called: whether factors are called as linear layers.
+    """
+    layout = adapter.layout
+    for path, own in layout.sites.items():
+        present = adapter._data[path].get(PRESENT)
+        row_plan = None if plan is None else plan.at_site(layout, path, present)
+        for site in (own, *tied.get(path, ())):
+            home = home_of(site)
+            slot = str(counts.setdefault(home, _bound_before(model, home)))
+            counts[home] += 1
+            yield (
+                path,
+                Attachment(
                     layout.variant,
                     layout.config,
                     site,
@@ -100,28 +138,28 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
                     None,
                     row_plan,
                     optional=plan is None and present is not None,
-                    called=linears,
+                    called=called,
                     shared=layout.shared.get(path, ()),
-                )
-                sites.setdefault(site.path, []).append(attachment)
-        entries.append(Entry(layout, indices))
-    bound = cast(ModelT, copy_tree(model, sites, Frozen()))
-    for (adapter, _), more in zip(adapters, tied, strict=True):
-        layout, common = adapter.layout, _shared_parameters(adapter)
-        for path, tensors in each_site(layout.shared, adapter._data):
-            keys = layout.shared.get(path, {}).items()
-            shared = {name: common[group, name] for name, group in keys if (group, name) in common}
-            held = (CalledLeaves if linears else Leaves)(tensors, layout.specs[path], shared)
-            for site in (layout.sites[path], *more.get(path, ())):
-                hold(bound.get_submodule(home_of(site)), held)
-    keep_entries(bound, entries)
-    tell_trainable(bound)
-    teach_saving(bound)
-    if before is None:
-        teach_loading(bound)
-    if any(plan is not None for _, plan in adapters) and hasattr(bound, _PACKING):
-        bound.__dict__[_PACKING] = refuse_rows
-    return bound
+                ),
+            )
+
+
+def _hold_leaves(
+    bound: nn.Module,
+    adapter: Adapter,
+    tied: Mapping[str, Sequence[Site]],
+    kind: type[Leaves],
+) -> None:
+    """Let the places of an adapter's sites in a bound model hold its tensors, by modules of that
+    kind.
+    """
+    layout, common = adapter.layout, _shared_parameters(adapter)
+    for path, tensors in each_site(layout.shared, adapter._data):
+        keys = layout.shared.get(path, {}).items()
+        shared = {name: common[group, name] for name, group in keys if (group, name) in common}
+        held = kind(tensors, layout.specs[path], shared)
+        for site in (layout.sites[path], *tied.get(path, ())):
+            hold(bound.get_submodule(home_of(site)), held)
 
 
 def _shared_parameters(adapter: Adapter) -> dict[tuple[str, str], nn.Parameter]:

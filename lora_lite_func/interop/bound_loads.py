@@ -90,7 +90,7 @@ def _part_shared(
                 continue
             known = first.setdefault(_memory_of(own), value)
             if known is not value and not torch.equal(known, value):
-                home, _, last = key.rpartition(".")
+                home, last = key.rpartition(".")[::2]
                 leaves = module.get_submodule(home)
                 if last in leaves._buffers:
                     leaves._buffers[last] = own.clone()
