@@ -15,7 +15,7 @@ from ..api.apply import attachments_of
 from ..core.errors import CheckpointError, UnsupportedError, nearest, short_repr
 from ..injection.attachment import Attachment
 from ..injection.dense_weight import merge_site
-from ..io.shards import Shards
+from ..io.shards import PLAIN, Shards
 from ..io.writing import write_safetensors
 from ..layers.kinds import module_and_name
 from .merge_folders import merged_into, others
@@ -57,9 +57,6 @@ def write_shards(
             shutil.copy(entry, work / entry.name)
 
 
-_PLAIN = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights that aren't packed, as safetensors says them."""
-
 Job = tuple[list[Attachment], str, str | None]
 """(the adapters there, the weight's name, the bias's name)."""
 
@@ -82,7 +79,7 @@ def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
                 f"{shards.folder}: no tensor {short_repr(weight)} for the site "
                 f"{short_repr(path)}; {nearest(weight, shards)}"
             )
-        if shards.shapes[weight][1] not in _PLAIN:
+        if shards.shapes[weight][1] not in PLAIN:
             raise UnsupportedError(
                 f"{short_repr(weight)} is packed ({shards.shapes[weight][1]}); merge into the "
                 f"unquantised model instead"

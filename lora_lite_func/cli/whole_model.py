@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..core.errors import LoraLiteError
 from ..interop.open import form_of
 from ..interop.peft.folder import unpack
 from ..io.checkpoint import load
-from ..io.shards import Shards
+from ..io.shards import PLAIN, Shards
 
 __all__ = ["is_packed_folder", "known_class", "sizes_of", "weights_of", "whole_model"]
 
@@ -61,6 +62,11 @@ def weights_of(shards: Shards, kind: Any, why: LoraLiteError) -> nn.Module:
     Raises:
         LoraLiteError: `why`, where transformers can't load it, or misses weights.
     """
+    if not is_packed_folder(shards) and any(dtype not in PLAIN for dtype in _weights(shards)):
+        raise type(why)(
+            f"{why} (config.json says no quantization_config, so transformers would leave out "
+            f"the scales of packed weights)"
+        ) from None
     try:
         loaded: Any = kind.from_pretrained(
             shards.folder,
@@ -77,6 +83,11 @@ def weights_of(shards: Shards, kind: Any, why: LoraLiteError) -> nn.Module:
         raise type(why)(f"{why} (for transformers it lacks {missing[0]!r})") from None
     made: nn.Module = model.eval()
     return made
+
+
+def _weights(shards: Shards) -> Iterable[str]:
+    """Return the dtypes of a folder's weights, as safetensors says them."""
+    return (dtype for name, (_, dtype) in shards.shapes.items() if name.endswith(".weight"))
 
 
 def is_packed_folder(shards: Shards) -> bool:

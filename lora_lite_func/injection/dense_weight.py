@@ -31,7 +31,7 @@ def merge_site(
 
     Raises:
         UnsupportedError: a method has no dense equivalent, or the weight isn't at hand (packed,
-            offloaded).
+            offloaded, on the meta device).
     """
     # Autocast is meant for the layer's call, and merging isn't one.
     if autocasts(W.device.type):
@@ -45,6 +45,11 @@ def merge_site(
     for attachment in attachments:
         check_dense(attachment)
         p = tensors_at(attachment, module)
+        if new.is_meta and not all(t.is_meta for t in p.values()):
+            raise UnsupportedError(
+                f"{attachment.site.path!r} ({type(module).__name__}): its weight is on the meta "
+                f"device, so there are no values to merge into; load the model's weights first"
+            )
         M, moved = _dense(attachment, p, matrix(new, attachment.site), bias)
         M = restored(M, new, attachment.site)
         here = is_here(attachment, p)

@@ -16,9 +16,11 @@ from .file_kinds import not_a_model
 from .files import read_json
 from .swapping import interrupted
 
-__all__ = ["INDEX", "Shards"]
+__all__ = ["INDEX", "PLAIN", "Shards"]
 
 INDEX = "model.safetensors.index.json"
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that aren't packed, as safetensors says them."""
 _OWN = re.compile(r"(?:model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.safetensors")
 
 

@@ -164,3 +164,21 @@ def test_a_config_that_names_no_model(
     (base / "config.json").write_text(json.dumps({"architectures": named}))
     assert main(["check", str(base), str(tmp_path / "a")]) == 1
     assert "has no linear-like module '1'" in capsys.readouterr().err
+
+
+def test_packed_weights_of_a_config_that_does_not_say_so_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers would take the numbers without their scales."""
+    model = llama(False)
+    where = ll.LoRAConfig(r=2, target_names=("q_proj",))
+    ll.save(moved(ll.init(model, where)), tmp_path / "a")
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tensors = safetensors.torch.load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
+    assert "config.json says no quantization_config" in capsys.readouterr().err

@@ -221,3 +221,14 @@ def test_a_prefix_that_is_unknown_is_told_how_to_be_taken_off() -> None:
         ll.from_diffusion(file, model)
     params = ll.from_diffusion(file, model, rename=lambda name: name.removeprefix("mine."))
     close(ll.merge(model, params)["up.weight"], weight(model, "up") + up @ down, 1e-5)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_pair_of_a_convolution_in_groups(groups: int) -> None:
+    """LyCORIS' makes a weight of this convolution: its kernels see the inputs of one group."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(4, 8, 3, groups=groups)})
+    down, up = noise(2, 4 // groups, 3, 3), noise(8, 2, 1, 1, seed=2)
+    change = torch.einsum("or,rikl->oikl", up.flatten(1), down) / 2
+    file = {"lora_down__weight": down, "lora_up__weight": up, "alpha": torch.tensor(1.0)}
+    close(merged(model, "conv", **file), weight(model, "conv") + change, 1e-5)

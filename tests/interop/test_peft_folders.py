@@ -163,3 +163,78 @@ def test_a_state_dict_with_another_adapters_name_in_it() -> None:
     raw = {k: t for k, t in wrapped.state_dict().items() if "lora_" in k}
     with pytest.raises(ll.CheckpointError, match=r"adapters 'story_1', 'tone'; take one's \(peft"):
         ll.from_peft(raw, model, config=config.to_dict())
+
+
+class Grouped(nn.Module):
+    """Convolutions in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(4, 8, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+@pytest.mark.parametrize("feedforward", [True, False])
+def test_ia3_of_a_convolution_in_groups(feedforward: bool, tmp_path: Path) -> None:
+    model, x = Grouped(), torch.randn(2, 4, 5, 5)
+    names = {"target_modules": ["conv"], "feedforward_modules": ["conv"] if feedforward else []}
+    right = saved(peft.IA3Config(**names), model, tmp_path, x=x)
+    params = ll.from_peft(tmp_path, model)
+    close(ll.apply(model, params, x), right, 1e-5)
+    close(ll.merged(model, params)(x), right, 1e-5)
+
+
+def test_lora_that_sees_all_groups_of_a_convolution_is_refused(tmp_path: Path) -> None:
+    model = Grouped()
+    config = peft.LoraConfig(r=4, target_modules=["conv"])
+    saved(config, model, tmp_path, x=torch.randn(2, 4, 5, 5))
+    with pytest.raises(ll.CheckpointError, match=r"sees the inputs of all 2 groups .* exclude"):
+        ll.from_peft(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("PREFIX_TUNING", "keys and values, in front .* PEFT itself"), ("XLORA", "chooses among")],
+)
+def test_what_adapts_no_layer_says_so(kind: str, message: str) -> None:
+    with pytest.raises(ll.CheckpointError, match=message):
+        ll.from_peft({"prompt_embeddings": torch.zeros(4, 8)}, base(), config={"peft_type": kind})
+
+
+class Two(nn.Module):
+    """A language model beside a tower with modules of the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"language_model": base(), "tower": base()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model["language_model"](x) + self.model["tower"](x)
+        return out
+
+
+def test_an_adapter_of_a_part_of_the_model(tmp_path: Path) -> None:
+    """As one of a language model alone, in a model with vision."""
+    small, large = base(), Two()
+    right = saved(peft.LoraConfig(r=3, target_modules=BOTH), small, tmp_path)
+    params = ll.from_peft(tmp_path, large)
+    close(ll.apply(large, params, X), right + large.model["tower"](X), 1e-5)
+    tensors = {k: t for k, t in load_file(tmp_path).items() if "layers.1" not in k}
+    rewritten(tmp_path, tensors)
+    with pytest.raises(ll.CheckpointError, match=r"'model.language_model.layers.1.up'.* no tensor"):
+        ll.from_peft(tmp_path, large)
+
+
+def test_nothing_merges_into_a_model_without_values(tmp_path: Path) -> None:
+    model = base()
+    saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path)
+    empty = base().to("meta")
+    params = ll.from_peft(tmp_path, empty)
+    with pytest.raises(
+        ll.UnsupportedError, match=r"on the meta device, .* load the model's weights"
+    ):
+        ll.merged(empty, params)

@@ -12,8 +12,8 @@ from ...layers.kinds import matrix, module_and_name
 from ...layers.weights import stored
 from ...variants import BitFitConfig, FullConfig, LNTuningConfig
 from ..assembly import ModuleEntry, Part
+from ..whole_change import whole_change
 from .factored import Held, Rows, rows_of
-from .kronecker import whole_change
 
 __all__ = ["changes", "check_size", "replaced"]
 

@@ -15,7 +15,7 @@ from ...variants.lokr import split
 from ..assembly import ModuleEntry, Part
 from .factored import Held, Rows, given, product, rows_of
 
-__all__ = ["Kronecker", "whole_change"]
+__all__ = ["Kronecker"]
 
 
 @dataclass
@@ -112,11 +112,6 @@ class Kronecker:
 
     def _scaled(self) -> Tensor:
         return product(self.W1) * self.scale
-
-
-def whole_change(change: Tensor, entry: ModuleEntry) -> Part:
-    """Return the part of a change of the weight itself (d_out, d_in), as 1 (x) the change."""
-    return _whole(change).part(entry)
 
 
 def _whole(change: Tensor) -> Kronecker:

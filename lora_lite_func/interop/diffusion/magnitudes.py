@@ -9,8 +9,8 @@ from torch import Tensor
 from ...core.errors import CheckpointError, short_repr
 from ...variants import DoRAConfig
 from ..assembly import ModuleEntry, Part
+from ..whole_change import whole_change
 from .factored import Held, LowRank
-from .kronecker import whole_change
 
 __all__ = ["has_magnitudes", "over_inputs", "with_magnitudes"]
 

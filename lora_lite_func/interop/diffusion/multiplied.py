@@ -17,9 +17,9 @@ from torch import Tensor
 from ...core.errors import CheckpointError, short_repr
 from ...variants import IA3Config, IA3FFConfig, LoRAConfig
 from ..assembly import ModuleEntry, Part
+from ..whole_change import whole_change
 from .changes import check_size
 from .factored import Held, Rows, given, rows_of
-from .kronecker import whole_change
 
 __all__ = ["CONSTRAINT", "Gate", "Rotation", "Sandwich"]
 

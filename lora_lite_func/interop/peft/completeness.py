@@ -29,7 +29,15 @@ def check_complete(
     Raises:
         CheckpointError: with the place.
     """
-    missing = next((p for p in _targeted(model, reader) if p not in paths), None)
+    branch = _branch(where)
+    missing = next(
+        (
+            p
+            for p in _targeted(model, reader)
+            if p not in paths and p.split(".")[: len(branch)] == branch
+        ),
+        None,
+    )
     if missing is not None and method.suffixes and not method.prunes:
         raise CheckpointError(
             f"{reader.where}: target_modules name {short_repr(missing)}, for which there is no "
@@ -41,6 +49,20 @@ def check_complete(
             f"{reader.where}: target_parameters name {short_repr(lost)}, for which there is no "
             "tensor"
         )
+
+
+def _branch(where: Mapping[str, str]) -> list[str]:
+    """Return the names of the module that a smaller model has become within this one, as a language
+    model beside one of vision: modules elsewhere are none that the file had. It is the whole model
+    where none has moved deeper.
+    """
+    deeper = [new.split(".") for old, new in where.items() if new.count(".") > old.count(".")]
+    shared: list[str] = []
+    for names in zip(*deeper, strict=False):
+        if len(set(names)) > 1 or names[0].isdecimal():
+            break
+        shared.append(names[0])
+    return shared
 
 
 def check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:

@@ -138,6 +138,23 @@ def from_unpacked(
         raise CheckpointError(f"{reader.where}: {error}") from None
 
 
+_PROMPTS = (
+    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE"
+)
+_ELSEWHERE = {
+    **dict.fromkeys(
+        _PROMPTS.split(),
+        "it learns tokens, or keys and values, in front of the inputs, and nothing of a layer: "
+        "PEFT itself runs it",
+    ),
+    **dict.fromkeys(
+        ("XLORA", "POLY"),
+        "it chooses among adapters for each input, by a model of its own: PEFT itself runs it",
+    ),
+}
+"""{PEFT's methods that aren't adapters of layers: why}."""
+
+
 def _method(reader: ConfigReader) -> Codec:
     """Return the file's method.
 
@@ -148,7 +165,7 @@ def _method(reader: ConfigReader) -> Codec:
     if kind not in METHODS:
         raise CheckpointError(
             f"{reader.where}: peft_type {short_repr(kind)} isn't read here; "
-            f"{nearest(kind, METHODS, first=50)}"
+            f"{_ELSEWHERE.get(kind) or nearest(kind, METHODS, first=50)}"
         )
     method = METHODS[kind]
     if reader.get("bias") not in (None, "none", "all", method.biased):

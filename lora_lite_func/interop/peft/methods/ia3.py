@@ -15,6 +15,7 @@ from ....variants import (
 )
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
+from ...whole_change import whole_change
 from ..codec import Codec, Written
 
 __all__ = ["IA3"]
@@ -22,7 +23,8 @@ __all__ = ["IA3"]
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """Read ia3_l, which is (d_out, 1) for a gate on the output and (1, d_in) for one on the input
-    of a feed-forward module. A convolution's gate is (1, channels, 1, ...).
+    of a feed-forward module. A convolution's gate is (1, channels, 1, ...); one of the inputs of a
+    convolution in groups changes its weight by more than a gate does.
 
     Raises:
         ModelNeededError: no model was given.
@@ -32,7 +34,13 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     forward = gate.shape[0] == 1 if plain else _feed_forward(reader, entry.pattern_path)
     if not forward:
         return [Part(IA3Config, {"lora_g": gate.flatten()})]
-    gate = gate.flatten()
+    gate, groups = gate.flatten(), getattr(entry.module, "groups", 1)
+    if groups != 1 and gate.numel() == entry.module.in_channels:
+        # The same entry of a kernel meets another channel in each group.
+        W = entry.weight("IA3 of a convolution in groups")
+        factors = (gate - 1.0).to(W).view(groups, -1).repeat_interleave(len(W) // groups, 0)
+        change = W.unflatten(1, (factors.shape[1], -1)) * factors[:, :, None]
+        return [whole_change(change.flatten(1), entry)]
     if gate.numel() and site.d_in % gate.numel() == 0:
         # PEFT has one gate for a channel, which holds for each entry of its kernel.
         gate = gate.repeat_interleave(site.d_in // gate.numel())

@@ -138,10 +138,16 @@ def factors(entry: ModuleEntry, held: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     A, B = pair
     if A.ndim > 2 or B.ndim > 2:
         groups = getattr(entry.module, "groups", 1)
-        if groups != 1 or any(n != 1 for n in B.shape[2:]):
+        if groups != 1 and A.shape[0] == groups * B.shape[1]:
             raise CheckpointError(
-                f"{short_repr(entry.path)}: lora_B of a convolution in {groups} groups has no "
-                f"dense counterpart"
+                f"{short_repr(entry.path)}: lora_A sees the inputs of all {groups} groups of this "
+                f"convolution, and no weight of it does, so PEFT alone runs it; adapt it with "
+                f"another method of PEFT's (LOHA, LOKR), or exclude it (exclude_modules)"
+            )
+        if any(n != 1 for n in B.shape[2:]):
+            raise CheckpointError(
+                f"{short_repr(entry.path)}: lora_B of shape {tuple(B.shape)} has no dense "
+                f"counterpart"
             )
         A, B = A.flatten(1), B.flatten(1)
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
