@@ -73,6 +73,8 @@ __all__ = [
     "Bank",
     "BitFitConfig",
     "C3AConfig",
+    "CPTConfig",
+    "CartridgeConfig",
     "CheckpointError",
     "ConfigError",
     "CorDAConfig",
@@ -100,6 +102,7 @@ __all__ = [
     "LoRIConfig",
     "LoReFTConfig",
     "LoraLiteError",
+    "MPTConfig",
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
@@ -111,8 +114,10 @@ __all__ = [
     "OSFConfig",
     "PEANuTConfig",
     "PSOFTConfig",
+    "PTuningConfig",
     "ParamSpec",
     "PiSSAConfig",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "QALoRAConfig",
     "ROADConfig",
@@ -185,6 +190,7 @@ __all__ = [
     "stack",
     "summary",
     "targets",
+    "tasks",
     "to_dict",
     "to_diffusion",
     "to_peft",
@@ -199,6 +205,7 @@ if TYPE_CHECKING:
     from .algebra.arrow import arrow
     from .algebra.combine import add, combine_adapters
     from .algebra.precondition import precondition
+    from .algebra.tasks import tasks
     from .api.check import check
     from .api.collect import collect
     from .interop.diffusion import from_diffusion, to_diffusion
@@ -216,7 +223,9 @@ if TYPE_CHECKING:
         BitFitConfig,
         BOFTConfig,
         C3AConfig,
+        CartridgeConfig,
         CorDAConfig,
+        CPTConfig,
         DEFTConfig,
         DeLoRAConfig,
         DiReFTConfig,
@@ -244,13 +253,16 @@ if TYPE_CHECKING:
         MiSSConfig,
         MoELoRAConfig,
         MoRAConfig,
+        MPTConfig,
         OFTConfig,
         OLoRAConfig,
         OSFConfig,
         PEANuTConfig,
         PiSSAConfig,
+        PrefixTuningConfig,
         PromptTuningConfig,
         PSOFTConfig,
+        PTuningConfig,
         QALoRAConfig,
         RandLoRAConfig,
         ROADConfig,
@@ -278,6 +290,7 @@ _ON_USE = {
     "load_balance": "kernels.gates",
     "load_into": "interop.into_bank",
     "precondition": "algebra.precondition",
+    "tasks": "algebra.tasks",
     "to_diffusion": "interop.diffusion",
     "to_peft": "interop.peft",
     **{config: "variants" for _, config in METHODS.values()},

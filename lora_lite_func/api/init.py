@@ -29,12 +29,14 @@ from ..core.registry import variant_for
 from ..core.shared import group_path
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
+from ..injection.tree_copy import copy_tree
 from ..interop.fresh_heads import warn_of_fresh_heads
 from ..layers.kinds import KINDS, matrix, module_and_name
 from ..layers.targeting import find
 from ..layers.weights import compute_dtype, dense_weight, device_of
 from ..layers.whole_calls import TokenTable
 from .calibrate import gather
+from .recorder import eval_copy
 
 __all__ = ["init", "targets"]
 
@@ -167,7 +169,7 @@ def _start(
     if variant.init is None or "weight" not in variant.needs_of(cfg):
         pass
     elif KINDS[site.kind].called:
-        W = TokenTable(module)
+        W = TokenTable(copy_tree(module, {}, eval_copy))
     else:
         W = matrix(
             dense_weight(

@@ -34,6 +34,7 @@ from .phases import (
     ScalingFn,
     ValidateFn,
     VirtualFn,
+    VirtualLabelsFn,
     WeightFn,
 )
 from .site import Site
@@ -68,6 +69,7 @@ class Variant(Generic[ConfigT, DataT]):
         weight: the dense equivalent, for merging and for weights that are used uncalled.
         virtual: what stands in front of a whole call's own tokens; its sites are of kind "call" or
             "cache", and `r` is how many tokens it stands for.
+        virtual_labels: labels of virtual tokens, where a call's labels are given; None counts none.
         additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b on
             b.
         validate: a check of frozen tensors' values, for what a file says.
@@ -111,6 +113,7 @@ class Variant(Generic[ConfigT, DataT]):
     router: RouterFn[ConfigT, DataT] | None = None
     weight: WeightFn[ConfigT] | None = None
     virtual: VirtualFn[ConfigT] | None = None
+    virtual_labels: VirtualLabelsFn[ConfigT] | None = None
     additive: bool = False
     validate: ValidateFn[ConfigT] | None = None
     dense: DenseFn[ConfigT] | None = None

@@ -68,6 +68,7 @@ __all__ = [
     "ScalingFn",
     "ValidateFn",
     "VirtualFn",
+    "VirtualLabelsFn",
     "WeightFn",
     "Work",
 ]
@@ -264,6 +265,13 @@ class VirtualFn(Protocol[ConfigIn]):
         at one of kind "cache" each layer's keys and values (layers, 2, P, heads * head size). P is
         `site.r`.
         """
+
+
+class VirtualLabelsFn(Protocol[ConfigIn]):
+    """What a model's own loss expects after virtual tokens that are tokens of the vocabulary."""
+
+    def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> Tensor:
+        """Ids (P,), -100 where the loss counts nothing."""
 
 
 # ----------------------------------------------------------------------------- the dense equivalent

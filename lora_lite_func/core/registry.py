@@ -27,6 +27,7 @@ _OPTIONAL = (
     "router",
     "weight",
     "virtual",
+    "virtual_labels",
     "validate",
     "dense",
     "scale",

@@ -77,7 +77,14 @@ def embedded(module: Any, given: Given) -> Tensor:
 
 
 def in_front(
-    front: Front, values: Tensor, module: Any, given: Given, names: Any, causal: bool, path: str
+    front: Front,
+    values: Tensor,
+    module: Any,
+    given: Given,
+    names: Any,
+    causal: bool,
+    path: str,
+    labels: Tensor | None = None,
 ) -> tuple[Given, Front]:
     """(the arguments with virtual tokens in front of the call's own, where those stand).
 
@@ -89,6 +96,7 @@ def in_front(
         names: of the arguments that the model takes.
         causal: whether its calls may go on from a cache.
         path: of the site, for messages.
+        labels: (N, P) of the virtual tokens, likewise; None where the loss counts none.
 
     Raises:
         UnsupportedError: an argument in which virtual tokens have no place.
@@ -110,6 +118,8 @@ def in_front(
     for name, value in _FILLED.items():
         if _is_of_tokens(made.get(name), rows, tokens):
             made[name] = front.fill(made[name], value)
+    if labels is not None and given.get("labels") is not None:
+        made["labels"] = front.join(front.aligned(labels, 1).to(given["labels"]), given["labels"])
     for name in _SPANS:
         if made.get(name) is not None:
             made[name] = made[name] + front.counted(made[name].device)

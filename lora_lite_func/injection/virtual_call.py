@@ -26,7 +26,7 @@ from .stand_in import on_stand_in
 from .virtual_arguments import Given, batch_of, going_on, in_front
 from .virtual_cache import cached_tokens, check_room, fill, new_cache
 from .virtual_encoder import encoded, encoder_with_front
-from .virtual_values import front_of, values_of
+from .virtual_values import front_of, labels_of, values_of
 
 __all__ = ["methods"]
 
@@ -127,7 +127,8 @@ def _called(
         check_room(given, held + slots + tokens, slots, path)
         values = values_of(attachment, module, rows)
         causal = is_causal(module)
-        given, front = in_front(front, values, module, given, names, causal, path)
+        labels = labels_of(attachment, module, rows)
+        given, front = in_front(front, values, module, given, names, causal, path, labels)
         return own_tokens(inner(given), front, tokens)
     check_room(given, held + tokens, slots, path)
     under = sum(a.site.r for a in attachments[: count - 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .rows_activation import mapped
 from .state import tensors_at
 from .virtual_front import Front
 
-__all__ = ["front_of", "values_of"]
+__all__ = ["front_of", "labels_of", "values_of"]
 
 
 def values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
@@ -28,21 +29,41 @@ def values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
         module: the site.
         rows: N.
     """
-    p = tensors_at(attachment, module)
     virtual = attachment.variant.virtual
     assert virtual is not None
+    return _of_rows(virtual, attachment, module, rows)
+
+
+def labels_of(attachment: Attachment, module: Any, rows: int) -> Tensor | None:
+    """The labels of virtual tokens, (N, P), -100 where a row doesn't use the place; None where no
+    token has one.
+    """
+    labels = attachment.variant.virtual_labels
+    if labels is None:
+        return None
+    made = _of_rows(labels, attachment, module, rows)
+    lengths = front_of(attachment, module, rows).lengths
+    if lengths is None:
+        return made
+    place = torch.arange(made.shape[1], device=made.device)
+    return torch.where(place < lengths[:, None], made, -100)
+
+
+def _of_rows(
+    function: Callable[..., Tensor], attachment: Attachment, module: Any, rows: int
+) -> Tensor:
+    """What a method's function gives for each row."""
 
     def one(p: Params) -> Tensor:
         q, site = unfolded(p, attachment.site)
-        return virtual(attachment.cfg, q, site)
+        return function(attachment.cfg, q, site)
 
-    plan = attachment.row_plan
-    if plan is None:
+    p = tensors_at(attachment, module)
+    if attachment.row_plan is None:
         made = one(p)
         return made.expand(rows, *made.shape)
     ids = _ids(attachment, rows).to(next(iter(p.values())).device).clamp(min=0)
-    made = mapped(one, p)
-    return made.index_select(0, ids)
+    return mapped(one, p).index_select(0, ids)
 
 
 def front_of(attachment: Attachment, module: Any, rows: int) -> Front:

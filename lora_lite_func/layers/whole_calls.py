@@ -56,6 +56,7 @@ class TokenTable:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
         self._table = token_table(module)
         self.size = int(stored_table(self._table).shape[0])
 
@@ -65,6 +66,24 @@ class TokenTable:
         with torch.no_grad():
             made: Tensor = self._table(ids.to(home))
         return made.detach().float()
+
+    def cached(self, ids: Tensor) -> Tensor:
+        """What the model's cache holds after a text (n,): keys and values (layers, 2, n, width).
+
+        Raises:
+            UnsupportedError: the model encodes and decodes, so a text has no keys of its own there.
+        """
+        if has_encoder(self._module):
+            raise UnsupportedError(
+                f"{type(self._module).__name__}: it encodes and decodes, and its cache is of what "
+                f"it decodes; start without token_ids"
+            )
+        home = stored_table(self._table).device
+        with torch.no_grad():
+            result = self._module(input_ids=ids[None].to(home), use_cache=True)
+        layers = given_cache(dict(result.items()))[1].layers
+        pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
+        return torch.stack(pairs).transpose(2, 3).flatten(3).detach().float()
 
 
 # --------------------------------------------------------------------------------- virtual tokens

@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .bitfit import BitFitConfig
     from .boft import BOFTConfig
     from .c3a import C3AConfig
+    from .cartridge import CartridgeConfig
     from .corda import CorDAConfig
+    from .cpt import CPTConfig
     from .deft import DEFTConfig
     from .delora import DeLoRAConfig
     from .dora import DoRAConfig
@@ -49,11 +51,14 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .miss import MiSSConfig
     from .moelora import MoELoRAConfig
     from .mora import MoRAConfig
+    from .mpt import MPTConfig
     from .oft import OFTConfig
     from .olora import OLoRAConfig
     from .osf import OSFConfig
+    from .p_tuning import PTuningConfig
     from .peanut import PEANuTConfig
     from .pissa import PiSSAConfig
+    from .prefix_tuning import PrefixTuningConfig
     from .prompt_tuning import PromptTuningConfig
     from .psoft import PSOFTConfig
     from .qalora import QALoRAConfig
@@ -79,6 +84,8 @@ __all__ = [
     "BOFTConfig",
     "BitFitConfig",
     "C3AConfig",
+    "CPTConfig",
+    "CartridgeConfig",
     "CorDAConfig",
     "DEFTConfig",
     "DeLoRAConfig",
@@ -102,6 +109,7 @@ __all__ = [
     "LoRAXSConfig",
     "LoRIConfig",
     "LoReFTConfig",
+    "MPTConfig",
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
@@ -112,7 +120,9 @@ __all__ = [
     "OSFConfig",
     "PEANuTConfig",
     "PSOFTConfig",
+    "PTuningConfig",
     "PiSSAConfig",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "QALoRAConfig",
     "ROADConfig",
@@ -138,7 +148,9 @@ METHODS = {
     "bitfit": ("bitfit", "BitFitConfig"),
     "boft": ("boft", "BOFTConfig"),
     "c3a": ("c3a", "C3AConfig"),
+    "cartridge": ("cartridge", "CartridgeConfig"),
     "corda": ("corda", "CorDAConfig"),
+    "cpt": ("cpt", "CPTConfig"),
     "deft": ("deft", "DEFTConfig"),
     "delora": ("delora", "DeLoRAConfig"),
     "direft": ("reft", "DiReFTConfig"),
@@ -166,11 +178,14 @@ METHODS = {
     "miss": ("miss", "MiSSConfig"),
     "moelora": ("moelora", "MoELoRAConfig"),
     "mora": ("mora", "MoRAConfig"),
+    "mpt": ("mpt", "MPTConfig"),
     "oft": ("oft", "OFTConfig"),
     "olora": ("olora", "OLoRAConfig"),
     "osf": ("osf", "OSFConfig"),
+    "p_tuning": ("p_tuning", "PTuningConfig"),
     "peanut": ("peanut", "PEANuTConfig"),
     "pissa": ("pissa", "PiSSAConfig"),
+    "prefix_tuning": ("prefix_tuning", "PrefixTuningConfig"),
     "prompt_tuning": ("prompt_tuning", "PromptTuningConfig"),
     "psoft": ("psoft", "PSOFTConfig"),
     "qalora": ("qalora", "QALoRAConfig"),

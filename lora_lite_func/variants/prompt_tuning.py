@@ -26,6 +26,7 @@ from ..core.errors import ConfigError
 from ..core.method import ParamSpec, Variant
 from ..core.random import normal
 from ..core.site import Params, Site
+from ._vocabulary import vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +74,6 @@ def init(
     if weight is None:
         return {}
     return {"lora_tokens": vocabulary(weight, site.r, cfg.token_ids, generator("lora_tokens"))}
-
-
-def vocabulary(
-    table: Any, count: int, token_ids: tuple[int, ...], generator: torch.Generator
-) -> Tensor:
-    """Embedded tokens (count, width): of given ids, or drawn.
-
-    Raises:
-        ConfigError: an id that the table hasn't.
-    """
-    if max(token_ids, default=0) >= table.size:
-        raise ConfigError(f"token id {max(token_ids)}: the model has {table.size} of them")
-    if token_ids:
-        ids = torch.tensor([token_ids[i % len(token_ids)] for i in range(count)], device="cpu")
-    else:
-        ids = torch.randint(table.size, (count,), generator=generator, device="cpu")
-    made: Tensor = table(ids)
-    return made
 
 
 def virtual(cfg: PromptTuningConfig, p: Params, site: Site) -> Tensor:

@@ -98,7 +98,7 @@ def test_a_command_touches_the_files_that_contributing_says() -> None:
     assert "python -m lora_lite_func diff" in PAGES["lora_lite_func/guides/serving.md"]
 
 
-WHOLE_CALLS = {"call": "test_prompts.py", "cache": "test_prompts.py"}
+WHOLE_CALLS = {"call": "test_prompts.py", "cache": "test_prefixes.py"}
 """Where models of transformers stand for the laws' toy models, which embed no tokens."""
 
 

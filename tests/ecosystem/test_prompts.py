@@ -379,3 +379,82 @@ def test_files_keep_lengths_and_places(tmp_path: Any) -> None:
         rows = ll.rows(ll.load(tmp_path / "stack.safetensors", model), ["b", "a", None])
         found = ll.apply(model, rows, IDS).logits
         close(found[0], ll.apply(model, several["b"], IDS[:1]).logits[0], 5e-6)
+
+
+# ------------------------------------------------------------------------------- methods of its kin
+def test_p_tuning_is_a_prompt_that_a_network_makes() -> None:
+    model = fresh("llama")
+    params = ll.init(model, ll.PTuningConfig(r=4, hidden=5))
+    p = params[""]
+    h = torch.relu(p["lora_tokens"] @ p["lora_W1"].mT + p["lora_b1"])
+    h = torch.relu(h @ p["lora_W2"].mT + p["lora_b2"])
+    tokens = h @ p["lora_W3"].mT + p["lora_b3"]
+    several = [ll.init(model, ll.PTuningConfig(r=r, hidden=5), seed=r) for r in (3, 1)]
+    with torch.no_grad():
+        expected = by_hand(model, tokens, IDS).logits[:, 4:]
+        close(ll.apply(model, params, IDS).logits, expected, 1e-6)
+        found = ll.apply(model, ll.rows(ll.stack(several), [1, -1, 0]), IDS).logits
+        close(found[0], ll.apply(model, several[1], IDS[:1]).logits[0], 5e-6)
+        close(found[2], ll.apply(model, several[0], IDS[2:]).logits[0], 5e-6)
+    g = grad(lambda p: ll.apply(model, p, IDS, labels=IDS).loss)(params)
+    assert all(t.abs().max() > 0 for t in g[""].values())
+
+
+def test_tasks_of_one_prompt_are_a_stack() -> None:
+    model = fresh("llama")
+    params = moved(ll.init(model, ll.MPTConfig(r=4, tasks=3, task_rank=2)), size=0.5)
+    p = params[""]
+    with torch.no_grad():
+        found = ll.apply(model, ll.rows(ll.tasks(params), [2, 0, -1]), IDS).logits
+        for row, task in enumerate((2, 0)):
+            tokens = p["lora_tokens"] * (p["lora_columns"][task] @ p["lora_rows"][task])
+            close(found[row], by_hand(model, tokens, IDS[row : row + 1]).logits[0, 4:], 5e-6)
+    one = ll.tasks(params)[1]
+    assert isinstance(one.config, ll.PromptTuningConfig)
+
+    def loss(p: ll.Adapter) -> Tensor:
+        return ll.apply(model, ll.rows(ll.tasks(p), [1, 1, 1]), IDS, labels=IDS).loss
+
+    g = grad(loss)(params)[""]
+    assert g["lora_tokens"].abs().max() > 0
+    assert [t.abs().max() > 0 for t in g["lora_rows"]] == [False, True, False]
+    with pytest.raises(ll.UnsupportedError, match="mpt has 3 tasks; say which each row is of"):
+        ll.apply(model, params, IDS)
+    with pytest.raises(ll.UnsupportedError, match="prompt_tuning has no tasks"):
+        ll.tasks(one)
+    with pytest.raises(ll.ConfigError, match="tasks=0"):
+        ll.MPTConfig(tasks=0)
+
+
+def test_context_is_moved_within_bounds_and_its_answers_are_counted() -> None:
+    model = fresh("llama")
+    ids, types = (5, 9, 7, 11), (1, 2, 3, 4)
+    cfg = ll.CPTConfig(r=4, token_ids=ids, token_types=types, epsilon=0.5)
+    params = ll.init(model, cfg)
+    context = torch.tensor([ids]).expand(3, -1)
+    labels = torch.cat([torch.tensor([[-100, -100, -100, 11]]).expand(3, -1), IDS], 1)
+    with torch.no_grad():
+        whole = model(torch.cat([context, IDS], 1), labels=labels)
+        found = ll.apply(model, params, IDS, labels=IDS)
+        close(found.logits, whole.logits[:, 4:], 1e-6)
+        close(found.loss, whole.loss, 1e-6)
+        other = ll.init(model, ll.CPTConfig(r=2, token_ids=(3, 4), token_types=(1, 4), epsilon=0.5))
+        rows = ll.rows(ll.stack([params, other]), [0, 1, -1])
+        mixed = ll.apply(model, rows, IDS, labels=IDS.masked_fill(torch.arange(3)[:, None] > 0, 3))
+        short = model(torch.cat([torch.tensor([[3, 4]]), IDS[1:2]], 1))
+        close(mixed.logits[1], short.logits[0, 2:], 5e-6)
+    g = grad(lambda p: ll.apply(model, p, IDS, labels=IDS).loss)(params)[""]
+    assert [bool(row.abs().max() > 0) for row in g["lora_delta"]] == [True, True, True, False]
+    far = ll.project(moved(params, size=9.0))[""]["lora_delta"]
+    bound = (32 / 2048) ** 0.5
+    close(far.norm(dim=1), torch.tensor([0.1, 0.5, 0.1, 0.0]) * bound, 1e-5)
+    near = ll.project(params)[""]["lora_delta"]
+    assert torch.equal(near, params[""]["lora_delta"])
+    for fields, said in (
+        ({"r": 1, "token_ids": (1,), "token_types": (1, 2)}, "one for each of 1 token_ids"),
+        ({"epsilon": -1.0}, "of at least 0"),
+    ):
+        with pytest.raises(ll.ConfigError, match=said):
+            ll.CPTConfig(**fields)
+    with pytest.raises(ll.UnsupportedError, match="0 of 8 are given"):
+        ll.init(model, ll.CPTConfig())

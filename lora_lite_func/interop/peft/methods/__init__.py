@@ -7,6 +7,7 @@ from .adalora import ADALORA
 from .beft import BEFT
 from .boft import BOFT
 from .c3a import C3A
+from .cpt import CPT
 from .deft import DEFT
 from .delora import DELORA
 from .fourierft import FOURIERFT
@@ -20,9 +21,12 @@ from .loha import LOHA
 from .lokr import LOKR
 from .lora import LORA
 from .miss import MISS
+from .mpt import MPT
 from .oft import OFT
 from .osf import OSF
+from .p_tuning import P_TUNING
 from .peanut import PEANUT
+from .prefix_tuning import CARTRIDGE, PREFIX_TUNING
 from .prompt_tuning import PROMPT_TUNING
 from .psoft import PSOFT
 from .randlora import RANDLORA
@@ -68,6 +72,11 @@ METHODS: dict[str, Codec] = {
         OSF,
         PROMPT_TUNING,
         VBLORA,
+        P_TUNING,
+        PREFIX_TUNING,
+        CARTRIDGE,
+        MPT,
+        CPT,
         BEFT,
         LN_TUNING,
         TOKENS,

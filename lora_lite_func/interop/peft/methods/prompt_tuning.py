@@ -15,7 +15,7 @@ from ...metadata import ConfigReader
 from ..codec import Codec, Written
 from ..whole_model import only_one, said_of_model
 
-__all__ = ["ABOUT_MODEL", "PROMPT_TUNING", "TENSOR", "virtual_tokens"]
+__all__ = ["ABOUT_MODEL", "PROMPT_TUNING", "TENSOR", "read", "virtual_tokens"]
 
 TENSOR = "prompt_embeddings"
 ABOUT_MODEL = "token_dim num_layers num_attention_heads num_transformer_submodules"
