@@ -269,6 +269,7 @@ CASES = (
         update=_experts,
     ),
     Case("arrow", _fixed(ll.ArrowConfig, experts=3, top_k=2), dead=A, update=_experts),
+    Case("unilora", _fixed(ll.UniLoRAConfig, length=24)),
     Case("vblora", _bank, exact=False, identity=1e15),  # near the base, whatever the dtype
     Case("vblora_exact", functools.partial(_bank, exact_start=True)),
     Case("ln_tuning", _norms, linear=False),

@@ -150,11 +150,15 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
         if not (
             dtype_fits(None, t.dtype)
-            or (key.endswith("indices") and not t.is_floating_point() and not t.is_complex())
+            or (_is_index(key) and not t.is_floating_point() and not t.is_complex())
         ):
             raise CheckpointError(
                 f"{short_repr(key)}: expected a floating tensor of 16 bits or more, found {t.dtype}"
             )
+
+
+def _is_index(key: str) -> bool:
+    return "indices" in key.rpartition(".")[2]
 
 
 def _form(t: Tensor) -> str:

@@ -77,10 +77,15 @@ def _part_shared(
     module: nn.Module,
     state_dict: dict[str, Tensor],
     prefix: str,
-    *_: Any,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
 ) -> None:
-    """Give tensors that share memory memory of their own where the state has unlike values for
-    them, as that of an adapter with a projection of its own at each site.
+    """Give frozen tensors that share memory memory of their own where the state has unlike values
+    for them, as that of an adapter with a projection of its own at each site. Miss the one value of
+    a parameter that sites share.
     """
     for entry in entries_of(module) or []:
         held, first = tensors_in(module, entry), dict[Any, Tensor]()
@@ -94,6 +99,11 @@ def _part_shared(
                 leaves = module.get_submodule(home)
                 if last in leaves._buffers:
                     leaves._buffers[last] = own.clone()
+                elif name in entry.layout.shared.get(path, ()):
+                    error_msgs.append(
+                        f"the state has unlike values for {prefix + key!r} and the same tensor at "
+                        f"other sites, which share one here; bind the adapter that the state is of"
+                    )
 
 
 def _memory_of(t: Tensor) -> tuple[Any, ...]:

@@ -69,6 +69,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .shira import SHiRAConfig
     from .ssvd import SSVDConfig
     from .tokens import TokensConfig
+    from .unilora import UniLoRAConfig
     from .vblora import VBLoRAConfig
     from .vera import VeRAConfig
     from .waveft import WaveFTConfig
@@ -132,6 +133,7 @@ __all__ = [
     "SSteerConfig",
     "TinyLoRAConfig",
     "TokensConfig",
+    "UniLoRAConfig",
     "VBLoRAConfig",
     "VeRAConfig",
     "WaveFTConfig",
@@ -196,6 +198,7 @@ METHODS = {
     "ssvd": ("ssvd", "SSVDConfig"),
     "tinylora": ("lora_xs", "TinyLoRAConfig"),
     "tokens": ("tokens", "TokensConfig"),
+    "unilora": ("unilora", "UniLoRAConfig"),
     "vblora": ("vblora", "VBLoRAConfig"),
     "vera": ("vera", "VeRAConfig"),
     "waveft": ("waveft", "WaveFTConfig"),

@@ -113,6 +113,7 @@ CONFIGS = {
     "supertuning_smallest": lambda **k: peft.SupertuningConfig(
         sparsity=0.77, select_top=False, **k
     ),
+    "unilora": lambda **k: peft.UniLoraConfig(r=3, theta_d_length=50, save_indices=True, **k),
     "vblora": lambda **k: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=8, topk=3, **k),
     "beft": lambda **k: peft.BeftConfig(**k),
     "ln_tuning": lambda **k: peft.LNTuningConfig(target_modules=["norm"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,47 @@ def test_deft_at_another_strength_or_with_dropout_has_no_form(tmp_path: Path) ->
     saved(peft.DeftConfig(r=3, deft_dropout=0.1, target_modules=BOTH), base(), tmp_path)
     with pytest.raises(ll.CheckpointError, match=r"'deft_dropout' is 0\.1"):
         ll.from_peft(tmp_path, base())
+
+
+def test_unilora_without_its_indices_is_refused(tmp_path: Path) -> None:
+    """PEFT draws them again, with numpy and of all targets' sizes."""
+    saved(peft.UniLoraConfig(r=3, target_modules=BOTH), base(), tmp_path)
+    with pytest.raises(ll.CheckpointError, match="save it in PEFT with save_indices=True"):
+        ll.from_peft(tmp_path, base())
+
+
+@pytest.mark.parametrize("h", [9, 300])
+def test_vblora_of_chosen_vectors_alone(h: int, tmp_path: Path) -> None:
+    """PEFT can't train such a file on; here the chosen vectors are."""
+    config = peft.VBLoRAConfig(
+        r=3, num_vectors=h, vector_length=8, save_only_topk_weights=True, target_modules=BOTH
+    )
+    theirs = saved(config, base(), tmp_path)
+    params = ll.from_peft(tmp_path, base())
+    close(ll.apply(base(), params, X), theirs, 1e-5)
+    grads = ll.grad(lambda p: ll.apply(base(), p, X).square().sum())(params)
+    logits = grads["layers.0.up", "lora_logits_A"]
+    assert ((logits != 0).sum(-1) == 2).all()
+
+
+SHARING = {
+    "vblora": ll.VBLoRAConfig(r=3, num_vectors=9, vector_length=8),
+    "unilora": ll.UniLoRAConfig(r=3, length=50, exact_start=False),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_our_own_of_what_layers_share(name: str, tmp_path: Path) -> None:
+    params = moved(ll.init(base(), SHARING[name]))
+    ll.to_peft(params, base(), tmp_path / "a")
+    said = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert said["peft_type"] == name.upper()
+    close(loaded(base(), tmp_path / "a"), ll.apply(base(), params, X), 1e-5)
+    for other in (
+        ll.scale(params, 0.5),
+        ll.init(base(), dataclasses.replace(SHARING[name], exact_start=True)),
+    ):
+        ll.to_peft(other, base(), tmp_path / "b")  # the plain LoRA that it is
+        said = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+        assert said["peft_type"] == "LORA"
+        close(loaded(base(), tmp_path / "b"), ll.apply(base(), other, X), 1e-5)

@@ -233,6 +233,24 @@ def _lori(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return W + 1.5 * p["lora_B"] @ p["lora_A"], b
 
 
+@oracle(ll.UniLoRAConfig(r=3, length=7))
+@oracle(ll.UniLoRAConfig(r=2, length=500, exact_start=False), what="long")
+def _unilora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    """One layer alone: each place is divided by the root of how often it occurs, on the average."""
+    entries = cfg.r * (W.shape[0] + W.shape[1])
+    root = (entries / cfg.length) ** 0.5
+    places = {side: p[f"lora_idx_{side}"].long() for side in "AB"}
+    counts = torch.bincount(places["A"].flatten(), minlength=cfg.length)
+    assert counts.max() - counts.min() <= 1
+
+    def update(theta: Tensor) -> Tensor:
+        A, B = (torch.stack([theta[row] for row in places[side]]) / root for side in "AB")
+        return B @ A
+
+    start = update(p["lora_theta0"]) if cfg.exact_start else 0.0
+    return W + update(p["lora_theta"]) - start, b
+
+
 @oracle(ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=4, topk=3))
 @oracle(ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=8, exact_start=True), what="exact")
 def _vblora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
@@ -303,6 +321,7 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.ArrowConfig(top_k=5), "ArrowConfig.top_k: expected 1 to experts=4, found 5"),
         (lambda: ll.ArrowConfig(temperature=-1.0), "temperature: expected more than 0, found -1"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
+        (lambda: ll.UniLoRAConfig(length=0), "UniLoRAConfig.length: expected at least 1, found 0"),
         (lambda: ll.VBLoRAConfig(num_vectors=2, topk=3), "at most num_vectors=2, found 3"),
         (lambda: ll.VBLoRAConfig(vector_length=0), "vector_length: expected at least 1, found 0"),
     ],

@@ -82,6 +82,8 @@ class Codec:
         keeps_modules: whether PEFT keeps modules trained whole beside it.
         stacks_experts: whether pairs of single experts are read where a model stacks them.
         prunes: whether a targeted module may have no tensors.
+        unsaid: why a file of nothing but shared tensors can't be read, and the way out; "" where
+            there is no such file.
         rewrites_base: reader -> whether PEFT changes the base's weights as it loads the file.
         of_whole_model: whether its tensors are of a whole model, under keys that name no module;
             `suffixes` are the keys then.
@@ -111,6 +113,7 @@ class Codec:
     keeps_modules: bool = True
     stacks_experts: bool = False
     prunes: bool = False
+    unsaid: str = ""
     rewrites_base: Callable[[ConfigReader], bool] | None = None
     of_whole_model: bool = False
 

@@ -123,6 +123,8 @@ def from_unpacked(
     sites, shared, rest = split(tensors, suffixes, method.shared)
     if own:
         sites = {"": own}
+    if not sites and shared and method.unsaid:
+        raise CheckpointError(f"{reader.where}: {method.unsaid}")
     if not sites and not rest:
         raise CheckpointError(
             f"{reader.where}: no tensor of a {method.peft_type} adapter beside it"

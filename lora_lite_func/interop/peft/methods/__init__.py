@@ -35,6 +35,7 @@ from .shira import SHIRA
 from .supertuning import SUPERTUNING
 from .tinylora import TINYLORA
 from .tokens import TOKENS
+from .unilora import UNILORA
 from .vblora import VBLORA
 from .vera import VERA
 from .waveft import WAVEFT
@@ -77,6 +78,7 @@ METHODS: dict[str, Codec] = {
         CARTRIDGE,
         MPT,
         CPT,
+        UNILORA,
         BEFT,
         LN_TUNING,
         TOKENS,
