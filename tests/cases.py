@@ -4,6 +4,7 @@ with the reason.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lora_lite_func as ll
+from lora_lite_func.core.registry import variant_for
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Case:
             by design).
         linear: it adapts linear layers where nothing says otherwise.
         stacks: it adapts a parameter that is a stack of weights, one for each expert.
+        noise: it draws at random in training mode.
+        in_training: trainable tensors that act in training mode alone.
+        alone: a site's start doesn't depend on which other sites there are.
         calibration: model -> keywords of `ll.init`, where the start depends on data.
         update: (config, {lora_name: tensor}, site, x) -> what it adds to a layer's output, written
             by hand, of a method that no weight can stand for. It isn't merged.
@@ -48,6 +53,9 @@ class Case:
     differentiable: bool = True
     linear: bool = True
     stacks: bool = True
+    noise: bool = False
+    in_training: frozenset[str] = frozenset()
+    alone: bool = True
     calibration: Callable[[nn.Module], dict[str, Any]] | None = None
     update: Callable[[Any, Any, ll.Site, Tensor], Tensor] | None = None
 
@@ -126,6 +134,21 @@ def _data_and_loss(model: nn.Module) -> dict[str, Any]:
         **_data(model),
         "loss_fn": lambda y, batch: (y[0] if isinstance(y, tuple) else y).square().mean(),
     }
+
+
+def _reference(model: nn.Module) -> dict[str, Any]:
+    """The model with noise, as if it were what this one was quantised from."""
+    gen, dense = torch.Generator().manual_seed(13), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in dense.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p)
+    return {"reference": dense}
+
+
+def needs_data(case: Case) -> bool:
+    """Whether the model has to run for the start."""
+    needs = variant_for(type(case.config(r=4))).needs
+    return not needs <= {"weight", "reference"}
 
 
 def start(case: Case, model: nn.Module, cfg: ll.AdapterConfig, seed: int = 0) -> ll.Adapter:
@@ -222,6 +245,17 @@ CASES = (
     Case("oft_share", _fixed(ll.OFTConfig, block_size=4, block_share=True)),
     Case("boft", _fixed(ll.BOFTConfig, block_size=4)),
     Case("boft_2", _fixed(ll.BOFTConfig, block_size=2, m=3)),
+    Case("pvera", _fixed(ll.PVeRAConfig), dead=frozenset({"lora_d"}), noise=True),
+    Case("velora", _fixed(ll.VeLoRAConfig, num_groups=3), dead=A),
+    Case(
+        "monteclora",
+        _fixed(ll.MonteCLoRAConfig),
+        noise=True,
+        dead=A | {"lora_sigma", "lora_pi"},
+        in_training=frozenset({"lora_sigma", "lora_pi"}),
+    ),
+    Case("adamss", _fixed(ll.AdaMSSConfig, num_subspaces=3, subspace_rank=2), dead=A),
+    Case("frod", _fixed(ll.FRoDConfig, sparse_rate=0.1), alone=False),
     Case("adalora", _fixed(ll.AdaLoRAConfig), dead=A | {"lora_B"}),
     Case("bitfit", _fixed(ll.BitFitConfig)),
     Case("c3a", _fixed(ll.C3AConfig, block_size=4)),
@@ -291,6 +325,7 @@ CALIBRATED = (
     Case("asvd", _fixed(ll.ASVDConfig), calibration=_data),
     Case("asvd_root", _fixed(ll.ASVDConfig, weighting="root"), calibration=_data),
     Case("shira_snip", _set(ll.SHiRAConfig, r=2, mask="snip"), calibration=_data_and_loss),
+    Case("loftq", _fixed(ll.LoftQConfig), exact=False, identity=None, calibration=_reference),
     Case("lora_ga", _set(ll.LoRAGAConfig, r=2), calibration=_data_and_loss),
     Case(
         "lora_ga_random",
@@ -298,7 +333,7 @@ CALIBRATED = (
         calibration=_data_and_loss,
     ),
 )
-"""Methods whose start depends on data."""
+"""Methods whose start depends on data, or on another model."""
 
 MERGED = tuple(case for case in CASES + CALIBRATED if case.update is None)
 """Methods for which a weight can stand."""

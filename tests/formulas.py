@@ -40,7 +40,7 @@ def check_formula(
     formula: Oracle, cfg: ll.AdapterConfig, d_in: int, d_out: int, bias: bool
 ) -> None:
     """The weight that `ll.merge` makes, and the output of `ll.apply`, are the formula's."""
-    model = layer(bias, d_in, d_out)
+    model = layer(bias, d_in, d_out).eval()
     params = moved(ll.init(model, cfg, seed=7), size=0.3)
     W, b = formula(params[""], model.weight.detach(), model.bias.detach() if bias else None, cfg)
     assert (W - model.weight).abs().max() > 1e-3 or not isinstance(b, type(model.bias))

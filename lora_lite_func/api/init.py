@@ -29,14 +29,12 @@ from ..core.registry import variant_for
 from ..core.shared import group_path
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
-from ..injection.tree_copy import copy_tree
 from ..interop.fresh_heads import warn_of_fresh_heads
-from ..layers.kinds import KINDS, matrix, module_and_name
+from ..layers.kinds import KINDS, module_and_name
 from ..layers.targeting import find
-from ..layers.weights import compute_dtype, dense_weight, device_of
-from ..layers.whole_calls import TokenTable
+from ..layers.weights import compute_dtype, device_of
 from .calibrate import gather
-from .recorder import eval_copy
+from .sources import Sources
 
 __all__ = ["init", "targets"]
 
@@ -48,6 +46,7 @@ def init(
     seed: int = 0,
     calibration_data: Any = None,
     loss_fn: Any = None,
+    reference: nn.Module | None = None,
 ) -> Adapter:
     """A new adapter for a model: `params = ll.init(model, ll.LoRAConfig(r=8))`.
 
@@ -64,12 +63,14 @@ def init(
         calibration_data: batches as `ll.calibrate` takes them, or what it returned, for methods
             whose start depends on data.
         loss_fn: (output, batch) -> scalar loss, for methods whose start depends on gradients.
+        reference: the model before quantisation, for methods that start at what quantising has lost
+            (LoftQ): its weights of the same paths are read.
 
     Raises:
         TargetError: a pattern, role or layer index selects nothing.
         UnsupportedError: the method can't adapt a chosen layer; with path, reason and way out.
-        ConfigError: calibration data missing, not enough, or for a method that takes none, or a
-            seed that is no int.
+        ConfigError: calibration data or a reference missing, not enough, or for a method that takes
+            none, or a seed that is no int.
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed: expected int, found {short_repr(seed)}")
@@ -85,11 +86,10 @@ def init(
     shared: dict[tuple[str, str], Tensor] = {}
     homes = [_Home(*_home(site, module), copies, shared) for site, module in found]
     with _unsurrounded({home.device.type for home in homes}):
+        sources = Sources(variant, cfg, found, seen, reference)
         for (site, module), home in zip(found, homes, strict=True):
             try:
-                data[site.path] = _start(
-                    variant, cfg, site, home, module, seed, seen.get(site.path)
-                )
+                data[site.path] = _start(variant, cfg, site, home, module, seed, sources)
             except LoraLiteError as error:
                 raise type(error)(f"site {site.path!r}: {error}") from None
     made = Adapter(Layout(variant, cfg, (site for site, _ in found)), data)
@@ -158,39 +158,31 @@ def _start(
     home: _Home,
     module: Any,
     seed: int,
-    seen: SiteStatistics | None,
+    sources: Sources,
 ) -> dict[str, Tensor]:
     """The first tensors of a site, on the device of its weight.
 
     A stack of weights has one start per weight, with draws of its own.
     """
     specs = _specs(variant, cfg, site)
-    W: Any = None
-    if variant.init is None or "weight" not in variant.needs_of(cfg):
-        pass
-    elif KINDS[site.kind].called:
-        W = TokenTable(copy_tree(module, {}, eval_copy))
-    else:
-        W = matrix(
-            dense_weight(
-                module,
-                variant.name,
-                max(site.num_experts, 1) * site.d_in * site.d_out,
-                module_and_name(site)[1],
-            ),
-            site,
-        )
+    W, reference = sources.weight(site, module), sources.referred(site)
     starts = []
     for i in range(max(site.num_experts, 1)):
         draw = functools.partial(_generator, seed, site, i, specs)
-        weight = W[i].contiguous() if W is not None and site.num_experts else W
-        starts.append(_one_start(variant, cfg, site, specs, weight, seen, draw, home))
+        weight, referred = (_of_member(t, site, i) for t in (W, reference))
+        told = sources.stats(site, referred)
+        starts.append(_one_start(variant, cfg, site, specs, weight, told, draw, home))
     if not site.num_experts:
         return starts[0]
     return {
         name: torch.stack([s[name] for s in starts]) if spec.group is None else starts[0][name]
         for name, spec in specs.items()
     }
+
+
+def _of_member(t: Any, site: Site, i: int) -> Any:
+    """The i-th weight of a stack, or the one that there is."""
+    return t[i].contiguous() if t is not None and site.num_experts else t
 
 
 def _generator(

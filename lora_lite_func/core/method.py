@@ -21,6 +21,7 @@ from .phases import (
     FactorsFn,
     InitFn,
     InputsFn,
+    JointFn,
     Layer,
     NeedsFn,
     OutputsFn,
@@ -61,6 +62,7 @@ class Variant(Generic[ConfigT, DataT]):
         config: its config class.
         param_specs: which tensors a site has.
         paper: authors, year, arXiv id.
+        good_for: what it is good for, in at most six words, for tables.
         init: starts that the specs' own inits don't say.
         prepare: small tensors that the phases share, of the parameters alone.
         inputs: the phase before the frozen layer.
@@ -81,15 +83,19 @@ class Variant(Generic[ConfigT, DataT]):
         penalty: what the method adds to the loss, for `ll.penalty`.
         scaling: the scale of a site's update, alpha / r by default.
         needs: what `init` may need: a subset of {"weight", "inputs", "activity", "gradients",
-            "pairs"}.
+            "pairs", "reference"}.
         needs_by: which of these it needs under a config; None for all.
         directions: whose activity is recorded, where `init` needs the "activity".
         plan: a config made anew from what all sites saw.
+        joint: what the weights of several sites say together, for `init`.
         sites: kinds of site that the method can adapt, first the one that it takes when the config
             names none. By default `MATRICES` for a method with `weight` whose start needs no data,
             else linear layers; a `weight` that always moves the bias has to name its kinds.
         low_rank_factors: the update as a factor pair. A plain linear layer then takes that instead
             of the phases; `ll.combine_adapters` and other libraries' files take it too.
+        phases_in_training: in training mode the phases do what neither `weight` nor
+            `low_rank_factors` says (noise, a gradient of its own). Plain layers run them there, and
+            a weight that is used without a call is refused there.
         called_outputs: `outputs` by calls of the factors, for tools that hook modules
             (`ll.bind(..., linears=True)`).
         check_calls: refuses a config under which gradients reach the factors beside those calls,
@@ -106,6 +112,7 @@ class Variant(Generic[ConfigT, DataT]):
     config: type[ConfigT]
     param_specs: ParamSpecsFn[ConfigT]
     paper: str = ""
+    good_for: str = ""
     init: InitFn[ConfigT] | None = None
     prepare: PrepareFn[ConfigT, DataT] | None = None
     inputs: InputsFn[ConfigT, DataT] | None = None
@@ -125,10 +132,12 @@ class Variant(Generic[ConfigT, DataT]):
     needs_by: NeedsFn[ConfigT] | None = None
     directions: DirectionsFn[ConfigT] | None = None
     plan: PlanFn[ConfigT] | None = None
+    joint: JointFn[ConfigT] | None = None
     sites: tuple[str, ...] = ()
     low_rank_factors: FactorsFn[ConfigT] | None = None
     called_outputs: CalledOutputsFn[ConfigT, DataT] | None = None
     check_calls: Callable[[ConfigT], None] | None = None
+    phases_in_training: bool = False
     batched: bool = False
     adds: bool = False
     has_phases: bool = field(init=False, compare=False)
@@ -138,7 +147,7 @@ class Variant(Generic[ConfigT, DataT]):
         if isinstance(self.needs, set):
             object.__setattr__(self, "needs", frozenset(self.needs))
         if not self.sites:
-            anywhere = self.weight is not None and set(self.needs) <= {"weight"}
+            anywhere = self.weight is not None and set(self.needs) <= {"weight", "reference"}
             object.__setattr__(self, "sites", MATRICES if anywhere else MATRICES[:1])
         if isinstance(self.sites, (set, frozenset)):  # unordered: linear layers go first
             ordered = sorted(self.sites, key=lambda kind: (kind != "linear", kind))

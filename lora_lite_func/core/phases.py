@@ -54,6 +54,7 @@ __all__ = [
     "Forms",
     "InitFn",
     "InputsFn",
+    "JointFn",
     "Layer",
     "Map",
     "NeedsFn",
@@ -151,8 +152,8 @@ class InitFn(Protocol[ConfigIn]):
             specs: what `param_specs` gave for it.
             weight: the dense weight (d_out, d_in), a Tensor of float32 at least, if "weight" is in
                 the method's `needs`; else None. Of a whole call it is the model's TokenTable.
-            stats: the site's SiteStatistics, if `needs` has "inputs", "gradients" or "pairs"; else
-                None.
+            stats: the site's SiteStatistics, if `needs` has anything but "weight", or the method
+                has `joint`; else None.
             generator: lora_name -> the torch.Generator to draw that tensor with, on the CPU.
 
         Raises:
@@ -192,6 +193,23 @@ class PlanFn(Protocol[ConfigT]):
             cfg: the config.
             sites: in model order.
             seen: {path: what the site saw}.
+        """
+
+
+class JointFn(Protocol[ConfigIn]):
+    """What the weights of several sites say together, where a start is of more than one layer."""
+
+    def __call__(
+        self, cfg: ConfigIn, sites: Sequence[Site], weight: Callable[[Site], Tensor], /
+    ) -> Mapping[str, Any]:
+        """{path: what `init` finds in its stats as `joint`}. The start of a site then depends on
+        which others there are.
+
+        Args:
+            cfg: the config.
+            sites: in model order.
+            weight: site -> its dense weight (d_out, d_in), or (E, d_out, d_in) of a stack, float32
+                at least; read at each asking.
         """
 
 

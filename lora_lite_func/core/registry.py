@@ -18,7 +18,7 @@ _LATER: dict[str, Callable[[], object]] = {}
 """{a method's name: what registers it}, of those that nobody has asked for yet."""
 _LOCK = threading.RLock()
 
-_NEEDS = frozenset({"weight", "inputs", "activity", "gradients", "pairs"})
+_NEEDS = frozenset({"weight", "inputs", "activity", "gradients", "pairs", "reference"})
 _OPTIONAL = (
     "init",
     "prepare",
@@ -36,6 +36,7 @@ _OPTIONAL = (
     "needs_by",
     "directions",
     "plan",
+    "joint",
     "low_rank_factors",
     "called_outputs",
     "check_calls",

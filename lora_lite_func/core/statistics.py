@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
-    """What one site saw.
+    """What one site saw, and what else its start is made of.
 
     Attributes:
         calls: how often the layer was called.
@@ -63,6 +63,9 @@ class SiteStatistics:
             directions v.
         points: (2, n, d_in), its input at the last token of n positive texts and their negative
             counterparts, if the method needs pairs.
+        reference: (d_out, d_in), the dense weight of the same path in the model that `ll.init` was
+            given as a reference, float32 at least, if the method needs one.
+        joint: what the method's `joint` gave for this site.
     """
 
     calls: int
@@ -71,6 +74,8 @@ class SiteStatistics:
     slope: Tensor | None = None
     points: Tensor | None = None
     active: Tensor | None = None
+    reference: Tensor | None = None
+    joint: Any = None
 
     @property
     def count(self) -> int:

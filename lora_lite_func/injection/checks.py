@@ -20,10 +20,10 @@ from .attachment import Attachment
 __all__ = [
     "check_bias",
     "check_dense",
-    "check_dropout",
     "check_mergeable",
     "check_site",
     "check_substitutable",
+    "check_training",
     "no_module",
 ]
 
@@ -43,15 +43,23 @@ def check_bias(module: Any, attachment: Attachment, b: Tensor | None) -> None:
         )
 
 
-def check_dropout(module: Any, attachments: Iterable[Attachment]) -> None:
-    """Refuse to leave dropout out of training where a weight stands for the method.
+def check_training(module: Any, attachments: Iterable[Attachment]) -> None:
+    """Refuse to leave dropout, and what else a method does in training alone, out of training
+    where a weight stands for the method.
 
     There is no branch then whose input could be dropped.
 
     Raises:
-        UnsupportedError: a method asks for dropout; the message names the field.
+        UnsupportedError: a method asks for dropout (the message names the field), or its phases do
+            more in training than its weight says.
     """
     for attachment in attachments if module.training else ():
+        if attachment.variant.phases_in_training:
+            raise UnsupportedError(
+                f"{attachment.site.path!r}: what {attachment.variant.name} does in training acts "
+                f"on a layer's call, and in this model the weight itself is used here; leave the "
+                f"layer out with exclude_names, or put the model in eval mode"
+            )
         if dropout_of(attachment.cfg):
             raise UnsupportedError(
                 f"{attachment.site.path!r}: {dropout_of(attachment.cfg)} acts on features that "

@@ -49,9 +49,17 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
     """The step of a linear layer with these adapters; None if phases have to make its output."""
     if len(attachments) != 1 or attachments[0].site.kind != "linear":
         return None
-    attachment, variant = attachments[0], attachments[0].variant
+    attachment = attachments[0]
     if attachment.optional or attachment.called:
         return None
+    step = _shortest(attachment)
+    if step is None or not attachment.variant.phases_in_training:
+        return step
+    return OutsideTraining(step)
+
+
+def _shortest(attachment: Attachment) -> Step | None:
+    variant = attachment.variant
     if isinstance(attachment.row_plan, Mixture):
         return None if variant.low_rank_factors is None else MixtureStep(attachment)
     if attachment.row_plan is not None:
@@ -96,6 +104,16 @@ def _operands(module: Any, x: Any, way: str | None) -> tuple[Tensor, Tensor | No
             # An autograd function would keep tensors here, and plain calls don't.
             return None
     return W, b
+
+
+@dataclass(frozen=True, eq=False)
+class OutsideTraining:
+    """A step of a method whose phases do more in training mode."""
+
+    step: Step
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        return None if module.training else self.step(module, x)
 
 
 @dataclass(slots=True, eq=False)

@@ -41,7 +41,7 @@ def by_weights(
         mixture: the weights.
         p: its tensors, each with a leading axis of members.
         layer: what `prepare` may see.
-        training: whether to drop out.
+        training: whether to drop out, and whether phases act as in training.
         inner: the layer with the adapters before this one.
         x: (N, ..., d_in), or (N, T, ..., d_in) where tokens have weights.
 
@@ -63,7 +63,8 @@ def by_weights(
         )
     if attachment.dropout and training:
         x = dropped(x, attachment.dropout)
-    if variant.low_rank_factors is not None:
+    by_phases = training and variant.phases_in_training
+    if variant.low_rank_factors is not None and not by_phases:
         return add_mixture(y, x, *stacked_factors(attachment, p), w)
     assert variant.outputs is not None
     nothing = torch.zeros_like(y)

@@ -33,8 +33,9 @@ def sharded_call(attachments: Sequence[Attachment], module: Any, x: Any, call: C
         call: takes (adapters, x), and gives the layer's output.
 
     Raises:
-        UnsupportedError: rows have adapters of their own, features are dropped, a transform of
-            torch.func is around, or DTensor can't do what the method does.
+        UnsupportedError: rows have adapters of their own, features are dropped, the method
+            does something in training alone, a transform of torch.func is around, or DTensor can't
+            do what the method does.
     """
     name = attachments[-1].variant.name
     where = f"site {attachments[-1].site.path!r}: its input is sharded over processes (DTensor)"
@@ -46,6 +47,11 @@ def sharded_call(attachments: Sequence[Attachment], module: Any, x: Any, call: C
     if module.training and any(attachment.dropout for attachment in attachments):
         raise UnsupportedError(
             f"{where}, and each process would drop other features; set dropout to 0"
+        )
+    if module.training and any(a.variant.phases_in_training for a in attachments):
+        raise UnsupportedError(
+            f"{where}, and each process would train by its own share of {name}; put the model in "
+            f"eval mode, or use another method there (LoRA)"
         )
     if is_transformed():
         raise UnsupportedError(

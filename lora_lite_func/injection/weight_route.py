@@ -16,7 +16,7 @@ from ..layers.kinds import KINDS
 from ..layers.weights import is_packed
 from .attachment import Attachment
 from .called_linears import uncalled
-from .checks import check_bias, check_dropout
+from .checks import check_bias, check_training
 from .dense_weight import merge_site
 from .narrowing import Within, narrowed
 from .rebinding import turn_callables
@@ -171,7 +171,7 @@ def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
     for (child, name), attachments in chains.items():
         if child or not attachments:
             continue
-        check_dropout(module, attachments)
+        check_training(module, attachments)
         pair = not KINDS[attachments[0].site.kind].bare
         bias = stored.get("bias") if pair else None
         buffer = module._buffers.get(name)
@@ -213,7 +213,7 @@ def read(name: str) -> property:
 
 def _merged(module: Any, chains: Chains, stored: Tensors) -> Tensors:
     (attachments,) = chains.values()
-    check_dropout(module, attachments)
+    check_training(module, attachments)
     W = stored["weight"]
     assert W is not None
     return dict(zip(stored, merge_site(module, attachments, W, stored["bias"]), strict=True))

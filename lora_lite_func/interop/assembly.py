@@ -150,15 +150,16 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
         if not (
             dtype_fits(None, t.dtype)
-            or (_is_index(key) and not t.is_floating_point() and not t.is_complex())
+            or (_counts(key) and not t.is_floating_point() and not t.is_complex())
         ):
             raise CheckpointError(
                 f"{short_repr(key)}: expected a floating tensor of 16 bits or more, found {t.dtype}"
             )
 
 
-def _is_index(key: str) -> bool:
-    return "indices" in key.rpartition(".")[2]
+def _counts(key: str) -> bool:
+    """Tell whether a tensor of this name holds whole numbers: indices, or sizes."""
+    return any("indices" in part or part.endswith("_size") for part in key.split("."))
 
 
 def _form(t: Tensor) -> str:

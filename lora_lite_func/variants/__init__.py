@@ -17,6 +17,7 @@ from ..core.registry import register, register_later, variants
 
 if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .adalora import AdaLoRAConfig
+    from .adamss import AdaMSSConfig
     from .antipasto import AntiPaSTOConfig
     from .arrow import ArrowConfig
     from .asvd import ASVDConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .dora import DoRAConfig
     from .eva import EVAConfig
     from .fourierft import FourierFTConfig
+    from .frod import FRoDConfig
     from .full import FullConfig
     from .glora import GLoRAConfig
     from .gralora import GraLoRAConfig
@@ -40,6 +42,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .ia3 import IA3Config, IA3FFConfig
     from .kasa import KaSAConfig
     from .ln_tuning import LNTuningConfig
+    from .loftq import LoftQConfig
     from .loha import ABBAConfig, LoHaConfig
     from .lokr import LoKrConfig
     from .lora import LoRAConfig
@@ -50,6 +53,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .milora import MiLoRAConfig
     from .miss import MiSSConfig
     from .moelora import MoELoRAConfig
+    from .monteclora import MonteCLoRAConfig
     from .mora import MoRAConfig
     from .mpt import MPTConfig
     from .oft import OFTConfig
@@ -61,6 +65,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .prefix_tuning import PrefixTuningConfig
     from .prompt_tuning import PromptTuningConfig
     from .psoft import PSOFTConfig
+    from .pvera import PVeRAConfig
     from .qalora import QALoRAConfig
     from .randlora import RandLoRAConfig
     from .reft import DiReFTConfig, LoReFTConfig
@@ -71,6 +76,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .tokens import TokensConfig
     from .unilora import UniLoRAConfig
     from .vblora import VBLoRAConfig
+    from .velora import VeLoRAConfig
     from .vera import VeRAConfig
     from .waveft import WaveFTConfig
 
@@ -79,6 +85,7 @@ __all__ = [
     "ABBAConfig",
     "ASVDConfig",
     "AdaLoRAConfig",
+    "AdaMSSConfig",
     "AntiPaSTOConfig",
     "ArrowConfig",
     "BDLoRAConfig",
@@ -93,6 +100,7 @@ __all__ = [
     "DiReFTConfig",
     "DoRAConfig",
     "EVAConfig",
+    "FRoDConfig",
     "FourierFTConfig",
     "FullConfig",
     "GLoRAConfig",
@@ -110,18 +118,21 @@ __all__ = [
     "LoRAXSConfig",
     "LoRIConfig",
     "LoReFTConfig",
+    "LoftQConfig",
     "MPTConfig",
     "MiCAConfig",
     "MiLoRAConfig",
     "MiSSConfig",
     "MoELoRAConfig",
     "MoRAConfig",
+    "MonteCLoRAConfig",
     "OFTConfig",
     "OLoRAConfig",
     "OSFConfig",
     "PEANuTConfig",
     "PSOFTConfig",
     "PTuningConfig",
+    "PVeRAConfig",
     "PiSSAConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
@@ -135,6 +146,7 @@ __all__ = [
     "TokensConfig",
     "UniLoRAConfig",
     "VBLoRAConfig",
+    "VeLoRAConfig",
     "VeRAConfig",
     "WaveFTConfig",
     "variants",
@@ -143,6 +155,7 @@ __all__ = [
 METHODS = {
     "abba": ("loha", "ABBAConfig"),
     "adalora": ("adalora", "AdaLoRAConfig"),
+    "adamss": ("adamss", "AdaMSSConfig"),
     "antipasto": ("antipasto", "AntiPaSTOConfig"),
     "arrow": ("arrow", "ArrowConfig"),
     "asvd": ("asvd", "ASVDConfig"),
@@ -159,6 +172,7 @@ METHODS = {
     "dora": ("dora", "DoRAConfig"),
     "eva": ("eva", "EVAConfig"),
     "fourierft": ("fourierft", "FourierFTConfig"),
+    "frod": ("frod", "FRoDConfig"),
     "full": ("full", "FullConfig"),
     "glora": ("glora", "GLoRAConfig"),
     "gralora": ("gralora", "GraLoRAConfig"),
@@ -170,6 +184,7 @@ METHODS = {
     "ln_tuning": ("ln_tuning", "LNTuningConfig"),
     "loha": ("loha", "LoHaConfig"),
     "lokr": ("lokr", "LoKrConfig"),
+    "loftq": ("loftq", "LoftQConfig"),
     "lora": ("lora", "LoRAConfig"),
     "lora_ga": ("lora_ga", "LoRAGAConfig"),
     "lora_xs": ("lora_xs", "LoRAXSConfig"),
@@ -179,6 +194,7 @@ METHODS = {
     "milora": ("milora", "MiLoRAConfig"),
     "miss": ("miss", "MiSSConfig"),
     "moelora": ("moelora", "MoELoRAConfig"),
+    "monteclora": ("monteclora", "MonteCLoRAConfig"),
     "mora": ("mora", "MoRAConfig"),
     "mpt": ("mpt", "MPTConfig"),
     "oft": ("oft", "OFTConfig"),
@@ -190,6 +206,7 @@ METHODS = {
     "prefix_tuning": ("prefix_tuning", "PrefixTuningConfig"),
     "prompt_tuning": ("prompt_tuning", "PromptTuningConfig"),
     "psoft": ("psoft", "PSOFTConfig"),
+    "pvera": ("pvera", "PVeRAConfig"),
     "qalora": ("qalora", "QALoRAConfig"),
     "randlora": ("randlora", "RandLoRAConfig"),
     "road": ("road", "ROADConfig"),
@@ -200,6 +217,7 @@ METHODS = {
     "tokens": ("tokens", "TokensConfig"),
     "unilora": ("unilora", "UniLoRAConfig"),
     "vblora": ("vblora", "VBLoRAConfig"),
+    "velora": ("velora", "VeLoRAConfig"),
     "vera": ("vera", "VeRAConfig"),
     "waveft": ("waveft", "WaveFTConfig"),
 }

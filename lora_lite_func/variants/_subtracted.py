@@ -104,6 +104,7 @@ def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
 def variant(
     *,
     name: str,
+    good_for: str,
     config: type[ConfigT],
     paper: str,
     param_specs: ParamSpecsFn[ConfigT],
@@ -115,6 +116,7 @@ def variant(
 
     Args:
         name: as files and tables call it.
+        good_for: what it is good for, in a few words.
         config: its config class.
         paper: authors, year, arXiv id.
         param_specs: `factor_specs`, after the method's own checks.
@@ -124,6 +126,7 @@ def variant(
     """
     return Variant(
         name=name,
+        good_for=good_for,
         config=config,
         paper=paper,
         param_specs=param_specs,

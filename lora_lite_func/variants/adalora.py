@@ -85,6 +85,7 @@ def low_rank_factors(cfg: AdaLoRAConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="adalora",
+    good_for="sharing a budget of ranks out",
     config=AdaLoRAConfig,
     paper="Zhang et al. 2023, arXiv 2303.10512",
     param_specs=param_specs,

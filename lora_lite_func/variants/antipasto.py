@@ -200,6 +200,7 @@ _NEEDS = {
 
 VARIANT = Variant(
     name="antipasto",
+    good_for="steering trained on pairs, both ways",
     config=AntiPaSTOConfig,
     paper="Clark 2026, arXiv 2601.07473",
     param_specs=param_specs,

@@ -89,6 +89,7 @@ def scale(cfg: ArrowConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="arrow",
+    good_for="trained adapters without known tasks",
     config=ArrowConfig,
     paper="Ostapenko et al. 2024, arXiv 2405.11157",
     param_specs=param_specs,

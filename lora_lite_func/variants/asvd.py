@@ -90,6 +90,7 @@ def init(
 
 VARIANT = _subtracted.variant(
     name="asvd",
+    good_for="principal parts as the data weighs",
     config=ASVDConfig,
     paper="Yuan et al. 2023, arXiv 2312.05821",
     param_specs=param_specs,

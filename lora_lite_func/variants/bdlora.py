@@ -115,6 +115,7 @@ def low_rank_factors(cfg: BDLoRAConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="bdlora",
+    good_for="sharded serving without an exchange",
     config=BDLoRAConfig,
     paper="BD-LoRA 2025, arXiv 2510.23346; MELoRA, Ren et al. 2024, arXiv 2402.17263",
     param_specs=param_specs,

@@ -48,6 +48,7 @@ def scale(cfg: BitFitConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="bitfit",
+    good_for="biases alone, beside other adapters",
     config=BitFitConfig,
     paper="Ben Zaken, Goldberg and Ravfogel 2021, arXiv 2106.10199",
     param_specs=param_specs,

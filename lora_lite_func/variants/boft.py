@@ -185,6 +185,7 @@ def scale(cfg: BOFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="boft",
+    good_for="OFT with fewer numbers, wider rotations",
     config=BOFTConfig,
     paper="Liu et al. 2023, arXiv 2311.06243",
     param_specs=param_specs,

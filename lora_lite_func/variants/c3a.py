@@ -106,6 +106,7 @@ def scale(cfg: C3AConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="c3a",
+    good_for="high rank on wide layers, cheaply",
     config=C3AConfig,
     paper="Chen et al. 2024, arXiv 2407.19342",
     param_specs=param_specs,

@@ -83,6 +83,7 @@ def init(
 
 VARIANT = _subtracted.variant(
     name="corda",
+    good_for="keeping knowledge, or learning one task",
     config=CorDAConfig,
     paper="Yang et al. 2024, arXiv 2406.05223",
     param_specs=param_specs,

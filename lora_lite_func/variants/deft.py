@@ -140,6 +140,7 @@ def scale(cfg: DEFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="deft",
+    good_for="replacing few directions of the output",
     config=DEFTConfig,
     paper="Kumar et al. 2025, NeurIPS 2025 (DEFT)",
     param_specs=param_specs,

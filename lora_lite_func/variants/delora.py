@@ -136,6 +136,7 @@ def low_rank_factors(cfg: DeLoRAConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="delora",
+    good_for="high learning rates without drifting off",
     config=DeLoRAConfig,
     paper="Bini, Girrbach and Akata 2025, arXiv 2503.18225",
     param_specs=param_specs,

@@ -188,6 +188,7 @@ def scale(cfg: DoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="dora",
+    good_for="small ranks that should do more",
     config=DoRAConfig,
     paper="Liu et al. 2024, arXiv 2402.09353",
     param_specs=param_specs,

@@ -161,6 +161,7 @@ def scaling(cfg: EVAConfig, site: Site) -> float:
 
 VARIANT = Variant(
     name="eva",
+    good_for="ranks and starts fitted to data",
     config=EVAConfig,
     paper="Paischer et al. 2024, arXiv 2410.07170",
     param_specs=param_specs,

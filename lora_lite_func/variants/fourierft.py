@@ -195,6 +195,7 @@ def validate(cfg: FourierFTConfig, p: Params, site: Site) -> None:
 
 VARIANT = Variant(
     name="fourierft",
+    good_for="tiny files that change every entry",
     config=FourierFTConfig,
     paper="Gao et al. 2024, arXiv 2405.03003",
     param_specs=param_specs,

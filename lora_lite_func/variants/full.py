@@ -82,6 +82,7 @@ def scale(cfg: FullConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="full",
+    good_for="a new head beside an adapter",
     config=FullConfig,
     param_specs=param_specs,
     init=init,

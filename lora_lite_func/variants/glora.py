@@ -169,6 +169,7 @@ def scale(cfg: GLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="glora",
+    good_for="weights and biases at once",
     config=GLoRAConfig,
     paper="Chavan et al. 2023, arXiv 2306.07967",
     param_specs=param_specs,

@@ -105,6 +105,7 @@ def scaling(cfg: GraLoRAConfig, site: Site) -> float:
 
 VARIANT = Variant(
     name="gralora",
+    good_for="large ranks where LoRA saturates",
     config=GraLoRAConfig,
     paper="Jung et al. 2025, arXiv 2505.20355",
     param_specs=param_specs,

@@ -83,6 +83,7 @@ def scale(cfg: HiRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="hira",
+    good_for="high rank that gates the weight",
     config=HiRAConfig,
     paper="Huang et al. 2025, ICLR 2025 (HiRA)",
     param_specs=param_specs,

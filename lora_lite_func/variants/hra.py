@@ -112,6 +112,7 @@ def scale(cfg: HRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="hra",
+    good_for="orthogonal updates at LoRA's cost",
     config=HRAConfig,
     paper="Yuan, Liu and Xu 2024, arXiv 2405.17484",
     param_specs=param_specs,

@@ -78,6 +78,7 @@ _PAPER = "Liu et al. 2022, arXiv 2205.05638"
 
 VARIANT = Variant(
     name="ia3",
+    good_for="very few numbers: gates of outputs",
     config=IA3Config,
     paper=_PAPER,
     param_specs=output_specs,
@@ -88,6 +89,7 @@ VARIANT = Variant(
 )
 VARIANT_FF = Variant(
     name="ia3_ff",
+    good_for="IA3's gates before feed-forward layers",
     config=IA3FFConfig,
     paper=_PAPER,
     param_specs=input_specs,

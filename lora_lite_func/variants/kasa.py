@@ -142,6 +142,7 @@ def penalty(cfg: KaSAConfig, p: Params, site: Site) -> Tensor:
 
 VARIANT = Variant(
     name="kasa",
+    good_for="dropping what is noise in weights",
     config=KaSAConfig,
     paper="Wang et al. 2024, arXiv 2412.06071",
     param_specs=param_specs,

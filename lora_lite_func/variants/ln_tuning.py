@@ -47,6 +47,7 @@ def scale(cfg: LNTuningConfig, p: Params, c: float | Tensor) -> dict[str, Tensor
 
 VARIANT = Variant(
     name="ln_tuning",
+    good_for="norms alone: few, useful numbers",
     config=LNTuningConfig,
     paper="Zhao et al. 2023, arXiv 2312.11420",
     param_specs=param_specs,

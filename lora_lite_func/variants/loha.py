@@ -154,6 +154,7 @@ def scale(cfg: AdapterConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]
 
 VARIANT = Variant(
     name="loha",
+    good_for="high rank from few numbers",
     config=LoHaConfig,
     paper="Hyeon-Woo, Ye-Bin and Oh 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859",
     param_specs=param_specs,
@@ -168,6 +169,7 @@ VARIANT = Variant(
 
 VARIANT_ABBA = Variant(
     name="abba",
+    good_for="LoHa that starts at the weight",
     config=ABBAConfig,
     paper="Singhal et al. 2025, arXiv 2505.14238",
     param_specs=abba_param_specs,

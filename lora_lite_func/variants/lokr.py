@@ -174,6 +174,7 @@ def scaling(cfg: LoKrConfig, site: Site) -> float:
 
 VARIANT = Variant(
     name="lokr",
+    good_for="the smallest files, for image models",
     config=LoKrConfig,
     paper="Yeh et al. 2023, arXiv 2309.14859",
     param_specs=param_specs,

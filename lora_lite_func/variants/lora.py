@@ -123,6 +123,7 @@ def scaling(cfg: LoRAConfig, site: Site) -> float:
 
 VARIANT = Variant(
     name="lora",
+    good_for="the default: cheap, mergeable, served everywhere",
     config=LoRAConfig,
     paper="Hu et al. 2021, arXiv 2106.09685",
     param_specs=param_specs,

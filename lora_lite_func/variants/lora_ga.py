@@ -122,6 +122,7 @@ def _split(direction: str, r: int, gen: torch.Generator) -> tuple[list[int], lis
 
 VARIANT = _subtracted.variant(
     name="lora_ga",
+    good_for="first steps like full fine-tuning's",
     config=LoRAGAConfig,
     paper="Wang, Yu and Li 2024, arXiv 2407.05000",
     param_specs=param_specs,

@@ -174,6 +174,7 @@ def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="lora_xs",
+    good_for="thousands of adapters, r squared numbers",
     config=LoRAXSConfig,
     paper="Bałazy et al. 2024, arXiv 2405.17604",
     param_specs=param_specs,
@@ -191,6 +192,7 @@ VARIANT = Variant(
 
 VARIANT_TINY = Variant(
     name="tinylora",
+    good_for="a handful of numbers, reinforcement learning",
     config=TinyLoRAConfig,
     paper="Morris et al. 2026, arXiv 2602.04118",
     param_specs=tiny_param_specs,

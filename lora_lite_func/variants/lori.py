@@ -76,6 +76,7 @@ def low_rank_factors(cfg: LoRIConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="lori",
+    good_for="many tasks merged with little interference",
     config=LoRIConfig,
     paper="Zhang et al. 2025, arXiv 2504.07448",
     param_specs=param_specs,

@@ -68,6 +68,7 @@ def scale(cfg: MiCAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="mica",
+    good_for="LoRA's half, which forgets less",
     config=MiCAConfig,
     paper="Minor Component Adaptation 2026, arXiv 2604.01694",
     param_specs=param_specs,

@@ -66,6 +66,7 @@ def init(
 
 VARIANT = _subtracted.variant(
     name="milora",
+    good_for="leaving what the base knows best",
     config=MiLoRAConfig,
     paper="Wang et al. 2024, arXiv 2406.09044",
     param_specs=param_specs,

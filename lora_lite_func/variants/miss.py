@@ -119,6 +119,7 @@ def scale(cfg: MiSSConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="miss",
+    good_for="LoRA's size with one trained matrix",
     config=MiSSConfig,
     paper="Kang and Yin 2024, arXiv 2409.15371",
     param_specs=param_specs,

@@ -119,6 +119,7 @@ def scale(cfg: MoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="mora",
+    good_for="high rank at LoRA's count",
     config=MoRAConfig,
     paper="Jiang et al. 2024, arXiv 2405.12130",
     param_specs=param_specs,

@@ -124,6 +124,7 @@ def project(cfg: OFTConfig, p: Params) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="oft",
+    good_for="keeping angles between outputs, image models",
     config=OFTConfig,
     paper="Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025, arXiv 2506.19847",
     param_specs=param_specs,

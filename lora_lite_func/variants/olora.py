@@ -66,6 +66,7 @@ def init(
 
 VARIANT = _subtracted.variant(
     name="olora",
+    good_for="PiSSA's aim without singular values",
     config=OLoRAConfig,
     paper="Büyükakyüz 2024, arXiv 2406.01775",
     param_specs=param_specs,

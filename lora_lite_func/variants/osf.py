@@ -148,6 +148,7 @@ def low_rank_factors(cfg: OSFConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="osf",
+    good_for="task after task without forgetting",
     config=OSFConfig,
     paper="Nayak et al. 2025, arXiv 2504.07097",
     param_specs=param_specs,

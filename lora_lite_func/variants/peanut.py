@@ -116,6 +116,7 @@ def scaling(cfg: PEANuTConfig, site: Site) -> float:
 
 VARIANT = Variant(
     name="peanut",
+    good_for="updates that depend on the weight",
     config=PEANuTConfig,
     paper="Zhong et al. 2024, arXiv 2410.01870",
     param_specs=param_specs,

@@ -75,6 +75,7 @@ def init(
 
 VARIANT = _subtracted.variant(
     name="pissa",
+    good_for="faster first steps than LoRA's",
     config=PiSSAConfig,
     paper="Meng, Wang and Zhang 2024, arXiv 2404.02948",
     param_specs=param_specs,

@@ -88,6 +88,7 @@ def needs_by(cfg: PromptTuningConfig) -> frozenset[str]:
 
 VARIANT = Variant(
     name="prompt_tuning",
+    good_for="tiny files, one per task",
     config=PromptTuningConfig,
     paper="Lester et al. 2021, arXiv 2104.08691",
     param_specs=param_specs,

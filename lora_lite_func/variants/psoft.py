@@ -135,6 +135,7 @@ def low_rank_factors(cfg: PSOFTConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="psoft",
+    good_for="rotations within the weight's main directions",
     config=PSOFTConfig,
     paper="Wu et al. 2025, arXiv 2505.11235",
     param_specs=param_specs,

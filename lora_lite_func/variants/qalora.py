@@ -97,6 +97,7 @@ def low_rank_factors(cfg: QALoRAConfig, p: Params, site: Site) -> Factors:
 
 VARIANT = Variant(
     name="qalora",
+    good_for="merging into a grouped quantisation",
     config=QALoRAConfig,
     paper="Xu et al. 2023, arXiv 2309.14717",
     param_specs=param_specs,

@@ -131,6 +131,7 @@ def scale(cfg: RandLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor
 
 VARIANT = Variant(
     name="randlora",
+    good_for="full rank from random bases",
     config=RandLoRAConfig,
     paper="Albert et al. 2025, arXiv 2502.00987",
     param_specs=param_specs,

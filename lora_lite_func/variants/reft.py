@@ -214,6 +214,7 @@ _KINDS = ("module",)
 
 VARIANT = Variant(
     name="loreft",
+    good_for="editing hidden states of few tokens",
     config=LoReFTConfig,
     paper=_PAPER,
     param_specs=loreft_specs,
@@ -225,6 +226,7 @@ VARIANT = Variant(
 )
 VARIANT_DIRECT = Variant(
     name="direft",
+    good_for="LoReFT, simpler and a little faster",
     config=DiReFTConfig,
     paper=_PAPER,
     param_specs=direft_specs,

@@ -122,6 +122,7 @@ def scale(cfg: ROADConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="road",
+    good_for="cheapest rows, one adapter per request",
     config=ROADConfig,
     paper="Petrushkov et al. 2024, arXiv 2409.00119",
     param_specs=param_specs,

@@ -127,6 +127,7 @@ def scale(cfg: SSteerConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="s_steer",
+    good_for="steering by examples, without any training",
     config=SSteerConfig,
     param_specs=param_specs,
     init=init,

@@ -183,6 +183,7 @@ _NEEDS = {
 
 VARIANT = Variant(
     name="shira",
+    good_for="adapters that are switched and added",
     config=SHiRAConfig,
     paper="Bhardwaj et al. 2024, arXiv 2406.13175",
     param_specs=param_specs,

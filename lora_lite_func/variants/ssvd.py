@@ -116,6 +116,7 @@ def scale(cfg: SSVDConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="ssvd",
+    good_for="new domains, the weight's own directions",
     config=SSVDConfig,
     paper="Wang et al. 2025, arXiv 2509.02830",
     param_specs=param_specs,

@@ -144,6 +144,7 @@ def validate(cfg: TokensConfig, p: Params, site: Site) -> None:
 
 VARIANT = Variant(
     name="tokens",
+    good_for="new tokens, or few changed ones",
     config=TokensConfig,
     param_specs=param_specs,
     init=init,

@@ -189,6 +189,7 @@ def validate(cfg: UniLoRAConfig, p: Params, site: Site) -> None:
 
 VARIANT = Variant(
     name="unilora",
+    good_for="one vector for a whole model",
     config=UniLoRAConfig,
     paper="Li et al. 2025, arXiv 2506.00799",
     param_specs=param_specs,

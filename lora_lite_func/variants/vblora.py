@@ -203,6 +203,7 @@ def validate(cfg: VBLoRAConfig, p: Params, site: Site) -> None:
 
 VARIANT = Variant(
     name="vblora",
+    good_for="many adapters from one shared bank",
     config=VBLoRAConfig,
     paper="Li, Han and Ji 2024, arXiv 2405.15179",
     param_specs=param_specs,

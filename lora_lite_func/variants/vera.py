@@ -114,6 +114,7 @@ def scale(cfg: VeRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="vera",
+    good_for="many stored adapters, two vectors each",
     config=VeRAConfig,
     paper="Kopiczko, Blankevoort and Asano 2023, arXiv 2310.11454",
     param_specs=param_specs,

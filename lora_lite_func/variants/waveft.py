@@ -167,6 +167,7 @@ def validate(cfg: WaveFTConfig, p: Params, site: Site) -> None:
 
 VARIANT = Variant(
     name="waveft",
+    good_for="a budget by number, not rank",
     config=WaveFTConfig,
     paper="Bilican et al. 2025, arXiv 2505.12532",
     param_specs=param_specs,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CALIBRATED, Case, start
+from cases import CALIBRATED, Case, needs_data, start
 from families import FAMILIES
 from helpers import Net, close, leaves, moved, net, same_state, seen_at, snapshot
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lora_lite_func as ll
 
 UP = "layers.1.up"
+FROM_DATA = [case for case in CALIBRATED if needs_data(case)]
 
 
 def data(
@@ -94,7 +95,7 @@ def test_sums_are_those_of_the_collected_inputs() -> None:
         )
 
 
-@pytest.mark.parametrize("case", CALIBRATED, ids=repr)
+@pytest.mark.parametrize("case", FROM_DATA, ids=repr)
 def test_streaming_equals_one_large_batch(case: Case) -> None:
     model, cfg, parts = net(), case.config(r=4), data()
     streamed = ll.calibrate(model, cfg, parts, loss_fn=mean_square)
@@ -108,7 +109,7 @@ def test_streaming_equals_one_large_batch(case: Case) -> None:
             close(a.gradient, b.gradient, 1e-12)
 
 
-@pytest.mark.parametrize("case", CALIBRATED, ids=repr)
+@pytest.mark.parametrize("case", FROM_DATA, ids=repr)
 def test_shards_add_up_to_the_whole(case: Case) -> None:
     model, cfg, batches = net(), case.config(r=4), data(5)
     whole = ll.calibrate(model, cfg, batches, loss_fn=mean_square)
@@ -291,7 +292,7 @@ def test_labels_go_to_a_forward_that_takes_them_and_the_loss_gets_the_batch() ->
 
 
 # ------------------------------------------------------------------------------- nothing is written
-@pytest.mark.parametrize("case", CALIBRATED, ids=repr)
+@pytest.mark.parametrize("case", FROM_DATA, ids=repr)
 def test_the_model_is_never_written_and_runs_in_eval_mode(case: Case) -> None:
     model = (
         nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.9), nn.Linear(16, 16))
@@ -342,7 +343,7 @@ def test_buffers_that_a_forward_writes_are_the_copys_own() -> None:
     assert same_state(before, snapshot(model))
 
 
-@pytest.mark.parametrize("case", CALIBRATED, ids=repr)
+@pytest.mark.parametrize("case", FROM_DATA, ids=repr)
 @pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_the_callers_grad_mode_does_not_matter(case: Case, around: Callable[[], Any]) -> None:
     model, cfg = net(), case.config(r=4)
@@ -354,7 +355,7 @@ def test_the_callers_grad_mode_does_not_matter(case: Case, around: Callable[[], 
     assert all(torch.equal(a, b) for a, b in zip(leaves(again), leaves(expected), strict=True))
 
 
-@pytest.mark.parametrize("case", CALIBRATED, ids=repr)
+@pytest.mark.parametrize("case", FROM_DATA, ids=repr)
 def test_half_precision_models_are_summed_in_float32(case: Case) -> None:
     model, cfg = net(dtype=torch.bfloat16), case.config(r=4)
     found = ll.calibrate(model, cfg, data(2, dtype=torch.bfloat16), loss_fn=mean_square)
@@ -448,7 +449,7 @@ def test_sites_without_data_are_named() -> None:
         ll.ConfigError, match=r"site 'layers.1.up': no gradient of the loss reached it"
     ):
         ll.init(model, ll.LoRAGAConfig(r=2), calibration_data=x, loss_fn=mean_square)
-    for case in CALIBRATED:
+    for case in FROM_DATA:
         if "eva" not in case.name:
             continue
         with pytest.raises(

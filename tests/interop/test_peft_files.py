@@ -107,6 +107,12 @@ CONFIGS = {
         ),
         **k,
     ),
+    "pvera": lambda **k: peft.PveraConfig(r=5, **k),
+    "frod": lambda **k: peft.FrodConfig(sparse_rate=0.1, **k),
+    "adamss": lambda **k: peft.AdamssConfig(r=6, num_subspaces=3, subspace_rank=2, **k),
+    "adamss_dynamic": lambda **k: peft.AdamssConfig(
+        r=6, num_subspaces=3, subspace_rank=3, use_dynamic_rank=True, svd_threshold=0.9, **k
+    ),
     "osf": lambda **k: peft.OSFConfig(**k),
     "osf_pattern": lambda **k: peft.OSFConfig(effective_rank=0.75, rank_pattern={"up": 5}, **k),
     "supertuning": lambda **k: peft.SupertuningConfig(sparsity=0.9, **k),

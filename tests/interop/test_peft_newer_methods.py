@@ -325,3 +325,74 @@ def test_our_own_of_what_layers_share(name: str, tmp_path: Path) -> None:
         said = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
         assert said["peft_type"] == "LORA"
         close(loaded(base(), tmp_path / "b"), ll.apply(base(), other, X), 1e-5)
+
+
+def noisy(size: float) -> nn.Module:
+    """The base with noise on its weights."""
+    model, gen = base(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += size * torch.randn(p.shape, generator=gen)
+    return model
+
+
+def test_adamss_is_read_on_its_own_base_alone(tmp_path: Path) -> None:
+    """PEFT clusters anew as it loads, and says nothing where the clusters are others."""
+    config = peft.AdamssConfig(r=6, num_subspaces=3, target_modules=BOTH)
+    theirs = saved(config, base(), tmp_path)
+    other = noisy(0.1)
+    close(loaded(base(), tmp_path), theirs, 1e-5)
+    with pytest.raises(ll.CheckpointError, match="doesn't hold its clusters, which follow from"):
+        ll.from_peft(tmp_path, other)
+    with pytest.raises(ll.CheckpointError, match="give the base model too"):
+        ll.from_peft(tmp_path)
+    params = ll.from_peft(tmp_path, base())
+    assert [type(p.config) for p in params] == [ll.AdaMSSConfig, ll.BitFitConfig]
+    ll.to_peft(params[0], base(), tmp_path / "lora")
+    assert type(ll.from_peft(tmp_path / "lora", base()).config) is ll.LoRAConfig
+
+
+def test_frod_needs_its_basis_and_is_written_where_peft_finds_the_same(tmp_path: Path) -> None:
+    settings = {"sparse_rate": 0.1, "target_modules": BOTH}
+    saved(peft.FrodConfig(save_projection=False, **settings), base(), tmp_path / "theirs")
+    with pytest.raises(ll.CheckpointError, match="save it in PEFT with save_projection=True"):
+        ll.from_peft(tmp_path / "theirs", base())
+    params = moved(ll.init(base(), ll.FRoDConfig(sparse_rate=0.1)))
+    ll.to_peft(params, base(), tmp_path / "ours")
+    close(loaded(base(), tmp_path / "ours"), ll.apply(base(), params, X), 1e-4)
+    with pytest.raises(ll.UnsupportedError, match="finds another basis than this adapter's"):
+        ll.to_peft(params, noisy(0.1), tmp_path / "other")
+    half = ll.init(base(), ll.FRoDConfig(sparse_rate=0.1, layers=(0,)))
+    both = moved(ll.init(base(), ll.FRoDConfig(sparse_rate=0.1, layers=(1,))))
+    with pytest.raises(ll.UnsupportedError, match="finds another basis"):
+        ll.to_peft((half, both), base(), tmp_path / "halves")
+
+
+def test_pvera_of_unlike_shapes_is_no_one_file(tmp_path: Path) -> None:
+    params = moved(ll.init(base(), ll.PVeRAConfig(r=4)))
+    with pytest.raises(
+        ll.UnsupportedError, match=r"differ by shape; write a folder for each shape"
+    ):
+        ll.to_peft(params, base(), tmp_path)
+    ll.to_peft(params, base(), tmp_path, as_lora=True)
+    close(loaded(base(), tmp_path), ll.apply(base().eval(), params, X), 1e-5)
+    config = peft.PveraConfig(r=4, sample_at_inference=True, target_modules=BOTH)
+    saved(config, base(), tmp_path / "drawn")
+    with pytest.raises(ll.CheckpointError, match="'sample_at_inference' is True, on which outputs"):
+        ll.from_peft(tmp_path / "drawn", base())
+
+
+def test_what_training_adds_to_a_lora_is_left_out_of_it(tmp_path: Path) -> None:
+    """Outside of training they are the plain LoRA that they are read as, and written as."""
+    for more, ours in (
+        ({"monteclora_config": lora.MontecloraConfig(buffer_size=1)}, ll.MonteCLoRAConfig(r=3)),
+        ({"velora_config": lora.VeloraConfig(num_groups=4)}, ll.VeLoRAConfig(r=3)),
+    ):
+        config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=BOTH, **more)
+        theirs = saved(config, base(), tmp_path / "theirs")
+        params = ll.from_peft(tmp_path / "theirs", base())
+        assert type(params.config) is ll.LoRAConfig
+        close(ll.apply(base(), params, X), theirs, 1e-5)
+        own = moved(ll.init(base(), ours))
+        ll.to_peft(own, base(), tmp_path / "ours")
+        close(loaded(base(), tmp_path / "ours"), ll.apply(base(), own, X), 1e-5)

@@ -276,6 +276,46 @@ def _vblora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return made - update(p["lora_bank0"], *start), b
 
 
+@oracle(ll.PVeRAConfig(r=6))
+def _pvera(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    """Its mean: the first halves of A and d."""
+    A, d = p["lora_A"][:6], torch.diag(p["lora_d"][:6])
+    return W + torch.diag(p["lora_b"]) @ p["lora_B"] @ d @ A, b
+
+
+@oracle(ll.MonteCLoRAConfig(r=4, alpha=6.0))
+@oracle(ll.VeLoRAConfig(r=4, alpha=6.0), what="velora")
+def _lora_outside_training(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    return W + 1.5 * p["lora_B"] @ p["lora_A"], b
+
+
+@oracle(ll.AdaMSSConfig(r=6, num_subspaces=3, subspace_rank=2))
+@oracle(ll.AdaMSSConfig(r=6, num_subspaces=4), d_in=24, d_out=16)
+def _adamss(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    N = p["lora_N"]
+    close(N.mT @ N, torch.linalg.pinv(part(W, slice(0, 6))) @ part(W, slice(0, 6)), 1e-10)
+    rows = [
+        p["lora_B"][o] @ p["lora_A"][int(k)] @ N for o, k in enumerate(p["lora_cluster"].tolist())
+    ]
+    return W + torch.stack(rows), b
+
+
+@oracle(ll.FRoDConfig(sparse_rate=0.1))
+@oracle(ll.FRoDConfig(sparse_rate=0.1), d_in=24, d_out=16)
+def _frod(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    V, l0 = p["lora_V"], p["lora_l0"]
+    columns = W @ torch.linalg.inv(V).mT
+    close(columns.norm(dim=0), l0, 1e-10)
+    U = torch.where(l0 > 0, columns / l0.clamp_min(1e-9), 0.0)
+    close(U @ torch.diag(l0) @ V.mT, W, 1e-10)
+    S = torch.zeros_like(V)
+    for j, i, s in zip(*p["lora_idx"].long(), p["lora_s"], strict=True):
+        assert j != i
+        S[j, i] = s
+    assert (S != 0).sum() == int(0.1 * len(V) ** 2)
+    return U @ (torch.diag(l0 + p["lora_lambda"]) + S) @ V.mT, b
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("formula", "cfg", "d_in", "d_out"), ORACLES)
 def test_merged_and_applied_are_the_formula(
@@ -320,6 +360,15 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.ArrowConfig(experts=0), "ArrowConfig.experts: expected at least 1, found 0"),
         (lambda: ll.ArrowConfig(top_k=5), "ArrowConfig.top_k: expected 1 to experts=4, found 5"),
         (lambda: ll.ArrowConfig(temperature=-1.0), "temperature: expected more than 0, found -1"),
+        (
+            lambda: ll.FRoDConfig(sparse_rate=0.0),
+            r"sparse_rate: expected a part in \(0, 1\]",
+        ),
+        (lambda: ll.AdaMSSConfig(num_subspaces=0), "num_subspaces: expected at least 1, found 0"),
+        (lambda: ll.MonteCLoRAConfig(num_samples=1), "num_samples: expected at least 2, found 1"),
+        (lambda: ll.MonteCLoRAConfig(noise=-1.0), "MonteCLoRAConfig.noise: expected at least 0"),
+        (lambda: ll.VeLoRAConfig(num_groups=0), "num_groups: expected at least 1, found 0"),
+        (lambda: ll.LoftQConfig(alpha=0.0), "LoftQConfig.alpha: the start divides by it"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
         (lambda: ll.UniLoRAConfig(length=0), "UniLoRAConfig.length: expected at least 1, found 0"),
         (lambda: ll.VBLoRAConfig(num_vectors=2, topk=3), "at most num_vectors=2, found 3"),
@@ -343,6 +392,9 @@ def test_what_a_config_cannot_mean_is_refused(make: Any, match: str) -> None:
             "d_in and r among blocks, .* by blocks_A=5, found d_in=12 and r=8",
         ),
         (ll.QALoRAConfig(), "by group_size=32, found d_in=12; group_size=12 fits"),
+        (ll.AdaMSSConfig(), "AdaMSS splits a 24 x 12 weight, .* at most 12, found r=100"),
+        (ll.AdaMSSConfig(r=4, num_subspaces=25), "num_subspaces=25 is more than the 24 outputs"),
+        (ll.AdaMSSConfig(r=4, subspace_rank=5), "subspace_rank=5 is more than the 4 principal"),
         (ll.DEFTConfig(r=25), "DEFT takes r of d_out directions, .* at most 24, found r=25"),
         (ll.VBLoRAConfig(), "24 x 12 update .* divides both, found 256; one that divides 12 fits"),
     ],

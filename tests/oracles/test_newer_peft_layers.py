@@ -15,6 +15,7 @@ import lora_lite_func as ll
 
 lora = pytest.importorskip("peft.tuners.lora")
 BdLoraConfig, KasaConfig = lora.BdLoraConfig, lora.KasaConfig
+MontecloraConfig, VeloraConfig = lora.MontecloraConfig, lora.VeloraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there are many
 
@@ -257,3 +258,93 @@ def test_bdlora(side: str) -> None:
         bound = (D_IN / 2) ** -0.5
         assert A.abs().max() > 1.5 * bound, "PEFT's start is LoRA's now"
         assert ll.init(Tiny(), ours_)["l"]["lora_A"].abs().max() <= bound
+
+
+def test_pvera() -> None:
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        A, B = site.pvera_A["default"], site.pvera_B["default"]
+        return {
+            "lora_b": p["pvera_lambda_b"],
+            "lora_d": p["pvera_lambda_d"],
+            "lora_A": A[:, :16].double(),
+            "lora_B": B[:24].double(),
+        }
+
+    compare(Tiny().eval(), peft.PveraConfig(r=6), ll.PVeRAConfig(r=6), take)
+
+
+def test_adamss() -> None:
+    """PEFT's bias column is a shift of the output, so it is compared on a layer without one."""
+    model = Tiny()
+    model.l.bias = None
+
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        cluster, B = torch.zeros(24), torch.zeros(24, 2, dtype=torch.float64)
+        for i, rows in site.seg_result["default"].items():
+            cluster[rows] = float(i)
+            B = B.index_put((rows,), p[f"adamss_B.{i}"])
+        return {
+            "lora_A": torch.stack([p[f"adamss_A.{i}"] for i in range(3)]),
+            "lora_B": B,
+            "lora_N": site.adamss_newB["default"].double(),
+            "lora_cluster": cluster,
+        }
+
+    sizes = {"r": 6, "num_subspaces": 3, "subspace_rank": 2}
+    compare(model, peft.AdamssConfig(**sizes), ll.AdaMSSConfig(**sizes), take)
+
+
+def test_frod() -> None:
+    """PEFT makes its decomposition of the weight in float32."""
+
+    def take(site: Any, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        V = site.frod_V["default"].double()
+        inverse = torch.linalg.inv(V)
+        l0 = (site.base_layer.weight @ inverse.mT).norm(dim=0)
+        return {
+            "lora_lambda": p["frod_lambda_l"] - l0,
+            "lora_s": p["frod_lambda_s_values"],
+            "lora_l0": l0.detach(),
+            "lora_idx": site.frod_s_indices["default"].double(),
+            "lora_V": V,
+            "lora_V_inv": inverse,
+        }
+
+    compare(
+        Tiny(),
+        peft.FrodConfig(sparse_rate=0.1),
+        ll.FRoDConfig(sparse_rate=0.1),
+        take,
+        tol=1e-5,
+        single=True,
+    )
+
+
+def test_monteclora_outside_training_and_a_divergence_that_pefts_has_wrong() -> None:
+    """PEFT's term of the weights' Dirichlet isn't zero at the prior itself."""
+    config = peft.LoraConfig(r=3, lora_alpha=6, monteclora_config=MontecloraConfig(buffer_size=1))
+    made, site = theirs(Tiny(), config)
+    leaves = {f"lora_{n}": getattr(site, f"lora_{n}")["default"].weight for n in "AB"}
+    params = ours(Tiny(), ll.MonteCLoRAConfig(r=3, alpha=6), leaves)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    model = Tiny()
+    model.l = site.base_layer
+    close(ll.apply(model, params, x), made(x), 1e-10)
+    sampler = site.lora_monteclora_sampler["default"]
+    prior = torch.full((8,), 0.1)
+    assert sampler.dirichlet_kl(prior).abs() > 1e-3 or sampler.dirichlet_kl(3 * prior) < 0, (
+        "PEFT's divergence is one now"
+    )
+
+
+def test_velora_s_gradient_in_training() -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=6, velora_config=VeloraConfig(num_groups=4))
+    made, site = theirs(Tiny(), config)
+    model, x = Tiny(), torch.randn(2, 5, 16, dtype=torch.float64)
+    model.l = site.base_layer
+    leaves = {f"lora_{n}": getattr(site, f"lora_{n}")["default"].weight for n in "AB"}
+    params = ours(model, ll.VeLoRAConfig(r=3, alpha=6, num_groups=4), leaves)
+    g = torch.randn(2, 5, 24, dtype=torch.float64)
+    expected = torch.autograd.grad((made.train()(x) * g).sum(), list(leaves.values()))
+    found = torch.autograd.grad((ll.apply(model.train(), params, x) * g).sum(), [*leaves.values()])
+    close(found, expected, 1e-6)

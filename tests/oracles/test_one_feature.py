@@ -29,7 +29,7 @@ class Narrow(nn.Module):
 @pytest.mark.parametrize("case", LINEAR, ids=repr)
 def test_one_feature(case: Case, d_in: int, d_out: int) -> None:
     torch.manual_seed(0)
-    model = Narrow(d_in, d_out)
+    model = Narrow(d_in, d_out).eval()
     x = torch.randn(5, d_in, dtype=torch.float64)
     try:
         params = start(case, model, case.config(r=1))

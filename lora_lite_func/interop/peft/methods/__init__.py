@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..codec import Codec
 from .adalora import ADALORA
+from .adamss import ADAMSS
 from .beft import BEFT
 from .boft import BOFT
 from .c3a import C3A
@@ -11,6 +12,7 @@ from .cpt import CPT
 from .deft import DEFT
 from .delora import DELORA
 from .fourierft import FOURIERFT
+from .frod import FROD
 from .glora import GLORA
 from .gralora import GRALORA
 from .hira import HIRA
@@ -29,6 +31,7 @@ from .peanut import PEANUT
 from .prefix_tuning import CARTRIDGE, PREFIX_TUNING
 from .prompt_tuning import PROMPT_TUNING
 from .psoft import PSOFT
+from .pvera import PVERA
 from .randlora import RANDLORA
 from .road import ROAD
 from .shira import SHIRA
@@ -79,6 +82,9 @@ METHODS: dict[str, Codec] = {
         MPT,
         CPT,
         UNILORA,
+        PVERA,
+        ADAMSS,
+        FROD,
         BEFT,
         LN_TUNING,
         TOKENS,
