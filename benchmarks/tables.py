@@ -2,19 +2,24 @@
 
 python -m benchmarks.tables     rewrites each where it stands
 
+choice    what each method is good for, its start, its layers, rows, merging, PEFT's file
 methods   what each method does, on which side of the layer, what its start reads, its paper
-kinds     which kinds of site each method can adapt
 verbs     the public functions and classes that aren't configs, by their docstrings
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import lora_lite_func as ll
 from lora_lite_func.interop.peft.methods import METHODS, TOKENS
@@ -22,27 +27,125 @@ from lora_lite_func.layers.kinds import KINDS
 from lora_lite_func.variants import METHODS as OWN
 from lora_lite_func.variants import FullConfig, TokensConfig
 
-__all__ = ["PAGES", "kinds", "main", "methods", "rewritten", "verbs"]
+__all__ = ["PAGES", "choice", "main", "methods", "own", "rewritten", "verbs"]
 
 ROOT = Path(__file__).parent.parent
 GUIDES = ROOT / "lora_lite_func" / "guides"
 
 
-def methods() -> str:
-    """Config, name, what it does, on which side it acts, what it reads, PEFT's file, paper."""
+def choice() -> str:
+    """What helps to choose: a row for each method, of its record and of its start on one layer."""
     rows = [
         f"As of version {ll.__version__}, {len(OWN)} methods.",
         "",
-        "| config | name | what | acts on | reads | PEFT file | paper |",
+        "| config | good for | starts at | layers | rows | merges | PEFT file |",
         "|---|---|---|---|---|---|---|",
     ]
-    peft_types: dict[type, str] = {}
+    peft_types = _peft_types()
+    for variant in own():
+        kinds = ", ".join((f"**{variant.sites[0]}**", *variant.sites[1:]))
+        pair = "LORA" if variant.low_rank_factors is not None else ""
+        rows.append(
+            f"| `ll.{variant.config.__name__}` | {variant.good_for} | {start_of(variant)} | "
+            f"{kinds} | {_rows(variant)} | {'no' if variant.weight is None else 'yes'} | "
+            f"{peft_types.get(variant.config, pair)} |"
+        )
+    return "\n".join(rows)
+
+
+def own() -> list[ll.Variant]:
+    """The library's methods by name, without those that a program has registered."""
+    return [variant for name, variant in ll.variants().items() if name in OWN]
+
+
+def _peft_types() -> dict[type, str]:
+    """{config: PEFT's types of file that hold it}."""
+    found: dict[type, str] = {}
     for codec in METHODS.values():
         for cfg in codec.configs:
-            both = [peft_types[cfg]] if cfg in peft_types else []
-            peft_types[cfg] = ", ".join([*both, codec.peft_type])
-    peft_types |= {TokensConfig: TOKENS.peft_type, FullConfig: "modules_to_save"}
-    for variant in _own():
+            both = [found[cfg]] if cfg in found else []
+            found[cfg] = ", ".join([*both, codec.peft_type])
+    return found | {TokensConfig: TOKENS.peft_type, FullConfig: "modules_to_save"}
+
+
+def _rows(variant: ll.Variant) -> str:
+    """How rows of a batch with adapters of their own go through a linear layer."""
+    if variant.batched:
+        return "fused" if variant.low_rank_factors is not None else "together"
+    return "mapped"
+
+
+class _One(nn.Module):
+    """A layer, which is a block as well."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([layer])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[0](x)
+        return y
+
+
+_WIDTH = 256
+_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "embedding": lambda: nn.Embedding(_WIDTH, _WIDTH),
+    "norm": lambda: nn.LayerNorm(_WIDTH),
+}
+"""By kind; every other kind has a linear layer."""
+_NEEDED: dict[type, dict[str, Any]] = {
+    TokensConfig: {"token_ids": (1, 2)},
+    FullConfig: {"target_parameters": "weight"},
+}
+"""What a config has to be told, where it has no default."""
+
+
+def start_of(variant: ll.Variant) -> str:
+    """Where a method starts by default, seen on one layer: at the base, bit by bit, or not."""
+    gen = torch.Generator().manual_seed(0)
+    kind = variant.sites[0]
+    if KINDS[kind].called:
+        return "elsewhere, by design"  # tokens are added, of which attention takes notice
+    model = _One(_LAYERS.get(kind, lambda: nn.Linear(_WIDTH, _WIDTH))()).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=gen) * _WIDTH**-0.5)
+    cfg = variant.config(**_NEEDED.get(variant.config, {}))
+    params = ll.init(model, cfg, **_sources(variant.needs_of(cfg), model, gen))
+    ids, x = torch.arange(8).view(2, 4), torch.randn(2, 4, _WIDTH, generator=gen)
+    given = ids if kind == "embedding" else x
+    with torch.no_grad():
+        y, base = ll.apply(model, params, given), model(given)
+    if torch.equal(y, base):
+        return "the base"
+    off = float((y - base).abs().max() / base.abs().max())
+    if off < 1e-4:
+        return "the base, rounded"
+    return "near the base" if off < 0.05 else "elsewhere, by design"
+
+
+def _sources(needs: frozenset[str], model: nn.Module, gen: torch.Generator) -> dict[str, Any]:
+    """Keywords of `ll.init` with what a start is made of."""
+    found: dict[str, Any] = {}
+    batches = [torch.randn(64, 8, _WIDTH, generator=gen) for _ in range(2)]
+    if "pairs" in needs:
+        found["calibration_data"] = [(batches[0], batches[1])]
+    elif needs & {"inputs", "activity", "gradients"}:
+        found["calibration_data"] = batches
+    if "gradients" in needs:
+        found["loss_fn"] = lambda y, batch: y.square().mean()
+    if "reference" in needs:
+        found["reference"] = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in found["reference"].parameters():
+                p += 0.01 * torch.randn(p.shape, generator=gen)
+    return found
+
+
+def methods() -> str:
+    """Config, name, what it does, on which side it acts, what it reads, paper."""
+    rows = ["| config | name | what | acts on | reads | paper |", "|---|---|---|---|---|---|"]
+    for variant in own():
         doc = sys.modules[variant.param_specs.__module__].__doc__ or ""
         what = doc.partition("\n")[0].rstrip(".").split(": ", 1)[-1]
         sides = (
@@ -52,41 +155,18 @@ def methods() -> str:
         )
         acts_on = " and ".join(side for side, phase in sides if phase is not None) or "weight"
         reads = ", ".join(sorted(variant.needs)) or "nothing"
-        pair = "LORA" if variant.low_rank_factors is not None else ""
         rows.append(
             f"| `ll.{variant.config.__name__}` | `{variant.name}` | {what} | {acts_on} | {reads} | "
-            f"{peft_types.get(variant.config, pair)} | {variant.paper} |"
+            f"{variant.paper} |"
         )
     return "\n".join(rows)
-
-
-def kinds() -> str:
-    """Which kinds of site each method can adapt; its default in bold."""
-    rows = [f"| name | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for variant in _own():
-        marks = tuple(_mark(kind, variant.sites) for kind in KINDS)
-        groups.setdefault(marks, []).append(f"`{variant.name}`")
-    rows += [f"| {' '.join(names)} | {' | '.join(marks)} |" for marks, names in groups.items()]
-    return "\n".join(rows)
-
-
-def _own() -> list[ll.Variant]:
-    """The library's methods by name, without those that a program has registered."""
-    return [variant for name, variant in ll.variants().items() if name in OWN]
-
-
-def _mark(kind: str, sites: tuple[str, ...]) -> str:
-    if kind not in sites:
-        return ""
-    return "**yes**" if kind == sites[0] else "yes"
 
 
 def verbs() -> str:
     """Every public name that isn't a method's config: the first sentence of its docstring, and the
     guide that uses it first.
     """
-    configs = {variant.config.__name__ for variant in _own()}
+    configs = {variant.config.__name__ for variant in own()}
     guides = {page: (GUIDES / page).read_text(encoding="utf-8") for page in _guides_in_order()}
     rows = ["| name | what | see |", "|---|---|---|"]
     for name in sorted(set(ll.__all__) - configs, key=lambda n: (n.lower(), n)):
@@ -104,7 +184,7 @@ def _guides_in_order() -> list[str]:
     return list(dict.fromkeys(re.findall(r"\]\((\w+\.md)\)", index.partition("<!--")[0])))
 
 
-PAGES: dict[str, Callable[[], str]] = {"methods": methods, "kinds": kinds, "verbs": verbs}
+PAGES: dict[str, Callable[[], str]] = {"choice": choice, "methods": methods, "verbs": verbs}
 """What stands between the marks `NAME: rendered by benchmarks/tables.py` and `end of NAME`."""
 
 

@@ -104,6 +104,7 @@ def virtual(cfg: CartridgeConfig, p: Params, site: Site) -> Tensor:
 
 VARIANT = Variant(
     name="cartridge",
+    good_for="a long text kept as cache",
     config=CartridgeConfig,
     paper="Eyuboglu et al. 2025, arXiv 2506.06266",
     param_specs=param_specs,

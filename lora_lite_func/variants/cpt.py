@@ -124,6 +124,7 @@ def project(cfg: CPTConfig, p: Params) -> dict[str, Tensor]:
 
 VARIANT = Variant(
     name="cpt",
+    good_for="few-shot examples that are refined",
     config=CPTConfig,
     paper="Blau et al. 2024, arXiv 2410.17222",
     param_specs=param_specs,

@@ -88,6 +88,7 @@ def scale(cfg: MoELoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]
 
 VARIANT = Variant(
     name="moelora",
+    good_for="mixed data, experts chosen by token",
     config=MoELoRAConfig,
     paper="HydraLoRA, Tian et al. 2024, arXiv 2404.19245; MoLoRA, Zadouri et al. 2023, "
     "arXiv 2309.05444",

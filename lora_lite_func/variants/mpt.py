@@ -100,6 +100,7 @@ def virtual(cfg: MPTConfig, p: Params, site: Site) -> Tensor:
 
 VARIANT = Variant(
     name="mpt",
+    good_for="prompts of tasks that share much",
     config=MPTConfig,
     paper="Wang et al. 2023, arXiv 2303.02861",
     param_specs=param_specs,

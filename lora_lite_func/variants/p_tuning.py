@@ -64,6 +64,7 @@ def virtual(cfg: PTuningConfig, p: Params, site: Site) -> Tensor:
 
 VARIANT = Variant(
     name="p_tuning",
+    good_for="prompts that train more easily",
     config=PTuningConfig,
     paper="Liu et al. 2021, arXiv 2103.10385",
     param_specs=param_specs,

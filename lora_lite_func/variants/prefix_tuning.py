@@ -75,6 +75,7 @@ def virtual(cfg: PrefixTuningConfig, p: Params, site: Site) -> Tensor:
 
 VARIANT = Variant(
     name="prefix_tuning",
+    good_for="prompts inside every attention layer",
     config=PrefixTuningConfig,
     paper="Li and Liang 2021, arXiv 2101.00190",
     param_specs=param_specs,

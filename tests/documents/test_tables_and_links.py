@@ -22,6 +22,12 @@ def test_generated_tables_are_what_the_code_says(page: str) -> None:
     assert tables.rewritten(PAGES[page]) == PAGES[page], "run: python -m benchmarks.tables"
 
 
+def test_every_method_says_in_six_words_what_it_is_good_for() -> None:
+    words = {v.name: v.good_for.split() for v in tables.own()}
+    assert not [name for name, said in words.items() if not 1 <= len(said) <= 6]
+    assert len({tuple(said) for said in words.values()}) == len(words)
+
+
 def test_every_generated_table_stands_somewhere() -> None:
     for name in tables.PAGES:
         begin = f"<!-- {name}: rendered by benchmarks/tables.py -->"
