@@ -40,6 +40,7 @@ class Case:
         noise: it draws at random in training mode.
         in_training: trainable tensors that act in training mode alone.
         alone: a site's start doesn't depend on which other sites there are.
+        of_all: tensors whose sizes or starts depend on which other sites there are.
         calibration: model -> keywords of `ll.init`, where the start depends on data.
         update: (config, {lora_name: tensor}, site, x) -> what it adds to a layer's output, written
             by hand, of a method that no weight can stand for. It isn't merged.
@@ -56,6 +57,7 @@ class Case:
     noise: bool = False
     in_training: frozenset[str] = frozenset()
     alone: bool = True
+    of_all: frozenset[str] = frozenset()
     calibration: Callable[[nn.Module], dict[str, Any]] | None = None
     update: Callable[[Any, Any, ll.Site, Tensor], Tensor] | None = None
 
@@ -303,6 +305,12 @@ CASES = (
         update=_experts,
     ),
     Case("arrow", _fixed(ll.ArrowConfig, experts=3, top_k=2), dead=A, update=_experts),
+    Case(
+        "rasa",
+        lambda **kw: ll.RaSAConfig(**{**kw, "r": max(kw.get("r", 8), 4)}),
+        dead=frozenset({"lora_A", "lora_d", "lora_shared_A"}),
+        of_all=frozenset({"lora_d", "lora_shared_A", "lora_shared_B"}),
+    ),
     Case("unilora", _fixed(ll.UniLoRAConfig, length=24)),
     Case("vblora", _bank, exact=False, identity=1e15),  # near the base, whatever the dtype
     Case("vblora_exact", functools.partial(_bank, exact_start=True)),

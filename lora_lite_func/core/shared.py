@@ -21,9 +21,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .site import Site
 from .torch_internals import is_tracing_here, is_transformed
 
-__all__ = ["Once", "each_site", "expert_axes", "group_path", "regrouped", "site_tensors"]
+__all__ = [
+    "Once",
+    "each_site",
+    "expert_axes",
+    "group_path",
+    "kind_of_layer",
+    "regrouped",
+    "site_tensors",
+]
 
 T = TypeVar("T")
 
@@ -41,6 +50,14 @@ _FIRST = "."
 def group_path(group: str) -> str:
     """The path under which a group's leaves live."""
     return f"{_FIRST}{group}"
+
+
+def kind_of_layer(site: Site) -> str:
+    """A group of layers that do the same in a row: those of one size whose paths differ in numbers
+    alone.
+    """
+    names = [name for name in site.path.split(".") if not name.isdecimal()]
+    return f"{'.'.join(names)} {site.d_out}x{site.d_in}"
 
 
 def site_tensors(shared: Groups, data: Data, path: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from .layout import Layout, LeafSpec
 from .site import Params, Site
+from .torch_internals import first_of
 
 __all__ = [
     "LENGTH",
@@ -81,7 +82,7 @@ class Stacked(Layout):
         for site in (*sites, *(site for member in members for site in member.sites.values())):
             several.setdefault(site.path, []).append(site)
         widest = [max(own, key=lambda s: s.r) for own in several.values()]
-        super().__init__(first.variant, first.config, widest)
+        super().__init__(first.variant, first.config, _levelled(first, widest))
         self.members = tuple(members)
         self.labels = None if labels is None else tuple(labels)
         self.ranks = tuple(max((s.r for s in m.sites.values()), default=0) for m in members)
@@ -159,6 +160,27 @@ class Stacked(Layout):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Stacked, (self.members, self.labels, tuple(self.sites.values()), self.extra)
+
+
+def _levelled(layout: Layout, sites: Sequence[Site]) -> list[Site]:
+    """The sites, of which those that share a leaf with an axis of ranks have the largest rank of
+    their group.
+    """
+    groups: dict[str, str] = {}
+    for site in sites:
+        specs = layout.variant.param_specs(layout.config, site).values()
+        group = first_of((s.group for s in specs if s.group and s.rank_axis is not None), None)
+        if group is not None:
+            groups[site.path] = group
+    if not groups:
+        return list(sites)
+    ranks: dict[str | None, int] = {}
+    for site in sites:
+        group = groups.get(site.path)
+        ranks[group] = max(ranks.get(group, 0), site.r)
+    return [
+        site.having(r=ranks[groups[site.path]]) if site.path in groups else site for site in sites
+    ]
 
 
 def who_lacks(

@@ -68,6 +68,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .pvera import PVeRAConfig
     from .qalora import QALoRAConfig
     from .randlora import RandLoRAConfig
+    from .rasa import RaSAConfig
     from .reft import DiReFTConfig, LoReFTConfig
     from .road import ROADConfig
     from .s_steer import SSteerConfig
@@ -138,6 +139,7 @@ __all__ = [
     "PromptTuningConfig",
     "QALoRAConfig",
     "ROADConfig",
+    "RaSAConfig",
     "RandLoRAConfig",
     "SHiRAConfig",
     "SSVDConfig",
@@ -209,6 +211,7 @@ METHODS = {
     "pvera": ("pvera", "PVeRAConfig"),
     "qalora": ("qalora", "QALoRAConfig"),
     "randlora": ("randlora", "RandLoRAConfig"),
+    "rasa": ("rasa", "RaSAConfig"),
     "road": ("road", "ROADConfig"),
     "s_steer": ("s_steer", "SSteerConfig"),
     "shira": ("shira", "SHiRAConfig"),

@@ -137,14 +137,12 @@ def test_ranks_are_padded_or_refused_by_name(case: Case) -> None:
         moved(start(case, model, case.config(r=r, alpha=a)), i)
         for i, (r, a) in enumerate(((2, 1.0), (8, 16.0), (4, 4.0)))
     ]
-    axes = [
-        s.rank_axis
-        for s in members[0]
-        .layout.variant.param_specs(members[0].config, next(iter(members[0].sites.values())))
-        .values()
-    ]
-    shapes = {tuple(t.shape for t in leaves(m)) for m in members}
-    if len(shapes) > 1 and all(axis is None for axis in axes):
+    path = next(iter(members[0].sites))
+    names = {m.layout.names[path] for m in members}
+    fixed = [name for name, s in members[0].layout.specs[path].items() if s.rank_axis is None]
+    if len(names) > 1 or any(
+        len({m.layout.specs[path][name].shape for m in members}) > 1 for name in fixed
+    ):
         with pytest.raises(
             ll.StructureError,
             match=(

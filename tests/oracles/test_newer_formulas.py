@@ -233,6 +233,17 @@ def _lori(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return W + 1.5 * p["lora_B"] @ p["lora_A"], b
 
 
+@oracle(ll.RaSAConfig(r=5, k=2, alpha=6.0))
+@oracle(ll.RaSAConfig(r=4, alpha=6.0), d_in=24, d_out=16)
+def _rasa(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    """Of one layer the pool has k directions."""
+    A = torch.cat([p["lora_A"], p["lora_shared_A"]])
+    B = torch.cat([p["lora_B"], p["lora_shared_B"]], 1)
+    assert len(A) == cfg.r
+    assert len(p["lora_shared_A"]) == cfg.k
+    return W + B @ torch.diag(p["lora_d"]) @ A, b
+
+
 @oracle(ll.UniLoRAConfig(r=3, length=7))
 @oracle(ll.UniLoRAConfig(r=2, length=500, exact_start=False), what="long")
 def _unilora(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
@@ -370,6 +381,8 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.VeLoRAConfig(num_groups=0), "num_groups: expected at least 1, found 0"),
         (lambda: ll.LoftQConfig(alpha=0.0), "LoftQConfig.alpha: the start divides by it"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
+        (lambda: ll.RaSAConfig(r=2, k=2), "some of the r=2 directions and not all, found 2"),
+        (lambda: ll.RaSAConfig(r=4, rank_pattern={"up": 2}), "at least r=4, found 2; leave it to"),
         (lambda: ll.UniLoRAConfig(length=0), "UniLoRAConfig.length: expected at least 1, found 0"),
         (lambda: ll.VBLoRAConfig(num_vectors=2, topk=3), "at most num_vectors=2, found 3"),
         (lambda: ll.VBLoRAConfig(vector_length=0), "vector_length: expected at least 1, found 0"),
