@@ -31,6 +31,7 @@ class Slots:
 
     def __init__(self, leaves: Mapping[str, Mapping[str, Tensor]], numbers: Tensor) -> None:
         self.count, self.leaves, self.numbers = numbers.shape[-1], leaves, numbers
+        self._written: tuple[object, Tensor] = (None, numbers)  # (sites, their numbers)
 
     @staticmethod
     def made(
@@ -67,23 +68,26 @@ class Slots:
         places: list[Tensor] = []
         values: list[Tensor] = []
         for path, tensors in adapter._data.items():
-            own, specs = self.leaves[path], adapter.layout.specs[path]
+            own = self.leaves[path]
             for name, t in tensors.items():
                 place = own[name].select(0, slot)
                 if place.shape != t.shape:
-                    t = padded(t, specs[name]._replace(shape=tuple(place.shape)))
+                    spec = adapter.layout.specs[path][name]
+                    t = padded(t, spec._replace(shape=tuple(place.shape)))
                 places.append(place)
                 values.append(t)
         copy_each(places, values)
         sites = adapter.layout.sites
-        numbers = [
-            [number_of(name, sites.get(path)) for path in self.leaves] for name in OF_MEMBERS
-        ]
-        self.numbers[:, :, slot] = torch.tensor(numbers, dtype=self.numbers.dtype)
+        if sites is not self._written[0]:
+            numbers = [
+                [number_of(name, sites.get(path)) for path in self.leaves] for name in OF_MEMBERS
+            ]
+            self._written = (sites, torch.tensor(numbers, dtype=self.numbers.dtype))
+        self.numbers.select(-1, slot).copy_(self._written[1])
 
     def free(self, slot: int) -> None:
         """Note that a slot holds no adapter."""
-        self.numbers[:, :, slot] = 0.0
+        self.numbers.select(-1, slot).zero_()
 
     @torch.inference_mode(False)
     def views(self, names: Mapping[str, tuple[str, ...]]) -> list[Tensor]:
