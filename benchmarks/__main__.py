@@ -20,11 +20,14 @@ import torch
 
 from .measure import results
 from .measure.harness import Row, Suite, machine, versions
+from .measure.peers import lora_lite_package
 
 AREAS = (
     "forward",
     "train",
+    "functional",
     "sets",
+    "serving",
     "methods",
     "memory",
     "files",
@@ -81,6 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
         if given.plots:
             results.plots(given.plots, results.rows_of(result))
         return results.rows_of(result)
+    if given.lora_lite is not None:
+        try:
+            lora_lite_package(given.lora_lite)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     torch.set_num_threads(given.threads)
     suite = Suite(given.quick, given.device, given.lora_lite)
     rows: dict[str, list[Row]] = {}

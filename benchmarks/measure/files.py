@@ -16,7 +16,7 @@ import torch
 import lora_lite_func as ll
 
 from .harness import Row, Suite, llama
-from .peers import PROJECTIONS, lora, peft_lora
+from .peers import PROJECTIONS, lora, lora_lite, lora_lite_package, peft_lora
 
 
 def area(suite: Suite) -> Iterator[Row]:
@@ -43,6 +43,11 @@ def _init(suite: Suite, base: Any) -> Row:
         "ours": lambda: ll.init(base, config),
         "PEFT": lambda: peft.get_peft_model(next(free), settings),
     }
+    if suite.lora_lite is not None:
+        lite = lora_lite_package(suite.lora_lite)
+        own = lite.LoRAConfig(r=8, dtype=torch.float32, target_names=tuple(PROJECTIONS))
+        bare = shells(base, 4 if suite.quick else 54)
+        calls["lora-lite"] = lambda: lite.attach(next(bare), own)
     found = suite.compare(calls)
     return Row(
         "init, PEFT's time over ours",
@@ -51,13 +56,14 @@ def _init(suite: Suite, base: Any) -> Row:
         15,
         at_least=True,
         guard=found.guard,
+        peers=found.peers("lora-lite"),
     )
 
 
 def _files(suite: Suite, base: Any) -> Iterator[Row]:
     import peft
 
-    params, other = lora(base), peft_lora(base)
+    params, other, lite = lora(base), peft_lora(base), lora_lite(base, suite.lora_lite)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "ours.safetensors"
@@ -70,6 +76,11 @@ def _files(suite: Suite, base: Any) -> Iterator[Row]:
             "ours": lambda: ll.load(file),
             "PEFT": lambda: peft.PeftModel.from_pretrained(next(free), folder / "peft"),
         }
+        package = None if lite is None else lora_lite_package(suite.lora_lite)
+        if package is not None:
+            package.save(lite, folder / "lite.safetensors")
+            bare = shells(base, 4 if suite.quick else 54)
+            calls["lora-lite"] = lambda: package.load(next(bare), folder / "lite.safetensors")
         found = suite.compare(calls)
         yield Row(
             "load",
@@ -77,7 +88,7 @@ def _files(suite: Suite, base: Any) -> Iterator[Row]:
             "raw safetensors",
             1.5,
             guard=found.guard,
-            peers={"PEFT": found.ratios["PEFT"]},
+            peers=found.peers("PEFT", "lora-lite"),
         )
         yield Row(
             "load, PEFT's time over ours",
@@ -91,6 +102,8 @@ def _files(suite: Suite, base: Any) -> Iterator[Row]:
             "ours": lambda: ll.save(params, file),
             "PEFT": lambda: other.save_pretrained(folder / "peft"),
         }
+        if package is not None:
+            calls["lora-lite"] = lambda: package.save(lite, folder / "lite.safetensors")
         found = suite.compare(calls)
         yield Row(
             "save, PEFT's time over ours",
@@ -99,6 +112,7 @@ def _files(suite: Suite, base: Any) -> Iterator[Row]:
             1.6,
             at_least=True,
             guard=found.guard,
+            peers=found.peers("lora-lite"),
         )
 
 

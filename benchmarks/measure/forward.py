@@ -14,10 +14,18 @@ import lora_lite_func as ll
 from .harness import Row, Suite, llama, token_ids
 from .peers import PROJECTIONS, lora, lora_lite, noisy, peft_adapted, peft_lora
 
-_ROTATED: dict[str, tuple[type[ll.AdapterConfig], dict[str, Any], str, dict[str, Any]]] = {
-    "DoRA r=8": (ll.DoRAConfig, {"r": 8}, "LoraConfig", {"r": 8, "use_dora": True}),
-    "OFT, blocks of 32": (ll.OFTConfig, {"block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
-    "HRA r=8": (ll.HRAConfig, {"r": 8}, "HRAConfig", {"r": 8}),
+_ROTATED: dict[str, tuple[ll.AdapterConfig, str, dict[str, Any]]] = {
+    "DoRA r=8": (
+        ll.DoRAConfig(r=8, target_names=tuple(PROJECTIONS)),
+        "LoraConfig",
+        {"r": 8, "use_dora": True},
+    ),
+    "OFT, blocks of 32": (
+        ll.OFTConfig(block_size=32, target_names=tuple(PROJECTIONS)),
+        "OFTConfig",
+        {"oft_block_size": 32},
+    ),
+    "HRA r=8": (ll.HRAConfig(r=8, target_names=tuple(PROJECTIONS)), "HRAConfig", {"r": 8}),
 }
 """Methods that make something of their tensors before they act, here and in PEFT."""
 
@@ -50,7 +58,7 @@ def _decode(suite: Suite) -> Iterator[Row]:
     with torch.no_grad():
         found = suite.compare(calls, inner=5)
     ratios = found.ratios
-    peers = {name: ratios[name] for name in ("PEFT", "lora-lite") if name in ratios}
+    peers = found.peers("PEFT", "lora-lite")
     yield Row("1 token, bound", ratios["bound"], "base", 1.10, guard=found.guard, peers=peers)
     yield Row("1 token, bound", found.over("bound", "PEFT"), "PEFT", 0.93, guard=found.guard)
     yield Row(
@@ -72,32 +80,34 @@ def _decode(suite: Suite) -> Iterator[Row]:
 
 def _made_once(suite: Suite, name: str) -> Row:
     base = llama(2 if suite.quick else 8, device=suite.device)
-    config, ours, theirs, fields = _ROTATED[name]
-    once = ll.prepared(base, noisy(ll.init(base, config(target_names=tuple(PROJECTIONS), **ours))))
-    other = peft_adapted(base, theirs, **fields)
+    config, theirs, fields = _ROTATED[name]
+    params = noisy(ll.init(base, config))
+    once, other = ll.prepared(base, params), peft_adapted(base, theirs, **fields)
+    lite = lora_lite(base, suite.lora_lite, method=params.layout.variant.name)
     ids = torch.zeros(1, 1, dtype=torch.long, device=suite.device)
+    calls = {"base": lambda: base(ids), "prepared": lambda: once(ids), "PEFT": lambda: other(ids)}
+    if lite is not None:
+        calls["lora-lite"] = lambda: lite(ids)
     with torch.no_grad():
-        found = suite.compare(
-            {"base": lambda: base(ids), "prepared": lambda: once(ids), "PEFT": lambda: other(ids)},
-            inner=2,
-        )
+        found = suite.compare(calls, inner=2)
     return Row(
         f"1 token, {name}, prepared",
         found.ratios["prepared"],
         "base",
         guard=found.guard,
-        peers={"PEFT": found.ratios["PEFT"]},
+        peers=found.peers("PEFT", "lora-lite"),
     )
 
 
 def _long(suite: Suite, base: torch.nn.Module, tokens: int, r: int) -> Row:
-    params, other = lora(base, r), peft_lora(base, r)
+    params, other, lite = lora(base, r), peft_lora(base, r), lora_lite(base, suite.lora_lite, r)
     bound = ll.bind(base, params)
     ids = token_ids(tokens, suite.device)
+    calls = {"base": lambda: base(ids), "bound": lambda: bound(ids), "PEFT": lambda: other(ids)}
+    if lite is not None:
+        calls["lora-lite"] = lambda: lite(ids)
     with torch.no_grad():
-        found = suite.compare(
-            {"base": lambda: base(ids), "bound": lambda: bound(ids), "PEFT": lambda: other(ids)}
-        )
+        found = suite.compare(calls)
     target = 1.03 if tokens >= 512 else None
     return Row(
         f"{tokens} tokens, r={r}, bound",
@@ -105,5 +115,5 @@ def _long(suite: Suite, base: torch.nn.Module, tokens: int, r: int) -> Row:
         "base",
         target,
         guard=found.guard,
-        peers={"PEFT": found.ratios["PEFT"]},
+        peers=found.peers("PEFT", "lora-lite"),
     )

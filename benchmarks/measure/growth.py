@@ -13,7 +13,7 @@ from torch import nn
 import lora_lite_func as ll
 
 from .harness import Row, Suite, llama, token_ids
-from .peers import lora, peft_lora
+from .peers import lora, lora_lite, peft_lora
 
 
 def area(suite: Suite) -> Iterator[Row]:
@@ -68,11 +68,14 @@ def _rank(suite: Suite, base: Any) -> Iterator[Row]:
     ids = token_ids(512, suite.device)
     for r in (2, 32) if suite.quick else (2, 8, 32, 128, 256):
         bound, other = ll.bind(base, lora(base, r)), peft_lora(base, r)
+        lite = lora_lite(base, suite.lora_lite, r)
         calls = {
             "base": lambda: base(ids),
             "bound": lambda m=bound: m(ids),
             "PEFT": lambda m=other: m(ids),
         }
+        if lite is not None:
+            calls["lora-lite"] = lambda m=lite: m(ids)
         found = suite.compare(calls)
         curve = ("forward of 512 tokens against the rank", "rank", float(r))
         yield Row(
@@ -80,13 +83,14 @@ def _rank(suite: Suite, base: Any) -> Iterator[Row]:
             found.ratios["bound"],
             "time over the base's",
             guard=found.guard,
-            peers={"PEFT": found.ratios["PEFT"]},
+            peers=found.peers("PEFT", "lora-lite"),
             curve=curve,
         )
 
 
 def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
     bound, other = ll.bind(base, lora(base)), peft_lora(base)
+    lite = lora_lite(base, suite.lora_lite)
     for tokens in (1, 64) if suite.quick else (1, 8, 64, 256, 1024):
         ids = token_ids(tokens, suite.device)
         calls = {
@@ -94,6 +98,8 @@ def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
             "bound": lambda ids=ids: bound(ids),
             "PEFT": lambda ids=ids: other(ids),
         }
+        if lite is not None:
+            calls["lora-lite"] = lambda ids=ids: lite(ids)
         found = suite.compare(calls, inner=5 if tokens < 64 else 1)
         curve = ("forward of LoRA r=8 against the tokens", "tokens", float(tokens))
         yield Row(
@@ -101,7 +107,7 @@ def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
             found.ratios["bound"],
             "time over the base's",
             guard=found.guard,
-            peers={"PEFT": found.ratios["PEFT"]},
+            peers=found.peers("PEFT", "lora-lite"),
             curve=curve,
         )
 

@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GUARD = (0.97, 1.03)
 """A run is void where base against base, measured as if they were two, is outside these."""
@@ -38,6 +41,10 @@ class Result:
         return statistics.median(
             a / b for a, b in zip(self.times[one], self.times[other], strict=True)
         )
+
+    def peers(self, *names: str) -> dict[str, float]:
+        """The ratios of those contestants that took part."""
+        return {name: self.ratios[name] for name in names if name in self.ratios}
 
     @property
     def void(self) -> bool:
@@ -264,3 +271,47 @@ def saved(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
         kept = call()
     del kept
     return sum(found.values())
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """The most bytes that storages made in a call take at once."""
+    with _Live() as live:
+        kept = call()
+    del kept
+    return live.most
+
+
+class _Live(TorchDispatchMode):
+    """What is made by operations inside, for as long as it lives.
+
+    Attributes:
+        most: the most bytes at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(out):
+            if id(storage) not in self._known | given:
+                self._note(storage)
+        return out
+
+    def _note(self, storage: Any) -> None:
+        self._known.add(id(storage))
+        weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _storages(tree: Any) -> list[Any]:
+    tensors = (t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor))
+    return [t.untyped_storage() for t in tensors if t.layout is torch.strided]

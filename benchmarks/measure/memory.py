@@ -13,7 +13,7 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from .harness import Row, Suite, llama, saved
-from .peers import PROJECTIONS, lora, noisy, peft_adapted, peft_lora
+from .peers import PROJECTIONS, lora, lora_lite, noisy, peft_adapted, peft_lora
 from .train import embedded
 
 
@@ -26,7 +26,8 @@ def area(suite: Suite) -> Iterator[Row]:
     bare = _kept(base, x)
     plain, wet = _ours(base, lora(base), x), _ours(base, lora(base, dropout=0.1), x, train=True)
     peft = _kept(peft_lora(base), x)
-    yield Row("LoRA r=8, saved bytes", plain / bare, "base", 1.33, peers={"PEFT": peft / bare})
+    peers = {"PEFT": peft / bare, **_lite(suite, base, x, "lora", bare)}
+    yield Row("LoRA r=8, saved bytes", plain / bare, "base", 1.33, peers=peers)
     yield Row(
         "LoRA dropout 0.1, saved bytes",
         wet / plain,
@@ -51,7 +52,7 @@ def area(suite: Suite) -> Iterator[Row]:
             kept / plain,
             "our LoRA",
             target,
-            peers={"PEFT": other / plain},
+            peers={"PEFT": other / plain, **_lite(suite, base, x, name.lower(), plain)},
         )
     yield _census(base)
 
@@ -62,6 +63,12 @@ def _ours(base: Any, params: ll.Adapter, x: Tensor, train: bool = False) -> int:
 
 def _kept(model: Any, x: Tensor) -> int:
     return saved(lambda: model(inputs_embeds=x).logits, [*model.parameters(), *model.buffers(), x])
+
+
+def _lite(suite: Suite, base: Any, x: Tensor, method: str, over: int) -> dict[str, float]:
+    """lora-lite's figure, where there is a checkout of it."""
+    model = lora_lite(base, suite.lora_lite, method=method)
+    return {} if model is None else {"lora-lite": _kept(model, x) / over}
 
 
 def own_bytes(models: Iterable[torch.nn.Module], base: torch.nn.Module) -> int:

@@ -19,7 +19,7 @@ import lora_lite_func as ll
 
 from . import results
 from .harness import Result, Row, Suite, llama, saved, token_ids
-from .peers import noisy, peft_adapted
+from .peers import lora_lite, noisy, peft_adapted
 
 HIDDEN, LAYERS, TOKENS = 512, 4, 512
 
@@ -81,7 +81,10 @@ def measure(suite: Suite, base: Any, name: str, ids: Tensor) -> tuple[Result, in
     if name in PEFT:
         config, fields = PEFT[name]
         other = peft_adapted(base, config, **fields)
-        calls["peft"] = lambda: other(ids)
+        calls["PEFT"] = lambda: other(ids)
+    lite = lora_lite(base, suite.lora_lite, method=name)
+    if lite is not None:
+        calls["lora-lite"] = lambda: lite(ids)
     with torch.no_grad():
         result = suite.compare(calls)
     live = optree.tree_map(lambda t: t.clone().requires_grad_(), ll.partition(params)[0])
@@ -112,20 +115,16 @@ def area(suite: Suite, names: Sequence[str] = ()) -> Iterator[Row]:
             print(f"left out {name}: {error}", file=sys.stderr)
             continue
         reference, ratios = reference or kept, result.ratios
-        peers = {
-            "prepared": ratios["prepared"],
-            **({"PEFT": ratios["peft"]} if "peft" in ratios else {}),
-        }
         yield Row(
             f"{name}, {TOKENS} tokens",
             ratios["ours"],
             "base",
             None if name in _FREE else 1.15,
             guard=result.guard,
-            peers=peers,
+            peers=result.peers("prepared", "PEFT", "lora-lite"),
         )
         if name in _FASTER:
-            faster = result.over("peft", "ours")
+            faster = result.over("PEFT", "ours")
             yield Row(
                 f"{name}, PEFT's time over ours",
                 faster,

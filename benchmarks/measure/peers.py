@@ -13,7 +13,15 @@ import torch
 
 import lora_lite_func as ll
 
-__all__ = ["PROJECTIONS", "lora", "lora_lite", "noisy", "peft_adapted", "peft_lora"]
+__all__ = [
+    "PROJECTIONS",
+    "lora",
+    "lora_lite",
+    "lora_lite_package",
+    "noisy",
+    "peft_adapted",
+    "peft_lora",
+]
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """All linear layers of a Llama block."""
@@ -50,17 +58,53 @@ def peft_lora(base: Any, r: int = 8, **fields: Any) -> Any:
     return peft_adapted(base, "LoraConfig", r=r, lora_alpha=16, **fields)
 
 
-def lora_lite(base: Any, checkout: Path | None, r: int = 8) -> Any:
-    """The same base under lora-lite's LoRA on all seven projections; None without a checkout."""
-    if checkout is None:
-        return None
+# --------------------------------------------------------------------------------------- lora-lite
+_LITE: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoRAConfig", {}),
+    "pissa": ("PiSSAConfig", {}),
+    "delora": ("DeLoRAConfig", {}),
+    "dora": ("DoRAConfig", {}),
+    "hra": ("HRAConfig", {}),
+    "ia3": ("IA3Config", {}),
+    "ia3_ff": ("IA3FFConfig", {}),
+    "road": ("RoadConfig", {"group_size": 32}),  # it has to divide 1376
+}
+"""By our names of the methods, lora-lite's configs: those that need no data."""
+
+
+def lora_lite_package(checkout: Path) -> Any:
+    """lora-lite's package from a checkout of it.
+
+    Raises:
+        ValueError: it isn't there, or can't be imported; the message says why.
+    """
     source = checkout / "src" if (checkout / "src").is_dir() else checkout
+    if not (source / "lora_lite" / "__init__.py").is_file():
+        raise ValueError(
+            f"--lora-lite {checkout}: expected a checkout of lora-lite, found no lora_lite in "
+            f"{source}"
+        )
     if str(source) not in sys.path:
         sys.path.insert(0, str(source))
-    package = importlib.import_module("lora_lite")
-    model = copy.deepcopy(base)
-    package.attach(
-        model,
-        package.LoRAConfig(r=r, alpha=16, dtype=torch.float32, target_names=tuple(PROJECTIONS)),
-    )
+    try:
+        return importlib.import_module("lora_lite")
+    except ImportError as error:
+        raise ValueError(
+            f"--lora-lite {checkout}: lora_lite can't be imported ({error}); its dependencies "
+            f"(einops, jaxtyping) have to be installed"
+        ) from error
+
+
+def lora_lite(base: Any, checkout: Path | None, r: int = 8, method: str = "lora") -> Any:
+    """The same base under one of lora-lite's methods on all seven projections, in float32 as ours.
+
+    None without a checkout, and for a method that it hasn't.
+    """
+    if checkout is None or method not in _LITE:
+        return None
+    package, model = lora_lite_package(checkout), copy.deepcopy(base)
+    name, fields = _LITE[method]
+    config = getattr(package, name)
+    names = tuple(PROJECTIONS)
+    package.attach(model, config(r=r, dtype=torch.float32, target_names=names, **fields))
     return model

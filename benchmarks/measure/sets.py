@@ -19,7 +19,7 @@ import lora_lite_func as ll
 from .harness import Row, Suite, llama
 from .peers import PROJECTIONS
 
-__all__ = ["area"]
+__all__ = ["area", "at_random", "peft_of", "stack_of"]
 
 
 def stack_of(base: Any, ranks: list[int], seed: int = 0) -> ll.Adapter:
@@ -101,38 +101,14 @@ def mixed(suite: Suite) -> Iterator[Row]:
 
 
 def ragged(suite: Suite) -> Iterator[Row]:
-    """64 rows of 16 adapters at random, 1 to 10 rows each: served with 1 and 16 tokens, trained
-    with 16; beside 4 rows each in order.
+    """64 rows of 16 adapters at random, 1 to 10 rows each, trained with 16 tokens; beside 4 rows
+    each in order.
     """
     base, count, rows = llama(4), 16, 64
-    stack, who = (
-        stack_of(base, [8] * count),
-        torch.randint(0, count, (rows,), generator=torch.Generator().manual_seed(0)),
-    )
-    other, names = peft_of(base, count), [str(i) for i in who.tolist()]
-    even, mixed = (
-        ll.bind(base, ll.rows(stack, torch.arange(rows) // 4)),
-        ll.bind(base, ll.rows(stack, who)),
-    )
-    for tokens in (1, 16):
-        ids = torch.randint(0, 1024, (rows, tokens))
-        with torch.no_grad():
-            calls = {
-                "base": lambda ids=ids: base(ids),
-                "even": lambda ids=ids: even(ids),
-                "random": lambda ids=ids: mixed(ids),
-            }
-            calls["PEFT"] = lambda ids=ids: other(input_ids=ids, adapter_names=names)
-            result = suite.compare(calls)
-        what, peers = (
-            f"{rows} rows x {tokens} token{'s' * (tokens > 1)}, 16 adapters",
-            {"PEFT": result.ratios["PEFT"]},
-        )
-        yield Row(f"{what}, 4 rows each", result.ratios["even"], "base", guard=result.guard)
-        yield Row(
-            f"{what}, at random", result.ratios["random"], "base", guard=result.guard, peers=peers
-        )
-    limit = _Base(base)
+    stack, who = stack_of(base, [8] * count), at_random(count, rows)
+    even = ll.bind(base, ll.rows(stack, torch.arange(rows) // 4))
+    mixed = ll.bind(base, ll.rows(stack, who))
+    ids, limit = torch.randint(0, 1024, (rows, 16)), _Base(base)
     result = suite.compare(
         {
             "base": lambda: limit(ids),
@@ -140,55 +116,14 @@ def ragged(suite: Suite) -> Iterator[Row]:
             "random": lambda: _step(mixed, ids),
         }
     )
-    yield Row(
-        "train 16 adapters, 64 rows x 16 tokens, 4 rows each",
-        result.ratios["even"],
-        "base",
-        guard=result.guard,
-    )
-    yield Row(
-        "train 16 adapters, 64 rows x 16 tokens, at random",
-        result.ratios["random"],
-        "base",
-        guard=result.guard,
-    )
+    what = "train 16 adapters, 64 rows x 16 tokens"
+    yield Row(f"{what}, 4 rows each", result.ratios["even"], "base", guard=result.guard)
+    yield Row(f"{what}, at random", result.ratios["random"], "base", guard=result.guard)
 
 
-def tokens(suite: Suite) -> Iterator[Row]:
-    """1,024 tokens packed in one row, of 64 requests of 16 adapters at random, over the requests as
-    64 rows; and weighted sums of 4 adapters for each of the 64 rows. Layers alone: attention over a
-    packed row is another base.
-    """
-    pair = [torch.nn.Linear(512, 1376), torch.nn.SiLU(), torch.nn.Linear(1376, 512)]
-    base = torch.nn.Sequential(*(layer for _ in range(4) for layer in copy.deepcopy(pair)))
-    base.eval().requires_grad_(False)
-    who = torch.randint(0, 16, (64,), generator=torch.Generator().manual_seed(0))
-    stack, x = stack_of(base, [8] * 16), torch.randn(64, 16, 512)
-    by_row = ll.bind(base, ll.rows(stack, who))
-    packed = ll.bind(base, ll.rows(stack, who.repeat_interleave(16)[None]))
-    mixed = ll.bind(base, ll.mixed(ll.stack(ll.unstack(stack)[:4]), torch.rand(64, 4)))
-    with torch.no_grad():
-        result = suite.compare(
-            {
-                "base": lambda: base(x),
-                "rows": lambda: by_row(x),
-                "packed": lambda: packed(x.view(1, 1024, 512)),
-                "mixed": lambda: mixed(x),
-            }
-        )
-    yield Row(
-        "1,024 packed tokens, 16 adapters at random",
-        result.over("packed", "rows"),
-        "the same tokens as 64 rows",
-        1.10,
-        guard=result.guard,
-    )
-    yield Row(
-        "64 rows x 16 tokens, each a sum of 4 adapters",
-        result.ratios["mixed"],
-        "base",
-        guard=result.guard,
-    )
+def at_random(members: int, rows: int) -> Tensor:
+    """The member of each row (rows,), always the same."""
+    return torch.randint(0, members, (rows,), generator=torch.Generator().manual_seed(0))
 
 
 def ranks(suite: Suite) -> Iterator[Row]:
@@ -386,5 +321,5 @@ def memory(suite: Suite) -> Iterator[Row]:
 
 def area(suite: Suite) -> Iterator[Row]:
     """Every figure."""
-    for part in (mixed, ragged, tokens, ranks, train, optimizer, samples, graphs, memory):
+    for part in (mixed, ragged, ranks, train, optimizer, samples, graphs, memory):
         yield from part(suite)

@@ -13,7 +13,7 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from .harness import Row, Suite, llama, token_ids
-from .peers import PROJECTIONS, lora, noisy, peft_adapted, peft_lora
+from .peers import PROJECTIONS, lora, lora_lite, noisy, peft_adapted, peft_lora
 
 
 def area(suite: Suite) -> Iterator[Row]:
@@ -46,8 +46,16 @@ def ours(base: Any, params: ll.Adapter, x: Tensor) -> Callable[[], Any]:
 
 
 def theirs(model: Any, x: Tensor) -> Callable[[], Any]:
-    """The step of a model under PEFT."""
+    """The step of a model under PEFT or lora-lite."""
     return step(model, x, [p for p in model.parameters() if p.requires_grad])
+
+
+def _lite(
+    suite: Suite, base: Any, x: Tensor, r: int = 8, method: str = "lora"
+) -> dict[str, Callable[[], Any]]:
+    """lora-lite's step, where there is a checkout of it."""
+    model = lora_lite(base, suite.lora_lite, r, method)
+    return {} if model is None else {"lora-lite": theirs(model, x)}
 
 
 def _lora(suite: Suite, base: Any, tokens: int, r: int) -> Iterator[Row]:
@@ -56,18 +64,18 @@ def _lora(suite: Suite, base: Any, tokens: int, r: int) -> Iterator[Row]:
         "base": step(base, x, []),
         "ours": ours(base, lora(base, r), x),
         "PEFT": theirs(peft_lora(base, r), x),
+        **_lite(suite, base, x, r),
     }
     found = suite.compare(calls)
-    ratio, peft = found.ratios["ours"], found.ratios["PEFT"]
     limit = 1.06 if r == 8 else 1 + 3 * r / 512 + 0.03
     target = limit if tokens >= 512 else None
     yield Row(
         f"LoRA r={r}, {tokens} tokens",
-        ratio,
+        found.ratios["ours"],
         "base",
         target,
         guard=found.guard,
-        peers={"PEFT": peft},
+        peers=found.peers("PEFT", "lora-lite"),
     )
     if tokens >= 512 and r == 8:
         yield Row(
@@ -87,16 +95,16 @@ def _dora(suite: Suite, base: Any) -> Iterator[Row]:
             "LoRA": ours(base, lora(base), x),
             "DoRA": ours(base, dora, x),
             "PEFT": theirs(peft_lora(base, use_dora=True), x),
+            **_lite(suite, base, x, method="dora"),
         }
         found = suite.compare(calls)
-        ratio, peft = found.ratios["DoRA"], found.ratios["PEFT"]
         yield Row(
             f"DoRA r=8, {tokens} tokens",
-            ratio,
+            found.ratios["DoRA"],
             "our LoRA",
             1.2,
             guard=found.guard,
-            peers={"PEFT": peft},
+            peers=found.peers("PEFT", "lora-lite"),
         )
         yield Row(
             f"DoRA r=8, {tokens} tokens", found.over("DoRA", "PEFT"), "PEFT", 0.6, guard=found.guard
@@ -119,10 +127,16 @@ def _hra(suite: Suite, base: Any) -> Iterator[Row]:
         "base": step(base, x, []),
         "ours": calls["r=8"],
         "PEFT": theirs(peft_adapted(base, "HRAConfig", r=8), x),
+        **_lite(suite, base, x, method="hra"),
     }
     found = suite.compare(calls)
-    ratio, peft = found.ratios["ours"], found.ratios["PEFT"]
-    yield Row("HRA r=8, 512 tokens", ratio, "base", guard=found.guard, peers={"PEFT": peft})
+    yield Row(
+        "HRA r=8, 512 tokens",
+        found.ratios["ours"],
+        "base",
+        guard=found.guard,
+        peers=found.peers("PEFT", "lora-lite"),
+    )
     yield Row(
         "HRA r=8, 512 tokens, PEFT's over ours",
         found.over("PEFT", "ours"),
