@@ -314,6 +314,8 @@ CASES = (
     Case("unilora", _fixed(ll.UniLoRAConfig, length=24)),
     Case("vblora", _bank, exact=False, identity=1e15),  # near the base, whatever the dtype
     Case("vblora_exact", functools.partial(_bank, exact_start=True)),
+    Case("poly", _fixed(ll.PolyConfig), dead=A | {"lora_logits"}),
+    Case("mhr", _fixed(ll.PolyConfig, skills=3, splits=4), dead=A | {"lora_logits"}),
     Case("ln_tuning", _norms, linear=False),
     Case("tokens_of_a_head", _head_tokens, linear=False, stacks=False),
     Case("full", _weights, linear=False),

@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .p_tuning import PTuningConfig
     from .peanut import PEANuTConfig
     from .pissa import PiSSAConfig
+    from .poly import PolyConfig
     from .prefix_tuning import PrefixTuningConfig
     from .prompt_tuning import PromptTuningConfig
     from .psoft import PSOFTConfig
@@ -135,6 +136,7 @@ __all__ = [
     "PTuningConfig",
     "PVeRAConfig",
     "PiSSAConfig",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "QALoRAConfig",
@@ -205,6 +207,7 @@ METHODS = {
     "p_tuning": ("p_tuning", "PTuningConfig"),
     "peanut": ("peanut", "PEANuTConfig"),
     "pissa": ("pissa", "PiSSAConfig"),
+    "poly": ("poly", "PolyConfig"),
     "prefix_tuning": ("prefix_tuning", "PrefixTuningConfig"),
     "prompt_tuning": ("prompt_tuning", "PromptTuningConfig"),
     "psoft": ("psoft", "PSOFTConfig"),

@@ -327,6 +327,19 @@ def _frod(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
     return U @ (torch.diag(l0 + p["lora_lambda"]) + S) @ V.mT, b
 
 
+@oracle(ll.PolyConfig(r=4, skills=3, alpha=6.0))
+@oracle(ll.PolyConfig(r=4, skills=2, splits=8), what="mhr")
+def _poly(p: Any, W: Tensor, b: Tensor | None, cfg: Any) -> Dense:
+    amounts = p["lora_logits"][0].sigmoid()
+    A, B = [], []
+    for i in range(cfg.splits):
+        w = amounts[i * cfg.skills : (i + 1) * cfg.skills]
+        w = w / w.sum()
+        A.append(sum(w[q] * p["lora_A"][i, q] for q in range(cfg.skills)))
+        B.append(sum(w[q] * p["lora_B"][i, q] for q in range(cfg.skills)))
+    return W + cfg.alpha / cfg.r * torch.cat(B) @ torch.cat(A, 1), b
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("formula", "cfg", "d_in", "d_out"), ORACLES)
 def test_merged_and_applied_are_the_formula(
@@ -380,6 +393,7 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
         (lambda: ll.MonteCLoRAConfig(noise=-1.0), "MonteCLoRAConfig.noise: expected at least 0"),
         (lambda: ll.VeLoRAConfig(num_groups=0), "num_groups: expected at least 1, found 0"),
         (lambda: ll.LoftQConfig(alpha=0.0), "LoftQConfig.alpha: the start divides by it"),
+        (lambda: ll.PolyConfig(skills=0), "PolyConfig.skills: expected at least 1, found 0"),
         (lambda: ll.KaSAConfig(dropout=0.1), "KaSAConfig has no field 'dropout'"),
         (lambda: ll.RaSAConfig(r=2, k=2), "some of the r=2 directions and not all, found 2"),
         (lambda: ll.RaSAConfig(r=4, rank_pattern={"up": 2}), "at least r=4, found 2; leave it to"),
@@ -408,6 +422,7 @@ def test_what_a_config_cannot_mean_is_refused(make: Any, match: str) -> None:
         (ll.AdaMSSConfig(), "AdaMSS splits a 24 x 12 weight, .* at most 12, found r=100"),
         (ll.AdaMSSConfig(r=4, num_subspaces=25), "num_subspaces=25 is more than the 24 outputs"),
         (ll.AdaMSSConfig(r=4, subspace_rank=5), "subspace_rank=5 is more than the 4 principal"),
+        (ll.PolyConfig(splits=5), "d_in and d_out divisible by splits=5, found d_in=12 and d_out"),
         (ll.DEFTConfig(r=25), "DEFT takes r of d_out directions, .* at most 24, found r=25"),
         (ll.VBLoRAConfig(), "24 x 12 update .* divides both, found 256; one that divides 12 fits"),
     ],

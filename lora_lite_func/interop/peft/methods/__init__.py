@@ -28,6 +28,7 @@ from .oft import OFT
 from .osf import OSF
 from .p_tuning import P_TUNING
 from .peanut import PEANUT
+from .poly import POLY
 from .prefix_tuning import CARTRIDGE, PREFIX_TUNING
 from .prompt_tuning import PROMPT_TUNING
 from .psoft import PSOFT
@@ -74,6 +75,7 @@ METHODS: dict[str, Codec] = {
         WAVEFT,
         GLORA,
         OSF,
+        POLY,
         PROMPT_TUNING,
         VBLORA,
         P_TUNING,
