@@ -196,12 +196,9 @@ def test_lora_that_sees_all_groups_of_a_convolution_is_refused(tmp_path: Path) -
         ll.from_peft(tmp_path, model)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("PREFIX_TUNING", "keys and values, in front .* PEFT itself"), ("XLORA", "chooses among")],
-)
-def test_what_adapts_no_layer_says_so(kind: str, message: str) -> None:
-    with pytest.raises(ll.CheckpointError, match=message):
+@pytest.mark.parametrize("kind", ["ADAPTION_PROMPT", "XLORA"])
+def test_what_adapts_no_layer_says_so(kind: str) -> None:
+    with pytest.raises(ll.CheckpointError, match=r"isn't read here; .*: PEFT itself runs it"):
         ll.from_peft({"prompt_embeddings": torch.zeros(4, 8)}, base(), config={"peft_type": kind})
 
 
@@ -238,3 +235,24 @@ def test_nothing_merges_into_a_model_without_values(tmp_path: Path) -> None:
         ll.UnsupportedError, match=r"on the meta device, .* load the model's weights"
     ):
         ll.merged(empty, params)
+
+
+def test_another_adapter_that_an_older_save_has_let_in(tmp_path: Path) -> None:
+    """PEFT 0.17 saves what has the adapter's name as a part of its own: "v1" in "v1_long"."""
+    model = base()
+    right = saved(peft.LoraConfig(r=3, target_modules=BOTH), model, tmp_path)
+    others = {
+        key.replace(".weight", f".{name}.weight"): torch.randn_like(t)
+        for key, t in load_file(tmp_path).items()
+        for name in ("v1_long", "default")
+    }
+    rewritten(tmp_path, load_file(tmp_path) | others)
+    close(ll.apply(model, ll.from_peft(tmp_path, model), X), right, 1e-5)
+
+
+def test_an_adapter_that_was_called_lora(tmp_path: Path) -> None:
+    """PEFT 0.17 cut its name out of the whole key."""
+    model = base()
+    right = saved(peft.LoraConfig(r=3, target_modules=BOTH, use_dora=True), model, tmp_path)
+    rewritten(tmp_path, {k.replace(".lora", ""): t for k, t in load_file(tmp_path).items()})
+    close(ll.apply(model, ll.from_peft(tmp_path, model), X), right, 1e-5)

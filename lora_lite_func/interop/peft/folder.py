@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,12 @@ from ...io.pickles import read_pickle
 from ...io.swapping import interrupted
 from ..metadata import ConfigReader
 
-__all__ = ["CONFIG", "FILES", "TENSORS", "split", "unpack"]
+__all__ = ["CONFIG", "FILES", "TENSORS", "unpack"]
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, PICKLE)
 _PICKLES = (".bin", ".pt", ".pth")
 _SHARDS = "adapter_model-*-of-*.safetensors"  # as transformers saves a large one
-_OUTER = re.compile(r"^(?:(?:_orig_mod|_?module|_fsdp_wrapped_module)\.)+(?=base_model\.)")
-"""What torch's, and opacus's, wrappers around a PEFT model leave in front of its keys."""
-_WRAPPERS = (".modules_to_save", "trainable_tokens_delta")
-"""What PEFT puts its adapter's name behind, of no method's own."""
-_PREFIX, _SHARED = "base_model.model.", "base_model."
 
 
 def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
@@ -115,81 +110,3 @@ def _config(config: Any, where: str) -> ConfigReader:
         for name in ("peft_type", "task_type"):
             config[name] = getattr(config.get(name), "value", config.get(name))
     return ConfigReader(config, where)
-
-
-def _adapters_name(keys: Iterable[str], endings: Sequence[str]) -> str:
-    """Return the name of the adapter that stands in the keys of a state dict that was never saved:
-    beside the method's suffix, where no module's name can be. It is "default" where there is none.
-
-    Raises:
-        CheckpointError: there are several.
-    """
-    halves = (ending.rpartition(".") for ending in endings)
-    forms = (
-        rf"{re.escape(head + dot)}NAME\.{tail}" if dot else rf"{tail}\.NAME"
-        for head, dot, tail in halves
-    )
-    between = re.compile(rf".*\.(?:{'|'.join(forms)})".replace("NAME", r"([^.]+)"))
-    found = {
-        next(filter(None, match.groups()))
-        for key in keys
-        if (match := between.fullmatch(key)) and not key.endswith(tuple(f".{e}" for e in endings))
-    }
-    if len(found) > 1:
-        raise CheckpointError(
-            f"tensors of the adapters {', '.join(sorted(map(short_repr, found)))}; take one's "
-            f"(peft.get_peft_model_state_dict(model, adapter_name=...))"
-        )
-    return found.pop() if found else "default"
-
-
-def _ending(key: str, endings: Iterable[str], named: str) -> tuple[str, str | None]:
-    """Return (the key without an adapter's name, the method's suffix that it ends with)."""
-    front, _, last = key.rpartition(".")
-    for candidate in (key, key.removesuffix(named), f"{front.removesuffix(named)}.{last}"):
-        found = next((e for e in endings if candidate.endswith("." + e)), None)
-        if found is not None:
-            return candidate, found
-    for name in _WRAPPERS:
-        key = key.replace(f"{name}{named}.", f"{name}.")
-        key = key.removesuffix(named) if key.endswith(name + named) else key
-    return key, None
-
-
-def split(
-    tensors: Mapping[str, Tensor], suffixes: Iterable[str], shared: Iterable[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """Return ({path: {suffix: tensor}}, {shared name: tensor}, the rest by stripped key).
-
-    A shared name that ends with a dot stands for all that begin with it.
-
-    The longest suffix at a key's end counts, so a module may be called anything. The keys of a
-    state dict that was never saved may still have an adapter's name (`default`) in them.
-
-    Raises:
-        CheckpointError: two keys mean the same tensor, or there are several adapters.
-    """
-    endings = sorted(suffixes, key=len, reverse=True)
-    named = f".{_adapters_name(tensors, endings)}"
-    sites: dict[str, dict[str, Tensor]] = {}
-    common: dict[str, Tensor] = {}
-    rest: dict[str, Tensor] = {}
-    names = {name for name in shared if not name.endswith(".")}
-    beginnings = tuple(name for name in shared if name.endswith("."))
-    for full, t in tensors.items():
-        key = _OUTER.sub("", full)
-        outer = key.removeprefix(_SHARED)
-        bare = outer.removesuffix(named)
-        if bare in names or bare.startswith(beginnings):
-            common[bare] = t
-            continue
-        stripped, ending = _ending(key.removeprefix(_PREFIX), endings, named)
-        home, name = (
-            (rest, stripped)
-            if ending is None
-            else (sites.setdefault(stripped[: -len(ending) - 1], {}), ending)
-        )
-        if name in home:
-            raise CheckpointError(f"two tensors for {short_repr(stripped)}")
-        home[name] = t
-    return sites, common, rest

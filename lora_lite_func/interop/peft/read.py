@@ -27,11 +27,12 @@ from .codec import Codec
 from .completeness import in_one_of, refuse_emptied
 from .experts import stacked_experts
 from .extras_read import beside
-from .folder import split, unpack
+from .folder import unpack
 from .keys import WRAPPED
 from .methods import METHODS
 from .modules import adaptable, entries_of, refuse_tied
 from .padding import padding_checked
+from .state_keys import split
 from .whole_model import of_whole_model, whole_model_entry
 
 __all__ = ["from_peft", "from_unpacked"]
@@ -140,20 +141,11 @@ def from_unpacked(
         raise CheckpointError(f"{reader.where}: {error}") from None
 
 
-_PROMPTS = (
-    "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE"
+_ELSEWHERE = dict.fromkeys(
+    ("ADAPTION_PROMPT", "POLY", "XLORA"),
+    "it learns more than layers' updates (prompts inside attention, a choice among adapters for "
+    "each input): PEFT itself runs it",
 )
-_ELSEWHERE = {
-    **dict.fromkeys(
-        _PROMPTS.split(),
-        "it learns tokens, or keys and values, in front of the inputs, and nothing of a layer: "
-        "PEFT itself runs it",
-    ),
-    **dict.fromkeys(
-        ("XLORA", "POLY"),
-        "it chooses among adapters for each input, by a model of its own: PEFT itself runs it",
-    ),
-}
 """{PEFT's methods that aren't adapters of layers: why}."""
 
 
