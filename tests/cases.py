@@ -212,6 +212,7 @@ CASES = (
     Case("kasa", _fixed(ll.KaSAConfig), exact=False, identity=None, dead=A | {"lora_d"}),
     Case("lora_xs", _fixed(ll.LoRAXSConfig)),
     Case("tinylora", _fixed(ll.TinyLoRAConfig, u=5)),
+    Case("tinylora_tied", _fixed(ll.TinyLoRAConfig, u=5, tying=1.0)),
     Case("deft", _fixed(ll.DEFTConfig)),
     Case("deft_qr", _fixed(ll.DEFTConfig, decomposition="qr"), exact=False, identity=64.0),
     Case("para", _fixed(ll.DEFTConfig, para=True), exact=False, identity=None),

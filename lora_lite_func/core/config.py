@@ -66,15 +66,14 @@ def record(default: T) -> T:
     return dataclasses.field(default=default, compare=False)
 
 
-def added(default: Any, *, compare: bool = True) -> Any:
+def added(default: Any) -> Any:
     """A field that older files don't have; without it they mean the default."""
-    return dataclasses.field(default=default, compare=compare, metadata={_ADDED: True})
+    return dataclasses.field(default=default, metadata={_ADDED: True})
 
 
-def by_path(default: Any, *, compare: bool = True) -> Any:
+def by_path(default: Any) -> Any:
     """A field {path: value}, what a method keeps site by site. Older files don't have it."""
-    known = {_ADDED: True, _BY_PATH: True}
-    return dataclasses.field(default=default, compare=compare, metadata=known)
+    return dataclasses.field(default=default, metadata={_ADDED: True, _BY_PATH: True})
 
 
 _ADDED = "added after files of the class were written"

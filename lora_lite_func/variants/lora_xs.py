@@ -8,26 +8,28 @@
 
 Papers: LoRA-XS, Bałazy et al. 2024, arXiv 2405.17604 (there R starts at a Gaussian of deviation
 1e-5; here at 0, which has the same gradient and is exact; the released code has LoRA's scale).
-TinyLoRA, Morris et al. 2026, arXiv 2602.04118, where layers may share v; here each layer has its
-own.
+TinyLoRA, Morris et al. 2026, arXiv 2602.04118, where layers in a row may share v: `tying`.
 Identity at the start: R = 0, or v = 0. Needs W once, for the decomposition.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
+from ..core.config import AdapterConfig, added, by_path, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.phases import Factors
 from ..core.random import normal
 from ..core.site import Params, Site
+from ..core.statistics import SiteStatistics
+from ..core.torch_internals import first_of
 from ..kernels import low_rank
 
 
@@ -56,7 +58,11 @@ class TinyLoRAConfig(AdapterConfig):
 
     Args:
         r: how many singular directions.
-        u: how many parameters a layer has.
+        u: how many parameters a layer has, or a group of layers that share them.
+        tying: how much of the layers' independence is given up: 0 for a v of its own for each, 1
+            for one v. There are max(1, round(n (1 - tying))) groups of equally many of the n layers
+            in the order of the model; the last one has what is left over.
+        tied: {path: number of its group}; init fills it in.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
         svd_niter: None for the full SVD; a number for the randomised one with that many power
             iterations (4 to 16).
@@ -66,9 +72,15 @@ class TinyLoRAConfig(AdapterConfig):
     u: int = 64
     dropout: float = 0.0
     svd_niter: int | None = record(None)
+    tying: float = added(0.0)
+    tied: tuple[tuple[str, int], ...] = by_path(())
 
     def validate(self) -> None:
         _check(self.dropout, self.svd_niter, "TinyLoRAConfig")
+        if not 0.0 <= self.tying <= 1.0:
+            raise ConfigError(
+                f"TinyLoRAConfig.tying: expected a part in [0, 1], found {self.tying}"
+            )
         if self.u < 1:
             raise ConfigError(f"TinyLoRAConfig.u: expected at least 1, found {self.u}")
 
@@ -98,18 +110,38 @@ def param_specs(cfg: LoRAXSConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def tiny_param_specs(cfg: TinyLoRAConfig, site: Site) -> dict[str, ParamSpec]:
-    """Trainable lora_v (u,); frozen lora_P (u, r, r), lora_A, lora_B.
+    """Trainable lora_v (u,), which tied layers share; frozen lora_P (u, r, r), lora_A, lora_B.
 
     Raises:
         UnsupportedError: r is above min(d_in, d_out).
     """
     low_rank.check_rank(site, "TinyLoRA")
     draw = normal(1.0 / math.sqrt(site.r))
+    number = first_of((n for path, n in cfg.tied if path == site.path), None)
+    if cfg.tying == 1.0:
+        number = 0
+    group = None if number is None else f"tied.{number}"
     return {
-        "lora_v": ParamSpec((cfg.u,), dtype=torch.float32),
+        "lora_v": ParamSpec((cfg.u,), dtype=torch.float32, group=group),
         "lora_P": ParamSpec((cfg.u, site.r, site.r), draw, trainable=False),
         **_frozen(site),
     }
+
+
+def plan(
+    cfg: TinyLoRAConfig, sites: Sequence[Site], seen: Mapping[str, SiteStatistics]
+) -> TinyLoRAConfig:
+    """The config with the groups of layers that share v, where they aren't all or none."""
+    numbers = tied_groups(len(sites), cfg.tying) if 0.0 < cfg.tying < 1.0 else []
+    tied = tuple((site.path, number) for site, number in zip(sites, numbers, strict=False))
+    return dataclasses.replace(cfg, tied=tied)
+
+
+def tied_groups(count: int, tying: float) -> list[int]:
+    """The number of the group of each of so many layers, in order."""
+    groups = max(1, round(count * (1.0 - tying)))
+    size = max(1, count // groups)
+    return [min(i // size, groups - 1) for i in range(count)]
 
 
 def init(
@@ -196,6 +228,7 @@ VARIANT_TINY = Variant(
     config=TinyLoRAConfig,
     paper="Morris et al. 2026, arXiv 2602.04118",
     param_specs=tiny_param_specs,
+    plan=plan,
     init=init,
     prepare=prepare,
     outputs=outputs,

@@ -121,6 +121,13 @@ def test_the_gradient_is_the_sum_over_the_sites(case: Case) -> None:
         close(whole[path, name], torch.stack(found).sum(0), 1e-10)
 
 
+def test_a_state_with_unlike_values_for_one_parameter_is_refused() -> None:
+    tied = ll.bind(net(), ll.init(net(), ll.TinyLoRAConfig(u=5, tying=1.0)))
+    apart = ll.bind(net(), moved(ll.init(net(), ll.TinyLoRAConfig(u=5))))
+    with pytest.raises(RuntimeError, match=r"unlike values for .*lora_v.* share one here"):
+        tied.load_state_dict(apart.state_dict())
+
+
 # ------------------------------------------------------------------------------------ bound models
 @every
 def test_a_bound_model_has_one_parameter(case: Case) -> None:
@@ -166,6 +173,16 @@ def test_members_on_unlike_sites() -> None:
     close(
         ll.mean(ll.stack([vblora(1), vblora(2)]))[BANK], (vblora(1)[BANK] + vblora(2)[BANK]) / 2, 0
     )
+
+
+def test_unlike_groups_are_refused() -> None:
+    ties = [
+        ll.init(net(), ll.TinyLoRAConfig(u=5, tying=0.5, target_names=names))
+        for names in ("up", ())
+    ]
+    assert len(set(dict(ties[1].config.tied).values())) == 2
+    with pytest.raises(ll.StructureError, match=r"number 1 has other settings: tied="):
+        ll.stack(ties)
 
 
 def test_a_bank_of_adapters_that_share() -> None:

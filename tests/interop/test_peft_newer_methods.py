@@ -49,15 +49,28 @@ def test_supertuning_without_its_indices_is_refused(tmp_path: Path) -> None:
         ll.from_peft(tmp_path, base())
 
 
-@pytest.mark.parametrize("tying", [0.25, 0.5, 1.0])
-def test_tied_tinylora_is_read_untied_by_request(tying: float, tmp_path: Path) -> None:
-    """Its outputs are the same; trained on, its vectors would go their own ways."""
+@pytest.mark.parametrize("tying", [0.25, 0.5, 0.75, 1.0])
+def test_tied_tinylora_goes_both_ways(tying: float, tmp_path: Path) -> None:
     config = peft.TinyLoraConfig(r=3, u=4, weight_tying=tying, target_modules=BOTH)
-    theirs = saved(config, base(), tmp_path)
-    with pytest.raises(ll.CheckpointError, match=r"'weight_tying' is .* ignore=.'weight_tying',"):
-        ll.from_peft(tmp_path, base())
-    params = ll.from_peft(tmp_path, base(), ignore="weight_tying")
+    theirs = saved(config, base(), tmp_path / "theirs")
+    params = ll.from_peft(tmp_path / "theirs", base())
     close(ll.apply(base(), params, X), theirs, 1e-5)
+    ours = ll.init(base(), ll.TinyLoRAConfig(r=3, u=4, tying=tying))
+    assert ours.layout.shared == params.layout.shared
+    assert ll.num_params(ours) == ll.num_params(params) < 4 * 4
+    ll.to_peft(params, base(), tmp_path / "ours")
+    close(loaded(base(), tmp_path / "ours"), theirs, 1e-5)
+
+
+def test_vectors_that_peft_would_tie_otherwise_are_refused(tmp_path: Path) -> None:
+    parts = [
+        moved(ll.init(base(), ll.TinyLoRAConfig(r=3, u=4, tying=1.0, target_names=name)), seed)
+        for seed, name in enumerate(("up", "down$"))
+    ]
+    with pytest.raises(ll.UnsupportedError, match="has one vector for this layer and one before"):
+        ll.to_peft(tuple(parts), base(), tmp_path)
+    ll.to_peft(tuple(parts), base(), tmp_path, as_lora=True)
+    close(loaded(base(), tmp_path), ll.apply(base(), tuple(parts), X), 1e-5)
 
 
 def test_tinylora_of_embeddings_and_more_than_ten_layers(tmp_path: Path) -> None:

@@ -369,6 +369,7 @@ def test_deft_over_a_learned_bias_moves_it_as_merging_in_order_does() -> None:
     ("make", "match"),
     [
         (lambda: ll.TinyLoRAConfig(u=0), "TinyLoRAConfig.u: expected at least 1, found 0"),
+        (lambda: ll.TinyLoRAConfig(tying=1.5), r"tying: expected a part in \[0, 1\], found 1.5"),
         (lambda: ll.LoRAXSConfig(svd_niter=-1), "svd_niter: expected None or at least 0"),
         (lambda: ll.MiLoRAConfig(alpha=0.0), "the start divides by it"),
         (lambda: ll.MiCAConfig(dropout=1.0), "MiCAConfig.dropout: expected a probability"),
