@@ -15,6 +15,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, LoraLiteError
 from ..core.registry import variant_for
 from ..injection.attachment import Attachment
+from ..injection.call_result import without_cache
 from ..injection.tree_copy import copy_tree
 from ..layers.targeting import find
 from .apply import attachments_of
@@ -68,7 +69,11 @@ def check(
     # The output is made as `apply` makes it, without the recorder.
     y = run(copy_tree(model, attachments, eval_copy, refuse=False), example)
     bare = copy_tree(model, {}, eval_copy, refuse=False)
-    effect, size, _ = apart(y, run(bare, example))
+    bare_y = run(bare, example)
+    if any(a.variant.virtual is not None for here in attachments.values() for a in here):
+        # Its cache holds virtual tokens too, so it is of another size than the base's.
+        y, bare_y = without_cache(y), without_cache(bare_y)
+    effect, size, _ = apart(y, bare_y)
     if size < 0:
         return recorder.report(model, unmerged="the output holds no floating tensor")
     try:

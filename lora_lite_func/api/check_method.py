@@ -54,8 +54,22 @@ def verified(variant: Variant) -> Variant:
         )
         return _like(made, y, f"site {site.path!r}: {name}.outputs", "the layer's output")
 
+    def virtual(cfg: Any, p: Params, site: Site) -> Tensor:
+        given = (cfg, p, site)
+        made = _asked(variant.virtual, "virtual(cfg, p, site)", name, site, given)
+        expected = (
+            (site.r, site.d_in) if site.kind == "call" else (site.d_in, 2, site.r, site.d_out)
+        )
+        if not isinstance(made, Tensor) or tuple(made.shape) != expected:
+            found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise ConfigError(
+                f"site {site.path!r}: {name}.virtual gave {found}, expected {expected}"
+            )
+        return made
+
     return dataclasses.replace(
         variant,
+        virtual=None if variant.virtual is None else virtual,
         prepare=None if variant.prepare is None else prepare,
         inputs=None if variant.inputs is None else inputs,
         outputs=None if variant.outputs is None else outputs,

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.errors import UnsupportedError
@@ -86,6 +87,8 @@ def _begun(
     attachments: Sequence[Attachment], module: Any, call: Callable[..., Any], given: Given
 ) -> Any:
     """The result of a call, once it is known whether it goes on from a cache."""
+    if any(a.variant.virtual is None for a in attachments):
+        return _observed(attachments, module, call, given)
     cached, tokens = _parted(attachments)
     begins = cached_tokens(given) == 0
     names = arguments_of(type(module))
@@ -101,6 +104,25 @@ def _begun(
     result = _called(inside, len(inside), begins, module, call, given)
     if cached and not has_cache and not _uses_cache(module, given):
         return without_cache(result)
+    return result
+
+
+def _observed(
+    attachments: Sequence[Attachment], module: Any, call: Callable[..., Any], given: Given
+) -> Any:
+    """The result of a call whose beginning and end are told to adapters without virtual tokens:
+    what `ll.check` records with.
+    """
+    nothing = torch.empty(0)
+    told = [a for a in attachments if a.variant.virtual is None]
+    for a in told:
+        if a.variant.inputs is not None:
+            a.variant.inputs(a.cfg, a.p or {}, None, nothing, a.site)
+    others = [a for a in attachments if a.variant.virtual is not None]
+    result = _begun(others, module, call, given)
+    for a in told:
+        if a.variant.outputs is not None:
+            a.variant.outputs(a.cfg, a.p or {}, None, nothing, nothing, a.site)
     return result
 
 

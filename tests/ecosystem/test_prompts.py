@@ -367,6 +367,26 @@ def test_what_has_no_meaning_is_refused() -> None:
         ll.apply(model, params, IDS, weights=torch.ones(3, 6))
 
 
+def test_check_sees_the_call() -> None:
+    model = fresh("llama")
+    report = ll.check(model, prompt(model), IDS)
+    assert report.ok
+    assert report.calls == {"": 1}
+    assert report.effect > 0.1
+    assert "no dense equivalent" in report.unmerged
+    wrong = ll.Variant(
+        name="wrong",
+        config=ll.PromptTuningConfig,
+        param_specs=lambda cfg, site: {},
+        sites=("call",),
+        virtual=lambda cfg, p, site: torch.zeros(site.r, 3),
+    )
+    params = prompt(model)
+    layout = ll.Layout(wrong, params.config, params.sites.values())
+    with pytest.raises(ll.ConfigError, match=r"wrong.virtual gave \(4, 3\), expected \(4, 32\)"):
+        ll.check(model, ll.rebuild(layout, []), IDS)
+
+
 # -------------------------------------------------------------------------------------------- files
 def test_files_keep_lengths_and_places(tmp_path: Any) -> None:
     model = fresh("llama")
