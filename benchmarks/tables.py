@@ -87,6 +87,21 @@ class _One(nn.Module):
         return y
 
 
+class _Decoder(nn.Module):
+    """The model of transformers whose attention methods that act inside of it are seen on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaModel
+
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+        self.inner = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=_WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.inner(ids).last_hidden_state
+        return y
+
+
 _WIDTH = 256
 _LAYERS: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Embedding(_WIDTH, _WIDTH),
@@ -106,14 +121,15 @@ def start_of(variant: ll.Variant) -> str:
     kind = variant.sites[0]
     if KINDS[kind].called:
         return "elsewhere, by design"  # tokens are added, of which attention takes notice
-    model = _One(_LAYERS.get(kind, lambda: nn.Linear(_WIDTH, _WIDTH))()).eval()
+    layer = _LAYERS.get(kind, lambda: nn.Linear(_WIDTH, _WIDTH))
+    model = (_Decoder() if KINDS[kind].attends else _One(layer())).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=gen) * _WIDTH**-0.5)
     cfg = variant.config(**_NEEDED.get(variant.config, {}))
     params = ll.init(model, cfg, **_sources(variant.needs_of(cfg), model, gen))
     ids, x = torch.arange(8).view(2, 4), torch.randn(2, 4, _WIDTH, generator=gen)
-    given = ids if kind == "embedding" else x
+    given = ids if kind == "embedding" or KINDS[kind].attends else x
     with torch.no_grad():
         y, base = ll.apply(model, params, given), model(given)
     if torch.equal(y, base):
@@ -152,6 +168,7 @@ def methods() -> str:
             ("input", variant.inputs),
             ("output", variant.outputs),
             ("whole call", variant.virtual),
+            ("attention", variant.attend),
         )
         acts_on = " and ".join(side for side, phase in sides if phase is not None) or "weight"
         reads = ", ".join(sorted(variant.needs)) or "nothing"

@@ -45,6 +45,7 @@ _BART = {
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**_DECODER, "sliding_window": None}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "gemma2": (
         "Gemma2ForCausalLM",

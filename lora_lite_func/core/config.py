@@ -95,8 +95,8 @@ class AdapterConfig:
         target_names: regexes searched in the full module path; () takes every module of the kinds
             asked for.
         target_kinds: which kinds of module: "linear", "conv", "embedding", "norm", "module",
-            "call", "cache"; () takes the method's first (nearly always "linear"), or none where
-            `target_parameters` alone says what is adapted.
+            "call", "cache", "attention"; () takes the method's first (nearly always "linear"), or
+            none where `target_parameters` alone says what is adapted.
         target_parameters: regexes searched in full parameter names
             ("layers.0.experts.gate_up_proj", "attn.in_proj_weight"); each match is adapted as a
             bare tensor: (d_out, d_in), or a stack of those (E, d_out, d_in).

@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import AdapterConfig
 from .param_spec import ParamSpec
 from .phases import (
+    AttendFn,
     CalledOutputsFn,
     ConfigT,
     DataT,
@@ -55,7 +56,8 @@ class Variant(Generic[ConfigT, DataT]):
     """One method: a record of pure functions, none of which may write on what it is given.
 
     The types of the functions, in core/phases.py, say their arguments and shapes. A method needs
-    `param_specs` and at least one of `inputs`, `outputs`, `weight` and `virtual`.
+    `param_specs` and at least one of `inputs`, `outputs`, `weight`,
+    `virtual` and `attend`.
 
     Attributes:
         name: how files and tables call it.
@@ -71,6 +73,7 @@ class Variant(Generic[ConfigT, DataT]):
         weight: the dense equivalent, for merging and for weights that are used uncalled.
         virtual: what stands in front of a whole call's own tokens; its sites are of kind "call" or
             "cache", and `r` is how many tokens it stands for.
+        attend: the phase inside an attention; its sites are of kind "attention".
         virtual_labels: labels of virtual tokens, where a call's labels are given; None counts none.
         additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b on
             b.
@@ -121,6 +124,7 @@ class Variant(Generic[ConfigT, DataT]):
     weight: WeightFn[ConfigT] | None = None
     virtual: VirtualFn[ConfigT] | None = None
     virtual_labels: VirtualLabelsFn[ConfigT] | None = None
+    attend: AttendFn[ConfigT] | None = None
     additive: bool = False
     validate: ValidateFn[ConfigT] | None = None
     dense: DenseFn[ConfigT] | None = None
@@ -152,7 +156,7 @@ class Variant(Generic[ConfigT, DataT]):
         if isinstance(self.sites, (set, frozenset)):  # unordered: linear layers go first
             ordered = sorted(self.sites, key=lambda kind: (kind != "linear", kind))
             object.__setattr__(self, "sites", tuple(ordered))
-        phases = (self.inputs, self.outputs, self.virtual)
+        phases = (self.inputs, self.outputs, self.virtual, self.attend)
         has_phases = any(phase is not None for phase in phases)
         object.__setattr__(self, "has_phases", has_phases)
         if self.additive and self.outputs is not None and self.inputs is None:

@@ -44,6 +44,7 @@ else:
     DataOut = TypeVar("DataOut", covariant=True)
 
 __all__ = [
+    "AttendFn",
     "CalledOutputsFn",
     "ConfigT",
     "DataT",
@@ -272,6 +273,34 @@ class CalledOutputsFn(Protocol[ConfigIn, DataIn]):
 
         A takes (..., d_in) to (..., r), B takes (..., r) to (..., d_out). Each is called once. x is
         in lora_A's dtype. Gradients reach lora_A and lora_B by these calls alone.
+        """
+
+
+class AttendFn(Protocol[ConfigIn]):
+    """The phase between an attention's softmax and its output projection."""
+
+    def __call__(
+        self,
+        cfg: ConfigIn,
+        p: Params,
+        keys: Callable[[Tensor], tuple[Tensor, Tensor]],
+        q: Tensor,
+        scaling: float,
+        y: Tensor,
+        site: Site,
+        /,
+    ) -> Tensor:
+        """y' (N, T, heads, size), in y's dtype.
+
+        Args:
+            cfg: the config.
+            p: the site's tensors; where rows have adapters of their own each (N, ...).
+            keys: hidden states (..., P, d_in) -> keys and values (..., heads, P, size), by the
+                attention's own projections.
+            q: (N, heads, T, size) the queries, rotated where the attention rotates them.
+            scaling: what products of queries and keys are multiplied by.
+            y: (N, T, heads, size) what the attention gave.
+            site: the site.
         """
 
 

@@ -28,6 +28,7 @@ _OPTIONAL = (
     "weight",
     "virtual",
     "virtual_labels",
+    "attend",
     "validate",
     "dense",
     "scale",

@@ -26,7 +26,8 @@ class Site:
         d_out: rows of the weight (output features).
         bias: whether the frozen layer has a bias.
         kind: what sort of place, a row of the table in kinds.py: "linear", "conv", "embedding",
-            "norm", "parameter", "vector", "module", "call", "cache".
+            "norm", "parameter", "vector", "module", "call", "cache",
+            "attention".
         r: the rank here.
         alpha: the strength here.
         scaling: the scale that follows from r and alpha (alpha / r unless the method says

@@ -11,6 +11,7 @@ from ..core.errors import UnsupportedError
 from ..layers.kinds import KINDS, misfit
 from ..layers.sharded import ADAPTED_ITSELF, check_parallel
 from .attachment import Attachment
+from .attention_site import turn_to_adapters
 from .called_linears import uncalled
 from .checks import check_site, check_substitutable
 from .linear import choose
@@ -72,11 +73,18 @@ def site_copy(
         names = names or ()
     cls: Any = type(module)
     base: type[nn.Module] = under_scope(cls) if had is _BARE else cls._ll_base
-    active = len(attachments) > 0 or (bounds and looks_up)
+    attends = any(KINDS[attachment.site.kind].attends for attachment in attachments)
+    if attends and not all(KINDS[attachment.site.kind].attends for attachment in attachments):
+        raise UnsupportedError(
+            f"{path!r} is adapted inside its attention and as a whole module; choose one of the two"
+        )
+    active = (len(attachments) > 0 and not attends) or (bounds and looks_up)
     whole_call = any(KINDS[attachment.site.kind].called for attachment in attachments)
     copy = make(module, site_class(base, active, names, called, whole_call), kept)
     state = SiteState(path, attachments, substituted, inner, own_forward=had.own_forward)
     copy.__dict__["_ll"] = state
+    if attends:
+        turn_to_adapters(copy)
     if looks_up and base is not nn.Embedding:
         # The phases are further down, around nn.Embedding's own forward.
         return copy

@@ -14,6 +14,8 @@ Methods see a matrix (d_out, d_in), or (E, d_out, d_in) for E experts, however i
     module      any module whose output is a hidden state: no weight, d_in = d_out = its width
     call        the whole call of a model that embeds tokens: no weight, d_in = d_out = their width
     cache       the same of a model with a key-value cache: d_in its layers, d_out a layer's keys
+    attention   an attention module of transformers, between softmax and output projection: no
+                weight, d_in the width of what comes to it, d_out that of all heads
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from ..core.config import DEFAULT_EXCLUDE
 from ..core.site import Site
 from ..core.torch_internals import first_of
+from .attention import attention_size, is_attention
 from .norms import uses_one_plus
 from .recognise import (
     conv_size,
@@ -90,6 +93,7 @@ class Kind:
             candidates; what is adapted is the hidden state in its output.
         called: whether its whole call is adapted, arguments and result; where no pattern chooses,
             only the outermost ones are candidates.
+        attends: whether it is adapted inside its attention.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Kind:
     whole: bool = False
     listed: bool = False
     called: bool = False
+    attends: bool = False
     one_hot: bool = False
 
 
@@ -170,6 +175,16 @@ KINDS: Mapping[str, Kind] = {
             None,
             whole=True,
             called=True,
+        ),
+        Kind(
+            "attention",
+            "attention module of transformers",
+            "attention modules of transformers (k_proj, v_proj, o_proj)",
+            is_attention,
+            attention_size,
+            None,
+            whole=True,
+            attends=True,
         ),
     )
 }

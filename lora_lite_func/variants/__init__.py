@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .hra import HRAConfig
     from .ia3 import IA3Config, IA3FFConfig
     from .kasa import KaSAConfig
+    from .llama_adapter import LLaMAAdapterConfig
     from .ln_tuning import LNTuningConfig
     from .loftq import LoftQConfig
     from .loha import ABBAConfig, LoHaConfig
@@ -112,6 +113,7 @@ __all__ = [
     "IA3Config",
     "IA3FFConfig",
     "KaSAConfig",
+    "LLaMAAdapterConfig",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
@@ -185,6 +187,7 @@ METHODS = {
     "ia3": ("ia3", "IA3Config"),
     "ia3_ff": ("ia3", "IA3FFConfig"),
     "kasa": ("kasa", "KaSAConfig"),
+    "llama_adapter": ("llama_adapter", "LLaMAAdapterConfig"),
     "ln_tuning": ("ln_tuning", "LNTuningConfig"),
     "loha": ("loha", "LoHaConfig"),
     "lokr": ("lokr", "LoKrConfig"),

@@ -245,3 +245,55 @@ def test_pefts_generation_with_a_prefix_is_not_that_of_its_full_calls(tmp_path: 
         assert torch.equal(ll.bind(model, params).generate(IDS, **how), torch.cat(full))
         found = made.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **how)
         assert not torch.equal(found, torch.cat(full))
+
+
+# ------------------------------------------------------------------------------- adaption prompts
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_adaption_prompts_both_ways(name: str, tmp_path: Path) -> None:
+    model = fresh(name)
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    torch.manual_seed(5)
+    made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p += 0.5
+        expected = made(IDS, labels=IDS)
+    made.save_pretrained(tmp_path / "theirs")
+    params = ll.from_peft(tmp_path / "theirs", model)
+    assert isinstance(params.config, ll.LLaMAAdapterConfig)
+    with torch.no_grad():
+        found = ll.apply(model, params, IDS, labels=IDS)
+        close(found.logits, expected.logits, 5e-6)
+        close(found.loss, expected.loss, 5e-6)
+        how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        written = ll.bind(model, params).generate(IDS, **how)
+        mask = torch.ones_like(IDS)
+        assert torch.equal(written, made.generate(input_ids=IDS, attention_mask=mask, **how))
+        ll.to_peft(params, model, tmp_path / "ours")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+        close(again(IDS).logits, expected.logits, 5e-6)
+
+
+def test_adaption_prompts_that_peft_gets_wrong(tmp_path: Path) -> None:
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    wide = fresh("llama", head_dim=16)
+    made = peft.get_peft_model(copy.deepcopy(wide), config).eval()
+    with pytest.raises(RuntimeError, match="shape"):
+        made(IDS)
+    params = ll.init(wide, ll.LLaMAAdapterConfig(r=3, layers=(-1,)))
+    with pytest.raises(ll.UnsupportedError, match="infers from sizes, 32 and 32"):
+        ll.to_peft(params, wide, tmp_path)
+    biased = fresh("llama", attention_bias=True)
+    bias = copy.deepcopy(biased)
+    with torch.no_grad():
+        bias.model.layers[1].self_attn.o_proj.bias += 1.0
+    made = peft.get_peft_model(copy.deepcopy(bias), config).eval()
+    with torch.no_grad():  # its gate is zero
+        assert (made(IDS).logits - bias(IDS).logits).abs().max() > 1e-3
+    made.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ll.CheckpointError, match="adds a second time"):
+        ll.from_peft(tmp_path / "theirs", bias)
+    lower = ll.init(fresh("llama"), ll.LLaMAAdapterConfig(r=3, layers=(0,)))
+    with pytest.raises(ll.UnsupportedError, match="in the topmost attentions"):
+        ll.to_peft(lower, fresh("llama"), tmp_path)

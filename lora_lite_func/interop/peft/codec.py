@@ -87,6 +87,7 @@ class Codec:
         rewrites_base: reader -> whether PEFT changes the base's weights as it loads the file.
         of_whole_model: whether its tensors are of a whole model, under keys that name no module;
             `suffixes` are the keys then.
+        names_ending: whether its target_modules is the last name of modules, and not a pattern.
     """
 
     peft_type: str
@@ -116,6 +117,7 @@ class Codec:
     unsaid: str = ""
     rewrites_base: Callable[[ConfigReader], bool] | None = None
     of_whole_model: bool = False
+    names_ending: bool = False
 
     def is_for(self, adapter: Adapter) -> bool:
         """Tell whether an adapter's natural form is a file of this type."""

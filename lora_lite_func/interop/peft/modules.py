@@ -206,7 +206,8 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
                     f"{nearest(path, modules)} Where modules have moved since, rename= says how."
                 )
         else:
-            kind = kind_of(module)
+            attends = KINDS["attention"]
+            kind = attends if attends.holds(module) else kind_of(module)
         if kind is None:
             raise UnsupportedError(
                 f"{short_repr(path)}: this {type(module).__name__} can't be adapted here"

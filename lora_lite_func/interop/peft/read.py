@@ -114,6 +114,9 @@ def from_unpacked(
     of_training = method.ignored.split()
     reader.check([*understood, *of_training], ignore, method.unread.split())
     reader = reader.without(ignore, understood, of_training)
+    if method.names_ending:
+        listed = reader.names("target_modules")
+        reader = ConfigReader({**reader, "target_modules": listed}, reader.where)
     tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
     refuse_emptied(reader, tensors)
     check_tensors({k: t for k, t in tensors.items() if not _is_counter(reader, k, t, model)})

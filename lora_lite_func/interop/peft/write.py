@@ -186,7 +186,8 @@ def _own(
         return fields, {s: t for held in made.tensors.values() for s, t in held.items()}, KeyMap()
     homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
     fields |= ranks_and_alphas(method, made, homes)
-    fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
+    if not method.names_ending:
+        fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
     tensors |= {
         f"base_model.model.{homes.key(p)}.{s}": t
         for p, held in made.tensors.items()

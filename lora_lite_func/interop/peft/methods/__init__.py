@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..codec import Codec
 from .adalora import ADALORA
 from .adamss import ADAMSS
+from .adaption_prompt import ADAPTION_PROMPT
 from .beft import BEFT
 from .boft import BOFT
 from .c3a import C3A
@@ -87,6 +88,7 @@ METHODS: dict[str, Codec] = {
         PVERA,
         ADAMSS,
         FROD,
+        ADAPTION_PROMPT,
         BEFT,
         LN_TUNING,
         TOKENS,
