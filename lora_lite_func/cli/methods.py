@@ -48,6 +48,7 @@ def _facts(variant: Variant) -> dict[str, Any]:
     unused = unused_fields(variant)
     return {
         "method": variant.name,
+        "good_for": variant.good_for,
         "r": "r" not in unused,
         "alpha": "alpha" not in unused,
         "kinds": list(variant.sites),
@@ -69,11 +70,14 @@ def _cost(given: argparse.Namespace, variant: Variant, model: nn.Module) -> dict
 
 def _table(rows: list[dict[str, Any]]) -> str:
     width = max(len(row["method"]) for row in rows)
-    lines = [f"{'method':<{width}}  takes     reads at the start         paper"]
+    words = max(len(row["good_for"]) for row in rows)
+    head = f"{'method':<{width}}  {'good for':<{words}}  takes     reads at the start         paper"
+    lines = [head]
     for row in rows:
         takes = " ".join(name for name in ("r", "alpha") if row[name])
         reads = ", ".join(row["reads"]) or "shapes alone"
-        lines.append(f"{row['method']:<{width}}  {takes:<8}  {reads:<25}  {row['paper']}".rstrip())
+        first = f"{row['method']:<{width}}  {row['good_for']:<{words}}"
+        lines.append(f"{first}  {takes:<8}  {reads:<25}  {row['paper']}".rstrip())
     return "\n".join(lines)
 
 

@@ -149,6 +149,7 @@ def test_a_classifiers_head_is_beside_its_prompt(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- their kin
+COMMON: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 KIN = {
     "p_tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=8, **COMMON),
     "p_tuning_lstm": lambda: peft.PromptEncoderConfig(
@@ -163,7 +164,6 @@ KIN = {
         task_type="CAUSAL_LM", cpt_token_ids=[5, 9, 7, 11], cpt_tokens_type_mask=[1, 2, 3, 4]
     ),
 }
-COMMON = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 OURS = {
     "p_tuning": ll.PromptTuningConfig,
     "p_tuning_lstm": ll.PromptTuningConfig,
