@@ -197,6 +197,17 @@ def _experts(cfg: Any, p: Any, site: ll.Site, x: Tensor) -> Tensor:
     return torch.stack(tokens).view(*x.shape[:-1], site.d_out)
 
 
+def _shared_experts(cfg: Any, p: Any, site: ll.Site, x: Tensor) -> Tensor:
+    """s sum over e of p_e B_e A x, token by token, of Lily."""
+    tokens = []
+    for token in x.reshape(-1, site.d_in):
+        h = p["lora_A"] @ token
+        gate = (p["lora_route"] @ h).softmax(0)
+        B = sum(g * one for g, one in zip(gate, p["lora_B"], strict=True))
+        tokens.append(site.scaling * B @ h)
+    return torch.stack(tokens).view(*x.shape[:-1], site.d_out)
+
+
 A = frozenset({"lora_A"})
 W2 = frozenset({"lora_w2", "lora_w2_a", "lora_w2_b"})
 
@@ -306,6 +317,12 @@ CASES = (
         update=_experts,
     ),
     Case("arrow", _fixed(ll.ArrowConfig, experts=3, top_k=2), dead=A, update=_experts),
+    Case(
+        "lily",
+        _fixed(ll.LilyConfig, experts=3, alpha=1.5),
+        dead=A | {"lora_route"},
+        update=_shared_experts,
+    ),
     Case(
         "rasa",
         lambda **kw: ll.RaSAConfig(**{**kw, "r": max(kw.get("r", 8), 4)}),

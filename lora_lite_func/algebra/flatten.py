@@ -41,7 +41,8 @@ def flatten(
 
     Raises:
         StructureError: something that isn't an adapter, or a tensor of the wrong shape.
-        UnsupportedError: an adapter that is for the tokens from an invocation sequence on.
+        UnsupportedError: an adapter that is for the tokens from an invocation sequence on, or rows
+            of a method whose rows depend on each other.
     """
     if isinstance(params, Adapter):
         check_shapes(params)
@@ -56,6 +57,9 @@ def flatten(
             )
         if not params.plan.by_token:
             _check_all_tokens(params.stack)
+        layout = params.stack.layout
+        if layout.variant.check_rows is not None:
+            layout.variant.check_rows(layout.config, params.plan.by_token)
         return [(params.stack, params.plan)]
     if isinstance(params, Mixed):
         mixture, members = params.mixture(), members_of(params.stack, "mixed")

@@ -101,6 +101,8 @@ class Variant(Generic[ConfigT, DataT]):
             a weight that is used without a call is refused there.
         called_outputs: `outputs` by calls of the factors, for tools that hook modules
             (`ll.bind(..., linears=True)`).
+        check_rows: (config, whether by token) refuses a config under which the change of a row, or
+            of a token, depends on others that may have other adapters, with UnsupportedError.
         check_calls: refuses a config under which gradients reach the factors beside those calls,
             with UnsupportedError.
         batched: the phases take several members at once as they are, leaves (m, ...) and x (m, n,
@@ -140,6 +142,7 @@ class Variant(Generic[ConfigT, DataT]):
     sites: tuple[str, ...] = ()
     low_rank_factors: FactorsFn[ConfigT] | None = None
     called_outputs: CalledOutputsFn[ConfigT, DataT] | None = None
+    check_rows: Callable[[ConfigT, bool], None] | None = None
     check_calls: Callable[[ConfigT], None] | None = None
     phases_in_training: bool = False
     batched: bool = False

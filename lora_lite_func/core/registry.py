@@ -40,6 +40,7 @@ _OPTIONAL = (
     "joint",
     "low_rank_factors",
     "called_outputs",
+    "check_rows",
     "check_calls",
 )
 

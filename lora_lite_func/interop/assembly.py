@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class ModuleEntry:
             "".
         index, count: its number among the file's modules, in the order of the model, and how many
             there are.
+        among: the file's modules, in that order.
     """
 
     path: str
@@ -66,6 +67,7 @@ class ModuleEntry:
     named: str = ""
     index: int = 0
     count: int = 1
+    among: Sequence[ModuleEntry] = field(default=(), repr=False, compare=False)
 
     @property
     def pattern_path(self) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # a type checker has these imports, and finds a misspelt name
     from .hra import HRAConfig
     from .ia3 import IA3Config, IA3FFConfig
     from .kasa import KaSAConfig
+    from .lily import LilyConfig
     from .llama_adapter import LLaMAAdapterConfig
     from .ln_tuning import LNTuningConfig
     from .loftq import LoftQConfig
@@ -115,6 +116,7 @@ __all__ = [
     "KaSAConfig",
     "LLaMAAdapterConfig",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
@@ -188,6 +190,7 @@ METHODS = {
     "ia3_ff": ("ia3", "IA3FFConfig"),
     "kasa": ("kasa", "KaSAConfig"),
     "llama_adapter": ("llama_adapter", "LLaMAAdapterConfig"),
+    "lily": ("lily", "LilyConfig"),
     "ln_tuning": ("ln_tuning", "LNTuningConfig"),
     "loha": ("loha", "LoHaConfig"),
     "lokr": ("lokr", "LoKrConfig"),

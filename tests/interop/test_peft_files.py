@@ -120,6 +120,8 @@ CONFIGS = {
         sparsity=0.77, select_top=False, **k
     ),
     "unilora": lambda **k: peft.UniLoraConfig(r=3, theta_d_length=50, save_indices=True, **k),
+    "lily": lambda **k: peft.LilyConfig(r=4, num_B=3, scaling=1.5, **k),
+    "lily_strided": lambda **k: peft.LilyConfig(r=4, stride_A=2, **k),
     "vblora": lambda **k: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=8, topk=3, **k),
     "beft": lambda **k: peft.BeftConfig(**k),
     "ln_tuning": lambda **k: peft.LNTuningConfig(target_modules=["norm"]),

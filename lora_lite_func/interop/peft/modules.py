@@ -110,7 +110,7 @@ def _number(entries: Iterable[ModuleEntry], modules: Mapping[str, nn.Module]) ->
     order = {name: i for i, name in enumerate(modules)}
     in_order = sorted(entries, key=lambda entry: order.get(entry.path, len(order)))
     for i, entry in enumerate(in_order):
-        entry.index, entry.count = i, len(in_order)
+        entry.index, entry.count, entry.among = i, len(in_order), in_order
 
 
 def _moved(paths: Paths, path: str) -> str:

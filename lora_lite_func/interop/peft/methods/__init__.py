@@ -19,6 +19,7 @@ from .gralora import GRALORA
 from .hira import HIRA
 from .hra import HRA
 from .ia3 import IA3
+from .lily import LILY
 from .ln_tuning import LN_TUNING
 from .loha import LOHA
 from .lokr import LOKR
@@ -78,6 +79,7 @@ METHODS: dict[str, Codec] = {
         OSF,
         POLY,
         PROMPT_TUNING,
+        LILY,
         VBLORA,
         P_TUNING,
         PREFIX_TUNING,
