@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import inspect
 import re
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite_func as ll
 from lora_lite_func.interop.peft.methods import METHODS, TOKENS
@@ -38,8 +40,8 @@ def choice() -> str:
     rows = [
         f"As of version {ll.__version__}, {len(OWN)} methods.",
         "",
-        "| config | good for | starts at | layers | rows | merges | PEFT file |",
-        "|---|---|---|---|---|---|---|",
+        "| config | good for | starts at | layers | rows | merges | PEFT file | cost |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     peft_types = _peft_types()
     for variant in own():
@@ -48,7 +50,7 @@ def choice() -> str:
         rows.append(
             f"| `ll.{variant.config.__name__}` | {variant.good_for} | {start_of(variant)} | "
             f"{kinds} | {_rows(variant)} | {'no' if variant.weight is None else 'yes'} | "
-            f"{peft_types.get(variant.config, pair)} |"
+            f"{peft_types.get(variant.config, pair)} | {cost_of(variant)} |"
         )
     return "\n".join(rows)
 
@@ -102,7 +104,7 @@ class _Decoder(nn.Module):
         return y
 
 
-_WIDTH = 256
+_WIDTH, _TOKENS = 256, 512
 _LAYERS: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Embedding(_WIDTH, _WIDTH),
     "norm": lambda: nn.LayerNorm(_WIDTH),
@@ -117,19 +119,9 @@ _NEEDED: dict[type, dict[str, Any]] = {
 
 def start_of(variant: ll.Variant) -> str:
     """Where a method starts by default, seen on one layer: at the base, bit by bit, or not."""
-    gen = torch.Generator().manual_seed(0)
-    kind = variant.sites[0]
-    if KINDS[kind].called:
+    if KINDS[variant.sites[0]].called:
         return "elsewhere, by design"  # tokens are added, of which attention takes notice
-    layer = _LAYERS.get(kind, lambda: nn.Linear(_WIDTH, _WIDTH))
-    model = (_Decoder() if KINDS[kind].attends else _One(layer())).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=gen) * _WIDTH**-0.5)
-    cfg = variant.config(**_NEEDED.get(variant.config, {}))
-    params = ll.init(model, cfg, **_sources(variant.needs_of(cfg), model, gen))
-    ids, x = torch.arange(8).view(2, 4), torch.randn(2, 4, _WIDTH, generator=gen)
-    given = ids if kind == "embedding" or KINDS[kind].attends else x
+    model, params, given = _on_one_layer(variant)
     with torch.no_grad():
         y, base = ll.apply(model, params, given), model(given)
     if torch.equal(y, base):
@@ -138,6 +130,43 @@ def start_of(variant: ll.Variant) -> str:
     if off < 1e-4:
         return "the base, rounded"
     return "near the base" if off < 0.05 else "elsewhere, by design"
+
+
+def cost_of(variant: ll.Variant) -> str:
+    """What a method's forward pass multiplies beside the layer, over what LoRA's does, at default
+    sizes; nothing for a method without a place in a linear layer.
+    """
+    if variant.sites[0] not in ("linear", "module"):
+        return ""
+    return f"{_products(variant) / _products(ll.variants()['lora']):.2g}"
+
+
+@functools.cache
+def _products(variant: ll.Variant) -> int:
+    model, params, given = _on_one_layer(variant)
+    counted = []
+    for call in (lambda: ll.apply(model, params, given), lambda: model(given)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        counted.append(counter.get_total_flops())
+    return int(counted[0] - counted[1])
+
+
+@functools.cache
+def _on_one_layer(variant: ll.Variant) -> tuple[nn.Module, ll.Adapter, Tensor]:
+    """(a model of one layer, the method's start on it by default, an input)."""
+    gen = torch.Generator().manual_seed(0)
+    kind = variant.sites[0]
+    layer = _LAYERS.get(kind, lambda: nn.Linear(_WIDTH, _WIDTH))
+    model = (_Decoder() if KINDS[kind].attends else _One(layer())).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=gen) * _WIDTH**-0.5)
+    cfg = variant.config(**_NEEDED.get(variant.config, {}))
+    params = ll.init(model, cfg, **_sources(variant.needs_of(cfg), model, gen))
+    ids = torch.arange(_TOKENS).view(2, -1) % _WIDTH
+    x = torch.randn(2, _TOKENS // 2, _WIDTH, generator=gen)
+    return model, params, ids if kind == "embedding" or KINDS[kind].attends else x
 
 
 def _sources(needs: frozenset[str], model: nn.Module, gen: torch.Generator) -> dict[str, Any]:
