@@ -58,6 +58,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, **_TOKENS}
         | {"initializer_range": 0.3},
     ),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 64}
+        | {"time_step_rank": 4, **_TOKENS},
+    ),
     "bert": ("BertForMaskedLM", "BertConfig", _SIZES),
     "bert_pooled": ("BertModel", "BertConfig", _SIZES),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", {**_SIZES, "pad_token_id": 0}),

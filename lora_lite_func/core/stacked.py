@@ -213,6 +213,6 @@ def unfolded(p: Params, site: Site) -> tuple[Params, Site]:
         site = site.scaled(p[SCALING])
     elif torch.compiler.is_dynamo_compiling() and site.scale_tensor is not None:
         site = site.scaled(site.scale_tensor)
-    if any(name in p for name in OF_MEMBERS):
+    if SCALING in p or PRESENT in p or LENGTH in p:
         p = {name: t for name, t in p.items() if name not in OF_MEMBERS}
     return p, site

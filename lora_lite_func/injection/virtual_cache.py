@@ -17,11 +17,16 @@ __all__ = ["cached_tokens", "check_room", "fill", "new_cache"]
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int:
-    """How many tokens the cache of a call holds; 0 where it has none."""
+    """How many tokens the cache of a call holds; 0 where it has none. Of a state that doesn't count
+    them it is 1 where it isn't empty.
+    """
     cache = given_cache(given)[1]
     length = getattr(cache, "get_seq_length", None)
     if callable(length):
-        return int(length())
+        try:
+            return int(length())
+        except ValueError:  # a cache of linear attention alone
+            return int(bool(cache.has_previous_state()))
     if isinstance(cache, (tuple, list)) and cache:
         return int(cache[0][0].shape[-2])
     return 0

@@ -87,8 +87,9 @@ def _begun(
     attachments: Sequence[Attachment], module: Any, call: Callable[..., Any], given: Given
 ) -> Any:
     """The result of a call, once it is known whether it goes on from a cache."""
-    if any(a.variant.virtual is None for a in attachments):
-        return _observed(attachments, module, call, given)
+    for attachment in attachments:
+        if attachment.variant.virtual is None:
+            return _observed(attachments, module, call, given)
     cached, tokens = _parted(attachments)
     begins = cached_tokens(given) == 0
     names = arguments_of(type(module))

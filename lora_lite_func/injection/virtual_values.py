@@ -62,7 +62,7 @@ def _of_rows(
     if attachment.row_plan is None:
         made = one(p)
         return made.expand(rows, *made.shape)
-    ids = _ids(attachment, rows).to(next(iter(p.values())).device).clamp(min=0)
+    ids = _ids(attachment, rows).to(_any(p).device).clamp(min=0)
     return mapped(one, p).index_select(0, ids)
 
 
@@ -83,7 +83,7 @@ def _lengths(attachment: Attachment, p: Params, rows: int) -> Tensor | None:
     if plan is None:
         if LENGTH not in p and PRESENT not in p:
             return None
-        first = next(iter(p.values()))
+        first = _any(p)
         length = p.get(LENGTH, first.new_tensor(float(attachment.site.r)))
         length = length * p[PRESENT] if PRESENT in p else length
         return length.long().expand(rows)
@@ -91,7 +91,7 @@ def _lengths(attachment: Attachment, p: Params, rows: int) -> Tensor | None:
     known = plan.known_ids if isinstance(plan, RowPlan) else None
     if LENGTH not in p and known is not None and min(known, default=0) >= 0:
         return None
-    device = next(iter(p.values())).device
+    device = _any(p).device
     of_member = p.get(LENGTH, torch.full((plan.members,), attachment.site.r, device=device))
     ids = ids.to(device)
     return torch.where(ids < 0, 0, of_member.index_select(0, ids.clamp(min=0)).long())
@@ -108,3 +108,8 @@ def _ids(attachment: Attachment, rows: int) -> Tensor:
     if plan.rows != rows:
         raise not_rows(attachment.site.path, torch.empty(rows, 0, device="meta"), plan.rows)
     return plan.ids
+
+
+def _any(p: Params) -> Tensor:
+    """One of the tensors."""
+    return next(iter(p.values()))

@@ -5,12 +5,14 @@ and what takes virtual keys and values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
+from ..core.torch_internals import at_trace_time
+from ..core.weak_memo import WeakMemo
 from .signatures import arguments_of
 
 __all__ = [
@@ -87,20 +89,45 @@ class TokenTable:
 
 
 # --------------------------------------------------------------------------------- virtual tokens
+class _Arguments(NamedTuple):
+    """What a class's forward takes.
+
+    Attributes:
+        tokens: whether it is embedded tokens, in a way that virtual ones may stand among them.
+        cache: whether it is a cache.
+        encoded: whether it is what was encoded.
+    """
+
+    tokens: bool
+    cache: bool
+    encoded: bool
+
+
+def _of_class(cls: Any) -> _Arguments:
+    if not callable(getattr(cls, "get_input_embeddings", None)):
+        return _Arguments(False, False, False)
+    names = arguments_of(cls)
+    cache, encoded = any(name in names for name in CACHES), _ENCODED in names
+    finds_last = any(base.__name__.endswith("ForSequenceClassification") for base in cls.__mro__)
+    tokens = _EMBEDDED in names and not (finds_last and cache and not encoded)
+    return _Arguments(tokens, cache, encoded)
+
+
+_ARGUMENTS = WeakMemo(_of_class)
+
+
+@at_trace_time
+def _taken(cls: type) -> _Arguments:
+    return _ARGUMENTS(cls)
+
+
 def takes_tokens(module: Any) -> bool:
     """Whether virtual tokens can stand in front of a module's own, by its arguments.
 
     A classifier of causal sequences isn't such a module: it finds each row's last token in the ids,
     which virtual tokens leave it without. The model inside it is.
     """
-    if not callable(getattr(type(module), "get_input_embeddings", None)):
-        return False
-    names = arguments_of(type(module))
-    if _EMBEDDED not in names or token_table(module) is None:
-        return False
-    finds_last = any(c.__name__.endswith("ForSequenceClassification") for c in type(module).__mro__)
-    goes_on = any(name in names for name in CACHES)
-    return not (finds_last and goes_on and _ENCODED not in names)
+    return _taken(type(module)).tokens and token_table(module) is not None
 
 
 def token_size(module: Any) -> tuple[int, int] | None:
@@ -126,23 +153,24 @@ def token_size(module: Any) -> tuple[int, int] | None:
 
 def has_encoder(module: Any) -> bool:
     """Whether a model encodes its tokens and decodes others."""
-    return _ENCODED in arguments_of(type(module))
+    return _taken(type(module)).encoded
 
 
 def is_causal(module: Any) -> bool:
     """Whether a model's tokens see earlier ones alone, so that calls may go on from a cache."""
-    if not any(name in arguments_of(type(module)) for name in CACHES) or has_encoder(module):
+    if not _taken(type(module)).cache or has_encoder(module):
         return False
-    said = (vars(part).get("is_causal") for part in module.modules())
-    return next((one for one in said if isinstance(one, bool)), True)
+    for part in module.modules():
+        said = part.__dict__.get("is_causal")
+        if isinstance(said, bool):
+            return said
+    return True
 
 
 # ------------------------------------------------------------------------ virtual keys and values
 def takes_cache(module: Any) -> bool:
     """Whether a model's attention can be given keys and values of tokens that it hasn't seen."""
-    if not callable(getattr(type(module), "get_input_embeddings", None)):
-        return False
-    if not any(name in arguments_of(type(module)) for name in CACHES):
+    if not _taken(type(module)).cache:
         return False
     return (has_encoder(module) or is_causal(module)) and heads_of(module) is not None
 
@@ -178,24 +206,27 @@ def heads_of(module: Any) -> tuple[int, int, int] | None:
                 f"(ll.PromptTuningConfig)"
             )
     kinds = getattr(config, "layer_types", None) or ()
-    odd = next((kind for kind in kinds if not str(kind).endswith("attention")), None)
-    odd = odd or next((kind for kind in kinds if str(kind).startswith("linear")), None)
-    if odd is not None:
-        raise UnsupportedError(
-            f"{type(module).__name__}: it has layers of type {odd!r}, which keep no keys; take "
-            f"virtual tokens (ll.PromptTuningConfig)"
-        )
+    for kind in kinds:
+        if not str(kind).endswith("attention") or str(kind).startswith("linear"):
+            raise UnsupportedError(
+                f"{type(module).__name__}: it has layers of type {kind!r}, which keep no keys; "
+                f"take virtual tokens (ll.PromptTuningConfig)"
+            )
     size = _said(config, "head_dim")
     return layers, heads, size or config.hidden_size // config.num_attention_heads
 
 
 def _said(config: Any, *names: str) -> Any:
     """The first of these that a config says."""
-    return next((v for v in (getattr(config, name, None) for name in names) if v), None)
+    for name in names:
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return None
 
 
 def given_cache(arguments: Mapping[str, Any]) -> tuple[str, Any]:
     """(the name of a call's cache, the cache); ("", None) where it has none."""
-    return next(
-        ((name, arguments[name]) for name in CACHES if arguments.get(name) is not None), ("", None)
-    )
+    for name in CACHES:
+        if arguments.get(name) is not None:
+            return name, arguments[name]
+    return "", None

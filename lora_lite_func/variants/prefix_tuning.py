@@ -6,7 +6,8 @@
 
 A site is the whole call of a model with a key-value cache: they are put into the cache before the
 first tokens are, whose positions count them. Keys are as the cache has them, so no rotation is
-applied to them. Of a model that encodes and decodes it is the decoder's own attention.
+applied to them. Of a model that encodes and decodes it is the decoder's own attention. In layers
+with a sliding window they slide out of it as the tokens would, padding behind them counted.
 
 Paper: Li and Liang 2021, arXiv 2101.00190. Its second form eases the learning.
 Identity at the start: none; a key of zeros still takes a part of attention. So there is no strength

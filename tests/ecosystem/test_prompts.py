@@ -227,6 +227,18 @@ def test_generate_of_encoder_decoders(name: str) -> None:
             bound(encoder_outputs=bare, attention_mask=mask, decoder_input_ids=begin)
 
 
+def test_generate_of_a_model_without_attention() -> None:
+    """Its cache is a state, which knows no number of tokens."""
+    model = fresh("mamba")
+    params = prompt(model)
+    how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        expected = greedy(lambda x: ll.apply(model, params, x), IDS[:1], 4)
+        for cached in (True, False):
+            found = ll.bind(model, params).generate(IDS[:1], use_cache=cached, **how)
+            assert torch.equal(found, expected)
+
+
 def test_a_cache_without_room_is_refused_by_name() -> None:
     model = fresh("llama")
     bound = ll.bind(model, prompt(model))
