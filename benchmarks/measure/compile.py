@@ -13,7 +13,7 @@ from torch import Tensor
 import lora_lite_func as ll
 
 from .harness import Result, Row, Suite, llama
-from .peers import lora, peft_lora
+from .peers import lora, lora_lite, peft_lora
 from .train import embedded
 
 
@@ -54,9 +54,16 @@ def _timed(suite: Suite, base: Any, x: Tensor, params: ll.Adapter) -> Iterator[R
         "ours": lambda: torch.autograd.grad(fast(params, x).mean(), [x, *leaves]),
         "bound": _compiled_step(ll.bind(base, params), x),
         "PEFT": _compiled_step(peft_lora(base), x),
+        **_lite(suite, base, x),
         "eager": lambda: torch.autograd.grad(with_adapter(params, x).mean(), [x, *leaves]),
     }
     yield _over_compiled_base("training step, 512 tokens", suite.compare(calls))
+
+
+def _lite(suite: Suite, base: Any, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """lora-lite's step, where there is a checkout of it."""
+    model = lora_lite(base, suite.lora_lite)
+    return {} if model is None else {"lora-lite": _compiled_step(model, x)}
 
 
 def _compiled_step(model: Any, x: Tensor) -> Callable[[], Any]:
@@ -67,7 +74,7 @@ def _compiled_step(model: Any, x: Tensor) -> Callable[[], Any]:
 
 
 def _over_compiled_base(what: str, found: Result) -> Row:
-    names = {"bound": "ours bound", "PEFT": "PEFT", "eager": "ours eager"}
+    names = {"bound": "ours bound", "PEFT": "PEFT", "lora-lite": "lora-lite", "eager": "ours eager"}
     peers = {names[name]: found.ratios[name] for name in names if name in found.ratios}
     return Row(what, found.ratios["ours"], "compiled base", guard=found.guard, peers=peers)
 
