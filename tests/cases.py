@@ -259,11 +259,11 @@ CASES = (
     Case("oft_share", _fixed(ll.OFTConfig, block_size=4, block_share=True)),
     Case("boft", _fixed(ll.BOFTConfig, block_size=4)),
     Case("boft_2", _fixed(ll.BOFTConfig, block_size=2, m=3)),
-    Case("pvera", _fixed(ll.PVeRAConfig), dead=frozenset({"lora_d"}), noise=True),
+    Case("pvera", _fixed(ll.PVeRAConfig, sample=True), dead=frozenset({"lora_d"}), noise=True),
     Case("velora", _fixed(ll.VeLoRAConfig, num_groups=3), dead=A),
     Case(
         "monteclora",
-        _fixed(ll.MonteCLoRAConfig),
+        _fixed(ll.MonteCLoRAConfig, noise=1e-4),
         noise=True,
         dead=A | {"lora_sigma", "lora_pi"},
         in_training=frozenset({"lora_sigma", "lora_pi"}),

@@ -96,9 +96,9 @@ class Variant(Generic[ConfigT, DataT]):
             else linear layers; a `weight` that always moves the bias has to name its kinds.
         low_rank_factors: the update as a factor pair. A plain linear layer then takes that instead
             of the phases; `ll.combine_adapters` and other libraries' files take it too.
-        phases_in_training: in training mode the phases do what neither `weight` nor
-            `low_rank_factors` says (noise, a gradient of its own). Plain layers run them there, and
-            a weight that is used without a call is refused there.
+        phases_in_training: whether in training mode the phases do what neither `weight` nor
+            `low_rank_factors` says (noise, a gradient of its own), or config -> whether they do.
+            Plain layers run them there, and a weight that is used without a call is refused there.
         called_outputs: `outputs` by calls of the factors, for tools that hook modules
             (`ll.bind(..., linears=True)`).
         check_rows: (config, whether by token) refuses a config under which the change of a row, or
@@ -144,7 +144,7 @@ class Variant(Generic[ConfigT, DataT]):
     called_outputs: CalledOutputsFn[ConfigT, DataT] | None = None
     check_rows: Callable[[ConfigT, bool], None] | None = None
     check_calls: Callable[[ConfigT], None] | None = None
-    phases_in_training: bool = False
+    phases_in_training: bool | Callable[[ConfigT], bool] = False
     batched: bool = False
     adds: bool = False
     has_phases: bool = field(init=False, compare=False)
@@ -169,6 +169,11 @@ class Variant(Generic[ConfigT, DataT]):
     def needs_of(self, cfg: ConfigT) -> frozenset[str]:
         """What init needs under a config."""
         return self.needs if self.needs_by is None else self.needs_by(cfg)
+
+    def more_in_training(self, cfg: ConfigT) -> bool:
+        """Whether under a config the phases do more in training mode than the weight says."""
+        more = self.phases_in_training
+        return more if isinstance(more, bool) else more(cfg)
 
     @property
     def factor(self) -> ScalingFn[ConfigT]:

@@ -54,7 +54,7 @@ def check_training(module: Any, attachments: Iterable[Attachment]) -> None:
             more in training than its weight says.
     """
     for attachment in attachments if module.training else ():
-        if attachment.variant.phases_in_training:
+        if attachment.variant.more_in_training(attachment.cfg):
             raise UnsupportedError(
                 f"{attachment.site.path!r}: what {attachment.variant.name} does in training acts "
                 f"on a layer's call, and in this model the weight itself is used here; leave the "

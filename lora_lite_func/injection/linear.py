@@ -53,7 +53,7 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
     if attachment.optional or attachment.called:
         return None
     step = _shortest(attachment)
-    if step is None or not attachment.variant.phases_in_training:
+    if step is None or not attachment.variant.more_in_training(attachment.cfg):
         return step
     return OutsideTraining(step)
 

@@ -35,14 +35,15 @@ class MonteCLoRAConfig(AdapterConfig):
 
     Args:
         num_samples: of how many draws one step's is the weighted mean.
-        noise: eta, the size of the draws.
+        noise: eta, the size of the draws in training mode, 1e-4 in the paper. At 0 nothing is
+            drawn, and a call is a function of its arguments, as without dropout.
         dirichlet_prior: concentration of the prior of their weights, in `ll.penalty`.
         kl_weight: weight of the divergences in `ll.penalty`.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
     num_samples: int = 8
-    noise: float = record(1e-4)
+    noise: float = 0.0
     dirichlet_prior: float = record(0.1)
     kl_weight: float = record(1e-5)
     dropout: float = 0.0
@@ -92,7 +93,7 @@ def _spread(p: Params) -> Tensor:
 def prepare(cfg: MonteCLoRAConfig, p: Params, site: Site, layer: Layer) -> Tensor:
     """A, with noise in training."""
     A = p["lora_A"]
-    if not layer.training:
+    if not (cfg.noise and layer.training):
         return A
     return A + (cfg.noise * _spread(p)[:, None]).to(A.dtype) * torch.randn_like(A)
 
@@ -143,6 +144,6 @@ VARIANT = Variant(
     scale=scale,
     penalty=penalty,
     low_rank_factors=_pair.low_rank_factors,
-    phases_in_training=True,
+    phases_in_training=lambda cfg: cfg.noise > 0.0,
     sites=("linear",),
 )

@@ -2,7 +2,7 @@
 
     y' = y + b * ( (m + n * exp(l / 2)) B^T ),   (m, l) = the halves of (x A^T) * d
     A (2r, d_in), B (d_out, r) frozen;   d (2r,), b (d_out,)
-    n ~ N(0, 1) for each token and direction in training mode; elsewhere 0
+    n ~ N(0, 1) for each token and direction in training mode, with sample=True; elsewhere 0
 
 Paper: Fillioux et al. 2025, arXiv 2512.07703. The factors are drawn as VeRA's are. A merged weight
 is the mean. With d small l is near 0, so the noise starts with a standard deviation of 1 beside a
@@ -37,12 +37,15 @@ class PVeRAConfig(AdapterConfig):
         r: number of random directions, larger than elsewhere: they cost two parameters each.
         d_initial: what d starts at.
         projection_seed: of the frozen factors.
+        sample: whether n is drawn in training mode, as in the paper. Off it is the mean, and a call
+            is a function of its arguments, as without dropout.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
     r: int = 256
     d_initial: float = record(0.1)
     projection_seed: int = record(0)
+    sample: bool = False
     dropout: float = 0.0
 
     def validate(self) -> None:
@@ -85,15 +88,15 @@ def init(
 
 def prepare(cfg: PVeRAConfig, p: Params, site: Site, layer: Layer) -> bool:
     """Whether to draw."""
-    return layer.training
+    return cfg.sample and layer.training
 
 
 def outputs(cfg: PVeRAConfig, p: Params, d: bool, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y + b * ((m + n exp(l / 2)) B^T); outside of training the rows of A that make l are left
-    out.
+    """y + b * ((m + n exp(l / 2)) B^T); where nothing is drawn the rows of A that make l are
+    left out.
     """
     A, gate = (p["lora_A"], p["lora_d"]) if d else _mean(p)
-    h = low_rank.project(x, A) * gate  # (..., 2r) in training, else (..., r)
+    h = low_rank.project(x, A) * gate  # (..., 2r), or (..., r)
     if d:
         mean, log_variance = h.chunk(2, dim=-1)
         h = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
@@ -139,6 +142,6 @@ VARIANT = Variant(
     additive=True,
     scale=scale,
     low_rank_factors=low_rank_factors,
-    phases_in_training=True,
+    phases_in_training=lambda cfg: cfg.sample,
     sites=("linear",),
 )

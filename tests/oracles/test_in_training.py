@@ -16,7 +16,7 @@ from torch.distributions import Dirichlet, kl_divergence
 
 import lora_lite_func as ll
 
-NOISY = [ll.PVeRAConfig(r=6), ll.MonteCLoRAConfig(r=4, noise=0.1)]
+NOISY = [ll.PVeRAConfig(r=6, sample=True), ll.MonteCLoRAConfig(r=4, noise=0.1)]
 ALL = [*NOISY, ll.VeLoRAConfig(r=4, num_groups=3)]
 every = pytest.mark.parametrize("cfg", ALL, ids=lambda c: type(c).__name__)
 noisy = pytest.mark.parametrize("cfg", NOISY, ids=lambda c: type(c).__name__)
@@ -45,8 +45,17 @@ def test_noise_is_torchs_and_of_training_alone(cfg: ll.AdapterConfig) -> None:
     close(prepared(x), mean, 1e-12)
 
 
+@pytest.mark.parametrize("cfg", [ll.PVeRAConfig(r=6), ll.MonteCLoRAConfig(r=4)], ids=repr)
+def test_nothing_is_drawn_that_is_not_asked_for(cfg: ll.AdapterConfig) -> None:
+    model, params, x = trained(cfg)
+    assert torch.equal(ll.apply(model, params, x), ll.apply(model.eval(), params, x))
+    attention = nn.MultiheadAttention(16, 2).train()
+    tokens = torch.randn(3, 2, 16)
+    ll.apply(attention, ll.init(attention, cfg), tokens, tokens, tokens)
+
+
 def test_pvera_draws_of_its_mean_and_variance() -> None:
-    model, params, x = trained(ll.PVeRAConfig(r=6))
+    model, params, x = trained(ll.PVeRAConfig(r=6, sample=True))
     p, many = params[""], x[:1].expand(40_000, -1)
     torch.manual_seed(0)
     y = ll.apply(model, params, many)

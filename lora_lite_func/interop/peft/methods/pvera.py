@@ -38,7 +38,8 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         "lora_A": corner(shared_tensor(reader, entry, "pvera_A"), "pvera_A", 2 * r, site.d_in),
         "lora_B": corner(shared_tensor(reader, entry, "pvera_B"), "pvera_B", site.d_out, r),
     }
-    return [Part(PVeRAConfig, leaves, {"dropout": reader.number("pvera_dropout", 0.0)}, r)]
+    fields = {"dropout": reader.number("pvera_dropout", 0.0), "sample": True}
+    return [Part(PVeRAConfig, leaves, fields, r)]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
