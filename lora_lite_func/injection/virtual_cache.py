@@ -9,7 +9,8 @@ import torch
 
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import first_of
-from ..layers.whole_calls import CACHES, given_cache, has_encoder, heads_of
+from ..layers.key_cache import heads_of
+from ..layers.whole_calls import CACHES, given_cache, has_encoder
 from .attachment import Attachment
 from .virtual_values import front_of, values_of
 

@@ -31,6 +31,7 @@ from ..core.config import DEFAULT_EXCLUDE
 from ..core.site import Site
 from ..core.torch_internals import first_of
 from .attention import attention_size, is_attention
+from .key_cache import cache_size, takes_cache
 from .norms import uses_one_plus
 from .recognise import (
     conv_size,
@@ -47,7 +48,7 @@ from .recognise import (
     norm_size,
 )
 from .weights import own_tensor
-from .whole_calls import cache_size, takes_cache, takes_tokens, token_size
+from .whole_calls import takes_tokens, token_size
 
 __all__ = [
     "KINDS",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.errors import CheckpointError, UnsupportedError
-from ....layers.whole_calls import has_encoder, heads_of
+from ....layers.key_cache import heads_of
+from ....layers.whole_calls import has_encoder
 from ....variants import CartridgeConfig, PrefixTuningConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
