@@ -17,7 +17,7 @@ from .config_values import LARGEST
 from .errors import CheckpointError, ConfigError, LoraLiteError, nearest, short_repr
 from .method import Variant, site_for
 from .registry import variant_named, variants
-from .shared import group_path
+from .shared import group_path, is_group
 from .site import Site
 
 __all__ = ["Layout", "LeafSpec", "from_json", "to_json"]
@@ -104,8 +104,12 @@ class Layout:
         """Give each group's leaves a place of their own.
 
         Raises:
-            ConfigError: a leaf has other sizes at one site of a group than at another.
+            ConfigError: a leaf has other sizes at one site of a group than at another, or a site
+                has a path that is a group's.
         """
+        odd = next((path for path in self.sites if is_group(path)), None)
+        if odd is not None:
+            raise ConfigError(f"{odd!r} is no path of a module: it begins with a dot, as a group's")
         first: dict[tuple[str, str], str] = {}
         groups: dict[str, dict[str, LeafSpec]] = {}
         for path, shared in self.shared.items():

@@ -29,6 +29,7 @@ __all__ = [
     "each_site",
     "expert_axes",
     "group_path",
+    "is_group",
     "kind_of_layer",
     "regrouped",
     "site_tensors",
@@ -52,6 +53,11 @@ def group_path(group: str) -> str:
     return f"{_FIRST}{group}"
 
 
+def is_group(path: str) -> bool:
+    """Whether a path is a group's, and not a site's."""
+    return path[:1] == _FIRST
+
+
 def kind_of_layer(site: Site) -> str:
     """A group of layers that do the same in a row: those of one size whose paths differ in numbers
     alone.
@@ -72,7 +78,7 @@ def each_site(shared: Groups, data: Data) -> Iterable[tuple[str, Mapping[str, An
     """(path, all leaves of the site) of each site."""
     if not shared:
         return data.items()
-    return [(path, site_tensors(shared, data, path)) for path in data if path[:1] != _FIRST]
+    return [(path, site_tensors(shared, data, path)) for path in data if not is_group(path)]
 
 
 def regrouped(shared: Groups, data: Data) -> Data:

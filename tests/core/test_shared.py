@@ -248,6 +248,15 @@ def test_a_careless_method_is_told(
         ll.init(net(), cfg)
 
 
+def test_a_site_at_the_path_of_a_group_is_refused() -> None:
+    layout = vblora().layout
+    odd = layout.sites[UP].having(path=BANK[0])
+    with pytest.raises(
+        ll.ConfigError, match=r"'\.all' is no path of a module: it begins with a dot"
+    ):
+        Layout(layout.variant, layout.config, [*layout.sites.values(), odd])
+
+
 def test_layers_of_two_devices_share_none() -> None:
     model = net()
     model.layers[1].to("meta")
