@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import close
-from peft_models import IDS, Mixed, X, base, load_file, peft, saved
+from peft_models import IDS, Mixed, X, base, load_file, loaded, peft, saved
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -256,3 +256,12 @@ def test_an_adapter_that_was_called_lora(tmp_path: Path) -> None:
     right = saved(peft.LoraConfig(r=3, target_modules=BOTH, use_dora=True), model, tmp_path)
     rewritten(tmp_path, {k.replace(".lora", ""): t for k, t in load_file(tmp_path).items()})
     close(ll.apply(model, ll.from_peft(tmp_path, model), X), right, 1e-5)
+
+
+def test_oft_blocks_of_sizes_that_peft_takes_for_one(tmp_path: Path) -> None:
+    """It takes the nearest size that divides a layer: 8 of 16 and 6 of 24 for 7."""
+    model = base()
+    right = saved(peft.OFTConfig(oft_block_size=7, target_modules=BOTH), model, tmp_path)
+    ll.to_peft(ll.from_peft(tmp_path, model), model, tmp_path / "again")
+    close(ll.apply(model, ll.from_peft(tmp_path / "again", model), X), right, 1e-5)
+    close(loaded(model, tmp_path / "again"), right, 1e-5)

@@ -117,7 +117,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         "coft": False,
     }
     sizes, counts = {b for _, b in blocks.values()}, {d // b for d, b in blocks.values()}
-    for size in sorted(sizes, reverse=True):
+    for size in range(max(sizes), 0, -1):  # it may be none of theirs: 7 is 6 of 24 and 8 of 16
         if all(_adjusted(d, size) == b for d, b in blocks.values()):
             return Written(fields | {"oft_block_size": size}, tensors)
     if len(counts) == 1:
