@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..core.errors import LoraLiteError, printable
-from ..interop.open import open_adapter
+from ..interop.open import form_of, open_adapter
 from ..io.model_folder import meta_model
 from ..io.shards import Shards
 from .merge_folders import check_finite, check_out
@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> Answer:
             component=given.component,
             rename=given.rename,
         )
-        jobs = jobs_of(shards, params)
+        jobs = jobs_of(shards, params, of_modules=form_of(given.adapter) == "peft")
     except LoraLiteError as error:
         names = write_whole(shards, given, target, error)
         how = ", loaded whole by transformers"

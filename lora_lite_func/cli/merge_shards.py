@@ -61,8 +61,13 @@ Job = tuple[list[Attachment], str, str | None]
 """(the adapters there, the weight's name, the bias's name)."""
 
 
-def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
+def jobs_of(shards: Shards, params: Any, *, of_modules: bool = False) -> dict[str, Job]:
     """Return {tensor name: what makes it}.
+
+    Args:
+        shards: the base.
+        params: the adapters.
+        of_modules: a parameter of theirs is meant at its own module alone, as PEFT means it.
 
     Raises:
         CheckpointError: the folder has no tensor for a site.
@@ -84,7 +89,9 @@ def jobs_of(shards: Shards, params: Any) -> dict[str, Job]:
                 f"{short_repr(weight)} is packed ({shards.shapes[weight][1]}); merge into the "
                 f"unquantised model instead"
             )
-        if attachments[-1].site.kind == "embedding":
+        kind = attachments[-1].site.kind
+        table = kind == "parameter" and len(shards.shapes[weight][0]) == 2
+        if kind == "embedding" or (of_modules and table):
             _refuse_tied(shards, path, weight)
         jobs[weight] = (
             attachments,

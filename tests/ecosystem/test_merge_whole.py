@@ -4,6 +4,7 @@ what a merged model's config says of its head.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,28 @@ def test_packed_weights_of_a_config_that_does_not_say_so_are_refused(
     safetensors.torch.save_file(tensors, base / "model.safetensors", {"format": "pt"})
     assert main(["merge", str(base), str(tmp_path / "a"), str(tmp_path / "out")]) == 1
     assert "config.json says no quantization_config" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tables_that_peft_trained_beside_a_tied_head(
+    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT trains a copy of each module, and the other keeps the base's table."""
+    peft = pytest.importorskip("peft")
+    model, base, out = llama(True), tmp_path / "base", tmp_path / "out"
+    model.save_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p[1:] += torch.randn_like(p[1:]) / 5  # no gradient moves the row of padding
+    theirs.save_pretrained(tmp_path / "a")
+    right = theirs(IDS).logits
+    params = ll.from_peft(tmp_path / "a", model)
+    torch.testing.assert_close(ll.apply(model, params, IDS).logits, right, atol=1e-4, rtol=1e-4)
+    assert main(["merge", str(base), str(tmp_path / "a"), str(out)]) == 0
+    capsys.readouterr()
+    again = type(model).from_pretrained(out).eval()
+    torch.testing.assert_close(again(IDS).logits, right, atol=1e-4, rtol=1e-4)

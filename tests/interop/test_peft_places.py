@@ -560,8 +560,6 @@ def test_the_base_layers_that_a_file_has_copies_of_are_known_again(tmp_path: Pat
 
 FULL_HEAD = ll.FullConfig(target_parameters=("head.weight",))
 TIED = {
-    "modules_to_save": {"target_modules": ["back"], "modules_to_save": ["head"]},
-    "both_saved": {"target_modules": ["back"], "modules_to_save": ["head", "embed_tokens"]},
     "target_parameters": {"target_modules": ["back"], "target_parameters": ["head.weight"]},
     "pissa": {"target_modules": ["head"], "init_lora_weights": "pissa"},
 }
@@ -581,6 +579,22 @@ def test_what_peft_replaces_in_one_of_two_places_that_share_it_is_refused(
         r"them",
     ):
         ll.from_peft(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "names", [["head"], ["embed_tokens"], ["head", "embed_tokens"], ["head", "norm"]]
+)
+def test_what_peft_trains_whole_in_one_of_two_places_that_share_it(
+    names: list[str], tmp_path: Path
+) -> None:
+    """Its copy is the module's alone: the other place keeps the base's table."""
+    model = mixed()
+    model.head.weight = model.embed_tokens.weight
+    config = peft.LoraConfig(r=3, target_modules=["back"], modules_to_save=names)
+    theirs = saved(config, model, tmp_path, x=IDS)
+    params = ll.from_peft(tmp_path, model)
+    close(ll.apply(model, params, IDS), theirs, 1e-5)
+    close(ll.merged(model, params)(IDS), theirs, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, short_repr
 from ...core.site import Site
-from ...layers.kinds import matrix
+from ...layers.kinds import kind_of, matrix
 from ...layers.tied import embeddings_of
 from ...layers.weights import held, own_tensor, stored
-from ...variants import BitFitConfig, FullConfig
+from ...variants import BitFitConfig, FullConfig, LoRAConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
 from .completeness import in_one_of
@@ -70,7 +70,8 @@ def beside(
         return []
     _check_saved(reader, found.whole, base)
     _check_learned(reader, found.biases, found.rows, modules)
-    whole = _once(reader, found.whole, modules)
+    apart = _apart(found.whole, modules)
+    whole = _once(reader, {p: t for p, t in found.whole.items() if p not in apart}, modules)
     copies = _once(reader, found.copies, modules)
     for path in [path for path in copies if path.endswith(".bias")]:
         home = path.removesuffix(".bias")
@@ -84,7 +85,40 @@ def beside(
     ]
     parts += [_whole(reader, path, t, *known[path], frozen=True) for path, t in copies.items()]
     parts += [_bias(reader, path, t, *known[path]) for path, t in found.biases.items()]
+    parts += [_changed(reader, path, t, base) for path, t in apart.items()]
     return parts + read_rows(reader, found.rows, found.whole | found.copies, base)
+
+
+def _apart(tensors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of layers that share theirs with other modules, where PEFT trained a copy
+    for the layer alone.
+    """
+    found = {}
+    for path, t in tensors.items():
+        others = elsewhere(modules, path) if path.endswith(".weight") else []
+        alike = all(o in tensors and torch.equal(t, tensors[o]) for o in others)
+        kind = kind_of(modules[path.removesuffix(".weight")]) if not alike else None
+        if kind is not None and kind.name in ("linear", "embedding"):
+            found[path] = t
+    return found
+
+
+def _changed(
+    reader: ConfigReader, path: str, t: Tensor, base: nn.Module
+) -> tuple[ModuleEntry, Part]:
+    """Read a layer's own weight as its change, a LoRA of full rank with an identity for the smaller
+    factor. Other holders of the parameter don't have the change.
+    """
+    home = path.removesuffix(".weight")
+    site, module = adaptable(base, [home])[home]
+    entry, weight = ModuleEntry(home, {}, site, module), own_tensor(module, "weight")
+    if weight is None or weight.shape != t.shape:
+        raise _misfit(reader, path, weight, t)
+    change = matrix(t.float() - weight.detach().float(), site)
+    r = min(change.shape)
+    one = torch.eye(r, device=change.device)
+    A, B = (one, change) if change.shape[1] == r else (change, one)
+    return entry, Part(LoRAConfig, {"lora_A": A, "lora_B": B}, {"rslora": False}, r, float(r))
 
 
 def _once(
@@ -247,15 +281,18 @@ def _whole(
     """
     base = own_tensor(module, path.rpartition(".")[2])
     if base is None or base.shape != t.shape:
-        raise CheckpointError(
-            f"{reader.where}: {short_repr(path)}: expected shape "
-            f"{None if base is None else tuple(base.shape)}, found {tuple(t.shape)}"
-            f"{_resized(base, t)}"
-        )
+        raise _misfit(reader, path, base, t)
     if not t.is_floating_point():  # it is a counter, and parameters here are floating
         t = t.to(torch.float64)
     return ModuleEntry(path, {}, site, module), Part(
         FullConfig, {"lora_W": matrix(t, site)}, {"frozen": frozen}, order=-1
+    )
+
+
+def _misfit(reader: ConfigReader, path: str, base: Tensor | None, t: Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"{reader.where}: {short_repr(path)}: expected shape "
+        f"{None if base is None else tuple(base.shape)}, found {tuple(t.shape)}{_resized(base, t)}"
     )
 
 
