@@ -41,9 +41,16 @@ def settings_of(given: Any) -> Any:
         given: the user's config, which stays as it is; None for the default.
 
     Raises:
-        UnsupportedError: the user's config asks for recorded or overlapping calls.
+        UnsupportedError: the user's config asks for recorded or overlapping calls, or transformers
+            is too old to be asked for the opposite.
     """
-    from transformers.generation import ContinuousBatchingConfig
+    try:
+        from transformers.generation import ContinuousBatchingConfig
+    except ImportError as error:
+        raise UnsupportedError(
+            f"continuous batching with an adapter per request needs a newer transformers, which "
+            f"has ContinuousBatchingConfig ({error})"
+        ) from error
 
     config = ContinuousBatchingConfig() if given is None else copy.copy(given)
     asked = {

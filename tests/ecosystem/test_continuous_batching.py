@@ -14,8 +14,9 @@ import lora_lite_func as ll
 from lora_lite_func.interop import continuous_batching
 
 transformers = pytest.importorskip("transformers")
-if not hasattr(transformers.LlamaForCausalLM, "init_continuous_batching"):
-    pytest.skip("this transformers has no continuous batching", allow_module_level=True)
+if not hasattr(transformers, "ContinuousBatchingConfig"):
+    pytest.skip("this transformers has no such continuous batching", allow_module_level=True)
+pytest.importorskip("transformers.models.llama.modeling_llama", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*"),
