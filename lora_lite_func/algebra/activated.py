@@ -94,10 +94,16 @@ def _weighed(params: Mixed, mask: Tensor, goes_on: bool) -> Mixed:
             "activated: weights of tokens that come later aren't known; call the model with those "
             "of each step, without goes_on"
         )
-    w = params.weights
+    if isinstance(params.weights, Mapping):
+        return Mixed(params.stack, {p: _kept(w, mask) for p, w in params.weights.items()})
+    return Mixed(params.stack, _kept(params.weights, mask))
+
+
+def _kept(w: Tensor, mask: Tensor) -> Tensor:
+    """Weights (N, T, K), zero for masked tokens."""
     _check(mask, tuple(w.shape[:-1]))
     own = w if w.ndim > 2 else w[:, None]
-    return Mixed(params.stack, torch.where((mask != 0)[..., None].to(w.device), own, 0.0))
+    return torch.where((mask != 0)[..., None].to(w.device), own, 0.0)
 
 
 def _check(mask: Tensor, shape: Sequence[int]) -> None:

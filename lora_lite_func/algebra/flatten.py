@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, check_shapes, members_of
 from ..core.errors import StructureError, UnsupportedError
-from ..kernels.mixture import Mixture
+from ..kernels.mixture import Mixture, MixtureBySite
 from ..kernels.row_plan import RowPlan
 from .mixed import Mixed
 from .rows import Rows
@@ -32,7 +32,7 @@ them, applied in order.
 
 def flatten(
     params: Adapters, everywhere: bool = True
-) -> list[tuple[Adapter, RowPlan | Mixture | None]]:
+) -> list[tuple[Adapter, RowPlan | Mixture | MixtureBySite | None]]:
     """The adapters in order, checked; with a plan a stack, of which each row has its own part.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..core.torch_internals import is_traced
 from . import low_rank
 from .row_axes import batch_axes, not_rows
 
-__all__ = ["Mixture", "add_mixture", "joined_B", "joined_factors"]
+__all__ = ["Mixture", "MixtureBySite", "add_mixture", "joined_B", "joined_factors"]
 
 
 class Mixture:
@@ -66,6 +66,29 @@ class Mixture:
                 raise not_rows(path, x, given[0])
         inner = x.ndim - features - len(given)
         return self.weights.to(x.device).view(*given, *[1] * inner, self.members)
+
+
+class MixtureBySite:
+    """Weights of a stack's members that differ by site.
+
+    Attributes:
+        weights: {path: as a `Mixture` has them}.
+        members: how many adapters there are.
+    """
+
+    __slots__ = ("members", "weights")
+
+    def __init__(self, weights: Mapping[str, Tensor], members: int) -> None:
+        self.weights, self.members = weights, members
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has weights at every site, rather than each row."""
+        return all(w.ndim > 2 for w in self.weights.values())
+
+    def at_site(self, layout: Layout, path: str, present: Tensor | None) -> Mixture:
+        """The weights at a site, as `Mixture.at_site` says."""
+        return Mixture(self.weights[path]).at_site(layout, path, present)
 
 
 def joined_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,6 +72,32 @@ def test_rows_are_its_one_hot_case(case: Case) -> None:
         close(ll.apply(model, ll.mixed(stack, one_hot(ids)), x), wanted, 1e-9)
 
 
+@pytest.mark.parametrize("name", ["lora", "loha"])
+def test_sites_may_have_weights_of_their_own(name: str) -> None:
+    model, members = several(next(c for c in CASES if c.name == name))
+    stack, x = ll.stack(members), batch(3, 5, 16)
+    ids = {path: (IDS + n) % 4 - 1 for n, path in enumerate(stack)}
+    for by_token in (True, False):
+        own = {path: i if by_token else i[:, 0] for path, i in ids.items()}
+        w = {path: one_hot(i) for path, i in own.items()}
+        alone = [ll.rows(ll.stack([_only(m, path) for m in members]), i) for path, i in own.items()]
+        wanted = ll.apply(model, alone, x)
+        close(ll.apply(model, ll.mixed(stack, w), x), wanted, 1e-9)
+        close(ll.bind(model, ll.mixed(stack, w))(x), wanted, 1e-9)
+        masked = ll.activated(ll.mixed(stack, w), torch.ones(3, 5))
+        close(ll.apply(model, masked, x), wanted, 1e-9)
+        slopes = ll.grad(lambda m: ll.apply(model, m, x).square().sum())(ll.mixed(stack, w))
+        assert all(g.any() for g in slopes.weights.values())
+
+
+def _only(params: ll.Adapter, path: str) -> ll.Adapter:
+    """The adapter at one of its sites."""
+    layout = params.layout
+    return ll.Adapter(
+        type(layout)(layout.variant, layout.config, [layout.sites[path]]), {path: params[path]}
+    )
+
+
 @pytest.mark.parametrize("name", ["lora", "delora", "loha", "bitfit"])
 @pytest.mark.parametrize("by_token", [False, True])
 def test_gradients_reach_weights_and_leaves(name: str, by_token: bool) -> None:
@@ -167,8 +193,14 @@ def test_a_model_generates_with_weights_for_each_row() -> None:
 )
 def test_weights_that_are_none(weights: Any, message: str) -> None:
     _, members = several(CASES[0], 2)
+    stack = ll.stack(members)
     with pytest.raises(ll.StructureError, match=f"mixed: .*{message}"):
-        ll.mixed(ll.stack(members), weights)
+        ll.mixed(stack, weights)
+    with pytest.raises(ll.StructureError, match=f"mixed: 'layers.0.down': .*{message}"):
+        ll.mixed(stack, dict.fromkeys(stack, weights))
+    some = dict.fromkeys([*stack][1:], torch.ones(2, 2))
+    with pytest.raises(ll.StructureError, match="weights for every site, differing: 'layers.0.d"):
+        ll.mixed(stack, some)
 
 
 def test_sites_that_have_no_such_rows_or_tokens_are_refused() -> None:
