@@ -149,6 +149,7 @@ __all__ = [
     "VeLoRAConfig",
     "VeRAConfig",
     "WaveFTConfig",
+    "XLoRA",
     "activated",
     "adalora",
     "adamw",
@@ -210,6 +211,9 @@ __all__ = [
     "update",
     "value_and_grad",
     "variants",
+    "xlora",
+    "xlora_from_peft",
+    "xlora_to_peft",
 ]
 
 if TYPE_CHECKING:
@@ -219,6 +223,8 @@ if TYPE_CHECKING:
     from .algebra.tasks import tasks
     from .api.check import check
     from .api.collect import collect
+    from .api.xlora import XLoRA, xlora
+    from .api.xlora_files import xlora_from_peft, xlora_to_peft
     from .interop.diffusion import from_diffusion, to_diffusion
     from .interop.into_bank import load_into
     from .interop.lora_lite import from_lora_lite
@@ -301,6 +307,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _ON_USE = {
+    "XLoRA": "api.xlora",
     "add": "algebra.combine",
     "arrow": "algebra.arrow",
     "check": "api.check",
@@ -315,6 +322,9 @@ _ON_USE = {
     "tasks": "algebra.tasks",
     "to_diffusion": "interop.diffusion",
     "to_peft": "interop.peft",
+    "xlora": "api.xlora",
+    "xlora_from_peft": "api.xlora_files",
+    "xlora_to_peft": "api.xlora_files",
     **{config: "variants" for _, config in METHODS.values()},
 }
 """Where names are that are imported when they are first asked for: the methods, readers and writers

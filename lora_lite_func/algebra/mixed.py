@@ -40,9 +40,9 @@ class Mixed:
         return Mixture(self.weights)
 
     def __repr__(self) -> str:
-        by_site = isinstance(self.weights, Mapping)
-        first = next(iter(self.weights.values())) if by_site else self.weights  # type: ignore[union-attr]
-        where = " at each site" if by_site else ""
+        first, where = self.weights, ""
+        if isinstance(first, Mapping):
+            first, where = next(iter(first.values())), " at each site"
         return f"Mixed(weights of shape {tuple(first.shape)}{where})\n{self.stack!r}"
 
 

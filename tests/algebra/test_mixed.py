@@ -199,7 +199,9 @@ def test_weights_that_are_none(weights: Any, message: str) -> None:
     with pytest.raises(ll.StructureError, match=f"mixed: 'layers.0.down': .*{message}"):
         ll.mixed(stack, dict.fromkeys(stack, weights))
     some = dict.fromkeys([*stack][1:], torch.ones(2, 2))
-    with pytest.raises(ll.StructureError, match="weights for every site, differing: 'layers.0.d"):
+    with pytest.raises(
+        ll.StructureError, match=r"weights for every site, differing: 'layers\.0\.d"
+    ):
         ll.mixed(stack, some)
 
 

@@ -159,6 +159,11 @@ def _method(reader: ConfigReader) -> Codec:
         CheckpointError: the method isn't read, or learns biases in a way that PEFT lacks.
     """
     kind = reader.text("peft_type").upper()
+    if kind == "XLORA":
+        raise CheckpointError(
+            f"{reader.where}: an X-LoRA is more than an adapter; read it with "
+            f"ll.xlora_from_peft(folder, model)"
+        )
     if kind not in METHODS:
         raise CheckpointError(
             f"{reader.where}: peft_type {short_repr(kind)} isn't read here; "
