@@ -328,3 +328,14 @@ def test_a_part_of_a_bound_model_keeps_what_its_paths_say() -> None:
     inner = ll.Adapter(part.layout, tensors_in(bound.part, part))
     assert dict(inner.config.w1_shapes) == {UP: (8, 2), DOWN: (4, 8)}
     close(ll.apply(model.part, moved(inner), X), ll.apply(model, moved(params), X), 1e-12)
+
+
+def test_a_bank_starts_near_the_base_or_at_it() -> None:
+    """The default's mixtures are small; `exact_start` subtracts them."""
+    model = net()
+    base = model(X)
+    near = ll.init(model, ll.VBLoRAConfig(num_vectors=16, vector_length=4))
+    off = (ll.apply(model, near, X) - base).abs().max() / base.abs().max()
+    assert 0 < off < 0.02
+    there = ll.init(model, ll.VBLoRAConfig(num_vectors=16, vector_length=4, exact_start=True))
+    assert torch.equal(ll.apply(model, there, X), base)
