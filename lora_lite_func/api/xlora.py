@@ -26,13 +26,12 @@ from ..core.config import probability
 from ..core.errors import ConfigError, StructureError, short_repr
 from ..core.nodes import register_node
 from ..core.random import generator, kaiming
-from ..kernels.gates import probabilities
 from ..layers.refusals import check_model
 from .apply import apply
 from .hidden_states import hidden_states
 from .xlora_steps import generate
 
-__all__ = ["XLoRA", "XLoRASettings", "xlora"]
+__all__ = ["XLoRA", "XLoRASettings", "module_order", "xlora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class XLoRA:
             )
         logits = _classified(self.head, hidden, said.dropout if training else 0.0)
         logits = logits.unflatten(-1, (-1, count))  # (N, T, S or 1, E)
-        w = probabilities(logits, said.temperature) if said.softmax else logits
+        w = (logits / said.temperature).softmax(-1) if said.softmax else logits
         if said.top_k is not None:
             w = _best(w, said.top_k, said.softmax_top_k)
         w = w * said.strength
