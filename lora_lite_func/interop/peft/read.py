@@ -144,11 +144,9 @@ def from_unpacked(
         raise CheckpointError(f"{reader.where}: {error}") from None
 
 
-_ELSEWHERE = dict.fromkeys(
-    ("ADAPTION_PROMPT", "POLY", "XLORA"),
-    "it learns more than layers' updates (prompts inside attention, a choice among adapters for "
-    "each input): PEFT itself runs it",
-)
+_ELSEWHERE = {
+    "XLORA": "it chooses among adapters for each input, by a model of its own: PEFT itself runs it"
+}
 """{PEFT's methods that aren't adapters of layers: why}."""
 
 
