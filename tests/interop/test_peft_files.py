@@ -447,7 +447,8 @@ def changed(folder: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "XLORA"}, "peft_type 'XLORA' isn't read here"),
+        ({"peft_type": "NOVEL"}, "peft_type 'NOVEL' isn't read here"),
+        ({"peft_type": "XLORA"}, r"an X-LoRA is more than an adapter; read it with ll.xlora_from"),
         ({"peft_type": 3}, "peft_type: expected a string"),
         ({"alora_invocation_tokens": ["1"]}, "alora_invocation_tokens: expected a list of token"),
         ({"layer_replication": [[0, 1]]}, "'layer_replication'"),

@@ -196,13 +196,6 @@ def test_lora_that_sees_all_groups_of_a_convolution_is_refused(tmp_path: Path) -
         ll.from_peft(tmp_path, model)
 
 
-def test_what_adapts_no_layer_says_so() -> None:
-    with pytest.raises(
-        ll.CheckpointError, match=r"isn't read here; it chooses .* PEFT itself runs"
-    ):
-        ll.from_peft({"classifier": torch.zeros(4, 8)}, base(), config={"peft_type": "XLORA"})
-
-
 class Two(nn.Module):
     """A language model beside a tower with modules of the same names."""
 

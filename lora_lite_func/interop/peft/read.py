@@ -144,12 +144,6 @@ def from_unpacked(
         raise CheckpointError(f"{reader.where}: {error}") from None
 
 
-_ELSEWHERE = {
-    "XLORA": "it chooses among adapters for each input, by a model of its own: PEFT itself runs it"
-}
-"""{PEFT's methods that aren't adapters of layers: why}."""
-
-
 def _method(reader: ConfigReader) -> Codec:
     """Return the file's method.
 
@@ -165,7 +159,7 @@ def _method(reader: ConfigReader) -> Codec:
     if kind not in METHODS:
         raise CheckpointError(
             f"{reader.where}: peft_type {short_repr(kind)} isn't read here; "
-            f"{_ELSEWHERE.get(kind) or nearest(kind, METHODS, first=50)}"
+            f"{nearest(kind, METHODS, first=50)}"
         )
     method = METHODS[kind]
     if reader.get("bias") not in (None, "none", "all", method.biased):
