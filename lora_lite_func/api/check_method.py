@@ -57,14 +57,7 @@ def verified(variant: Variant) -> Variant:
     def virtual(cfg: Any, p: Params, site: Site) -> Tensor:
         given = (cfg, p, site)
         made = _asked(variant.virtual, "virtual(cfg, p, site)", name, site, given)
-        expected = (
-            (site.r, site.d_in) if site.kind == "call" else (site.d_in, 2, site.r, site.d_out)
-        )
-        if not isinstance(made, Tensor) or tuple(made.shape) != expected:
-            found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-            raise ConfigError(
-                f"site {site.path!r}: {name}.virtual gave {found}, expected {expected}"
-            )
+        _check_virtual(made, name, site)
         return made
 
     return dataclasses.replace(
@@ -74,6 +67,16 @@ def verified(variant: Variant) -> Variant:
         inputs=None if variant.inputs is None else inputs,
         outputs=None if variant.outputs is None else outputs,
     )
+
+
+def _check_virtual(made: Any, name: str, site: Site) -> None:
+    """Raise ConfigError where virtual tokens, or keys and values, haven't the shape of their kind
+    of site.
+    """
+    expected = (site.r, site.d_in) if site.kind == "call" else (site.d_in, 2, site.r, site.d_out)
+    if not isinstance(made, Tensor) or tuple(made.shape) != expected:
+        found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ConfigError(f"site {site.path!r}: {name}.virtual gave {found}, expected {expected}")
 
 
 def _asked(
