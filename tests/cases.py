@@ -149,8 +149,8 @@ def _reference(model: nn.Module) -> dict[str, Any]:
 
 def needs_data(case: Case) -> bool:
     """Whether the model has to run for the start."""
-    needs = variant_for(type(case.config(r=4))).needs
-    return not needs <= {"weight", "reference"}
+    cfg = case.config(r=4)
+    return not variant_for(type(cfg)).needs_of(cfg) <= {"weight", "reference"}
 
 
 def start(case: Case, model: nn.Module, cfg: ll.AdapterConfig, seed: int = 0) -> ll.Adapter:

@@ -151,6 +151,8 @@ def prepare(cfg: FRoDConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def inputs(cfg: FRoDConfig, p: Params, d: Tensor, x: Tensor, site: Site) -> Tensor:
     """x' = x + ((x V) d^T) V^-1, computed in float32 at least."""
+    if not x.is_floating_point():
+        return x  # the layer itself says what is wrong
     z = low_rank.project(x, p["lora_V"].mT)  # (..., d_in)
     return low_rank.add(x, z, d, p["lora_V_inv"].mT)
 

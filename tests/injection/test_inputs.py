@@ -92,7 +92,7 @@ TAKEN: dict[str, Callable[[], Tensor]] = {
 @every
 @pytest.mark.parametrize("make", TAKEN.values(), ids=TAKEN)
 def test_what_the_layer_takes_is_taken(case: Case, make: Callable[[], Tensor]) -> None:
-    model, x = model_of(), make()
+    model, x = model_of().train(not case.noise), make()
     params = moved(start(case, model, case.config(r=4)))
     expected = ll.apply(model, params, x.detach().contiguous().clone().reshape(-1, 16))
     for verb in VERBS:
@@ -111,7 +111,7 @@ def jagged(**fields: Any) -> Tensor:
 @every
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_jagged_input_is_that_of_its_tokens(case: Case, bias: bool) -> None:
-    model, x = model_of(bias), jagged(requires_grad=True)
+    model, x = model_of(bias).train(not case.noise), jagged(requires_grad=True)
     params = moved(start(case, model, case.config(r=4)))
     whole = x.detach().values().requires_grad_()
     for verb in VERBS:

@@ -36,7 +36,8 @@ def test_prepared_is_bound_in_every_form(case: Case) -> None:
         close(once(x.repeat(80, 1)), y.repeat(80, 1), 1e-12)
         close(copy.deepcopy(once)(x), y, 1e-12)
         close(pickle.loads(pickle.dumps(once))(x), y, 1e-12)
-        close(once.train()(x), y, 1e-12)
+        if not case.noise:  # which is drawn in training
+            close(once.train()(x), y, 1e-12)
         assert set(once.state_dict()) == set(bound.state_dict())
         half = copy.deepcopy(once).eval().float()
         close(half(x.float()).double(), y, 1e-3)
