@@ -29,6 +29,8 @@ from lora_lite_func.layers.kinds import KINDS
 from lora_lite_func.variants import METHODS as OWN
 from lora_lite_func.variants import FullConfig, TokensConfig
 
+from .measure.results import put_between
+
 __all__ = ["PAGES", "choice", "main", "methods", "own", "rewritten", "verbs"]
 
 ROOT = Path(__file__).parent.parent
@@ -238,9 +240,8 @@ def rewritten(text: str) -> str:
     """A page with its tables as the code says them."""
     for name, render in PAGES.items():
         begin, end = f"<!-- {name}: rendered by benchmarks/tables.py -->", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        if found:
-            text = f"{before}{begin}\n{render()}\n{end}{rest.partition(end)[2]}"
+        if begin in text:
+            text = put_between(text, begin, end, render())
     return text
 
 

@@ -29,8 +29,9 @@ import torch
 import lora_lite_func as ll
 
 from ..measure.harness import machine, versions
+from ..measure.results import put_between
 from . import sentiment
-from .finetune import DATA, FALLBACK, chosen
+from .finetune import FALLBACK, chosen, started
 from .sentiment import TARGETS, SentimentTask
 from .settings import LEARNING_RATES, config
 from .training import Run, stepper
@@ -133,10 +134,7 @@ def trained(
 def _adapter(method: str, seed: int, task: SentimentTask) -> Any:
     if method == HEAD_ONLY:
         return ()
-    cfg = config(method, r=8, targets=TARGETS)
-    needs = ll.variants()[method].needs_of(cfg)
-    data = task.pairs() if "pairs" in needs else task.calibration() if needs & DATA else {}
-    return ll.init(task.model, cfg, seed=seed, **data)
+    return started(task, config(method, r=8, targets=TARGETS), seed)
 
 
 # -------------------------------------------------------------------------------------- the search
@@ -193,11 +191,9 @@ def table(result: dict[str, Any]) -> str:
 def _report(source: str, page: str) -> None:
     result = json.loads(Path(source).read_text(encoding="utf-8"))
     text = Path(page).read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    if BEGIN not in text or END not in text:
         raise SystemExit(f"{page}: expected the marks {BEGIN!r} and {END!r}")
-    Path(page).write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}", encoding="utf-8")
+    Path(page).write_text(put_between(text, BEGIN, END, table(result)), encoding="utf-8")
 
 
 def _opened(file: Path) -> dict[str, Any]:

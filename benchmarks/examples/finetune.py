@@ -30,7 +30,7 @@ from .causal.models import folder
 from .settings import LEARNING_RATES, config
 from .training import Run, Task, measure, train
 
-__all__ = ["LEARNING_RATES", "main"]
+__all__ = ["LEARNING_RATES", "main", "started"]
 
 FALLBACK = 3e-3  # for a method that the table doesn't have
 VARIANTS = "lora,delora,hra"
@@ -96,10 +96,15 @@ def new_run(task: Task, method: str | None, args: argparse.Namespace) -> Run:
     if method is None:
         return Run(task.baseline, LEARNING_RATES["head"], (), task.head())
     cfg = config(method, r=args.r, targets=args.targets)
-    needs = ll.variants()[method].needs_of(cfg)
-    data = task.pairs() if "pairs" in needs else task.calibration() if needs & DATA else {}
     lr = LEARNING_RATES.get(method, FALLBACK) * (1.0 if args.kind == "sentiment" else FACTOR)
-    return Run(method, args.lr or lr, ll.init(task.model, cfg, seed=args.seed, **data), task.head())
+    return Run(method, args.lr or lr, started(task, cfg, args.seed), task.head())
+
+
+def started(task: Task, cfg: ll.AdapterConfig, seed: int) -> ll.Adapter:
+    """A new adapter, with the task's data where its start needs them."""
+    needs = ll.lookup(type(cfg)).needs_of(cfg)
+    data = task.pairs() if "pairs" in needs else task.calibration() if needs & DATA else {}
+    return ll.init(task.model, cfg, seed=seed, **data)
 
 
 def load_task(args: argparse.Namespace) -> Task:

@@ -72,8 +72,8 @@ def config(method: str, *, r: int, targets: str) -> ll.AdapterConfig:
     if defaults["r"] == 8 and defaults["alpha"] == 16.0:
         given |= {"r": r, "alpha": 2.0 * r}
     if "target_names" in given:
-        pass
-    elif "linear" in variant.sites:
+        return variant.config(**given)
+    if "linear" in variant.sites:
         given["target_names"] = (targets,)
     elif variant.sites[0] == "parameter":
         given["target_parameters"] = (targets.removesuffix("$") + r"\.weight$",)

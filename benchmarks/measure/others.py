@@ -25,6 +25,8 @@ from torch import nn
 
 import lora_lite_func as ll
 
+from .results import put_between
+
 __all__ = ["main", "table"]
 
 LAYERS, WIDTH, ROWS, RANK = 8, 512, 512, 8
@@ -169,10 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(made)
     if given.report:
         text = given.report.read_text(encoding="utf-8")
-        head, rest = text.split(START)
-        given.report.write_text(
-            f"{head}{START}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8"
-        )
+        given.report.write_text(put_between(text, START, END, made), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,18 @@ from typing import Any
 
 from .harness import Row
 
-__all__ = ["BEGIN", "END", "HEADER", "line", "plots", "rewritten", "rows_of", "table", "write"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "HEADER",
+    "line",
+    "plots",
+    "put_between",
+    "rewritten",
+    "rows_of",
+    "table",
+    "write",
+]
 
 BEGIN, END = (
     "<!-- performance: rendered by python -m benchmarks --report -->",
@@ -106,9 +117,21 @@ def rewritten(text: str, result: Mapping[str, Any]) -> str:
         raise ValueError(
             "expected a run without --quick, found a quick one: its figures aren't to be reported"
         )
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(result)}\n{END}{after}" if begin and end else text
+    marked = BEGIN in text and END in text
+    return put_between(text, BEGIN, END, table(result)) if marked else text
+
+
+def put_between(text: str, begin: str, end: str, body: str) -> str:
+    """A page with a body between two marks.
+
+    Raises:
+        ValueError: it lacks one of them.
+    """
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"expected the marks {begin!r} and {end!r}")
+    return f"{before}{begin}\n{body}\n{end}{after}"
 
 
 # -------------------------------------------------------------------------------------------- plots

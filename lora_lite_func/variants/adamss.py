@@ -26,6 +26,7 @@ from ..core.phases import Factors
 from ..core.site import Params, Site
 from ..kernels import low_rank
 from ..kernels.positions import decoded, index_dtype
+from ._pair import scale
 
 _STEPS = 10  # of k-means
 
@@ -162,11 +163,6 @@ def validate(cfg: AdaMSSConfig, p: Params, site: Site) -> None:
             f"lora_cluster: expected whole numbers from 0 to {cfg.num_subspaces - 1}, found "
             f"{cluster[wrong][0].item():g}"
         )
-
-
-def scale(cfg: AdaMSSConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 def low_rank_factors(cfg: AdaMSSConfig, p: Params, site: Site) -> Factors:

@@ -28,6 +28,7 @@ from ..core.site import Params, Site
 from ..kernels.gates import gates, probabilities
 from ..kernels.low_rank import project
 from ..kernels.mixture import add_mixture
+from ._pair import scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +81,6 @@ def outputs(cfg: ArrowConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Si
     """y + s sum over e of g_e (x A_e^T) B_e^T."""
     g = gates(project(x, p["lora_proto"]).abs(), cfg.top_k, cfg.temperature)  # (..., E)
     return add_mixture(y, x, p["lora_A"], p["lora_B"], site.scale, g)
-
-
-def scale(cfg: ArrowConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 VARIANT = Variant(

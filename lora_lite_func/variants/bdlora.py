@@ -24,6 +24,7 @@ from ..core.phases import Factors
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ._pair import scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +102,6 @@ def weight(
 ) -> tuple[Tensor, Tensor | None]:
     """W + s B A."""
     return low_rank.add_dense(W, *_pair(cfg, p), site.scale), b
-
-
-def scale(cfg: BDLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 def low_rank_factors(cfg: BDLoRAConfig, p: Params, site: Site) -> Factors:

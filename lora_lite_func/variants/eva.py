@@ -27,7 +27,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
-from ..core.site import Params, Site
+from ..core.site import Site
 from ..core.statistics import SiteStatistics
 from . import _calibrated, _pair
 
@@ -71,10 +71,7 @@ def param_specs(cfg: EVAConfig, site: Site) -> dict[str, ParamSpec]:
             f"EVA finds directions in {site.d_in} input features, expected a rank of at most "
             f"that, found r={site.r}"
         )
-    return {
-        "lora_A": ParamSpec((site.r, site.d_in), rank_axis=0),
-        "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
-    }
+    return _pair.factor_specs(site)
 
 
 def init(
@@ -149,11 +146,6 @@ def plan(cfg: EVAConfig, sites: Sequence[Site], seen: Mapping[str, SiteStatistic
     )
 
 
-def scale(cfg: EVAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
-
-
 def scaling(cfg: EVAConfig, site: Site) -> float:
     """alpha / r, or alpha / sqrt(r)."""
     return site.alpha / (site.r**0.5 if cfg.rslora else site.r)
@@ -169,7 +161,7 @@ VARIANT = Variant(
     outputs=_pair.outputs,
     weight=_pair.weight,
     additive=True,
-    scale=scale,
+    scale=_pair.scale,
     low_rank_factors=_pair.low_rank_factors,
     called_outputs=_pair.called_outputs,
     scaling=scaling,

@@ -19,6 +19,7 @@ from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ._pair import scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,6 @@ def weight(
 def dense(cfg: HiRAConfig, site: Site, tokens: int) -> bool:
     """Always: the phases take a dense product of their own."""
     return True
-
-
-def scale(cfg: HiRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 VARIANT = Variant(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, ParamSpec, Variant
-from ..core.site import Params, Site
+from ..core.site import Site
 from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _pair, _subtracted
@@ -50,10 +50,7 @@ def param_specs(cfg: LoftQConfig, site: Site) -> dict[str, ParamSpec]:
         UnsupportedError: r is above min(d_in, d_out).
     """
     low_rank.check_rank(site, "LoftQ")
-    return {
-        "lora_A": ParamSpec((site.r, site.d_in), rank_axis=0),
-        "lora_B": ParamSpec((site.d_out, site.r), rank_axis=1),
-    }
+    return _pair.factor_specs(site)
 
 
 def init(
@@ -81,11 +78,6 @@ def init(
     return {"lora_A": root[:, None] * Vh, "lora_B": U * root}
 
 
-def scale(cfg: LoftQConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
-
-
 VARIANT = Variant(
     name="loftq",
     good_for="low-bit bases, nearer the dense",
@@ -96,7 +88,7 @@ VARIANT = Variant(
     outputs=_pair.outputs,
     weight=_pair.weight,
     additive=True,
-    scale=scale,
+    scale=_pair.scale,
     low_rank_factors=_pair.low_rank_factors,
     called_outputs=_pair.called_outputs,
     batched=True,

@@ -23,7 +23,7 @@ from ..core.config import AdapterConfig, added, probability, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import MATRICES, ParamSpec, Variant
 from ..core.random import kaiming, normal
-from ..core.site import Params, Site
+from ..core.site import Site
 from . import _pair
 
 
@@ -111,11 +111,6 @@ def init(
     return {"lora_A": Q[::2].mT @ right / 10.0, "lora_B": left @ Q[1::2] / 10.0}
 
 
-def scale(cfg: LoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
-
-
 def scaling(cfg: LoRAConfig, site: Site) -> float:
     """alpha / r, or alpha / sqrt(r)."""
     return site.alpha / (math.sqrt(site.r) if cfg.rslora else site.r)
@@ -131,7 +126,7 @@ VARIANT = Variant(
     outputs=_pair.outputs,
     weight=_pair.weight,
     additive=True,
-    scale=scale,
+    scale=_pair.scale,
     low_rank_factors=_pair.low_rank_factors,
     called_outputs=_pair.called_outputs,
     scaling=scaling,

@@ -105,11 +105,6 @@ def outputs(
     return low_rank.add(y, x, d, p["lora_B"], site.scale)
 
 
-def scale(cfg: MonteCLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
-
-
 def penalty(cfg: MonteCLoRAConfig, p: Params, site: Site) -> Tensor:
     """kl_weight times three divergences from the priors: of the weights' Dirichlet, of the Wishart
     (r degrees of freedom) from that of scale I, and of the draws' N(0, diag(v)) from N(0, I), its
@@ -141,7 +136,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=_pair.weight,
     additive=True,
-    scale=scale,
+    scale=_pair.scale,
     penalty=penalty,
     low_rank_factors=_pair.low_rank_factors,
     phases_in_training=lambda cfg: cfg.noise > 0.0,

@@ -25,6 +25,7 @@ from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ._pair import scale
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -102,11 +103,6 @@ def weight(
 ) -> tuple[Tensor, Tensor | None]:
     """W + alpha B G."""
     return low_rank.add_dense(W, _inner(cfg, p, W), p["lora_B"], site.scale), b
-
-
-def scale(cfg: PEANuTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 def scaling(cfg: PEANuTConfig, site: Site) -> float:

@@ -27,6 +27,7 @@ from ..core.random import kaiming, uniform
 from ..core.site import Params, Site
 from ..kernels import low_rank
 from ..kernels.skills import mixed_skills
+from ._pair import scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +111,6 @@ def weight(
 ) -> tuple[Tensor, Tensor | None]:
     """W + s B A."""
     return low_rank.add_dense(W, *_pair(cfg, p, site), site.scale), b
-
-
-def scale(cfg: PolyConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 def low_rank_factors(cfg: PolyConfig, p: Params, site: Site) -> Factors:

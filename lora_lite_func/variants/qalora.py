@@ -22,6 +22,7 @@ from ..core.phases import Factors
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ._pair import scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,6 @@ def weight(
 ) -> tuple[Tensor, Tensor | None]:
     """W + s B A, each column of A repeated."""
     return low_rank.add_dense(W, _repeated(cfg, p), p["lora_B"], site.scale), b
-
-
-def scale(cfg: QALoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
 
 
 def low_rank_factors(cfg: QALoRAConfig, p: Params, site: Site) -> Factors:

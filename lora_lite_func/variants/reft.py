@@ -30,6 +30,7 @@ from ..core.method import Layer, ParamSpec, Variant
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ._pair import scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +205,6 @@ def loreft_scale(cfg: LoReFTConfig, p: Params, c: float | Tensor) -> dict[str, T
     return {**p, "lora_W": p["lora_W"] + (c - 1.0) * apart, "lora_b": c * p["lora_b"]}
 
 
-def direft_scale(cfg: DiReFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
-
-
 _PAPER = "Wu et al. 2024, arXiv 2404.03592"
 _KINDS = ("module",)
 
@@ -231,6 +227,6 @@ VARIANT_DIRECT = Variant(
     paper=_PAPER,
     param_specs=direft_specs,
     outputs=direft,
-    scale=direft_scale,
+    scale=scale,
     sites=_KINDS,
 )

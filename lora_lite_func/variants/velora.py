@@ -98,11 +98,6 @@ def _direction(x_g: Tensor) -> Tensor:
     return torch.where(norm > 0, e / norm, e.shape[0] ** -0.5)
 
 
-def scale(cfg: VeLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
-    """B times c."""
-    return {**p, "lora_B": p["lora_B"] * c}
-
-
 VARIANT = Variant(
     name="velora",
     good_for="little memory where inputs fill it",
@@ -113,7 +108,7 @@ VARIANT = Variant(
     outputs=outputs,
     weight=_pair.weight,
     additive=True,
-    scale=scale,
+    scale=_pair.scale,
     low_rank_factors=_pair.low_rank_factors,
     phases_in_training=True,
     sites=("linear",),
