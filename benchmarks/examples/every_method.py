@@ -5,10 +5,11 @@
 
 The words are split once: a fifth for the test, an eighth of the others for validation, the rest to
 learn. The peak learning rate is searched among 1 and 3 times the powers of ten: uphill from the
-method's entry in settings.py, by Pearson's r on the validation words after SEARCH steps. At that
-rate an adapter is then trained for one epoch with each seed (of the adapter and of the order of the
-batches), and scored on the test words, which nothing was chosen by. The file is written after each
-method, and a method in it isn't run again, so that a run can be cut off and go on.
+method's entry in settings.py, by Pearson's r on the validation words after one epoch with the first
+seed. At that rate an adapter is trained for one epoch with each seed (of the adapter and of the
+order of the batches), and scored on the test words, which nothing was chosen by. The file is
+written after each method, and a method in it isn't run again, so that a run can be cut off and go
+on.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ __all__ = ["main", "next_rate", "split", "table"]
 
 HEAD_ONLY = "head-only"
 SEEDS = (0, 1, 2)
-SEARCH = 48  # steps of a run that a rate is judged by
 TRIALS = 6  # rates tried at most
 VALIDATION = 0.125  # of the words that aren't the test's
 BEGIN, END = (
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     learning, validation = split(
         sentiment.load(None, batch=32, seed=0, device="cpu", limit=args.limit)
     )
-    result = _opened(args.out)
+    words = sum(map(len, (learning.train, validation.held_out, learning.held_out)))
+    result = _opened(args.out, words)
     for method in [HEAD_ONLY, *chosen(args.variants)]:
         if method in result["methods"]:
             continue
@@ -94,41 +95,42 @@ def study(method: str, learning: SentimentTask, validation: SentimentTask) -> di
         LoraLiteError: the method can't be made on this task.
     """
     start = time.perf_counter()
-    tried: dict[float, float] = {}
     rate: float | None = _nearest_rate(LEARNING_RATES.get(method, FALLBACK))
     if method == HEAD_ONLY:
-        tried, rate = {LEARNING_RATES["head"]: 0.0}, None
+        rate = LEARNING_RATES["head"]
+    tried: dict[float, float] = {}
+    runs: dict[float, Run] = {}
     while rate is not None and len(tried) < TRIALS:
-        tried[rate] = trained(method, rate, 0, validation, steps=SEARCH)[1]
-        rate = next_rate(tried)
+        runs[rate] = trained(method, rate, SEEDS[0], learning)
+        tried[rate] = score(runs[rate], validation)
+        rate = None if method == HEAD_ONLY else next_rate(tried)
     best = max(tried, key=lambda rate: tried[rate])
-    runs = [trained(method, best, seed, learning) for seed in SEEDS]
+    chosen_runs = [runs[best], *(trained(method, best, seed, learning) for seed in SEEDS[1:])]
     return {
         "lr": best,
-        "validation": {f"{rate:g}": round(score, 6) for rate, score in sorted(tried.items())},
-        "test": [round(score, 6) for _, score in runs],
-        "trainable": runs[0][0].trainable,
+        "validation": {f"{rate:g}": round(found, 6) for rate, found in sorted(tried.items())},
+        "test": [round(score(run, learning), 6) for run in chosen_runs],
+        "trainable": chosen_runs[0].trainable,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def trained(
-    method: str, lr: float, seed: int, task: SentimentTask, *, steps: int | None = None
-) -> tuple[Run, float]:
-    """Train a new adapter and a new head for some steps, or for an epoch.
-
-    Returns:
-        The run, and its Pearson's r on the task's held-out words (-1 where it isn't a number).
-    """
+def trained(method: str, lr: float, seed: int, task: SentimentTask) -> Run:
+    """Train a new adapter and a new head for an epoch, or until the loss isn't a number."""
     task = dataclasses.replace(task, seed=seed)
     run = Run(method, lr, _adapter(method, seed, task), task.head())
-    batches = task.batches(0)[:steps]
+    batches = task.batches(0)
     step = stepper(task, run, head_lr=LEARNING_RATES["head"], steps=len(batches))
     for batch in batches:
         if not math.isfinite(step(batch).item()):
-            return run, -1.0
-    score = task.evaluate(run.params, run.head).score
-    return run, score if math.isfinite(score) else -1.0
+            break
+    return run
+
+
+def score(run: Run, task: SentimentTask) -> float:
+    """Pearson's r of a run on the task's held-out words; -1 where it isn't a number."""
+    found = task.evaluate(run.params, run.head).score
+    return found if math.isfinite(found) else -1.0
 
 
 def _adapter(method: str, seed: int, task: SentimentTask) -> Any:
@@ -185,7 +187,8 @@ def table(result: dict[str, Any]) -> str:
     if left_out:
         lines += ["", f"Left out, since they don't fit the task: {', '.join(left_out)}."]
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return "\n".join([*lines, "", f"Taken with {packages}."])
+    about = f"{result['words']:,} words in all, {len(SEEDS)} seeds; taken with {packages}."
+    return "\n".join([*lines, "", about])
 
 
 def _report(source: str, page: str) -> None:
@@ -196,12 +199,20 @@ def _report(source: str, page: str) -> None:
     Path(page).write_text(put_between(text, BEGIN, END, table(result)), encoding="utf-8")
 
 
-def _opened(file: Path) -> dict[str, Any]:
+def _opened(file: Path, words: int) -> dict[str, Any]:
+    """What a file holds, or the head of a new one.
+
+    Raises:
+        SystemExit: the file's rows are of another number of words.
+    """
     if file.exists():
         held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if held["words"] != words:
+            raise SystemExit(f"{file}: expected rows of {words:,} words, found {held['words']:,}")
         return held
     about = {"lora_lite_func": ll.__version__, **versions()}
-    return {"versions": about, "machine": machine(torch.device("cpu")), "methods": {}}
+    host = machine(torch.device("cpu"))
+    return {"versions": about, "machine": host, "words": words, "methods": {}}
 
 
 def _line(method: str, found: dict[str, Any]) -> str:
@@ -228,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON file of the rows; those in it aren't run again (default every.json)",
     )
     add("--report", nargs=2, metavar=("JSON", "PAGE"), help="render a file's table into a page")
-    add("--limit", type=int, help=argparse.SUPPRESS)  # that many words only
+    add("--limit", type=int, metavar="N", help="take N of the words only (default all)")
     return parser
 
 

@@ -61,12 +61,16 @@ def test_a_study_is_written_goes_on_and_is_rendered(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| bitfit | " in text
+    assert "60 words in all, 3 seeds" in text
+    with pytest.raises(SystemExit, match="expected rows of 50 words, found 60"):
+        every_method.main(["--limit", "50", "--out", str(file), "--variants", "bitfit"])
 
 
 def test_a_method_that_is_not_above_the_head_alone_is_said_to_be() -> None:
     row = {"lr": 0.003, "validation": {}, "trainable": 385, "seconds": 1.0}
     result = {
         "versions": {"torch": "2"},
+        "words": 60,
         "methods": {
             "head-only": row | {"test": [0.70, 0.71, 0.72]},
             "better": row | {"test": [0.80, 0.81, 0.82]},
