@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters
 from ..core.errors import UnsupportedError
+from ..injection.attachment import Attachment
 from ..injection.base_tensors import Constants
+from ..injection.bound import Entry, entries_of
 from ..injection.prompt import Prompted
 from ..injection.side_outputs import SideOutputs
 from ..injection.tree_copy import copy_tree
+from ..layers.tied import home_of
 from .apply import attachments_of, with_prompt
 
 __all__ = ["collect"]
@@ -25,10 +29,11 @@ def collect(
     (`ll.load_balance(router)`).
 
     Pure as `apply`, and works wherever it does: gradients reach the router through both results.
-    The probabilities are those of all experts, before `top_k` chooses.
+    The probabilities are those of all experts, before `top_k` chooses. `ll.collect(bound, (), x)`
+    is a bound model's own call, whose gradients reach its parameters as they do there.
 
     Args:
-        model: the frozen base; never written.
+        model: the frozen base, or a bound model; never written.
         params: as in `apply`; of `ll.rows` each row's are those of its own adapter, and zero where
             it has none.
         *args: the model's own positional arguments.
@@ -44,16 +49,31 @@ def collect(
             recorded around it.
     """
     sites = attachments_of(*with_prompt(params), model)
-    seen = SideOutputs()
-    routed = {
-        path: [a.changed(seen=seen) if a.variant.router is not None else a for a in attachments]
-        for path, attachments in sites.items()
-    }
-    if not any(a.seen is not None for attachments in routed.values() for a in attachments):
-        names = sorted({a.variant.name for attachments in sites.values() for a in attachments})
+    bound, seen = entries_of(model), SideOutputs()
+    routed = {path: _seen_by(seen, attachments) for path, attachments in sites.items()}
+    variants = [a.variant for attachments in sites.values() for a in attachments]
+    variants += [entry.layout.variant for entry in bound or ()]
+    if all(variant.router is None for variant in variants):
+        names = sorted({variant.name for variant in variants})
         raise UnsupportedError(
             f"collect: no method here has a router, found {', '.join(names) or 'no adapter'}; "
             f"call ll.apply"
         )
-    output = copy_tree(model, routed, Constants({}))(*args, **kwargs)
+    tree = copy_tree(model, routed, Constants({}, detach=bound is None))
+    _observe(tree, bound or (), seen)
+    output = tree(*args, **kwargs)
     return output, seen.taken()
+
+
+def _seen_by(seen: SideOutputs, attachments: Iterable[Attachment]) -> list[Attachment]:
+    """The adapters of a site, of which the routed ones tell what they decide."""
+    return [a.changed(seen=seen) if a.variant.router is not None else a for a in attachments]
+
+
+def _observe(tree: nn.Module, bound: Iterable[Entry], seen: SideOutputs) -> None:
+    """Let the routed adapters that a bound model's copy holds tell what they decide."""
+    for entry in bound:
+        if entry.layout.variant.router is not None:
+            for path in entry.slots:
+                state = tree.get_submodule(home_of(entry.layout.sites[path])).__dict__["_ll"]
+                state.attachments = tuple(_seen_by(seen, state.attachments))

@@ -56,12 +56,13 @@ class Constants:
 
     Args:
         base: {full name: tensor} to use instead of the model's own; gradients reach these.
+        detach: False lets gradients reach the parameters, as in the model's own call.
     """
 
     kept = False
 
-    def __init__(self, base: Mapping[str, Tensor]) -> None:
-        self.grad = torch.is_grad_enabled()
+    def __init__(self, base: Mapping[str, Tensor], detach: bool = True) -> None:
+        self.grad = detach and torch.is_grad_enabled()
         self.base = base
         self.made: dict[int, Tensor] = {}
 

@@ -92,6 +92,33 @@ def test_transforms_and_one_graph(case: Case) -> None:
     close(step(members[1]), each[1], 1e-10)
 
 
+@every
+def test_a_bound_model_s_own_call(case: Case) -> None:
+    model, (params,) = several(case)
+    x, bound = batch(3, 5), ll.bind(model, params)
+    before = snapshot(bound)
+    y, router = ll.collect(bound, (), x)
+    expected, wanted = ll.collect(model, params, x)
+    close(y, expected, 1e-12)
+    close(router, wanted, 1e-12)
+    assert same_state(before, snapshot(bound))
+
+    def loss(m: nn.Module, p: Any) -> Tensor:
+        y, router = ll.collect(m, p, x)
+        return y.square().mean() + ll.load_balance(router)
+
+    loss(bound, ()).backward()
+    found = {name: p.grad for name, p in bound.named_parameters() if p.requires_grad}
+    for path, held in ll.grad(lambda p: loss(model, p))(params).items():
+        for name, g in held.items():
+            if path in params.sites and f"{path}.adapter.0.{name}" in found:
+                close(found[f"{path}.adapter.0.{name}"], g, 1e-12)
+    assert all(g is not None for g in found.values())
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ll.UnsupportedError, match=r"collect: no method .* found lora; call ll.app"):
+        ll.collect(ll.bind(model, ll.init(model, ll.LoRAConfig())), (), x)
+
+
 def test_a_router_learns_to_be_even() -> None:
     model, x = net(), batch(64)
     cfg = ll.MoELoRAConfig(r=2, experts=4, top_k=1)
