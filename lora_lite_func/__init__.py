@@ -11,7 +11,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .algebra import adalora
+from .algebra import adalora, adamss
 from .algebra.activated import activated, invoked
 from .algebra.adamw import AdamW, AdamWState, adamw
 from .algebra.bank import Bank
@@ -152,6 +152,7 @@ __all__ = [
     "XLoRA",
     "activated",
     "adalora",
+    "adamss",
     "adamw",
     "add",
     "apply",
@@ -363,8 +364,10 @@ _PICKLED = {
 
 pin((name for name in __all__ if name not in _ON_USE), globals(), __name__)
 pin(_PICKLED, _PICKLED, __name__)
-pin(adalora.__all__, vars(adalora), f"{__name__}.adalora")
-sys.modules[f"{__name__}.adalora"] = adalora
+for _module in (adalora, adamss):
+    _public = f"{__name__}.{_module.__name__.rpartition('.')[2]}"
+    pin(_module.__all__, vars(_module), _public)
+    sys.modules[_public] = _module
 type(ABSENT).__module__ = __name__
 
 lookup = variant_for
