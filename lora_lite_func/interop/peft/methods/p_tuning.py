@@ -27,8 +27,11 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     fields = {
         "num_virtual_tokens": tokens.shape[0],
         "token_dim": tokens.shape[1],
+        "encoder_reparameterization_type": cfg.encoder.upper(),
         "encoder_hidden_size": cfg.hidden or tokens.shape[1],
     }
+    if cfg.encoder == "lstm":
+        fields["encoder_num_layers"] = cfg.lstm_layers
     return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
 
 
