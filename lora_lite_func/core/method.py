@@ -35,8 +35,10 @@ from .phases import (
     ScaleFn,
     ScalingFn,
     ValidateFn,
+    VirtualDecoderFn,
     VirtualFn,
     VirtualLabelsFn,
+    VirtualLabelWeightsFn,
     WeightFn,
 )
 from .site import Site
@@ -75,6 +77,10 @@ class Variant(Generic[ConfigT, DataT]):
             "cache", and `r` is how many tokens it stands for.
         attend: the phase inside an attention; its sites are of kind "attention".
         virtual_labels: labels of virtual tokens, where a call's labels are given; None counts none.
+        virtual_label_weights: a config -> by how much the loss of a causal model counts each of
+            these, a function like `virtual_labels`; None where they count as the call's own do.
+        virtual_decoder: a config -> what stands in front of what an encoder-decoder model decodes,
+            a function like `virtual`; None where nothing does.
         additive: `weight` adds the same update to any W: W' - W doesn't depend on W, nor b' - b on
             b.
         validate: a check of frozen tensors' values, for what a file says.
@@ -99,6 +105,7 @@ class Variant(Generic[ConfigT, DataT]):
         phases_in_training: whether in training mode the phases do what neither `weight` nor
             `low_rank_factors` says (noise, a gradient of its own), or config -> whether they do.
             Plain layers run them there, and a weight that is used without a call is refused there.
+        phases_always: config -> whether they do so in either mode.
         called_outputs: `outputs` by calls of the factors, for tools that hook modules
             (`ll.bind(..., linears=True)`).
         check_rows: (config, whether by token) refuses a config under which the change of a row, or
@@ -126,6 +133,8 @@ class Variant(Generic[ConfigT, DataT]):
     weight: WeightFn[ConfigT] | None = None
     virtual: VirtualFn[ConfigT] | None = None
     virtual_labels: VirtualLabelsFn[ConfigT] | None = None
+    virtual_label_weights: VirtualLabelWeightsFn[ConfigT] | None = None
+    virtual_decoder: VirtualDecoderFn[ConfigT] | None = None
     attend: AttendFn[ConfigT] | None = None
     additive: bool = False
     validate: ValidateFn[ConfigT] | None = None
@@ -145,6 +154,7 @@ class Variant(Generic[ConfigT, DataT]):
     check_rows: Callable[[ConfigT, bool], None] | None = None
     check_calls: Callable[[ConfigT], None] | None = None
     phases_in_training: bool | Callable[[ConfigT], bool] = False
+    phases_always: Callable[[ConfigT], bool] | None = None
     batched: bool = False
     adds: bool = False
     has_phases: bool = field(init=False, compare=False)
@@ -170,10 +180,21 @@ class Variant(Generic[ConfigT, DataT]):
         """What init needs under a config."""
         return self.needs if self.needs_by is None else self.needs_by(cfg)
 
-    def more_in_training(self, cfg: ConfigT) -> bool:
-        """Whether under a config the phases do more in training mode than the weight says."""
+    def label_weights_of(self, cfg: ConfigT) -> VirtualLabelsFn[ConfigT] | None:
+        """What weighs the labels of virtual tokens under a config; None where nothing does."""
+        weights = self.virtual_label_weights
+        return None if weights is None else weights(cfg)
+
+    def decoder_tokens_of(self, cfg: ConfigT) -> VirtualFn[ConfigT] | None:
+        """What makes virtual tokens for a decoder under a config; None where nothing does."""
+        return None if self.virtual_decoder is None else self.virtual_decoder(cfg)
+
+    def beyond_weight(self, cfg: ConfigT, training: bool) -> bool:
+        """Whether under a config the phases do more in this mode than the weight says."""
+        if self.phases_always is not None and self.phases_always(cfg):
+            return True
         more = self.phases_in_training
-        return more if isinstance(more, bool) else more(cfg)
+        return training and (more if isinstance(more, bool) else more(cfg))
 
     @property
     def factor(self) -> ScalingFn[ConfigT]:

@@ -69,7 +69,9 @@ __all__ = [
     "ScaleFn",
     "ScalingFn",
     "ValidateFn",
+    "VirtualDecoderFn",
     "VirtualFn",
+    "VirtualLabelWeightsFn",
     "VirtualLabelsFn",
     "WeightFn",
     "Work",
@@ -314,11 +316,25 @@ class VirtualFn(Protocol[ConfigIn]):
         """
 
 
+class VirtualDecoderFn(Protocol[ConfigIn]):
+    """What stands in front of the tokens that an encoder-decoder model decodes."""
+
+    def __call__(self, cfg: ConfigIn, /) -> VirtualFn[Any] | None:
+        """A function that gives P tokens (P, d) of a site's tensors; None where there are none."""
+
+
 class VirtualLabelsFn(Protocol[ConfigIn]):
     """What a model's own loss expects after virtual tokens that are tokens of the vocabulary."""
 
     def __call__(self, cfg: ConfigIn, p: Params, site: Site, /) -> Tensor:
         """Ids (P,), -100 where the loss counts nothing."""
+
+
+class VirtualLabelWeightsFn(Protocol[ConfigIn]):
+    """By how much a loss counts the labels of virtual tokens."""
+
+    def __call__(self, cfg: ConfigIn, /) -> VirtualLabelsFn[Any] | None:
+        """A function that gives numbers (P,) of a site's tensors; None where they all are 1."""
 
 
 # ----------------------------------------------------------------------------- the dense equivalent

@@ -28,6 +28,8 @@ _OPTIONAL = (
     "weight",
     "virtual",
     "virtual_labels",
+    "virtual_label_weights",
+    "virtual_decoder",
     "attend",
     "validate",
     "dense",
@@ -42,6 +44,7 @@ _OPTIONAL = (
     "called_outputs",
     "check_rows",
     "check_calls",
+    "phases_always",
 )
 
 

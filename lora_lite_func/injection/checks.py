@@ -53,16 +53,20 @@ def check_training(module: Any, attachments: Iterable[Attachment]) -> None:
         UnsupportedError: a method asks for dropout (the message names the field), or its phases do
             more in training than its weight says.
     """
-    for attachment in attachments if module.training else ():
-        if attachment.variant.more_in_training(attachment.cfg):
+    for attachment in attachments:
+        variant, cfg = attachment.variant, attachment.cfg
+        if variant.beyond_weight(cfg, module.training):
+            when, instead = " in training", ", or put the model in eval mode"
+            if variant.beyond_weight(cfg, training=False):
+                when = instead = ""
             raise UnsupportedError(
-                f"{attachment.site.path!r}: what {attachment.variant.name} does in training acts "
-                f"on a layer's call, and in this model the weight itself is used here; leave the "
-                f"layer out with exclude_names, or put the model in eval mode"
+                f"{attachment.site.path!r}: what {variant.name} does{when} acts on a layer's call, "
+                f"and in this model the weight itself is used here; leave the layer out with "
+                f"exclude_names{instead}"
             )
-        if dropout_of(attachment.cfg):
+        if module.training and dropout_of(cfg):
             raise UnsupportedError(
-                f"{attachment.site.path!r}: {dropout_of(attachment.cfg)} acts on features that "
+                f"{attachment.site.path!r}: {dropout_of(cfg)} acts on features that "
                 f"come to a layer's call, and in this model the weight itself "
                 "is used here; set it to 0, leave the layer out with exclude_names, or put the "
                 "model in eval mode"

@@ -52,10 +52,10 @@ def choose(attachments: tuple[Attachment, ...]) -> Step | None:
     attachment = attachments[0]
     if attachment.optional or attachment.called:
         return None
-    step = _shortest(attachment)
-    if step is None or not attachment.variant.more_in_training(attachment.cfg):
+    step, variant = _shortest(attachment), attachment.variant
+    if step is None or not variant.beyond_weight(attachment.cfg, training=True):
         return step
-    return OutsideTraining(step)
+    return None if variant.beyond_weight(attachment.cfg, training=False) else OutsideTraining(step)
 
 
 def _shortest(attachment: Attachment) -> Step | None:

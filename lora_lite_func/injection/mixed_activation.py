@@ -63,7 +63,7 @@ def by_weights(
         )
     if attachment.dropout and training:
         x = dropped(x, attachment.dropout)
-    by_phases = training and variant.more_in_training(attachment.cfg)
+    by_phases = variant.beyond_weight(attachment.cfg, training)
     if variant.low_rank_factors is not None and not by_phases:
         return add_mixture(y, x, *stacked_factors(attachment, p), w)
     assert variant.outputs is not None

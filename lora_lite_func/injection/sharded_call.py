@@ -48,7 +48,7 @@ def sharded_call(attachments: Sequence[Attachment], module: Any, x: Any, call: C
         raise UnsupportedError(
             f"{where}, and each process would drop other features; set dropout to 0"
         )
-    if module.training and any(a.variant.more_in_training(a.cfg) for a in attachments):
+    if any(a.variant.beyond_weight(a.cfg, module.training) for a in attachments):
         raise UnsupportedError(
             f"{where}, and each process would train by its own share of {name}; put the model in "
             f"eval mode, or use another method there (LoRA)"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core import random
 from ..core.config import AdapterConfig, probability, record
+from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.phases import Factors
 from ..core.site import Params, Site
@@ -39,6 +40,8 @@ class PVeRAConfig(AdapterConfig):
         projection_seed: of the frozen factors.
         sample: whether n is drawn in training mode, as in the paper. Off it is the mean, and a call
             is a function of its arguments, as without dropout.
+        sample_at_inference: whether n is drawn in evaluation mode too. A merged weight stays the
+            mean.
         dropout: probability of dropping an entry of the branch's input, in training mode only.
     """
 
@@ -46,10 +49,15 @@ class PVeRAConfig(AdapterConfig):
     d_initial: float = record(0.1)
     projection_seed: int = record(0)
     sample: bool = False
+    sample_at_inference: bool = False
     dropout: float = 0.0
 
     def validate(self) -> None:
         probability(self.dropout, "PVeRAConfig.dropout")
+        if self.sample_at_inference and not self.sample:
+            raise ConfigError(
+                "PVeRAConfig.sample_at_inference: nothing is drawn with sample=False; set both"
+            )
 
 
 def param_specs(cfg: PVeRAConfig, site: Site) -> dict[str, ParamSpec]:
@@ -88,7 +96,7 @@ def init(
 
 def prepare(cfg: PVeRAConfig, p: Params, site: Site, layer: Layer) -> bool:
     """Whether to draw."""
-    return cfg.sample and layer.training
+    return cfg.sample and (layer.training or cfg.sample_at_inference)
 
 
 def outputs(cfg: PVeRAConfig, p: Params, d: bool, x: Tensor, y: Tensor, site: Site) -> Tensor:
@@ -143,5 +151,6 @@ VARIANT = Variant(
     scale=scale,
     low_rank_factors=low_rank_factors,
     phases_in_training=lambda cfg: cfg.sample,
+    phases_always=lambda cfg: cfg.sample_at_inference,
     sites=("linear",),
 )

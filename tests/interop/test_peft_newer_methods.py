@@ -389,10 +389,19 @@ def test_pvera_of_unlike_shapes_is_no_one_file(tmp_path: Path) -> None:
         ll.to_peft(params, base(), tmp_path)
     ll.to_peft(params, base(), tmp_path, as_lora=True)
     close(loaded(base(), tmp_path), ll.apply(base().eval(), params, X), 1e-5)
-    config = peft.PveraConfig(r=4, sample_at_inference=True, target_modules=BOTH)
-    saved(config, base(), tmp_path / "drawn")
-    with pytest.raises(ll.CheckpointError, match="'sample_at_inference' is True, on which outputs"):
-        ll.from_peft(tmp_path / "drawn", base())
+
+
+def test_pvera_draws_at_inference_as_peft_does(tmp_path: Path) -> None:
+    layer, x = nn.Sequential(nn.Linear(16, 8)), X[:1].expand(20_000, -1)
+    config = peft.PveraConfig(r=4, sample_at_inference=True, target_modules=["0"])
+    theirs = saved(config, layer, tmp_path / "theirs", x=x)
+    params = ll.from_peft(tmp_path / "theirs", layer)
+    torch.manual_seed(0)
+    ours = ll.apply(layer.eval(), params, x)
+    close(ours.mean(0), theirs.mean(0), 0.03)
+    close(ours.std(0) / theirs.std(0), torch.ones(8), 0.05)
+    ll.to_peft(params, layer, tmp_path / "ours")
+    close(loaded(layer, tmp_path / "ours", x).std(0) / theirs.std(0), torch.ones(8), 0.05)
 
 
 def test_what_training_adds_to_a_lora_is_left_out_of_it(tmp_path: Path) -> None:

@@ -65,6 +65,32 @@ def test_pvera_draws_of_its_mean_and_variance() -> None:
     close(y.var(0) / variance, torch.ones(24, dtype=torch.float64), 0.05)
 
 
+def test_pvera_draws_at_inference_where_it_is_asked_for() -> None:
+    cfg = ll.PVeRAConfig(r=6, sample=True, sample_at_inference=True)
+    model, params, x = trained(cfg)
+    torch.manual_seed(0)
+    training = ll.apply(model, params, x)
+    mean = ll.apply(ll.merged(model.eval(), params), (), x)
+    for call in (
+        lambda: ll.apply(model, params, x),
+        lambda: ll.bind(model, params)(x),
+        lambda: ll.prepared(model, params)(x),
+    ):
+        torch.manual_seed(0)
+        close(call(), training, 1e-12)
+    stack = ll.stack([params, moved(params, 2)])
+    for several in (ll.rows(stack, [0, 1, -1, 0, 1]), ll.mixed(stack, torch.ones(5, 2).double())):
+        first, second = ll.apply(model, several, x), ll.apply(model, several, x)
+        assert ((first - second).abs().amax(-1) > 1e-9).sum() >= 4
+    assert (training - mean).abs().max() > 1e-3
+    attention = nn.MultiheadAttention(16, 2).eval()
+    tokens = torch.randn(3, 2, 16)
+    with pytest.raises(ll.UnsupportedError, match=r"what pvera does acts on a layer's call"):
+        ll.apply(attention, ll.init(attention, cfg), tokens, tokens, tokens)
+    with pytest.raises(ll.ConfigError, match="nothing is drawn with sample=False"):
+        ll.PVeRAConfig(sample_at_inference=True)
+
+
 def test_monteclora_s_draw_is_the_formula() -> None:
     cfg = ll.MonteCLoRAConfig(r=4, alpha=6.0, num_samples=3, noise=0.1)
     model, params, x = trained(cfg)

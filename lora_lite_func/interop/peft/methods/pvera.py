@@ -39,6 +39,7 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         "lora_B": corner(shared_tensor(reader, entry, "pvera_B"), "pvera_B", site.d_out, r),
     }
     fields = {"dropout": reader.number("pvera_dropout", 0.0), "sample": True}
+    fields["sample_at_inference"] = bool(reader.get("sample_at_inference"))
     return [Part(PVeRAConfig, leaves, fields, r)]
 
 
@@ -48,10 +49,10 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     side in one pair: directions that a module has no part in would be noise to it.
 
     Raises:
-        UnsupportedError: the adapters differ in r or dropout, or their projections aren't corners
-            of one pair.
+        UnsupportedError: the adapters differ in r, dropout or sampling, or their projections aren't
+            corners of one pair.
     """
-    said = of_config(adapters, "dropout", method="PVeRA")
+    said = of_config(adapters, "dropout", "sample_at_inference", method="PVeRA")
     r = one_of(ranks(adapters)[0], "PVeRA", "r")
     held = {path: h for a in adapters for path, h in a.items()}
     shared = {
@@ -63,6 +64,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         for path, h in held.items()
     }
     fields = {"r": r, "pvera_dropout": said["dropout"], "save_projection": True}
+    fields["sample_at_inference"] = said["sample_at_inference"]
     return Written(fields, tensors, shared)
 
 
@@ -70,11 +72,10 @@ PVERA = Codec(
     peft_type="PVERA",
     configs=(PVeRAConfig,),
     suffixes=("pvera_lambda_b", "pvera_lambda_d"),
-    understood="r pvera_dropout save_projection projection_prng_key",
+    understood="r pvera_dropout save_projection projection_prng_key sample_at_inference",
     read=read,
     write=write,
     shared=("pvera_A", "pvera_B"),
     ignored="d_initial generator_seed",
-    unread="sample_at_inference",
     biased="pvera_only",
 )
