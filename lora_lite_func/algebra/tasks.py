@@ -56,12 +56,14 @@ def tasks(params: Adapter, *, sampled: bool = False) -> Adapter:
     made: list[Tensor] = []
     for held in params._data.values():
         made += of_tasks(held, sampled)
-    values = tuple(getattr(params.config, name) for name in _SHARED)
+    values = tuple(getattr(params.config, name) for name in _FIELDS[plain])
     sites = tuple(tuple(getattr(site, name) for name in _OF_SITES) for site in _sites(params))
     return rebuild(getattr(_Layouts, _known(plain, values, sites)), made)
 
 
 def _prompts(p: Mapping[str, Tensor], sampled: bool) -> tuple[Tensor, ...]:
+    if "lora_decoder" in p:
+        return mpt.of_tasks_decoder(p), mpt.of_tasks(p)
     return (mpt.of_tasks(p),)
 
 
@@ -80,6 +82,11 @@ _FORMS: dict[type[AdapterConfig], tuple[type[AdapterConfig], Callable[..., tuple
 
 # ------------------------------------------------------------------------------------ static data
 _SHARED = tuple(f.name for f in dataclasses.fields(AdapterConfig))
+_FIELDS: dict[type[AdapterConfig], tuple[str, ...]] = {
+    LoRAConfig: _SHARED,
+    PromptTuningConfig: (*_SHARED, "decoder"),
+}
+"""{config of each task's adapter: its fields that the multitask one has too}."""
 _OF_SITES = (
     *("path", "d_in", "d_out", "bias", "kind", "r", "alpha"),
     *("num_experts", "transposed", "plus_one"),
@@ -104,13 +111,13 @@ def _known(
 
     Args:
         config: the class of its config.
-        values: the fields that all configs have.
+        values: its fields, those of `_FIELDS`.
         sites: what its sites are made of.
     """
     text = repr((config.__name__, values, sites))
     name = "of_" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     if not hasattr(_Layouts, name):
-        cfg = config(**dict(zip(_SHARED, values, strict=True)))
+        cfg = config(**dict(zip(_FIELDS[config], values, strict=True)))
         variant, scale_tensors = variant_for(config), dict[float, Tensor]()
         placed = [Site(**dict(zip(_OF_SITES, site, strict=True))) for site in sites]
         made = [site_for(variant, cfg, site, scale_tensors) for site in placed]

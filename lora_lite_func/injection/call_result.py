@@ -10,10 +10,13 @@ from torch import Tensor
 from ..layers.whole_calls import CACHES
 from .virtual_front import Front
 
-__all__ = ["own_tokens", "without_cache"]
+__all__ = ["own_tokens", "rebuilt", "without_cache"]
 
 _OF_TOKENS = ("start_logits", "end_logits")
 """Members of a result that have a number for each token."""
+
+_OF_ENCODER = "encoder_"
+"""What the names of members begin with that are of tokens which were encoded."""
 
 
 def own_tokens(result: Any, front: Front, tokens: int) -> Any:
@@ -36,13 +39,12 @@ def own_tokens(result: Any, front: Front, tokens: int) -> Any:
 
     if not isinstance(result, Mapping):
         return _each(result, cut)
-    return _rebuilt(
-        result,
-        {
-            name: _each(value, cut_of_tokens if name in _OF_TOKENS else cut)
-            for name, value in result.items()
-        },
-    )
+    cuts = {
+        name: _each(value, cut_of_tokens if name in _OF_TOKENS else cut)
+        for name, value in result.items()
+        if not name.startswith(_OF_ENCODER)
+    }
+    return rebuilt(result, {**result, **cuts})
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -58,9 +60,9 @@ def without_cache(result: Any) -> Any:
     """A result without the cache that the call was given in the caller's place."""
     if not isinstance(result, Mapping) or not any(name in result for name in CACHES):
         return result
-    return _rebuilt(result, {k: v for k, v in result.items() if k not in CACHES})
+    return rebuilt(result, {k: v for k, v in result.items() if k not in CACHES})
 
 
-def _rebuilt(result: Any, items: dict[str, Any]) -> Any:
+def rebuilt(result: Any, items: dict[str, Any]) -> Any:
     """A mapping of the same kind with other items."""
     return items if type(result) is dict else type(result)(**items)

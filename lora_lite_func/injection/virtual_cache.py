@@ -14,7 +14,7 @@ from ..layers.whole_calls import CACHES, given_cache, has_encoder
 from .attachment import Attachment
 from .virtual_values import front_of, values_of
 
-__all__ = ["cached_tokens", "check_room", "fill", "new_cache"]
+__all__ = ["cached_tokens", "check_room", "fill", "is_relative", "new_cache"]
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int:
@@ -79,7 +79,7 @@ def fill(attachment: Attachment, module: Any, given: Mapping[str, Any], rows: in
             numbers of them, and the model counts the unused ones.
     """
     front = front_of(attachment, module, rows)
-    if front.lengths is not None and has_encoder(module) and not _is_relative(module):
+    if front.lengths is not None and has_encoder(module) and not is_relative(module):
         raise UnsupportedError(
             f"{attachment.site.path!r}: {type(module).__name__} numbers its decoder's tokens by "
             f"what the cache holds, so rows can't have unlike numbers of virtual keys; call it "
@@ -105,6 +105,6 @@ def _is_checkpointed(module: Any) -> bool:
     return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
-def _is_relative(module: Any) -> bool:
+def is_relative(module: Any) -> bool:
     """Whether a model's tokens know their distances alone."""
     return getattr(module.config, "relative_attention_num_buckets", None) is not None

@@ -26,8 +26,16 @@ from .call_result import own_tokens, without_cache
 from .stand_in import on_stand_in
 from .virtual_arguments import Given, batch_of, going_on, in_front
 from .virtual_cache import cached_tokens, check_room, fill, new_cache
+from .virtual_decoder import in_front_of_decoded, of_decoder
 from .virtual_encoder import encoded, encoder_with_front
-from .virtual_values import front_of, labels_of, values_of
+from .virtual_loss import check_weighted, weighted
+from .virtual_values import (
+    decoder_values_of,
+    front_of,
+    label_weights_of,
+    labels_of,
+    values_of,
+)
 
 __all__ = ["methods"]
 
@@ -91,11 +99,13 @@ def _begun(
         if attachment.variant.virtual is None:
             return _observed(attachments, module, call, given)
     cached, tokens = _parted(attachments)
+    check_weighted(tokens, is_causal(module), given)
     begins = cached_tokens(given) == 0
     names = arguments_of(type(module))
     has_cache = given_cache(given)[1] is not None
+    decoded = of_decoder(tokens, module)
     if tokens and has_encoder(module):
-        given, tokens = encoded(tokens, module, given), []
+        given, tokens = encoded(tokens, module, given), decoded
     if cached and begins:
         given = new_cache(module, given, names)
         rows = batch_of(given, cached[0].site.path, _decoded(module))[0]
@@ -146,16 +156,21 @@ def _called(
     def inner(given: Given) -> Any:
         return _called(attachments, count - 1, begins, module, call, given)
 
-    if begins and attachment.site.kind != "cache":
-        check_room(given, held + slots + tokens, slots, path)
-        values = values_of(attachment, module, rows)
-        causal = is_causal(module)
-        labels = labels_of(attachment, module, rows)
-        given, front = in_front(front, values, module, given, names, causal, path, labels)
+    if not begins or attachment.site.kind == "cache":
+        check_room(given, held + tokens, slots, path)
+        under = sum(a.site.r for a in attachments[: count - 1])
+        return inner(going_on(front, given, names, held - slots - under, path, of))
+    check_room(given, held + slots + tokens, slots, path)
+    if of:
+        values = decoder_values_of(attachment, module, rows)
+        given, front = in_front_of_decoded(front, values, module, given, path)
         return own_tokens(inner(given), front, tokens)
-    check_room(given, held + tokens, slots, path)
-    under = sum(a.site.r for a in attachments[: count - 1])
-    return inner(going_on(front, given, names, held - slots - under, path, of))
+    values, labels = values_of(attachment, module, rows), labels_of(attachment, module, rows)
+    given, front = in_front(front, values, module, given, names, is_causal(module), path, labels)
+    result, weights = inner(given), label_weights_of(attachment, module, rows)
+    if weights is not None and given.get("labels") is not None:
+        result = weighted(result, front.aligned(weights, 1), given, path)
+    return own_tokens(result, front, tokens)
 
 
 def _decoded(module: Any) -> str:

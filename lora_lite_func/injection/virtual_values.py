@@ -18,7 +18,7 @@ from .rows_activation import mapped
 from .state import tensors_at
 from .virtual_front import Front
 
-__all__ = ["front_of", "labels_of", "values_of"]
+__all__ = ["decoder_values_of", "front_of", "label_weights_of", "labels_of", "values_of"]
 
 
 def values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
@@ -30,6 +30,13 @@ def values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
         rows: N.
     """
     virtual = attachment.variant.virtual
+    assert virtual is not None
+    return _of_rows(virtual, attachment, module, rows)
+
+
+def decoder_values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
+    """What stands in front of each row that is decoded, (N, P, width)."""
+    virtual = attachment.variant.decoder_tokens_of(attachment.cfg)
     assert virtual is not None
     return _of_rows(virtual, attachment, module, rows)
 
@@ -47,6 +54,12 @@ def labels_of(attachment: Attachment, module: Any, rows: int) -> Tensor | None:
         return made
     place = torch.arange(made.shape[1], device=made.device)
     return torch.where(place < lengths[:, None], made, -100)
+
+
+def label_weights_of(attachment: Attachment, module: Any, rows: int) -> Tensor | None:
+    """By how much the loss counts the labels of virtual tokens, (N, P); None where as any other."""
+    weights = attachment.variant.label_weights_of(attachment.cfg)
+    return None if weights is None else _of_rows(weights, attachment, module, rows)
 
 
 def _of_rows(

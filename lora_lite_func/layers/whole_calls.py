@@ -53,12 +53,14 @@ class TokenTable:
 
     Attributes:
         size: how many ids there are.
+        decodes: whether the model encodes its tokens and decodes others.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
         self._table = token_table(module)
         self.size = int(stored_table(self._table).shape[0])
+        self.decodes = has_encoder(module)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """The embedded tokens (n, width) of ids (n,), as the model's call has them."""

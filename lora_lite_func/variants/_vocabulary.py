@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, UnsupportedError
 
-__all__ = ["vocabulary"]
+__all__ = ["check_decodes", "vocabulary"]
 
 
 def vocabulary(
@@ -28,3 +28,16 @@ def vocabulary(
         ids = torch.randint(table.size, (count,), generator=generator, device="cpu")
     made: Tensor = table(ids)
     return made
+
+
+def check_decodes(table: Any, decoder: bool) -> None:
+    """Refuse virtual tokens for the decoder of a model that has none.
+
+    Raises:
+        UnsupportedError: it decodes nothing.
+    """
+    if decoder and not table.decodes:
+        raise UnsupportedError(
+            "decoder=True: the model doesn't encode and decode, so it decodes nothing that virtual "
+            "tokens could stand in front of; leave it out"
+        )

@@ -7,8 +7,10 @@ Each token of the examples has a type, by its remainder of 4: 1 and 3 are the fo
 after an answer), 2 an input's, 0 an answer's. Those of an answer aren't moved, and where labels are
 given the loss counts them too. `ll.project` keeps d within its bounds, after each step.
 
-Paper: Blau et al. 2024, arXiv 2410.17222. It weighs the examples' losses by their age; here each
-counts alike.
+With a `decay` below 1 the answers count the less the older their examples are: an answer decay
+times as much as the next one, and the last one decay times as much as the row's own labels.
+
+Paper: Blau et al. 2024, arXiv 2410.17222.
 A site is as in prompt_tuning.py. Identity at the start: none of the model's, but that of its
 answers with the examples in front. alpha has no part in this method.
 """
@@ -26,6 +28,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
+from ..core.phases import VirtualLabelsFn
 from ..core.site import Params, Site
 from ._vocabulary import vocabulary
 
@@ -42,12 +45,15 @@ class CPTConfig(AdapterConfig):
         token_types: the type of each; () takes 1 for all.
         epsilon: bound of an input's tokens, at a width of 2048.
         format_epsilon: bound of the format's tokens.
+        decay: by how much less an answer counts in the loss than the one after it; 1 counts all
+            alike. It is of models that predict each token from those before it.
     """
 
     token_ids: tuple[int, ...] = record(())
     token_types: tuple[int, ...] = record(())
     epsilon: float = 0.1
     format_epsilon: float = 0.1
+    decay: float = 1.0
 
     def validate(self) -> None:
         if self.token_types and len(self.token_types) != len(self.token_ids):
@@ -59,6 +65,8 @@ class CPTConfig(AdapterConfig):
             raise ConfigError("CPTConfig: expected token_ids and token_types of 0 and up")
         if min(self.epsilon, self.format_epsilon) < 0:
             raise ConfigError("CPTConfig: expected epsilon and format_epsilon of at least 0")
+        if self.decay < 0:
+            raise ConfigError(f"CPTConfig.decay: expected at least 0, found {self.decay}")
 
 
 def param_specs(cfg: CPTConfig, site: Site) -> dict[str, ParamSpec]:
@@ -108,8 +116,25 @@ def virtual(cfg: CPTConfig, p: Params, site: Site) -> Tensor:
 
 def virtual_labels(cfg: CPTConfig, p: Params, site: Site) -> Tensor:
     """(P,) the ids of an answer's tokens, -100 at the others."""
-    answers = (p["lora_types"] > 0) & (p["lora_types"] % 4 == _ANSWER)
-    return torch.where(answers, p["lora_ids"], -100).long()
+    return torch.where(_answers(p), p["lora_ids"], -100).long()
+
+
+def virtual_label_weights(cfg: CPTConfig) -> VirtualLabelsFn[CPTConfig] | None:
+    """What weighs the answers, if anything does."""
+    return _by_age if cfg.decay != 1.0 else None
+
+
+def _by_age(cfg: CPTConfig, p: Params, site: Site) -> Tensor:
+    """(P,) decay to the power of how many answers come after, those of the row itself as one."""
+    types = p["lora_types"]
+    first = ~(types[:, None] == types).tril(-1).any(-1)  # of the tokens of a type
+    later = (types > types[:, None]) & (first & _answers(p))  # (P, P)
+    return cfg.decay ** (later.sum(-1) + 1.0)
+
+
+def _answers(p: Params) -> Tensor:
+    """(P,) which tokens are an answer's."""
+    return (p["lora_types"] > 0) & (p["lora_types"] % 4 == _ANSWER)
 
 
 def project(cfg: CPTConfig, p: Params) -> dict[str, Tensor]:
@@ -131,6 +156,7 @@ VARIANT = Variant(
     init=init,
     virtual=virtual,
     virtual_labels=virtual_labels,
+    virtual_label_weights=virtual_label_weights,
     project=project,
     needs=frozenset({"weight"}),
     sites=("call",),

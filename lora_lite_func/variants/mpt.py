@@ -2,6 +2,8 @@
 
     e_t = e * (c_t r_t)        for task t
     e lora_tokens (P, width);   c lora_columns (tasks, P, k);   r lora_rows (tasks, k, width)
+    with decoder=True, others of the same form, with the same r, in front of what is decoded:
+    lora_decoder (P, width);   lora_decoder_columns (tasks, P, k)
 
 `ll.tasks(params)` are the tasks as a stack of plain prompt tunings, through which gradients go: a
 batch of several tasks is `ll.apply(model, ll.rows(ll.tasks(params), task_ids), ids)`. An adapter of
@@ -23,9 +25,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
+from ..core.phases import VirtualFn
 from ..core.random import normal
 from ..core.site import Params, Site
-from ._vocabulary import vocabulary
+from ._vocabulary import check_decodes, vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,14 @@ class MPTConfig(AdapterConfig):
         task_rank: rank k of a task's factor.
         token_ids: ids of the tokens that e starts from, repeated where there are fewer than r; ()
             draws them.
+        decoder: whether a model that encodes and decodes has virtual tokens in front of what it
+            decodes too.
     """
 
     tasks: int = 1
     task_rank: int = 1
     token_ids: tuple[int, ...] = record(())
+    decoder: bool = False
 
     def validate(self) -> None:
         if min(self.tasks, self.task_rank) < 1:
@@ -57,14 +63,17 @@ class MPTConfig(AdapterConfig):
 
 
 def param_specs(cfg: MPTConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_tokens (P, width), lora_columns (tasks, P, k), lora_rows (tasks, k, width)."""
+    """lora_tokens (P, width), lora_columns (tasks, P, k), lora_rows (tasks, k, width); with
+    decoder=True lora_decoder (P, width), lora_decoder_columns (tasks, P, k).
+    """
     P, width, wide = site.r, site.d_in, torch.float32
     columns, rows = (cfg.tasks, P, cfg.task_rank), (cfg.tasks, cfg.task_rank, width)
-    return {
-        "lora_tokens": ParamSpec((P, width), dtype=wide, rank_axis=0),
-        "lora_columns": ParamSpec(columns, normal(0.02), dtype=wide, rank_axis=1),
-        "lora_rows": ParamSpec(rows, normal(0.02), dtype=wide),
-    }
+    tokens = ParamSpec((P, width), dtype=wide, rank_axis=0)
+    factor = ParamSpec(columns, normal(0.02), dtype=wide, rank_axis=1)
+    specs = {"lora_tokens": tokens, "lora_columns": factor}
+    if cfg.decoder:
+        specs |= {"lora_decoder": tokens, "lora_decoder_columns": factor}
+    return specs | {"lora_rows": ParamSpec(rows, normal(0.02), dtype=wide)}
 
 
 def init(
@@ -75,13 +84,27 @@ def init(
     stats: None,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """e of the vocabulary; the factors are small numbers, as in PEFT."""
-    return {"lora_tokens": vocabulary(weight, site.r, cfg.token_ids, generator("lora_tokens"))}
+    """e of the vocabulary; the factors are small numbers, as in PEFT.
+
+    Raises:
+        UnsupportedError: decoder=True, and the model decodes nothing.
+    """
+    check_decodes(weight, cfg.decoder)
+    return {
+        name: vocabulary(weight, site.r, cfg.token_ids, generator(name))
+        for name in ("lora_tokens", "lora_decoder")
+        if name in specs
+    }
 
 
 def of_tasks(p: Params) -> Tensor:
     """e_t of all tasks (tasks, P, width)."""
     return p["lora_tokens"] * (p["lora_columns"] @ p["lora_rows"])
+
+
+def of_tasks_decoder(p: Params) -> Tensor:
+    """The tokens in front of what is decoded, of all tasks (tasks, P, width)."""
+    return p["lora_decoder"] * (p["lora_decoder_columns"] @ p["lora_rows"])
 
 
 def virtual(cfg: MPTConfig, p: Params, site: Site) -> Tensor:
@@ -98,6 +121,16 @@ def virtual(cfg: MPTConfig, p: Params, site: Site) -> Tensor:
     return of_tasks(p)[0]
 
 
+def virtual_decoder(cfg: MPTConfig) -> VirtualFn[MPTConfig] | None:
+    """What stands in front of the tokens that are decoded, if anything does."""
+    return _decoder if cfg.decoder else None
+
+
+def _decoder(cfg: MPTConfig, p: Params, site: Site) -> Tensor:
+    """(P, width) of the only task, as `virtual` has seen to."""
+    return of_tasks_decoder(p)[0]
+
+
 VARIANT = Variant(
     name="mpt",
     good_for="prompts of tasks that share much",
@@ -106,6 +139,7 @@ VARIANT = Variant(
     param_specs=param_specs,
     init=init,
     virtual=virtual,
+    virtual_decoder=virtual_decoder,
     needs=frozenset({"weight"}),
     sites=("call",),
 )

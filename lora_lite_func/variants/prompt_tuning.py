@@ -1,11 +1,12 @@
 """Prompt tuning: virtual tokens in front of a model's own, learned as their embeddings.
 
     embedded' = [e_1 ... e_P, embedded]        e lora_tokens (P, width)
+    with decoder=True, others in front of what is decoded: lora_decoder (P, width)
 
 A site is the whole call of a model that embeds tokens: of a model of transformers by default that
 model itself, of one that classifies causal sequences the model inside it, of one that encodes and
-decodes its encoder's tokens. Logits, hidden states and labels are the caller's, who sees none of
-the virtual tokens. `generate` works on a bound model with every cache.
+decodes its encoder's tokens, or those of both. Logits, hidden states and labels are the caller's,
+who sees none of the virtual tokens. `generate` works on a bound model with every cache.
 
 Paper: Lester et al. 2021, arXiv 2104.08691. It starts from tokens of the vocabulary, as here.
 Identity at the start: none, as attention sees more tokens. So there is no strength to scale, and no
@@ -24,9 +25,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError
 from ..core.method import ParamSpec, Variant
+from ..core.phases import VirtualFn
 from ..core.random import normal
 from ..core.site import Params, Site
-from ._vocabulary import vocabulary
+from ._vocabulary import check_decodes, vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,13 @@ class PromptTuningConfig(AdapterConfig):
             `token_ids`); "normal", standard normal numbers.
         token_ids: ids of the tokens to start from, repeated where there are fewer than r, cut where
             there are more.
+        decoder: whether a model that encodes and decodes has virtual tokens in front of what it
+            decodes too.
     """
 
     init: Literal["vocabulary", "normal"] = record("vocabulary")
     token_ids: tuple[int, ...] = record(())
+    decoder: bool = False
 
     def validate(self) -> None:
         if min(self.token_ids, default=0) < 0:
@@ -57,9 +62,10 @@ class PromptTuningConfig(AdapterConfig):
 
 
 def param_specs(cfg: PromptTuningConfig, site: Site) -> dict[str, ParamSpec]:
-    """lora_tokens (P, width)."""
+    """lora_tokens (P, width), and with decoder=True lora_decoder (P, width)."""
     shape = (site.r, site.d_in)
-    return {"lora_tokens": ParamSpec(shape, normal(1.0), dtype=torch.float32, rank_axis=0)}
+    spec = ParamSpec(shape, normal(1.0), dtype=torch.float32, rank_axis=0)
+    return {"lora_tokens": spec} | ({"lora_decoder": spec} if cfg.decoder else {})
 
 
 def init(
@@ -70,15 +76,30 @@ def init(
     stats: None,
     generator: Callable[[str], torch.Generator],
 ) -> dict[str, Tensor]:
-    """Tokens of the vocabulary, as the model embeds them."""
+    """Tokens of the vocabulary, as the model embeds them.
+
+    Raises:
+        UnsupportedError: decoder=True, and the model decodes nothing.
+    """
     if weight is None:
         return {}
-    return {"lora_tokens": vocabulary(weight, site.r, cfg.token_ids, generator("lora_tokens"))}
+    check_decodes(weight, cfg.decoder)
+    return {name: vocabulary(weight, site.r, cfg.token_ids, generator(name)) for name in specs}
 
 
 def virtual(cfg: PromptTuningConfig, p: Params, site: Site) -> Tensor:
     """e (P, width)."""
     return p["lora_tokens"]
+
+
+def virtual_decoder(cfg: PromptTuningConfig) -> VirtualFn[PromptTuningConfig] | None:
+    """What stands in front of the tokens that are decoded, if anything does."""
+    return _decoder if cfg.decoder else None
+
+
+def _decoder(cfg: PromptTuningConfig, p: Params, site: Site) -> Tensor:
+    """(P, width)."""
+    return p["lora_decoder"]
 
 
 def needs_by(cfg: PromptTuningConfig) -> frozenset[str]:
@@ -94,6 +115,7 @@ VARIANT = Variant(
     param_specs=param_specs,
     init=init,
     virtual=virtual,
+    virtual_decoder=virtual_decoder,
     needs=frozenset({"weight"}),
     needs_by=needs_by,
     sites=("call",),

@@ -7,6 +7,7 @@ models of transformers.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -225,6 +226,66 @@ def test_generate_of_encoder_decoders(name: str) -> None:
         mask, bare = torch.ones_like(IDS), model.get_encoder()(IDS)
         with pytest.raises(ll.UnsupportedError, match="isn't of 4 virtual tokens and those of"):
             bound(encoder_outputs=bare, attention_mask=mask, decoder_input_ids=begin)
+
+
+@pytest.mark.parametrize("name", both)
+def test_virtual_tokens_of_a_decoder(name: str) -> None:
+    model, steps = fresh(name), 4
+    params = ll.init(model, ll.PromptTuningConfig(r=4, init="normal", decoder=True))
+    p, own, decoded = params[""], model.get_input_embeddings()(IDS), IDS[:, :3]
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    front = {"inputs_embeds": p["lora_tokens"], "decoder_inputs_embeds": p["lora_decoder"]}
+    after = (own, model.get_input_embeddings()(decoded))
+    joined: Any = {
+        k: torch.cat([e.expand(3, -1, -1), x], 1)
+        for (k, e), x in zip(front.items(), after, strict=True)
+    }
+    labels = torch.cat([torch.full((3, 4), -100), decoded], 1)
+    with torch.no_grad():
+        joined["attention_mask"] = torch.cat([torch.ones(3, 4).long(), mask], 1)
+        expected = model(**joined, labels=labels)
+        given = {"attention_mask": mask, "decoder_input_ids": decoded}
+        found = ll.apply(model, params, IDS, **given, labels=decoded)
+        close(found.logits, expected.logits[:, 4:], 2e-6)
+        close(found.loss, expected.loss, 2e-6)
+        assert found.encoder_last_hidden_state.shape[1] == 10
+        by_labels = ll.apply(model, params, IDS, labels=decoded).loss
+        begun = model.prepare_decoder_input_ids_from_labels(decoded)
+        expected = ll.apply(model, params, IDS, decoder_input_ids=begun, labels=decoded).loss
+        close(by_labels, expected, 1e-6)
+        written = torch.full((3, 1), model.config.decoder_start_token_id)
+        for _ in range(steps):
+            logits = ll.apply(model, params, IDS, decoder_input_ids=written).logits
+            written = torch.cat([written, logits[:, -1:].argmax(-1)], dim=1)
+        bound = ll.bind(model, params)
+        how = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None}
+        for cached in (True, False):
+            assert torch.equal(bound.generate(IDS, use_cache=cached, **how), written)
+    g = grad(lambda p: ll.apply(model, p, IDS, labels=decoded).loss)(params)[""]
+    assert all(t.abs().max() > 0 for t in g.values())
+    several = [ll.init(model, dataclasses.replace(params.config, r=r), seed=r) for r in (5, 2)]
+    rows = ll.rows(ll.stack(several), [1, -1, 0])
+    with torch.no_grad():
+        if name == "bart":
+            with pytest.raises(ll.UnsupportedError, match="unlike numbers of virtual ones there"):
+                ll.apply(model, rows, IDS, decoder_input_ids=decoded)
+            return
+        found = ll.apply(model, rows, IDS, decoder_input_ids=decoded).logits
+        for i, member in enumerate((several[1], (), several[0])):
+            ids, begun = IDS[i : i + 1], decoded[i : i + 1]
+            expected = ll.apply(model, member, ids, decoder_input_ids=begun).logits
+            close(found[i], expected[0], 5e-6)
+
+
+def test_a_decoder_s_tokens_need_a_decoder() -> None:
+    model = fresh("llama")
+    for cfg in (ll.PromptTuningConfig(decoder=True), ll.MPTConfig(decoder=True)):
+        with pytest.raises(ll.UnsupportedError, match="decoder=True: the model doesn't encode and"):
+            ll.init(model, cfg)
+    params = ll.init(model, ll.PromptTuningConfig(r=2, init="normal", decoder=True))
+    with pytest.raises(ll.UnsupportedError, match="has virtual tokens for a decoder, and Llama"):
+        ll.apply(model, params, IDS)
 
 
 def test_generate_of_a_model_without_attention() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from helpers import close
 from peft_models import load_file, peft
 from prompts import IDS, both, fresh, greedy, output, single
+from torch import Tensor
 
 import lora_lite_func as ll
 
@@ -198,14 +201,30 @@ def test_prefixes_of_other_models(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = made(**given).logits
         close(ll.apply(model, params, **given).logits, expected, 5e-6)
-    if name in both:
-        with pytest.raises(ll.UnsupportedError, match="every other layer's, twice"):
-            ll.to_peft(params, model, tmp_path / "ours")
-        return
     ll.to_peft(params, model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
     with torch.no_grad():
         close(again(**given).logits, expected, 5e-6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("t5", "num_layers"), ("bart", "decoder_layers")])
+def test_prefixes_of_encoder_decoders_are_written_where_peft_can_take_them(
+    name: str, size: str, tmp_path: Path
+) -> None:
+    """It takes any of an odd number of layers, and of an even one those that repeat."""
+    for layers in (1, 3):
+        model = fresh(name, **{size: layers})
+        params = ll.init(model, ll.PrefixTuningConfig(r=4))
+        ll.to_peft(params, model, tmp_path / f"{layers}")
+        made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / f"{layers}").eval()
+        given = single(name, IDS)
+        with torch.no_grad():
+            close(made(**given).logits, ll.apply(model, params, **given).logits, 5e-6)
+    for layers in (2, 4):
+        model = fresh(name, **{size: layers})
+        params = ll.init(model, ll.PrefixTuningConfig(r=4))
+        with pytest.raises(ll.UnsupportedError, match=f"layers 0 and {layers // 2} would have one"):
+            ll.to_peft(params, model, tmp_path / f"{layers}")
 
 
 def test_multitask_both_ways(tmp_path: Path) -> None:
@@ -219,11 +238,103 @@ def test_multitask_both_ways(tmp_path: Path) -> None:
         ll.to_peft(params, model, tmp_path / "ours")
         again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
         close(again(IDS, task_ids=tasks).logits[:, 4:], expected, 5e-6)
-    said = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    said |= {"num_transformer_submodules": 2}
-    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(said))
-    with pytest.raises(ll.CheckpointError, match="train it with num_transformer_submodules=1"):
-        ll.from_peft(tmp_path / "theirs", model)
+
+
+@pytest.mark.parametrize("name", both)
+def test_multitask_of_encoder_decoders_both_ways(name: str, tmp_path: Path) -> None:
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, num_tasks=3, num_ranks=2
+    )
+    made = theirs(name, config, tmp_path / "theirs")
+    model, tasks, labels = fresh(name), torch.tensor([2, 0, 1]), IDS[:, :3].clone()
+    params = ll.from_peft(tmp_path / "theirs", model)
+    assert params.config.decoder
+    assert params[""]["lora_decoder"].shape == (4, 32)
+    ll.to_peft(params, model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    with torch.no_grad():
+        expected = made(IDS, labels=labels, task_ids=tasks)
+        found = ll.apply(model, ll.rows(ll.tasks(params), tasks), IDS, labels=labels)
+        close(found.logits, expected.logits[:, 4:], 5e-6)
+        close(found.loss, expected.loss, 2e-6)
+        close(again(IDS, labels=labels, task_ids=tasks).logits, expected.logits, 5e-6)
+    with pytest.raises(ll.CheckpointError, match="half of its virtual tokens are for a decoder"):
+        ll.from_peft(tmp_path / "theirs", fresh("llama"))
+    alone = ll.tasks(params)[1]
+    with pytest.raises(ll.UnsupportedError, match=r"train with ll\.MPTConfig\(decoder=True\)"):
+        ll.to_peft(alone, model, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_lstm_trains_as_peft_s(layers: int, tmp_path: Path) -> None:
+    config = peft.PromptEncoderConfig(
+        encoder_hidden_size=8,
+        encoder_reparameterization_type="LSTM",
+        encoder_num_layers=layers,
+        **COMMON,
+    )
+    made = theirs("llama", config, tmp_path / "theirs")
+    encoder, model = made.prompt_encoder["default"], fresh("llama")
+    start = ll.init(model, ll.PTuningConfig(r=4, encoder="lstm", hidden=8, lstm_layers=layers))
+    leaves = of_encoder(encoder, lambda p: p.detach().clone())
+    params = ll.Adapter(start.layout, {"": leaves})
+    agrees("llama", made, params)
+    made(IDS, labels=IDS).loss.backward()
+    found = ll.grad(lambda p: ll.apply(model, p, IDS, labels=IDS).loss)(params)[""]
+    for name, expected in of_encoder(encoder, lambda p: p.grad).items():
+        # torch's two biases have the sum's gradient each
+        close(found[name], expected / 2 if "lora_g" in name else expected, 2e-5)
+    ll.to_peft(params, model, tmp_path / "ours")
+    said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert said["encoder_reparameterization_type"] == "LSTM"
+    assert said["encoder_num_layers"] == layers
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    agrees("llama", again, params)
+
+
+def of_encoder(encoder: Any, of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """What PEFT's LSTM encoder says of each of its tensors, by our names."""
+    lstm, leaves = encoder.lstm_head, {"lora_tokens": of(encoder.embedding.weight)}
+
+    def both_ways(name: str) -> Tensor:
+        return torch.stack([of(getattr(lstm, name)), of(getattr(lstm, f"{name}_reverse"))])
+
+    for i in range(lstm.num_layers):
+        leaves[f"lora_x{i + 1}"] = both_ways(f"weight_ih_l{i}")
+        leaves[f"lora_h{i + 1}"] = both_ways(f"weight_hh_l{i}")
+        leaves[f"lora_g{i + 1}"] = both_ways(f"bias_ih_l{i}") + both_ways(f"bias_hh_l{i}")
+    for i, layer in enumerate((encoder.mlp_head[0], encoder.mlp_head[2]), start=1):
+        leaves |= {f"lora_W{i}": of(layer.weight), f"lora_b{i}": of(layer.bias)}
+    return leaves
+
+
+def test_answers_count_less_with_their_age_as_in_peft(tmp_path: Path) -> None:
+    types = [1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12]
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM",
+        cpt_token_ids=list(range(3, 17)),
+        cpt_tokens_type_mask=types,
+        opt_weighted_loss_type="decay",
+        opt_loss_decay_factor=0.6,
+    )
+    made = theirs("llama", config, tmp_path / "theirs")
+    model = fresh("llama")
+    params = ll.from_peft(tmp_path / "theirs", model)
+    assert params.config.decay == 0.6
+    labels = IDS.clone()
+    labels[0, :4] = labels[2, 5:] = -100
+    expected = made(IDS, labels=labels).loss
+    expected.backward()
+    close(ll.apply(model, params, IDS, labels=labels).loss, expected.detach(), 2e-6)
+    plain = dataclasses.replace(params.config, decay=1.0)
+    layout = ll.Layout(params.layout.variant, plain, params.sites.values())
+    alike = ll.Adapter(layout, dict(params))
+    assert (ll.apply(model, alike, IDS, labels=labels).loss - expected).abs() > 1e-2
+    found = ll.grad(lambda p: ll.apply(model, p, IDS, labels=labels).loss)(params)
+    delta = made.prompt_encoder["default"].delta_embedding.weight
+    close(found[""]["lora_delta"], delta.grad, 2e-6)
+    ll.to_peft(params, model, tmp_path / "ours")
+    assert ll.from_peft(tmp_path / "ours", model).config == params.config
 
 
 def test_a_prefix_of_another_model_is_refused(tmp_path: Path) -> None:

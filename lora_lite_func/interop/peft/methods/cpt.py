@@ -45,11 +45,14 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
         "lora_ids": where[0].float(),
         "lora_types": where[1].float(),
     }
+    weighted = reader.get("opt_weighted_loss_type") == "decay"
+    decay = reader.number("opt_loss_decay_factor", 1.0) if weighted else 1.0
     fields = {
         "token_ids": ids,
         "token_types": types,
         "epsilon": reader.number("opt_projection_epsilon", 0.1),
         "format_epsilon": reader.number("opt_projection_format_epsilon", 0.1),
+        "decay": decay,
     }
     return [Part(CPTConfig, leaves, fields, len(ids))]
 
@@ -72,6 +75,8 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         "cpt_tokens_type_mask": p["lora_types"].long().tolist(),
         "opt_projection_epsilon": cfg.epsilon,
         "opt_projection_format_epsilon": cfg.format_epsilon,
+        "opt_weighted_loss_type": "none" if cfg.decay == 1.0 else "decay",
+        "opt_loss_decay_factor": cfg.decay,
     }
     return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
 

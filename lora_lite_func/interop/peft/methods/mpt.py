@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.errors import CheckpointError
+from ....layers.whole_calls import has_encoder
 from ....variants import MPTConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
@@ -23,39 +25,48 @@ _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """Read prompt_embeddings (P, width), prefix_task_cols (tasks, P, k), prefix_task_rows (tasks,
-    k, width).
+    k, width). A file for a model that encodes and decodes has as many tokens for its decoder behind
+    these, and their columns behind theirs.
 
     Raises:
-        CheckpointError: the file has tokens for a decoder too.
+        CheckpointError: there are fewer rows than the config says, or the model decodes nothing.
     """
-    if (reader.get("num_transformer_submodules") or 1) != 1:
-        raise CheckpointError(
-            f"{reader.where}: its decoder has virtual tokens of its own, which PEFT's own "
-            f"generation leaves out; train it with num_transformer_submodules=1"
-        )
     tokens, columns = virtual_tokens(reader, held), held[_COLUMNS]
-    leaves = {"lora_tokens": tokens, "lora_columns": columns, "lora_rows": held[_ROWS]}
-    fields = {"tasks": columns.shape[0], "task_rank": columns.shape[-1]}
-    return [Part(MPTConfig, leaves, fields, tokens.shape[0])]
+    P, decodes = tokens.shape[0], (reader.get("num_transformer_submodules") or 1) != 1
+    leaves = {"lora_tokens": tokens, "lora_columns": columns[:, :P], "lora_rows": held[_ROWS]}
+    if decodes:
+        if not has_encoder(entry.module):
+            raise CheckpointError(
+                f"{reader.where}: half of its virtual tokens are for a decoder, and "
+                f"{type(entry.module).__name__} doesn't encode and decode; read it with the model "
+                f"that it was trained on"
+            )
+        leaves |= {"lora_decoder": held[TENSOR][P:], "lora_decoder_columns": columns[:, P:]}
+    fields = {"tasks": columns.shape[0], "task_rank": columns.shape[-1], "decoder": decodes}
+    return [Part(MPTConfig, leaves, fields, P)]
 
 
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
-    """Write what the tasks share, and their factors.
+    """Write what the tasks share, and their factors; those for a decoder behind the others.
 
     Raises:
         UnsupportedError: PEFT has no one file for these adapters.
     """
     adapter, path = only_one(adapters, modules, "MULTITASK_PROMPT_TUNING")
     p, cfg = adapter[path], adapter.config
-    tokens: Tensor = p["lora_tokens"]
+    tokens, columns = p["lora_tokens"], p["lora_columns"]
     fields = {
         "num_virtual_tokens": tokens.shape[0],
         "token_dim": tokens.shape[1],
         "num_tasks": cfg.tasks,  # type: ignore[attr-defined]
         "num_ranks": cfg.task_rank,  # type: ignore[attr-defined]
     }
-    tensors = {TENSOR: tokens, _COLUMNS: p["lora_columns"], _ROWS: p["lora_rows"]}
-    return Written(fields | said_of_model(modules, path), {path: tensors})
+    fields = said_of_model(modules, path) | fields
+    if "lora_decoder" in p:
+        fields["num_transformer_submodules"] = 2
+        tokens = torch.cat([tokens, p["lora_decoder"]])
+        columns = torch.cat([columns, p["lora_decoder_columns"]], 1)
+    return Written(fields, {path: {TENSOR: tokens, _COLUMNS: columns, _ROWS: p["lora_rows"]}})
 
 
 MPT = Codec(

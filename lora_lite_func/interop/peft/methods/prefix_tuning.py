@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ....core.adapter import Adapter
@@ -74,11 +75,6 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
             "to_peft: PEFT's prefixes say the heads of the model that they are for; give the base "
             "model"
         )
-    if has_encoder(model):
-        raise UnsupportedError(
-            f"to_peft: {type(model).__name__} encodes and decodes, and of such a model's prefix "
-            f"PEFT uses every other layer's, twice; there is no file for this one"
-        )
     cfg: Any = adapter.config
     virtual: Any = adapter.layout.variant.virtual
     made = virtual(cfg, adapter[path], adapter.sites[path]).detach()  # (layers, 2, P, w)
@@ -90,7 +86,31 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     }
     fields |= {"num_frozen_tokens": cfg.frozen} if isinstance(cfg, CartridgeConfig) else {}
     fields |= said_of_model(modules, path) | {"num_layers": made.shape[0]}
+    if has_encoder(model):
+        made, fields["num_transformer_submodules"] = _of_decoder(made, type(model).__name__), 2
     return Written(fields, {path: {TENSOR: made.permute(2, 0, 1, 3).flatten(1)}})
+
+
+def _of_decoder(made: Tensor, model: str) -> Tensor:
+    """Return a decoder's prefix (layers, 2, P, w) as PEFT takes it, which gives layer i what the
+    file has for layer 2 i. So with an even number of layers half of them are used, twice.
+
+    Raises:
+        UnsupportedError: two layers that would have one prefix there have unlike ones.
+    """
+    layers = made.shape[0]
+    written = torch.zeros_like(made)
+    for i in range(layers):
+        j = 2 * i % layers
+        again = layers % 2 == 0 and 2 * i >= layers
+        if again and not written[j].equal(made[i]):
+            raise UnsupportedError(
+                f"to_peft: {model} encodes and decodes, and of such a model's prefix PEFT uses "
+                f"every other layer's, twice: layers {i - layers // 2} and {i} would have one, and "
+                f"theirs differ here; keep it in a file of the library's own (ll.save)"
+            )
+        written[j] = made[i]
+    return written
 
 
 PREFIX_TUNING = Codec(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ....core.adapter import Adapter
-from ....core.errors import CheckpointError
+from ....core.errors import CheckpointError, UnsupportedError
 from ....variants import PromptTuningConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
@@ -53,6 +53,11 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         UnsupportedError: PEFT has no one file for these adapters.
     """
     adapter, path = only_one(adapters, modules, "PROMPT_TUNING")
+    if adapter.config.decoder:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            "to_peft: decoder=True: PEFT's prompt tuning leaves the decoder's virtual tokens out; "
+            "train with ll.MPTConfig(decoder=True), whose file has them, or without them"
+        )
     tokens = adapter[path]["lora_tokens"]
     fields = {"num_virtual_tokens": tokens.shape[0], "token_dim": tokens.shape[1]}
     return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
