@@ -92,6 +92,18 @@ def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
             yield from base_modules(child, f"{path}.{name}" if path else name)
 
 
+def underneath(module: Any) -> Any:
+    """A bound model's layer as its base has it, on a shallow copy; any other module as it is. What
+    is adapted reads as the changed weight otherwise.
+    """
+    base = getattr(type(module), "_ll_base", None)
+    if base is None:
+        return module
+    made = object.__new__(base)
+    made.__dict__.update(module.__dict__)
+    return made
+
+
 def leaf_keys(bound: nn.Module, entry: Entry) -> Iterator[tuple[str, str, str]]:
     """(path of a site, name of a leaf, its key in the bound model's state dict), for each leaf; one
     that several sites share has a key at each.

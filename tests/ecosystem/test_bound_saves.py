@@ -382,3 +382,15 @@ def test_a_module_of_huggingface_hub(tmp_path: Path) -> None:
     assert same(ll.load(tmp_path, model), params)
     with pytest.raises(RuntimeError, match="size mismatch"):
         Small.from_pretrained(tmp_path)
+
+
+def test_a_head_trained_whole_is_saved_beside_the_adapter(base: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    head = ll.init(base, ll.FullConfig(target_parameters=(r"^lm_head\.",)))
+    bound: Any = ll.bind(base, (head, ll.init(base, ll.LoRAConfig(r=4))))
+    trainer(bound, tmp_path).train()
+    right = logits(bound)
+    said = json.loads((tmp_path / "checkpoint-4/adapter_config.json").read_text())
+    assert "lm_head" in said["modules_to_save"]
+    made = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "checkpoint-4")
+    close(logits(made), right, 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import close, moved, net
-from peft_models import X, base, loaded, peft, saved
+from peft_models import Experts, X, base, load_file, loaded, peft, saved
 from torch import nn
 
 import lora_lite_func as ll
@@ -418,3 +419,48 @@ def test_what_training_adds_to_a_lora_is_left_out_of_it(tmp_path: Path) -> None:
         own = moved(ll.init(base(), ours))
         ll.to_peft(own, base(), tmp_path / "ours")
         close(loaded(base(), tmp_path / "ours"), ll.apply(base(), own, X), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ll.DEFTConfig(r=3), ll.PSOFTConfig(r=4), ll.FRoDConfig(), ll.DoRAConfig(r=2)],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_bound_model_is_a_base_as_its_own_base_is(
+    config: ll.AdapterConfig, tmp_path: Path
+) -> None:
+    model = base()
+    params = moved(ll.init(model, config))
+    ll.to_peft(params, model, tmp_path / "base")
+    ll.to_peft(params, ll.bind(model, params), tmp_path / "bound")
+    expected, found = load_file(tmp_path / "base"), load_file(tmp_path / "bound")
+    assert all(torch.equal(t, expected[key]) for key, t in found.items())
+
+
+def test_frod_of_layers_that_peft_takes_for_one(tmp_path: Path) -> None:
+    stacks = {f"{name}.layers": nn.ModuleList([nn.Linear(6, 6)]) for name in ("encode", "decode")}
+    model = nn.Module()
+    for name, layers in stacks.items():
+        home = nn.Module()
+        home.layers = nn.ModuleList(nn.ModuleDict({"fc": layer}) for layer in layers)
+        model.add_module(name.partition(".")[0], home)
+    params = ll.init(model, ll.FRoDConfig())
+    with pytest.raises(
+        ll.UnsupportedError, match=r"'encode\.layers\.0\.fc': PEFT takes another layer"
+    ):
+        ll.to_peft(params, model, tmp_path)
+
+
+def test_factors_of_stacked_experts_of_any_method(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Experts()})
+    x = torch.randn(2, 3, 8)
+    for config in (ll.DeLoRAConfig, ll.KaSAConfig, ll.OSFConfig, ll.AdaMSSConfig):
+        target = {"target_parameters": (r"gate_up$", r"down$")}
+        params = moved(ll.init(model, config(r=2, **target)), size=0.1)
+        ll.to_peft(params, model, tmp_path / config.__name__)
+        made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / config.__name__)
+        expected = ll.merged(model, params)["experts"](x)
+        close(made.eval().base_model.model["experts"](x), expected, 1e-4)
+        summed = ll.merged(model, ll.add(params))["experts"](x)
+        close(summed, expected, 1e-4)

@@ -270,6 +270,7 @@ BIASED = [
         ll.BOFTConfig(block_size=4, m=1),
         ll.VeRAConfig(r=2, target_names=("up",)),
     ),
+    ll.DEFTConfig(r=2),
     *(ll.GraLoRAConfig(r=4, k=2), ll.RandLoRAConfig(r=4, target_names=("up",)), ll.LoRAConfig(r=2)),
 ]
 
@@ -285,6 +286,20 @@ def test_a_learned_bias_beside_any_method_that_has_it(
     written(
         (moved(ll.init(model, config)), moved(ll.init(model, shift), seed=2)), model, tmp_path, x
     )
+
+
+@pytest.mark.parametrize("form", ["vector", "constant", "none"])
+@pytest.mark.parametrize("bias", ["all", "glora_only"])
+def test_a_learned_bias_that_glora_multiplies(form: str, bias: str, tmp_path: Path) -> None:
+    model, x = base(), torch.randn(3, 16)
+    config = peft.GloraConfig(
+        r=2, config_D_E=form, bias=bias, target_modules=["up"], init_weights=False
+    )
+    right = saved(config, model, tmp_path, x=x)
+    params = ll.from_peft(tmp_path, model)
+    close(ll.apply(model, params, x), right, 1e-5)
+    ll.to_peft(params, model, tmp_path / "ours")
+    close(loaded(model, tmp_path / "ours", x), right, 1e-5)
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -164,14 +164,12 @@ def test_a_table_and_a_head_that_share_it_with_ids_of_their_own(tmp_path: Path) 
     model = llama(tie=True).eval()
     tokens = {"embed_tokens": [5, 6], "lm_head": [7, 5, 2]}
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
-    made = noisy(peft.get_peft_model(copy.deepcopy(model), config)).eval()
-    made.save_pretrained(tmp_path)
-    params = ll.from_peft(tmp_path, model)
-    close(ll.apply(model, params, IDS).logits, made(IDS).logits, 1e-5)
+    both_ways(model, config, tmp_path)
+    rows = ll.init(model, ll.TokensConfig(token_ids=(5, 6), target_names=("embed_tokens",)))
     with pytest.raises(
-        ll.UnsupportedError, match=r"'lm_head': PEFT would replace rows of 'model.embed_tokens' too"
+        ll.UnsupportedError, match=r"'model.embed_tokens': PEFT would replace rows of 'lm_head' too"
     ):
-        ll.to_peft(params, model, tmp_path / "ours")
+        ll.to_peft(rows, model, tmp_path / "ours")
 
 
 # ----------------------------------------------------------------------------------- stored tables
@@ -261,3 +259,57 @@ def test_tokens_beside_adalora(tmp_path: Path) -> None:
     )
     params = both_ways(llama(tie=True).eval(), config, tmp_path)
     assert [type(a.config) for a in params] == [ll.AdaLoRAConfig, ll.TokensConfig]
+
+
+# ------------------------------------------------------------------------------------ tied adapters
+@pytest.mark.parametrize("pad", [None, 0])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_that_are_tied_as_their_tables_are(
+    target: str, pad: int | None, tmp_path: Path
+) -> None:
+    """The head's gradient moves the padding row too, and then the table is one site."""
+    torch.manual_seed(0)
+    model = llama(tie=True).eval()
+    model.model.embed_tokens.padding_idx = pad
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", target], ensure_weight_tying=True, init_lora_weights=False
+    )
+    said = with_logits(model, IDS)
+    made = noisy(peft.get_peft_model(copy.deepcopy(model), config)).eval()
+    head, table = made.base_model.model.lm_head, made.base_model.model.model.embed_tokens
+    with torch.no_grad():  # one in training, and the noise is of each alone
+        head.lora_A["default"].weight.copy_(table.lora_embedding_B["default"].mT)
+        head.lora_B["default"].weight.copy_(table.lora_embedding_A["default"].mT)
+    right = said(made)
+    made.save_pretrained(tmp_path)
+    params = ll.from_peft(tmp_path, model)
+    close(said(lambda **x: ll.apply(model, params, **x)), right, 1e-5)
+    close(said(ll.merged(model, params)), right, 1e-5)
+    tables = [path for path in params if "q_proj" not in path]
+    whole = ["model.embed_tokens.weight"]
+    assert tables == (["lm_head", "model.embed_tokens"] if pad is None else whole)
+
+
+def test_rows_of_a_tied_head_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(tie=True).eval()
+    config = peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["lm_head"])
+    assert list(both_ways(model, config, tmp_path)) == ["lm_head"]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_a_stored_head_has_lost_already(start: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], init_lora_weights=start
+    )
+    said = with_logits(model, IDS)
+    made = noisy(peft.get_peft_model(copy.deepcopy(model), config)).eval()
+    with torch.no_grad():
+        made.base_model.model.model.embed_tokens.lora_embedding_A["default"][:, 0] = 0.0
+    right = said(made)
+    made.save_pretrained(tmp_path)
+    params = ll.from_peft(tmp_path, model)
+    close(said(lambda **x: ll.apply(model, params, **x)), right, 1e-5)
+    close(said(ll.merged(model, params)), right, 1e-5)

@@ -70,6 +70,11 @@ _ROLES: Mapping[str, str] = {
         for form, words in _PAIRS.items()
         for word, role in zip(words, ("down", "up"), strict=True)
     },
+    **{  # the learned bias of an up
+        "." + form.replace("weight", "bias").format(up): "up_bias"
+        for form, (_, up) in _PAIRS.items()
+        if "lora" in form and form.endswith("weight")
+    },
     **{f".{name}": name for name in _PLAIN},
     ".w_norm": "diff",  # LyCORIS' words for the changes of a norm
     ".b_norm": "diff_b",

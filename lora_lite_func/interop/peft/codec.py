@@ -70,8 +70,13 @@ class Codec:
         leftovers: whole parts of keys that mark the state of a training, which may be left in the
             file.
         kinds: the kinds of layer that PEFT adapts with it.
+        transposed: whether PEFT adapts linear layers that are stored as (d_in, d_out) with it.
+        convolves: whether PEFT runs a convolution of its own with it, which pads with zeros.
+        undilated: whether that convolution leaves out the layer's dilation.
         biased: what its `bias` field says where the adapted layers' own biases are learned; ""
             where it has no such field.
+        bias_gain: {suffix: tensor} of a layer -> what it multiplies the layer's bias by, which a
+            learned bias is multiplied by too; None where the bias stays as it is.
         holds: tells which adapters of `configs` a file can hold as they are; None for all.
         structure: (adapters, Written, {path: module}): writes into it what PEFT knows beyond the
             tensors that other tools read too; None where there is no such thing.
@@ -104,7 +109,11 @@ class Codec:
     unread: str = ""
     leftovers: tuple[str, ...] = ()
     kinds: str = "linear"
+    transposed: bool = False
+    convolves: bool = True
+    undilated: bool = False
     biased: str = ""
+    bias_gain: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     holds: Callable[[Adapter], bool] | None = None
     structure: Callable[[Sequence[Adapter], Written, Mapping[str, Any]], None] | None = None
     takes_shifts: (

@@ -11,7 +11,7 @@ from ...core.errors import CheckpointError, short_repr
 from ...core.torch_internals import CONVOLUTIONS
 from ..metadata import ConfigReader
 from .codec import Codec
-from .keys import WRAPPED
+from .keys import WRAPPED, elsewhere
 
 __all__ = ["check_complete", "check_targeted", "in_one_of", "refuse_emptied"]
 
@@ -65,14 +65,20 @@ def _branch(where: Mapping[str, str]) -> list[str]:
     return shared
 
 
-def check_targeted(reader: ConfigReader, where: Mapping[str, str]) -> None:
-    """Refuse tensors for a place that the config doesn't name.
+def check_targeted(
+    reader: ConfigReader, where: Mapping[str, str], modules: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse tensors for a place that the config doesn't name. With ensure_weight_tying, what
+    shares a weight with a place that it names is named too.
 
     Raises:
         CheckpointError: with the place.
     """
+    tying = modules if reader.flag("ensure_weight_tying") else None
     for path, found in where.items():
-        names = (path, path.partition(WRAPPED)[0], found)  # PEFT's names, and the present one
+        names = [path, path.partition(WRAPPED)[0], found]  # PEFT's names, and the present one
+        if tying is not None:
+            names += [other.rpartition(".")[0] for other in elsewhere(tying, f"{found}.weight")]
         if all(reader.targeted(name) is False for name in names):
             raise CheckpointError(
                 f"{reader.where}: tensors for {short_repr(found)}, which its target_modules "

@@ -58,7 +58,8 @@ def whole(
     kept: dict[str, Tensor] = {}
     for key in (f"{home}.{name}" for home in homes for name in modules[home].state_dict()):
         home, _, leaf = key.rpartition(".")
-        kept[key] = held_tensor(modules[home], leaf)
+        if home in modules:  # a bound model's own tensors are none of the base's
+            kept[key] = held_tensor(modules[home], leaf)
     for path, (site, W) in trained.items():
         kept[path] = _restored(W, kept[path], site)
     return sorted(homes), kept

@@ -20,6 +20,7 @@ from ..renaming import Paths
 from .codec import Codec
 from .completeness import check_complete, check_targeted
 from .keys import WRAPPED, attention, elsewhere
+from .unlike_layers import unlike
 
 __all__ = ["adaptable", "entries_of", "refuse_tied"]
 
@@ -68,7 +69,8 @@ def entries_of(
     moved = {path: path if paths is None else _moved(paths, path) for path in sites}
     where = {path: _resolved(modules, reader, moved[path]) for path in sites}
     bare = {path for path, found in where.items() if found not in modules}
-    check_targeted(reader, {path: found for path, found in where.items() if path not in bare})
+    named = {path: found for path, found in where.items() if path not in bare}
+    check_targeted(reader, named, modules)
     known = adaptable(model, where.values())
     if len(known) != len(where):
         twice = next(found for found, n in Counter(where.values()).items() if n > 1)
@@ -82,6 +84,12 @@ def entries_of(
         if KINDS[entry.kind].bare or (entry.kind == "linear" and rewritten):
             refuse_tied(
                 reader, modules, entry.path if KINDS[entry.kind].bare else f"{entry.path}.weight"
+            )
+        reason = unlike(entry.path, modules, method, written=False)
+        if reason is not None:
+            raise CheckpointError(
+                f"{reader.where}: {short_repr(entry.path)}: {reason}merge it in PEFT "
+                f"(merge_and_unload), whose outputs then are those of the changed weight"
             )
     for path, entry in entries.items():
         if moved[path] != path:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
 from ...core.registry import variant_for
 from ...layers.weights import stored
-from ...variants import DoRAConfig, HiRAConfig
+from ...variants import DoRAConfig, HiRAConfig, LoRAConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
 from .keys import elsewhere
 from .modules import adaptable
 
-__all__ = ["padding_checked"]
+__all__ = ["as_one_table", "padding_checked"]
+
+Parts = Sequence[tuple[ModuleEntry, Part]]
 
 
 def padding_checked(
@@ -38,6 +42,41 @@ def padding_checked(
             f"padding, which stays as it is here"
         )
     return ModuleEntry(table, entry.shared, *adaptable(model, [table])[table])
+
+
+def as_one_table(parts: Parts, model: Any) -> Parts:
+    """Return parts in which a table that PEFT changes alike in all its places (an embedding, and
+    heads that share its weight: ensure_weight_tying) is one site where its padding row moves.
+    """
+    if model is None:
+        return parts
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_path = {entry.path: part for entry, part in parts}
+    single: dict[str, str] = {}  # {path of a place: the table's, or "" where another place has it}
+    for entry, part in parts:
+        padding = getattr(entry.module, "padding_idx", None) if entry.kind == "embedding" else None
+        if padding is None or not _moves(part, padding, stored(entry.module, "weight")):
+            continue
+        table = f"{entry.path}.weight"
+        heads = [other.rpartition(".")[0] for other in elsewhere(modules, table)]
+        if heads and all(_same_change(part, by_path.get(head)) for head in heads):
+            single |= dict.fromkeys(heads, "") | {entry.path: table}
+    found = []
+    for entry, part in parts:
+        table = single.get(entry.path, entry.path)
+        if table != entry.path and table:
+            entry = ModuleEntry(table, entry.shared, *adaptable(model, [table])[table])
+        if table:
+            found.append((entry, part))
+    return found
+
+
+def _same_change(table: Part, head: Part | None) -> bool:
+    """Tell whether a head's LoRA is an embedding's, with the factors turned around."""
+    if head is None or not table.config is head.config is LoRAConfig:
+        return False
+    A, B = table.leaves["lora_A"], table.leaves["lora_B"]
+    return torch.equal(A.mT, head.leaves["lora_B"]) and torch.equal(B.mT, head.leaves["lora_A"])
 
 
 def _moves(part: Part, padding: int, table: Any) -> bool:

@@ -18,7 +18,6 @@ from ...core.errors import (
     short_repr,
 )
 from ...layers.kinds import KINDS
-from ...variants import FullConfig
 from ..assembly import ModuleEntry, Part, assemble, check_tensors, widened
 from ..metadata import ConfigReader
 from ..renaming import Paths, Rename
@@ -30,8 +29,9 @@ from .extras_read import beside
 from .folder import unpack
 from .keys import WRAPPED
 from .methods import METHODS
-from .modules import adaptable, entries_of, refuse_tied
-from .padding import padding_checked
+from .modules import entries_of, refuse_tied
+from .padding import as_one_table, padding_checked
+from .replaced import multiplied, on_its_copy, on_tables
 from .state_keys import split
 from .whole_model import of_whole_model, whole_model_entry
 
@@ -156,6 +156,11 @@ def _method(reader: ConfigReader) -> Codec:
             f"{reader.where}: an X-LoRA is more than an adapter; read it with "
             f"ll.xlora_from_peft(folder, model)"
         )
+    if kind == "SHADOW":
+        raise CheckpointError(
+            f"{reader.where}: a shadow network beside the model is no adapter of its layers, and "
+            f"can't be merged; it runs in PEFT alone"
+        )
     if kind not in METHODS:
         raise CheckpointError(
             f"{reader.where}: peft_type {short_repr(kind)} isn't read here; "
@@ -198,12 +203,17 @@ def _placed(
     if paths is not None:
         paths.check_used([*sites, *rest])
     for path, entry in entries.items():
-        parts += ((entry, part) for part in _parts(reader, method, entry, _plain(sites[path])))
+        own = on_its_copy(reader, method, path, rest)
+        parts += ((entry, part) for part in _parts(own, method, entry, _plain(sites[path])))
     _refuse_tied_tables(reader, parts, model)
+    parts = list(as_one_table(parts, model))
     extras = beside(reader, rest, model, {entry.path for entry, _ in parts})
+    if method.bias_gain is not None:
+        gains = {entry.path: method.bias_gain(sites[path]) for path, entry in entries.items()}
+        extras = [(entry, multiplied(entry, part, gains)) for entry, part in extras]
     return [
         (padding_checked(reader, entry, part, model), part)
-        for entry, part in (*_on_tables(parts, extras, model), *extras)
+        for entry, part in (*on_tables(parts, extras, model), *extras)
     ]
 
 
@@ -292,24 +302,6 @@ def _is_left(key: str, leftovers: Iterable[str]) -> bool:
     """
     parts = key.split(".")
     return any(name in parts for name in leftovers)
-
-
-def _on_tables(
-    parts: Sequence[tuple[ModuleEntry, Part]],
-    extras: Sequence[tuple[ModuleEntry, Part]],
-    model: nn.Module | None,
-) -> list[tuple[ModuleEntry, Part]]:
-    """Return a module's adapter as one of its weight, where the file has another weight for the
-    module.
-    """
-    replaced = {entry.path for entry, part in extras if part.config is FullConfig}
-    moved = []
-    for entry, part in parts:
-        weight = f"{entry.path}.weight"
-        if model is not None and weight in replaced:
-            entry = ModuleEntry(weight, entry.shared, *adaptable(model, [weight])[weight])
-        moved.append((entry, part))
-    return moved
 
 
 def _plain(held: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

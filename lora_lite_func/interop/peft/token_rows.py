@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ def read_rows(
         names = [f"{path}.weight", *elsewhere(modules, f"{path}.weight")]
         homes = [name.rpartition(".")[0] for name in names]
         alike = all(listed[home] == listed[path] for home in homes if home in listed)
-        tied = alike and len(homes) > 1 and any(ties(model, modules[home]) for home in homes)
+        # PEFT replaces rows of a head alone where the file has none of the embedding's
+        tied = alike and any(ties(model, modules[home]) for home in homes if home in rows)
+        tied = tied and len(homes) > 1
         if tied and path in done:
             if not torch.equal(done[path], new):
                 raise CheckpointError(
@@ -138,6 +140,9 @@ def written_rows(
     """
     ids: dict[str, list[int]] = {}
     rows: dict[str, Tensor] = {}
+    adapters = list(adapters)
+    # PEFT leaves a place alone that has ids of its own
+    apart = set() if every_place else {path for a in adapters for path in a}
     for a in adapters:
         for path, held in a.items():
             site = a.sites[path]
@@ -148,7 +153,12 @@ def written_rows(
                     f"to_peft: {short_repr(path)}: PEFT's files hold whole rows of an embedding; "
                     f"give the base model"
                 )
-            source, places = _places(home, bare, modules)
+            if bare and not path.endswith(".weight"):
+                raise UnsupportedError(
+                    f"to_peft: {path!r}: PEFT replaces rows of a module's weight, and this is "
+                    f"another parameter; merge it"
+                )
+            source, places = _places(home, bare, modules, apart)
             chosen, change = held["lora_ids"].long(), held["lora_rows"]
             padding = _padding(modules[home])
             if site.kind == "embedding" and padding is not None:
@@ -161,20 +171,26 @@ def written_rows(
 
 
 def tied_homes(home: str, modules: Mapping[str, Any]) -> list[str]:
-    """Return the modules whose rows PEFT replaces together with this one's, this one among them."""
+    """Return the modules whose rows PEFT replaces where it is asked to replace this one's, this one
+    among them. They are more than one where this is the model's own embedding.
+    """
     names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
-    homes = [name.rpartition(".")[0] for name in names]
-    return homes if any(ties(modules[""], modules[path]) for path in homes) else [home]
+    return [n.rpartition(".")[0] for n in names] if ties(modules[""], modules[home]) else [home]
 
 
-def _places(home: str, bare: bool, modules: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return (the module that PEFT's config names, all modules whose rows PEFT then replaces).
+def _places(
+    home: str, bare: bool, modules: Mapping[str, Any], apart: Container[str]
+) -> tuple[str, list[str]]:
+    """Return (the module that PEFT's config names, all modules whose rows PEFT then replaces, but
+    those `apart`).
 
     Raises:
         UnsupportedError: these aren't the places that the adapter changes.
     """
     names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
-    together = tied_homes(home, modules)
+    holders = [name.rpartition(".")[0] for name in names] if bare else [home]
+    together = max((tied_homes(holder, modules) for holder in holders), key=len)
+    together = [path for path in together if path == home or path not in apart]
     if not bare and len(together) > 1:
         other = next(path for path in together if path != home)
         raise UnsupportedError(

@@ -14,7 +14,7 @@ from ...algebra.flatten import Adapters, flatten
 from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, UnsupportedError
 from ...core.site import Site
-from ...injection.bound import base_modules
+from ...injection.bound import base_modules, underneath
 from ...io.swapping import swapped
 from ...io.writing import own_copies, write_safetensors, write_text
 from ...variants import BitFitConfig, FullConfig, TokensConfig
@@ -142,10 +142,11 @@ def _folder(
     method = _method(adapters, as_lora) if adapters or not rows else TOKENS
     low, shifts = _shifts_apart(adapters, method)
     sites = checked_sites(low, method, modules)
+    layers = {path: underneath(module) for path, module in modules.items()}
     if shifts and method.takes_shifts is not None and method.takes_shifts(low, shifts, modules):
-        made, shifts = method.write(adapters, modules), {}
+        made, shifts = method.write(adapters, layers), {}
     else:
-        made = method.write(low, modules)
+        made = method.write(low, layers)
     if structured and method.structure is not None:
         method.structure(low, made, modules)
     fields, tensors, homes = _own(method, made, sites, modules)
@@ -157,6 +158,11 @@ def _folder(
                 f"to_peft: {next(iter(shifts))!r}: PEFT's {method.peft_type} has no learned "
                 f"biases; write a folder for each"
             )
+        if method.bias_gain is not None:
+            shifts = {
+                p: t / method.bias_gain(made.tensors[p]).to(t) if p in made.tensors else t
+                for p, t in shifts.items()
+            }
         kind, learned = biases(shifts, modules, homes, sites, saved)
         fields["bias"] = "all" if kind == "all" else method.biased
         tensors |= {f"base_model.model.{key}": t for key, t in learned.items()}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.adapter import ABSENT, Adapter
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
@@ -14,6 +14,7 @@ from ...core.site import Site
 from ...layers.kinds import KINDS
 from ...variants import FullConfig
 from .codec import Codec
+from .unlike_layers import unlike
 
 __all__ = ["check_whole", "checked_sites"]
 
@@ -56,6 +57,19 @@ def checked_sites(
                 f"to_peft: {path!r}: PEFT's {method.peft_type} adapts "
                 f"{method.kinds.replace(' ', ', ')}, this is {kind}; merge it"
             )
+        if kind == "linear" and site.transposed and not method.transposed:
+            raise UnsupportedError(
+                f"to_peft: {path!r}: PEFT's {method.peft_type} takes no layer that is stored "
+                f"transposed, as transformers' Conv1D is; merge it"
+            )
+        if isinstance(modules.get(path), nn.EmbeddingBag):
+            raise UnsupportedError(
+                f"to_peft: {path!r}: PEFT adapts no nn.EmbeddingBag; merge it, or use an "
+                f"nn.Embedding"
+            )
+        reason = unlike(path, modules, method, written=True)
+        if reason is not None:
+            raise UnsupportedError(f"to_peft: {path!r}: {reason}merge it (ll.merge)")
     return sites
 
 

@@ -91,6 +91,7 @@ ADALORA = Codec(
     unread="use_qalora use_bdlora alora_invocation_tokens layer_replication arrow_config "
     "kasa_config",
     ignored="target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step "
-    "init_lora_weights loftq_config qalora_group_size",
+    "init_lora_weights loftq_config qalora_group_size use_rslora",
     kinds="linear conv2d",
+    transposed=True,
 )

@@ -81,4 +81,5 @@ BOFT = Codec(
     write=write,
     kinds="linear conv2d",
     biased="boft_only",
+    undilated=True,
 )

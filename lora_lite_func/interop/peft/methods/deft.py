@@ -94,4 +94,6 @@ DEFT = Codec(
     read=read,
     write=write,
     ignored="init_scale",
+    biased="deft_only",
+    transposed=True,
 )

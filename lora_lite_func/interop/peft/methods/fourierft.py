@@ -84,4 +84,5 @@ FOURIERFT = Codec(
     read=read,
     write=write,
     biased="fourier_only",
+    transposed=True,
 )

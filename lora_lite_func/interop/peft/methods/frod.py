@@ -35,6 +35,13 @@ def _category(path: str) -> str:
     return f"{parts[-2]}_{parts[-1]}"
 
 
+def _layer(path: str, otherwise: int) -> int:
+    """Return the number of a module's layer, as PEFT tells layers of a category apart."""
+    parts = path.split(".")
+    behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in [*behind, *parts] if part.isdigit()), otherwise)
+
+
 def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -> list[Part]:
     """Read frod_lambda_l (d_in,), the diagonal, and frod_lambda_s_values (n,), with the shared
     frod_V.<category> (d_in, d_in) and frod_s_indices.<category> (2, n).
@@ -104,6 +111,13 @@ def _check_basis(
     """Refuse a basis that isn't the one that PEFT would find in these layers: it makes the rest of
     the decomposition by its own as it loads a file.
     """
+    numbers = {_layer(site.path, i): site.path for i, site in enumerate(sites)}
+    if len(numbers) < len(sites):
+        lost = next(site.path for site in sites if site.path not in numbers.values())
+        raise UnsupportedError(
+            f"to_peft: {lost!r}: PEFT takes another layer of the same name and number for it as it "
+            f"decomposes the weights; write a folder for each, or merge it (ll.merge)"
+        )
     first = held[sites[0].path]
     if any(not bool(held[s.path]["lora_l0"].all()) for s in sites):
         raise UnsupportedError(
@@ -133,4 +147,5 @@ FROD = Codec(
     write=write,
     shared=(_V, _IDX, _SIZE),
     biased="frod_only",
+    transposed=True,
 )

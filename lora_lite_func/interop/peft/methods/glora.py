@@ -82,6 +82,12 @@ def _path(name: str, held: Params, site: Site) -> dict[str, Tensor]:
     return {"X": x[:, None] if name in "ABC" and held[f"lora_{name}_x"].ndim else x}
 
 
+def bias_gain(held: Mapping[str, Tensor]) -> Tensor:
+    """Return what the layer's bias is multiplied by, (1,) or (d_out,): PEFT's is b + b * D."""
+    D = held.get("glora_D.X")
+    return torch.ones(1) if D is None else 1.0 + D.flatten()
+
+
 GLORA = Codec(
     peft_type="GLORA",
     configs=(GLoRAConfig,),
@@ -89,4 +95,6 @@ GLORA = Codec(
     understood="r config_A_B config_C config_D_E",
     read=read,
     write=write,
+    biased="glora_only",
+    bias_gain=bias_gain,
 )

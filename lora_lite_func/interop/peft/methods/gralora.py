@@ -85,4 +85,5 @@ GRALORA = Codec(
     read=read,
     write=write,
     biased="gralora_only",
+    transposed=True,
 )

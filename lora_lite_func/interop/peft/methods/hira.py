@@ -80,4 +80,5 @@ HIRA = Codec(
     write=write,
     sizes=columns_rows("hira_A", "hira_B"),
     kinds="linear conv1d conv2d conv3d embedding",
+    transposed=True,
 )

@@ -56,4 +56,5 @@ HRA = Codec(
     write=write,
     kinds="linear conv2d",
     biased="hra_only",
+    undilated=True,
 )

@@ -127,4 +127,6 @@ IA3 = Codec(
     read=read,
     write=write,
     kinds="linear conv2d conv3d",
+    transposed=True,
+    convolves=False,
 )

@@ -229,4 +229,6 @@ LORA = Codec(
     token_prefix="token_adapter.",
     rewrites_base=rewrites_base,
     stacks_experts=True,
+    transposed=True,
+    undilated=True,
 )

@@ -64,7 +64,8 @@ def keep_structure(low: Sequence[Adapter], made: Written, modules: Mapping[str, 
     if all(isinstance(a.config, MiCAConfig) for a in low) and kinds <= {"linear", "embedding"}:
         made.fields["init_lora_weights"] = "mica"
     blocks = _blocks(low)
-    if blocks and kinds == {"linear"} and not made.fields["lora_bias"]:
+    straight = kinds == {"linear"} and not any(site.transposed for site in sites)
+    if blocks and straight and not made.fields["lora_bias"]:
         made.fields["use_bdlora"] = blocks
         for a in low:
             for path, held in a.items():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....algebra.low_rank_update import factors_at
 from ....core.adapter import Adapter
 from ....core.config import feature_dropout
 from ....core.errors import UnsupportedError
@@ -86,14 +87,14 @@ def _pair(adapter: Adapter, path: str) -> tuple[Tensor, Tensor, float]:
     Raises:
         UnsupportedError: the method's update isn't such a product.
     """
-    variant, held, site = adapter.layout.variant, adapter[path], adapter.sites[path]
+    variant, held = adapter.layout.variant, adapter[path]
     factors = variant.low_rank_factors or _FACTORS.get(variant.config)
     if factors is None:
         raise UnsupportedError(
             f"to_peft: {path!r}: the update of {variant.name} is no pair of factors, as a LoRA's "
             f"is; write it in its own form (as_lora=False), or merge it"
         )
-    A, B, s = factors(adapter.config, held, site)
+    A, B, s = factors_at(factors, adapter, path)
     specs = adapter.layout.specs[path]
     dtype = next((t.dtype for name, t in held.items() if specs[name].dtype is None), A.dtype)
     return A.to(dtype), B.to(dtype), float(s)
@@ -196,6 +197,11 @@ def _complete_attention(made: Written, modules: Mapping[str, Any], rslora: bool)
             for path, n in times.items()
             if path in made.tensors
         }
+        if modules[home].in_proj_weight is None:
+            raise UnsupportedError(
+                f"to_peft: {home!r}: PEFT adapts attention whose keys and values are as wide as "
+                f"its queries alone; merge it"
+            )
         r, common = max(made.ranks[path] for path in scales), next(iter(scales.values()))
         width = modules[home].embed_dim
         for path in times:

@@ -78,4 +78,5 @@ PVERA = Codec(
     shared=("pvera_A", "pvera_B"),
     ignored="d_initial generator_seed",
     biased="pvera_only",
+    transposed=True,
 )

@@ -112,4 +112,5 @@ RANDLORA = Codec(
     shared=("randlora_A", "randlora_B"),
     ignored="sparse very_sparse",
     biased="randlora_only",
+    transposed=True,
 )

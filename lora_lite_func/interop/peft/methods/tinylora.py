@@ -109,4 +109,5 @@ TINYLORA = Codec(
     shared=(_V,),
     kinds="linear embedding",
     biased="tinylora_only",
+    transposed=True,
 )

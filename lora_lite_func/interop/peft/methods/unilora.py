@@ -110,4 +110,5 @@ UNILORA = Codec(
     unsaid="the places in its vector aren't in the file (save_indices=false): PEFT draws them "
     "again with numpy, from the sizes of all targets; save it in PEFT with save_indices=True",
     holds=_is_plain,
+    transposed=True,
 )

@@ -110,4 +110,5 @@ VBLORA = Codec(
     shared=(_BANK,),
     biased="vblora_only",
     holds=_is_plain,
+    transposed=True,
 )

@@ -106,4 +106,5 @@ VERA = Codec(
     shared=("vera_A", "vera_B"),
     ignored="d_initial",
     biased="vera_only",
+    transposed=True,
 )

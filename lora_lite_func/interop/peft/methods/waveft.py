@@ -91,4 +91,5 @@ WAVEFT = Codec(
     read=read,
     write=write,
     biased="waveft_only",
+    transposed=True,
 )

@@ -1,0 +1,64 @@
+"""Adapters of layers whose own weight or bias is in the file too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ...core.errors import CheckpointError, short_repr
+from ...variants import BitFitConfig, FullConfig
+from ..assembly import ModuleEntry, Part
+from ..metadata import ConfigReader
+from .codec import Codec
+from .keys import WRAPPED
+from .modules import adaptable
+
+__all__ = ["multiplied", "on_its_copy", "on_tables"]
+
+
+def on_its_copy(
+    reader: ConfigReader, method: Codec, path: str, rest: Mapping[str, Tensor]
+) -> ConfigReader:
+    """Return the config for a module. Where the file has a copy of its weight, a start that PEFT
+    takes out of the base is out of that copy already.
+
+    Raises:
+        CheckpointError: PEFT takes more out of the weight than a LoRA's start.
+    """
+    rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
+    if not rewritten or f"{path}{WRAPPED}.weight" not in rest:
+        return reader
+    if reader.get("kasa_config"):
+        raise CheckpointError(
+            f"{reader.where}: {short_repr(path)}: kasa_config beside a copy of the weight isn't "
+            f"read; save it in PEFT with save_embedding_layers=False"
+        )
+    return ConfigReader({**reader, "init_lora_weights": True}, reader.where)
+
+
+def multiplied(entry: ModuleEntry, part: Part, gains: Mapping[str, Tensor]) -> Part:
+    """Return a learned bias's part as what it adds to outputs, where the layer multiplies it."""
+    if part.config is not BitFitConfig or entry.path not in gains:
+        return part
+    shift = part.leaves["lora_b"]
+    return dataclasses.replace(part, leaves={"lora_b": shift * gains[entry.path].to(shift)})
+
+
+def on_tables(
+    parts: Sequence[tuple[ModuleEntry, Part]],
+    extras: Sequence[tuple[ModuleEntry, Part]],
+    model: nn.Module | None,
+) -> list[tuple[ModuleEntry, Part]]:
+    """Return a module's adapter as one of its weight, where the file has another weight for the
+    module.
+    """
+    replaced = {entry.path for entry, part in extras if part.config is FullConfig}
+    moved = []
+    for entry, part in parts:
+        weight = f"{entry.path}.weight"
+        if model is not None and weight in replaced:
+            entry = ModuleEntry(weight, entry.shared, *adaptable(model, [weight])[weight])
+        moved.append((entry, part))
+    return moved
