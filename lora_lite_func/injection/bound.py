@@ -23,6 +23,7 @@ __all__ = [
     "leaf_keys",
     "part_of",
     "tensors_in",
+    "underneath",
 ]
 
 _KEPT = "_ll_bound"

@@ -384,6 +384,7 @@ def test_a_module_of_huggingface_hub(tmp_path: Path) -> None:
         Small.from_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 def test_a_head_trained_whole_is_saved_beside_the_adapter(base: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     head = ll.init(base, ll.FullConfig(target_parameters=(r"^lm_head\.",)))

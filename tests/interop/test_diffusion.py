@@ -213,6 +213,18 @@ def test_every_spelling_with_every_prefix(start: str, down: str, up: str) -> Non
         close(delta(model, params, Q), noise(8, 2, seed=2) @ noise(2, 8), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("down", "up"), [pair for pair in FORMS if "weight" in pair[1] and "default" not in pair[1]]
+)
+def test_a_learned_bias_in_every_spelling(down: str, up: str) -> None:
+    model = unet()
+    file = {f"unet.{Q}.{down}": noise(2, 8), f"unet.{Q}.{up}": noise(8, 2, seed=2)}
+    file[f"unet.{Q}.{up.replace('weight', 'bias')}"] = noise(8, seed=3)
+    parts = ll.from_diffusion(file, model, component="unet")
+    assert [type(a.config) for a in parts] == [ll.LoRAConfig, ll.BitFitConfig]
+    close(parts[1][Q]["lora_b"], noise(8, seed=3), 1e-6)
+
+
 def test_an_older_text_encoders_attention() -> None:
     layer = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})})
     model = nn.ModuleDict({"text_model": nn.ModuleDict({"layers": nn.ModuleList([layer])})})

@@ -456,8 +456,8 @@ def test_factors_of_stacked_experts_of_any_method(tmp_path: Path) -> None:
     model = nn.ModuleDict({"experts": Experts()})
     x = torch.randn(2, 3, 8)
     for config in (ll.DeLoRAConfig, ll.KaSAConfig, ll.OSFConfig, ll.AdaMSSConfig):
-        target = {"target_parameters": (r"gate_up$", r"down$")}
-        params = moved(ll.init(model, config(r=2, **target)), size=0.1)
+        cfg = config(r=2, target_parameters=(r"gate_up$", r"down$"))
+        params = moved(ll.init(model, cfg), size=0.1)
         ll.to_peft(params, model, tmp_path / config.__name__)
         made = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / config.__name__)
         expected = ll.merged(model, params)["experts"](x)
