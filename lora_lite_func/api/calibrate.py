@@ -23,7 +23,7 @@ from ..layers.kinds import matrix, module_and_name
 from ..layers.targeting import Found, find
 from ..layers.weights import dense_weight
 from .pairs import PairRecorder
-from .recorder import Recorder, eval_copy, refuse_weight
+from .recorder import EvalTensors, Recorder, refuse_weight
 
 __all__ = ["calibrate", "gather"]
 
@@ -87,7 +87,7 @@ def _recorded(
         copy = copy_tree(
             model,
             {site.path: [Attachment(record, cfg, site, {}, 0.0)] for site, _ in found},
-            eval_copy,
+            EvalTensors(),
         )
         for batch in batches:
             count += 1

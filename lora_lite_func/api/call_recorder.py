@@ -16,9 +16,10 @@ from ..injection.attachment import Attachment, everywhere
 from ..injection.base_tensors import constant
 from ..injection.tree_copy import copy_tree
 from ..layers.kinds import KINDS
+from ..layers.weights import is_packed
 from .check_method import verified
 from .comparison import run
-from .recorder import eval_copy
+from .recorder import EvalTensors
 from .report import Report
 
 __all__ = ["CallRecorder"]
@@ -70,7 +71,7 @@ class CallRecorder(TorchFunctionMode):
                     for path, site in self.sites.items()
                 },
             ),
-            self._own,
+            _Watched(self),
             refuse=False,
         )
         with self:
@@ -101,20 +102,25 @@ class CallRecorder(TorchFunctionMode):
         self.by_weight[site.path] = None
         return W, b
 
-    def _own(self, module: nn.Module, path: str) -> None:
-        """Watch the tensors of a site.
+    def watch(
+        self, module: nn.Module, path: str, originals: Mapping[str, nn.Parameter | None]
+    ) -> None:
+        """Watch the tensors of a site's copy.
 
         They become objects of their own, so that a use of what is tied to one isn't taken for a use
         of it.
+
+        Args:
+            module: the copy.
+            path: of the module.
+            originals: the module's own parameters.
         """
-        originals = dict(module._parameters)
-        eval_copy(module, path)
         for name, p in module._parameters.items():
             full = f"{path}.{name}" if path else name
             site = path.partition(".parametrizations.")[0]
             site = full if full in self.sites else site
-            if type(p) in (Tensor, nn.Parameter):
-                p = module._parameters[name] = constant(p, module)  # type: ignore[assignment, arg-type]
+            if p is not None and not is_packed(p):
+                p = module._parameters[name] = constant(p, module)  # type: ignore[assignment]
             if p is None or site not in self.sites or name in _COMPUTED:
                 continue
             if originals[name] is not p:
@@ -151,6 +157,19 @@ class CallRecorder(TorchFunctionMode):
             shared=shared,
             **found,
         )
+
+
+class _Watched(EvalTensors):
+    """A copy's tensors in eval mode, watched by a recorder."""
+
+    def __init__(self, recorder: CallRecorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __call__(self, copy: nn.Module, path: str) -> None:
+        originals = dict(copy._parameters)
+        super().__call__(copy, path)
+        self.recorder.watch(copy, path, originals)
 
 
 def _strict(attachments: Iterable[Attachment]) -> list[Attachment]:

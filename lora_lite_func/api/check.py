@@ -22,7 +22,7 @@ from .apply import attachments_of
 from .call_recorder import CallRecorder
 from .comparison import allowed, apart, run
 from .merge import merged
-from .recorder import eval_copy
+from .recorder import EvalTensors
 from .report import Report
 
 __all__ = ["check"]
@@ -67,8 +67,8 @@ def check(
     recorder.not_finite = _not_finite(attachments)
     recorder.run(model, attachments, example)
     # The output is made as `apply` makes it, without the recorder.
-    y = run(copy_tree(model, attachments, eval_copy, refuse=False), example)
-    bare = copy_tree(model, {}, eval_copy, refuse=False)
+    y = run(copy_tree(model, attachments, EvalTensors(), refuse=False), example)
+    bare = copy_tree(model, {}, EvalTensors(), refuse=False)
     bare_y = run(bare, example)
     if any(a.variant.virtual is not None for here in attachments.values() for a in here):
         # Its cache holds virtual tokens too, so it is of another size than the base's.
@@ -83,7 +83,7 @@ def check(
         raise
     except LoraLiteError as error:
         return recorder.report(model, effect=effect, unmerged=str(error))
-    difference, size, eps = apart(y, run(copy_tree(dense, {}, eval_copy), example))
+    difference, size, eps = apart(y, run(copy_tree(dense, {}, EvalTensors()), example))
     tolerance = allowed(max(eps, recorder.eps), size)
     where = (
         None

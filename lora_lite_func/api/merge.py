@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..algebra.flatten import Adapters, flatten
 from ..core.errors import UnsupportedError
 from ..injection.attachment import everywhere
-from ..injection.base_tensors import Frozen
+from ..injection.base_tensors import Frozen, parameter_like
 from ..injection.checks import check_bias, check_dense, check_mergeable, check_site, no_module
 from ..injection.dense_weight import merge_site
 from ..injection.tree_copy import copy_tree
@@ -117,9 +117,11 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
             made = _with_dense(made, path, tensor)
             continue
         if id(tensor) not in kept:
-            kept[id(tensor)] = nn.Parameter(
-                tensor.detach(), requires_grad=True if old is None else old.requires_grad
-            )
+            values = tensor.detach()
+            if old is None:
+                kept[id(tensor)] = nn.Parameter(values)
+            else:
+                kept[id(tensor)] = parameter_like(old, values, old.requires_grad)
         module.register_parameter(leaf, kept[id(tensor)])
     if dequantize:
         made = _without_packing(made)

@@ -12,12 +12,12 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.site import Params, Site
 from ..core.statistics import Moments, SiteStatistics, Statistics
-from ..injection.base_tensors import constant, own_bias, own_buffers
+from ..injection.base_tensors import constant, own_bias, own_buffers, own_memory
 from ..layers.targeting import Found
 from ..layers.weights import compute_dtype, device_of
 from .batches import arguments, described
 
-__all__ = ["Recorder", "eval_copy", "refuse_weight"]
+__all__ = ["EvalTensors", "Recorder", "refuse_weight"]
 
 
 class Recorder:
@@ -165,14 +165,26 @@ def refuse_weight(
     )
 
 
-def eval_copy(copy: nn.Module, path: str) -> None:
-    """Put a copy in eval mode, with its parameters as constants and buffers of its own."""
-    weight = copy._parameters.get("weight")
-    # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode.
-    if weight is None or weight.is_floating_point():
-        copy.__dict__["training"] = False
-    own_buffers(copy)
-    own_bias(copy)
-    for name, p in copy._parameters.items():
-        if p is not None and p.requires_grad:
-            copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
+class EvalTensors:
+    """What a copy in eval mode holds: parameters as constants, and buffers, other tensors and
+    arrays of its own.
+    """
+
+    kept = False
+
+    def __init__(self) -> None:
+        self.made: dict[int, Any] = {}
+
+    def __call__(self, copy: nn.Module, path: str) -> None:
+        weight = copy._parameters.get("weight")
+        # bitsandbytes repacks a 4-bit weight in place when it first runs in eval mode.
+        if weight is None or weight.is_floating_point():
+            copy.__dict__["training"] = False
+        own_buffers(copy, self.made)
+        own_bias(copy)
+        for name, p in copy._parameters.items():
+            if p is not None and p.requires_grad:
+                copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
+
+    def beside(self, memory: Any, holder: nn.Module) -> Any:
+        return own_memory(memory, self.made)

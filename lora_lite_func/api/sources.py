@@ -20,7 +20,7 @@ from ..layers.kinds import KINDS, facts, kind_of, matrix, module_and_name
 from ..layers.targeting import Found
 from ..layers.weights import dense_weight
 from ..layers.whole_calls import TokenTable
-from .recorder import eval_copy
+from .recorder import EvalTensors
 
 __all__ = ["Sources", "weight_of"]
 
@@ -98,7 +98,7 @@ class Sources:
         if "weight" not in self.needs:
             return None
         if KINDS[site.kind].called:
-            return TokenTable(copy_tree(module, {}, eval_copy))
+            return TokenTable(copy_tree(module, {}, EvalTensors()))
         return weight_of(self.variant, site, module)
 
     def referred(self, site: Site) -> Tensor | None:

@@ -70,7 +70,11 @@ __all__ = [
     "shares_memory",
     "surroundings",
     "tensor_without_values",
+    "with_class",
+    "with_notes",
     "without_autocast",
+    "without_class",
+    "without_saved_hooks",
     "writes_on",
 ]
 
@@ -377,6 +381,30 @@ except ImportError:
     _without_levels = _popped_levels  # type: ignore[assignment]
 
 
+_graph: Any = getattr(torch._C, "_autograd", None)
+_top_hooks: Callable[[], Any] = (
+    functools.partial(_graph._top_saved_tensors_default_hooks, True)
+    if hasattr(_graph, "_top_saved_tensors_default_hooks")
+    else lambda: None
+)
+
+
+@contextlib.contextmanager
+def without_saved_hooks() -> Iterator[None]:
+    """Operations of which no hook sees what autograd saves, as torch.func demands: those of a
+    backward pass that runs within such hooks (offloading of activations, a checkpoint around it).
+    """
+    popped = []
+    try:
+        while (hooks := _top_hooks()) is not None:
+            popped.append(hooks)
+            _graph._pop_saved_tensors_default_hooks()
+        yield
+    finally:
+        for pack, unpack in reversed(popped):
+            _graph._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def _legacy_vmap_guard() -> Callable[[], AbstractContextManager[Any]]:
     """What keeps vmap over gradients (`is_grads_batched`) out: it forbids every draw."""
     try:
@@ -394,6 +422,38 @@ _without_legacy_vmap = _legacy_vmap_guard()
 def is_wrapper(t: Any) -> bool:
     """Whether a tensor is of a subclass that holds others (torchao's, DTensor)."""
     return bool(_is_wrapper(t))
+
+
+def without_class(t: Tensor) -> Tensor:
+    """A tensor as a plain one, on the same memory, where its class adds no more than a name and
+    attributes.
+    """
+    kind = type(t)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return t
+    with plain_tensors():
+        return t.as_subclass(Tensor)
+
+
+def with_class(t: Tensor, of: Tensor) -> Tensor:
+    """A tensor, in its graph, of the class of another and with the same attributes, where those add
+    no more than a name and attributes.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return t
+    kind = type(of)
+    if kind in (Tensor, nn.Parameter):
+        return with_notes(t, of)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return t
+    return with_notes(t.as_subclass(kind), of)
+
+
+def with_notes(t: Tensor, of: Tensor) -> Tensor:
+    """`t` with the attributes that somebody has set on another tensor."""
+    if not torch.compiler.is_dynamo_compiling() and of.__dict__:
+        t.__dict__.update(of.__dict__)
+    return t
 
 
 def is_sharded(t: Any) -> bool:

@@ -5,13 +5,22 @@ Nothing here writes on the base, and no gradient reaches it.
 
 from __future__ import annotations
 
+import copy as copying
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..core.torch_internals import is_wrapper
+from ..core.torch_internals import (
+    is_transformed,
+    is_wrapped,
+    is_wrapper,
+    outside_transforms,
+    with_class,
+    with_notes,
+)
 from ..layers.weights import is_packed
 from .written import may_write
 
@@ -22,7 +31,9 @@ __all__ = [
     "constant",
     "own_bias",
     "own_buffers",
+    "own_memory",
     "own_written",
+    "parameter_like",
 ]
 
 
@@ -39,14 +50,14 @@ class BaseTensors(Protocol):
     def __call__(self, copy: nn.Module, path: str) -> None:
         """Replace the parameters and buffers that the copy of a module has from the base."""
 
-    made: dict[int, Tensor]
-    """{id of a tensor of the base: the tree's own one, which is cloned from it}."""
+    made: dict[int, Any]
+    """{id of a tensor or array of the base: the tree's own one, which is cloned from it}."""
 
-    def beside(self, tensor: Tensor, holder: nn.Module) -> Tensor:
-        """What stands for a tensor that a module holds beside its parameters and buffers.
+    def beside(self, memory: Any, holder: nn.Module) -> Any:
+        """What stands for numbers that a module holds beside its parameters and buffers.
 
         Args:
-            tensor: the module's tensor.
+            memory: the module's tensor or array (references.holds_numbers).
             holder: the module's copy.
         """
 
@@ -64,7 +75,7 @@ class Constants:
     def __init__(self, base: Mapping[str, Tensor], detach: bool = True) -> None:
         self.grad = detach and torch.is_grad_enabled()
         self.base = base
-        self.made: dict[int, Tensor] = {}
+        self.made: dict[int, Any] = {}
 
     def __call__(self, copy: nn.Module, path: str) -> None:
         parameters: dict[str, Any] = copy._parameters
@@ -86,9 +97,9 @@ class Constants:
             if b is None or name in given:
                 continue
             if written and name not in weights:
-                buffers[name] = _clone(b, self.made)
+                buffers[name] = own_memory(b, self.made)
             elif b.requires_grad:
-                buffers[name] = b.detach()
+                buffers[name] = with_notes(b.detach(), b)
 
     def _replace(self, copy: nn.Module, path: str) -> set[str]:
         """Put the tensors of `base` in, and return the names that it gave."""
@@ -104,10 +115,11 @@ class Constants:
             copy.__dict__["_ll"].rebased = True
         return given
 
-    def beside(self, tensor: Tensor, holder: nn.Module) -> Tensor:
-        if id(tensor) in self.made or _is_written(holder):
-            return _clone(tensor, self.made)
-        return tensor.detach() if self.grad and tensor.requires_grad else tensor
+    def beside(self, memory: Any, holder: nn.Module) -> Any:
+        if id(memory) in self.made or _is_written(holder):
+            return own_memory(memory, self.made)
+        learned = isinstance(memory, Tensor) and memory.requires_grad
+        return with_notes(memory.detach(), memory) if self.grad and learned else memory
 
 
 class Frozen:
@@ -123,7 +135,7 @@ class Frozen:
 
     def __init__(self, keep_flags: bool = False) -> None:
         self.parameters: dict[int, Tensor] = {}
-        self.made: dict[int, Tensor] = {}
+        self.made: dict[int, Any] = {}
         self.keep_flags = keep_flags
 
     def __call__(self, copy: nn.Module, path: str) -> None:
@@ -132,23 +144,25 @@ class Frozen:
             if p is None:
                 continue
             if id(p) not in self.parameters:
-                self.parameters[id(p)] = _parameter(p, p.requires_grad and self.keep_flags)
+                self.parameters[id(p)] = parameter_like(
+                    p, p.detach(), p.requires_grad and self.keep_flags
+                )
             parameters[name] = self.parameters[id(p)]
         own_buffers(copy, self.made)
 
-    def beside(self, tensor: Tensor, holder: nn.Module) -> Tensor:
-        return _clone(tensor, self.made)
+    def beside(self, memory: Any, holder: nn.Module) -> Any:
+        return own_memory(memory, self.made)
 
 
-def _parameter(p: Tensor, requires_grad: bool) -> Tensor:
-    """A parameter of the same class, on the same storage and with the same attributes."""
+def parameter_like(p: Tensor, values: Tensor, requires_grad: bool) -> Any:
+    """A parameter of the class of another and with the same attributes, on the storage of other
+    values.
+    """
     if type(p) is nn.Parameter or is_wrapper(p):
-        made: Tensor = nn.Parameter(p.detach(), requires_grad=requires_grad)
+        made: Tensor = nn.Parameter(values, requires_grad=requires_grad)
     else:
-        made = Tensor._make_subclass(type(p), p.detach(), requires_grad)
-    if p.__dict__:
-        made.__dict__.update(p.__dict__)
-    return made
+        made = Tensor._make_subclass(type(p), values, requires_grad)
+    return with_notes(made, p)
 
 
 def _is_written(copy: nn.Module) -> bool:
@@ -156,22 +170,26 @@ def _is_written(copy: nn.Module) -> bool:
     return copy.training or may_write(type(copy))
 
 
-def _clone(tensor: Tensor, made: dict[int, Tensor]) -> Tensor:
-    """A tensor of the tree's own, the same one wherever the base has the same one."""
-    found = made.get(id(tensor))
+def own_memory(memory: Any, made: dict[int, Any]) -> Any:
+    """A tensor or array of the tree's own, the same one wherever the base has the same one."""
+    found = made.get(id(memory))
     if found is None:
-        constant = tensor.detach() if tensor.requires_grad else tensor
-        found = made[id(tensor)] = constant.clone()
+        found = made[id(memory)] = _cloned(memory)
     return found
+
+
+def _cloned(memory: Any) -> Any:
+    if not isinstance(memory, Tensor):
+        return copying.copy(memory)
+    constant = memory.detach() if memory.requires_grad else memory
+    return with_notes(constant.clone(), memory)
 
 
 def _own_copy(t: Tensor) -> Tensor:
     """A tensor with the same values, class and flags, on memory of its own."""
     if not isinstance(t, nn.Parameter):
-        return t.clone()
-    made = _parameter(t, t.requires_grad)
-    made.data = t.detach().clone()
-    return made
+        return with_notes(t.clone(), t)
+    return parameter_like(t, t.detach().clone(), t.requires_grad)
 
 
 def own_written(
@@ -220,11 +238,18 @@ def _packed_buffers(copy: Any) -> tuple[str, ...]:
 
 
 def constant(parameter: Tensor, copy: nn.Module) -> Tensor:
-    """A parameter's values without its gradient, on the same storage."""
+    """A parameter's values without its gradient, on the same storage; of a class of its own where
+    the parameter is, and with the same attributes.
+    """
     # Accelerate rebuilds the parameter from its class, so it has to be a parameter.
     if "_hf_hook" in copy.__dict__:
         return nn.Parameter(parameter.detach(), requires_grad=False)
-    return parameter.detach()
+    plain = type(parameter) is nn.Parameter
+    if torch.compiler.is_dynamo_compiling() or (plain and not parameter.__dict__):
+        return parameter.detach()
+    inside = plain or not is_transformed() or is_wrapped(parameter)
+    with nullcontext() if inside else outside_transforms():
+        return with_class(parameter.detach(), parameter)
 
 
 def own_bias(copy: nn.Module) -> None:
@@ -238,7 +263,7 @@ def own_bias(copy: nn.Module) -> None:
         parameters["bias"] = b.detach()
 
 
-def own_buffers(copy: nn.Module, made: dict[int, Tensor] | None = None) -> None:
+def own_buffers(copy: nn.Module, made: dict[int, Any] | None = None) -> None:
     """Clone the buffers that a forward may write on: statistics, counters and masks.
 
     Buffers that hold a packed weight are not cloned.
@@ -251,4 +276,4 @@ def own_buffers(copy: nn.Module, made: dict[int, Tensor] | None = None) -> None:
     weights, made = _packed_buffers(copy), {} if made is None else made
     for name, b in copy._buffers.items():
         if b is not None and name not in weights:
-            copy._buffers[name] = _clone(b, made)
+            copy._buffers[name] = own_memory(b, made)

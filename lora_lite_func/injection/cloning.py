@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch import nn
 
 from .references import all_plain, slots
 
-__all__ = ["built_in_base", "clone", "has_modules_as_keys", "refill", "same_members"]
+__all__ = [
+    "built_in_base",
+    "clone",
+    "clone_weak",
+    "has_modules_as_keys",
+    "refill",
+    "same_members",
+]
 
 _BASES: tuple[Any, ...] = (
     collections.OrderedDict,
@@ -46,6 +54,8 @@ def clone(value: Any, members: Any = None) -> Any:
     if kind in (list, set, frozenset, tuple, dict):
         return kind(members)
     base = built_in_base(kind)
+    if hasattr(kind, "n_sequence_fields"):  # what torch.max and the like give
+        return kind(members)
     if base in (tuple, frozenset):
         made = base.__new__(kind, members)
     else:
@@ -69,6 +79,30 @@ def refill(made: Any, members: Any) -> None:
     fill = base.extend if base in (list, collections.deque) else base.update
     base.clear(made)
     fill(made, members)
+
+
+_WEAK: tuple[Any, ...] = (
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+    weakref.WeakSet,
+)
+
+
+def clone_weak(value: Any, members: Iterable[Any]) -> Any:
+    """A weak container of the same class and with the same attributes.
+
+    Args:
+        value: the container.
+        members: what is in the new one: the members of a set, the (key, value) pairs of a mapping.
+    """
+    base = next(base for base in _WEAK if isinstance(value, base))
+    made = object.__new__(type(value))
+    base.__init__(made)  # it has weak references to itself, which can't be another's
+    notes = {name: item for name, item in vars(value).items() if name not in vars(made)}
+    made.__dict__.update(notes)
+    for member in members:
+        base.add(made, member) if base is weakref.WeakSet else base.__setitem__(made, *member)
+    return made
 
 
 def built_in_base(kind: type) -> Any:

@@ -7,8 +7,8 @@ the closure of a hook. What can't be followed is noted, so that it can be refuse
 from __future__ import annotations
 
 import collections
-import copy
 import functools
+import gc
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.torch_internals import TRACES_IDS, attributes_of
-from .cloning import clone, has_modules_as_keys, refill, same_members
+from .cloning import clone, clone_weak, has_modules_as_keys, refill, same_members
 from .references import (
     BINDABLE,
     PLAIN,
@@ -26,15 +26,17 @@ from .references import (
     all_plain,
     attributes_of_object,
     has_state,
+    holds_numbers,
     refers,
     role_of,
 )
 from .unfollowed import globals_of, modules_in
 
-__all__ = ["MUTABLE", "Rebinding", "own_object", "turn_callables"]
+__all__ = ["MUTABLE", "OWNED", "Rebinding", "own_object", "turn_callables"]
 
-_KEEPERS = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 MUTABLE = (list, dict, set, collections.deque)
+OWNED = (Role.CONTAINER, Role.OBJECT, Role.WRAPPER)
+"""The roles of what a call may write on, so that a copied tree has its own."""
 
 
 class Rebinding:
@@ -43,9 +45,9 @@ class Rebinding:
     Args:
         copies: {id of an original module: its copy}. Other objects are added as they are copied, so
             that what was one object stays one.
-        beside: (tensor, self) -> what stands for a tensor that a container or a closure holds; None
-            leaves such tensors as they are.
-        tensors: {id of a tensor of the base: the tree's own one}.
+        beside: (tensor or array, self) -> what stands for one that a container or a closure holds;
+            None leaves those as they are.
+        tensors: {id of a tensor or array of the base: the tree's own one}.
 
     Attributes:
         unfollowed: what may hold original modules and can't be turned, as (what it is, a module
@@ -57,8 +59,8 @@ class Rebinding:
     def __init__(
         self,
         copies: dict[int, Any],
-        beside: Callable[[Tensor, Rebinding], Tensor] | None = None,
-        tensors: Mapping[int, Tensor] | None = None,
+        beside: Callable[[Any, Rebinding], Any] | None = None,
+        tensors: Mapping[int, Any] | None = None,
     ) -> None:
         self.copies = copies
         self.tensors = {} if tensors is None else tensors
@@ -67,6 +69,8 @@ class Rebinding:
         self.unfollowed: list[tuple[str, nn.Module | None]] = []
         self.kept: list[Any] = []
         self._owned: list[Any] = []
+        self._fixed: dict[int, Any] = {}
+        self._entered: set[int] = set()
 
     # ------------------------------------------------------------------------------ own containers
     def own(self, value: Any) -> Any:
@@ -77,18 +81,25 @@ class Rebinding:
         """
         if not self.by_id:
             return self.turned(value)
-        if role_of(type(value)) == Role.OBJECT:
-            # A compiler can't ask for an object's id.
-            return value if torch.compiler.is_dynamo_compiling() else self._own_object(value)
-        known = self.copies.get(id(value))
+        role = role_of(type(value))
+        if role != Role.CONTAINER and torch.compiler.is_dynamo_compiling():
+            return value  # a compiler can't ask for an object's id
+        known = self.copies.get(id(value), self._fixed.get(id(value)))
         if known is not None:
             return known
+        if role == Role.OBJECT:
+            return self._own_object(value)
+        if role == Role.WRAPPER:
+            return self._own_inside(value)
         if isinstance(value, (tuple, frozenset)):
-            return self._own_tuple(value) if type(value) is tuple else value
+            return self._own_fixed(value)
         made = clone(value)
         self.copies[id(value)] = self.copies[id(made)] = made
+        notes = _notes(made)
+        for name, item in notes.items():
+            notes[name] = self._own_member(item)
         held = made.values() if isinstance(made, dict) else made
-        if all_plain(held) and not has_modules_as_keys(made):
+        if all_plain(held) and not (notes or has_modules_as_keys(made)):
             return made
         self._owned.append(made)
         if isinstance(made, dict):
@@ -98,39 +109,50 @@ class Rebinding:
         return made
 
     def _own_object(self, value: Any) -> Any:
-        known = self.copies.get(id(value))
-        if known is not None:
-            return known
         if refers(value):
-            # `turned` makes its copy, around these.
-            for item in attributes_of_object(value).values():
-                if isinstance(item, (*MUTABLE, Tensor)):
+            # `turned` makes its copy, around these; the object may be in one of them
+            if id(value) not in self._entered:
+                self._entered.add(id(value))
+                for item in attributes_of_object(value).values():
                     self._own_member(item)
             return value
         if not has_state(value):
             return value
         return own_object(value, self.copies, self._own_member)
 
-    def _own_tuple(self, value: tuple[Any, ...]) -> Any:
+    def _own_inside(self, value: Any) -> Any:
+        """A wrapper itself, of which `turned` makes the copy, around own members."""
+        if isinstance(value, types.MappingProxyType):
+            self._own_member(*gc.get_referents(value))
+        elif isinstance(value, weakref.WeakKeyDictionary):
+            for item in list(value.values()):
+                self._own_member(item)
+        return value
+
+    def _own_fixed(self, value: Any) -> Any:
+        """A tuple, of a class of its own perhaps, or a frozen set; `turned` turns its members."""
         members = [self._own_member(item) for item in value]
         if all(a is b for a, b in zip(members, value, strict=True)):
             return value
-        self.copies[id(value)] = made = tuple(members)
+        self._fixed[id(value)] = made = clone(value, members)
         return made
 
     def _own_member(self, item: Any) -> Any:
         kind = type(item)
         if kind in PLAIN:
             return item
-        if kind is tuple or issubclass(kind, MUTABLE) or role_of(kind) == Role.OBJECT:
+        if role_of(kind) in OWNED:
             return self.own(item)
-        if self.beside is not None and isinstance(item, Tensor):
+        if self.beside is not None and holds_numbers(item):
             return self.beside(item, self)
         return item
 
     def turn_owned(self) -> None:
         """Turn the members of all own containers, in place."""
         for made in self._owned:
+            notes = _notes(made)
+            for name, item in notes.items():
+                notes[name] = self.turned(item)
             if isinstance(made, dict):
                 refill(made, {self.turned(k): self.turned(v) for k, v in made.items()})
             else:
@@ -147,12 +169,13 @@ class Rebinding:
             return value
         role = role_of(kind)
         if role == Role.DATA:
-            owned = isinstance(value, Tensor) and len(self.tensors) > 0
+            owned = len(self.tensors) > 0 and holds_numbers(value)
             return self.tensors.get(id(value), value) if owned else value
         if role == Role.POINTER:
             return self._pointer(value)
         if not self.by_id and role == Role.CONTAINER:
             return self._container(value) if refers(value) else value
+        value = self._fixed.get(id(value), value)
         known = self.copies.get(id(value))
         if known is not None:
             return known
@@ -193,37 +216,32 @@ class Rebinding:
         return made
 
     def _wrapper(self, value: Any) -> Any:
-        """A mapping or list around another one, or a weak mapping or list."""
-        if isinstance(value, types.MappingProxyType):
-            new = {self.turned(k): self.turned(v) for k, v in value.items()}
-            made = (
-                value if same_members(new.items(), value.items()) else types.MappingProxyType(new)
-            )
-        elif isinstance(value, _KEEPERS):
-            made = self._keeper(value)
-        else:
-            inner = "maps" if isinstance(value, collections.ChainMap) else "data"
-            held = getattr(value, inner)
-            new = self.turned(held)
-            made = value
-            if new is not held:
-                made = copy.copy(value)
-                setattr(made, inner, new)
-        self.copies[id(value)] = made
+        """A view of a mapping, or a weak mapping or set."""
+        view = isinstance(value, types.MappingProxyType)
+        made = self._view(value) if view else self._weak(value)
+        self.copies[id(value)] = self.copies[id(made)] = made
         return made
 
-    def _keeper(self, value: Any) -> Any:
-        if isinstance(value, weakref.WeakSet):
-            members = {self.turned(item) for item in value}
-            return value if members == set(value) else type(value)(members)
-        pairs = list(value.items())
-        new = [(self.turned(k), self.turned(v)) for k, v in pairs]
-        if same_members(new, pairs):
+    def _view(self, value: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            new = {self.turned(k): self.turned(v) for k, v in value.items()}
+            same = same_members(new.items(), value.items())
+            return value if same else types.MappingProxyType(new)
+        (held,) = gc.get_referents(value)
+        turned = self.turned(held)
+        return value if turned is held else types.MappingProxyType(turned)
+
+    def _weak(self, value: Any) -> Any:
+        """A weak mapping or set; a tree has its own one in any case, as a call may put more in."""
+        alone = isinstance(value, weakref.WeakSet)
+        held = [(item, item) for item in value] if alone else list(value.items())
+        new = [(self.turned(key), self.turned(item)) for key, item in held]
+        if self.beside is None and same_members(new, held):
             return value
-        made = type(value)()
-        for key, item in new:
-            made[key] = item
-        return made
+        for now, before in zip(sum(new, ()), sum(held, ()), strict=True):
+            if now is not before and not isinstance(now, (nn.Module, *PLAIN)):
+                self.kept.append(now)
+        return clone_weak(value, [key for key, _ in new] if alone else new)
 
     def _object(self, value: Any) -> Any:
         """A copy of an object of a user's class whose attributes refer to modules.
@@ -338,6 +356,11 @@ class Rebinding:
             return cell
         new = self.turned(content)
         return cell if new is content else types.CellType(new)
+
+
+def _notes(container: Any) -> dict[str, Any]:
+    """The attributes of a container of a class of its own; a compiler knows none."""
+    return {} if torch.compiler.is_dynamo_compiling() else getattr(container, "__dict__", {})
 
 
 def own_object(value: Any, copies: dict[int, Any], own: Callable[[Any], Any] | None = None) -> Any:

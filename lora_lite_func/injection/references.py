@@ -5,6 +5,7 @@ This is asked of each attribute in each call, so it has to be cheap.
 
 from __future__ import annotations
 
+import array
 import collections
 import enum
 import functools
@@ -27,6 +28,7 @@ __all__ = [
     "all_plain",
     "attributes_of_object",
     "has_state",
+    "holds_numbers",
     "is_users",
     "refers",
     "role_of",
@@ -52,10 +54,10 @@ BINDABLE = (types.MethodType, functools.partial, types.FunctionType)
 """Types of callables that are turned to copies when they are an instance's own `forward`."""
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+_MADE_IN_PYTHON = (collections.UserDict, collections.UserList, collections.ChainMap)
+"""The standard library's containers that are plain objects: what is in them is an attribute."""
+
 _WRAPPERS = (
-    collections.UserDict,
-    collections.UserList,
-    collections.ChainMap,
     types.MappingProxyType,
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
@@ -136,8 +138,10 @@ def _role(cls: type) -> str:
         return Role.POINTER
     if issubclass(cls, _WRAPPERS):
         return Role.WRAPPER
-    if issubclass(cls, _DATA):
+    if issubclass(cls, _DATA) or _MEMORY(cls):
         return Role.DATA
+    if issubclass(cls, _MADE_IN_PYTHON):
+        return Role.OBJECT
     if cls in (types.SimpleNamespace, *HOOK_WRAPPERS):
         return Role.OBJECT
     if not is_users(cls.__module__):
@@ -158,6 +162,25 @@ def is_users(home: str) -> bool:
     """
     home = home.partition(".")[0]
     return home == "__main__" or not (home in sys.stdlib_module_names or home in _LIBRARIES)
+
+
+def _is_memory(cls: type) -> bool:
+    if issubclass(cls, (Tensor, bytearray, array.array)):
+        return True
+    # numpy needn't be there
+    return any(base.__module__ == "numpy" and base.__name__ == "ndarray" for base in cls.__mro__)
+
+
+_MEMORY = WeakMemo(_is_memory)
+
+
+def holds_numbers(value: Any) -> bool:
+    """Whether it is a tensor or an array, which may be written on in place. A compiler takes arrays
+    for tensors of its own.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return isinstance(value, Tensor)
+    return _MEMORY(type(value))
 
 
 _ROLES = WeakMemo(_role)
@@ -219,7 +242,8 @@ def has_state(value: Any) -> bool:
     one that says how it is copied may be the only one of its kind.
     """
     cls = type(value)
-    if any(hasattr(cls, name) for name in ("__copy__", "__deepcopy__")):
+    copies_itself = any(hasattr(cls, name) for name in ("__copy__", "__deepcopy__"))
+    if copies_itself and not issubclass(cls, _MADE_IN_PYTHON):
         return False
     held = attributes_of_object(value)
     parameters = getattr(cls, "__dataclass_params__", None)

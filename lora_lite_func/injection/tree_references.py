@@ -17,7 +17,7 @@ from ..core.errors import UnsupportedError
 from ..core.torch_internals import STATE_HOOKS, own_attributes
 from ..layers.kinds import KINDS
 from .prompt_scope import under_scope
-from .rebinding import MUTABLE, Rebinding, own_object
+from .rebinding import MUTABLE, OWNED, Rebinding, own_object
 from .references import (
     BINDABLE,
     PLAIN,
@@ -25,6 +25,7 @@ from .references import (
     all_plain,
     attributes_of_object,
     has_state,
+    holds_numbers,
     refers,
     role_of,
 )
@@ -70,8 +71,8 @@ class TreeReferences:
         self, model: nn.Module, copies: dict[int, Any], base_tensors: Any, refuse: bool
     ) -> None:
         self.model, self.copies, self.refuse = model, copies, refuse
-        self.beside: Callable[..., Tensor] | None = getattr(base_tensors, "beside", None)
-        self.tensors: dict[int, Tensor] = getattr(base_tensors, "made", {})
+        self.beside: Callable[..., Any] | None = getattr(base_tensors, "beside", None)
+        self.tensors: dict[int, Any] = getattr(base_tensors, "made", {})
         self.kept: bool = getattr(base_tensors, "kept", False)
         self.hooks = (*_CALL_HOOKS, *STATE_HOOKS) if self.kept else _CALL_HOOKS
         self.noted: list[_Noted] = []
@@ -128,7 +129,7 @@ class TreeReferences:
         if role == Role.CONTAINER:
             return kind is not tuple or not all_plain(value)
         if role == Role.DATA:
-            return isinstance(value, Tensor) or (self.kept and _is_config(name, value))
+            return holds_numbers(value) or (self.kept and _is_config(name, value))
         if role != Role.OBJECT:
             return refers(value)
         if self.kept or refers(value):
@@ -168,9 +169,9 @@ class TreeReferences:
         self.holder = copy
         for name in noted.names:
             value = _get(copy, name)
-            if role_of(type(value)) in (Role.CONTAINER, Role.OBJECT):
+            if role_of(type(value)) in OWNED:
                 _set(copy, name, rebinding.own(value))
-            elif isinstance(value, Tensor) and not _is_computed(copy, name):
+            elif holds_numbers(value) and not _is_computed(copy, name):
                 _set(copy, name, self._beside(value, rebinding))
 
     def _turn(self, rebinding: Rebinding, noted: _Noted) -> None:
@@ -198,16 +199,18 @@ class TreeReferences:
                 rebinding.note(f"the global {name!r}", held.get(name))
                 self._check(rebinding, path, "its call reads")
 
-    def _beside(self, tensor: Tensor, rebinding: Rebinding) -> Tensor:
-        """What stands for a tensor that a module holds in an attribute or a container."""
+    def _beside(self, memory: Any, rebinding: Rebinding) -> Any:
+        """What stands for a tensor or array that a module holds in an attribute or a container."""
         # Only a parameter, or what could become one, has to be looked for among the tree's tensors.
         found = None
-        if isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        if isinstance(memory, Tensor) and (
+            isinstance(memory, nn.Parameter) or memory.requires_grad
+        ):
             if self._index is None:
                 self._index = dict(self._tensors())
-            found = self._index.get(id(tensor))
+            found = self._index.get(id(memory))
         if found is None:
-            return tensor if self.beside is None else self.beside(tensor, self.holder)
+            return memory if self.beside is None else self.beside(memory, self.holder)
         path, copy, name = found
         state = copy.__dict__.get("_ll")
         if state is not None and _adapts(state, name):

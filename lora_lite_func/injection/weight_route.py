@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import flatten_again, parameters_of
+from ..core.torch_internals import flatten_again, parameters_of, with_class
 from ..kernels.mixture import Mixture
 from ..kernels.row_plan import RowPlan
 from ..layers.kinds import KINDS
@@ -177,7 +177,8 @@ def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
         buffer = module._buffers.get(name)
         W = stored.get(name) if buffer is None else buffer
         assert W is not None
-        made[name], b = merge_site(module, attachments, W, bias)
+        merged, b = merge_site(module, attachments, W, bias)
+        made[name] = with_class(merged, W)
         # The call may count or average in a buffer, and that must not be kept in the adapter.
         if buffer is not None:
             made[name] = made[name].clone()  # type: ignore[union-attr]
@@ -216,7 +217,8 @@ def _merged(module: Any, chains: Chains, stored: Tensors) -> Tensors:
     check_training(module, attachments)
     W = stored["weight"]
     assert W is not None
-    return dict(zip(stored, merge_site(module, attachments, W, stored["bias"]), strict=True))
+    merged, bias = merge_site(module, attachments, W, stored["bias"])
+    return {"weight": with_class(merged, W), "bias": bias}
 
 
 def read_substituted(name: str) -> property:

@@ -27,6 +27,8 @@ from ..core.torch_internals import (
     outside_transforms,
     plain_tensors,
     tensor_without_values,
+    with_notes,
+    without_saved_hooks,
     writes_on,
 )
 
@@ -106,7 +108,8 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, recipe: _Recipe, stored: Tensor) -> LazyWeight:
-        made = tensor_without_values(cls, stored)
+        made: LazyWeight = tensor_without_values(cls, stored)
+        with_notes(made, stored)
         for name, value in (
             ("_recipe", recipe),
             ("_made", None),
@@ -300,7 +303,8 @@ class _Read(torch.autograd.Function):
             )
 
         # torch.func.vjp composes with another derivative.
-        pulled: Any = torch.func.vjp(again, *learned)
+        with without_saved_hooks():
+            pulled: Any = torch.func.vjp(again, *learned)
         back = iter(pulled[1](g))
         return None, None, *(next(back) if wanted else None for wanted in needed)
 

@@ -75,4 +75,5 @@ def _level(p: float) -> int:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and not x.is_meta
+    own_memory = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own_memory and x.layout is torch.strided and not x.is_meta

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.torch_internals import without_saved_hooks
+
 __all__ = ["recomputed_linear"]
 
 Make = Callable[..., tuple[Tensor, Tensor | None]]
@@ -71,7 +73,10 @@ def _again(make: Make, tensors: Sequence[Tensor], to: Sequence[bool]) -> tuple[T
         # was saved may still wrap it, which vjp can't return
         return (W,) if b is None or any(b is t for t in tensors) else (W, b)
 
-    both: Any = torch.func.vjp(again, *(t for t, needed in zip(tensors, to, strict=True) if needed))
+    with without_saved_hooks():
+        both: Any = torch.func.vjp(
+            again, *(t for t, needed in zip(tensors, to, strict=True) if needed)
+        )
     made, pull = both
 
     def gradients(dW: Tensor, G: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ A tiny call on a copy tells whether a module normalises, and whether it uses 1 +
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -52,22 +53,22 @@ def uses_one_plus(module: nn.Module) -> bool:
 
 def _probed(module: nn.Module, gain: float, x: Tensor) -> Tensor | None:
     """The output of a copy with every gain at `gain` and no bias; None if it can't be called so."""
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
+    probe = object.__new__(type(module))
+    probe.__dict__.update(module.__dict__)
     for name in CALL_HOOKS:
-        copy.__dict__[name] = type(module.__dict__[name])()
+        probe.__dict__[name] = type(module.__dict__[name])()
     given: dict[str, Any] = {
         name: None if p is None else torch.zeros(p.shape, device="cpu")
         for name, p in module._parameters.items()
     }
-    copy.__dict__["_parameters"] = {
+    probe.__dict__["_parameters"] = {
         **given,
         "weight": torch.full((x.shape[-1],), gain, device="cpu"),
     }
-    copy.__dict__["_buffers"] = dict(module._buffers)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            y = type(module).forward(copy, x)
+            probe = copy.deepcopy(probe)  # a call may write on what it holds
+            y = type(module).forward(probe, x)
     except Exception:  # whatever a stranger's module says to a tensor it doesn't expect
         return None
     return y.float() if isinstance(y, Tensor) else None

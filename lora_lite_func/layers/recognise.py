@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .embedding import defers
 from .norms import normalises
-from .weights import is_linear_like, stored
+from .weights import is_linear_like, is_size, stored
 
 __all__ = [
     "conv_size",
@@ -32,7 +32,7 @@ def is_transposed_linear(module: Any) -> bool:
     if "nf" not in getattr(module, "__dict__", ()) and not hasattr(type(module), "nf"):
         return False
     nf, nx = getattr(module, "nf", None), getattr(module, "nx", None)
-    if not isinstance(nf, int) or not isinstance(nx, int):
+    if not is_size(nf) or not is_size(nx):
         return False
     weight = stored(module, "weight")
     return isinstance(weight, Tensor) and tuple(weight.shape) == (nx, nf)
@@ -48,7 +48,7 @@ def linear_size(module: Any) -> tuple[int, int] | None:
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if d_in is None or d_out is None:
         d_in, d_out = getattr(module, "nx", None), getattr(module, "nf", None)
-    return None if d_in is None or d_out is None else (d_in, d_out)
+    return None if d_in is None or d_out is None else (int(d_in), int(d_out))
 
 
 def is_conv(module: Any) -> bool:
@@ -56,7 +56,7 @@ def is_conv(module: Any) -> bool:
     if not hasattr(module, "kernel_size"):
         return False  # checked first, since a whole model may warn when it is asked for channels
     channels, weight = getattr(module, "out_channels", None), stored(module, "weight")
-    if not isinstance(channels, int) or not isinstance(weight, Tensor):
+    if not is_size(channels) or not isinstance(weight, Tensor):
         return False
     if isinstance(weight, nn.UninitializedParameter) or weight.ndim < 2:
         return False
@@ -75,7 +75,7 @@ def is_transposed_conv(module: Any) -> bool:
 def conv_size(module: Any) -> tuple[int, int] | None:
     """(d_in, d_out) of a convolution's weight as a matrix; None for any other module."""
     return (
-        (stored(module, "weight").numel() // module.out_channels, module.out_channels)
+        (int(stored(module, "weight").numel() // module.out_channels), int(module.out_channels))
         if is_conv(module)
         else None
     )
@@ -90,7 +90,9 @@ def is_embedding(module: Any) -> bool:
 
 def embedding_size(module: Any) -> tuple[int, int] | None:
     """(ids, features) of a table; None for any other module."""
-    return (module.num_embeddings, module.embedding_dim) if is_embedding(module) else None
+    if not is_embedding(module):
+        return None
+    return int(module.num_embeddings), int(module.embedding_dim)
 
 
 def looks_up_itself(module: Any) -> bool:

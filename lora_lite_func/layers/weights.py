@@ -6,6 +6,7 @@ Is it linear-like, in which dtype and where does it compute, what is its dense w
 from __future__ import annotations
 
 import copy
+import numbers
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import first_of, is_wrapper
+from ..core.torch_internals import first_of, is_wrapper, without_class
 from .quantised import dequantised
 from .sharded import whole
 
@@ -28,9 +29,15 @@ __all__ = [
     "is_dense",
     "is_linear_like",
     "is_packed",
+    "is_size",
     "own_tensor",
     "stored",
 ]
+
+
+def is_size(value: Any) -> bool:
+    """Whether it is a whole number, of Python's or of numpy's (`nn.Linear(np.prod(shape), 8)`)."""
+    return isinstance(value, (int, numbers.Integral))
 
 
 def is_linear_like(module: Any) -> bool:
@@ -38,8 +45,8 @@ def is_linear_like(module: Any) -> bool:
     the quantised ones.
     """
     return (
-        isinstance(getattr(module, "in_features", None), int)
-        and isinstance(getattr(module, "out_features", None), int)
+        is_size(getattr(module, "in_features", None))
+        and is_size(getattr(module, "out_features", None))
         and isinstance(stored(module, "weight"), Tensor)
         and _is_its_own(module, "weight")
         and callable(module)
@@ -212,7 +219,8 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
             f"{method} reads the weight, which has entries that aren't finite; repair it, or "
             f"leave the layer out"
         )
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return without_class(weight.detach().to(wide, copy=True))
 
 
 _WITHOUT = (

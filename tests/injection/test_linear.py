@@ -4,6 +4,7 @@ nothing and is differentiated right.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -481,3 +482,29 @@ def test_recomputed_linear_keeps_nothing_of_the_weights_size(cfg: ll.AdapterConf
         kept
         <= saved(lambda: model(x), [*model.parameters(), x]) + 4 * x.numel() * x.element_size() // 4
     )
+
+
+@pytest.mark.parametrize("cfg", [ll.HiRAConfig(r=2), ll.LoHaConfig(r=2), ll.LoRAConfig(r=2)])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_backward_pass_within_hooks_on_what_is_saved(cfg: ll.AdapterConfig, reads: bool) -> None:
+    """As trainers offload activations: the whole step is within the hooks."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x @ self.layer.weight.mT if reads else self.layer(x)
+            return y
+
+    model, x = Reads(), rows(300)
+    params = moved(ll.init(model, cfg))
+
+    def gradients(*, hooked: bool) -> list[Any]:
+        bound = ll.bind(model, params)
+        with torch.autograd.graph.save_on_cpu() if hooked else contextlib.nullcontext():
+            bound(x).square().mean().backward()
+        return [p.grad for p in bound.parameters() if p.requires_grad]
+
+    close(gradients(hooked=True), gradients(hooked=False), 1e-12)

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import CASES
-from helpers import close, net, same_state, snapshot
+from helpers import close, moved, net, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -78,6 +78,30 @@ def test_linear_by_structure() -> None:
     ]
     x = torch.randn(3, 4)
     assert torch.allclose(ll.apply(model, params, x), ll.merged(model, params)(x), atol=1e-5)
+
+
+def test_sizes_of_numpy_are_sizes(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    sizes = np.prod((2, 3)), np.int32(4)
+
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(*sizes), nn.Linear(sizes[1], 2)
+            self.conv, self.table = nn.Conv1d(*sizes, 1), nn.Embedding(*sizes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.down(self.up(x) + self.conv(x[..., None])[..., 0])
+            return y + self.table(x.argmax(-1)).sum(-1, keepdim=True)
+
+    model, x = Made(), torch.randn(3, 6)
+    assert paths(model, LoRA()) == ["up", "down"]
+    cfg = LoRA(r=2, target_kinds=("linear", "conv", "embedding"), exclude_names=())
+    params = moved(ll.init(model, cfg))
+    assert {type(n) for s in params.sites.values() for n in (s.d_in, s.d_out)} == {int}
+    ll.save(params, tmp_path / "a.safetensors")
+    again = ll.load(tmp_path / "a.safetensors")
+    assert torch.allclose(ll.apply(model, again, x), ll.merged(model, params)(x), atol=1e-5)
 
 
 def test_the_sites_carry_what_the_layer_is() -> None:
