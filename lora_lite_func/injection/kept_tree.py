@@ -8,6 +8,7 @@ object by object; a tree of which it can't be told is not kept.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.torch_internals import CALL_HOOKS, own_attributes
+from ..core.torch_internals import CALL_HOOKS, is_wrapped, outside_transforms, own_attributes
 from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .base_tensors import Constants
@@ -163,7 +164,7 @@ class KeptTree:
         if not self.original.is_same() or list(map(_FACTS, self.tensors)) != self.facts:
             return False
         for own, constant in self.detached:
-            if own.data_ptr() != constant.data_ptr():
+            if own.data_ptr() != constant.data_ptr() or not _same_notes(own, constant):
                 return False
         for path, state in self.sites:
             _give(state, tuple(sites[path]))
@@ -190,9 +191,12 @@ def kept_tree(
     Raises:
         StructureError, UnsupportedError: as `copy_tree`.
     """
-    copier = Copier(model, sites, Constants({}), True)
-    root = copier.whole()
-    return root, _kept(model, root, copier.copies, sites)
+    # what a transform wraps is dead after it, so a kept copy's constants are made outside of it
+    own = not any(map(is_wrapped, chain(model.parameters(), model.buffers())))
+    with outside_transforms() if own else contextlib.nullcontext():
+        copier = Copier(model, sites, Constants({}), True)
+        root = copier.whole()
+        return root, _kept(model, root, copier.copies, sites) if own else None
 
 
 def _kept(
@@ -225,6 +229,14 @@ def _kept(
             return None  # the layer's call isn't its class's, or has other adapters in it
         held.append((path, state))
     return KeptTree(root, before, after, held, detached)
+
+
+def _same_notes(own: Tensor, constant: Tensor) -> bool:
+    """Whether the attributes that somebody has set on a parameter are those of its constant."""
+    notes, kept = own.__dict__, constant.__dict__
+    if not notes and not kept:
+        return True
+    return notes.keys() == kept.keys() and all(map(is_, notes.values(), kept.values()))
 
 
 def _tensors(module: nn.Module) -> Iterator[Any]:
