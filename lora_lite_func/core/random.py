@@ -5,14 +5,19 @@ Draws are made on the CPU, whatever the model's device, so other sites or device
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "generator", "kaiming", "normal", "uniform"]
+from .torch_internals import is_tracing_here
+
+__all__ = ["Draw", "generator", "kaiming", "kept", "normal", "uniform"]
 
 Draw = Callable[[Sequence[int], torch.Generator], Tensor]
 """A random start: (shape, generator) -> float32 CPU tensor of that shape."""
@@ -39,6 +44,30 @@ def uniform(bound: float) -> Draw:
 def normal(std: float) -> Draw:
     """Gaussian with mean 0 and standard deviation `std`."""
     return lambda shape, gen: _empty(shape).normal_(0.0, std, generator=gen)
+
+
+def kept(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A draw of seeds and sizes whose last few results are kept.
+
+    What is made in place of a tensor (fake ones, those of an export) is of that call alone.
+    """
+    found: OrderedDict[Any, Tensor] = OrderedDict()
+
+    @functools.wraps(draw)
+    def drawn(*key: Any) -> Tensor:
+        if is_tracing_here():
+            return draw(*key)
+        made = found.get(key)
+        if made is None:
+            made = found[key] = draw(*key)
+            while len(found) > _KEPT:
+                found.popitem(last=False)
+        return made
+
+    return drawn
+
+
+_KEPT = 8
 
 
 def _empty(shape: Sequence[int]) -> Tensor:

@@ -109,15 +109,21 @@ class Leaves(nn.Module):
                     module._parameters[name] = made[id(p)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaves:
-        """Move or cast the tensors, as `nn.Module` does. Buffers that several sites have in one
-        memory stay so.
+        """Move or cast the tensors, as `nn.Module` does. Parameters that several sites have stay
+        one, and buffers that they have in one memory stay so.
         """
-        before = dict(self._buffers)
+        before, shared = dict(self._buffers), dict(self._parameters)
         super()._apply(fn, recurse)
         once = _results_of(fn)
+        for name, p in shared.items():
+            new: Any = self._parameters[name]
+            if new is not p:
+                self._parameters[name] = once.of_object(p, new)
         for name, t in before.items():
             now = self._buffers[name]
-            self._buffers[name] = once(lambda _, now=now: now, t)
+            found = once(lambda _, now=now: now, t, key=None if t is None else t._version)
+            # each has an object of its own: torch takes one object for tied tensors
+            self._buffers[name] = found if found is now or found is None else found.detach()
         return self
 
     def forward(self) -> dict[str, Tensor]:
@@ -145,8 +151,11 @@ _RESULTS: weakref.WeakKeyDictionary[Any, Once] = weakref.WeakKeyDictionary()
 
 def _results_of(fn: Callable[[Tensor], Tensor]) -> Once:
     """What a function gave so far for buffers that share memory. A call of `to`, `half` and the
-    like takes one function of its own through all modules.
+    like takes one function of its own through all modules; what is kept for one that lives longer
+    would live as long.
     """
+    if "<locals>" not in getattr(fn, "__qualname__", ""):
+        return Once()
     try:
         return _RESULTS.setdefault(fn, Once())
     except TypeError:  # nothing can refer to it weakly

@@ -6,14 +6,12 @@ is exact up to 2^24, and float64 where a layer is larger than that.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
 from ..core.method import ParamSpec
-from ..core.random import generator
+from ..core.random import generator, kept
 
 __all__ = ["decoded", "dense", "drawn", "index_dtype", "pack", "spec", "unpack"]
 
@@ -36,7 +34,7 @@ def pack(flat: Tensor, d_in: int) -> Tensor:
     return torch.stack([flat // d_in, flat % d_in])
 
 
-@functools.lru_cache(maxsize=8)
+@kept
 def drawn(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
     """The leaf's values for n different entries, drawn from the seed and the sizes alone, in the
     order drawn.

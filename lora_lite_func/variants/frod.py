@@ -15,7 +15,6 @@ have no part in this method.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.phases import Forms, Work
 from ..core.random import generator as seeded
+from ..core.random import kept
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
 from ..kernels import low_rank, positions
@@ -101,7 +101,7 @@ def joint(
     return made
 
 
-@functools.lru_cache(maxsize=8)
+@kept
 def _places(seed: int, n: int, d: int) -> Tensor:
     """Rows and columns (2, n) of different entries off the diagonal."""
     flat = torch.randperm(d * d - d, generator=seeded(seed, f"{d}", "off the diagonal"))[:n]

@@ -12,7 +12,6 @@ Identity at the start: b = 0. Needs only x and y. alpha has no part in this meth
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def param_specs(cfg: PVeRAConfig, site: Site) -> dict[str, ParamSpec]:
     }
 
 
-@functools.lru_cache(maxsize=8)
+@random.kept
 def _random(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
     """Kaiming-uniform of gain sqrt(2), within +-sqrt(6 / columns); one per (seed, name, shape)."""
     draw = random.uniform(math.sqrt(6.0 / shape[1]))

@@ -14,7 +14,6 @@ Identity at the start: lam = 0. Needs only x and y.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def param_specs(cfg: RandLoRAConfig, site: Site) -> dict[str, ParamSpec]:
     }
 
 
-@functools.lru_cache(maxsize=8)
+@random.kept
 def _random(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Uniform, of standard deviation 1. One tensor per (seed, name, shape)."""
     drawn = random.uniform(1.0)(shape, random.generator(seed, f"{shape}", name))

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from cases import CASES, Case
 from helpers import close, leaves, moved, net
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad
 
 import lora_lite_func as ll
@@ -339,3 +342,52 @@ def test_a_bank_starts_near_the_base_or_at_it() -> None:
     assert 0 < off < 0.02
     there = ll.init(model, ll.VBLoRAConfig(num_vectors=16, vector_length=4, exact_start=True))
     assert torch.equal(ll.apply(model, there, X), base)
+
+
+# -------------------------------------------------------------------------- bound models that move
+@every
+def test_torchs_own_stack_of_bound_models(case: Case) -> None:
+    model = net(width=8, inner=8, depth=1)
+    several = [moved(ll.init(model, case.config(r=4)), seed) for seed in (1, 2)]
+    bound = [ll.bind(model, params).eval() for params in several]
+    tensors = torch.func.stack_module_state(bound)  # type: ignore[arg-type]
+    x = X[:, :8]
+    empty = copy.deepcopy(bound[0]).to("meta")
+    for base in (bound[0], empty):
+        made = torch.func.vmap(lambda *t, b=base: torch.func.functional_call(b, t, (x,)))(*tensors)
+        close(made, torch.stack([ll.apply(model, p, x) for p in several]), 1e-10)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.double()
+
+
+def test_a_function_that_lives_on_keeps_no_buffers_of_a_bound_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    found = []
+    for _ in range(2):
+        bound: Any = ll.bind(model, ll.init(model, ll.VeRAConfig(r=4)))
+        bound._apply(_wide)
+        found.append(weakref.ref(bound[0].adapter[0].lora_vera_A))
+        del bound
+    gc.collect()
+    assert [r() for r in found] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ll.VeRAConfig(r=2),
+        ll.PVeRAConfig(r=2),
+        ll.RandLoRAConfig(r=2),
+        ll.SHiRAConfig(r=2),
+        ll.FourierFTConfig(n_frequency=5),
+        ll.WaveFTConfig(n_frequency=5),
+    ],
+    ids=lambda cfg: type(cfg).__name__,
+)
+def test_what_was_drawn_on_fake_tensors_is_forgotten(cfg: ll.AdapterConfig) -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ll.init(model, cfg)
+    assert {type(t) for t in leaves(ll.init(model, cfg))} == {Tensor}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ....core.adapter import Adapter
 from ....core.errors import CheckpointError, UnsupportedError, short_repr
+from ....core.random import kept
 from ....core.site import Site
 
 __all__ = ["entries_of", "seed_of"]
@@ -17,7 +17,7 @@ __all__ = ["entries_of", "seed_of"]
 _LARGEST = 2**31  # the most entries of a weight that a permutation is drawn for
 
 
-@functools.lru_cache(maxsize=4)
+@kept
 def _drawn(seed: int, n: int, d_out: int, d_in: int) -> Tensor:
     """Return (2, n) rows and columns: the first n entries of a seeded permutation of all."""
     flat = torch.randperm(
