@@ -46,7 +46,7 @@ def penalty(params: Any) -> Tensor:
         else:
             added = one(own)
         total = total + (added * tensors[PRESENT] if PRESENT in tensors else added)
-    return torch.as_tensor(total)
+    return total if isinstance(total, Tensor) else torch.as_tensor(total)
 
 
 def _asked(penalty: Any, cfg: Any, own: Any, *, site: Any) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.errors import UnsupportedError
 from ..layers.whole_calls import CACHES
+from .results import mapping_with, sequence_with
 from .virtual_front import Front
 
-__all__ = ["own_tokens", "rebuilt", "without_cache"]
+__all__ = ["own_tokens", "without_cache"]
 
 _OF_TOKENS = ("start_logits", "end_logits")
 """Members of a result that have a number for each token."""
@@ -38,21 +40,28 @@ def own_tokens(result: Any, front: Front, tokens: int) -> Any:
         return front.own(t) if t.ndim == 2 and t.shape[1] == width else t
 
     if not isinstance(result, Mapping):
+        if not isinstance(result, (Tensor, tuple, list)):
+            raise UnsupportedError(
+                f"the result of a call with virtual tokens is a {type(result).__name__}, in which "
+                f"a row's own tokens can't be found; return a tensor, a tuple or a dict"
+            )
         return _each(result, cut)
     cuts = {
         name: _each(value, cut_of_tokens if name in _OF_TOKENS else cut)
         for name, value in result.items()
-        if not name.startswith(_OF_ENCODER)
+        if not str(name).startswith(_OF_ENCODER)
     }
-    return rebuilt(result, {**result, **cuts})
+    return mapping_with(result, {**result, **cuts})
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A tensor, or a tuple or list of them and of others, with the tensors changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_each(one, change) for one in value)
+    if isinstance(value, (tuple, list)):
+        members = [_each(one, change) for one in value]
+        same = all(a is b for a, b in zip(members, value, strict=True))
+        return value if same else sequence_with(value, members)
     return value
 
 
@@ -60,9 +69,4 @@ def without_cache(result: Any) -> Any:
     """A result without the cache that the call was given in the caller's place."""
     if not isinstance(result, Mapping) or not any(name in result for name in CACHES):
         return result
-    return rebuilt(result, {k: v for k, v in result.items() if k not in CACHES})
-
-
-def rebuilt(result: Any, items: dict[str, Any]) -> Any:
-    """A mapping of the same kind with other items."""
-    return items if type(result) is dict else type(result)(**items)
+    return mapping_with(result, {k: v for k, v in result.items() if k not in CACHES})

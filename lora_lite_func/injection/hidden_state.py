@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
+from .results import mapping_with, sequence_with
 
 __all__ = ["hidden_state"]
 
@@ -25,23 +26,15 @@ def hidden_state(output: Any, path: str, width: int) -> tuple[Tensor, Callable[[
         return _checked(output, path, width), lambda h: h
     if isinstance(output, Mapping) and output:
         name = next(iter(output))
-        return _checked(output[name], path, width), lambda h: _with_item(output, name, h)
+        first = _checked(output[name], path, width)
+        return first, lambda h: mapping_with(output, {**dict(output.items()), name: h})
     if isinstance(output, (tuple, list)) and output:
-        kind = type(output)
         first = _checked(output[0], path, width)
-        if hasattr(output, "_fields"):
-            return first, lambda h: kind(h, *output[1:])
-        return first, lambda h: kind([h, *output[1:]])
+        return first, lambda h: sequence_with(output, [h, *output[1:]])
     raise UnsupportedError(
         f"{path!r}: expected a hidden state from the module, found {type(output).__name__}; name "
         f"a block instead"
     )
-
-
-def _with_item(output: Any, name: Any, h: Tensor) -> Any:
-    """A mapping of the same kind with another item; a ModelOutput is rebuilt from its fields."""
-    items = {**dict(output.items()), name: h}
-    return items if type(output) is dict else type(output)(**items)
 
 
 def _checked(h: Any, path: str, width: int) -> Tensor:

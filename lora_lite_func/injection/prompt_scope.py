@@ -23,7 +23,7 @@ from .prompt import Prompt
 from .rebinding import Rebinding
 from .references import PLAIN, refers, shallow_copy
 
-__all__ = ["has_own_prompt", "is_scope", "scope_class", "under_scope"]
+__all__ = ["has_own_prompt", "is_scope", "scope_class", "takes_mask", "under_scope"]
 
 _MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
@@ -35,13 +35,14 @@ _OWN = ("_modules", "_ll_prompt", "forward")
 # ----------------------------------------------------------------------- what a call says of itself
 @at_trace_time
 def has_own_prompt(cls: type) -> bool:
-    """Whether calls of a class have a mask of their own.
+    """Whether calls of a class have a mask of their own, as those of a stack that takes tokens."""
+    return takes_mask(cls) and any(name in arguments_of(cls) for name in _TOKENS)
 
-    Calls of a stack do, as it takes tokens. Calls of a block don't, as it takes what its stack
-    makes of the mask.
-    """
-    names = arguments_of(cls)
-    return _MASK in names and any(name in names for name in _TOKENS)
+
+@at_trace_time
+def takes_mask(cls: type) -> bool:
+    """Whether calls of a class are given a mask, their own or what their stack makes of its own."""
+    return _MASK in arguments_of(cls)
 
 
 def _prompt_of(
@@ -51,9 +52,15 @@ def _prompt_of(
 
     It says its attention mask (N, T), since padding is no part of the prompt, and whether it goes
     on from a cache. Where it says nothing, the prompt is that of the call around it.
+
+    What a part that takes no tokens is given may be made for its layers: a cache that those before
+    it have filled, a mask that is added. So of such a part a mask of whole numbers alone counts.
     """
     given = {**dict(paired(arguments_of(cls), args)), **kwargs}
     mask = given.get(_MASK)
+    if outer is not None and not has_own_prompt(cls):
+        counts = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point()
+        return outer._replace(mask=mask) if counts else outer
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         encoders = mask is None and given.get(_ENCODED) is not None
         mask = None if outer is None or encoders else outer.mask

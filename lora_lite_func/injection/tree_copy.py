@@ -24,7 +24,7 @@ from ..layers.refusals import check_model, refusal
 from .attachment import Attachment, everywhere
 from .base_tensors import own_written
 from .checks import no_module
-from .prompt_scope import has_own_prompt, is_scope, scope_class, under_scope
+from .prompt_scope import has_own_prompt, is_scope, scope_class, takes_mask, under_scope
 from .references import slots
 from .site_copy import site_copy
 from .tree_references import TreeReferences
@@ -193,15 +193,19 @@ class Copier:
         if facts.has_inner and _joined(path, "out_proj") in self.sites:
             inner = ("out_proj",)
         bounds = facts.is_table and module.__dict__.get("max_norm") is not None
-        make = _scope if facts.is_scope or (self.tells and self._has_prompt(module)) else _shallow
+        scope = facts.is_scope or (self.tells and self._has_prompt(module, path))
+        make = _scope if scope else _shallow
         if attachments is None and not inner and not bounds:
             return make(module, under_scope(type(module)), facts.slots)
         self.left.pop(path, None)
         return site_copy(module, path, attachments or {}, by_weight, inner, facts.slots, make)
 
-    def _has_prompt(self, module: nn.Module) -> bool:
+    def _has_prompt(self, module: nn.Module, path: str) -> bool:
         """Whether a module's calls know their prompt, where some sites ask for it."""
-        return module is self.root or has_own_prompt(type(module))
+        if module is self.root or has_own_prompt(type(module)):
+            return True
+        inside = _joined(path, "")
+        return takes_mask(type(module)) and any(site.startswith(inside) for site in self.sites)
 
     def _visit_children(self, copy: nn.Module, path: str, is_site: bool) -> None:
         before, prefix = len(self.left), _joined(path, "")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.errors import UnsupportedError
 from .attachment import Attachment
-from .call_result import rebuilt
+from .results import mapping_with
 from .virtual_arguments import Given
 
 __all__ = ["check_weighted", "weighted"]
@@ -79,4 +79,4 @@ def weighted(result: Any, weights: Tensor, given: Given, path: str) -> Any:
     predicted = logits[:, : slots - 1].float().transpose(1, 2)  # (N, vocabulary, P - 1)
     each = F.cross_entropy(predicted, labels[:, 1:slots], reduction="none")  # 0 without a label
     loss = loss + (each * (weights[:, 1:] - 1.0)).sum() / count
-    return rebuilt(result, {**result, "loss": loss}) if named else (loss, *result[1:])
+    return mapping_with(result, {**result, "loss": loss}) if named else (loss, *result[1:])

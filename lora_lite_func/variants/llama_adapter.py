@@ -23,6 +23,7 @@ from ..core.config import AdapterConfig
 from ..core.method import ParamSpec, Variant
 from ..core.random import normal
 from ..core.site import Params, Site
+from ..kernels import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ def attend(
 ) -> Tensor:
     """y (N, T, heads, size) and what the queries q (N, heads, T, size) find in the prompt."""
     k, v = keys(p["lora_prompt"])  # (..., heads, P, size)
-    seen = torch.softmax(q.float() @ k.float().mT * scaling, dim=-1)
-    found = (p["lora_gate"][..., None, None, None] * seen) @ v.float()
+    core = low_rank.core_dtype(torch.promote_types(q.dtype, p["lora_gate"].dtype))
+    seen = torch.softmax(q.to(core) @ k.to(core).mT * scaling, dim=-1)
+    found = (p["lora_gate"][..., None, None, None] * seen) @ v.to(core)
     return y + found.transpose(1, 2).to(y.dtype)
 
 

@@ -121,7 +121,7 @@ def penalty(cfg: MonteCLoRAConfig, p: Params, site: Site) -> Tensor:
     dirichlet = dirichlet + ((alpha - prior) * (alpha.digamma() - total.digamma())).sum()
     squared = (2.0 * sigma).exp()
     wishart = 0.5 * r * (squared - 2.0 * sigma - 1.0).sum()
-    log_chi2 = torch.special.digamma(torch.tensor(0.5 * r)).item() + math.log(2.0)
+    log_chi2 = sigma.new_full((), 0.5 * r).digamma() + math.log(2.0)
     draws = 0.5 * k * (r * squared - 2.0 * sigma - log_chi2 - 1.0).sum()
     return cfg.kl_weight * (dirichlet + wishart + draws)
 

@@ -52,3 +52,20 @@ def test_what_has_none_is_refused() -> None:
         ll.penalty(part)
     with pytest.raises(ll.ConfigError, match=r"KaSAConfig\.beta: expected at least 0"):
         ll.KaSAConfig(beta=-1.0)
+
+
+def test_it_is_the_same_whatever_surrounds_it() -> None:
+    params = moved(ll.init(net(dtype=torch.float32), ll.MonteCLoRAConfig(r=2)))
+    value = ll.penalty(params)
+    with torch.device("meta"):
+        assert torch.equal(ll.penalty(params), value)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(ll.penalty(params), value)
+    finally:
+        torch.set_default_dtype(before)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p: ll.penalty(p), backend="eager", fullgraph=True)
+    close(compiled(params), value, 1e-6)
+    torch._dynamo.reset()

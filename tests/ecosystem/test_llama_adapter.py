@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,15 @@ def test_what_is_refused() -> None:
     edit = ll.init(model, ll.LoReFTConfig(r=2, target_names=r"self_attn$"))
     with pytest.raises(ll.UnsupportedError, match="inside its attention and as a whole module"):
         ll.apply(model, (params, edit), IDS)
+
+
+def test_models_of_every_precision() -> None:
+    model, ids = copy.deepcopy(fresh("llama")), IDS[:2]
+    params = moved(adapter(model), size=0.5)
+    y = ll.apply(model, params, input_ids=ids).logits
+    wide = ll.cast(params, torch.float64)
+    for given in (params, wide):
+        made = ll.apply(model.double(), given, input_ids=ids).logits
+        assert made.dtype == torch.float64
+        close(made.float(), y, 1e-4)
+    close(ll.apply(model.float(), wide, input_ids=ids).logits, y, 1e-4)

@@ -4,8 +4,11 @@ generation.
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import pickle
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -483,3 +486,126 @@ def test_an_encoder_and_a_decoder_have_their_own_masks(name: str, decoder: bool)
     assert torch.equal(generated, sequence) or bool(
         (generated == 2).any() or (generated == 1).any()
     )
+
+
+# ---------------------------------------------------------------------- masks of parts, odd results
+class Masked(nn.Module):
+    """Hands its mask to a part by a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Stack()
+
+    def forward(self, x: Tensor, tokens: Tensor | None, added: bool = False) -> Tensor:
+        mask = tokens.float().log() if added and tokens is not None else tokens
+        y: Tensor = self.part(x, mask)
+        return y
+
+
+@every
+def test_a_part_that_is_given_a_mask_has_its_prompt(config: Any) -> None:
+    torch.manual_seed(0)
+    model = Masked()
+    chosen = config(r=2, first=1, last=1)
+    params = moved(ll.init(model, chosen), size=0.3)
+    x, mask = torch.randn(2, 6, 8), torch.tensor([[1] * 3 + [0] * 3, [1] * 5 + [0]])
+    y = ll.apply(model, ll.prompted(params, mask), x, None)
+    assert (y - ll.apply(model, params, x, None)).abs().max() > 1e-3
+    for made in (
+        ll.apply(model, params, x, mask),
+        ll.bind(model, params)(x, mask),
+        ll.apply(model, ll.rows(ll.stack([params, params]), [0, 1]), x, mask),
+    ):
+        close(made, y, 1e-6)
+    # a mask that is added is made for the layers, and says nothing
+    close(
+        ll.bind(model, params)(x, mask, added=True),
+        ll.apply(model, params, x, None),
+        1e-6,
+    )
+
+
+class Result(collections.OrderedDict[str, Any]):
+    """A result whose constructor asks for something."""
+
+    def __init__(self, title: str, **members: Any) -> None:
+        super().__init__(**members)
+        self.title = title
+
+
+class Named(NamedTuple):
+    h: Tensor
+    more: int
+
+
+class Listed(list[Any]):
+    """A list of a class of its own."""
+
+
+RESULTS: dict[str, tuple[Any, Any]] = {
+    "named tuple": (lambda h: Named(h, 1), lambda r: r.h),
+    "own list": (lambda h: Listed([h, 1]), lambda r: r[0]),
+    "own dict": (lambda h: Result("a", h=h), lambda r: r["h"] if r.title == "a" else None),
+    "default dict": (
+        lambda h: collections.defaultdict(int, h=h),
+        lambda r: r["h"] + r["nothing"],
+    ),
+    "user dict": (lambda h: collections.UserDict(h=h), lambda r: r["h"]),
+    "view": (lambda h: types.MappingProxyType({"h": h}), lambda r: r["h"]),
+}
+
+
+class Tokens(nn.Module):
+    """A model that embeds tokens and gives a result of any class; a stack of blocks, likewise."""
+
+    def __init__(self, wrap: Any, unwrap: Any) -> None:
+        super().__init__()
+        self.table, self.blocks = nn.Embedding(10, 8), nn.ModuleList(Given(wrap) for _ in range(2))
+        self.wrap, self.unwrap = wrap, unwrap
+        self.config = types.SimpleNamespace(use_cache=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None) -> Any:
+        x = self.table(input_ids) if inputs_embeds is None else inputs_embeds
+        for block in self.blocks:
+            x = self.unwrap(block(x))
+        return self.wrap(x.cumsum(1))
+
+
+class Given(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.layer, self.wrap = nn.Linear(8, 8), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("cfg", [ll.LoReFTConfig(r=2), ll.PromptTuningConfig(r=3)])
+def test_results_of_every_class_keep_it(name: str, cfg: ll.AdapterConfig) -> None:
+    wrap, unwrap = RESULTS[name]
+    torch.manual_seed(0)
+    plain, odd = Tokens(lambda h: h, lambda h: h), Tokens(wrap, unwrap)
+    odd.load_state_dict(plain.state_dict())
+    ids = torch.randint(0, 10, (2, 5))
+    params = moved(ll.init(plain, cfg), size=0.3)
+    y = ll.apply(plain, params, ids)
+    assert y.shape == (2, 5, 8)
+    for made in (ll.apply(odd, params, ids), ll.bind(odd, params)(ids)):
+        assert type(made) is type(odd(ids))
+        close(unwrap(made), y, 1e-6)
+
+
+def test_a_result_in_which_tokens_cannot_be_found_is_refused() -> None:
+    @dataclasses.dataclass
+    class Record:
+        h: Tensor
+
+    odd = Tokens(lambda h: h, lambda h: h)
+    odd.wrap = Record
+    params = ll.init(odd, ll.PromptTuningConfig(r=3))
+    with pytest.raises(ll.UnsupportedError, match="with virtual tokens is a Record"):
+        ll.apply(odd, params, torch.randint(0, 10, (2, 5)))
