@@ -63,6 +63,27 @@ def by_hand(base: Any, x: ll.XLoRA, ids: Tensor) -> Tensor:
             handle.remove()
 
 
+@pytest.mark.parametrize("fields", [{}, {"layerwise": True, "depth": 2, "width": 8}], ids=repr)
+def test_both_passes_are_one_graph(fields: dict[str, Any]) -> None:
+    """It takes the last hidden states as they are, since recording all of them breaks a graph."""
+    torch._dynamo.reset()
+    base = model()
+    x = made(base, **fields)
+
+    def logits(x: ll.XLoRA) -> Tensor:
+        return x(base, IDS, use_cache=False).logits
+
+    def grads(head: dict[str, Tensor]) -> dict[str, Tensor]:
+        return ll.grad(lambda h: x.having(h)(base, IDS, labels=IDS, use_cache=False).loss)(head)
+
+    with torch.no_grad():
+        close(torch.compile(logits, backend="eager", fullgraph=True)(x), logits(x), 1e-6)
+    found = torch.compile(grads, backend="eager", fullgraph=True)(x.head)
+    for name, g in grads(x.head).items():
+        close(found[name], g, 1e-6)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"layerwise": True, "temperature": 0.5}, {"depth": 3, "width": 8, "top_k": 2}],
