@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,6 +119,27 @@ def refused(attempt: Callable[[], object]) -> str:
     return "nothing"
 
 
+def shared() -> ll.Adapter:
+    """Layers with one vector for all of them."""
+    return ll.init(net(depth=2), ll.TinyLoRAConfig(r=2, u=5, tying=1.0))
+
+
+def apart(mesh: Any) -> str:
+    """What is said to a tensor of several layers whose layers are sharded apart: by newer torch's
+    fully_shard, else by the library.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    bound: Any = ll.bind(net(depth=2), shared())
+    try:
+        for layer in bound.layers:
+            fully_shard(layer, mesh=mesh)
+        ll.unbind(bound)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def work(folder: Path) -> None:
     """Both ways of spreading one run over processes, and a stack's members over processes."""
     from torch.distributed.fsdp import fully_shard
@@ -144,6 +166,14 @@ def work(folder: Path) -> None:
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     found["fsdp"] = trained(sharded, own)
     AdapterSaver(sharded, "")(folder / "saved", is_main_process=rank == 0)
+
+    together = ll.bind(net(depth=2), shared())
+    fully_shard([*together.layers], mesh=mesh)  # type: ignore[misc]
+    fully_shard(together, mesh=mesh)
+    found["shared"] = trained(together, own)
+    of_all: Any = ll.unbind(together)[".tied.0", "lora_v"]
+    found["shared adapter"] = [of_all.full_tensor()]
+    found["apart"] = apart(mesh)
 
     if CALLS_SHARDED:
         found["parallel"], found["parallel refusals"] = parallel(mesh)

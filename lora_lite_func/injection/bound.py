@@ -11,6 +11,7 @@ from ..core.config import with_paths
 from ..core.errors import StructureError
 from ..core.layout import Layout
 from ..core.stacked import Stacked
+from ..core.torch_internals import is_sharded
 from ..layers.tied import home_of
 from .state import CHILD, Held, Leaves, leaves_at
 
@@ -122,12 +123,31 @@ def tensors_in(bound: nn.Module, entry: Entry) -> dict[str, dict[str, Tensor]]:
     """{path: {lora_name: tensor}}: an adapter's tensors as they are now, detached.
 
     Raises:
-        StructureError: a site was taken out of the model since it was bound.
+        StructureError: a site was taken out of the model since it was bound, or what sites share
+            was sharded apart.
     """
+    _check_shared(bound, entry)
     found = {path: _leaves(bound, entry, path).tensors() for path in entry.slots}
     return {
         path: {name: t.detach() for name, t in tensors.items()} for path, tensors in found.items()
     }
+
+
+def _check_shared(bound: nn.Module, entry: Entry) -> None:
+    """Refuse tensors of several sites that became one for each, as older torch's fully_shard makes
+    them where sites are in groups of their own. What they learned there isn't one adapter.
+    """
+    seen: dict[tuple[str, str], Any] = {}
+    for path, groups in entry.layout.shared.items():
+        parameters = _leaves(bound, entry, path)._parameters
+        for name, group in groups.items():
+            t: Any = parameters.get(name)
+            if is_sharded(t) and seen.setdefault((group, name), t) is not t:
+                raise StructureError(
+                    f"site {path!r}: its {name} is one tensor for several sites, and fully_shard "
+                    f"has put it in several groups, where each learns another; shard those modules "
+                    f"together, fully_shard([*model.layers]), or the whole model at once"
+                )
 
 
 def _leaves(bound: nn.Module, entry: Entry, path: str) -> Leaves:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import close, leaves, moved, net
-from two_processes import METHODS, adapted, adapter, members, trained
+from two_processes import METHODS, adapted, adapter, members, shared, trained
 
 import lora_lite_func as ll
 from lora_lite_func.core.torch_internals import CALLS_SHARDED
@@ -55,6 +55,15 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path) -> None:
             wanted,
             1e-9,
         )
+
+    one = ll.bind(net(depth=2), shared())
+    close(
+        [torch.cat(halves) for halves in zip(first["shared"], second["shared"], strict=True)],
+        trained(one, slice(None)),
+        1e-9,
+    )
+    close(first["shared adapter"], [ll.unbind(one)[".tied.0", "lora_v"]], 1e-9)
+    assert re.search(r"fully_shard\(\[(module_a|\*model\.layers)", first["apart"]), first["apart"]
 
     alone = torch.utils._pytree.tree_leaves(members(range(4)))
     for found in (first, second):
