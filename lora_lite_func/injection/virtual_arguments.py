@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..layers.whole_calls import token_table
+from ..layers.whole_calls import predicts_next, token_table
 from .virtual_front import Front
 
 __all__ = ["Given", "batch_of", "embedded", "going_on", "in_front", "mask_given"]
@@ -120,6 +121,8 @@ def in_front(
             made[name] = front.fill(made[name], value)
     if labels is not None and given.get("labels") is not None:
         made["labels"] = front.join(front.aligned(labels, 1).to(given["labels"]), given["labels"])
+    if front.lengths is not None and made.get("labels") is not None and predicts_next(module):
+        made["labels"] = _without_first(made["labels"], front)
     for name in _SPANS:
         if made.get(name) is not None:
             made[name] = made[name] + front.counted(made[name].device)
@@ -156,6 +159,16 @@ def going_on(front: Front, given: Given, names: Any, before: int, path: str, of:
 def _counted(mask: Tensor) -> Tensor:
     """Positions that count what a mask leaves."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _without_first(labels: Tensor, front: Front) -> Tensor:
+    """Labels (N, P + T) that don't count the first own token of a row without virtual ones, which
+    nothing comes before.
+    """
+    assert front.lengths is not None
+    place = torch.arange(labels.shape[1], device=labels.device)
+    bare = front.lengths.to(labels.device)[:, None] == 0
+    return labels.masked_fill(bare & (place == front.slots), -100)
 
 
 def _parted(mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:

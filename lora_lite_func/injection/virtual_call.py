@@ -99,7 +99,7 @@ def _begun(
         if attachment.variant.virtual is None:
             return _observed(attachments, module, call, given)
     cached, tokens = _parted(attachments)
-    check_weighted(tokens, is_causal(module), given)
+    check_weighted(tokens, module, given)
     begins = cached_tokens(given) == 0
     names = arguments_of(type(module))
     has_cache = given_cache(given)[1] is not None

@@ -50,8 +50,9 @@ def in_front_of_decoded(
         path: of the site, for messages.
 
     Raises:
-        UnsupportedError: rows have unlike numbers of them, and the model counts the unused ones; or
-            an argument in which virtual tokens have no place.
+        UnsupportedError: rows have unlike numbers of them, and the model counts the unused ones;
+            labels alone, of which the model doesn't say what it decodes for them; or an argument in
+            which virtual tokens have no place.
     """
     if front.lengths is not None and not is_relative(module):
         raise UnsupportedError(
@@ -60,8 +61,13 @@ def in_front_of_decoded(
         )
     own = {name: given.get(_OWN + name) for name in _OF_TOKENS} | {"labels": given.get("labels")}
     if own["input_ids"] is None and own["inputs_embeds"] is None:
-        # what the model would make of its labels
-        own["input_ids"] = module.prepare_decoder_input_ids_from_labels(given["labels"])
+        shifted = getattr(module, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is None:
+            raise UnsupportedError(
+                f"{path!r}: {type(module).__name__} doesn't say what it decodes for labels alone; "
+                f"give decoder_input_ids too"
+            )
+        own["input_ids"] = shifted(given["labels"])
     own = {name: value for name, value in own.items() if value is not None}
     decoder = module.get_decoder()
     home = module if token_table(decoder) is None else decoder

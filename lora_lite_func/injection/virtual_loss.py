@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
+from ..layers.whole_calls import predicts_next
 from .attachment import Attachment
 from .results import mapping_with
 from .virtual_arguments import Given
@@ -20,12 +21,12 @@ from .virtual_arguments import Given
 __all__ = ["check_weighted", "weighted"]
 
 
-def check_weighted(attachments: Sequence[Attachment], causal: bool, given: Given) -> None:
+def check_weighted(attachments: Sequence[Attachment], module: Any, given: Given) -> None:
     """Refuse weights of labels where it isn't known what the loss makes of them.
 
     Args:
         attachments: the adapters with virtual tokens, innermost first.
-        causal: whether the model predicts each token from those before it.
+        module: the model.
         given: the call's arguments.
 
     Raises:
@@ -38,7 +39,7 @@ def check_weighted(attachments: Sequence[Attachment], causal: bool, given: Given
     for attachment in attachments:
         site, variant = attachment.site, attachment.variant
         if variant.label_weights_of(attachment.cfg) is not None:
-            if not causal:
+            if not predicts_next(module):
                 raise UnsupportedError(
                     f"{site.path!r}: {variant.name} weighs its labels, which is known of models "
                     f"that predict each token from those before it alone; let them count alike"
@@ -66,12 +67,13 @@ def weighted(result: Any, weights: Tensor, given: Given, path: str) -> Any:
         UnsupportedError: the result hasn't the logits of all tokens.
     """
     named = isinstance(result, Mapping)
-    loss, logits = (result["loss"], result["logits"]) if named else result[:2]
+    loss, logits = (result["loss"], result.get("logits")) if named else result[:2]
     labels, count = given["labels"], given.get("num_items_in_batch")
-    if logits.shape[1] != labels.shape[1]:
+    if logits is None or logits.shape[1] != labels.shape[1]:
         raise UnsupportedError(
-            f"{path!r}: its labels are weighted, which takes the logits of all tokens, and the "
-            f"call gives those of {logits.shape[1]} of {labels.shape[1]}; leave logits_to_keep out"
+            f"{path!r}: its labels are weighted, which takes the logits of all {labels.shape[1]} "
+            f"tokens, and the call doesn't give them; let the labels count alike, or let the model "
+            f"give its logits"
         )
     slots = weights.shape[1]
     if count is None:

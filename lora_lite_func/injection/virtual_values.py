@@ -13,6 +13,7 @@ from ..core.site import Params
 from ..core.stacked import LENGTH, PRESENT, unfolded
 from ..kernels.row_axes import not_rows
 from ..kernels.row_plan import RowPlan
+from ..layers.whole_calls import predicts_next
 from .attachment import Attachment
 from .rows_activation import mapped
 from .state import tensors_at
@@ -49,6 +50,8 @@ def labels_of(attachment: Attachment, module: Any, rows: int) -> Tensor | None:
     if labels is None:
         return None
     made = _of_rows(labels, attachment, module, rows)
+    if predicts_next(module):  # nothing comes before the first, also where a row uses fewer places
+        made = torch.cat([torch.full_like(made[:, :1], -100), made[:, 1:]], dim=1)
     lengths = front_of(attachment, module, rows).lengths
     if lengths is None:
         return made

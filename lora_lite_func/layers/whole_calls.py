@@ -22,6 +22,7 @@ __all__ = [
     "has_cache",
     "has_encoder",
     "is_causal",
+    "predicts_next",
     "takes_tokens",
     "token_size",
     "token_table",
@@ -170,6 +171,14 @@ def is_causal(module: Any) -> bool:
         if isinstance(said, bool):
             return said
     return True
+
+
+def predicts_next(module: Any) -> bool:
+    """Whether a model predicts each token from those before it, so that its loss takes the label of
+    the next one.
+    """
+    head = getattr(module, "get_output_embeddings", None)
+    return is_causal(module) and callable(head) and head() is not None
 
 
 def given_cache(arguments: Mapping[str, Any]) -> tuple[str, Any]:

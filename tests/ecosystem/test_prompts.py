@@ -139,6 +139,21 @@ def test_rows_of_unlike_lengths_bare_rows_and_padding_are_single_calls(name: str
                 close(one[-y.shape[0] :], y, 5e-6)
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_loss_of_rows_is_that_of_single_calls(name: str) -> None:
+    """A bare row's first token is predicted by nothing, as in the model's own loss."""
+    model = fresh(name)
+    several = [prompt(model, r, seed=r) for r in (5, 2)]
+    members = (several[1], (), several[0])
+    with torch.no_grad():
+        found = ll.apply(model, ll.rows(ll.stack(several), [1, -1, 0]), IDS, labels=IDS).loss
+        each = [
+            ll.apply(model, p, IDS[i : i + 1], labels=IDS[i : i + 1]).loss
+            for i, p in enumerate(members)
+        ]
+    close(found, (6 * each[0] + 5 * each[1] + 6 * each[2]) / 17, 5e-6)
+
+
 def test_a_mixed_stack_by_vmap_and_a_bank() -> None:
     """transformers' mask for SDPA asks whether a mask leaves all, which vmap can't tell."""
     model = fresh("llama", attn_implementation="eager")
@@ -551,3 +566,64 @@ def test_context_is_moved_within_bounds_and_its_answers_are_counted() -> None:
             ll.CPTConfig(**fields)
     with pytest.raises(ll.UnsupportedError, match="0 of 8 are given"):
         ll.init(model, ll.CPTConfig())
+
+
+def test_older_answers_count_less() -> None:
+    model = fresh("llama")
+    ids, types = (5, 9, 7, 11, 4, 8), (1, 4, 2, 8, 3, 8)
+    cfg = ll.CPTConfig(r=6, token_ids=ids, token_types=types, decay=0.5)
+    params = ll.init(model, cfg)
+    whole = torch.cat([torch.tensor([ids]).expand(3, -1), IDS], 1)
+    weights = torch.tensor([0.25, 0.0, 0.5, 0.0, 0.5] + 6 * [1.0])
+    with torch.no_grad():
+        logits = model(whole).logits[:, :-1].transpose(1, 2)
+        each = nn.functional.cross_entropy(logits, whole[:, 1:], reduction="none")
+        expected = (each * weights).sum() / (3 * 9)
+        close(ll.apply(model, params, IDS, labels=IDS).loss, expected, 1e-6)
+        close(ll.apply(model, params, IDS, labels=IDS, return_dict=False)[0], expected, 1e-6)
+        summed = ll.apply(model, params, IDS, labels=IDS, num_items_in_batch=9).loss
+        close(summed, 3 * expected, 1e-6)
+        short = ll.init(model, dataclasses.replace(cfg, r=2, token_ids=(3, 4), token_types=(4, 8)))
+        rows = ll.rows(ll.stack([params, short]), [0, 1, -1])
+        alone = [
+            ll.apply(model, p, IDS[i : i + 1], labels=IDS[i : i + 1]).loss
+            for i, p in enumerate((params, short, ()))
+        ]
+        expected = (9 * alone[0] + 7 * alone[1] + 5 * alone[2]) / 21
+        close(ll.apply(model, rows, IDS, labels=IDS).loss, expected, 2e-6)
+        front = prompt(model)
+        found = ll.apply(model, (front, params), IDS, labels=IDS).loss
+        assert (found - ll.apply(model, params, IDS, labels=IDS).loss).abs() > 1e-3
+        with pytest.raises(ll.UnsupportedError, match="and cpt inside has labels too"):
+            ll.apply(model, (short, params), IDS, labels=IDS)
+        bert = fresh("bert")
+        masked = ll.init(bert, cfg)
+        ll.apply(bert, masked, IDS)
+        with pytest.raises(ll.UnsupportedError, match="predict each token from those before it"):
+            ll.apply(bert, masked, IDS, labels=IDS)
+    with pytest.raises(ll.ConfigError, match=r"decay: expected at least 0, found -1"):
+        ll.CPTConfig(decay=-1.0)
+
+
+def test_weighted_answers_need_logits() -> None:
+    """Kernels that fuse the head and the loss give none."""
+    model = copy.deepcopy(fresh("llama"))
+    made = type(model)
+
+    class Fused(made):
+        def forward(
+            self,
+            input_ids: Any = None,
+            attention_mask: Any = None,
+            past_key_values: Any = None,
+            inputs_embeds: Any = None,
+            labels: Any = None,
+        ) -> Any:
+            given = {"inputs_embeds": inputs_embeds, "labels": labels}
+            result = made.forward(self, input_ids, attention_mask, **given)
+            return result if labels is None else type(result)(loss=result.loss)
+
+    model.__class__ = Fused
+    params = ll.init(model, ll.CPTConfig(r=2, token_ids=(3, 4), token_types=(1, 4), decay=0.5))
+    with pytest.raises(ll.UnsupportedError, match="takes the logits of all 8 tokens"):
+        ll.apply(model, params, IDS, labels=IDS)
