@@ -15,6 +15,7 @@ from pages import PAGES, ROOT, anchors, links
 
 import lora_lite_func as ll
 from benchmarks import tables
+from lora_lite_func.variants import METHODS
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -26,6 +27,13 @@ def test_every_method_says_in_six_words_what_it_is_good_for() -> None:
     words = {v.name: v.good_for.split() for v in tables.own()}
     assert not [name for name, said in words.items() if not 1 <= len(said) <= 6]
     assert len({tuple(said) for said in words.values()}) == len(words)
+
+
+def test_readme_counts_the_methods() -> None:
+    cases = importlib.import_module("cases")
+    configs = {type(case.config(r=4)).__name__ for case in cases.CASES + cases.CALIBRATED}
+    held = [name for name, (_, config) in METHODS.items() if config in configs]
+    assert f"every law of layers | {len(held)} of {len(METHODS)};" in PAGES["README.md"]
 
 
 def test_every_generated_table_stands_somewhere() -> None:
