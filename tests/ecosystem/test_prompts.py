@@ -608,7 +608,7 @@ def test_older_answers_count_less() -> None:
 def test_weighted_answers_need_logits() -> None:
     """Kernels that fuse the head and the loss give none."""
     model = copy.deepcopy(fresh("llama"))
-    made = type(model)
+    made: Any = type(model)
 
     class Fused(made):
         def forward(
