@@ -52,7 +52,8 @@ def as_one_table(parts: Parts, model: Any) -> Parts:
         return parts
     modules = dict(model.named_modules(remove_duplicate=False))
     by_path = {entry.path: part for entry, part in parts}
-    single: dict[str, str] = {}  # {path of a place: the table's, or "" where another place has it}
+    # {path of a place: the table's, or None where another place has it}
+    single: dict[str, str | None] = {}
     for entry, part in parts:
         padding = getattr(entry.module, "padding_idx", None) if entry.kind == "embedding" else None
         if padding is None or not _moves(part, padding, stored(entry.module, "weight")):
@@ -60,14 +61,15 @@ def as_one_table(parts: Parts, model: Any) -> Parts:
         table = f"{entry.path}.weight"
         heads = [other.rpartition(".")[0] for other in elsewhere(modules, table)]
         if heads and all(_same_change(part, by_path.get(head)) for head in heads):
-            single |= dict.fromkeys(heads, "") | {entry.path: table}
+            single |= dict.fromkeys(heads) | {entry.path: table}
     found = []
     for entry, part in parts:
-        table = single.get(entry.path, entry.path)
-        if table != entry.path and table:
-            entry = ModuleEntry(table, entry.shared, *adaptable(model, [table])[table])
-        if table:
-            found.append((entry, part))
+        place = single.get(entry.path, entry.path)
+        if place is None:
+            continue
+        if place != entry.path:
+            entry = ModuleEntry(place, entry.shared, *adaptable(model, [place])[place])
+        found.append((entry, part))
     return found
 
 
