@@ -54,6 +54,7 @@ class ModuleEntry:
         times: what PEFT multiplies the update by here, beyond what its config says.
         named: the name that the config's patterns use for it, where that isn't its path; otherwise
             "".
+        unheard: whether PEFT never calls its adapter.
         index, count: its number among the file's modules, in the order of the model, and how many
             there are.
         among: the file's modules, in that order.
@@ -65,6 +66,7 @@ class ModuleEntry:
     module: Any = None
     times: float = 1.0
     named: str = ""
+    unheard: bool = False
     index: int = 0
     count: int = 1
     among: Sequence[ModuleEntry] = field(default=(), repr=False, compare=False)

@@ -143,3 +143,30 @@ def test_attention_with_keys_of_another_width(tmp_path: Path) -> None:
     params = ll.init(model, ll.LoRAConfig(r=2, target_names=("out_proj",)))
     with pytest.raises(ll.UnsupportedError, match=r"to_peft: 'mha': .*as wide as its queries"):
         ll.to_peft(params, model, tmp_path)
+
+
+def test_an_adapter_that_attention_never_calls(tmp_path: Path) -> None:
+    """PEFT's wrapper of out_proj alone: a start that is the base is read, another is refused."""
+    model: Any = Attending().eval()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    for name, start in (("base", True), ("noise", False)):
+        config = peft.LoraConfig(r=2, target_modules=["out_proj", "head"], init_lora_weights=start)
+        made = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        made.save_pretrained(tmp_path / name)
+        if start:
+            params = ll.from_peft(tmp_path / name, model)
+            close(ll.apply(model, params, x), made(x), 1e-5)
+        else:
+            with pytest.raises(ll.CheckpointError, match=r"'mha\.out_proj': attention reads"):
+                ll.from_peft(tmp_path / name, model)
+
+
+class Attending(nn.Module):
+    """Attention and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mha(x, x, x, need_weights=False)[0])

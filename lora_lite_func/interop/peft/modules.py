@@ -95,6 +95,9 @@ def entries_of(
         if moved[path] != path:
             entry.named = path.partition(WRAPPED)[0]  # as the config knows it
         _name_in_attention(modules, entry)
+        # torch's attention reads the bare weight, where PEFT has wrapped this layer alone
+        alone = path.endswith("out_proj") and not path.endswith(f"{WRAPPED}.out_proj")
+        entry.unheard = alone and attention(modules, entry.path) is not None
     across = next(
         (
             f"{p.path!r}"

@@ -31,7 +31,7 @@ from .keys import WRAPPED
 from .methods import METHODS
 from .modules import entries_of, refuse_tied
 from .padding import as_one_table, padding_checked
-from .replaced import multiplied, on_its_copy, on_tables
+from .replaced import multiplied, on_its_copy, on_tables, refuse_unheard
 from .state_keys import split
 from .whole_model import of_whole_model, whole_model_entry
 
@@ -134,7 +134,10 @@ def from_unpacked(
             f"{reader.where}: no tensor of a {method.peft_type} adapter beside it"
         )
     try:
-        return assemble(_placed(reader, method, sites, shared, rest, model, rename))
+        placed = _placed(reader, method, sites, shared, rest, model, rename)
+        found = assemble(placed)
+        refuse_unheard(reader, [entry for entry, _ in placed if entry.unheard], found)
+        return found
     except (KeyError, IndexError) as error:
         raise CheckpointError(
             f"{reader.where}: a module of this {method.peft_type} adapter lacks the tensor "

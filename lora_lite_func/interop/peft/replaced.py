@@ -1,13 +1,16 @@
-"""Adapters of layers whose own weight or bias is in the file too."""
+"""Adapters of layers whose own weight or bias is in the file too, or whose weight alone is read."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, short_repr
+from ...core.shared import site_tensors
 from ...variants import BitFitConfig, FullConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
@@ -15,7 +18,7 @@ from .codec import Codec
 from .keys import WRAPPED
 from .modules import adaptable
 
-__all__ = ["multiplied", "on_its_copy", "on_tables"]
+__all__ = ["multiplied", "on_its_copy", "on_tables", "refuse_unheard"]
 
 
 def on_its_copy(
@@ -62,3 +65,26 @@ def on_tables(
             entry = ModuleEntry(weight, entry.shared, *adaptable(model, [weight])[weight])
         moved.append((entry, part))
     return moved
+
+
+def refuse_unheard(
+    reader: ConfigReader, unheard: Sequence[ModuleEntry], found: Adapter | tuple[Adapter, ...]
+) -> None:
+    """Refuse an adapter that does nothing in PEFT, where it would do something here.
+
+    Raises:
+        CheckpointError: the message names the layer.
+    """
+    for entry in unheard:
+        for adapter in found if isinstance(found, tuple) else (found,):
+            weight = adapter.layout.variant.weight
+            if entry.path not in adapter or weight is None:
+                continue
+            W, site = entry.weight("PEFT's adapter"), adapter.sites[entry.path]
+            p = site_tensors(adapter.layout.shared, adapter._data, entry.path)
+            if not torch.allclose(weight(adapter.config, p, site, W, None)[0], W, atol=1e-6):
+                raise CheckpointError(
+                    f"{reader.where}: {short_repr(entry.path)}: attention reads this layer's bare "
+                    f"weight, so PEFT's adapter of it does nothing there; take its tensors out of "
+                    f"the file and name it in exclude_modules"
+                )
