@@ -26,7 +26,7 @@ from .linear import choose
 from .references import PLAIN, Role, all_plain, is_users, role_of, slots
 from .state import SiteState
 from .tree_copy import Copier
-from .unfollowed import global_names
+from .unfollowed import Read, leads, reads_of
 
 __all__ = ["KeptTree", "kept_tree"]
 
@@ -48,13 +48,18 @@ class _State:
         self.values: list[Iterable[Any]] = []
         self.held: list[Any] = []
         self.containers: list[tuple[Any, Any]] = []
+        self.reads: dict[int, Read] = {}
 
     def add(self, module: nn.Module, is_copy: bool) -> bool:
         """Add a module's state; False where something in it may change unseen."""
         attributes = module.__dict__
         hooks = [attributes[name] for name in CALL_HOOKS]
-        if any(hooks) or slots(type(module)) or global_names(type(module)):
+        if any(hooks) or slots(type(module)):
             return False
+        reads = reads_of(getattr(type(module), "_ll_base", type(module)))
+        if any(leads(read.find()) for read in reads):
+            return False
+        self.reads.update({id(read): read for read in reads})
         for _, value in own_attributes(module):
             if type(value) in PLAIN or (is_copy and type(value) is SiteState):
                 continue
@@ -87,6 +92,7 @@ class _State:
             and list(chain.from_iterable(self.dicts)) == self.names
             and all(map(is_, chain.from_iterable(self.values), self.held))
             and all(_contents(value) == contents for value, contents in self.containers)
+            and not any(leads(read.find()) for read in self.reads.values())
         )
 
 

@@ -30,10 +30,11 @@ from .references import (
     refers,
     role_of,
 )
-from .unfollowed import globals_of, modules_in
+from .unfollowed import leads, modules_in, reads_of_function
 
 __all__ = ["MUTABLE", "OWNED", "Rebinding", "own_object", "turn_callables"]
 
+_NOTHING: Any = (None, None, {})
 MUTABLE = (list, dict, set, collections.deque)
 OWNED = (Role.CONTAINER, Role.OBJECT, Role.WRAPPER)
 """The roles of what a call may write on, so that a copied tree has its own."""
@@ -48,6 +49,7 @@ class Rebinding:
         beside: (tensor or array, self) -> what stands for one that a container or a closure holds;
             None leaves those as they are.
         tensors: {id of a tensor or array of the base: the tree's own one}.
+        root: the original of the whole tree, where it is a whole one.
 
     Attributes:
         unfollowed: what may hold original modules and can't be turned, as (what it is, a module
@@ -61,8 +63,10 @@ class Rebinding:
         copies: dict[int, Any],
         beside: Callable[[Any, Rebinding], Any] | None = None,
         tensors: Mapping[int, Any] | None = None,
+        root: nn.Module | None = None,
     ) -> None:
         self.copies = copies
+        self.root = root
         self.tensors = {} if tensors is None else tensors
         self.beside = beside
         self.by_id = TRACES_IDS or not torch.compiler.is_dynamo_compiling()
@@ -266,7 +270,7 @@ class Rebinding:
         if issubclass(kind, Tensor):
             return value if self.beside is None else self.beside(value, self)
         if issubclass(kind, nn.Module):
-            return self.copies.get(id(value), value)
+            return self._module(value)
         if issubclass(kind, types.MethodType):
             owner, function = self.turned(value.__self__), self.turned(value.__func__)
             if owner is value.__self__ and function is value.__func__:
@@ -286,6 +290,18 @@ class Rebinding:
         if inner is value.__wrapped__:
             return value
         return functools.lru_cache(**value.cache_parameters())(inner)
+
+    def _module(self, value: nn.Module) -> nn.Module:
+        """A module's copy; one from outside the tree itself, which mustn't call those inside."""
+        made: nn.Module | None = self.copies.get(id(value))
+        if made is not None:
+            return made
+        if self.root is not None and not torch.compiler.is_dynamo_compiling():
+            inside = [m for m in value.modules() if id(m) in self.copies]
+            if inside and self.root not in inside:
+                what = f"a {type(value).__name__} that isn't registered as a module"
+                self.unfollowed.append((what, inside[0]))
+        return value
 
     def _reference(self, value: Any) -> Any:
         target = value()
@@ -314,7 +330,9 @@ class Rebinding:
         return made
 
     def _function(self, value: Any) -> Any:
-        """A function whose closure or defaults refer to modules, around the modules' copies."""
+        """A function whose closure, defaults or attributes refer to modules, around the modules'
+        copies.
+        """
         known = self.copies.get(id(value))
         if known is not None:
             return known
@@ -322,31 +340,32 @@ class Rebinding:
         self.copies[id(value)] = value
         self._note_globals(value)
         cells = value.__closure__ or ()
-        held = (value.__defaults__, value.__kwdefaults__)
-        if not cells and held == (None, None):
+        held = (value.__defaults__, value.__kwdefaults__, value.__dict__)
+        if not cells and held == _NOTHING:
             return value
         new_cells = tuple(self._cell(cell) for cell in cells)
-        defaults, keywords = (self.turned(part) for part in held)
-        same_cells = all(a is b for a, b in zip(new_cells, cells, strict=True))
-        if same_cells and defaults is held[0] and keywords is held[1]:
+        defaults, keywords, attributes = new = tuple(self.turned(part) for part in held)
+        pairs = (*zip(new_cells, cells, strict=True), *zip(new, held, strict=True))
+        if all(a is b for a, b in pairs):
             return value
-        made = types.FunctionType(
-            value.__code__, value.__globals__, value.__name__, defaults, new_cells
-        )
+        own = tuple(types.CellType() if _holds(cell, value) else cell for cell in new_cells)
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, own)
+        for cell, before in zip(own, new_cells, strict=True):
+            if cell is not before:
+                cell.cell_contents = made
         made.__kwdefaults__ = keywords
-        made.__dict__.update(value.__dict__)
+        made.__dict__.update(attributes)
         self.copies[id(value)] = made
         return made
 
     def _note_globals(self, function: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
             return
-        for name, found in globals_of(function):
-            what = f"the function {function.__qualname__!r}, which reads the global {name!r}"
-            if not isinstance(found, types.FunctionType):
-                self.note(what, found)
-            elif self.turned(found) is not found:
-                self.note(what, [cell.cell_contents for cell in found.__closure__ or ()])
+        for read in reads_of_function(function):
+            value = read.find()
+            if leads(value):
+                what = f"the function {function.__qualname__!r}, which reads {read.what}"
+                self.note(what, value)
 
     def _cell(self, cell: Any) -> Any:
         try:
@@ -361,6 +380,13 @@ class Rebinding:
 def _notes(container: Any) -> dict[str, Any]:
     """The attributes of a container of a class of its own; a compiler knows none."""
     return {} if torch.compiler.is_dynamo_compiling() else getattr(container, "__dict__", {})
+
+
+def _holds(cell: Any, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:
+        return False
 
 
 def own_object(value: Any, copies: dict[int, Any], own: Callable[[Any], Any] | None = None) -> Any:

@@ -80,6 +80,7 @@ _OPAQUE_HOMES = frozenset(
         "_contextvars",
         "_functools",
         "_operator",
+        "_queue",
         "_thread",
         "_threading_local",
         "asyncio",

@@ -28,7 +28,7 @@ from .prompt_scope import has_own_prompt, is_scope, scope_class, takes_mask, und
 from .references import slots
 from .site_copy import site_copy
 from .tree_references import TreeReferences
-from .unfollowed import global_names
+from .unfollowed import reads_of
 from .written import writes_directly
 
 __all__ = ["Copier", "copy_tree"]
@@ -74,7 +74,7 @@ class _ClassFacts(NamedTuple):
         is_table: whether they may bound their table's norms in place.
         is_scope: whether they tell their sites the prompt of each call.
         is_special: whether one of has_inner, is_table and is_scope is true.
-        reads_globals: whether their calls may reach modules by a global name.
+        reads: whether their calls may reach modules that nobody gave them.
         written: the tensors that their calls write on, by the attributes that lead there.
     """
 
@@ -84,7 +84,7 @@ class _ClassFacts(NamedTuple):
     is_table: bool
     is_scope: bool
     is_special: bool
-    reads_globals: bool
+    reads: bool
     written: tuple[tuple[str, ...], ...]
 
 
@@ -93,7 +93,7 @@ def _facts(cls: type) -> _ClassFacts:
     table = issubclass(cls, (nn.Embedding, nn.EmbeddingBag))
     scope = is_scope(cls)
     special = inner or table or scope
-    reads = bool(global_names(cls))
+    reads = bool(reads_of(cls))
     written = writes_directly(cls)
     return _ClassFacts(refusal(cls), slots(cls), inner, table, scope, special, reads, written)
 
@@ -173,7 +173,7 @@ class Copier:
         self.base_tensors(copy, path)
         if "_flat_weights" in copy.__dict__:
             flatten_again(copy)
-        self.references.note(copy, path, facts.slots, facts.reads_globals)
+        self.references.note(copy, path, facts.slots, facts.reads)
         if copy._modules:
             self._visit_children(copy, path, attachments is not None)
         if facts.written:

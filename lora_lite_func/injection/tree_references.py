@@ -29,7 +29,7 @@ from .references import (
     refers,
     role_of,
 )
-from .unfollowed import global_names
+from .unfollowed import leads, modules_in, reads_of
 
 __all__ = ["TreeReferences"]
 
@@ -54,7 +54,6 @@ class _Noted(NamedTuple):
     copy: nn.Module
     path: str
     names: list[str]
-    reads_globals: bool
 
 
 class TreeReferences:
@@ -76,12 +75,13 @@ class TreeReferences:
         self.kept: bool = getattr(base_tensors, "kept", False)
         self.hooks = (*_CALL_HOOKS, *STATE_HOOKS) if self.kept else _CALL_HOOKS
         self.noted: list[_Noted] = []
+        self.readers: dict[type, tuple[str, str]] = {}
         self.records: dict[int, Any] = {}
         self.holder: Any = None
         self._index: dict[int, tuple[str, Any, str]] | None = None
 
     # ------------------------------------------------------------------------------ during the walk
-    def note(self, copy: nn.Module, path: str, slots: tuple[str, ...], reads_globals: bool) -> None:
+    def note(self, copy: nn.Module, path: str, slots: tuple[str, ...], reads: bool) -> None:
         """Note what may have to be turned in a module's copy."""
         attributes = copy.__dict__
         names: list[str] = []
@@ -94,6 +94,8 @@ class TreeReferences:
                 attributes[name] = self.records[id(value)]
             elif self._concerns(name, value):
                 names.append(name)
+            if role_of(type(value)) == Role.OBJECT:
+                self.readers.setdefault(type(value), (path, f"its attribute {name!r}"))
         state = attributes.get("_ll")
         kept = state is not None and state.own_forward is not None
         if kept or "forward" in attributes or "_ll_forward" in attributes:
@@ -107,8 +109,10 @@ class TreeReferences:
             or attributes["_backward_hooks"]
             or attributes["_backward_pre_hooks"]
         )
-        if names or hooked or self.kept or reads_globals:
-            self.noted.append(_Noted(copy, path, names, reads_globals))
+        if names or hooked or self.kept:
+            self.noted.append(_Noted(copy, path, names))
+        if reads:
+            self.readers.setdefault(_own_class(copy), (path, "its call"))
 
     def _note_forward(self, attributes: dict[str, Any], path: str, names: list[str]) -> None:
         """Note an instance's own `forward`, which a site keeps in its state."""
@@ -129,7 +133,7 @@ class TreeReferences:
         if role == Role.CONTAINER:
             return kind is not tuple or not all_plain(value)
         if role == Role.DATA:
-            return holds_numbers(value) or (self.kept and _is_config(name, value))
+            return holds_numbers(value) or (self.kept and self._is_config(name, value))
         if role != Role.OBJECT:
             return refers(value)
         if self.kept or refers(value):
@@ -141,6 +145,18 @@ class TreeReferences:
             self.records[id(value)] = own_object(value, self.copies)
         return True
 
+    def _is_config(self, name: str, value: Any) -> bool:
+        """Whether an attribute is the settings of a model, which tools write on."""
+        kind = type(value)
+        if role_of(kind) not in (Role.DATA, Role.OBJECT) or isinstance(value, Tensor):
+            return False
+        if kind.__module__ in ("builtins", "torch"):
+            return False
+        named = name in _CONFIGS or kind.__name__.endswith("Config")
+        if not named and not dataclasses.is_dataclass(value):
+            return False
+        return not refers(value) or not any(modules_in(value, self.copies))
+
     # ------------------------------------------------------------------------------- after the walk
     def turn(self, root: nn.Module) -> None:
         """Turn what was noted.
@@ -148,9 +164,9 @@ class TreeReferences:
         Raises:
             UnsupportedError: something leads to an original module and can't be turned.
         """
-        if not self.noted:
+        if not self.noted and not self.readers:
             return
-        rebinding = Rebinding(self.copies, self._beside, self.tensors)
+        rebinding = Rebinding(self.copies, self._beside, self.tensors, self.model)
         for noted in self.noted:
             self._own(rebinding, noted)
         for noted in self.noted:
@@ -160,6 +176,8 @@ class TreeReferences:
             self._turn(rebinding, noted)
         rebinding.turn_owned()
         self._check(rebinding, "", "a container of its modules holds")
+        if not torch.compiler.is_dynamo_compiling():
+            self._check_readers(rebinding)
         if rebinding.kept:
             root.__dict__["_ll_kept"] = rebinding.kept
 
@@ -183,7 +201,7 @@ class TreeReferences:
                 state.own_forward = rebinding.turned(state.own_forward)
             else:
                 value = _get(copy, name)
-                if self.kept and _is_config(name, value):
+                if self.kept and self._is_config(name, value):
                     _set(copy, name, copying.deepcopy(value, self.copies))
                 elif not isinstance(value, MUTABLE):
                     _set(copy, name, rebinding.turned(value))
@@ -194,10 +212,18 @@ class TreeReferences:
                 held[key] = rebinding.turned(hook)
             if held:
                 self._check(rebinding, path, "one of its hooks holds")
-        if noted.reads_globals and not torch.compiler.is_dynamo_compiling():
-            for held, name in global_names(_own_class(copy)):
-                rebinding.note(f"the global {name!r}", held.get(name))
-                self._check(rebinding, path, "its call reads")
+
+    def _check_readers(self, rebinding: Rebinding) -> None:
+        """Look at what the code of calls reads, once for each class."""
+        for cls, (path, who) in self.readers.items():
+            for read in reads_of(cls):
+                value = read.find()
+                if not leads(value):
+                    continue
+                if isinstance(value, nn.Parameter):
+                    self._beside(value, rebinding)
+                rebinding.note(read.what, value)
+                self._check(rebinding, path, f"{who} reads")
 
     def _beside(self, memory: Any, rebinding: Rebinding) -> Any:
         """What stands for a tensor or array that a module holds in an attribute or a container."""
@@ -264,16 +290,6 @@ def _set(copy: nn.Module, name: str, value: Any) -> None:
 def _is_computed(copy: nn.Module, name: str) -> bool:
     """Whether a hook makes the attribute anew in each call (weight_norm, prune)."""
     return len(copy._forward_pre_hooks) > 0 and name in ("weight", "bias")
-
-
-def _is_config(name: str, value: Any) -> bool:
-    """Whether an attribute is the settings of a model, which tools write on."""
-    kind = type(value)
-    if role_of(kind) not in (Role.DATA, Role.OBJECT) or isinstance(value, Tensor):
-        return False
-    if kind.__module__ in ("builtins", "torch"):
-        return False
-    return name in _CONFIGS or kind.__name__.endswith("Config") or dataclasses.is_dataclass(value)
 
 
 def _adapts(state: Any, name: str) -> bool:
