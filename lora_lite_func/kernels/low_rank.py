@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ __all__ = [
     "add",
     "add_called",
     "add_dense",
+    "alike",
     "around_core",
     "bottom_svd",
     "cast",
@@ -34,6 +37,15 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return x
     return x.to(dtype)
+
+
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype, the widest of theirs; as they are where theirs agree."""
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) == 1:
+        return tensors
+    wide = functools.reduce(torch.promote_types, dtypes)
+    return tuple(t.to(wide) for t in tensors)
 
 
 def core_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .low_rank import alike
+
 __all__ = ["mixed_skills"]
 
 
@@ -17,6 +19,7 @@ def mixed_skills(A: Tensor, B: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor]
         B: (..., P, Q, d_out / P, r).
         amounts: (..., P Q), at least 0.
     """
+    A, B = alike(A, B)
     w = amounts.unflatten(-1, A.shape[-4:-2])  # (..., P, Q)
     w = (w / (w.sum(-1, keepdim=True) + 1e-12)).to(A.dtype)
     mixed_A = torch.einsum("...pq,...pqrd->...prd", w, A)

@@ -68,7 +68,7 @@ def param_specs(cfg: GraLoRAConfig, site: Site) -> dict[str, ParamSpec]:
 
 def outputs(cfg: GraLoRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + s (grid x) (+ s B~ A~ x)."""
-    A, B, k = p["lora_A"], p["lora_B"], cfg.k
+    (A, B), k = low_rank.alike(p["lora_A"], p["lora_B"]), cfg.k
     parts = low_rank.cast(x, A.dtype).unflatten(-1, (k, -1))  # (..., n, d_in / k)
     h = torch.einsum("...ni,nri->...nr", parts, A).unflatten(-1, (k, -1))  # (..., n, j, r / k)
     # each part of the output hears a group of every part of the input

@@ -108,7 +108,8 @@ def abba_init(
 
 def _dense(p: Params) -> Tensor:
     """(B1 A1) * (B2 A2), (d_out, d_in)."""
-    return (p["lora_w1_a"] @ p["lora_w1_b"]) * (p["lora_w2_a"] @ p["lora_w2_b"])
+    B1, A1, B2, A2 = low_rank.alike(*(p[f"lora_{n}"] for n in ("w1_a", "w1_b", "w2_a", "w2_b")))
+    return (B1 @ A1) * (B2 @ A2)
 
 
 def prepare(

@@ -125,7 +125,10 @@ def param_specs(cfg: LoKrConfig, site: Site) -> dict[str, ParamSpec]:
 
 
 def _factor(p: Params, name: str) -> Tensor:
-    return p[name] if name in p else p[name + "_a"] @ p[name + "_b"]
+    if name in p:
+        return p[name]
+    a, b = low_rank.alike(p[name + "_a"], p[name + "_b"])
+    return a @ b
 
 
 def prepare(cfg: LoKrConfig, p: Params, site: Site, layer: Layer) -> Tensor:
@@ -135,12 +138,13 @@ def prepare(cfg: LoKrConfig, p: Params, site: Site, layer: Layer) -> Tensor:
 
 def outputs(cfg: LoKrConfig, p: Params, d: Tensor, x: Tensor, y: Tensor, site: Site) -> Tensor:
     """y + (s W1 X W2^T).view(d_out)."""
-    h = low_rank.cast(x, d.dtype).unflatten(-1, (d.shape[1], -1))  # (..., m, n)
-    low = "lora_w2" not in p
-    h = F.linear(h, p["lora_w2_b" if low else "lora_w2"])  # (..., m, r or k)
-    h = torch.einsum("lm,...mn->...ln", d, h)  # (..., l, r or k)
-    if low:
-        h = F.linear(h, p["lora_w2_a"])  # (..., l, k)
+    names = ("lora_w2",) if "lora_w2" in p else ("lora_w2_b", "lora_w2_a")
+    W1, first, *second = low_rank.alike(d, *(p[name] for name in names))
+    h = low_rank.cast(x, W1.dtype).unflatten(-1, (W1.shape[1], -1))  # (..., m, n)
+    h = F.linear(h, first)  # (..., m, r or k)
+    h = torch.einsum("lm,...mn->...ln", W1, h)  # (..., l, r or k)
+    for W2_a in second:
+        h = F.linear(h, W2_a)  # (..., l, k)
     return (y + h.flatten(-2)).to(y.dtype)
 
 

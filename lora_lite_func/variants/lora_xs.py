@@ -170,8 +170,8 @@ def _between(p: Params) -> Tensor:
 
 def _pair(p: Params) -> tuple[Tensor, Tensor]:
     """The update as a factor pair (r, d_in), (d_out, r)."""
-    A = p["lora_A"]
-    return low_rank.around_core(A, _between(p).to(A.dtype), p["lora_B"])
+    A, B = low_rank.alike(p["lora_A"], p["lora_B"])
+    return low_rank.around_core(A, _between(p).to(A.dtype), B)
 
 
 def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def outputs(cfg: VeRAConfig, p: Params, d: None, x: Tensor, y: Tensor, site: Sit
     """y + b * (((x A^T) * d) B^T). To scale h and the result, not A and B, spares the backward pass
     two weight-sized products.
     """
-    A, B = p["lora_vera_A"], p["lora_vera_B"]
+    A, B = low_rank.alike(p["lora_vera_A"], p["lora_vera_B"])
     h = low_rank.project(x, A)  # (..., r)
     h = F.linear((h * p["lora_vera_d"]).to(h.dtype), B)  # (..., d_out)
     return torch.addcmul(y, h, p["lora_vera_b"]).to(y.dtype)
