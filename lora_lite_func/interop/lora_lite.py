@@ -22,7 +22,7 @@ from ..core.adapter import Adapter
 from ..core.errors import CheckpointError, ConfigError, nearest, short_repr
 from ..core.site import Site
 from ..io.file_kinds import reader_hint
-from ..io.files import parse_json, read_safetensors
+from ..io.files import parse_json, path_of, read_safetensors
 from ..variants import (
     AntiPaSTOConfig,
     DeLoRAConfig,
@@ -101,7 +101,7 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
             or has some of the wrong shape, names a path that the model lacks, or was made for
             another base.
     """
-    where = os.fsdecode(path)
+    where = path_of(path, "from_lora_lite")
     if where.endswith(_PICKLES):
         raise CheckpointError(
             f"{where}: expected .safetensors; earlier versions of lora-lite wrote .pt: {_OLD}"

@@ -14,7 +14,7 @@ from ..core.errors import CheckpointError
 from ..io.checkpoint import IN_FOLDERS, OWN, Saved, load
 from ..io.checks import check_model
 from ..io.file_kinds import not_an_adapter
-from ..io.files import read_header
+from ..io.files import path_of, read_header
 from .assembly import ModelNeededError
 from .diffusion import from_diffusion
 from .diffusion.keys import split_role
@@ -34,7 +34,7 @@ def form_of(path: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: the path can't be looked at, or is a folder that isn't PEFT's.
     """
-    here = Path(os.fsdecode(path))
+    here = Path(path_of(path, "adapter"))
     try:
         folder = here if here.is_dir() else here.parent
         if (folder / CONFIG).is_file() and (here.is_dir() or here.name.startswith("adapter_model")):

@@ -34,7 +34,7 @@ from ..core.stacked import Stacked
 from .checks import check_keys, check_model, check_present, check_shapes, check_tensor, check_values
 from .contents import contents_from_json
 from .file_kinds import reader_hint
-from .files import check_regular, parse_json, unreadable
+from .files import check_regular, parse_json, path_of, unreadable
 from .manifest import Piece, joined, pieces_of, pieces_to_json
 from .writing import write_safetensors
 
@@ -118,7 +118,8 @@ def load(
             or name of one adapter in a tuple, list or dict.
 
     Raises:
-        CheckpointError: the file isn't safetensors, is truncated or has no metadata; its variant or
+        CheckpointError: there is no such device; the file isn't safetensors, is truncated or has no
+            metadata; its variant or
             format version is unknown; its config or a site has missing, unknown or wrongly typed
             fields; a tensor is missing, unexpected, or of the wrong shape or dtype; an index is out
             of range; or `model` lacks a site.
@@ -142,7 +143,8 @@ def _read_file(
     member: int | str | None,
     copied: bool,
 ) -> Any:
-    where = os.fsdecode(path)
+    where = path_of(path, "load")
+    _check_device(device)
     if os.path.isdir(where):
         folder, where = where, os.path.join(where, IN_FOLDERS)
         if not os.path.exists(where):
@@ -170,6 +172,16 @@ def _read_file(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(unreadable(where, error)) from error
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"load: device: can't put tensors on {short_repr(device)}: "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------ writing

@@ -20,6 +20,7 @@ from .file_kinds import looks_like
 __all__ = [
     "check_regular",
     "parse_json",
+    "path_of",
     "read_header",
     "read_json",
     "read_safetensors",
@@ -28,6 +29,23 @@ __all__ = [
 
 # The most bytes that are read. The configurations of real adapters have kilobytes.
 _LONGEST_JSON = 2**25
+
+
+def path_of(path: Any, what: str) -> str:
+    """Return a path as text.
+
+    Raises:
+        CheckpointError: it is none, or empty. The message begins with `what`.
+    """
+    try:
+        where = os.fsdecode(path)
+    except TypeError:
+        raise CheckpointError(
+            f"{what}: expected a path (str or os.PathLike), found {short_repr(path)}"
+        ) from None
+    if not where:
+        raise CheckpointError(f"{what}: expected a path, found an empty one; '.' is this folder")
+    return where
 
 
 def check_regular(where: str) -> None:
@@ -73,7 +91,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a safetensors file for reading. What goes wrong in the block is a fault of the file."""
-    where = os.fsdecode(path)
+    where = path_of(path, "file")
     _check_file(where)
     try:
         with safetensors.safe_open(where, framework="pt") as file:

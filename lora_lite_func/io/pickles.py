@@ -8,9 +8,10 @@ import os
 import pickletools
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import CheckpointError, short_repr
 from .files import check_regular
@@ -42,14 +43,22 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{where}: can't be read without running code in it: {short_repr(str(error))}"
         ) from error
-    if not isinstance(found, Mapping) or not all(
-        isinstance(k, str) and type(t) is Tensor for k, t in found.items()
-    ):
+    if not isinstance(found, Mapping):
         raise CheckpointError(
             f"{where}: expected a flat mapping of names to tensors, found {type(found).__name__}"
         )
+    for key, t in found.items():
+        if not isinstance(key, str) or type(t) not in (Tensor, nn.Parameter) or t.is_nested:
+            raise CheckpointError(
+                f"{where}: expected a flat mapping of names to tensors, found {_kind(t)} under "
+                f"{short_repr(key)}"
+            )
     _check_memory(where, found)
-    return {key: t.contiguous() for key, t in found.items()}
+    return {key: t.detach().contiguous() for key, t in found.items()}
+
+
+def _kind(value: Any) -> str:
+    return f"a {'nested tensor' if isinstance(value, Tensor) else type(value).__name__}"
 
 
 def _check_archive(where: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError, short_repr
 from .file_kinds import not_a_model
-from .files import read_json
+from .files import path_of, read_json
 from .swapping import interrupted
 
 __all__ = ["INDEX", "PLAIN", "Shards"]
@@ -34,7 +34,7 @@ class Shards(Mapping[str, str]):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(os.fsdecode(folder))
+        self.folder = Path(path_of(folder, "model"))
         try:
             names = sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
         except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 import safetensors
 
 from ..core.errors import CheckpointError
+from .files import path_of
 from .writing import check_replaceable
 
 __all__ = ["interrupted", "is_left_over", "swapped"]
@@ -57,7 +58,7 @@ def swapped(
     Raises:
         CheckpointError: the folder can't be written.
     """
-    target = Path(os.fsdecode(folder))
+    target = Path(path_of(folder, what))
     made: list[Path] = []
     try:
         made = [p for p in (target, *target.parents) if not p.exists()]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError
+from .files import path_of
 
 __all__ = ["check_replaceable", "own_copies", "write_safetensors", "write_text"]
 
@@ -37,7 +38,7 @@ def write_safetensors(
     Raises:
         CheckpointError: the file can't be written. The message begins with `what`.
     """
-    where = os.fsdecode(path)
+    where = path_of(path, what)
     try:
         where.encode()
     except UnicodeEncodeError:
@@ -72,7 +73,7 @@ def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:
 
 
 def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any]) -> None:
-    where = os.fsdecode(path)
+    where = path_of(path, what)
     try:
         # A link stays a link, and what it points to is replaced.
         target = Path(os.path.realpath(where))

@@ -84,10 +84,16 @@ def test_a_damaged_index(tmp_path: Path) -> None:
 
 
 def test_values_that_are_no_tensors(tmp_path: Path) -> None:
+    learned = {"a": torch.nn.Parameter(BASE.clone())}
+    assert torch.equal(read_pickle(written(tmp_path / "a.bin", learned))["a"], BASE)
     wrong: list[Any] = [{"a": 1}, [BASE], {"a": {"b": BASE}}, {1: BASE}, BASE]
     for value in wrong:
         with pytest.raises(ll.CheckpointError, match="expected a flat mapping"):
             read_pickle(written(tmp_path / "a.bin", value))
+    parts = [torch.ones(2), torch.ones(3)]
+    nested: dict[str, Tensor] = {"a": torch.nested.nested_tensor(parts)}
+    with pytest.raises(ll.CheckpointError, match="found a nested tensor under 'a'"):
+        read_pickle(written(tmp_path / "a.bin", nested))
     sparse: dict[str, Tensor] = {"a": torch.eye(3).to_sparse()}
     with pytest.raises(ll.CheckpointError, match=r"claims shape|can't be read"):
         read_pickle(written(tmp_path / "a.bin", sparse))

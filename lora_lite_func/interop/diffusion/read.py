@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, ConfigError, short_repr
-from ...io.files import read_safetensors
+from ...io.files import path_of, read_safetensors
 from ...io.pickles import read_pickle
 from ..assembly import assemble
 from ..peft.modules import adaptable
@@ -99,10 +98,12 @@ def _opened(source: Any) -> tuple[Mapping[str, Tensor], Mapping[str, str], str]:
     if isinstance(source, Mapping):
         return source, {}, "the state dict"
     try:
-        path = Path(os.fsdecode(source))
+        path = Path(path_of(source, "from_diffusion"))
         if path.is_dir():
             path = _inside(path)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{short_repr(source)}: not a path: {error}") from None
     if path.suffix in _PICKLES:
         return read_pickle(path), {}, str(path)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.errors import CheckpointError, short_repr
 from ...io.file_kinds import form_of_tensors, not_an_adapter, reader_hint
-from ...io.files import read_header, read_json, read_safetensors
+from ...io.files import path_of, read_header, read_json, read_safetensors
 from ...io.pickles import read_pickle
 from ...io.swapping import interrupted
 from ..metadata import ConfigReader
@@ -42,13 +42,15 @@ def unpack(source: Any, config: Any) -> tuple[ConfigReader, dict[str, Tensor]]:
         # The tensors get memory of their own, because the model they came from may train on.
         return _config(config, "the config"), {k: t.detach().clone() for k, t in source.items()}
     try:
-        path = Path(os.fsdecode(source))
+        path = Path(path_of(source, "from_peft"))
         folder = path if path.is_dir() else path.parent
         lost = not path.exists() and path.suffix not in (".safetensors", *_PICKLES)
         chosen = [path] if folder is not path and path.name != CONFIG else []
         usual = [folder / name for name in (TENSORS, PICKLE) if (folder / name).exists()]
         files = chosen or usual[:1] or sorted(folder.glob(_SHARDS))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{short_repr(source)}: not a path: {error}") from None
     if lost:
         raise CheckpointError(

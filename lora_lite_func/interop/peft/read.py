@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
+from ...core.arguments import items, texts
 from ...core.errors import (
     CheckpointError,
     ConfigError,
@@ -78,7 +79,11 @@ def from_peft(
             honoured, or tensors are missing or of the wrong shape.
         UnsupportedError: the method can't adapt a layer here.
     """
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    ignore = texts(ignore, "from_peft: ignore")
+    experts, general = (
+        items(given, f"from_peft: {name}", "folders or adapters")
+        for name, given in (("experts", experts), ("general", general))
+    )
     reader, tensors = unpack(source, config)
     if is_router(reader):
         return read_router(
@@ -118,6 +123,8 @@ def from_unpacked(
         listed = reader.names("target_modules")
         reader = ConfigReader({**reader, "target_modules": listed}, reader.where)
     tensors = {key: widened(t) for key, t in tensors.items() if not _is_left(key, method.leftovers)}
+    if "" in tensors:
+        raise CheckpointError(f"{reader.where}: a tensor beside it has an empty name")
     refuse_emptied(reader, tensors)
     check_tensors({k: t for k, t in tensors.items() if not _is_counter(reader, k, t, model)})
     own: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...algebra.flatten import Adapters, flatten
 from ...core.adapter import Adapter
+from ...core.arguments import flag
 from ...core.errors import CheckpointError, UnsupportedError
 from ...core.site import Site
 from ...injection.bound import base_modules, underneath
@@ -65,6 +66,7 @@ def to_peft(
         CheckpointError: `params` is a part of a partition or a stack, or the folder can't be
             written.
     """
+    flag(as_lora, "to_peft: as_lora")
     form = peft_form(params, model, as_lora=as_lora, structured=not as_lora)
     with swapped(folder, "to_peft", marker=CONFIG) as work:
         write_form(form, work, "to_peft")

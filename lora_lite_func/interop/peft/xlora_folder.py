@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, short_repr
+from ...io.files import path_of
 from ...io.swapping import swapped
 from ...io.writing import own_copies
 from ..metadata import ConfigReader
@@ -164,13 +165,15 @@ def write_folder(
         UnsupportedError: PEFT has no form for an expert.
         CheckpointError: the folder can't be written.
     """
+    what = "xlora_to_peft"
+    target = Path(path_of(folder, what))
     depth = len(head) // 2
     width, hidden = head["0.weight"].shape
     dropout = settings.dropout if depth > 1 else 0.0
     fields = {
         "peft_type": "XLORA",
         "hidden_size": hidden,
-        "adapters": {str(i): str(Path(os.fsdecode(folder)) / str(i)) for i in range(len(experts))},
+        "adapters": {str(i): str(target / str(i)) for i in range(len(experts))},
         "enable_softmax": settings.softmax,
         "enable_softmax_topk": settings.softmax_top_k,
         "layerwise_scalings": settings.layerwise,
@@ -189,7 +192,6 @@ def write_folder(
         place = _place(int(number), dropout)
         tensors[f"base_model.{_CLASSIFIER}layers.{place}.{which}"] = t.detach()
     forms = [peft_form(expert, model) for expert in experts]
-    target, what = Path(os.fsdecode(folder)), "xlora_to_peft"
     with swapped(target, what, marker=CONFIG) as work:
         write_form((about_base(model) | fields, own_copies(tensors)), work, what)
         # until all experts are new, nobody reads the folder
