@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes, leaves, rebuild
+from ..core.arguments import flag, items, whole
 from ..core.errors import StructureError, UnsupportedError
 from ..core.torch_internals import is_tracing_here, outside_transforms, plain_values
 from ..kernels.row_plan import RowPlan
@@ -36,6 +37,7 @@ def activated(params: Any, mask: Tensor, *, goes_on: bool = False) -> Any:
         StructureError: the mask isn't a tensor (N, T), or not of the rows of `params`.
         UnsupportedError: a method that edits tokens of the prompt, or `goes_on` with weights.
     """
+    flag(goes_on, "activated: goes_on")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise StructureError(f"activated: expected a mask (N, T), found {found}")
@@ -133,12 +135,16 @@ def invoked(input_ids: Tensor, invocation_tokens: Sequence[int]) -> Tensor:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         found = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else input_ids
         raise StructureError(f"invoked: expected input_ids (N, T), found {found}")
-    length, tokens = len(invocation_tokens), input_ids.shape[1]
+    if isinstance(invocation_tokens, Tensor) and invocation_tokens.ndim == 1:
+        invocation_tokens = invocation_tokens.tolist()
+    ids = items(invocation_tokens, "invoked: invocation_tokens", "ids")
+    ids = [whole(i, f"invoked: invocation_tokens[{n}]", least=0) for n, i in enumerate(ids)]
+    length, tokens = len(ids), input_ids.shape[1]
     if not length:
         raise StructureError("invoked: expected at least one invocation token, found none")
     if length > tokens:
         return torch.zeros_like(input_ids, dtype=torch.bool)
-    wanted = torch.as_tensor(list(invocation_tokens), device=input_ids.device)
+    wanted = torch.as_tensor(ids, device=input_ids.device)
     begins = (input_ids.unfold(1, length, 1) == wanted).all(-1)  # (N, T - length + 1)
     at = torch.arange(begins.shape[1], device=input_ids.device)
     last = torch.where(begins, at, -1).amax(1, keepdim=True)  # (N, 1), -1 where there is none

@@ -199,5 +199,12 @@ def _same_leaves(tree: Any, trainable: Any, what: str) -> None:
                 f"adamw: {what}: {path!r} {name} is in "
                 f"{'these' if (path, name) in found else 'the adapter'} alone"
             )
+        # torch's fused kernel would write beyond the smaller one
+        for (path, name), t, other in zip(keys(a), leaves(a), leaves(b), strict=True):
+            if t is not ABSENT and t.shape != other.shape:
+                raise StructureError(
+                    f"adamw: {what}: {path!r} {name}: expected shape {tuple(t.shape)}, found "
+                    f"{tuple(other.shape)}"
+                )
 
     map_adapters(check, trainable, f"adamw: {what}", tree)

@@ -57,7 +57,7 @@ def arrow(
             differ where factors are subtracted.
         ConfigError: top_k or temperature out of range.
     """
-    if subtract not in ("update", "factors"):
+    if not isinstance(subtract, str) or subtract not in ("update", "factors"):
         raise StructureError(
             f"arrow: subtract: expected 'update' or 'factors', found {short_repr(subtract)}"
         )

@@ -52,7 +52,9 @@ class Bank:
             raise StructureError(
                 f"Bank: capacity: expected a positive int, found {short_repr(capacity)}"
             )
-        if isinstance(adapters, Adapter) or not isinstance(adapters or {}, Mapping):
+        if adapters is not None and (
+            isinstance(adapters, Adapter) or not isinstance(adapters, Mapping)
+        ):
             raise StructureError(
                 f"Bank: expected {{name: adapter}}, found {type(adapters).__name__}"
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes
+from ..core.arguments import items
 from ..core.errors import StructureError, UnsupportedError, short_repr
 from ..core.registry import variant_for
 from ..core.shared import site_tensors
@@ -99,6 +100,7 @@ def combine_adapters(
         UnsupportedError: a method that can't be combined, or not in this way, or several methods
             that don't make one adapter.
     """
+    adapters = items(adapters, "combine_adapters", "adapters")
     nested: list[Sequence[Any]] = [
         [given] if isinstance(given, Adapter) or not isinstance(given, (tuple, list)) else given
         for given in adapters
@@ -187,6 +189,10 @@ def _rank(r: Any) -> int | None:
 
 def _weights(values: Any) -> list[Any]:
     """The weights, tensors as they are: their values may be data of a graph."""
+    if not isinstance(values, Iterable):
+        raise StructureError(
+            f"combine_adapters: expected a sequence of weights, found {short_repr(values)}"
+        )
     if isinstance(values, Tensor):
         if values.ndim != 1 or not values.is_floating_point():
             raise StructureError(

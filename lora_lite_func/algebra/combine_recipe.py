@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..core.arguments import number, whole
 from ..core.errors import StructureError, short_repr
 from ..core.random import generator
 from ..core.site import Site
@@ -36,13 +37,17 @@ class Recipe:
     def __init__(
         self, how: str, r: int | None, density: float, majority_sign: str, seed: int
     ) -> None:
-        if how not in get_args(How):
+        if not isinstance(how, str) or how not in get_args(How):
             raise StructureError(
-                f"combine_adapters: expected one of {', '.join(get_args(How))}, found {how!r}"
+                f"combine_adapters: expected one of {', '.join(get_args(How))}, found "
+                f"{short_repr(how)}"
             )
+        if not isinstance(density, float):
+            number(density, "combine_adapters: density")
+        whole(seed, "combine_adapters: seed")
         if not 0.0 < density <= 1.0:
             raise StructureError(f"combine_adapters: expected a density in (0, 1], found {density}")
-        if majority_sign not in ("total", "frequency"):
+        if not isinstance(majority_sign, str) or majority_sign not in ("total", "frequency"):
             raise StructureError(
                 f"combine_adapters: majority_sign: expected 'total' or 'frequency', found "
                 f"{short_repr(majority_sign)}"

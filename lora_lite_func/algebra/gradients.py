@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..core.arguments import flag, function, whole
 from ..core.errors import StructureError, short_repr
 from ..core.torch_internals import is_recorded
 
@@ -60,6 +61,11 @@ def value_and_grad(
         StructureError: in the call, an argnum that isn't there, an argument that holds something
             else than tensors, or a loss that isn't a real scalar tensor (or no pair).
     """
+
+    function(loss, "grad: loss")
+    flag(has_aux, "grad: has_aux")
+    for number in argnums if isinstance(argnums, tuple) else (argnums,):
+        whole(number, "grad: argnums")
 
     @functools.wraps(loss)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:

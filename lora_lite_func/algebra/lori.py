@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..core.adapter import Adapter, replace
+from ..core.arguments import number
 from ..core.errors import ConfigError, StructureError
 
 __all__ = ["masked_by"]
@@ -26,6 +27,7 @@ def masked_by(params: Adapter, fraction: float = 0.1) -> Adapter:
         ConfigError: the fraction is out of range.
         StructureError: not a LoRI adapter, or a stack of them.
     """
+    number(fraction, "masked_by: fraction")
     if not 0.0 < fraction <= 1.0:
         raise ConfigError(f"masked_by: fraction: expected a part in (0, 1], found {fraction}")
     _check(params)

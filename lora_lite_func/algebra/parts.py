@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from ..core.adapter import ABSENT, Adapter, keys, leaves, rebuild, replace
+from ..core.arguments import function
 from ..core.errors import StructureError
 from .alike import check_same_layout, map_adapters
 
@@ -39,6 +40,8 @@ def partition(params: Any, keep: Callable[[str, str], bool] | None = None) -> An
         StructureError: not an Adapter, nor a tuple, list or dict of them.
     """
     halves: list[tuple[Adapter, Adapter]] = []
+    if keep is not None:
+        function(keep, "partition: keep")
 
     def split(adapter: Adapter) -> Adapter:
         halves.append(_partition(adapter, keep))
@@ -51,7 +54,9 @@ def partition(params: Any, keep: Callable[[str, str], bool] | None = None) -> An
 
 def _partition(params: Adapter, keep: Callable[[str, str], bool] | None) -> tuple[Adapter, Adapter]:
     """(trainable, frozen) of one adapter."""
-    rule = keep or (lambda path, name: params.layout.specs[path][name].trainable)
+    rule = keep
+    if rule is None:
+        rule = lambda path, name: params.layout.specs[path][name].trainable  # noqa: E731
     first = [bool(rule(path, name)) for path, name in keys(params)]
     flat = list(leaves(params))
     return (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, members_of
+from ..core.arguments import texts
 from ..core.config_values import check_pattern
 from ..core.errors import StructureError, nearest
 from ..core.nodes import register_node
@@ -116,7 +117,7 @@ def rows(
 
 def _patterns(stack: Adapter, flattened: str | Sequence[str]) -> tuple[str, ...]:
     """The patterns of flattened sites, each of which matches one."""
-    patterns = (flattened,) if isinstance(flattened, str) else tuple(flattened)
+    patterns = texts(flattened, "rows: flattened")
     for pattern in patterns:
         check_pattern(pattern, "rows: flattened")
         if not any(re.search(pattern, path) for path in stack):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..core.adapter import Adapter, member, members_of, rebuild
+from ..core.adapter import Adapter, check_shapes, member, members_of, rebuild
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
@@ -104,6 +104,7 @@ def update(stacked: Adapter, which: int | str, adapter: Adapter) -> Adapter:
     """
     count, labels = members_of(stacked, "update"), _labels_of(stacked)
     check_adapter(adapter, "update")
+    check_shapes(adapter)
     place = _place(which, count, labels)
     layouts = [stacked.layout.member(i) for i in range(count)]
     common = Common()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, check_shapes, rebuild
+from ..core.arguments import flag
 from ..core.config import AdapterConfig
 from ..core.errors import UnsupportedError
 from ..core.layout import Layout
@@ -43,6 +44,7 @@ def tasks(params: Adapter, *, sampled: bool = False) -> Adapter:
         UnsupportedError: another method's, or nothing to sample.
     """
     check_adapter(params, "tasks")
+    flag(sampled, "tasks: sampled")
     config = type(params.config)
     if config not in _FORMS:
         raise UnsupportedError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import ABSENT, Adapter, leaves, members_of, replace
+from ..core.arguments import flag
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
 from ..core.shared import Once, each_site, expert_axes
@@ -169,6 +170,7 @@ def num_params(params: Adapter, *, trainable_only: bool = True) -> int:
         StructureError: not an Adapter.
     """
     check_adapter(params, "num_params")
+    flag(trainable_only, "num_params: trainable_only")
     layout = params.layout
     return sum(
         t.numel()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
 from ..core.adapter import Adapter, leaves
+from ..core.arguments import flag
 from ..core.errors import StructureError, UnsupportedError
 from ..core.shared import each_site
 from ..core.site import Site
@@ -66,6 +67,7 @@ def bind(model: ModelT, params: Adapters, *, linears: bool = False) -> ModelT:
             differentiates, or was made under torch.inference_mode, or a method or layer has no such
             factors as `linears` asks for.
     """
+    flag(linears, "bind: linears")
     adapters = flatten(params)
     instead = "use ll.apply(model, params, ...)"
     check_untracked((adapter for adapter, _ in adapters), "ll.bind", instead)

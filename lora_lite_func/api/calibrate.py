@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import function
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, nearest
 from ..core.method import Variant
@@ -169,6 +170,8 @@ def _checked_needs(
             f"calibration data: expected an iterable of batches, found {type(batches).__name__}; "
             f"one batch goes in a list"
         )
+    if loss_fn is not None:
+        function(loss_fn, "calibration data: loss_fn")
     if "gradients" in needs and loss_fn is None:
         raise ConfigError(
             f"{variant.name} starts from gradients: give loss_fn, (output, batch) -> scalar"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..algebra.flatten import Adapters, flatten
+from ..core.arguments import flag
 from ..core.errors import UnsupportedError
 from ..injection.attachment import everywhere
 from ..injection.base_tensors import Frozen, parameter_like
@@ -47,6 +48,7 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
         StructureError: a site isn't in the model, or a tensor has the wrong shape.
         UnsupportedError: the method has no dense equivalent, or the layer no dense weight.
     """
+    flag(dequantize, "merge: dequantize")
     sites = attachments_of(params, model=model)
     check_model(model)
     merged_tensors: dict[str, Tensor] = {}

@@ -13,8 +13,10 @@ from ..algebra.gradients import grad
 from ..algebra.parts import combine, partition
 from ..algebra.rows import rows
 from ..core.adapter import Adapter, check_shapes
+from ..core.arguments import function
 from ..core.errors import StructureError
 from ..core.torch_internals import first_of
+from ..layers.refusals import check_model
 from .apply import apply
 from .batches import arguments
 
@@ -46,6 +48,8 @@ def per_sample_grads(
             weight is read without a call.
     """
     map_adapters(check_shapes, params, "per_sample_grads")
+    check_model(model)
+    function(loss_fn, "per_sample_grads: loss_fn")
     args, kwargs = arguments(model, batch, True)
     count = _samples((args, kwargs))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..algebra.mixed import Mixed, mixed
 from ..algebra.stack import stack as stacked
 from ..core.adapter import Adapter, members_of
+from ..core.arguments import flag, number, whole
 from ..core.config import probability
 from ..core.errors import ConfigError, StructureError, short_repr
 from ..core.nodes import register_node
@@ -75,7 +76,22 @@ class XLoRA:
         self.stack, self.head, self.settings = stack, dict(head), settings
 
     def having(self, head: Mapping[str, Tensor]) -> XLoRA:
-        """The same experts with other tensors of the classifier."""
+        """The same experts with other tensors of the classifier.
+
+        Raises:
+            StructureError: they aren't those of `head` by name and shape.
+        """
+        if not isinstance(head, Mapping) or head.keys() != self.head.keys():
+            raise StructureError(
+                f"xlora: head: expected tensors {', '.join(self.head)}, found {short_repr(head)}"
+            )
+        for name, t in self.head.items():
+            found = getattr(head[name], "shape", None)
+            if found != t.shape:
+                raise StructureError(
+                    f"xlora: head: {name!r}: expected a tensor of shape {tuple(t.shape)}, found "
+                    f"{type(head[name]).__name__ if found is None else tuple(found)}"
+                )
         return XLoRA(self.stack, head, self.settings)
 
     def __call__(self, model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -195,14 +211,19 @@ def xlora(
         UnsupportedError: experts whose updates can't be summed.
     """
     check_model(model)
-    probability(dropout, "xlora: dropout")
+    probability(number(dropout, "xlora: dropout"), "xlora: dropout")
     one = isinstance(experts, Adapter)
     stack: Adapter = experts if isinstance(experts, Adapter) else stacked(experts)
     count = members_of(stack, "xlora" if one else "stack")
     mixed(stack, torch.zeros(1, count))  # refuses what can't be summed
-    for name, value in (("depth", depth), ("width", width), ("top_k", top_k)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"xlora: {name}: expected at least 1, found {short_repr(value)}")
+    flag(layerwise, "xlora: layerwise")
+    sizes = {"depth": depth, "width": width, "top_k": top_k, "hidden_size": hidden_size}
+    for name, value in sizes.items():
+        if value is not None or name in ("depth", "width"):
+            whole(value, f"xlora: {name}", least=1)
+    whole(seed, "xlora: seed")
+    for name, value in (("temperature", temperature), ("strength", strength)):
+        number(value, f"xlora: {name}")
     if top_k is not None and top_k > count:
         raise ConfigError(f"xlora: top_k: expected at most {count}, the experts, found {top_k}")
     if temperature <= 0.0:
@@ -216,9 +237,9 @@ def xlora(
         strength=strength,
         dropout=dropout,
     )
-    sizes = [_hidden_size(model) if hidden_size is None else hidden_size]
-    sizes += [width] * (depth - 1) + [count * (len(sites) if layerwise else 1)]
-    return XLoRA(stack, dict(_head(sizes, model, seed)), settings)
+    widths = [_hidden_size(model) if hidden_size is None else hidden_size]
+    widths += [width] * (depth - 1) + [count * (len(sites) if layerwise else 1)]
+    return XLoRA(stack, dict(_head(widths, model, seed)), settings)
 
 
 def module_order(model: nn.Module, params: Adapter) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..algebra.stack import stack, unstack
 from ..core.adapter import Adapter
-from ..core.errors import CheckpointError
+from ..core.arguments import items
+from ..core.errors import CheckpointError, StructureError, short_repr
 from ..interop.peft.xlora_folder import read_folder, write_folder
+from ..layers.refusals import check_model
 from .xlora import XLoRA, XLoRASettings, module_order
 
 __all__ = ["xlora_from_peft", "xlora_to_peft"]
@@ -39,6 +41,13 @@ def xlora_from_peft(
         CheckpointError: the folder isn't X-LoRA's, lacks something, or a part doesn't fit another.
         StructureError: the experts don't stack.
     """
+    check_model(model)
+    if experts is not None:
+        experts = items(experts, "xlora_from_peft: experts", "folders or adapters")
+    if classifier is not None and not isinstance(classifier, Mapping):
+        raise CheckpointError(
+            f"xlora_from_peft: classifier: expected a state dict, found {short_repr(classifier)}"
+        )
     adapters, head, settings = read_folder(folder, model, experts, classifier)
     several = stack(adapters)
     said = XLoRASettings(sites=module_order(model, several), **settings)
@@ -68,4 +77,6 @@ def xlora_to_peft(x: XLoRA, model: nn.Module, folder: str | os.PathLike[str]) ->
         UnsupportedError: PEFT has no form for an expert.
         CheckpointError: the folder can't be written.
     """
+    if not isinstance(x, XLoRA):
+        raise StructureError(f"xlora_to_peft: expected an XLoRA, found {type(x).__name__}")
     write_folder(unstack(x.stack), model, folder, x.head, x.settings)

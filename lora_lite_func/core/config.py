@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,9 @@ def real(value: Any, where: str) -> None:
     Raises:
         ConfigError: anything else.
     """
-    if not isinstance(value, (int, float, numbers.Real, torch.SymInt, torch.SymFloat, Tensor)):
+    kinds = (int, float, numbers.Real, torch.SymInt, torch.SymFloat, Tensor)
+    huge = isinstance(value, int) and abs(value) > sys.float_info.max
+    if not isinstance(value, kinds) or isinstance(value, bool) or huge:
         raise ConfigError(f"{where}: expected a number or a tensor, found {short_repr(value)}")
     if isinstance(value, Tensor) and value.is_complex():
         raise ConfigError(f"{where}: expected real numbers, found {value.dtype}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..core.arguments import whole
 from ..core.errors import StructureError
 from .low_rank import core_dtype
 
@@ -55,6 +56,8 @@ def load_balance(
         StructureError: no layer, a mask of another shape, or top_k beyond the number of experts.
     """
     layers = dict(router) if isinstance(router, Mapping) else {"": router}
+    if top_k is not None:
+        top_k = whole(top_k, "load_balance: top_k")
     if not layers:
         raise StructureError("load_balance: expected the probabilities of a layer, found none")
     return torch.stack([_balance(path, p, top_k, mask) for path, p in layers.items()]).mean()
@@ -62,6 +65,13 @@ def load_balance(
 
 def _balance(path: str, p: Tensor, top_k: int | None, mask: Tensor | None) -> Tensor:
     """E sum over e of f_e p_e, of one layer."""
+    if not isinstance(p, Tensor) or not p.ndim:
+        found = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+        raise StructureError(
+            f"load_balance: {path!r}: expected probabilities (..., E), found {found}"
+        )
+    if mask is not None and not isinstance(mask, Tensor):
+        raise StructureError(f"load_balance: expected a mask, found {type(mask).__name__}")
     experts = p.shape[-1]
     if top_k is not None and not 1 <= top_k <= experts:
         raise StructureError(

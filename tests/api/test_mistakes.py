@@ -123,6 +123,14 @@ def test_a_config_class(call: Callable[[], Any]) -> None:
             "adamw: gradients: expected an Adapter, found NoneType",
         ),
         (
+            lambda: ADAMW.update(PARAMS, STATE, STACK),
+            r"adamw: gradients: 'layers.0.down' lora_A: expected shape \(3, 4, 24\), found \(4, 24",
+        ),
+        (
+            lambda: ADAMW.update(STACK, STATE, PARAMS),
+            r"adamw: gradients: 'layers.0.down' lora_A: expected shape \(4, 24\), found \(3, 4, 24",
+        ),
+        (
             lambda: ADAMW.update(OTHER, STATE, PARAMS),
             "adamw: gradients: 'layers.1.down' lora_A is in the adapter alone",
         ),
@@ -203,6 +211,71 @@ def test_what_does_not_fit(call: Callable[[], Any], message: str) -> None:
             "clip_grads: max_norm: expected a number of at least 0, found -1.0",
         ),
         (lambda: ll.register(ll.LoRAConfig), "register: expected a Variant, found <class"),
+        (lambda: ll.scale(PARAMS, True), "scale: strength: expected a number or a tensor, found T"),
+        (lambda: ll.scale(PARAMS, 10**400), "scale: strength: expected a number or a tensor, fou"),
+        (lambda: ll.bind(MODEL, PARAMS, linears="no"), "bind: linears: expected True or False"),
+        (lambda: ll.merge(MODEL, PARAMS, dequantize=1), "merge: dequantize: expected True or Fal"),
+        (lambda: ll.num_params(PARAMS, trainable_only=None), "trainable_only: expected True or"),
+        (lambda: ll.partition(PARAMS, False), "partition: keep: expected a function, found False"),
+        (lambda: ll.partition(PARAMS, ()), r"partition: keep: expected a function, found \(\)"),
+        (lambda: ll.grad("x"), "grad: loss: expected a function, found 'x'"),
+        (lambda: ll.grad(len, 1.5), "grad: argnums: expected int, found 1.5"),
+        (lambda: ll.grad(len, 0, None), "grad: has_aux: expected True or False, found None"),
+        (
+            lambda: ll.per_sample_grads(MODEL, PARAMS, None, X),
+            "per_sample_grads: loss_fn: expected a function, found None",
+        ),
+        (
+            lambda: ll.calibrate(MODEL, ll.EVAConfig(r=2), [X], loss_fn="mean"),
+            "calibration data: loss_fn: expected a function, found 'mean'",
+        ),
+        (lambda: ll.rows(STACK, [0], flattened=None), "rows: flattened: expected a sequence of te"),
+        (lambda: ll.rows(STACK, [0], flattened=(1,)), "rows: flattened: expected texts, found 1"),
+        (lambda: ll.combine_adapters(3), "combine_adapters: expected a sequence of adapters"),
+        (
+            lambda: ll.combine_adapters([PARAMS], how="ties", density=None),
+            "combine_adapters: density: expected a finite number, found None",
+        ),
+        (
+            lambda: ll.combine_adapters([PARAMS], how="dare_linear", seed="x"),
+            "combine_adapters: seed: expected int, found 'x'",
+        ),
+        (
+            lambda: ll.activated(PARAMS, torch.ones(4, 1), goes_on=1),
+            "activated: goes_on: expected True or False, found 1",
+        ),
+        (
+            lambda: ll.invoked(torch.ones(1, 3), "ab"),
+            "invoked: invocation_tokens: expected a sequence of ids, found 'ab'",
+        ),
+        (
+            lambda: ll.invoked(torch.ones(1, 3), [-1]),
+            r"_tokens\[0\]: expected at least 0",
+        ),
+        (
+            lambda: ll.masked_by(ll.init(MODEL, ll.LoRIConfig(r=2)), "0.1"),
+            "masked_by: fraction: expected a finite number, found '0.1'",
+        ),
+        (
+            lambda: ll.load_balance(torch.ones(2, 3), top_k=1.0),
+            "load_balance: top_k: expected int, found 1.0",
+        ),
+        (
+            lambda: ll.xlora(MODEL, [PARAMS, PARAMS], hidden_size=16, temperature="1"),
+            "xlora: temperature: expected a finite number, found '1'",
+        ),
+        (
+            lambda: ll.xlora(MODEL, [PARAMS, PARAMS], hidden_size=0),
+            "xlora: hidden_size: expected at least 1, found 0",
+        ),
+        (
+            lambda: ll.xlora(MODEL, [PARAMS, PARAMS], hidden_size=16, seed=1.5),
+            "xlora: seed: expected int, found 1.5",
+        ),
+        (
+            lambda: ll.xlora(MODEL, [PARAMS, PARAMS], hidden_size=16, strength=None),
+            "xlora: strength: expected a finite number, found None",
+        ),
     ],
 )
 def test_what_can_not_be_meant(call: Callable[[], Any], message: str) -> None:
@@ -223,6 +296,46 @@ def test_what_can_not_be_meant(call: Callable[[], Any], message: str) -> None:
 def test_keys_that_are_none(key: Any, message: str) -> None:
     with pytest.raises(KeyError, match=message):
         STACK[key]
+
+
+@pytest.mark.parametrize("path", [None, 3, 1.5, [], torch.ones(1), ""])
+def test_what_is_no_path(path: Any) -> None:
+    """An empty path is none either: it would be the folder that the program happens to be in."""
+    calls: dict[str, Callable[[], Any]] = {
+        "load": lambda: ll.load(path),
+        "save": lambda: ll.save(PARAMS, path),
+        "to_peft": lambda: ll.to_peft(PARAMS, MODEL, path),
+        "from_peft": lambda: ll.from_peft(path, MODEL),
+        "from_lora_lite": lambda: ll.from_lora_lite(path),
+        "from_diffusion": lambda: ll.from_diffusion(path, MODEL),
+        "to_diffusion": lambda: ll.to_diffusion(PARAMS, MODEL, path, component="unet"),
+        "xlora_to_peft": lambda: ll.xlora_to_peft(
+            ll.xlora(MODEL, [PARAMS, PARAMS], hidden_size=16), MODEL, path
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ll.CheckpointError, match=rf"{name}: expected a path"):
+            call()
+
+
+def test_what_is_no_device(tmp_path: Path) -> None:
+    ll.save(PARAMS, tmp_path / "a.safetensors")
+    for device in ("x", object(), "cpu:-3"):
+        with pytest.raises(ll.CheckpointError, match="load: device: can't put tensors on"):
+            ll.load(tmp_path / "a.safetensors", device=device)  # type: ignore[arg-type]
+
+
+def test_what_is_no_router_head_or_member() -> None:
+    x = ll.xlora(MODEL, [PARAMS, PARAMS], hidden_size=16)
+    for head in (None, {}, {"0.weight": torch.ones(2, 16)}, [1]):
+        with pytest.raises(ll.StructureError, match=r"xlora: head: expected tensors 0\.weight"):
+            x.having(head)  # type: ignore[arg-type]
+    with pytest.raises(ll.StructureError, match=r"'0\.bias': expected a tensor of shape \(2,\)"):
+        x.having({**x.head, "0.bias": torch.ones(3)})
+    with pytest.raises(ll.StructureError, match=r"expected probabilities \(\.\.\., E\), found str"):
+        ll.load_balance({"a": "x"})  # type: ignore[dict-item]
+    with pytest.raises(ll.StructureError, match=r"expected shape \(4, 24\), found \(3, 4, 24\)"):
+        ll.update(STACK, 0, STACK)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
