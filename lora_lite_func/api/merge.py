@@ -107,7 +107,7 @@ def merged(model: ModelT, params: Adapters, *, dequantize: bool = False) -> Mode
     for path, others in tied_names(model, adapted).items():
         new |= {site.path: new[path] for site in others}
     kept: dict[int, nn.Parameter] = {}
-    made: Any = copy_tree(model, {}, Frozen(keep_flags=True))
+    made: Any = copy_tree(model, {}, Frozen(keep_flags=True, replaced=new))
     for name, tensor in new.items():
         path, _, leaf = name.rpartition(".")
         module = made.get_submodule(path)

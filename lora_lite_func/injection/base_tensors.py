@@ -6,7 +6,7 @@ Nothing here writes on the base, and no gradient reaches it.
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -129,11 +129,13 @@ class Frozen:
 
     Args:
         keep_flags: whether parameters require gradients where the base's do.
+        replaced: names of tensors that others will stand for in the copy.
     """
 
     kept = True
 
-    def __init__(self, keep_flags: bool = False) -> None:
+    def __init__(self, keep_flags: bool = False, replaced: Container[str] = ()) -> None:
+        self.replaced = replaced
         self.parameters: dict[int, Tensor] = {}
         self.made: dict[int, Any] = {}
         self.keep_flags = keep_flags

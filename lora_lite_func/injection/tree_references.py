@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy as copying
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,7 @@ class TreeReferences:
         self.beside: Callable[..., Any] | None = getattr(base_tensors, "beside", None)
         self.tensors: dict[int, Any] = getattr(base_tensors, "made", {})
         self.kept: bool = getattr(base_tensors, "kept", False)
+        self.replaced: Container[str] = getattr(base_tensors, "replaced", ())
         self.hooks = (*_CALL_HOOKS, *STATE_HOOKS) if self.kept else _CALL_HOOKS
         self.noted: list[_Noted] = []
         self.readers: dict[type, tuple[str, str]] = {}
@@ -239,7 +240,8 @@ class TreeReferences:
             return memory if self.beside is None else self.beside(memory, self.holder)
         path, copy, name = found
         state = copy.__dict__.get("_ll")
-        if state is not None and _adapts(state, name):
+        replaced = (f"{path}.{name}" if path else name) in self.replaced
+        if replaced or (state is not None and _adapts(state, name)):
             rebinding.unfollowed.append((f"the {name} of {path!r}", None))
         return copy._parameters[name] if name in copy._parameters else copy._buffers[name]
 

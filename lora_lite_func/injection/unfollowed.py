@@ -13,6 +13,7 @@ import dis
 import functools
 import gc
 import inspect
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -186,7 +187,7 @@ def _functions_in(value: Any) -> Iterator[types.FunctionType]:
             yield from (f for f in inner if isinstance(f, types.FunctionType))
 
 
-_MOST_FUNCTIONS = 500
+_MOST_FUNCTIONS = 300
 _CACHED = type(functools.lru_cache(len))
 _WRAPPED = ("func", "__func__", "__wrapped__", "fget", "fset")
 _WRAPPERS = (
@@ -278,11 +279,9 @@ def calls_of(cls: type) -> Iterator[types.FunctionType]:
 def _reads_of(cls: type) -> tuple[Read, ...]:
     walk = _Walk()
     walk.follow_class(cls)
-    known = all(
-        base in walk.classes or (base.__module__ or "").partition(".")[0] in ("torch", "builtins")
-        for base in cls.__mro__
-    )
-    # Of a class that isn't torch's or the user's, nothing says what it calls.
+    homes = {base.__module__.partition(".")[0] for base in cls.__mro__ if base not in walk.classes}
+    known = all(home == "torch" or home in sys.stdlib_module_names for home in homes)
+    # Of a class of another library, nothing says what it calls.
     every = [name for base in walk.classes for name in vars(base)]
     walk.follow_names(_CALLS if known and issubclass(cls, nn.Module) else every)
     return tuple(walk.reads)
