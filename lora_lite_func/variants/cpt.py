@@ -30,9 +30,11 @@ from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
 from ..core.phases import VirtualLabelsFn
 from ..core.site import Params, Site
+from ..kernels.indices import check_indices
 from ._vocabulary import vocabulary
 
 _ANSWER, _INPUT = 0, 2
+_MOST = 2**24  # all below it are whole in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,12 @@ class CPTConfig(AdapterConfig):
                 f"CPTConfig.token_types: expected one for each of {len(self.token_ids)} token_ids, "
                 f"found {len(self.token_types)}"
             )
-        if min((*self.token_ids, *self.token_types), default=0) < 0:
-            raise ConfigError("CPTConfig: expected token_ids and token_types of 0 and up")
+        for what in ("token_ids", "token_types"):
+            odd = [n for n in getattr(self, what) if not 0 <= n < _MOST]
+            if odd:
+                raise ConfigError(
+                    f"CPTConfig.{what}: expected numbers from 0 to {_MOST - 1}, found {odd[0]}"
+                )
         if min(self.epsilon, self.format_epsilon) < 0:
             raise ConfigError("CPTConfig: expected epsilon and format_epsilon of at least 0")
         if self.decay < 0:
@@ -137,6 +143,16 @@ def _answers(p: Params) -> Tensor:
     return (p["lora_types"] > 0) & (p["lora_types"] % 4 == _ANSWER)
 
 
+def validate(cfg: CPTConfig, p: Params, site: Site) -> None:
+    """The ids and the types are whole numbers that float32 holds.
+
+    Raises:
+        StructureError: they aren't.
+    """
+    for name in ("lora_ids", "lora_types"):
+        check_indices((p[name],), (_MOST,), name, once=False)
+
+
 def project(cfg: CPTConfig, p: Params) -> dict[str, Tensor]:
     """d within its bounds."""
     types, d = p["lora_types"], p["lora_delta"]
@@ -158,6 +174,7 @@ VARIANT = Variant(
     virtual_labels=virtual_labels,
     virtual_label_weights=virtual_label_weights,
     project=project,
+    validate=validate,
     needs=frozenset({"weight"}),
     sites=("call",),
 )

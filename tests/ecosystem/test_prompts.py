@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import lora_lite_func as ll
+from lora_lite_func.core.adapter import replace
 
 transformers = pytest.importorskip("transformers")
 
@@ -561,6 +563,8 @@ def test_context_is_moved_within_bounds_and_its_answers_are_counted() -> None:
     for fields, said in (
         ({"r": 1, "token_ids": (1,), "token_types": (1, 2)}, "one for each of 1 token_ids"),
         ({"epsilon": -1.0}, "of at least 0"),
+        ({"token_ids": (-1,)}, "token_ids: expected numbers from 0 to 16777215, found -1"),
+        ({"token_types": (2**24,), "token_ids": (1,)}, "token_types: expected numbers from 0"),
     ):
         with pytest.raises(ll.ConfigError, match=said):
             ll.CPTConfig(**fields)
@@ -627,3 +631,13 @@ def test_weighted_answers_need_logits() -> None:
     params = ll.init(model, ll.CPTConfig(r=2, token_ids=(3, 4), token_types=(1, 4), decay=0.5))
     with pytest.raises(ll.UnsupportedError, match="takes the logits of all 8 tokens"):
         ll.apply(model, params, IDS, labels=IDS)
+
+
+@pytest.mark.parametrize("name", ["lora_ids", "lora_types"])
+def test_a_file_whose_context_is_no_numbers_of_tokens(name: str, tmp_path: Path) -> None:
+    params = ll.init(fresh("llama"), ll.CPTConfig(r=2, token_ids=(3, 4)))
+    for value in (float("nan"), -1.0, 0.5, 2.0**24):
+        wrong = {**params[""], name: torch.full((2,), value)}
+        ll.save(replace(params, {"": wrong}), tmp_path / "a.safetensors")
+        with pytest.raises(ll.CheckpointError, match=f"{name}: expected whole numbers from 0"):
+            ll.load(tmp_path / "a.safetensors")

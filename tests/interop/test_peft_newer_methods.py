@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import close, moved, net
 from peft_models import Experts, X, base, load_file, loaded, peft, saved
@@ -89,13 +90,18 @@ def test_tinylora_of_embeddings_and_more_than_ten_layers(tmp_path: Path) -> None
 
 
 def test_what_tinylora_needs_the_model_for(tmp_path: Path) -> None:
-    saved(peft.TinyLoraConfig(r=2, u=3, target_modules=BOTH), base(), tmp_path)
+    saved(peft.TinyLoraConfig(r=2, u=3, target_modules=BOTH), base(), tmp_path / "theirs")
     with pytest.raises(ll.CheckpointError, match="give the base model too"):
-        ll.from_peft(tmp_path)
+        ll.from_peft(tmp_path / "theirs")
     params = ll.init(base(), ll.TinyLoRAConfig(r=2, u=3))
     with pytest.raises(ll.CheckpointError, match="in the order of the model's modules"):
         ll.to_peft(params, None, tmp_path)
     ll.to_peft(params, base(), tmp_path, as_lora=True)  # a plain LoRA says its modules by name
+    tensors = load_file(tmp_path / "theirs")
+    del tensors["base_model.model.layers.0.up.tinylora_P"]
+    safetensors.torch.save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+    with pytest.raises(ll.CheckpointError, match=r"'layers\.0\.up' has no tinylora_P"):
+        ll.from_peft(tmp_path / "theirs", base())  # not drawn, for the file says that it is there
     several = ll.init(base(), ll.TinyLoRAConfig(r=2, u=3, rank_pattern={"up": 3}))
     with pytest.raises(ll.UnsupportedError, match="one TinyLoRA file has one r, found 2 beside 3"):
         ll.to_peft(several, base(), tmp_path)

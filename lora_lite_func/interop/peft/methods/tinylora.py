@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....core.adapter import Adapter
-from ....core.errors import CheckpointError, UnsupportedError
+from ....core.errors import CheckpointError, UnsupportedError, short_repr
 from ....variants import TinyLoRAConfig
 from ....variants.lora_xs import tied_groups
 from ...assembly import ModuleEntry, Part
@@ -30,7 +30,7 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     saved it is drawn from PEFT's seed.
 
     Raises:
-        CheckpointError: the vector of this module is missing.
+        CheckpointError: the vector of this module is missing, or a P that was saved.
         ModelNeededError: no model was given.
     """
     entry.known("TinyLoRA counts the model's modules in their order")
@@ -40,6 +40,11 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     v = shared_tensor(reader, entry, f"{_V}{number}")
     P = held.get("tinylora_P")
     if P is None:
+        if reader.get("save_projection") is True:
+            raise CheckpointError(
+                f"{reader.where}: save_projection is true, but {short_repr(entry.path)} has no "
+                f"tinylora_P"
+            )
         P = _drawn(reader.whole("projection_seed", 42, 0) + entry.index, v.shape[0], A.shape[0])
     if entry.kind == "embedding":
         A, B, P = B.mT, A.mT, P.mT
