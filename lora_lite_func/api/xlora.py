@@ -217,10 +217,11 @@ def xlora(
     count = members_of(stack, "xlora" if one else "stack")
     mixed(stack, torch.zeros(1, count))  # refuses what can't be summed
     flag(layerwise, "xlora: layerwise")
-    sizes = {"depth": depth, "width": width, "top_k": top_k, "hidden_size": hidden_size}
-    for name, value in sizes.items():
-        if value is not None or name in ("depth", "width"):
-            whole(value, f"xlora: {name}", least=1)
+    whole(depth, "xlora: depth", least=1)
+    whole(width, "xlora: width", least=1)
+    for name, size in (("top_k", top_k), ("hidden_size", hidden_size)):
+        if size is not None:
+            whole(size, f"xlora: {name}", least=1)
     whole(seed, "xlora: seed")
     for name, value in (("temperature", temperature), ("strength", strength)):
         number(value, f"xlora: {name}")

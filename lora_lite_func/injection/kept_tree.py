@@ -22,11 +22,12 @@ from ..core.torch_internals import CALL_HOOKS, is_wrapped, outside_transforms, o
 from ..layers.kinds import KINDS
 from .attachment import Attachment
 from .base_tensors import Constants
+from .code_reads import Read, reads_of
 from .linear import choose
 from .references import PLAIN, Role, all_plain, is_users, role_of, slots
 from .state import SiteState
 from .tree_copy import Copier
-from .unfollowed import Read, leads, reads_of
+from .unfollowed import leads
 
 __all__ = ["KeptTree", "kept_tree"]
 

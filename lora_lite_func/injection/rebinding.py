@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.torch_internals import TRACES_IDS, attributes_of
 from .cloning import clone, clone_weak, has_modules_as_keys, refill, same_members
+from .code_reads import reads_of_function
 from .references import (
     BINDABLE,
     PLAIN,
@@ -30,7 +31,7 @@ from .references import (
     refers,
     role_of,
 )
-from .unfollowed import leads, modules_in, reads_of_function
+from .unfollowed import leads, modules_in
 
 __all__ = ["MUTABLE", "OWNED", "Rebinding", "own_object", "turn_callables"]
 

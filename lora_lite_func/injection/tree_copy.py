@@ -24,11 +24,11 @@ from ..layers.refusals import check_model, refusal
 from .attachment import Attachment, everywhere
 from .base_tensors import own_written
 from .checks import no_module
+from .code_reads import reads_of
 from .prompt_scope import has_own_prompt, is_scope, scope_class, takes_mask, under_scope
 from .references import slots
 from .site_copy import site_copy
 from .tree_references import TreeReferences
-from .unfollowed import reads_of
 from .written import writes_directly
 
 __all__ = ["Copier", "copy_tree"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import UnsupportedError
 from ..core.torch_internals import STATE_HOOKS, own_attributes
 from ..layers.kinds import KINDS
+from .code_reads import reads_of
 from .prompt_scope import under_scope
 from .rebinding import MUTABLE, OWNED, Rebinding, own_object
 from .references import (
@@ -29,7 +30,7 @@ from .references import (
     refers,
     role_of,
 )
-from .unfollowed import leads, modules_in, reads_of
+from .unfollowed import leads, modules_in
 
 __all__ = ["TreeReferences"]
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..core.torch_internals import at_trace_time
 from ..core.weak_memo import WeakMemo
+from .code_reads import calls_of
 from .prompt_scope import under_scope
 from .references import is_users
-from .unfollowed import calls_of
 
 __all__ = ["may_write", "writes_directly"]
 
