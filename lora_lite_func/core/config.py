@@ -31,6 +31,7 @@ __all__ = [
     "dropout_of",
     "feature_dropout",
     "from_dict",
+    "iterations",
     "probability",
     "real",
     "record",
@@ -201,6 +202,21 @@ def probability(value: float, where: str) -> None:
     """
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{where}: expected a probability in [0, 1), found {value}")
+
+
+def iterations(value: int | None, where: str) -> None:
+    """Check how many power iterations a randomised decomposition takes; None is for the exact one.
+
+    Raises:
+        ConfigError: fewer than 0, or more than ever end.
+    """
+    if value is not None and not 0 <= value <= _MOST_ITERATIONS:
+        raise ConfigError(
+            f"{where}: expected None or at least 0 and at most {_MOST_ITERATIONS}, found {value}"
+        )
+
+
+_MOST_ITERATIONS = 1_000
 
 
 def feature_dropout(cfg: AdapterConfig) -> float:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
+from ..core.config import AdapterConfig, iterations, probability, record
 from ..core.errors import ConfigError, StructureError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
 from ..core.phases import Factors
@@ -52,10 +52,7 @@ class AdaMSSConfig(AdapterConfig):
 
     def validate(self) -> None:
         probability(self.dropout, "AdaMSSConfig.dropout")
-        if self.svd_niter is not None and self.svd_niter < 0:
-            raise ConfigError(
-                f"AdaMSSConfig.svd_niter: expected None or at least 0, found {self.svd_niter}"
-            )
+        iterations(self.svd_niter, "AdaMSSConfig.svd_niter")
         for name in ("num_subspaces", "subspace_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
-from ..core.errors import ConfigError
+from ..core.config import AdapterConfig, iterations, probability, record
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.phases import Forms, Work
 from ..core.random import kaiming
@@ -70,10 +69,7 @@ class ABBAConfig(AdapterConfig):
 
     def validate(self) -> None:
         probability(self.dropout, "ABBAConfig.dropout")
-        if self.svd_niter is not None and self.svd_niter < 0:
-            raise ConfigError(
-                f"ABBAConfig.svd_niter: expected None or at least 0, found {self.svd_niter}"
-            )
+        iterations(self.svd_niter, "ABBAConfig.svd_niter")
 
 
 def abba_param_specs(cfg: ABBAConfig, site: Site) -> dict[str, ParamSpec]:

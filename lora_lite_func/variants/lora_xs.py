@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, added, by_path, probability, record
+from ..core.config import AdapterConfig, added, by_path, iterations, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.phases import Factors
@@ -87,8 +87,7 @@ class TinyLoRAConfig(AdapterConfig):
 
 def _check(dropout: float, svd_niter: int | None, where: str) -> None:
     probability(dropout, f"{where}.dropout")
-    if svd_niter is not None and svd_niter < 0:
-        raise ConfigError(f"{where}.svd_niter: expected None or at least 0, found {svd_niter}")
+    iterations(svd_niter, f"{where}.svd_niter")
 
 
 def _frozen(site: Site) -> dict[str, ParamSpec]:

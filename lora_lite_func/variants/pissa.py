@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
-from ..core.errors import ConfigError
+from ..core.config import AdapterConfig, iterations, probability, record
 from ..core.method import MATRICES, ParamSpec
 from ..core.site import Site
 from ..kernels import low_rank
@@ -41,10 +40,7 @@ class PiSSAConfig(AdapterConfig):
 
     def validate(self) -> None:
         probability(self.dropout, "PiSSAConfig.dropout")
-        if self.svd_niter is not None and self.svd_niter < 0:
-            raise ConfigError(
-                f"PiSSAConfig.svd_niter: expected None or at least 0, found {self.svd_niter}"
-            )
+        iterations(self.svd_niter, "PiSSAConfig.svd_niter")
         _subtracted.check_alpha(self)
 
 

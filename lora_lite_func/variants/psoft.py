@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig, probability, record
-from ..core.errors import ConfigError
+from ..core.config import AdapterConfig, iterations, probability, record
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
 from ..core.phases import Factors
 from ..core.site import Params, Site
@@ -45,10 +44,7 @@ class PSOFTConfig(AdapterConfig):
 
     def validate(self) -> None:
         probability(self.dropout, "PSOFTConfig.dropout")
-        if self.svd_niter is not None and self.svd_niter < 0:
-            raise ConfigError(
-                f"PSOFTConfig.svd_niter: expected None or at least 0, found {self.svd_niter}"
-            )
+        iterations(self.svd_niter, "PSOFTConfig.svd_niter")
 
 
 def param_specs(cfg: PSOFTConfig, site: Site) -> dict[str, ParamSpec]:

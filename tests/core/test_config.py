@@ -195,8 +195,12 @@ def test_a_wrong_value_is_named_with_its_field(fields: dict[str, Any], message: 
             "PiSSAConfig.alpha: .* expected a positive number",
         ),
         (
+            lambda: ll.ABBAConfig(svd_niter=10**9),
+            "ABBAConfig.svd_niter: expected None or at least 0 and at most 1000, found 1000000000",
+        ),
+        (
             lambda: ll.PiSSAConfig(svd_niter=-1),
-            "PiSSAConfig.svd_niter: expected None or at least 0, found -1",
+            "PiSSAConfig.svd_niter: expected None or at least 0 and at most 1000, found -1",
         ),
         (lambda: ll.DeLoRAConfig(lambda0=0), "DeLoRAConfig.lambda0: expected a positive strength"),
         (lambda: ll.HRAConfig(r=3), "HRAConfig.r: .* expected even, found 3"),
