@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -151,6 +152,10 @@ class _Home(NamedTuple):
         return made
 
 
+_MOST_NUMBERS = 2**34
+"""More of them at one site are a mistake, of which the system would stop the program."""
+
+
 def _start(
     variant: Variant,
     cfg: AdapterConfig,
@@ -165,6 +170,10 @@ def _start(
     A stack of weights has one start per weight, with draws of its own.
     """
     specs = _specs(variant, cfg, site)
+    count = max(site.num_experts, 1) * sum(math.prod(spec.shape) for spec in specs.values())
+    if count > _MOST_NUMBERS:
+        shapes = ", ".join(f"{name} {tuple(spec.shape)}" for name, spec in specs.items())
+        raise ConfigError(f"{variant.name} asks for {count:.2g} numbers, {shapes}; lower its sizes")
     W, reference = sources.weight(site, module), sources.referred(site)
     starts = []
     for i in range(max(site.num_experts, 1)):

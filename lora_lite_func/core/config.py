@@ -150,6 +150,12 @@ class AdapterConfig:
                 self, name, coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}")
             )
         check_rank(self.r, f"{type(self).__name__}.r")
+        for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            if abs(alpha) > _LARGEST_ALPHA:
+                raise ConfigError(
+                    f"{type(self).__name__}.alpha: expected at most {_LARGEST_ALPHA:g}, found "
+                    f"{alpha:g}, which overflows float32"
+                )
         for what in ("target_names", "target_parameters", "transposed_parameters", "exclude_names"):
             for pattern in getattr(self, what):
                 check_pattern(pattern, f"{type(self).__name__}.{what}")
@@ -217,6 +223,7 @@ def iterations(value: int | None, where: str) -> None:
 
 
 _MOST_ITERATIONS = 1_000
+_LARGEST_ALPHA = 1e30
 
 
 def feature_dropout(cfg: AdapterConfig) -> float:

@@ -211,6 +211,14 @@ def test_what_does_not_fit(call: Callable[[], Any], message: str) -> None:
             "clip_grads: max_norm: expected a number of at least 0, found -1.0",
         ),
         (lambda: ll.register(ll.LoRAConfig), "register: expected a Variant, found <class"),
+        (
+            lambda: ll.init(MODEL, ll.LoRAConfig(r=10**9)),
+            r"'layers.0.up': lora asks for 4e\+10 numbers, lora_A \(1000000000, 16\), .* lower",
+        ),
+        (
+            lambda: ll.init(MODEL, ll.LilyConfig(experts=2**31)),
+            r"lily asks for .* lower its sizes",
+        ),
         (lambda: ll.scale(PARAMS, True), "scale: strength: expected a number or a tensor, found T"),
         (lambda: ll.scale(PARAMS, 10**400), "scale: strength: expected a number or a tensor, fou"),
         (lambda: ll.bind(MODEL, PARAMS, linears="no"), "bind: linears: expected True or False"),

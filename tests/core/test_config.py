@@ -195,6 +195,14 @@ def test_a_wrong_value_is_named_with_its_field(fields: dict[str, Any], message: 
             "PiSSAConfig.alpha: .* expected a positive number",
         ),
         (
+            lambda: ll.LoRAConfig(alpha=-1e308),
+            r"LoRAConfig.alpha: expected at most 1e\+30, found -1e\+308",
+        ),
+        (
+            lambda: ll.MoELoRAConfig(experts=2**70),
+            "MoELoRAConfig.experts: expected an int of 64 bits, found 1180591620717411303424",
+        ),
+        (
             lambda: ll.ABBAConfig(svd_niter=10**9),
             "ABBAConfig.svd_niter: expected None or at least 0 and at most 1000, found 1000000000",
         ),
