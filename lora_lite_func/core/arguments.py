@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -83,7 +83,7 @@ def items(value: Any, where: str, what: str) -> list[Any]:
     return list(value)
 
 
-def texts(value: str | Sequence[str], where: str) -> tuple[str, ...]:
+def texts(value: str | Iterable[str], where: str) -> tuple[str, ...]:
     """Texts, of which one may stand alone.
 
     Raises:
