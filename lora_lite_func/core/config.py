@@ -150,6 +150,13 @@ class AdapterConfig:
                 self, name, coerce(getattr(self, name), hint, f"{type(self).__name__}.{name}")
             )
         check_rank(self.r, f"{type(self).__name__}.r")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and abs(value) >= 2**63:
+                raise ConfigError(
+                    f"{type(self).__name__}.{field.name}: expected an int of 64 bits, found "
+                    f"{short_repr(value)}"
+                )
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
             if abs(alpha) > _LARGEST_ALPHA:
                 raise ConfigError(

@@ -88,8 +88,6 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         kinds = (int, float) if hint is float else hint
         if not isinstance(value, kinds) or (hint is not bool and isinstance(value, bool)):
             raise ConfigError(f"{where}: expected {hint.__name__}, found {short_repr(value)}")
-        if hint is int and abs(value) >= 2**63:
-            raise ConfigError(f"{where}: expected an int of 64 bits, found {short_repr(value)}")
         return _finite(value, where) if hint is float else value
     return value
 
