@@ -125,7 +125,7 @@ def _site(
     core = torch.promote_types(tensors["lora_A"].dtype, torch.float32)
     A, B = tensors["lora_A"].to(core), tensors["lora_B"].to(core)
     if isinstance(s, Tensor):
-        s = s.to(core).view(*s.shape, *[1] * (A.ndim - s.ndim))
+        s = s.to(core).view((*s.shape, *[1] * (A.ndim - s.ndim)))
     gB = grads["lora_B"].to(core)
     if how == "lora_fa":
         made = {"lora_B": gB @ _inverse(A @ A.mT, delta) / s**2}

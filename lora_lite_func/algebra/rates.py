@@ -123,4 +123,4 @@ def is_stack(params: Adapter) -> bool:
 
 def along_members(value: Tensor, leaf: Tensor) -> Tensor:
     """A tensor () or (K,) in a shape that broadcasts against a leaf (K, ...)."""
-    return value.to(leaf.device).view(*value.shape, *[1] * (leaf.ndim - value.ndim))
+    return value.to(leaf.device).view((*value.shape, *[1] * (leaf.ndim - value.ndim)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from helpers import close, leaves, moved, net
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import lora_lite_func as ll
@@ -198,3 +198,21 @@ def test_tuples_and_dicts_of_adapters() -> None:
         ll.combine(t, {"a": frozen["a"]})
     with pytest.raises(ll.StructureError, match="single adapters, or stacks of one size"):
         ll.clip_grads((adapter(), ll.stack([adapter(), adapter()])), 1.0)
+
+
+def test_a_rate_is_followed_on_a_leaf_that_is_one_number() -> None:
+    model = nn.Linear(8, 8, dtype=torch.float64)
+    params = moved(ll.init(model, ll.GLoRAConfig(r=2)))  # its bias has numbers
+    x = torch.randn(4, 8, dtype=torch.float64)
+
+    def after(rate: Any) -> torch.Tensor:
+        optimizer = ll.adamw(rate)
+        grads = ll.grad(lambda p: ll.apply(model, p, x).square().mean())(params)
+        made = optimizer.update(grads, optimizer.init(params), params)[0]
+        return ll.apply(model, made, x).square().mean()
+
+    rate, h = torch.tensor(0.05, dtype=torch.float64), 1e-5
+    slope = (after(0.05 + h) - after(0.05 - h)) / (2 * h)
+    assert (torch.func.jvp(after, (rate,), (torch.ones_like(rate),))[1] - slope).abs() < 1e-6
+    assert (torch.func.grad(after)(rate) - slope).abs() < 1e-6
+    assert (torch.func.vmap(after)(rate.expand(2))[1] - after(0.05)).abs() < 1e-10
