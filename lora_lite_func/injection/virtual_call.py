@@ -164,7 +164,9 @@ def _called(
     if of:
         values = decoder_values_of(attachment, module, rows)
         given, front = in_front_of_decoded(front, values, module, given, path)
-        return own_tokens(inner(given), front, tokens)
+        # The members of a tuple don't say which of them are of the tokens that were encoded.
+        result = own_tokens(inner(given | {"return_dict": True}), front, tokens)
+        return result if _returns_dict(module, given) else result.to_tuple()
     values, labels = values_of(attachment, module, rows), labels_of(attachment, module, rows)
     given, front = in_front(front, values, module, given, names, is_causal(module), path, labels)
     result, weights = inner(given), label_weights_of(attachment, module, rows)
@@ -182,3 +184,9 @@ def _uses_cache(module: Any, given: Given) -> bool:
     """Whether the caller is given the cache that the call makes."""
     said = given.get("use_cache")
     return bool(getattr(module.config, "use_cache", True) if said is None else said)
+
+
+def _returns_dict(module: Any, given: Given) -> bool:
+    """Whether the caller is given a ModelOutput and not a tuple."""
+    said = given.get("return_dict")
+    return bool(getattr(module.config, "return_dict", True) if said is None else said)

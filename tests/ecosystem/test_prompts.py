@@ -267,6 +267,10 @@ def test_virtual_tokens_of_a_decoder(name: str) -> None:
         close(found.logits, expected.logits[:, 4:], 2e-6)
         close(found.loss, expected.loss, 2e-6)
         assert found.encoder_last_hidden_state.shape[1] == 10
+        as_long = {"decoder_input_ids": IDS, "use_cache": False}
+        found = ll.apply(model, params, IDS, **as_long)
+        parts = ll.apply(model, params, IDS, **as_long, return_dict=False)
+        assert [part.shape for part in parts] == [part.shape for part in found.to_tuple()]
         by_labels = ll.apply(model, params, IDS, labels=decoded).loss
         begun = model.prepare_decoder_input_ids_from_labels(decoded)
         expected = ll.apply(model, params, IDS, decoder_input_ids=begun, labels=decoded).loss
