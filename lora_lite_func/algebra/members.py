@@ -119,7 +119,7 @@ def piled(path: str, name: str, several: Sequence[Adapter], layout: Layout, once
     """A leaf of a stack, (K, ...), of its members' leaves.
 
     Args:
-        path: the site, or the home of shared leaves.
+        path: the site, or the group of shared leaves.
         name: the leaf.
         several: the members.
         layout: the stack's.
@@ -215,7 +215,7 @@ def kind_of(leaf: Any) -> tuple[Any, ...]:
 
 
 def _filler(spec: LeafSpec, like: Tensor) -> Tensor:
-    """What stands where a member lacks a site. Nobody reads it: `PRESENT` says so. It must only be
+    """What stands where a member lacks a site. `PRESENT` says that nobody is to read it. It must be
     harmless in what is computed and left out: no directions, or what another member has there.
     """
     wide = padded(like, spec)

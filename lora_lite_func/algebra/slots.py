@@ -164,7 +164,7 @@ def _leaf(
 
 
 def _wide(leaves: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
-    """The dtype of numbers beside these leaves: float32 at least."""
+    """The dtype of the numbers that go with these leaves: float32 at least."""
     dtype = torch.float32
     for tensors in leaves.values():
         for t in tensors.values():

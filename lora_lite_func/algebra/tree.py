@@ -1,4 +1,4 @@
-"""Tree algebra: partition and combine, scale, project, cast, counts."""
+"""Tree algebra: scale, project, cast, and counts of an adapter."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
 
 
 def check_named(made: Any, known: Collection[str], where: str, whose: str) -> Mapping[str, Tensor]:
-    """What a method made, tensors under names that it has; it may leave some out.
+    """What a method's function gave, checked to be tensors under names that the method has.
+
+    It may leave names out.
 
     Args:
         made: what one of its functions gave.

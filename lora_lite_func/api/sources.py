@@ -1,4 +1,4 @@
-"""What a method's start is made of beside what layers saw: dense weights, of the model and of a
+"""What a method's start is made of besides what layers saw: dense weights, of the model and of a
 reference, and what several of them say together.
 """
 
@@ -76,8 +76,7 @@ class Sources:
         if reference is None:
             raise ConfigError(
                 f"{name} starts from the difference to another model's dense weights; give the "
-                f"model as it was before quantisation: "
-                f"ll.init(model, cfg, reference=dense_model)"
+                f"model as it was before quantisation: ll.init(model, cfg, reference=dense_model)"
             )
         if not isinstance(reference, nn.Module):
             raise ConfigError(f"reference: expected an nn.Module, found {short_repr(reference)}")
@@ -129,7 +128,7 @@ class Sources:
         return weight_of(self.variant, there, module)
 
     def stats(self, site: Site, reference: Tensor | None) -> SiteStatistics | None:
-        """What `init` gets beside the weight."""
+        """What `init` gets besides the weight."""
         seen, joint = self.seen.get(site.path), self.joint.get(site.path)
         if reference is None and joint is None:
             return seen

@@ -208,7 +208,7 @@ class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[
 
 
 def leaves(params: Adapter) -> list[Any]:
-    """All leaves in order (absent ones included)."""
+    """All leaves in order, absent ones included."""
     # a list: not every torch compiles a generator that is left before its end
     return [leaf for tensors in params._data.values() for leaf in tensors.values()]
 
@@ -321,5 +321,5 @@ def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
 
 
 def keys(params: Adapter) -> list[tuple[str, str]]:
-    """(path, lora_name) of every leaf, in order."""
+    """(path, lora_name) of every leaf, in the order of `leaves`."""
     return [(path, name) for path, names in params.layout.names.items() for name in names]

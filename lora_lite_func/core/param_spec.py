@@ -26,7 +26,7 @@ class ParamSpec:
         rank_axis: the axis that counts directions, where one more direction of zeros changes
             nothing: such tensors of different ranks stack.
         group: which sites have one tensor in common here: those whose specs give this name the same
-            group, in which shapes are equal. A site needs a tensor of its own beside such. In a
+            group, in which shapes are equal. A site needs a tensor of its own, too. In a
             stack of weights, one for each expert, the experts share it too.
     """
 

@@ -1,7 +1,4 @@
-"""The activation route: the phases of adapters around what is underneath.
-
-It also makes what a prepared model's phases need in every call, once.
-"""
+"""The activation route: a site's own call, with the phases of its adapters around it."""
 
 from __future__ import annotations
 

@@ -26,17 +26,23 @@ Plan: TypeAlias = RowPlan | Mixture
 class Attachment(NamedTuple):
     """One adapter at one site.
 
-    `p` is None where the site itself holds the tensors (a bound model): they are in its `slot`-th
-    child.
-
-    `prompt` is what the call knows of its prompt, where the site is a whole module. It is None in a
-    bound model, whose calls tell it. With a `row_plan` the tensors are those of a stack, and each
-    row of the batch has its own member, or its own mixture of them. `here` is a () bool where it
-    isn't None: it says whether the row has an adapter at all, for a row of which that isn't known
-    beforehand. An `optional` one is of a stack of which some members lack the site: the tensor
-    `PRESENT` says whether this one has it. Of a `called` one the site holds the factors as linear
-    layers, which are called. `seen` takes what its router decides, where that is asked for. In a
-    stack of weights, all experts have one tensor of each name in `shared`.
+    Attributes:
+        variant: the method.
+        cfg: its config.
+        site: the site.
+        p: the adapter's tensors there; None where the site itself holds them (a bound model).
+        dropout: the probability of dropping an entry of the branch's input in training.
+        slot: the child of a bound site that holds the tensors.
+        prompt: what the call knows of its prompt, where the site is a whole module; None in a bound
+            model, whose calls tell it.
+        row_plan: which member of a stack each row of the batch has, or which mixture of members;
+            the tensors are those of the stack then.
+        here: () bool, whether a row has an adapter at all, where that is known in the call alone.
+        optional: some members of the stack lack the site, and the tensor `PRESENT` says whether
+            this one has it.
+        called: the site holds the factors as linear layers, which are called.
+        seen: takes what the method's router decides; None where that isn't asked for.
+        shared: names of the tensors that all experts of a stack of weights have in common.
     """
 
     variant: Variant

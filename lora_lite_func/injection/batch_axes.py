@@ -1,4 +1,4 @@
-"""Where the rows of a batch are in what comes to a module's call and in what leaves it.
+"""Which axes of a module call's arguments and results are the rows of the batch.
 
 The module's class tells it, or the shapes do. Where neither does, the call is refused.
 """

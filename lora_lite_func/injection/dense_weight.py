@@ -1,4 +1,4 @@
-"""The dense weight that adapters make of a layer's weight."""
+"""merge_site: a layer's weight and bias with the adapters in them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _dense(
 
 
 def _checked(attachment: Attachment, made: Any, M: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a variant's `weight` gave, once it is known to be a valid dense equivalent.
+    """What a variant's `weight` gave, checked to be a valid dense equivalent.
 
     Raises:
         ConfigError: it has another type or shape.

@@ -26,10 +26,7 @@ __all__ = ["FrozenLayer"]
 
 
 class FrozenLayer:
-    """What `prepare` may see of the layer underneath an adapter.
-
-    It sees the layer's bias, and its product without the bias.
-    """
+    """What `prepare` may see of the layer underneath an adapter: an `ll.Layer`."""
 
     __slots__ = ("attachments", "count", "module", "p", "phases")
 

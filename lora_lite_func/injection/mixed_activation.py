@@ -1,6 +1,4 @@
-"""A site's output where each row of the batch, or each token, has a weighted sum of the members'
-updates.
-"""
+"""A site's output where each row of the batch, or each token, has a weighted sum of updates."""
 
 from __future__ import annotations
 
@@ -31,10 +29,10 @@ def by_weights(
     inner: Callable[[Tensor], Any],
     x: Tensor,
 ) -> Tensor:
-    """The site's output, what is underneath and the weighted sum of the members' updates.
+    """The site's output: the layer's own plus the weighted sum of the members' updates.
 
-    Factor pairs take two products. Other methods run their phase once for each member, on nothing,
-    which gives the update alone.
+    Factor pairs take two products. Other methods run their phase once for each member, on an
+    output of zeros, which gives the update alone.
 
     Args:
         attachment: the method at the site.

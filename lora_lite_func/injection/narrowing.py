@@ -1,4 +1,4 @@
-"""The rows of a part: row plans, and the children in which rows have adapters of their own."""
+"""Row plans and children of a module for some rows of the batch alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Within = Callable[[Plan], Plan]
 
 
 def of_rows(rows: Sequence[int]) -> Within:
-    """The plans of these rows, each made once of the plan of all rows."""
+    """A function that makes the plans of these rows, each once, from the plans of all rows."""
     made: list[tuple[Plan, Plan]] = []
 
     def within(plan: Plan) -> Plan:
@@ -40,7 +40,7 @@ _NO_SITE = SiteState("")
 
 
 def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
-    """A module's children for a part's rows.
+    """A module's children for some rows of the batch.
 
     Children in which rows have adapters of their own are copied. The others are returned as they
     are.

@@ -1,6 +1,6 @@
 """Jagged inputs: sequences of different lengths in one tensor (N, *, d).
 
-Their tokens lie in a row.
+The tokens of all sequences lie one after another in its memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A module's own call on a batch whose rows have adapters of their own.
 
-The module is called once for each adapter, on its rows and with its weights. Parts of equal size of
-a norm or a linear layer are mapped over instead. The kernels of convolutions, attention and
-recurrent layers are called part by part.
+The module is called once for each adapter, on its rows and with its weights. For a norm or a linear
+layer one call is mapped over groups of equal size instead. Other layers are called group by group:
+their kernels are faster so, or have no rule for vmap.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def by_adapters(
 
 
 def _maps(module: Any) -> bool:
-    """Whether a module's call is better mapped over parts of equal size.
+    """Whether a module's call is better mapped over groups of equal size.
 
-    It is where the module has a rule for vmap, and no kernel that is faster part by part.
+    It is where the module has a rule for vmap, and no kernel that is faster group by group.
     """
     if isinstance(module, CONVOLUTIONS):
         return is_tracing_here()
@@ -180,7 +180,7 @@ def _together(
     has_rows: list[bool],
     count: int,
 ) -> Any:
-    """The call, mapped over parts that have as many rows."""
+    """The call, mapped over groups that have as many rows."""
     present = {at: attachment for at, attachment in own.items() if attachment is not None}
     rows = [t.unflatten(0, (count, -1)) for t, there in zip(pieces, has_rows, strict=True) if there]
 

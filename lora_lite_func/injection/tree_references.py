@@ -1,4 +1,4 @@
-"""What the modules of a copied tree hold beside tensors and children.
+"""What the modules of a copied tree hold besides tensors and children.
 
 It is turned to the copies, or refused.
 """

@@ -1,4 +1,4 @@
-"""The weight route: a module's own call on adapted tensors, and tensors read without a call."""
+"""The weight route: a module's own call on adapted tensors."""
 
 from __future__ import annotations
 

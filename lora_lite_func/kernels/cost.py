@@ -29,7 +29,7 @@ class Costs(NamedTuple):
             it does.
         band: a product on a band of ranks (bands.py), in units of a row at rank `band_rank`.
         band_member: reading one member's leaves, in the same units.
-        band_rank: what reading and writing a row costs beside what its rank does, in ranks.
+        band_rank: what reading and writing a row costs besides what its rank does, in ranks.
         block_width: blocks of a diagonal are multiplied together up to so wide, with zeros beside
             the narrow ones: one product of those takes no longer.
         circulant_blocks: up to so many circulant blocks in a row, a sum over them beats a batch of

@@ -1,4 +1,4 @@
-"""Low-rank algebra of several methods: products fused onto y, dense equivalents, decompositions."""
+"""Low-rank algebra of several methods: fused products, dense equivalents, decompositions."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
-    """y + s h B^T in y's dtype: the second half of `add`, for an h (..., r) made another way."""
+    """y + s h B^T in y's dtype: the second half of `add`, for any h (..., r)."""
     if h.dtype != B.dtype:
         h = cast(h, B.dtype)
     if not isinstance(s, float):
@@ -166,7 +166,7 @@ def around_core(A: Tensor, R: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_rank(site: Site, method: str) -> None:
-    """Refuse a rank that a d_out x d_in matrix can't have.
+    """Refuse a rank beyond min(d_in, d_out), which no d_out x d_in matrix has.
 
     Raises:
         UnsupportedError: the rank is larger than min(d_in, d_out).

@@ -1,4 +1,4 @@
-"""x W'^T + b' of an adapted weight W', which the backward pass makes again."""
+"""x W'^T + b' for an adapted weight W' that isn't saved but made again in the backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch in parts whose rows have the same adapters, for calls with one weight for a part."""
+"""A batch cut into groups of rows with the same adapters, for calls with one weight per group."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["RowGroups", "parted"]
 
 
 class RowGroups(NamedTuple):
-    """A batch cut into parts whose rows have the same adapters, for a call with one weight for all
-    of its rows.
+    """A batch cut into groups whose rows have the same adapters.
 
     Attributes:
-        rows: the rows of each part, in the order of the sorted batch.
-        members: for each plan, (parts,) the member whose leaves a part takes; 0 where it has none.
-        bare: for each plan, which parts have no member; all False where ids are unknown.
-        here: for each plan, (parts,) bool, which parts have a member; None where ids are known.
+        rows: the rows of each group, in the order of the sorted batch.
+        members: for each plan, (groups,) the member whose leaves a group takes; 0 where there is
+            none.
+        bare: for each plan, which groups have no member; all False where ids are unknown.
+        here: for each plan, (groups,) bool, which groups have a member; None where ids are known.
         take: (N,) which row goes where in the sorted batch; None where it is the batch itself.
         back: (N,) where each row is in the sorted batch; None likewise.
     """

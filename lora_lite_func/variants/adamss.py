@@ -146,7 +146,7 @@ def weight(
 
 
 def validate(cfg: AdaMSSConfig, p: Params, site: Site) -> None:
-    """Each output is in one of the clusters.
+    """Check that each output is in one of the clusters.
 
     Raises:
         StructureError: it isn't.

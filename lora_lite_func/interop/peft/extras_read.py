@@ -1,4 +1,4 @@
-"""What a file holds beside its method's tensors: biases, modules trained whole, new rows."""
+"""Parts of a file besides its method's: learned biases, modules trained whole, new rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written beside a method's tensors: modules trained whole, biases, replaced rows."""
+"""What is written besides a method's tensors: modules trained whole, biases, replaced rows."""
 
 from __future__ import annotations
 

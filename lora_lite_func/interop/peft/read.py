@@ -50,7 +50,7 @@ def from_peft(
     general: Sequence[Any] = (),
 ) -> Adapter | tuple[Adapter, ...]:
     """Read an adapter that PEFT saved: `params = ll.from_peft("folder", model)`. Where one file
-    holds several things (a learned bias beside the factors, settings that differ by layer), the
+    holds several things (a learned bias besides the factors, settings that differ by layer), the
     result is a tuple, which `apply`, `bind` and `merge` take as it is.
 
     Nothing is dropped: what has no counterpart here is an error that names it.
