@@ -21,8 +21,8 @@ from .attachment import Attachment, is_here
 from .called_linears import called_outputs
 from .frozen_layer import FrozenLayer
 from .hidden_state import hidden_state
+from .jagged_inputs import by_values
 from .mixed_activation import by_weights
-from .nested import by_values
 from .prepared import Made, keep, ready_of
 from .prompt import tokens_of
 from .rows_activation import by_rows

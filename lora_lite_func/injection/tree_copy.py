@@ -25,11 +25,11 @@ from .attachment import Attachment, everywhere
 from .base_tensors import own_written
 from .checks import no_module
 from .code_reads import reads_of
+from .in_place_writes import writes_directly
 from .prompt_scope import has_own_prompt, is_scope, scope_class, takes_mask, under_scope
 from .references import slots
 from .site_copy import site_copy
 from .tree_references import TreeReferences
-from .written import writes_directly
 
 __all__ = ["Copier", "copy_tree"]
 
