@@ -26,7 +26,7 @@ from .keys import KeyMap, key_map
 from .methods import LORA, METHODS, TOKENS
 from .methods.lora_write import is_pair
 from .methods.tensor_names import shifts_of
-from .token_rows import tied_homes, written_rows
+from .token_rows import tied_tables, written_rows
 from .whole_model import of_whole_model_keys
 from .write_checks import check_whole, checked_sites
 from .write_fields import about_base, ranks_and_alphas, targeted, targets
@@ -151,7 +151,7 @@ def _folder(
         made = method.write(low, layers)
     if structured and method.structure is not None:
         method.structure(low, made, modules)
-    fields, tensors, homes = _own(method, made, sites, modules)
+    fields, tensors, keys = _own(method, made, sites, modules)
     saved, kept = whole(full, modules, [*sites, *(p for a in rows for p in a)])
     tensors |= {f"base_model.model.{key}": t for key, t in kept.items()}
     if shifts:
@@ -165,14 +165,14 @@ def _folder(
                 p: t / method.bias_gain(made.tensors[p]).to(t) if p in made.tensors else t
                 for p, t in shifts.items()
             }
-        kind, learned = biases(shifts, modules, homes, sites, saved)
+        kind, learned = biases(shifts, modules, keys, sites, saved)
         fields["bias"] = "all" if kind == "all" else method.biased
         tensors |= {f"base_model.model.{key}": t for key, t in learned.items()}
     wrapped: dict[str, str] = {}
     if rows:
-        more, wrapped = _replaced(rows, method, modules, homes, tensors)
+        more, wrapped = _replaced(rows, method, modules, keys, tensors)
         fields |= more
-    held = copies(frozen, modules, homes, wrapped)
+    held = copies(frozen, modules, keys, wrapped)
     tensors |= {f"base_model.model.{key}": t for key, t in held.items()}
     if not method.keeps_modules and saved:
         raise UnsupportedError(
@@ -192,16 +192,16 @@ def _own(
     tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
     if method.of_whole_model:
         return fields, {s: t for held in made.tensors.values() for s, t in held.items()}, KeyMap()
-    homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
-    fields |= ranks_and_alphas(method, made, homes)
+    keys = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
+    fields |= ranks_and_alphas(method, made, keys)
     if not method.names_ending:
-        fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
+        fields |= targeted(made, keys, modules, fields.get("feedforward_modules"))
     tensors |= {
-        f"base_model.model.{homes.key(p)}.{s}": t
+        f"base_model.model.{keys.key(p)}.{s}": t
         for p, held in made.tensors.items()
         for s, t in held.items()
     }
-    return fields, tensors, homes
+    return fields, tensors, keys
 
 
 def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Values, Values]:
@@ -211,12 +211,12 @@ def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Va
     full = [a for a in every if isinstance(a.config, FullConfig)]
     values = {path: (a.sites[path], held["lora_W"]) for a in full for path, held in a.items()}
     frozen = {path for a in full if a.config.frozen for path in a}  # type: ignore[attr-defined]
-    homes = {path.rpartition(".")[0] for path in values if path not in frozen}
+    parents = {path.rpartition(".")[0] for path in values if path not in frozen}
     for path in frozen:  # a norm's statistics go with the norm
-        home, _, name = path.rpartition(".")
-        if home in modules and name in modules[home]._buffers:
-            homes.add(home)
-    alone = {path for path in frozen if path.rpartition(".")[0] not in homes}
+        parent, _, name = path.rpartition(".")
+        if parent in modules and name in modules[parent]._buffers:
+            parents.add(parent)
+    alone = {path for path in frozen if path.rpartition(".")[0] not in parents}
     return (
         {path: value for path, value in values.items() if path not in alone},
         {path: value for path, value in values.items() if path in alone},
@@ -237,7 +237,7 @@ def _replaced(
     rows: list[Adapter],
     method: Codec,
     modules: Mapping[str, Any],
-    homes: KeyMap,
+    keys: KeyMap,
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return (the fields that say which rows of tables are replaced, {path of a module: the wrapper
@@ -250,11 +250,11 @@ def _replaced(
             f"folder for each"
         )
     tensors |= {
-        f"base_model.model.{homes.inside(p)}.{method.token_prefix}trainable_tokens_delta": t
+        f"base_model.model.{keys.inside(p)}.{method.token_prefix}trainable_tokens_delta": t
         for p, t in held.items()
     }
     wrapper = f".{method.token_prefix}base_layer"
-    places = {home for path in ids for home in tied_homes(path, modules)}
+    places = {parent for path in ids for parent in tied_tables(path, modules)}
     if method.token_prefix:
         return {"trainable_token_indices": ids}, dict.fromkeys(places, wrapper)
     first, *others = ids.values()
