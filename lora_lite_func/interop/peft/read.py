@@ -26,7 +26,7 @@ from .arrow import is_router, read_router
 from .codec import Codec
 from .completeness import in_one_of, refuse_emptied
 from .experts import stacked_experts
-from .extras_read import beside
+from .extras_read import read_extras
 from .folder import unpack
 from .keys import WRAPPED
 from .methods import METHODS
@@ -217,7 +217,7 @@ def _placed(
         parts += ((entry, part) for part in _parts(own, method, entry, _plain(sites[path])))
     _refuse_tied_tables(reader, parts, model)
     parts = list(as_one_table(parts, model))
-    extras = beside(reader, rest, model, {entry.path for entry, _ in parts})
+    extras = read_extras(reader, rest, model, {entry.path for entry, _ in parts})
     if method.bias_gain is not None:
         gains = {entry.path: method.bias_gain(sites[path]) for path, entry in entries.items()}
         extras = [(entry, multiplied(entry, part, gains)) for entry, part in extras]
