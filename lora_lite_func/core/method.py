@@ -12,36 +12,31 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .param_spec import ParamSpec
-from .phases import (
+from .phase_functions import (
     AttendFn,
     CalledOutputsFn,
-    ConfigT,
-    DataT,
-    DenseFn,
-    DirectionsFn,
-    FactorsFn,
-    InitFn,
     InputsFn,
-    JointFn,
     Layer,
-    NeedsFn,
     OutputsFn,
-    ParamSpecsFn,
-    PenaltyFn,
-    PlanFn,
     PrepareFn,
-    ProjectFn,
     RouterFn,
-    ScaleFn,
-    ScalingFn,
-    ValidateFn,
     VirtualDecoderFn,
     VirtualFn,
     VirtualLabelsFn,
     VirtualLabelWeightsFn,
-    WeightFn,
 )
 from .site import Site
+from .start_functions import DirectionsFn, InitFn, JointFn, NeedsFn, ParamSpecsFn, PlanFn, ScalingFn
+from .type_variables import ConfigT, DataT
+from .update_functions import (
+    DenseFn,
+    FactorsFn,
+    PenaltyFn,
+    ProjectFn,
+    ScaleFn,
+    ValidateFn,
+    WeightFn,
+)
 
 __all__ = ["MATRICES", "Layer", "ParamSpec", "Variant", "site_for"]
 
@@ -57,7 +52,8 @@ def _default_scaling(cfg: AdapterConfig, site: Site) -> float:
 class Variant(Generic[ConfigT, DataT]):
     """One method: a record of pure functions, none of which may write on what it is given.
 
-    The types of the functions, in core/phases.py, say their arguments and shapes. A method needs
+    The types of the functions, in core/start_functions.py, phase_functions.py and
+    update_functions.py, say their arguments and shapes. A method needs
     `param_specs` and at least one of `inputs`, `outputs`, `weight`,
     `virtual` and `attend`.
 

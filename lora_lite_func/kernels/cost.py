@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.phases import Forms, Work
 from ..core.site import Site
+from ..core.update_functions import Forms, Work
 
 __all__ = ["CPU", "MEASURED", "Costs", "costs_on", "dense_pays"]
 

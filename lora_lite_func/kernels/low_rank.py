@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
-from ..core.phases import Map
+from ..core.phase_functions import Map
 from ..core.random import normal
 from ..core.site import Site
 from ..core.torch_internals import is_traced, makes_graph, may_overwrite

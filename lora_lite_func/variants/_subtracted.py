@@ -13,8 +13,11 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import ConfigT, Factors, InitFn, Map, ParamSpecsFn
+from ..core.phase_functions import Map
 from ..core.site import Params, Site
+from ..core.start_functions import InitFn, ParamSpecsFn
+from ..core.type_variables import ConfigT
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 __all__ = ["check_alpha", "factor_specs", "started", "variant"]

@@ -22,8 +22,8 @@ from torch import Tensor
 from ..core.config import AdapterConfig, iterations, probability, record
 from ..core.errors import ConfigError, StructureError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 from ..kernels.positions import decoded, index_dtype
 from ._pair import scale

@@ -23,9 +23,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors, Map
+from ..core.phase_functions import Map
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 

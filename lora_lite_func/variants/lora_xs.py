@@ -25,11 +25,11 @@ from torch import Tensor
 from ..core.config import AdapterConfig, added, by_path, iterations, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.random import normal
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
 from ..core.torch_internals import first_of
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors, Forms, Work
 from ..core.site import Params, Site
+from ..core.update_functions import Factors, Forms, Work
 from ..kernels import low_rank
 
 

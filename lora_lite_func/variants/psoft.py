@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, iterations, probability, record
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import cayley, low_rank
 
 

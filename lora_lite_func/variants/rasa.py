@@ -24,11 +24,11 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.random import Draw
 from ..core.shared import kind_of_layer
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 

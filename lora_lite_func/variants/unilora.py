@@ -25,10 +25,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.random import Draw, uniform
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
+from ..core.update_functions import Factors
 from ..kernels import low_rank, positions
 from ..kernels.indices import check_indices
 

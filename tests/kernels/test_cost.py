@@ -10,8 +10,8 @@ from cases import CASES, Case, start
 from helpers import close, moved, net
 
 import lora_lite_func as ll
-from lora_lite_func.core.phases import Forms, Work
 from lora_lite_func.core.registry import variant_for
+from lora_lite_func.core.update_functions import Forms, Work
 from lora_lite_func.kernels import cost
 from lora_lite_func.kernels.segments import laid_out
 
