@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedError
-from ..core.torch_internals import STATE_HOOKS, own_attributes
+from ..core.torch_internals import STATE_HOOKS, at_trace_time, own_attributes
 from ..layers.kinds import KINDS
 from .code_reads import reads_of
 from .prompt_scope import under_scope
@@ -114,7 +114,7 @@ class TreeReferences:
         if names or hooked or self.kept:
             self.noted.append(_Noted(copy, path, names))
         if reads:
-            self.readers.setdefault(_own_class(copy), (path, "its call"))
+            self.readers.setdefault(_own_class(type(copy)), (path, "its call"))
 
     def _note_forward(self, attributes: dict[str, Any], path: str, names: list[str]) -> None:
         """Note an instance's own `forward`, which a site keeps in its state."""
@@ -272,8 +272,10 @@ class TreeReferences:
         )
 
 
-def _own_class(copy: nn.Module) -> type:
-    return getattr(type(copy), "_ll_base", under_scope(type(copy)))
+@at_trace_time
+def _own_class(cls: type) -> Any:
+    """The class that a copy's class was made of."""
+    return getattr(cls, "_ll_base", under_scope(cls))
 
 
 def _get(copy: nn.Module, name: str) -> Any:
