@@ -74,6 +74,11 @@ def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:
     return ll.combine(pytree.tree_map(noisy, trainable), frozen)
 
 
+def normal(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Seeded numbers, normally distributed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def in_threads(count: int, work: Callable[[int], None]) -> None:
     """work(0), work(1) ... at once, a thread each; what one of them raises is raised here."""
     with ThreadPoolExecutor(count) as pool:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, check_shapes
+from ..core.adapter import Adapter
+from ..core.adapter_shapes import check_shapes
 from ..core.errors import StructureError
 from ..core.layout import Layout, LeafSpec
 from ..core.stacked import OF_MEMBERS, number_of
@@ -164,7 +165,7 @@ def _leaf(
 
 
 def _wide(leaves: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
-    """The dtype of numbers beside these leaves: float32 at least."""
+    """The dtype of the numbers that go with these leaves: float32 at least."""
     dtype = torch.float32
     for tensors in leaves.values():
         for t in tensors.values():

@@ -16,11 +16,11 @@ from ..core.shared import each_site
 from ..core.site import Site
 from ..core.stacked import PRESENT
 from ..core.torch_internals import is_followed
-from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Frozen
 from ..injection.bound import Entry, entries_of, keep_entries, tensors_in
 from ..injection.called_linears import CalledLeaves, check_callable
+from ..injection.phases import get_ready
 from ..injection.state import Leaves, held_by, hold
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_loads import teach_loading

@@ -1,4 +1,4 @@
-"""What a method's start is made of beside what layers saw: dense weights, of the model and of a
+"""What a method's start is made of besides what layers saw: dense weights, of the model and of a
 reference, and what several of them say together.
 """
 
@@ -129,7 +129,7 @@ class Sources:
         return weight_of(self.variant, there, module)
 
     def stats(self, site: Site, reference: Tensor | None) -> SiteStatistics | None:
-        """What `init` gets beside the weight."""
+        """What `init` gets besides the weight."""
         seen, joint = self.seen.get(site.path), self.joint.get(site.path)
         if reference is None and joint is None:
             return seen

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..algebra.mixed import Mixed, mixed
 from ..algebra.stack import stack as stacked
-from ..core.adapter import Adapter, members_of
+from ..core.adapter import Adapter, count_members
 from ..core.config import probability
 from ..core.errors import ConfigError, StructureError, short_repr
 from ..core.nodes import register_node
@@ -111,7 +111,7 @@ class XLoRA:
         Raises:
             StructureError: hidden states of another width.
         """
-        said, count = self.settings, members_of(self.stack, "XLoRA")
+        said, count = self.settings, count_members(self.stack, "XLoRA")
         width = self.head["0.weight"].shape[1]
         if hidden.shape[-1] != width:
             raise StructureError(
@@ -198,7 +198,7 @@ def xlora(
     probability(dropout, "xlora: dropout")
     one = isinstance(experts, Adapter)
     stack: Adapter = experts if isinstance(experts, Adapter) else stacked(experts)
-    count = members_of(stack, "xlora" if one else "stack")
+    count = count_members(stack, "xlora" if one else "stack")
     mixed(stack, torch.zeros(1, count))  # refuses what can't be summed
     for name, value in (("depth", depth), ("width", width), ("top_k", top_k)):
         if value is not None and (type(value) is not int or value < 1):

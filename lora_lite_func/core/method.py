@@ -12,36 +12,39 @@ from torch import Tensor
 
 from .config import AdapterConfig
 from .param_spec import ParamSpec
-from .phases import (
+from .phase_functions import (
     AttendFn,
     CalledOutputsFn,
-    ConfigT,
-    DataT,
-    DenseFn,
-    DirectionsFn,
-    FactorsFn,
-    InitFn,
     InputsFn,
-    JointFn,
     Layer,
-    NeedsFn,
     OutputsFn,
-    ParamSpecsFn,
-    PenaltyFn,
-    PlanFn,
     PrepareFn,
-    ProjectFn,
     RouterFn,
-    ScaleFn,
-    ScalingFn,
-    ValidateFn,
     VirtualDecoderFn,
     VirtualFn,
     VirtualLabelsFn,
     VirtualLabelWeightsFn,
-    WeightFn,
 )
 from .site import Site
+from .start_functions import (
+    DirectionsFn,
+    InitFn,
+    JointFn,
+    NeedsFn,
+    ParamSpecsFn,
+    PlanFn,
+    ScalingFn,
+)
+from .type_variables import ConfigT, DataT
+from .update_functions import (
+    DenseFn,
+    FactorsFn,
+    PenaltyFn,
+    ProjectFn,
+    ScaleFn,
+    ValidateFn,
+    WeightFn,
+)
 
 __all__ = ["MATRICES", "Layer", "ParamSpec", "Variant", "site_for"]
 
@@ -57,9 +60,10 @@ def _default_scaling(cfg: AdapterConfig, site: Site) -> float:
 class Variant(Generic[ConfigT, DataT]):
     """One method: a record of pure functions, none of which may write on what it is given.
 
-    The types of the functions, in core/phases.py, say their arguments and shapes. A method needs
-    `param_specs` and at least one of `inputs`, `outputs`, `weight`,
-    `virtual` and `attend`.
+    The types of the functions say their arguments and shapes. Those of a call are in
+    core/phase_functions.py, those of the start in core/start_functions.py, those of the weight in
+    core/update_functions.py. A method needs `param_specs` and at least one of `inputs`, `outputs`,
+    `weight`, `virtual` and `attend`.
 
     Attributes:
         name: how files and tables call it.

@@ -28,7 +28,7 @@ def register_node(
         flatten: value -> (children, what is static).
         unflatten: (children, what is static) -> value.
         keys: value -> a key for each child; None leaves them numbered.
-        **for_torch: what torch's registration takes beside.
+        **for_torch: what torch's registration takes besides.
     """
 
     def with_torch_keys(value: T) -> tuple[list[tuple[Any, Any]], Static]:

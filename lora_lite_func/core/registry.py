@@ -9,7 +9,7 @@ from collections.abc import Callable
 from .config import AdapterConfig
 from .errors import ConfigError, nearest, short_repr
 from .method import Variant
-from .phases import ConfigT, DataT
+from .type_variables import ConfigT, DataT
 
 __all__ = ["register", "register_later", "variant_for", "variant_named", "variants"]
 

@@ -6,7 +6,7 @@ So whatever walks an adapter's leaves (the pytree, partition, casts, counts, opt
 files, stacks) meets it once and needn't know of it. A transform sees one input, whose gradient is
 the sum over the sites; a stack gives it one axis of members.
 
-What works site by site asks for `site_tensors`, where each site has the group's tensors beside its
+What works site by site asks for `site_tensors`, where each site has the group's tensors besides its
 own, and `regrouped` is the way back.
 
 The other way would be the same tensor object at every site, found again by its identity: but

@@ -1,4 +1,4 @@
-"""The dense weight that adapters make of a layer's weight."""
+"""merge_site: a layer's weight and bias with the adapters in them."""
 
 from __future__ import annotations
 
@@ -55,23 +55,22 @@ def merge_site(
         here = is_here(attachment, p)
         if here is not None:
             M = torch.where(here, M, new)
-            moved = (
-                moved
-                if moved is bias or moved is None
-                else torch.where(here, moved, 0.0 if bias is None else bias)
-            )
+            if moved is not None and moved is not bias:
+                moved = torch.where(here, moved, 0.0 if bias is None else bias)
         new, bias = M, moved
     if KINDS[attachment.site.kind].one_hot:
         # The bias goes into every row of the table, as the entries of a one-hot vector sum to 1.
         if bias is not None:
-            new, bias = (
-                restored(matrix(new, attachment.site) + bias[:, None], new, attachment.site),
-                None,
-            )
+            table = matrix(new, attachment.site) + bias[:, None]
+            new, bias = restored(table, new, attachment.site), None
         new = keeping_padding(module, W, new)
     if bias is start or bias is None:
         return new.to(dtype), b
-    shape = b.shape if b is not None else W.shape if attachment.site.d_in == 1 else bias.shape
+    shape = bias.shape
+    if b is not None:
+        shape = b.shape
+    elif attachment.site.d_in == 1:
+        shape = W.shape
     return new.to(dtype), bias.reshape(shape).to(dtype)
 
 
@@ -90,7 +89,7 @@ def _dense(
 
 
 def _checked(attachment: Attachment, made: Any, M: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a variant's `weight` gave, once it is known to be a valid dense equivalent.
+    """What a variant's `weight` gave, checked to be a valid dense equivalent.
 
     Raises:
         ConfigError: it has another type or shape.

@@ -1,6 +1,4 @@
-"""A site's output where each row of the batch, or each token, has a weighted sum of the members'
-updates.
-"""
+"""A site's output where each row of the batch, or each token, has a weighted sum of updates."""
 
 from __future__ import annotations
 
@@ -31,10 +29,10 @@ def by_weights(
     inner: Callable[[Tensor], Any],
     x: Tensor,
 ) -> Tensor:
-    """The site's output, what is underneath and the weighted sum of the members' updates.
+    """The site's output: the layer's own plus the weighted sum of the members' updates.
 
-    Factor pairs take two products. Other methods run their phase once for each member, on nothing,
-    which gives the update alone.
+    Factor pairs take two products. Other methods run their phase once for each member, on an
+    output of zeros, which gives the update alone.
 
     Args:
         attachment: the method at the site.
@@ -67,14 +65,14 @@ def by_weights(
     if variant.low_rank_factors is not None and not by_phases:
         return add_mixture(y, x, *stacked_factors(attachment, p), w)
     assert variant.outputs is not None
-    nothing = torch.zeros_like(y)
+    zeros = torch.zeros_like(y)
     for k in range(mixture.members):
         q, at = unfolded({name: t[k] for name, t in p.items()}, site)
         d = None
         if variant.prepare is not None:
             device = next(iter(q.values())).device.type
             d = without_autocast(device, variant.prepare, attachment.cfg, q, at, layer)
-        update = variant.outputs(attachment.cfg, q, d, x, nothing, at)
+        update = variant.outputs(attachment.cfg, q, d, x, zeros, at)
         y = (y + w[..., k : k + 1] * update).to(y.dtype)
     return y
 

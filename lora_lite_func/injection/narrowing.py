@@ -1,4 +1,4 @@
-"""The rows of a part: row plans, and the children in which rows have adapters of their own."""
+"""Row plans and children of a module for some rows of the batch alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Within", "narrowed", "of_rows"]
 
 
 Within = Callable[[Plan], Plan]
-"""Makes the plan of a part's rows from the plan of all rows."""
+"""Makes the plan of some rows from the plan of all rows."""
 
 
 def of_rows(rows: Sequence[int]) -> Within:
-    """The plans of these rows, each made once of the plan of all rows."""
+    """A function that makes the plans of these rows, each once, from the plans of all rows."""
     made: list[tuple[Plan, Plan]] = []
 
     def within(plan: Plan) -> Plan:
@@ -40,7 +40,7 @@ _NO_SITE = SiteState("")
 
 
 def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
-    """A module's children for a part's rows.
+    """A module's children for some rows of the batch.
 
     Children in which rows have adapters of their own are copied. The others are returned as they
     are.
@@ -59,11 +59,8 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
     def visit(child: nn.Module) -> nn.Module:
         if id(child) in copies:
             return copies[id(child)]
-        had, inside = (
-            child.__dict__,
-            {name: c if c is None else visit(c) for name, c in child._modules.items()},
-        )
-        state: SiteState = had.get("_ll", _NO_SITE)
+        inside = {name: c if c is None else visit(c) for name, c in child._modules.items()}
+        state: SiteState = child.__dict__.get("_ll", _NO_SITE)
         attachments, subs = state.attachments, state.substituted
         mixed = any(
             attachment.row_plan is not None

@@ -1,6 +1,6 @@
 """Jagged inputs: sequences of different lengths in one tensor (N, *, d).
 
-Their tokens lie in a row.
+The tokens of all sequences lie one after another in its memory.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ def by_values(
     if x.layout is not torch.jagged or not x.is_contiguous() or x._ragged_idx != 1:
         raise UnsupportedError(
             f"site {site.path!r}: expected a nested tensor of layout torch.jagged, contiguous, "
-            f"with "
-            f"its lengths behind the first dimension, found layout {x.layout}; make it so "
+            f"with its lengths behind the first dimension, found layout {x.layout}; make it so "
             f"(torch.nested.nested_tensor(..., layout=torch.jagged)), or pad it"
         )
     if any(attachment.row_plan is not None for attachment in attachments):
         raise UnsupportedError(
             f"site {site.path!r}: a jagged input's tokens lie in a row, in which rows with "
-            f"adapters "
-            f"of their own can't be told apart; pad it"
+            f"adapters of their own can't be told apart; pad it"
         )
     return torch.nested.nested_tensor_from_jagged(call(x.values()), x.offsets())

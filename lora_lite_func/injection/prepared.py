@@ -1,7 +1,6 @@
-"""What a prepared model makes once from its adapters' tensors, site by site.
+"""What a prepared model makes once, site by site, from its adapters' tensors.
 
-It is used as long as the tensors are the very same ones, unchanged. Otherwise each call makes it
-again.
+It is used while the tensors are the same objects, unchanged. Otherwise each call makes it anew.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Made(NamedTuple):
 
 
 class _Sources:
-    """The tensors that something was made from: who holds them, under which name, in which state.
+    """The tensors that something was made from: their holders, names and states.
 
     A copy of the model (deep or pickled) takes its own tensors as the sources. What was made goes
     with the copy, if it was valid when it was copied.
@@ -53,7 +52,7 @@ class _Sources:
         return _Sources, (tuple(stamp[:3] for stamp in self.stamps), self.unchanged())
 
     def unchanged(self) -> bool:
-        """Whether the tensors are the same, unwritten, in the same dtype, and not to be trained."""
+        """Whether the tensors are the same objects, unwritten, of the same dtype, and frozen."""
         try:
             for holder, name, t, version, dtype in self.stamps:
                 if holder[name] is not t:

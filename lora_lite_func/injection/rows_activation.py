@@ -1,4 +1,4 @@
-"""A method's phases on a batch whose rows belong to different adapters.
+"""A method's phases on a batch whose rows have adapters of their own.
 
 The phases run segment by segment over the members. The frozen layer runs once on all rows.
 """

@@ -1,4 +1,4 @@
-"""What the phases of a call give beside the model's output, by site."""
+"""What the phases of a call give besides the model's output, by site."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Step(Protocol):
 
 @dataclass(eq=False)
 class SiteState:
-    """What a site's copy carries beside its layer's own attributes, as its attribute `_ll`.
+    """What a site's copy carries besides its layer's own attributes, as its attribute `_ll`.
 
     Attributes:
         path: the site's module.

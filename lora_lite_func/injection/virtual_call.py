@@ -42,7 +42,7 @@ __all__ = ["methods"]
 
 def methods(cls: type[nn.Module]) -> dict[str, Any]:
     """What a site's class has in place of its model's own: the call, and what `generate` asks of
-    the model beside it.
+    the model besides it.
     """
 
     @functools.wraps(cls.forward)

@@ -3,7 +3,7 @@
 The models of transformers, diffusers and huggingface_hub write all of their tensors. Of a bound
 model that would be a folder that loads as the base, without an error and without the adapter. So
 its modules with adapters inside write these alone: exactly as they are, in model.safetensors as
-`ll.save` does, and beside that in PEFT's layout, where PEFT has one for them. The folder can't pass
+`ll.save` does, and besides in PEFT's layout, where PEFT has one for them. The folder can't pass
 for a whole model's: model.safetensors doesn't fit one.
 """
 
@@ -158,7 +158,7 @@ def _write(
 
 
 def _replaced(folder: Path) -> tuple[str, ...]:
-    """The files of a folder that a bound model's new ones replace, beside those of the same names.
+    """The files of a folder that a bound model's new ones replace, besides those of the same names.
 
     A bound model of a version before 0.2.0 wrote all its tensors and the model's config.
 

@@ -75,7 +75,7 @@ class _Way(NamedTuple):
     Attributes:
         config: the class of our config.
         fields: {its field: our field}.
-        read: (place, tensors, r, scale, fingerprint) -> the leaves beside the renamed ones.
+        read: (place, tensors, r, scale, fingerprint) -> the leaves besides the renamed ones.
         renamed: {its tensor: ours}, where the names differ.
         fixed: settings of ours that its maths amounts to, unless its fields say otherwise.
     """

@@ -40,7 +40,7 @@ def matches(weight: Tensor, expected: float | None, whole: Tensor | None = None)
 def read_plain(
     entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
-    """Return nothing beside what the file holds. The base is compared if it was given.
+    """Return nothing besides what the file holds. The base is compared if it was given.
 
     Raises:
         CheckpointError: the base isn't the one that the file was made on.

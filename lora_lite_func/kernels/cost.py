@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.phases import Forms, Work
 from ..core.site import Site
+from ..core.update_functions import Forms, Work
 
 __all__ = ["CPU", "MEASURED", "Costs", "costs_on", "dense_pays"]
 
@@ -29,7 +29,7 @@ class Costs(NamedTuple):
             it does.
         band: a product on a band of ranks (bands.py), in units of a row at rank `band_rank`.
         band_member: reading one member's leaves, in the same units.
-        band_rank: what reading and writing a row costs beside what its rank does, in ranks.
+        band_rank: what reading and writing a row costs besides what its rank does, in ranks.
         block_width: blocks of a diagonal are multiplied together up to so wide, with zeros beside
             the narrow ones: one product of those takes no longer.
         circulant_blocks: up to so many circulant blocks in a row, a sum over them beats a batch of
@@ -98,8 +98,8 @@ def dense_pays(forms: bool | Forms, site: Site, tokens: int, device: torch.devic
     costs = costs_on(device)
     if costs is None:
         return False
-    beside, whole = tokens * costs.of(forms.row), costs.of(forms.weight)
+    by_rows, by_weight = tokens * costs.of(forms.row), costs.of(forms.weight)
     if torch.is_grad_enabled():
         gradient = tokens * site.d_in * site.d_out
-        beside, whole = _BACKWARD * beside, (_BACKWARD + 1) * whole + gradient
-    return whole < beside
+        by_rows, by_weight = _BACKWARD * by_rows, (_BACKWARD + 1) * by_weight + gradient
+    return by_weight < by_rows

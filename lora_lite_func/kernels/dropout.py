@@ -1,8 +1,8 @@
 """Dropout by a seed: which entries of an input are kept, the same in every mode that has a seed.
 
 A call draws one number from torch's CPU generator, which `torch.manual_seed`, checkpoints and
-forked generators rule; the mask follows from that number and the input's shape alone. So the fused
-kernels keep no mask, and `jvp`, `vmap` and plain calls of one seed drop the same entries.
+forked generators control. The mask follows from that number and the input's shape alone. So the
+fused kernels keep no mask, and `jvp`, `vmap` and plain calls of one seed drop the same entries.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..core.torch_internals import (
 __all__ = ["draw_seed", "dropped", "gain", "mask", "seed_of"]
 
 _LEVELS = 1 << 16
-"""A probability is rounded to one of so many levels, so that a draw of 64 bits decides on four
-entries: on a CPU drawing takes most of dropout's time.
+"""Probabilities are rounded to one of this many levels. One draw of 64 bits then decides on four
+entries; on a CPU, drawing takes most of the time of dropout.
 """
 
 
@@ -33,7 +33,7 @@ def draw_seed() -> Tensor:
 
 
 def seed_of(drawn: Tensor) -> int | None:
-    """The number that was drawn; None where vmap drew another one for each member."""
+    """The drawn number, or None where vmap drew a different one for each member."""
     return None if draws_differ(drawn) else int(drawn)
 
 

@@ -1,4 +1,4 @@
-"""Whether tensors of indices can be meant: what `Variant.validate` of a method with such asks."""
+"""The check of index tensors that a method with indices makes in its `Variant.validate`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["check_indices"]
 def check_indices(
     coordinates: Sequence[Tensor], sizes: Sequence[int], name: str, *, once: bool = True
 ) -> None:
-    """Refuse indices that aren't whole numbers of their range, each tuple of them once.
+    """Refuse indices that aren't whole numbers in their range, or entries that occur twice.
 
     Args:
         coordinates: a tensor (..., n) for each axis, floating or integer; leading axes are of
             several lists of n.
         sizes: how many indices there are along each axis.
         name: the name of the leaf, for messages.
-        once: whether a tuple may stand in a list only once.
+        once: whether an entry may occur only once in its list.
 
     Raises:
         StructureError: NaN, a fraction, an index out of range, or the same entry twice.

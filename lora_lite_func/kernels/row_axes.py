@@ -1,4 +1,4 @@
-"""Whether a site's input has a batch's rows first, or its rows and tokens; and the refusals."""
+"""Checks that a site's input begins with the batch's rows, or with its rows and tokens."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["batch_axes", "not_rows", "untraceable"]
 
 
 def batch_axes(x: Tensor, shape: tuple[int, ...], path: str, features: bool = True) -> Tensor:
-    """A site's input, once it is known that its first two dimensions are a batch's (N, T).
+    """A site's input, checked to have the rows and tokens of a batch for its first two dimensions.
 
     Args:
         x: what came to the site.
         shape: (N, T).
         path: the path of the site, for the message.
-        features: whether x has features behind the tokens, as ids haven't.
+        features: whether x has features after the tokens, which ids have not.
 
     Raises:
-        StructureError: they aren't, or another dimension is as long as the tokens, so that it can't
-            be told which of them is the tokens'.
+        StructureError: they aren't, or another dimension has the same length as the tokens, so that
+            nothing tells which of the two is the tokens'.
     """
     if x.shape[:2] == shape and x.ndim >= 2 + features and shape[1] not in x.shape[2:-1]:
         return x
@@ -62,7 +62,7 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
 
 
 def untraceable(where: str = "") -> UnsupportedError:
-    """The error for torch.jit.trace, which records no vmap."""
+    """The error for a call under torch.jit.trace, which can't record vmap."""
     return UnsupportedError(
         f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no "
         f"vmap); use torch.export.export or "

@@ -1,4 +1,4 @@
-"""A batch in parts whose rows have the same adapters, for calls with one weight for a part."""
+"""A batch cut into groups of rows with the same adapters, for calls with one weight per group."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..core.torch_internals import is_traced, is_tracing_here, is_watched
 from .row_axes import untraceable
 from .row_plan import RowPlan, once
 
-__all__ = ["RowGroups", "parted"]
+__all__ = ["RowGroups", "in_groups"]
 
 
 class RowGroups(NamedTuple):
-    """A batch cut into parts whose rows have the same adapters, for a call with one weight for all
-    of its rows.
+    """A batch cut into groups whose rows have the same adapters.
 
     Attributes:
-        rows: the rows of each part, in the order of the sorted batch.
-        members: for each plan, (parts,) the member whose leaves a part takes; 0 where it has none.
-        bare: for each plan, which parts have no member; all False where ids are unknown.
-        here: for each plan, (parts,) bool, which parts have a member; None where ids are known.
+        rows: the rows of each group, in the order of the sorted batch.
+        members: for each plan, (groups,) the member whose leaves a group takes; 0 where there is
+            none.
+        bare: for each plan, which groups have no member; all False where ids are unknown.
+        here: for each plan, (groups,) bool, which groups have a member; None where ids are known.
         take: (N,) which row goes where in the sorted batch; None where it is the batch itself.
         back: (N,) where each row is in the sorted batch; None likewise.
     """
@@ -36,9 +36,9 @@ class RowGroups(NamedTuple):
     back: Tensor | None = None
 
 
-def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
-    """A batch in parts, where each row has an adapter by each of several plans. Where ids are
-    unknown each row is a part.
+def in_groups(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
+    """A batch in groups, where each row has an adapter by each of several plans. Where ids are
+    unknown each row is a group of its own.
 
     Args:
         plans: at least one, all with the same number of rows.
@@ -61,18 +61,18 @@ def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
         )
     first = plans[0]
     if any(plan is not first for plan in plans):
-        return _parts(list(zip(*known, strict=True)), len(plans), device)
+        return _by_known_ids(list(zip(*known, strict=True)), len(plans), device)
     made: RowGroups = once(
         first.groups,
         (len(plans), device),
-        lambda: _parts(list(zip(*known, strict=True)), len(plans), device),
+        lambda: _by_known_ids(list(zip(*known, strict=True)), len(plans), device),
         is_watched(),
     )
     return made
 
 
-def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> RowGroups:
-    """Parts of rows whose ids, one for each plan, are known."""
+def _by_known_ids(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> RowGroups:
+    """Groups of rows whose ids, one for each plan, are known."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, members in enumerate(ids):
         groups.setdefault(members, []).append(row)

@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch has, or each token, and the layouts that follow from it."""
+"""RowPlan: which adapter each row of a batch has, or each token, and the layouts that follow."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class RowPlan:
         rows: N, or N T.
         members: how many adapters there are.
         known_ids: the ids as ints; None where they have no values.
-        known: whether the ids have values: they have none where they are traced, or under vmap.
-        groups: the batch in parts, as they were made for so many plans on a device.
+        known: whether the ids have values, which they lack in a traced call and under vmap.
+        groups: the batch in groups (row_groups.py), by the number of plans and the device.
         ranks: (members,) the largest rank that each has anywhere; None where all are alike or that
             isn't known.
-        goes_on: whether tokens may come after those of the ids, which have the last id of their
+        goes_on: whether more tokens may follow those of the ids. They have the last id of their
             row.
         flattened: patterns of the paths whose inputs have all tokens in one dimension, row by row.
     """
@@ -126,12 +126,13 @@ class RowPlan:
         has them flattened.
         """
         if self.flattened and any(re.search(pattern, path) for pattern in self.flattened):
-            return self._flattened(x)
+            return self._of_flattened(x)
         return self.fitting(x)
 
     def fitting(self, x: Tensor) -> RowPlan:
-        """The plan for an input (N, tokens, ...): this one, or where tokens go on one of as many
-        tokens as x has. Fewer than the ids are those of a step that goes on from a cache.
+        """The plan for an input (N, tokens, ...). Where tokens go on it has as many tokens as x.
+
+        Fewer tokens than ids are those of a step that goes on from a cache.
         """
         if not self.goes_on or x.ndim < 2 or x.shape[0] != self.shape[0]:
             return self
@@ -141,7 +142,10 @@ class RowPlan:
         if later is not None and later.shape[1] == tokens:
             return later
         kept = had if tokens > had else 0
-        at = [*range(kept), *[had - 1] * (tokens - kept)]  # which of the ids each token has
+        at = [
+            *range(kept),
+            *[had - 1] * (tokens - kept),
+        ]  # each token's position among its row's ids
         known = None
         if self.known_ids is not None:
             known = [self.known_ids[row * had + i] for row in range(self.shape[0]) for i in at]
@@ -151,7 +155,7 @@ class RowPlan:
         later = self._later = RowPlan(ids, self.members, known, self.ranks)
         return later
 
-    def _flattened(self, x: Tensor) -> RowPlan:
+    def _of_flattened(self, x: Tensor) -> RowPlan:
         """The plan for x (N T, ...), or this one if that isn't its size."""
         rows, count = self.shape[0], x.shape[0] if x.ndim else 0
         tokens = count // rows if rows else 0
@@ -197,7 +201,7 @@ class RowPlan:
         return batch_axes(x, self.shape, path, features).flatten(0, 1)
 
     def unflat(self, y: Tensor) -> Tensor:
-        """What was made of `flat`'s result, with the batch's own dimensions again."""
+        """A result for the tensor that `flat` gave, with the batch's own dimensions again."""
         return y.unflatten(0, self.shape) if self.by_token else y
 
     def at_site(self, layout: Layout, path: str, present: Tensor | None) -> RowPlan:
@@ -212,7 +216,7 @@ class RowPlan:
             return self
         ids = self.ids.view(self.shape)
         if self.known_ids is None or torch.compiler.is_dynamo_compiling():
-            # by values, so that one graph serves members of any sites
+            # Values decide, so that one graph serves members of any sites.
             there = present.to(ids.device)[ids.clamp(min=0)] > 0.5
             ids = torch.where(there, ids, BARE)
             return RowPlan(ids, self.members, None, self.ranks, self.goes_on, self.flattened)
@@ -238,7 +242,6 @@ class RowPlan:
             in_place: whether segments are written onto the batch: then members with as many rows
                 share one, unless rows are few.
             banded: whether a segment may be cut by bands of ranks, where members' ranks differ.
-
         """
         if self.known_ids is None or torch.compiler.is_dynamo_compiling():
             return traced(self.ids.to(x.device), self.members)
@@ -258,11 +261,11 @@ class RowPlan:
 
 
 def once(made: dict[K, V], key: K, make: Callable[[], V], watched: bool) -> V:
-    """What is made once for a key, for calls of every kind.
+    """made[key], made by `make` where it isn't there yet.
 
-    Its tensors belong to no inference mode and to no transform. Where something sees each
-    operation (`watched`), and may put tensors of its own in their place, they are made for the
-    call alone.
+    It serves calls of every kind, since its tensors belong to no inference mode and no transform.
+    Where a mode of torch sees each operation (`watched`), and may put in tensors of its own, they
+    are made for this call alone.
     """
     found = None if watched else made.get(key)
     if found is None:

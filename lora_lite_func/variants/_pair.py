@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.param_spec import ParamSpec
-from ..core.phases import Factors, Map
+from ..core.phase_functions import Map
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 __all__ = ["called_outputs", "factor_specs", "low_rank_factors", "outputs", "scale", "weight"]

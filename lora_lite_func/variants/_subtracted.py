@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import ConfigT, Factors, InitFn, Map, ParamSpecsFn
+from ..core.method import ParamSpec, Variant
+from ..core.phase_functions import Map
 from ..core.site import Params, Site
+from ..core.start_functions import InitFn, ParamSpecsFn
+from ..core.type_variables import ConfigT
 from ..kernels import low_rank
+from ._made_pair import Pair, in_dtype, made_pair
 
 __all__ = ["check_alpha", "factor_specs", "started", "variant"]
-
-_NAMES = ("lora_A", "lora_B", "lora_A0", "lora_B0")
 
 
 def check_alpha(cfg: AdapterConfig) -> None:
@@ -50,28 +52,19 @@ def started(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
 
-def _difference(p: Params) -> tuple[Tensor, Tensor]:
+def _difference(cfg: AdapterConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
     """B A - B0 A0 as one factor pair of rank 2r, (2r, d_in) and (d_out, 2r)."""
-    A, B, A0, B0 = (p[name] for name in _NAMES)
-    return low_rank.difference(A, B, A0, B0)
+    p = in_dtype(p, dtype)
+    return low_rank.difference(p["lora_A"], p["lora_B"], p["lora_A0"], p["lora_B0"])
 
 
-def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair of rank 2r."""
-    return _difference(p)
-
-
-def outputs(
-    cfg: AdapterConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + s (B A - B0 A0) x."""
-    return low_rank.add(y, x, *d, site.scale)
+_PHASES = made_pair(_difference)
 
 
 def called_outputs(
     cfg: AdapterConfig,
     p: Params,
-    d: tuple[Tensor, Tensor],
+    d: Pair,
     x: Tensor,
     y: Tensor,
     site: Site,
@@ -83,22 +76,9 @@ def called_outputs(
     return (y + (B(A(x)) - start) * site.scale).to(y.dtype)
 
 
-def weight(
-    cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s (B A - B0 A0)."""
-    A, B = _difference({name: t.to(W.dtype) for name, t in p.items()})
-    return low_rank.add_dense(W, A, B, site.scale), b
-
-
 def scale(cfg: AdapterConfig, p: Params, c: float | Tensor) -> Mapping[str, Tensor]:
     """Both terms times c."""
     return {**p, "lora_B": p["lora_B"] * c, "lora_B0": p["lora_B0"] * c}
-
-
-def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair of rank 2r, and alpha / r."""
-    return (*_difference(p), site.scale)
 
 
 def variant(
@@ -111,7 +91,7 @@ def variant(
     init: InitFn[ConfigT],
     needs: frozenset[str],
     sites: tuple[str, ...] = (),
-) -> Variant[ConfigT, tuple[Tensor, Tensor]]:
+) -> Variant[ConfigT, Pair]:
     """The record of a method that differs from the others in its start.
 
     Args:
@@ -131,12 +111,12 @@ def variant(
         paper=paper,
         param_specs=param_specs,
         init=init,
-        prepare=prepare,
-        outputs=outputs,
-        weight=weight,
+        prepare=_PHASES.prepare,
+        outputs=_PHASES.outputs,
+        weight=_PHASES.weight,
         additive=True,
         scale=scale,
-        low_rank_factors=low_rank_factors,
+        low_rank_factors=_PHASES.low_rank_factors,
         called_outputs=called_outputs,
         batched=True,
         needs=needs,

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors, Map
+from ..core.phase_functions import Map
 from ..core.random import normal
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 _STD = 0.02  # of the start of P and Q, as in the released code

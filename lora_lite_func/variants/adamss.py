@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
-from ..core.errors import ConfigError, StructureError, UnsupportedError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.errors import ConfigError, UnsupportedError
+from ..core.method import ParamSpec, Variant
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ..kernels.indices import check_indices
 from ..kernels.positions import decoded, index_dtype
+from ._made_pair import Pair, made_pair
 from ._pair import scale
 
 _STEPS = 10  # of k-means
@@ -120,8 +121,9 @@ def _clustered(points: Tensor, count: int, gen: torch.Generator) -> Tensor:
     return torch.cdist(points, centres).argmin(1)
 
 
-def _pair(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair, (K q, d_in) and (d_out, K q)."""
+def _factors(cfg: AdaMSSConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """A_k N, (K q, d_in), and B_o of each output in the place of its cluster, (d_out, K q)."""
+    dtype = p["lora_A"].dtype if dtype is None else dtype
     A, B, N = (p[f"lora_{name}"].to(dtype) for name in ("A", "B", "N"))
     count = A.shape[0]
     cluster = decoded(p["lora_cluster"], count)
@@ -129,45 +131,16 @@ def _pair(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return A.flatten(0, 1) @ N, (own[:, :, None] * B[:, None, :]).flatten(1)
 
 
-def prepare(cfg: AdaMSSConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair of rank K q."""
-    return _pair(p, p["lora_A"].dtype)
-
-
-def outputs(
-    cfg: AdaMSSConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + B_o A_k N x."""
-    return low_rank.add(y, x, *d)
-
-
-def weight(
-    cfg: AdaMSSConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + B_o A_k N, row by row."""
-    return low_rank.add_dense(W, *_pair(p, W.dtype)), b
+_PHASES = made_pair(_factors, scaled=False)
 
 
 def validate(cfg: AdaMSSConfig, p: Params, site: Site) -> None:
-    """Each output is in one of the clusters.
+    """Check that each output is in one of the clusters.
 
     Raises:
         StructureError: it isn't.
     """
-    cluster = p["lora_cluster"].detach()
-    if cluster.is_meta:
-        return
-    wrong = ~((cluster >= 0) & (cluster < cfg.num_subspaces) & (cluster == cluster.floor()))
-    if wrong.any():  # NaN is wrong too
-        raise StructureError(
-            f"lora_cluster: expected whole numbers from 0 to {cfg.num_subspaces - 1}, found "
-            f"{cluster[wrong][0].item():g}"
-        )
-
-
-def low_rank_factors(cfg: AdaMSSConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair of rank K q, and 1."""
-    return (*_pair(p, p["lora_A"].dtype), 1.0)
+    check_indices((p["lora_cluster"],), (cfg.num_subspaces,), "lora_cluster", once=False)
 
 
 VARIANT = Variant(
@@ -177,12 +150,12 @@ VARIANT = Variant(
     paper="AdaMSS 2025, NeurIPS 2025",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     validate=validate,
     scale=scale,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     needs=frozenset({"weight"}),
 )

@@ -30,9 +30,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, added, probability, record
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
+from ..core.update_functions import Forms, Work
 from ..kernels import block_diagonal, cayley, low_rank
 from . import _calibrated
 

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import ParamSpec, Variant
 from ..core.random import kaiming
 from ..core.site import Params, Site
-from ..kernels import low_rank
+from ._made_pair import Pair, made_pair
 from ._pair import scale
 
 
@@ -80,33 +79,14 @@ def _diagonal(stored: Tensor, blocks: int) -> Tensor:
     return (apart * eye[:, None, :, None]).flatten(-2).flatten(-3, -2)
 
 
-def _pair(cfg: BDLoRAConfig, p: Params) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r) with their zeros."""
+def _factors(cfg: BDLoRAConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """A (r, d_in) and B (d_out, r) with their zeros. One product of them takes no longer than
+    several products of blocks.
+    """
     return _diagonal(p["lora_A"], cfg.blocks_A), _diagonal(p["lora_B"], cfg.blocks_B)
 
 
-def prepare(cfg: BDLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The factors with their zeros: one product of them takes no longer than several of blocks."""
-    return _pair(cfg, p)
-
-
-def outputs(
-    cfg: BDLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + s (x A^T) B^T."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: BDLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B A."""
-    return low_rank.add_dense(W, *_pair(cfg, p), site.scale), b
-
-
-def low_rank_factors(cfg: BDLoRAConfig, p: Params, site: Site) -> Factors:
-    """A and B with their zeros, and alpha / r."""
-    return (*_pair(cfg, p), site.scale)
+_PHASES = made_pair(_factors)
 
 
 VARIANT = Variant(
@@ -115,11 +95,11 @@ VARIANT = Variant(
     config=BDLoRAConfig,
     paper="BD-LoRA 2025, arXiv 2510.23346; MELoRA, Ren et al. 2024, arXiv 2402.17263",
     param_specs=param_specs,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
 )

@@ -22,9 +22,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.site import Params, Site
 from ..core.torch_internals import may_overwrite
+from ..core.update_functions import Forms, Work
 from ..kernels import block_diagonal, cayley, cost, low_rank
 
 

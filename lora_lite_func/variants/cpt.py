@@ -28,7 +28,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import ParamSpec, Variant
-from ..core.phases import VirtualLabelsFn
+from ..core.phase_functions import VirtualLabelsFn
 from ..core.site import Params, Site
 from ._vocabulary import vocabulary
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.errors import UnsupportedError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.random import normal
 from ..core.site import Params, Site
+from ..core.update_functions import Forms, Work
 from ..kernels import low_rank
 
 Prepared: TypeAlias = tuple[Tensor, Tensor, Tensor | None]

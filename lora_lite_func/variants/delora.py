@@ -23,9 +23,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.random import kaiming
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 _FLOOR = 1e-4

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import UnsupportedError
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Map
+from ..core.phase_functions import Map
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..kernels import low_rank

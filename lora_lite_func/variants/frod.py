@@ -24,11 +24,11 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.random import generator as seeded
 from ..core.random import kept
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
+from ..core.update_functions import Forms, Work
 from ..kernels import low_rank, positions
 from ..kernels.indices import check_indices
 from ._joint_basis import basis, inverted, role, strengths

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.random import kaiming
 from ..core.site import Params, Site
+from ..core.update_functions import Forms, Work
 from ..kernels import low_rank
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError
-from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors, Map
+from ..core.method import MATRICES, ParamSpec, Variant
+from ..core.phase_functions import Map
 from ..core.random import kaiming, normal
 from ..core.site import Params, Site
 from ..kernels import low_rank
+from ._made_pair import Pair, in_dtype, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +80,15 @@ def init(
     return {"lora_drop_A": Vh, "lora_drop_B": U * S}
 
 
-def _pair(p: Params, s: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Both parts as one pair (2r, d_in), (d_out, 2r)."""
+def _factors(cfg: KaSAConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """s B diag(d) A - B_- A_- as one factor pair, (2r, d_in) and (d_out, 2r)."""
+    p = in_dtype(p, dtype)
     A, B = p["lora_A"], p["lora_B"]
-    valued = (B * p["lora_d"] * s).to(B.dtype)
+    valued = (B * p["lora_d"] * site.scale).to(B.dtype)
     return torch.cat([A, p["lora_drop_A"]]), torch.cat([valued, -p["lora_drop_B"]], dim=1)
 
 
-def prepare(cfg: KaSAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """Both parts as one factor pair."""
-    return _pair(p, site.scale)
-
-
-def outputs(
-    cfg: KaSAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + s B (d * A x) - B_- A_- x."""
-    return low_rank.add(y, x, *d)
+_PHASES = made_pair(_factors, scaled=False)
 
 
 def called_outputs(
@@ -113,22 +106,9 @@ def called_outputs(
     return low_rank.add_called(y, x, A, B, site.scale, p["lora_d"])
 
 
-def weight(
-    cfg: KaSAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B diag(d) A - B_- A_-."""
-    held = {name: t.to(W.dtype) for name, t in p.items()}
-    return low_rank.add_dense(W, *_pair(held, site.scale)), b
-
-
 def scale(cfg: KaSAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Both parts times c."""
     return {**p, "lora_B": p["lora_B"] * c, "lora_drop_B": p["lora_drop_B"] * c}
-
-
-def low_rank_factors(cfg: KaSAConfig, p: Params, site: Site) -> Factors:
-    """Both parts as one factor pair, and 1."""
-    return (*_pair(p, site.scale), 1.0)
 
 
 def penalty(cfg: KaSAConfig, p: Params, site: Site) -> Tensor:
@@ -147,13 +127,13 @@ VARIANT = Variant(
     paper="Wang et al. 2024, arXiv 2412.06071",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
     penalty=penalty,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     called_outputs=called_outputs,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

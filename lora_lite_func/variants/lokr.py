@@ -23,10 +23,10 @@ from torch import Tensor
 from ..core.config import AdapterConfig, by_path, probability
 from ..core.errors import ConfigError, short_repr
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.random import kaiming
 from ..core.site import Params, Site
 from ..core.torch_internals import first_of
+from ..core.update_functions import Forms, Work
 from ..kernels import low_rank
 
 

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, added, by_path, probability, record
 from ..core.errors import ConfigError
-from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import MATRICES, ParamSpec, Variant
 from ..core.random import normal
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
 from ..core.torch_internals import first_of
 from ..kernels import low_rank
+from ._made_pair import Pair, in_dtype, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,40 +168,19 @@ def _between(p: Params) -> Tensor:
     return torch.einsum("...u,...uij->...ij", p["lora_v"].to(dtype), p["lora_P"].to(dtype))
 
 
-def _pair(p: Params) -> tuple[Tensor, Tensor]:
-    """The update as a factor pair (r, d_in), (d_out, r)."""
+def _factors(cfg: AdapterConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """B R A as one factor pair, (r, d_in) and (d_out, r)."""
+    p = in_dtype(p, dtype)
     A = p["lora_A"]
     return low_rank.around_core(A, _between(p).to(A.dtype), p["lora_B"])
 
 
-def prepare(cfg: AdapterConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair."""
-    return _pair(p)
-
-
-def outputs(
-    cfg: AdapterConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + s (x A^T) R^T B^T."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: AdapterConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B R A."""
-    A, B = _pair({name: t.to(W.dtype) for name, t in p.items()})
-    return low_rank.add_dense(W, A, B, site.scale), b
+_PHASES = made_pair(_factors)
 
 
 def scale(cfg: AdapterConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """R, or v, times c."""
     return {name: t * c if name in ("lora_R", "lora_v") else t for name, t in p.items()}
-
-
-def low_rank_factors(cfg: AdapterConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair, and its scale."""
-    return (*_pair(p), site.scale)
 
 
 VARIANT = Variant(
@@ -211,12 +190,12 @@ VARIANT = Variant(
     paper="Bałazy et al. 2024, arXiv 2405.17604",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),
@@ -230,13 +209,13 @@ VARIANT_TINY = Variant(
     param_specs=tiny_param_specs,
     plan=plan,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
     scaling=lambda cfg, site: 1.0,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

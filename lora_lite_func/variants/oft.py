@@ -23,8 +23,8 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.site import Params, Site
+from ..core.update_functions import Forms, Work
 from ..kernels import block_diagonal, cayley, low_rank
 
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors, Forms, Work
+from ..core.method import ParamSpec, Variant
 from ..core.site import Params, Site
+from ..core.update_functions import Forms, Work
 from ..kernels import low_rank
+from ._made_pair import Pair, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,9 @@ def init(
     return frozen
 
 
-def _pair(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair, (2k, d_in) and (d_out, 2k)."""
+def _factors(cfg: OSFConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """U S V - U0 S0 V0 as one factor pair, (2k, d_in) and (d_out, 2k)."""
+    dtype = p["lora_U"].dtype if dtype is None else dtype
     Z, Y, U0, V0 = (p[f"lora_{name}"].to(dtype) for name in ("Z", "Y", "U", "V"))
     S0, dS, gain = (p[f"lora_{name}"].to(dtype) for name in ("S", "dS", "gain"))
     tall, wide = U0.shape[0] > V0.shape[1], U0.shape[0] < V0.shape[1]
@@ -111,23 +113,7 @@ def _pair(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return A, B * gain
 
 
-def prepare(cfg: OSFConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair of rank 2k."""
-    return _pair(p, p["lora_U"].dtype)
-
-
-def outputs(
-    cfg: OSFConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + (U S V - U0 S0 V0) x."""
-    return low_rank.add(y, x, *d)
-
-
-def weight(
-    cfg: OSFConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + U S V - U0 S0 V0."""
-    return low_rank.add_dense(W, *_pair(p, W.dtype)), b
+_PHASES = made_pair(_factors, scaled=False)
 
 
 def dense(cfg: OSFConfig, site: Site, tokens: int) -> Forms:
@@ -141,11 +127,6 @@ def scale(cfg: OSFConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     return {**p, "lora_gain": p["lora_gain"] * c}
 
 
-def low_rank_factors(cfg: OSFConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair of rank 2k, and 1."""
-    return (*_pair(p, p["lora_U"].dtype), 1.0)
-
-
 VARIANT = Variant(
     name="osf",
     good_for="task after task without forgetting",
@@ -153,12 +134,12 @@ VARIANT = Variant(
     paper="Nayak et al. 2025, arXiv 2504.07097",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     dense=dense,
     scale=scale,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     needs=frozenset({"weight"}),
 )

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import ParamSpec, Variant
 from ..core.random import kaiming, uniform
 from ..core.site import Params, Site
-from ..kernels import low_rank
 from ..kernels.skills import mixed_skills
+from ._made_pair import Pair, made_pair
 from ._pair import scale
 
 
@@ -74,7 +73,7 @@ def param_specs(cfg: PolyConfig, site: Site) -> dict[str, ParamSpec]:
     }
 
 
-def _pair(cfg: PolyConfig, p: Params, site: Site) -> tuple[Tensor, Tensor]:
+def _factors(cfg: PolyConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
     """A (r, d_in) and B (d_out, r) of the only task.
 
     Raises:
@@ -89,33 +88,12 @@ def _pair(cfg: PolyConfig, p: Params, site: Site) -> tuple[Tensor, Tensor]:
     return mixed_skills(p["lora_A"], p["lora_B"], p["lora_logits"][..., 0, :].sigmoid())
 
 
+_PHASES = made_pair(_factors)
+
+
 def of_tasks(p: Params, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """A (tasks, r, d_in) and B (tasks, d_out, r), with noise (tasks, P Q) added to the logits."""
     return mixed_skills(p["lora_A"], p["lora_B"], (p["lora_logits"] + noise).sigmoid())
-
-
-def prepare(cfg: PolyConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The task's factors."""
-    return _pair(cfg, p, site)
-
-
-def outputs(
-    cfg: PolyConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + s (x A^T) B^T."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: PolyConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s B A."""
-    return low_rank.add_dense(W, *_pair(cfg, p, site), site.scale), b
-
-
-def low_rank_factors(cfg: PolyConfig, p: Params, site: Site) -> Factors:
-    """The task's factors and alpha / r."""
-    return (*_pair(cfg, p, site), site.scale)
 
 
 VARIANT = Variant(
@@ -124,11 +102,11 @@ VARIANT = Variant(
     config=PolyConfig,
     paper="Poly, Ponti et al. 2022, arXiv 2202.13914; MHR, Caccia et al. 2022, arXiv 2211.03831",
     param_specs=param_specs,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
 )

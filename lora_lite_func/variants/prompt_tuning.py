@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig, record
 from ..core.errors import ConfigError
 from ..core.method import ParamSpec, Variant
-from ..core.phases import VirtualFn
+from ..core.phase_functions import VirtualFn
 from ..core.random import normal
 from ..core.site import Params, Site
 from ._vocabulary import check_decodes, vocabulary

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
-from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import MATRICES, ParamSpec, Variant
 from ..core.site import Params, Site
 from ..kernels import cayley, low_rank
+from ._made_pair import Pair, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,30 +94,15 @@ def _core(cfg: PSOFTConfig, p: Params, dtype: torch.dtype) -> Tensor:
     return root.unsqueeze(-1) * moved * root.unsqueeze(-2)
 
 
-def _pair(cfg: PSOFTConfig, p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The update as a factor pair (r, d_in), (d_out, r)."""
+def _factors(cfg: PSOFTConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """U S (R~ - I) V^T as one factor pair, (r, d_in) and (d_out, r)."""
+    dtype = p["lora_U"].dtype if dtype is None else dtype
     U, Vh = p["lora_U"].to(dtype), p["lora_Vh"].to(dtype)
     core = _core(cfg, p, low_rank.core_dtype(dtype)).to(dtype)
     return low_rank.around_core(Vh, core, U)
 
 
-def prepare(cfg: PSOFTConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair."""
-    return _pair(cfg, p, p["lora_U"].dtype)
-
-
-def outputs(
-    cfg: PSOFTConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + (x V)(R~ - I)^T S U^T."""
-    return low_rank.add(y, x, *d)
-
-
-def weight(
-    cfg: PSOFTConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + U S (R~ - I) V^T."""
-    return low_rank.add_dense(W, *_pair(cfg, p, W.dtype)), b
+_PHASES = made_pair(_factors, scaled=False)
 
 
 def scale(cfg: PSOFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
@@ -128,11 +113,6 @@ def scale(cfg: PSOFTConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     }
 
 
-def low_rank_factors(cfg: PSOFTConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair, and 1."""
-    return (*_pair(cfg, p, p["lora_U"].dtype), 1.0)
-
-
 VARIANT = Variant(
     name="psoft",
     good_for="rotations within the weight's main directions",
@@ -140,12 +120,12 @@ VARIANT = Variant(
     paper="Wu et al. 2025, arXiv 2505.11235",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
     needs=frozenset({"weight"}),
     sites=(*MATRICES, "embedding"),

@@ -24,8 +24,8 @@ from ..core import random
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 
 

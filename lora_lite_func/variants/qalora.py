@@ -18,9 +18,9 @@ from torch import Tensor
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError, UnsupportedError
 from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
 from ..core.random import kaiming
 from ..core.site import Params, Site
+from ..core.update_functions import Factors
 from ..kernels import low_rank
 from ._pair import scale
 

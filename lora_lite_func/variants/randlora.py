@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ..core import random
 from ..core.config import AdapterConfig, probability, record
-from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
+from ..core.method import MATRICES, ParamSpec, Variant
 from ..core.site import Params, Site
-from ..kernels import low_rank
+from ..core.update_functions import Forms, Work
+from ._made_pair import Pair, in_dtype, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,32 +89,16 @@ def init(
     }
 
 
-def _factors(p: Params, site: Site) -> tuple[Tensor, Tensor]:
-    """The sum as one pair (N r, d_in), (d_out, N r)."""
+def _factors(cfg: RandLoRAConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """The sum as one factor pair, (N r, d_in) and (d_out, N r)."""
+    p = in_dtype(p, dtype)
     lam, gam = p["lora_lambda"].mT.unsqueeze(2), p["lora_gamma"].unsqueeze(1)
     scaled = lam * p["lora_rand_A"] * gam  # (N, r, m)
     A, B = scaled.flatten(0, 1), p["lora_rand_B"].flatten(1)  # (N r, m), (M, N r)
     return (A, B) if site.d_in <= site.d_out else (B.mT, A.mT)
 
 
-def prepare(cfg: RandLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The sum as one factor pair."""
-    return _factors(p, site)
-
-
-def outputs(
-    cfg: RandLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + s (sum) x."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: RandLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + s sum."""
-    A, B = _factors({name: t.to(W.dtype) for name, t in p.items()}, site)
-    return low_rank.add_dense(W, A, B, site.scale), b
+_PHASES = made_pair(_factors)
 
 
 def dense(cfg: RandLoRAConfig, site: Site, tokens: int) -> Forms:
@@ -135,9 +119,9 @@ VARIANT = Variant(
     paper="Albert et al. 2025, arXiv 2502.00987",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     dense=dense,
     scale=scale,

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError
-from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import MATRICES, ParamSpec, Variant
 from ..core.random import Draw
 from ..core.shared import kind_of_layer
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
-from ..kernels import low_rank
+from ._made_pair import Pair, in_dtype, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +96,9 @@ def plan(cfg: RaSAConfig, sites: Sequence[Site], seen: Mapping[str, SiteStatisti
     return dataclasses.replace(cfg, rank_pattern=tuple(ranks))
 
 
-def _pair(p: Params) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair."""
+def _factors(cfg: RaSAConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
+    """A (r, d_in) and B diag(d) (d_out, r), of the layer's own and the shared directions."""
+    p = in_dtype(p, dtype)
     A, B, d = p["lora_A"], p["lora_B"], p["lora_d"]
     pool_A, pool_B = p["lora_shared_A"], p["lora_shared_B"]
     lead = A.shape[:-2]
@@ -107,34 +107,12 @@ def _pair(p: Params) -> tuple[Tensor, Tensor]:
     return A, (B * d.unsqueeze(-2)).to(B.dtype)
 
 
-def prepare(cfg: RaSAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair."""
-    return _pair(p)
-
-
-def outputs(
-    cfg: RaSAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + (x A^T) diag(d) B^T."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: RaSAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + B diag(d) A."""
-    A, B = _pair({name: t.to(W.dtype) for name, t in p.items()})
-    return low_rank.add_dense(W, A, B), b
+_PHASES = made_pair(_factors)
 
 
 def scale(cfg: RaSAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """d times c."""
     return {"lora_d": p["lora_d"] * c}
-
-
-def low_rank_factors(cfg: RaSAConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair."""
-    return (*_pair(p), site.scale)
 
 
 VARIANT = Variant(
@@ -143,13 +121,13 @@ VARIANT = Variant(
     paper="He et al. 2025, arXiv 2503.12576",
     good_for="more rank for LoRA's parameters",
     param_specs=param_specs,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     scale=scale,
     scaling=lambda cfg, site: 1.0,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
     plan=plan,
     sites=MATRICES,

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
-from ..core.method import Layer, ParamSpec, Variant
+from ..core.method import ParamSpec, Variant
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
 from ..kernels import low_rank
 from . import _calibrated
+from ._made_pair import Pair, made_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,29 +96,14 @@ def init(
     }
 
 
-def _factors(p: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _factors(cfg: SSteerConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
     """diag(S delta) V (r, d_in), and U (d_out, r)."""
+    dtype = p["lora_Vh"].dtype if dtype is None else dtype
     gain = (p["lora_S"] * p["lora_delta"]).to(dtype)
     return gain[:, None] * p["lora_Vh"].to(dtype), p["lora_U"].to(dtype)
 
 
-def prepare(cfg: SSteerConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair, in the adapter's dtype."""
-    return _factors(p, p["lora_Vh"].dtype)
-
-
-def outputs(
-    cfg: SSteerConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + U (S * delta * (V x))."""
-    return low_rank.add(y, x, *d)
-
-
-def weight(
-    cfg: SSteerConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + U diag(S delta) V."""
-    return low_rank.add_dense(W, *_factors(p, W.dtype)), b
+_PHASES = made_pair(_factors, scaled=False)
 
 
 def scale(cfg: SSteerConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
@@ -131,9 +117,9 @@ VARIANT = Variant(
     config=SSteerConfig,
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     scale=scale,
     needs=frozenset({"weight", "pairs"}),
 )

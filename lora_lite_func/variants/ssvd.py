@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.method import MATRICES, Layer, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.site import Params, Site
+from ..core.update_functions import Forms, Work
 from ..kernels import cayley, low_rank
 
 

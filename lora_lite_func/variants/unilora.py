@@ -24,13 +24,13 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability, record
 from ..core.errors import ConfigError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import ParamSpec, Variant
 from ..core.random import Draw, uniform
 from ..core.site import Params, Site
 from ..core.statistics import SiteStatistics
 from ..kernels import low_rank, positions
 from ..kernels.indices import check_indices
+from ._made_pair import Pair, made_pair
 
 _GROUP = "all"
 
@@ -128,7 +128,7 @@ def scaling(cfg: UniLoRAConfig, site: Site) -> float:
     return 1.0 if cfg.norms else cfg.length / (cfg.total or _count(site))
 
 
-def _pair(theta: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+def _pair(theta: Tensor, p: Params) -> Pair:
     """A (..., r, d_in) and B (..., d_out, r) of a vector (..., d)."""
     length = theta.shape[-1]
     if "lora_norm" in p:
@@ -140,7 +140,7 @@ def _pair(theta: Tensor, p: Params) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _factors(p: Params) -> tuple[Tensor, Tensor]:
+def _factors(cfg: UniLoRAConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
     """The update as one factor pair, without s."""
     A, B = _pair(p["lora_theta"], p)
     if "lora_theta0" in p:
@@ -148,33 +148,12 @@ def _factors(p: Params) -> tuple[Tensor, Tensor]:
     return A, B * p["lora_gain"][..., None, None]
 
 
-def prepare(cfg: UniLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair, without s."""
-    return _factors(p)
-
-
-def outputs(
-    cfg: UniLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + g s (B A - B0 A0) x."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: UniLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + g s (B A - B0 A0)."""
-    return low_rank.add_dense(W, *_factors(p), site.scale), b
+_PHASES = made_pair(_factors)
 
 
 def scale(cfg: UniLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """g times c, since theta is in both factors."""
     return {"lora_gain": p["lora_gain"] * c}
-
-
-def low_rank_factors(cfg: UniLoRAConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair, and s."""
-    return (*_factors(p), site.scale)
 
 
 def validate(cfg: UniLoRAConfig, p: Params, site: Site) -> None:
@@ -194,14 +173,14 @@ VARIANT = Variant(
     paper="Li et al. 2025, arXiv 2506.00799",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     validate=validate,
     scale=scale,
     scaling=scaling,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
     plan=plan,
 )

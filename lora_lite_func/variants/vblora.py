@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig, probability
 from ..core.errors import ConfigError, UnsupportedError
-from ..core.method import Layer, ParamSpec, Variant
-from ..core.phases import Factors
+from ..core.method import ParamSpec, Variant
 from ..core.random import normal, uniform
 from ..core.site import Params, Site
 from ..kernels import low_rank, positions
 from ..kernels.indices import check_indices
+from ._made_pair import Pair, made_pair
 
 _GROUP = "all"
 
@@ -146,7 +146,7 @@ def _pair(p: Params, start: str, chosen: Mapping[str, tuple[Tensor, Tensor]]) ->
     return [A.flatten(-2), B.mT.flatten(-3, -2)]
 
 
-def _factors(cfg: VBLoRAConfig, p: Params) -> tuple[Tensor, Tensor]:
+def _factors(cfg: VBLoRAConfig, p: Params, site: Site, dtype: torch.dtype | None) -> Pair:
     """The update as one factor pair."""
     tops = {side: p[f"lora_logits_{side}"].topk(cfg.topk, dim=-1) for side in "AB"}
     A, B = _pair(p, "", {side: (top.values, top.indices) for side, top in tops.items()})
@@ -162,33 +162,12 @@ def _factors(cfg: VBLoRAConfig, p: Params) -> tuple[Tensor, Tensor]:
     return A, B * p["lora_gain"][..., None, None]
 
 
-def prepare(cfg: VBLoRAConfig, p: Params, site: Site, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The update as one factor pair."""
-    return _factors(cfg, p)
-
-
-def outputs(
-    cfg: VBLoRAConfig, p: Params, d: tuple[Tensor, Tensor], x: Tensor, y: Tensor, site: Site
-) -> Tensor:
-    """y + g (x A^T) B^T."""
-    return low_rank.add(y, x, *d, site.scale)
-
-
-def weight(
-    cfg: VBLoRAConfig, p: Params, site: Site, W: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """W + g B A."""
-    return low_rank.add_dense(W, *_factors(cfg, p)), b
+_PHASES = made_pair(_factors)
 
 
 def scale(cfg: VBLoRAConfig, p: Params, c: float | Tensor) -> dict[str, Tensor]:
     """g times c, since the bank is in both factors."""
     return {"lora_gain": p["lora_gain"] * c}
-
-
-def low_rank_factors(cfg: VBLoRAConfig, p: Params, site: Site) -> Factors:
-    """The update as one factor pair."""
-    return (*_factors(cfg, p), site.scale)
 
 
 def validate(cfg: VBLoRAConfig, p: Params, site: Site) -> None:
@@ -208,13 +187,13 @@ VARIANT = Variant(
     paper="Li, Han and Ji 2024, arXiv 2405.15179",
     param_specs=param_specs,
     init=init,
-    prepare=prepare,
-    outputs=outputs,
-    weight=weight,
+    prepare=_PHASES.prepare,
+    outputs=_PHASES.outputs,
+    weight=_PHASES.weight,
     additive=True,
     validate=validate,
     scale=scale,
     scaling=lambda cfg, site: 1.0,
-    low_rank_factors=low_rank_factors,
+    low_rank_factors=_PHASES.low_rank_factors,
     batched=True,
 )

@@ -22,8 +22,8 @@ from torch import Tensor
 from ..core import random
 from ..core.config import AdapterConfig, probability, record
 from ..core.method import MATRICES, ParamSpec, Variant
-from ..core.phases import Forms, Work
 from ..core.site import Params, Site
+from ..core.update_functions import Forms, Work
 from ..kernels import low_rank
 
 

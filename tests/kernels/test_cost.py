@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, start
-from helpers import close, moved, net
+from helpers import close, moved, net, normal
 
 import lora_lite_func as ll
-from lora_lite_func.core.phases import Forms, Work
 from lora_lite_func.core.registry import variant_for
+from lora_lite_func.core.update_functions import Forms, Work
 from lora_lite_func.kernels import cost
 from lora_lite_func.kernels.segments import laid_out
 
@@ -34,7 +34,7 @@ def test_the_cheaper_form_is_taken_where_costs_are_known() -> None:
 def test_outputs_do_not_depend_on_costs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     params = moved(start(case, model, case.config(r=4)))
-    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = normal(300, 16, seed=0)
     with torch.no_grad():
         expected = ll.apply(model, params, x)
         monkeypatch.setattr(cost, "MEASURED", {})

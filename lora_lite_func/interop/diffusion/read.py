@@ -39,7 +39,7 @@ def from_diffusion(
 ) -> Adapter | tuple[Adapter, ...]:
     """Read an adapter for a diffusion model, in the keys of diffusers, ComfyUI, kohya's scripts or
     LyCORIS: `params = ll.from_diffusion("lora.safetensors", pipe.unet)`. Where the file holds
-    several things (a learned bias or norms beside the factors), the result is a tuple, which
+    several things (a learned bias or norms besides the factors), the result is a tuple, which
     `apply`, `bind` and `merge` take as it is.
 
     It reads LoRA (with factors of kernels, DoRA's magnitudes and learned biases), LoHa, LoKr, IA3,

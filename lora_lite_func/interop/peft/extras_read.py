@@ -1,4 +1,4 @@
-"""What a file holds beside its method's tensors: biases, modules trained whole, new rows."""
+"""What a file holds besides its method's tensors: biases, modules trained whole, new rows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .keys import WRAPPED, elsewhere, first_name
 from .modules import adaptable, refuse_tied
 from .token_rows import read_rows
 
-__all__ = ["beside"]
+__all__ = ["read_extras"]
 
 
 @dataclass
 class _Extras:
-    """What a file holds beside its method's tensors.
+    """What a file holds besides its method's tensors.
 
     Attributes:
         whole: {path of a parameter: values}, of modules that were trained whole.
@@ -42,10 +42,10 @@ class _Extras:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
 
-def beside(
+def read_extras(
     reader: ConfigReader, rest: Mapping[str, Tensor], model: Any, adapted: Container[str] = ()
 ) -> list[tuple[ModuleEntry, Part]]:
-    """Read what a file holds beside its method's tensors: modules trained whole (modules_to_save),
+    """Read what a file holds besides its method's tensors: modules trained whole (modules_to_save),
     learned biases (bias="all", "lora_only"), new rows of tables, and tables of a resized base.
 
     Args:

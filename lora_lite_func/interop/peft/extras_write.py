@@ -1,4 +1,4 @@
-"""What is written beside a method's tensors: modules trained whole, biases, replaced rows."""
+"""What is written besides a method's tensors: modules trained whole, biases, replaced rows."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _restored(W: Tensor, base: Tensor, site: Site) -> Tensor:
 
 
 def copies(
-    values: Values, modules: Mapping[str, Any], homes: KeyMap, rows: Mapping[str, str]
+    values: Values, modules: Mapping[str, Any], keys: KeyMap, rows: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Return {key: tensor} of what stands for the base's own tensors and isn't trained, at all
     places that hold it. PEFT loads what it finds under a base's key.
@@ -80,7 +80,7 @@ def copies(
     Args:
         values: those of FullConfig(frozen=True).
         modules: the base's, by path.
-        homes: the wrappers around modules.
+        keys: where modules go in the file, with the wrappers around them.
         rows: {path of a module with replaced rows: the wrapper that PEFT has around it for them}.
 
     Raises:
@@ -95,7 +95,7 @@ def copies(
                     f"to_peft: {path!r} stands for a parameter of the base, and the model given "
                     f"has none of this name"
                 )
-            key = f"{homes.inside(home)}{rows.get(home, '')}.{name}"
+            key = f"{keys.inside(home)}{rows.get(home, '')}.{name}"
             kept[key] = _restored(W, held_tensor(modules[home], name), site)
     return kept
 
@@ -103,7 +103,7 @@ def copies(
 def biases(
     shifts: Mapping[str, Tensor],
     modules: Mapping[str, Any],
-    homes: KeyMap,
+    keys: KeyMap,
     sites: Mapping[str, Any],
     copied: Iterable[str],
 ) -> tuple[str, dict[str, Tensor]]:
@@ -134,7 +134,7 @@ def biases(
             or any(f"{path}.".startswith(home + ".") for home in copied)
         ):
             continue
-        key = f"{homes.inside(path)}.bias" if path else "bias"
+        key = f"{keys.inside(path)}.bias" if path else "bias"
         kept[key] = (
             bias.detach()
             if path not in shifts

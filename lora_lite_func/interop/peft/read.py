@@ -25,7 +25,7 @@ from .arrow import is_router, read_router
 from .codec import Codec
 from .completeness import in_one_of, refuse_emptied
 from .experts import stacked_experts
-from .extras_read import beside
+from .extras_read import read_extras
 from .folder import unpack
 from .keys import WRAPPED
 from .methods import METHODS
@@ -49,7 +49,7 @@ def from_peft(
     general: Sequence[Any] = (),
 ) -> Adapter | tuple[Adapter, ...]:
     """Read an adapter that PEFT saved: `params = ll.from_peft("folder", model)`. Where one file
-    holds several things (a learned bias beside the factors, settings that differ by layer), the
+    holds several things (a learned bias besides the factors, settings that differ by layer), the
     result is a tuple, which `apply`, `bind` and `merge` take as it is.
 
     Nothing is dropped: what has no counterpart here is an error that names it.
@@ -210,7 +210,7 @@ def _placed(
         parts += ((entry, part) for part in _parts(own, method, entry, _plain(sites[path])))
     _refuse_tied_tables(reader, parts, model)
     parts = list(as_one_table(parts, model))
-    extras = beside(reader, rest, model, {entry.path for entry, _ in parts})
+    extras = read_extras(reader, rest, model, {entry.path for entry, _ in parts})
     if method.bias_gain is not None:
         gains = {entry.path: method.bias_gain(sites[path]) for path, entry in entries.items()}
         extras = [(entry, multiplied(entry, part, gains)) for entry, part in extras]

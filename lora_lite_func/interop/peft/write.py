@@ -149,7 +149,7 @@ def _folder(
         made = method.write(low, layers)
     if structured and method.structure is not None:
         method.structure(low, made, modules)
-    fields, tensors, homes = _own(method, made, sites, modules)
+    fields, tensors, keys = _own(method, made, sites, modules)
     saved, kept = whole(full, modules, [*sites, *(p for a in rows for p in a)])
     tensors |= {f"base_model.model.{key}": t for key, t in kept.items()}
     if shifts:
@@ -163,14 +163,14 @@ def _folder(
                 p: t / method.bias_gain(made.tensors[p]).to(t) if p in made.tensors else t
                 for p, t in shifts.items()
             }
-        kind, learned = biases(shifts, modules, homes, sites, saved)
+        kind, learned = biases(shifts, modules, keys, sites, saved)
         fields["bias"] = "all" if kind == "all" else method.biased
         tensors |= {f"base_model.model.{key}": t for key, t in learned.items()}
     wrapped: dict[str, str] = {}
     if rows:
-        more, wrapped = _replaced(rows, method, modules, homes, tensors)
+        more, wrapped = _replaced(rows, method, modules, keys, tensors)
         fields |= more
-    held = copies(frozen, modules, homes, wrapped)
+    held = copies(frozen, modules, keys, wrapped)
     tensors |= {f"base_model.model.{key}": t for key, t in held.items()}
     if not method.keeps_modules and saved:
         raise UnsupportedError(
@@ -190,16 +190,16 @@ def _own(
     tensors = {f"base_model.{name}": t for name, t in made.shared.items()}
     if method.of_whole_model:
         return fields, {s: t for held in made.tensors.values() for s, t in held.items()}, KeyMap()
-    homes = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
-    fields |= ranks_and_alphas(method, made, homes)
+    keys = key_map({p: sites.get(p) or Site(p, 1, 1) for p in made.tensors}, modules, method)
+    fields |= ranks_and_alphas(method, made, keys)
     if not method.names_ending:
-        fields |= targeted(made, homes, modules, fields.get("feedforward_modules"))
+        fields |= targeted(made, keys, modules, fields.get("feedforward_modules"))
     tensors |= {
-        f"base_model.model.{homes.key(p)}.{s}": t
+        f"base_model.model.{keys.key(p)}.{s}": t
         for p, held in made.tensors.items()
         for s, t in held.items()
     }
-    return fields, tensors, homes
+    return fields, tensors, keys
 
 
 def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Values, Values]:
@@ -235,7 +235,7 @@ def _replaced(
     rows: list[Adapter],
     method: Codec,
     modules: Mapping[str, Any],
-    homes: KeyMap,
+    keys: KeyMap,
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return (the fields that say which rows of tables are replaced, {path of a module: the wrapper
@@ -248,7 +248,7 @@ def _replaced(
             f"folder for each"
         )
     tensors |= {
-        f"base_model.model.{homes.inside(p)}.{method.token_prefix}trainable_tokens_delta": t
+        f"base_model.model.{keys.inside(p)}.{method.token_prefix}trainable_tokens_delta": t
         for p, t in held.items()
     }
     wrapper = f".{method.token_prefix}base_layer"

@@ -35,7 +35,7 @@ def about_base(model: nn.Module | None) -> dict[str, Any]:
     return fixed | {"base_model_name_or_path": name if isinstance(name, str) else None}
 
 
-def ranks_and_alphas(method: Codec, made: Written, homes: KeyMap) -> dict[str, Any]:
+def ranks_and_alphas(method: Codec, made: Written, keys: KeyMap) -> dict[str, Any]:
     """Return ranks and alphas, with the commonest as the default and the others as patterns of
     whole paths.
     """
@@ -50,7 +50,7 @@ def ranks_and_alphas(method: Codec, made: Written, homes: KeyMap) -> dict[str, A
             common = max(dict.fromkeys(every), key=every.count)
             fields[name] = common
             fields[pattern] = {
-                "^" + re.escape(homes.names[path]): value
+                "^" + re.escape(keys.names[path]): value
                 for path, value in values.items()
                 if value != common
             }
@@ -58,15 +58,15 @@ def ranks_and_alphas(method: Codec, made: Written, homes: KeyMap) -> dict[str, A
 
 
 def targeted(
-    made: Written, homes: KeyMap, modules: Mapping[str, Any], forward: list[str] | None
+    made: Written, keys: KeyMap, modules: Mapping[str, Any], forward: list[str] | None
 ) -> dict[str, Any]:
     """Return the fields that say what is adapted."""
-    names = [name for name in dict.fromkeys(homes.names.values()) if name not in homes.parameters]
+    names = [name for name in dict.fromkeys(keys.names.values()) if name not in keys.parameters]
     fields: dict[str, Any] = {
         "target_modules": targets(names, modules or made.tensors, forward) if names else []
     }
-    if homes.parameters:
-        fields["target_parameters"] = sorted(homes.parameters)
+    if keys.parameters:
+        fields["target_parameters"] = sorted(keys.parameters)
     if forward:
         fields["feedforward_modules"] = _forward(forward, fields["target_modules"])
     return fields
