@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
 
@@ -77,6 +78,17 @@ def moved(params: ll.Adapter, seed: int = 1, size: float = 0.1) -> ll.Adapter:
 def normal(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     """Seeded numbers, normally distributed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class Checkpointed(nn.Module):
+    """A module that runs again in the backward pass."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:

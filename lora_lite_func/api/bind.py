@@ -28,7 +28,7 @@ from ..interop.bound_saves import teach_saving
 from ..interop.continuous_batching import refuse_rows
 from ..interop.quantised_models import tell_trainable
 from ..layers.refusals import check_model
-from ..layers.tied import home_of, tied_names
+from ..layers.tied import holder_of, tied_names
 from .apply import check_values
 
 __all__ = ["ModelT", "bind", "check_untracked", "prepared", "reference", "unbind"]
@@ -123,9 +123,9 @@ def _attachments(
         present = adapter._data[path].get(PRESENT)
         row_plan = None if plan is None else plan.at_site(layout, path, present)
         for site in (own, *tied.get(path, ())):
-            home = home_of(site)
-            slot = str(counts.setdefault(home, _bound_before(model, home)))
-            counts[home] += 1
+            holder = holder_of(site)
+            slot = str(counts.setdefault(holder, _bound_before(model, holder)))
+            counts[holder] += 1
             yield (
                 path,
                 Attachment(
@@ -159,7 +159,7 @@ def _hold_leaves(
         shared = {name: common[group, name] for name, group in keys if (group, name) in common}
         held = kind(tensors, layout.specs[path], shared)
         for site in (layout.sites[path], *tied.get(path, ())):
-            hold(bound.get_submodule(home_of(site)), held)
+            hold(bound.get_submodule(holder_of(site)), held)
 
 
 def _shared_parameters(adapter: Adapter) -> dict[tuple[str, str], nn.Parameter]:

@@ -203,7 +203,7 @@ def _tied(
             for site in {path, full} & owned.keys():
                 owned[site].append((_identity(p), id(module)))
     tied = {
-        site: tuple(n for key, home in keys for other, n in names[key] if other != home)
+        site: tuple(n for key, holder in keys for other, n in names[key] if other != holder)
         for site, keys in owned.items()
     }
     shared = {

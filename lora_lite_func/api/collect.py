@@ -15,7 +15,7 @@ from ..injection.bound import Entry, entries_of
 from ..injection.prompt import Prompted
 from ..injection.side_outputs import SideOutputs
 from ..injection.tree_copy import copy_tree
-from ..layers.tied import home_of
+from ..layers.tied import holder_of
 from .apply import attachments_of, with_prompt
 
 __all__ = ["collect"]
@@ -75,5 +75,5 @@ def _observe(tree: nn.Module, bound: Iterable[Entry], seen: SideOutputs) -> None
     for entry in bound:
         if entry.layout.variant.router is not None:
             for path in entry.slots:
-                state = tree.get_submodule(home_of(entry.layout.sites[path])).__dict__["_ll"]
+                state = tree.get_submodule(holder_of(entry.layout.sites[path])).__dict__["_ll"]
                 state.attachments = tuple(_seen_by(seen, state.attachments))

@@ -52,10 +52,10 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
     merged_tensors: dict[str, Tensor] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for attachments in everywhere(model, sites).values():
-        home, name = module_and_name(attachments[-1].site)
-        module: Any = modules.get(home)
+        module_path, name = module_and_name(attachments[-1].site)
+        module: Any = modules.get(module_path)
         if module is None:
-            raise no_module(model, home)
+            raise no_module(model, module_path)
         for attachment in attachments:
             check_site(module, attachment.site)
             check_dense(attachment)
@@ -64,7 +64,7 @@ def merge(model: nn.Module, params: Adapters, *, dequantize: bool = False) -> di
             module.bias.detach() if attachments[0].site.bias and module.bias is not None else None
         )
         W, b = merge_site(module, attachments, _plain(module, name), bias)
-        prefix = home + "." if home else ""
+        prefix = module_path + "." if module_path else ""
         # The weight is stored as the base's is, because files need that.
         own = own_tensor(module, name)
         plain = own is None or is_packed(own) or own.is_contiguous()

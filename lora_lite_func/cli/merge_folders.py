@@ -39,9 +39,9 @@ def others(folder: Path) -> list[Path]:
         and not f.name.startswith("adapter_")
         and not re.search(r"\.index\.\w+\.json$", f.name)  # it is of another precision
     ]
-    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    parents = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for file in found:
-        if file.resolve().parent not in homes:
+        if file.resolve().parent not in parents:
             raise CheckpointError(
                 f"{file}: a link that leads out of its folder; put a copy of the file there, or "
                 f"remove it"

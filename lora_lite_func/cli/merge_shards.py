@@ -76,8 +76,8 @@ def jobs_of(shards: Shards, params: Any, *, of_modules: bool = False) -> dict[st
     """
     jobs: dict[str, Job] = {}
     for path, attachments in attachments_of(params).items():
-        home, leaf = module_and_name(attachments[-1].site)
-        prefix = home + "." if home else ""
+        module_path, leaf = module_and_name(attachments[-1].site)
+        prefix = module_path + "." if module_path else ""
         weight, bias = prefix + leaf, prefix + "bias"
         if weight not in shards:
             raise CheckpointError(

@@ -41,9 +41,9 @@ def check_pattern(pattern: str, where: str) -> None:
         ConfigError: it isn't one.
     """
     # only a set of characters can make Python warn
-    quiet = warnings.catch_warnings() if "[" in pattern else nullcontext()
+    without_warnings = warnings.catch_warnings() if "[" in pattern else nullcontext()
     try:
-        with quiet:
+        with without_warnings:
             if "[" in pattern:
                 warnings.simplefilter("ignore", FutureWarning)
             re.compile(pattern)

@@ -458,8 +458,9 @@ def with_notes(t: Tensor, of: Tensor) -> Tensor:
 
 def is_sharded(t: Any) -> bool:
     """Whether a tensor is shared out over processes (DTensor)."""
-    home: Any = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
-    return home is not None and isinstance(t, home.DTensor)
+    # Whoever has a DTensor has imported this.
+    dtensor: Any = sys.modules.get("torch.distributed.tensor")
+    return dtensor is not None and isinstance(t, dtensor.DTensor)
 
 
 def _flattens(t: Any) -> bool:

@@ -48,10 +48,10 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """The model's own attention with the adapters of the module in what it gives."""
-    home: Any = sys.modules[type(module)._ll_base.__module__]
+    model_code: Any = sys.modules[type(module)._ll_base.__module__]
     name = module.__dict__[_CONFIG]._attn_implementation
     eager = name in (None, "eager")
-    own = home.eager_attention_forward if eager else home.ALL_ATTENTION_FUNCTIONS[name]
+    own = model_code.eager_attention_forward if eager else model_code.ALL_ATTENTION_FUNCTIONS[name]
     attachments = module._ll.attachments
     _record(attachments, "inputs", query)
     y, weights = own(module, query, key, value, attention_mask, **kwargs)

@@ -12,7 +12,7 @@ from ..core.errors import StructureError
 from ..core.layout import Layout
 from ..core.stacked import Stacked
 from ..core.torch_internals import is_sharded
-from ..layers.tied import home_of
+from ..layers.tied import holder_of
 from .state import CHILD, Held, Leaves, leaves_at
 
 __all__ = [
@@ -111,8 +111,8 @@ def leaf_keys(bound: nn.Module, entry: Entry) -> Iterator[tuple[str, str, str]]:
     that several sites share has a key at each.
     """
     for path, slot in entry.slots.items():
-        home, leaves = home_of(entry.layout.sites[path]), _leaves(bound, entry, path)
-        prefix = f"{home}.{CHILD}" if home else CHILD
+        holder, leaves = holder_of(entry.layout.sites[path]), _leaves(bound, entry, path)
+        prefix = f"{holder}.{CHILD}" if holder else CHILD
         for name in leaves.names:
             # A leaf may be the weight of a layer of its own.
             inner = f"{name}.weight" if name in leaves._modules else name
@@ -152,7 +152,7 @@ def _check_shared(bound: nn.Module, entry: Entry) -> None:
 
 def _leaves(bound: nn.Module, entry: Entry, path: str) -> Leaves:
     try:
-        module = bound.get_submodule(home_of(entry.layout.sites[path]))
+        module = bound.get_submodule(holder_of(entry.layout.sites[path]))
         return leaves_at(module, entry.slots[path])
     except (AttributeError, KeyError):
         raise StructureError(

@@ -75,7 +75,7 @@ _POINTERS = (
     weakref.CallableProxyType,
     type(functools.lru_cache(len)),
 )
-_OPAQUE_HOMES = frozenset(
+_OPAQUE_MODULES = frozenset(
     {
         "_contextvars",
         "_functools",
@@ -96,8 +96,8 @@ _OPAQUE_HOMES = frozenset(
         "weakref",
     }
 )
-"""Homes of the standard library's classes whose objects may hold anything: iterators, generators,
-`operator.methodcaller`, `threading.local` ...
+"""Modules of the standard library with classes whose objects may hold anything: iterators,
+generators, `operator.methodcaller`, `threading.local` ...
 """
 
 _LIBRARIES = frozenset(
@@ -145,7 +145,7 @@ def _role(cls: type) -> str:
     if cls in (types.SimpleNamespace, *HOOK_WRAPPERS):
         return Role.OBJECT
     if not is_users(cls.__module__):
-        return Role.OPAQUE if cls.__module__.partition(".")[0] in _OPAQUE_HOMES else Role.DATA
+        return Role.OPAQUE if cls.__module__.partition(".")[0] in _OPAQUE_MODULES else Role.DATA
     made_in_python = all(
         base.__new__ is object.__new__ or isinstance(base.__new__, types.FunctionType)
         for base in cls.__mro__
@@ -154,14 +154,15 @@ def _role(cls: type) -> str:
     return Role.OBJECT if made_in_python and not hasattr(cls, "__del__") else Role.OPAQUE
 
 
-def is_users(home: str) -> bool:
+def is_users(module_name: str) -> bool:
     """Whether what a Python module defines is the user's.
 
     It isn't if the Python module is Python's own, or belongs to one of the libraries that hold no
     modules out of sight.
     """
-    home = home.partition(".")[0]
-    return home == "__main__" or not (home in sys.stdlib_module_names or home in _LIBRARIES)
+    package = module_name.partition(".")[0]
+    known = package in sys.stdlib_module_names or package in _LIBRARIES
+    return package == "__main__" or not known
 
 
 def _is_memory(cls: type) -> bool:

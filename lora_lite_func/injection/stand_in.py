@@ -60,8 +60,8 @@ def delegated(cls: type[nn.Module]) -> dict[str, Any]:
     attributes.
     """
     found: dict[str, Any] = {}
-    for home in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)]):
-        for name, value in vars(home).items():
+    for base in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)]):
+        for name, value in vars(base).items():
             if not name.startswith(("__", "_ll_")) and name != "forward":
                 found[name] = _delegate(name, value)
     return found

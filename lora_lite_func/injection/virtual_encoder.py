@@ -89,11 +89,11 @@ def _encode(
 ) -> Any:
     """The encoder's result, with all of the virtual tokens in it."""
     names = arguments_of(type(encoder))
-    home = module if token_table(encoder) is None else encoder
+    embedder = module if token_table(encoder) is None else encoder
     for attachment in reversed(attachments):
         path = attachment.site.path
         rows = batch_of(given, path)[0]
         front = front_of(attachment, module, rows)
         values = values_of(attachment, module, rows)
-        given, _ = in_front(front, values, home, given, names, False, path)
+        given, _ = in_front(front, values, embedder, given, names, False, path)
     return call(**given)

@@ -95,8 +95,8 @@ def _part_shared(
                 continue
             known = first.setdefault(_memory_of(own), value)
             if known is not value and not torch.equal(known, value):
-                home, last = key.rpartition(".")[::2]
-                leaves = module.get_submodule(home)
+                parent, last = key.rpartition(".")[::2]
+                leaves = module.get_submodule(parent)
                 if last in leaves._buffers:
                     leaves._buffers[last] = own.clone()
                 elif name in entry.layout.shared.get(path, ()):

@@ -32,14 +32,14 @@ def warn_of_fresh_heads(model: Any, sites: Iterable[Site]) -> None:
     """
     if not isinstance(getattr(model, "base_model_prefix", None), str) or model in _TOLD:
         return
-    homes = _fresh_heads(model)
-    if not homes:
+    heads = _fresh_heads(model)
+    if not heads:
         return
     _TOLD.add(model)
     adapted = {module_and_name(site)[0] for site in sites}
-    left = [home for home in homes if home not in adapted]
+    left = [head for head in heads if head not in adapted]
     if left:
-        patterns = tuple(f"^{re.escape(home)}\\." for home in left)
+        patterns = tuple(f"^{re.escape(head)}\\." for head in left)
         warnings.warn(
             f"the checkpoint that the model was loaded from lacked {', '.join(map(repr, left))}: "
             f"the weights there are random, and this adapter leaves them frozen. To train them "

@@ -79,8 +79,8 @@ def open_adapter(
 
     Args:
         path: the file or folder.
-        model: the base; or a function that makes a skeleton of it, given what the adapter's form
-            says (`transposed`, `embeddings`, `upwards`).
+        model: the base; or a function that makes a copy of it without values, given what the
+            adapter's form says (`transposed`, `embeddings`, `upwards`).
         component: the component of a diffusion model's file whose keys are read.
         rename: for paths that have moved, as in `from_peft` and `from_diffusion`.
 

@@ -78,7 +78,7 @@ def meta_model(
         if any(not part or part.startswith("_") for part in name.split(".")) or kind not in _FLOATS:
             continue  # no site can be on packed weights or bookkeeping
         weight = (*shards.shapes.get(f"{path}.weight" if path else "weight", ((), ""))[0],)
-        home = _at(
+        module = _at(
             root,
             path,
             weight,
@@ -86,7 +86,7 @@ def meta_model(
             path in tables,
             (upwards or {}).get(path, 0),
         )
-        if home is None or (hasattr(home, leaf) and leaf not in home._parameters):
+        if module is None or (hasattr(module, leaf) and leaf not in module._parameters):
             raise CheckpointError(
                 f"{shards.folder}: {short_repr(name)} can't be a tensor of a module"
             )
@@ -95,11 +95,11 @@ def meta_model(
             if len(shape) < 2
             else torch.empty(shape, dtype=_FLOATS[kind], device="meta")
         )
-        home.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
         hook = SimpleNamespace(
             weights_map=_Lazy(shards, path + "." if path else ""), execution_device="cpu"
         )
-        home.__dict__["_hf_hook"] = hook  # weights are looked for there when a model is offloaded
+        module.__dict__["_hf_hook"] = hook  # weights are looked for there when a model is offloaded
     return root
 
 

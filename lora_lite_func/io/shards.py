@@ -45,35 +45,35 @@ class Shards(Mapping[str, str]):
             ) from None
         placed = _index(self.folder) if INDEX in names else None
         self.files = _files(self.folder, names, placed)
-        self.home: dict[str, str] = {}
+        self.file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         for file in self.files:
             with self.open(file) as opened:
                 self.metadata[file] = dict(opened.metadata() or {})
                 for name in opened.keys():  # noqa: SIM118
-                    if name in self.home:
+                    if name in self.file_of:
                         raise CheckpointError(
-                            f"{self.folder}: {short_repr(name)} is in {self.home[name]} and in "
+                            f"{self.folder}: {short_repr(name)} is in {self.file_of[name]} and in "
                             f"{file}"
                         )
                     piece = opened.get_slice(name)
-                    self.home[name], self.shapes[name] = (
+                    self.file_of[name], self.shapes[name] = (
                         file,
                         (tuple(piece.get_shape()), str(piece.get_dtype())),
                     )
         for name, file in (placed or {}).items():
-            if name not in self.home:
+            if name not in self.file_of:
                 raise CheckpointError(f"{self.folder / INDEX}: {short_repr(name)} isn't in {file}")
 
     def __getitem__(self, name: str) -> str:
-        return self.home[name]
+        return self.file_of[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.home)
+        return iter(self.file_of)
 
     def __len__(self) -> int:
-        return len(self.home)
+        return len(self.file_of)
 
     def open(self, file: str) -> Any:
         """Open a shard for reading.
@@ -90,7 +90,7 @@ class Shards(Mapping[str, str]):
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
-        with self.open(self.home[name]) as opened:
+        with self.open(self.file_of[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
 

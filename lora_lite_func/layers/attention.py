@@ -17,8 +17,8 @@ def is_attention(module: Any) -> bool:
     children = attributes.get("_modules", {})
     if "config" not in attributes or not all(name in children for name in _PROJECTIONS):
         return False
-    home = sys.modules.get(getattr(type(module), "_ll_base", type(module)).__module__)
-    return "head_dim" in attributes and all(hasattr(home, name) for name in _INTERFACE)
+    model_code = sys.modules.get(getattr(type(module), "_ll_base", type(module)).__module__)
+    return "head_dim" in attributes and all(hasattr(model_code, name) for name in _INTERFACE)
 
 
 def attention_size(module: Any) -> tuple[int, int] | None:

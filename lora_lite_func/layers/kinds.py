@@ -214,9 +214,10 @@ def facts(kind: Kind, module: Any, name: str = "weight", transposed: bool = Fals
         return Facts(
             d_in, d_out, 0, kind.transposed(module), kind.name == "norm" and uses_one_plus(module)
         )
-    home = kind_of(module) if name == "weight" else None
-    if home is not None:  # a layer's weight under its full name is seen as the layer's
-        return facts(home, module)
+    layer_kind = kind_of(module) if name == "weight" else None
+    if layer_kind is not None:
+        # A layer's weight that is named in full is seen as the layer's.
+        return facts(layer_kind, module)
     tensor = own_tensor(module, name)
     shape = () if tensor is None else tuple(tensor.shape)
     if len(shape) not in (2, 3):

@@ -15,7 +15,7 @@ __all__ = ["check_model", "refusal", "refuse_uncopyable"]
 
 
 def _refusal(cls: type) -> str | None:
-    homes = [base.__module__ for base in cls.__mro__]
+    module_names = [base.__module__ for base in cls.__mro__]
     if issubclass(cls, torch.jit.ScriptModule):
         return (
             "is a TorchScript module, whose calls can't be changed; give the nn.Module it was "
@@ -29,7 +29,7 @@ def _refusal(cls: type) -> str | None:
             "(`compiled._orig_mod`) and compile the call: "
             "torch.compile(lambda params, x: ll.apply(model, params, x))"
         )
-    if any(home.startswith(("torch.distributed.fsdp", "torch.nn.parallel")) for home in homes):
+    if any(n.startswith(("torch.distributed.fsdp", "torch.nn.parallel")) for n in module_names):
         return (
             "spreads its module over devices or processes; bind first, then wrap: "
             "DistributedDataParallel(ll.bind(model, params)), fully_shard(ll.bind(model, params))"

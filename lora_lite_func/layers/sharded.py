@@ -28,9 +28,9 @@ def replicated(t: Tensor, mesh: Any) -> Tensor:
 
     Its gradient is summed over the processes.
     """
-    home = importlib.import_module("torch.distributed.tensor")
-    everywhere = [home.Replicate()] * mesh.ndim
-    made: Tensor = home.DTensor.from_local(t, mesh, everywhere, run_check=False)
+    dtensor = importlib.import_module("torch.distributed.tensor")
+    everywhere = [dtensor.Replicate()] * mesh.ndim
+    made: Tensor = dtensor.DTensor.from_local(t, mesh, everywhere, run_check=False)
     return made
 
 
@@ -76,5 +76,5 @@ def check_parallel(module: Any, path: str, name: str = "weight", why: str | None
 
 
 def _is_of_transformers(forward: Any) -> bool:
-    home = getattr(forward, "__module__", None) or ""
-    return home.startswith(("transformers.distributed", "transformers.integrations.tensor"))
+    module_name = getattr(forward, "__module__", None) or ""
+    return module_name.startswith(("transformers.distributed", "transformers.integrations.tensor"))

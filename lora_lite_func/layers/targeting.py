@@ -213,12 +213,12 @@ def _chosen_parameters(model: nn.Module, cfg: AdapterConfig) -> list[Candidate]:
         if any(re.search(p, path) for p in cfg.target_parameters) and not any(
             re.search(p, path) for p in user
         ):
-            home, _, name = path.rpartition(".")
-            tensor: Any = modules[home]._parameters[name]
+            parent, _, name = path.rpartition(".")
+            tensor: Any = modules[parent]._parameters[name]
             chosen.setdefault(
                 id(tensor),
                 Candidate(
-                    path, KINDS["vector" if tensor.ndim < 2 else "parameter"], modules[home], name
+                    path, KINDS["vector" if tensor.ndim < 2 else "parameter"], modules[parent], name
                 ),
             )
     if not chosen:

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.site import Site
 from .kinds import KINDS, module_and_name
 
-__all__ = ["embeddings_of", "home_of", "tied_names"]
+__all__ = ["embeddings_of", "holder_of", "tied_names"]
 
 
 def embeddings_of(model: Any, end: Literal["input", "output"]) -> Any:
@@ -52,6 +52,6 @@ def tied_names(model: nn.Module, sites: Iterable[Site]) -> dict[str, list[Site]]
     }
 
 
-def home_of(site: Site) -> str:
+def holder_of(site: Site) -> str:
     """The path of the module that holds a site's tensors in a bound model."""
     return module_and_name(site)[0]

@@ -65,9 +65,9 @@ class TokenTable:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """The embedded tokens (n, width) of ids (n,), as the model's call has them."""
-        home = stored_table(self._table).device
+        device = stored_table(self._table).device
         with torch.no_grad():
-            made: Tensor = self._table(ids.to(home))
+            made: Tensor = self._table(ids.to(device))
         return made.detach().float()
 
     def cached(self, ids: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ class TokenTable:
                 f"{type(self._module).__name__}: it encodes and decodes, and its cache is of what "
                 f"it decodes; start without token_ids"
             )
-        home = stored_table(self._table).device
+        device = stored_table(self._table).device
         with torch.no_grad():
-            result = self._module(input_ids=ids[None].to(home), use_cache=True)
+            result = self._module(input_ids=ids[None].to(device), use_cache=True)
         layers = given_cache(dict(result.items()))[1].layers
         pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
         return torch.stack(pairs).transpose(2, 3).flatten(3).detach().float()

@@ -241,7 +241,7 @@ _FILES = {config: file for file, config in METHODS.values()}
 def _load(file: str) -> Any:
     """A file's module, whose methods are registered."""
     module = importlib.import_module(f".{file}", __name__)
-    configs = [config for config, home in _FILES.items() if home == file]
+    configs = [config for config, name in _FILES.items() if name == file]
     pin(configs, vars(module), __name__.rpartition(".")[0])
     for value in list(vars(module).values()):
         if isinstance(value, Variant):

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import Net, close, in_threads, leaves, moved, net, normal
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from helpers import Checkpointed, Net, close, in_threads, leaves, moved, net, normal
+from torch import Tensor
 
 import lora_lite_func as ll
 
@@ -158,15 +157,6 @@ def test_under_no_grad_and_inference_mode() -> None:
         with mode():
             close(ll.grad(loss)(params), wanted, 1e-12)
             close(ll.grad(loss)(pytree.tree_map(torch.clone, params)), wanted, 1e-12)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

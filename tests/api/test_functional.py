@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import close, in_threads, leaves, moved, net, same_state, snapshot
+from helpers import Checkpointed, close, in_threads, leaves, moved, net, same_state, snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import jvp, vmap
@@ -200,17 +200,8 @@ def test_one_full_graph_serves_many_adapters() -> None:
     torch._dynamo.reset()
 
 
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = net(depth=1)
-
-    def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.inner, x, use_reentrant=False)
-
-
 def test_a_recomputed_block_has_the_adapter_of_its_own_call(copied: list[int]) -> None:
-    model = Checkpointed()
+    model = Checkpointed(net(depth=1))
     several = adapters(model)
     f = ll.functional(model, several[0])
 

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from families import FAMILIES, IDS
 from helpers import close, leaves, moved
 from torch import Tensor, nn
+from trainers import trainer
 
 import lora_lite_func as ll
 
@@ -33,8 +34,6 @@ CONFIGS: dict[str, ll.AdapterConfig] = {
     "vera": ll.VeRAConfig(r=8),  # its sites share frozen tensors
     "loreft": ll.LoReFTConfig(r=2, target_names=r"layers\.\d$"),  # PEFT has no form for it
 }
-ROWS = torch.randint(3, 64, (16, 8), generator=torch.Generator().manual_seed(0))
-DATA = [{"input_ids": row, "labels": row} for row in ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +47,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def bound_to(base: Any, cfg: ll.AdapterConfig, seed: int = 0) -> Any:
     return ll.bind(base, ll.init(base, cfg, seed=seed))
-
-
-def trainer(bound: nn.Module, folder: Path, **settings: Any) -> Any:
-    known = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = transformers.TrainingArguments(str(folder), **{**known, **settings})
-    return transformers.Trainer(bound, args, train_dataset=DATA, eval_dataset=DATA)
 
 
 def same(a: Any, b: Any) -> bool:

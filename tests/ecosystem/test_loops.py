@@ -19,6 +19,7 @@ from helpers import close, leaves, moved, net, normal, same_state, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
+from trainers import trainer
 
 import lora_lite_func as ll
 
@@ -53,29 +54,6 @@ def adapter(
 
 
 # -------------------------------------------------------------------------------------- the Trainer
-DATA = [
-    {"input_ids": row, "labels": row}
-    for row in torch.randint(3, 64, (16, 8), generator=torch.Generator().manual_seed(0))
-]
-
-
-def trainer(bound: nn.Module, folder: Path, **settings: Any) -> Any:
-    import transformers
-
-    known = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-    }
-    args = transformers.TrainingArguments(
-        str(folder), disable_tqdm=True, logging_steps=100, **{**known, **settings}
-    )
-    return transformers.Trainer(bound, args, train_dataset=DATA)
-
-
 def test_trainer_saves_resumes_and_exports(qwen3: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     start = ll.init(qwen3, LORA)

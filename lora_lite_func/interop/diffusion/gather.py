@@ -98,11 +98,11 @@ def _split(key: str, gated: Container[str]) -> tuple[str, str]:
     found = split_role(key)
     if found is not None:
         return found
-    home, _, leaf = key.rpartition(".")
-    if leaf == "weight" and home in gated:
-        return home, "gate"
+    parent, _, leaf = key.rpartition(".")
+    if leaf == "weight" and parent in gated:
+        return parent, "gate"
     if leaf == "diff_m":  # Wan's blocks hold it themselves
-        return f"{home}.modulation", "diff"
+        return f"{parent}.modulation", "diff"
     if key.startswith("bundle_emb.") or ".string_to_param" in key:
         raise CheckpointError(
             f"{short_repr(key)} is an embedding of new words (textual inversion), no "

@@ -37,14 +37,14 @@ def unet_names(paths: Iterable[str]) -> dict[str, str]:
     blocks = _members(known)
     if not {"down_blocks", "mid_block", "up_blocks"} <= {path.partition(".")[0] for path in known}:
         return {}
-    homes = dict(_homes(blocks))
+    parents = dict(_block_parents(blocks))
     found = {name: path for name, path in _TOP.items() if path in set(known)}
     for path in known:
-        home = next((h for h in _above(path) if h in homes), None)
-        if home is not None:
-            inner = path[len(home) + 1 :]
+        parent = next((h for h in _above(path) if h in parents), None)
+        if parent is not None:
+            inner = path[len(parent) + 1 :]
             original = next((n for n, ours in _RESNET.items() if ours == inner), inner)
-            found[f"{homes[home]}.{original}" if original else homes[home]] = path
+            found[f"{parents[parent]}.{original}" if original else parents[parent]] = path
     return found
 
 
@@ -60,13 +60,13 @@ def _members(paths: Iterable[str]) -> Mapping[str, list[int]]:
     found: dict[str, set[int]] = {}
     for path in paths:
         for above in _above(path):
-            home, _, number = above.rpartition(".")
+            parent, _, number = above.rpartition(".")
             if number.isdecimal():
-                found.setdefault(home, set()).add(int(number))
-    return {home: sorted(numbers) for home, numbers in found.items()}
+                found.setdefault(parent, set()).add(int(number))
+    return {parent: sorted(numbers) for parent, numbers in found.items()}
 
 
-def _homes(blocks: Mapping[str, list[int]]) -> Iterator[tuple[str, str]]:
+def _block_parents(blocks: Mapping[str, list[int]]) -> Iterator[tuple[str, str]]:
     """Yield (path of a resnet, an attention or a sampler, its original name)."""
     yield from (
         ("mid_block.resnets.0", "middle_block.0"),

@@ -52,8 +52,8 @@ def stacked_experts(
     for path, held in sites.items():
         match = _EXPERT.fullmatch(path)
         role = None if match is None or path in modules else _ROLES.get(match[3])
-        home = None if match is None else modules.get(paths.find(match[1]))
-        if match is None or role is None or not _is_stack(home):
+        parent = None if match is None else modules.get(paths.find(match[1]))
+        if match is None or role is None or not _is_stack(parent):
             others[path] = held
             continue
         if set(held) != {"lora_A.weight", "lora_B.weight"} or rewrites_base(reader):

@@ -74,10 +74,10 @@ def read_extras(
     whole = _once(reader, {p: t for p, t in found.whole.items() if p not in apart}, modules)
     copies = _once(reader, found.copies, modules)
     for path in [path for path in copies if path.endswith(".bias")]:
-        home = path.removesuffix(".bias")
-        if home in adapted and f"{home}.weight" not in copies:
+        parent = path.removesuffix(".bias")
+        if parent in adapted and f"{parent}.weight" not in copies:
             # The layer itself is adapted, so it stays as it is and its bias is shifted.
-            found.biases[home] = copies.pop(path)
+            found.biases[parent] = copies.pop(path)
     known = adaptable(base, [*whole, *copies, *found.biases])
     parts = [
         _whole(reader, path, t, *known[path], frozen=_is_buffer(modules, path))
@@ -109,9 +109,9 @@ def _changed(
     """Read a layer's own weight as its change, a LoRA of full rank with an identity for the smaller
     factor. Other holders of the parameter don't have the change.
     """
-    home = path.removesuffix(".weight")
-    site, module = adaptable(base, [home])[home]
-    entry, weight = ModuleEntry(home, {}, site, module), own_tensor(module, "weight")
+    parent = path.removesuffix(".weight")
+    site, module = adaptable(base, [parent])[parent]
+    entry, weight = ModuleEntry(parent, {}, site, module), own_tensor(module, "weight")
     if weight is None or weight.shape != t.shape:
         raise _misfit(reader, path, weight, t)
     change = matrix(t.float() - weight.detach().float(), site)
@@ -138,8 +138,8 @@ def _once(
 
 def _is_buffer(modules: Mapping[str, Any], path: str) -> bool:
     """Tell whether a path is that of running statistics, which no gradient trains."""
-    home, _, name = path.rpartition(".")
-    return name in modules[home]._buffers
+    parent, _, name = path.rpartition(".")
+    return name in modules[parent]._buffers
 
 
 def _sorted_out(
@@ -184,8 +184,8 @@ def _sorted_out(
 
 def _is_counted(modules: Mapping[str, Any], key: str, t: Tensor) -> bool:
     """Tell whether a tensor is a buffer with the values that the model has."""
-    home, _, name = key.replace(".modules_to_save.", ".").rpartition(".")
-    buffer = modules[home]._buffers.get(name) if home in modules else None
+    parent, _, name = key.replace(".modules_to_save.", ".").rpartition(".")
+    buffer = modules[parent]._buffers.get(name) if parent in modules else None
     return buffer is not None and buffer.shape == t.shape and torch.equal(buffer.to(t), t)
 
 

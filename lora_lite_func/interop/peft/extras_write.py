@@ -37,18 +37,18 @@ def whole(
     trained = dict(values)
     for path in values:  # a tied parameter is one tensor here
         trained |= dict.fromkeys(elsewhere(modules, path), values[path])
-    homes = {path.rpartition(".")[0] for path in trained}
+    parents = {path.rpartition(".")[0] for path in trained}
     for path in trained:
-        home, _, name = path.rpartition(".")
-        if not home or home not in modules or own_tensor(modules[home], name) is None:
+        parent, _, name = path.rpartition(".")
+        if not parent or parent not in modules or own_tensor(modules[parent], name) is None:
             raise UnsupportedError(
                 f"to_peft: {path!r}: PEFT keeps copies of modules inside the model given, and "
                 f"there is none of this name"
             )
-    named = [path for path in modules if any(path.endswith(home) for home in homes)]
-    homes = {path for path in named if not any(path.startswith(other + ".") for other in named)}
+    named = [path for path in modules if any(path.endswith(parent) for parent in parents)]
+    parents = {path for path in named if not any(path.startswith(other + ".") for other in named)}
     busy = next(
-        (site for site in sites for home in homes if f"{site}.".startswith(home + ".")), None
+        (site for site in sites for parent in parents if f"{site}.".startswith(parent + ".")), None
     )
     if busy is not None:
         raise UnsupportedError(
@@ -56,13 +56,13 @@ def whole(
             f"of; write a folder for each"
         )
     kept: dict[str, Tensor] = {}
-    for key in (f"{home}.{name}" for home in homes for name in modules[home].state_dict()):
-        home, _, leaf = key.rpartition(".")
-        if home in modules:  # a bound model's own tensors are none of the base's
-            kept[key] = held_tensor(modules[home], leaf)
+    for key in (f"{parent}.{name}" for parent in parents for name in modules[parent].state_dict()):
+        parent, _, leaf = key.rpartition(".")
+        if parent in modules:  # a bound model's own tensors are none of the base's
+            kept[key] = held_tensor(modules[parent], leaf)
     for path, (site, W) in trained.items():
         kept[path] = _restored(W, kept[path], site)
-    return sorted(homes), kept
+    return sorted(parents), kept
 
 
 def _restored(W: Tensor, base: Tensor, site: Site) -> Tensor:
@@ -89,14 +89,14 @@ def copies(
     kept: dict[str, Tensor] = {}
     for path, (site, W) in values.items():
         for place in (path, *elsewhere(modules, path)):
-            home, _, name = place.rpartition(".")
-            if home not in modules or own_tensor(modules[home], name) is None:
+            parent, _, name = place.rpartition(".")
+            if parent not in modules or own_tensor(modules[parent], name) is None:
                 raise UnsupportedError(
                     f"to_peft: {path!r} stands for a parameter of the base, and the model given "
                     f"has none of this name"
                 )
-            key = f"{keys.inside(home)}{rows.get(home, '')}.{name}"
-            kept[key] = _restored(W, held_tensor(modules[home], name), site)
+            key = f"{keys.inside(parent)}{rows.get(parent, '')}.{name}"
+            kept[key] = _restored(W, held_tensor(modules[parent], name), site)
     return kept
 
 
@@ -120,7 +120,7 @@ def biases(
                 f"to_peft: {path!r}: PEFT keeps learned biases, and this layer of the model "
                 f"given has none; merge it"
             )
-        if any(f"{path}.".startswith(home + ".") for home in copied):
+        if any(f"{path}.".startswith(parent + ".") for parent in copied):
             raise UnsupportedError(
                 f"to_peft: {path!r} is in a module that is kept whole; write a folder for each"
             )
@@ -131,7 +131,7 @@ def biases(
         if (
             not isinstance(bias, Tensor)
             or (alone and path not in sites)
-            or any(f"{path}.".startswith(home + ".") for home in copied)
+            or any(f"{path}.".startswith(parent + ".") for parent in copied)
         ):
             continue
         key = f"{keys.inside(path)}.bias" if path else "bias"

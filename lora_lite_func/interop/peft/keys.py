@@ -58,11 +58,11 @@ def attention(modules: Mapping[str, Any], path: str) -> str | None:
     """Return the path of the nn.MultiheadAttention whose in_proj_weight or out_proj this is, or
     None for any other path.
     """
-    home, _, leaf = path.rpartition(".")
+    parent, _, leaf = path.rpartition(".")
     found = leaf in ("in_proj_weight", "out_proj") and isinstance(
-        modules.get(home), nn.MultiheadAttention
+        modules.get(parent), nn.MultiheadAttention
     )
-    return home if found else None
+    return parent if found else None
 
 
 def ties(model: Any, table: Any) -> bool:
@@ -75,11 +75,11 @@ def ties(model: Any, table: Any) -> bool:
 
 def elsewhere(modules: Mapping[str, Any], path: str) -> list[str]:
     """Return the other names of a parameter, under which other modules hold the same tensor."""
-    home, _, leaf = path.rpartition(".")
-    tensor = None if home not in modules else modules[home]._parameters.get(leaf)
+    parent, _, leaf = path.rpartition(".")
+    tensor = None if parent not in modules else modules[parent]._parameters.get(leaf)
     if tensor is None:
         return []
-    others = ((other, module) for other, module in modules.items() if module is not modules[home])
+    others = ((other, module) for other, module in modules.items() if module is not modules[parent])
     return [
         f"{other}.{name}" if other else name
         for other, module in others
@@ -93,8 +93,8 @@ def first_name(modules: Mapping[str, Any], path: str) -> str:
     has.
     """
     names = {path, *elsewhere(modules, path)}
-    homes = {name.rpartition(".")[0]: name for name in names}
-    return next((homes[home] for home in modules if home in homes), path)
+    parents = {name.rpartition(".")[0]: name for name in names}
+    return next((parents[parent] for parent in modules if parent in parents), path)
 
 
 def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec) -> KeyMap:
@@ -108,27 +108,27 @@ def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec)
     made = KeyMap()
     held: dict[str, list[str]] = {}
     for path, site in sites.items():
-        module, home = attention(modules, path), path.rpartition(".")[0]
+        module, parent = attention(modules, path), path.rpartition(".")[0]
         bare = module is None and KINDS[site.kind].bare
         if (module is not None or bare) and "parameter" not in codec.kinds.split():
             raise UnsupportedError(
                 f"to_peft: {path!r}: of PEFT's methods LoRA alone adapts "
                 f"{'this' if bare else 'attention'}; merge it"
             )
-        if not path or module == "" or (bare and not home):
+        if not path or module == "" or (bare and not parent):
             raise UnsupportedError(
                 f"to_peft: {path!r}: PEFT adapts what is inside a model, not its outermost "
                 f"module; merge it"
             )
         made.names[path] = path if module is None else module
         if bare:
-            held.setdefault(home, []).append(path)
+            held.setdefault(parent, []).append(path)
         elif module is None:
             made.wraps[path] = 1
         else:
             made.wraps |= {module: 1, f"{module}.out_proj": 1}
-    for home, paths in held.items():
-        _parameters(made, home, paths, modules)
+    for parent, paths in held.items():
+        _parameters(made, parent, paths, modules)
     for path in sites:  # in_proj_weight is a tensor of the attention, not a module in it
         module = attention(modules, path)
         if module is not None and path.endswith("in_proj_weight"):
@@ -136,7 +136,7 @@ def key_map(sites: Mapping[str, Site], modules: Mapping[str, Any], codec: Codec)
     return made
 
 
-def _parameters(made: KeyMap, home: str, paths: list[str], modules: Mapping[str, Any]) -> None:
+def _parameters(made: KeyMap, parent: str, paths: list[str], modules: Mapping[str, Any]) -> None:
     """Note where the bare parameters of one module go. PEFT wraps the one registered first before
     the others, so it is innermost.
 
@@ -150,14 +150,14 @@ def _parameters(made: KeyMap, home: str, paths: list[str], modules: Mapping[str,
             f"to_peft: {paths[0]!r}: PEFT's keys count the parameters of a module; give the base "
             f"model"
         )
-    if home in made.wraps:
+    if parent in made.wraps:
         raise UnsupportedError(
-            f"to_peft: {home!r} and its parameter {paths[0]!r} are both adapted; PEFT takes one "
+            f"to_peft: {parent!r} and its parameter {paths[0]!r} are both adapted; PEFT takes one "
             f"or the other"
         )
     own = (
-        [f"{home}.{name}" for name in modules[home]._parameters if f"{home}.{name}" in paths]
-        if home in modules
+        [f"{parent}.{name}" for name in modules[parent]._parameters if f"{parent}.{name}" in paths]
+        if parent in modules
         else []
     )
     for path in paths:
@@ -165,8 +165,8 @@ def _parameters(made: KeyMap, home: str, paths: list[str], modules: Mapping[str,
             raise CheckpointError(f"to_peft: the model has no parameter {short_repr(path)}")
         _unmistakable(path, modules)
     for i, path in enumerate(own):
-        made.bare[path] = made.inside(home, own=False) + WRAPPED * (len(own) - 1 - i)
-    made.wraps[home] = len(own)
+        made.bare[path] = made.inside(parent, own=False) + WRAPPED * (len(own) - 1 - i)
+    made.wraps[parent] = len(own)
     made.parameters += paths
 
 

@@ -27,10 +27,10 @@ __all__ = ["adaptable", "entries_of", "refuse_tied"]
 
 def _name_in_attention(modules: Mapping[str, nn.Module], entry: ModuleEntry) -> None:
     """What the config calls a part of attention: PEFT wraps the module that holds it."""
-    home = attention(modules, entry.path)
-    if home is not None:
+    parent = attention(modules, entry.path)
+    if parent is not None:
         # PEFT (0.21 at least) adds out_proj's update twice in each call, and trained it so
-        entry.named, entry.times = home, 2.0 if entry.path.endswith("out_proj") else 1.0
+        entry.named, entry.times = parent, 2.0 if entry.path.endswith("out_proj") else 1.0
 
 
 def entries_of(
@@ -179,11 +179,11 @@ def _sized(path: str, sizes: tuple[int, int], names: Iterable[str]) -> Site:
 
 def _resolved(modules: Mapping[str, nn.Module], reader: ConfigReader, path: str) -> str:
     """Return our path of what a key's path means: a module, or a parameter of it."""
-    home, names = _unwrapped(path), reader.names("target_parameters")
-    if home in modules and names:
-        full = [f"{home}.{name}" for name in modules[home]._parameters]
+    parent, names = _unwrapped(path), reader.names("target_parameters")
+    if parent in modules and names:
+        full = [f"{parent}.{name}" for name in modules[parent]._parameters]
         wanted = [p for p in full if any(p == n or p.endswith("." + n) for n in names)]
-        depth = (len(path) - len(home)) // len(WRAPPED)
+        depth = (len(path) - len(parent)) // len(WRAPPED)
         if depth < len(wanted):
             # PEFT wraps the first one registered before the others, so it is innermost.
             return wanted[len(wanted) - 1 - depth]
@@ -207,8 +207,8 @@ def adaptable(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Site, A
     for path in paths:
         module, kind, name = modules.get(path), None, "weight"
         if module is None:
-            home, _, name = path.rpartition(".")
-            module = modules.get(home)
+            parent, _, name = path.rpartition(".")
+            module = modules.get(parent)
             tensor = None if module is None else own_tensor(module, name)
             kind = KINDS["parameter" if tensor is None or tensor.ndim > 1 else "vector"]
             if module is None or tensor is None:

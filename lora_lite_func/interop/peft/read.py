@@ -248,12 +248,12 @@ def _moved_key(paths: Paths, key: str) -> str:
     """Return a key with its module's path as the model has it. PEFT's wrappers stay where they
     were.
     """
-    home, _, name = key.rpartition(".")
+    parent, _, name = key.rpartition(".")
     wrappers = ""
     for wrapper in (WRAPPED, ".token_adapter", ".modules_to_save", ".original_module"):
-        if home.endswith(wrapper):
-            home, wrappers = home.removesuffix(wrapper), wrapper + wrappers
-    return f"{paths.find(home)}{wrappers}.{name}" if home else key
+        if parent.endswith(wrapper):
+            parent, wrappers = parent.removesuffix(wrapper), wrapper + wrappers
+    return f"{paths.find(parent)}{wrappers}.{name}" if parent else key
 
 
 def _parts(

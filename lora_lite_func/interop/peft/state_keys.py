@@ -102,12 +102,12 @@ def split(
             common[bare] = t
             continue
         stripped, ending = _ending(key.removeprefix(_PREFIX), endings, named)
-        home, name = (
+        target, name = (
             (rest, stripped)
             if ending is None
             else (sites.setdefault(stripped[: -len(ending) - 1], {}), ending)
         )
-        if name in home:
+        if name in target:
             raise CheckpointError(f"two tensors for {short_repr(stripped)}")
-        home[name] = t
+        target[name] = t
     return sites, common, rest

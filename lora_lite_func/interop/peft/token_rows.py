@@ -18,7 +18,7 @@ from ..metadata import ConfigReader
 from .keys import elsewhere, first_name, ties
 from .modules import adaptable
 
-__all__ = ["read_rows", "tied_homes", "written_rows"]
+__all__ = ["read_rows", "tied_tables", "written_rows"]
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -47,15 +47,15 @@ def read_rows(
     done: dict[str, Tensor] = {}
     for path, new in rows.items():
         names = [f"{path}.weight", *elsewhere(modules, f"{path}.weight")]
-        homes = [name.rpartition(".")[0] for name in names]
-        alike = all(listed[home] == listed[path] for home in homes if home in listed)
+        parents = [name.rpartition(".")[0] for name in names]
+        alike = all(listed[parent] == listed[path] for parent in parents if parent in listed)
         # PEFT replaces rows of a head alone where the file has none of the embedding's
-        tied = alike and any(ties(model, modules[home]) for home in homes if home in rows)
-        tied = tied and len(homes) > 1
+        tied = alike and any(ties(model, modules[parent]) for parent in parents if parent in rows)
+        tied = tied and len(parents) > 1
         if tied and path in done:
             if not torch.equal(done[path], new):
                 raise CheckpointError(
-                    f"{reader.where}: other rows of {path!r} than of {homes[1]!r}, with which it "
+                    f"{reader.where}: other rows of {path!r} than of {parents[1]!r}, with which it "
                     f"shares its table; untie them in the model first (layer.weight = "
                     f"nn.Parameter(layer.weight.detach().clone()))"
                 )
@@ -63,7 +63,7 @@ def read_rows(
         source = path
         stored = next((replaced[name] for name in names if name in replaced), None)
         if tied:
-            done |= dict.fromkeys(homes, new)
+            done |= dict.fromkeys(parents, new)
         if tied or stored is not None:
             source = first_name(modules, names[0])
         part = _change(listed[path], new, held_tensor(modules[path]) if stored is None else stored)
@@ -147,8 +147,8 @@ def written_rows(
         for path, held in a.items():
             site = a.sites[path]
             bare = KINDS[site.kind].bare
-            home = path.rpartition(".")[0] if bare else path
-            if home not in modules:
+            parent = path.rpartition(".")[0] if bare else path
+            if parent not in modules:
                 raise CheckpointError(
                     f"to_peft: {short_repr(path)}: PEFT's files hold whole rows of an embedding; "
                     f"give the base model"
@@ -158,9 +158,9 @@ def written_rows(
                     f"to_peft: {path!r}: PEFT replaces rows of a module's weight, and this is "
                     f"another parameter; merge it"
                 )
-            source, places = _places(home, bare, modules, apart)
+            source, places = _places(parent, bare, modules, apart)
             chosen, change = held["lora_ids"].long(), held["lora_rows"]
-            padding = _padding(modules[home])
+            padding = _padding(modules[parent])
             if site.kind == "embedding" and padding is not None:
                 change = change.masked_fill(chosen.eq(padding)[:, None], 0.0)
             table = held_tensor(modules[source])
@@ -170,16 +170,16 @@ def written_rows(
     return ids, rows
 
 
-def tied_homes(home: str, modules: Mapping[str, Any]) -> list[str]:
+def tied_tables(parent: str, modules: Mapping[str, Any]) -> list[str]:
     """Return the modules whose rows PEFT replaces where it is asked to replace this one's, this one
     among them. They are more than one where this is the model's own embedding.
     """
-    names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
-    return [n.rpartition(".")[0] for n in names] if ties(modules[""], modules[home]) else [home]
+    names = [f"{parent}.weight", *elsewhere(modules, f"{parent}.weight")]
+    return [n.rpartition(".")[0] for n in names] if ties(modules[""], modules[parent]) else [parent]
 
 
 def _places(
-    home: str, bare: bool, modules: Mapping[str, Any], apart: Container[str]
+    parent: str, bare: bool, modules: Mapping[str, Any], apart: Container[str]
 ) -> tuple[str, list[str]]:
     """Return (the module that PEFT's config names, all modules whose rows PEFT then replaces, but
     those `apart`).
@@ -187,14 +187,14 @@ def _places(
     Raises:
         UnsupportedError: these aren't the places that the adapter changes.
     """
-    names = [f"{home}.weight", *elsewhere(modules, f"{home}.weight")]
-    holders = [name.rpartition(".")[0] for name in names] if bare else [home]
-    together = max((tied_homes(holder, modules) for holder in holders), key=len)
-    together = [path for path in together if path == home or path not in apart]
+    names = [f"{parent}.weight", *elsewhere(modules, f"{parent}.weight")]
+    holders = [name.rpartition(".")[0] for name in names] if bare else [parent]
+    together = max((tied_tables(holder, modules) for holder in holders), key=len)
+    together = [path for path in together if path == parent or path not in apart]
     if not bare and len(together) > 1:
-        other = next(path for path in together if path != home)
+        other = next(path for path in together if path != parent)
         raise UnsupportedError(
-            f"to_peft: {home!r}: PEFT would replace rows of {other!r} too, which shares its "
+            f"to_peft: {parent!r}: PEFT would replace rows of {other!r} too, which shares its "
             f"table; train them together (target_parameters={names[0]!r}), or merge it"
         )
     if bare and len(names) > 1 and len(together) == 1:
@@ -202,7 +202,7 @@ def _places(
             f"to_peft: {names[0]!r} is {names[1]!r} too, and PEFT would replace rows of one of "
             f"them alone; merge it"
         )
-    named = next((path for path in together if ties(modules[""], modules[path])), home)
+    named = next((path for path in together if ties(modules[""], modules[path])), parent)
     alike = [p for p in modules if p not in together and p.endswith(named)]
     if alike:
         raise UnsupportedError(

@@ -21,8 +21,8 @@ def unlike(path: str, modules: Mapping[str, Any], method: Codec, *, written: boo
         method: the file's method.
         written: whether the file is written here, and not read.
     """
-    home = path if path in modules else path.rpartition(".")[0]  # of a bare parameter
-    other = _other_place(home, modules)
+    parent = path if path in modules else path.rpartition(".")[0]  # of a bare parameter
+    other = _other_place(parent, modules)
     if other is not None:
         return (
             f"its module is {other!r} too, and PEFT adapts it in one of these places alone; give "
@@ -46,10 +46,10 @@ def _other_place(path: str, modules: Mapping[str, Any]) -> str | None:
     module = modules.get(path)
     if module is None:
         return None
-    home, _, leaf = path.rpartition(".")
+    parent, _, leaf = path.rpartition(".")
     for other, candidate in modules.items():
         above, _, name = other.rpartition(".")
-        if candidate is module and (name != leaf or modules.get(above) is not modules.get(home)):
+        if candidate is module and (name != leaf or modules.get(above) is not modules.get(parent)):
             return other
     return None
 

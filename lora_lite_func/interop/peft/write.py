@@ -25,7 +25,7 @@ from .keys import KeyMap, key_map
 from .methods import LORA, METHODS, TOKENS
 from .methods.lora_write import is_pair
 from .methods.tensor_names import shifts_of
-from .token_rows import tied_homes, written_rows
+from .token_rows import tied_tables, written_rows
 from .whole_model import of_whole_model_keys
 from .write_checks import check_whole, checked_sites
 from .write_fields import about_base, ranks_and_alphas, targeted, targets
@@ -209,12 +209,12 @@ def _trained_whole(every: list[Adapter], modules: Mapping[str, Any]) -> tuple[Va
     full = [a for a in every if isinstance(a.config, FullConfig)]
     values = {path: (a.sites[path], held["lora_W"]) for a in full for path, held in a.items()}
     frozen = {path for a in full if a.config.frozen for path in a}  # type: ignore[attr-defined]
-    homes = {path.rpartition(".")[0] for path in values if path not in frozen}
+    parents = {path.rpartition(".")[0] for path in values if path not in frozen}
     for path in frozen:  # a norm's statistics go with the norm
-        home, _, name = path.rpartition(".")
-        if home in modules and name in modules[home]._buffers:
-            homes.add(home)
-    alone = {path for path in frozen if path.rpartition(".")[0] not in homes}
+        parent, _, name = path.rpartition(".")
+        if parent in modules and name in modules[parent]._buffers:
+            parents.add(parent)
+    alone = {path for path in frozen if path.rpartition(".")[0] not in parents}
     return (
         {path: value for path, value in values.items() if path not in alone},
         {path: value for path, value in values.items() if path in alone},
@@ -252,7 +252,7 @@ def _replaced(
         for p, t in held.items()
     }
     wrapper = f".{method.token_prefix}base_layer"
-    places = {home for path in ids for home in tied_homes(path, modules)}
+    places = {parent for path in ids for parent in tied_tables(path, modules)}
     if method.token_prefix:
         return {"trainable_token_indices": ids}, dict.fromkeys(places, wrapper)
     first, *others = ids.values()

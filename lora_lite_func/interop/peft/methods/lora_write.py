@@ -190,23 +190,24 @@ def _complete_attention(made: Written, modules: Mapping[str, Any], rslora: bool)
     """Give both projections of each attention a pair of one rank and one scale. PEFT adapts both or
     none, and adds the second's update twice in each call.
     """
-    for home in {home for path in made.tensors if (home := attention(modules, path)) is not None}:
-        times = {f"{home}.in_proj_weight": 1.0, f"{home}.out_proj": 2.0}
+    found = (attention(modules, path) for path in made.tensors)
+    for parent in {path for path in found if path is not None}:
+        times = {f"{parent}.in_proj_weight": 1.0, f"{parent}.out_proj": 2.0}
         scales = {
             path: made.alphas[path] / divisor(made.ranks[path], rslora) / n
             for path, n in times.items()
             if path in made.tensors
         }
-        if modules[home].in_proj_weight is None:
+        if modules[parent].in_proj_weight is None:
             raise UnsupportedError(
-                f"to_peft: {home!r}: PEFT adapts attention whose keys and values are as wide as "
+                f"to_peft: {parent!r}: PEFT adapts attention whose keys and values are as wide as "
                 f"its queries alone; merge it"
             )
         r, common = max(made.ranks[path] for path in scales), next(iter(scales.values()))
-        width = modules[home].embed_dim
+        width = modules[parent].embed_dim
         for path in times:
             inputs = path.endswith("in_proj_weight")
-            rows = modules[home].in_proj_weight.shape[0] if inputs else width
+            rows = modules[parent].in_proj_weight.shape[0] if inputs else width
             nothing = {
                 "lora_A.weight": torch.zeros(0, width),
                 "lora_B.weight": torch.zeros(rows, 0),
