@@ -1,8 +1,12 @@
 """Adapters as values: a functional, JAX-style library of adapters for PyTorch.
 
-import lora_lite_func as ll
-params = ll.init(model, ll.LoRAConfig(r=8, alpha=16))
-y = ll.apply(model, params, x)
+    import lora_lite_func as ll
+
+    params = ll.init(model, ll.LoRAConfig(r=8, alpha=16))  # {module path: {lora_A, lora_B}}
+    y = ll.apply(model, params, x)  # model(x) with the adapter in
+
+This file is the public surface: names, where they come from, and where pickles find them. The
+guides beside it (guides/README.md) show each name at work, variants/README.md lists the methods.
 """
 
 from __future__ import annotations

@@ -1,21 +1,23 @@
 """From a model and a config to sites: which modules and parameters a config adapts.
 
-What counts is structure: a linear-like layer needn't be an nn.Linear.
+What counts is structure: a linear-like layer needn't be an nn.Linear. candidates.py has the modules
+that may be chosen at all.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.config import DEFAULT_EXCLUDE, LORA_LITE_EXCLUDE, AdapterConfig, dropout_of
-from ..core.errors import TargetError, UnsupportedError, nearest, short_repr
+from ..core.errors import TargetError, UnsupportedError
 from ..core.method import Variant, site_for
 from ..core.site import Site
+from .candidates import Candidate, candidates, wanted_kinds
 from .kinds import KINDS, Facts, Kind, facts
-from .patterns import check_patterns, chosen_layers, elsewhere, nothing_left, words_for
+from .patterns import check_patterns, chosen_layers, nothing_left, words_for
 from .refusals import check_model, refuse_uncopyable
 from .roles import layer_index, residual_width, role_of
 from .sharded import ADAPTED_ITSELF, check_parallel
@@ -26,24 +28,6 @@ __all__ = ["Found", "find"]
 
 Found = list[tuple[Site, nn.Module]]
 """Sites with the modules that hold them, as `find` gives them."""
-
-
-class Candidate(NamedTuple):
-    """A place that may be chosen.
-
-    Attributes:
-        path: the path of the place.
-        kind: the kind of the place.
-        module: the module that holds it.
-        name: the name of the tensor in that module.
-        uncalled: whether the module is never called.
-    """
-
-    path: str
-    kind: Kind
-    module: Any
-    name: str = "weight"
-    uncalled: bool = False
 
 
 def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> Found:
@@ -57,7 +41,7 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> Found:
     """
     check_model(model)
     refuse_uncopyable(model)
-    kinds, width = _wanted(variant, cfg), residual_width(model)
+    kinds, width = wanted_kinds(variant, cfg), residual_width(model)
     chosen = _chosen_modules(model, cfg, kinds, width) if kinds else []
     parameters = _chosen_parameters(model, cfg)
     _check_once(chosen, parameters)
@@ -77,88 +61,6 @@ def find(model: nn.Module, variant: Variant, cfg: AdapterConfig) -> Found:
     ]
 
 
-def _wanted(variant: Variant, cfg: AdapterConfig) -> list[Kind]:
-    """The kinds of module that are candidates."""
-    for name in cfg.target_kinds:
-        known = [kind for kind, row in KINDS.items() if not row.bare]
-        if name not in known:
-            bare = " (name parameters in target_parameters)" if name in KINDS else ""
-            raise TargetError(
-                f"target_kinds: unknown kind {name!r}{bare}; "
-                f"{nearest(name, known, first=len(known))}"
-            )
-        if name not in variant.sites:
-            raise UnsupportedError(
-                f"target_kinds: {variant.name} adapts {', '.join(variant.sites)}, this asks for "
-                f"{name!r}"
-            )
-    if cfg.target_kinds:
-        return [KINDS[name] for name in dict.fromkeys(cfg.target_kinds)]
-    if cfg.target_parameters and not cfg.target_names:
-        return []
-    odd = [name for name in variant.sites if name not in KINDS]
-    if odd:
-        raise UnsupportedError(
-            f"{variant.name} says that it adapts {short_repr(odd[0])}; "
-            f"{nearest(str(odd[0]), KINDS, first=len(KINDS))}"
-        )
-    default = next((name for name in variant.sites if not KINDS[name].bare), None)
-    if default is None:
-        raise TargetError(
-            f"{variant.name} adapts bare parameters alone; name them in target_parameters"
-        )
-    return [KINDS[default]]
-
-
-def _candidates(model: nn.Module, cfg: AdapterConfig, kinds: list[Kind]) -> list[Candidate]:
-    """The modules of these kinds, in model order.
-
-    Raises:
-        TargetError: there is none.
-    """
-    found = [
-        (path, module, next((kind for kind in kinds if kind.holds(module)), None))
-        for path, module in model.named_modules()
-    ]
-    listed = {
-        id(member)
-        for _, module, _ in found
-        if isinstance(module, nn.ModuleList)
-        for member in module
-    }
-    uncalled = {
-        id(module.out_proj) for _, module, _ in found if isinstance(module, nn.MultiheadAttention)
-    }
-    candidates = [
-        Candidate(path, kind, module, "weight", id(module) in uncalled)
-        for path, module, kind in found
-        if kind is not None and (cfg.target_names or not kind.listed or id(module) in listed)
-    ]
-    if not cfg.target_names:
-        candidates = _outermost(candidates)
-    if not candidates:
-        what = words_for(kinds)
-        if kinds == [KINDS["linear"]]:
-            what = "linear-like module (in_features, out_features, weight, a call)"
-        raise TargetError(
-            f"{type(model).__name__} has no {what}{elsewhere(model, cfg.target_names, kinds)}"
-        )
-    return candidates
-
-
-def _outermost(candidates: list[Candidate]) -> list[Candidate]:
-    """The candidates without those whose whole call is inside another's."""
-    kept: list[Candidate] = []
-    outer: list[str] = []
-    for candidate in candidates:
-        inside = any(not path or candidate.path.startswith(f"{path}.") for path in outer)
-        if candidate.kind.called and not inside:
-            outer.append(candidate.path)
-        if not (candidate.kind.called and inside):
-            kept.append(candidate)
-    return kept
-
-
 def _chosen_modules(
     model: nn.Module, cfg: AdapterConfig, kinds: list[Kind], width: int
 ) -> list[Candidate]:
@@ -167,8 +69,8 @@ def _chosen_modules(
     Raises:
         TargetError: one of those selects nothing, or nothing is left.
     """
-    candidates, words = _candidates(model, cfg, kinds), words_for(kinds)
-    paths = [candidate.path for candidate in candidates]
+    among, words = candidates(model, cfg, kinds), words_for(kinds)
+    paths = [candidate.path for candidate in among]
     check_patterns("target_names", cfg.target_names, paths, words, model, kinds)
     needless = (*DEFAULT_EXCLUDE, *LORA_LITE_EXCLUDE)
     written = [p for p in cfg.exclude_names if p not in needless]
@@ -177,7 +79,7 @@ def _chosen_modules(
     matches = [re.compile(p).search for p in cfg.target_names]
     chosen = [
         candidate
-        for candidate in candidates
+        for candidate in among
         if (not matches or any(match(candidate.path) for match in matches))
         and not _excluded(candidate, cfg)
         and (layers is None or layer_index(candidate.path) in layers)
