@@ -41,6 +41,7 @@ __all__ = [
     "at_trace_time",
     "attributes_of",
     "autocasts",
+    "batched_dims",
     "copy_attributes",
     "copy_each",
     "draws_differ",
@@ -50,6 +51,7 @@ __all__ = [
     "is_compiled",
     "is_differentiated",
     "is_followed",
+    "is_jagged",
     "is_recorded",
     "is_sharded",
     "is_traced",
@@ -64,6 +66,7 @@ __all__ = [
     "outside_transforms",
     "own_attributes",
     "paired",
+    "parameter_of",
     "parameters_of",
     "plain_tensors",
     "plain_values",
@@ -494,6 +497,21 @@ def _empty_of(cls: type[Tensor], size: Any, dtype: torch.dtype, device: torch.de
 _without_values: Callable[..., Any] = getattr(Tensor, "_make_wrapper_subclass", _empty_of)
 
 
+def is_jagged(x: Any) -> bool:
+    """Whether a tensor is jagged and contiguous, with its lengths behind the first dimension."""
+    return x.layout is torch.jagged and x.is_contiguous() and getattr(x, "_ragged_idx", 1) == 1
+
+
+def _as_parameter(cls: type[Tensor], t: Tensor, requires_grad: bool) -> Tensor:
+    return t.as_subclass(cls).requires_grad_(requires_grad)
+
+
+parameter_of: Callable[[type[Any], Tensor, bool], Tensor] = getattr(
+    Tensor, "_make_subclass", _as_parameter
+)
+"""(class of parameters, tensor, whether it requires a gradient) -> a parameter on its storage."""
+
+
 def writes_on(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> list[Any]:
     """The arguments that an operator of torch writes on, out of what `__torch_dispatch__` gets."""
     schema = getattr(func, "_schema", None)
@@ -566,6 +584,15 @@ INSTANCE_NORMS: Any = getattr(nn.modules.instancenorm, "_InstanceNorm", _INSTANC
 
 RUNNING_NORMS: Any = getattr(nn.modules.batchnorm, "_NormBase", (*_BATCH_NORMS, *_INSTANCE_NORMS))
 """What every norm of torch with running statistics is an instance of."""
+
+
+def batched_dims(norm: Any) -> int:
+    """How many dimensions an instance norm's input has in a batch; 0 where that isn't known."""
+    unbatched = getattr(norm, "_get_no_batch_dim", None)
+    if unbatched is not None:
+        return int(unbatched()) + 1
+    dims = zip(_INSTANCE_NORMS, (3, 4, 5), strict=True)
+    return next((count for cls, count in dims if isinstance(norm, cls)), 0)
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..core.torch_internals import (
     is_wrapped,
     is_wrapper,
     outside_transforms,
+    parameter_of,
     with_class,
     with_notes,
 )
@@ -161,7 +162,7 @@ def parameter_like(p: Tensor, values: Tensor, requires_grad: bool) -> Any:
     if type(p) is nn.Parameter or is_wrapper(p):
         made: Tensor = nn.Parameter(values, requires_grad=requires_grad)
     else:
-        made = Tensor._make_subclass(type(p), values, requires_grad)
+        made = parameter_of(type(p), values, requires_grad)
     return with_notes(made, p)
 
 

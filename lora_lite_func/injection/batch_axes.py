@@ -17,6 +17,7 @@ from ..core.torch_internals import (
     CONVOLUTIONS,
     INSTANCE_NORMS,
     RUNNING_NORMS,
+    batched_dims,
     first_of,
     paired,
 )
@@ -186,7 +187,7 @@ def _least_dims(module: Any) -> int:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return len(module.normalized_shape) + 1
     if isinstance(module, INSTANCE_NORMS):
-        return module._get_no_batch_dim() + 1
+        return batched_dims(module)
     if isinstance(module, (nn.Linear, nn.Bilinear, nn.GroupNorm, nn.EmbeddingBag, RUNNING_NORMS)):
         return 2
     return 1 if isinstance(module, nn.Embedding) else 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedError
+from ..core.torch_internals import is_jagged
 from .attachment import Attachment
 
 __all__ = ["by_values"]
@@ -28,7 +29,7 @@ def by_values(
         UnsupportedError: x is nested in another way, or each sequence has an adapter of its own.
     """
     site = attachments[-1].site
-    if x.layout is not torch.jagged or not x.is_contiguous() or x._ragged_idx != 1:
+    if not is_jagged(x):
         raise UnsupportedError(
             f"site {site.path!r}: expected a nested tensor of layout torch.jagged, contiguous, "
             f"with its lengths behind the first dimension, found layout {x.layout}; make it so "

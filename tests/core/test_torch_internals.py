@@ -439,3 +439,30 @@ def test_a_recurrent_layers_flat_list_follows_its_parameters(internals: ModuleTy
     assert all(a is b for a, b in zip(layer._flat_weights, new.values(), strict=True))
     assert [ref() for ref in layer._flat_weight_refs] == list(new.values())
     internals.flatten_again(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("norm", "dims"),
+    [(nn.InstanceNorm1d(4), 3), (nn.InstanceNorm2d(4), 4), (nn.InstanceNorm3d(4), 5)],
+    ids=str,
+)
+def test_dimensions_of_an_instance_norms_batch(
+    internals: ModuleType, norm: nn.Module, dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert internals.batched_dims(norm) == dims
+    monkeypatch.delattr(type(norm), "_get_no_batch_dim")
+    monkeypatch.delattr(nn.modules.instancenorm._InstanceNorm, "_get_no_batch_dim")
+    assert internals.batched_dims(norm) == dims
+
+
+def test_a_parameter_of_a_class_of_its_own() -> None:
+    class Special(nn.Parameter):
+        pass
+
+    t = torch.ones(2)
+    for make in (torch_internals.parameter_of, torch_internals._as_parameter):
+        for requires_grad in (True, False):
+            made = make(Special, t, requires_grad)
+            assert type(made) is Special
+            assert made.requires_grad is requires_grad
+            assert made.data_ptr() == t.data_ptr()
