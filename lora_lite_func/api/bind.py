@@ -21,7 +21,7 @@ from ..injection.base_tensors import Frozen
 from ..injection.bound import Entry, entries_of, keep_entries, tensors_in
 from ..injection.called_linears import CalledLeaves, check_callable
 from ..injection.phases import get_ready
-from ..injection.state import Leaves, held_by, hold
+from ..injection.state import Leaves, count_held, hold
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_loads import teach_loading
 from ..interop.bound_saves import teach_saving
@@ -197,7 +197,7 @@ def prepared(model: ModelT, params: Adapters) -> ModelT:
         own = pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, params)
         bound = bind(model, own).requires_grad_(False).eval()
         for module in bound.modules():
-            if held_by(module):
+            if count_held(module):
                 get_ready(module)
     return bound
 
@@ -252,7 +252,7 @@ def _bound_before(model: nn.Module, path: str) -> int:
     except AttributeError:
         # copy_tree says what is wrong with the path.
         return 0
-    return held_by(module)
+    return count_held(module)
 
 
 def _check_trainable(adapter: Adapter) -> None:
