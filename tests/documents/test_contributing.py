@@ -27,6 +27,12 @@ def section(heading: str) -> dict[str, str]:
     return dict(rows)
 
 
+def test_every_file_that_contributing_names_is_there() -> None:
+    named = set(re.findall(r"`((?:lora_lite_func|tests|benchmarks)/[\w/.]+)`", CONTRIBUTING))
+    assert len(named) >= 40
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
 def mentions(word: str, *folders: str) -> set[str]:
     """Files of these folders, and of the package's root, that have a word in them."""
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
