@@ -236,7 +236,6 @@ def _common_site(sites: Sequence[Site]) -> Site:
         ):
             raise StructureError(
                 f"combine_adapters: {first.path!r} is {first.kind} {first.d_in} -> {first.d_out} "
-                f"in one, "
-                f"{other.kind} {other.d_in} -> {other.d_out} in another"
+                f"in one, {other.kind} {other.d_in} -> {other.d_out} in another"
             )
     return first

@@ -104,10 +104,9 @@ def _check_leaves(first: Layout, other: Layout, path: str, what: str) -> None:
         shape = other.specs[path][name].shape
         if not _fits(shape, spec.shape, spec.rank_axis):
             raise StructureError(
-                f"{what} differs at {path!r} {name}: {shape}, the first {spec.shape}"
-                f"{_rank(first, path)}; "
-                f"{first.variant.name} has no direction of zeros that changes nothing, so it "
-                f"can't be padded: stack equal ranks"
+                f"{what} differs at {path!r} {name}: {shape}, the first "
+                f"{spec.shape}{_rank(first, path)}; {first.variant.name} has no direction of "
+                f"zeros that changes nothing, so it can't be padded: stack equal ranks"
             )
 
 

@@ -160,8 +160,7 @@ def refuse_weight(
     """
     raise UnsupportedError(
         f"site {site.path!r}: its weight is used without calling the layer, so calibration can't "
-        f"see what comes to it; "
-        "leave it out (exclude_names), or use a method that needs no data"
+        f"see what comes to it; leave it out (exclude_names), or use a method that needs no data"
     )
 
 

@@ -112,16 +112,14 @@ class Report:
             lines.append(f"reached through the adapted weight: {_some(self.weights)}")
         for path, functions in list(self.reads.items())[:_SHOWN]:
             lines.append(
-                f"{path!r}: {', '.join(functions)} took its weight without calling it, so "
-                f"without the adapter; call the layer there, "
-                "or leave it out with exclude_names"
+                f"{path!r}: {', '.join(functions)} took its weight without calling it, so without "
+                f"the adapter; call the layer there, or leave it out with exclude_names"
             )
         if self.escaped:
             lines.append(
                 f"used as they were, without the adapter: {_some(self.escaped)}; something that "
-                f"can't be followed refers to them "
-                "(a large object, a global, a C++ one); let the model reach them through its own "
-                "attributes"
+                f"can't be followed refers to them (a large object, a global, a C++ one); let the "
+                f"model reach them through its own attributes"
             )
         if self.repeated:
             lines.append(

@@ -76,8 +76,7 @@ class Sources:
         if reference is None:
             raise ConfigError(
                 f"{name} starts from the difference to another model's dense weights; give the "
-                f"model as it was before quantisation: "
-                f"ll.init(model, cfg, reference=dense_model)"
+                f"model as it was before quantisation: ll.init(model, cfg, reference=dense_model)"
             )
         if not isinstance(reference, nn.Module):
             raise ConfigError(f"reference: expected an nn.Module, found {short_repr(reference)}")

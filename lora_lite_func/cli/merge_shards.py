@@ -121,9 +121,8 @@ def _refuse_tied(shards: Shards, path: str, weight: str) -> None:
     if tied is not False and (writes or not named) and says.get("vocab_size", shape[0]) == shape[0]:
         raise UnsupportedError(
             f"{short_repr(path)}: {shards.folder} has one tensor for this table and the model's "
-            f"head, and the adapter is the table's alone; "
-            "merge in memory (ll.merged unties them), or adapt the table under its full name in "
-            "target_parameters"
+            f"head, and the adapter is the table's alone; merge in memory (ll.merged unties "
+            f"them), or adapt the table under its full name in target_parameters"
         )
 
 

@@ -39,9 +39,8 @@ def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
         return where + f"found {type(found).__name__}"
     if tuple(found.shape[1:]) == tuple(expected):
         return where + (
-            f"found {tuple(found.shape)}: a stack of {found.shape[0]} adapters; "
-            "ll.rows(stack, ids) gives each row of a batch its own, torch.func.vmap(lambda p: "
-            "ll.apply(model, p, x))(stack) runs them all "
-            "on the same batch, stack[i] is one of them"
+            f"found {tuple(found.shape)}: a stack of {found.shape[0]} adapters; ll.rows(stack, "
+            f"ids) gives each row of a batch its own, torch.func.vmap(lambda p: ll.apply(model, "
+            f"p, x))(stack) runs them all on the same batch, stack[i] is one of them"
         )
     return where + f"found {tuple(found.shape)}"

@@ -51,9 +51,8 @@ def check_apart(module: Any) -> None:
         if together or counts:
             raise UnsupportedError(
                 f"{module._ll.path!r}: statistics of its {type(part).__name__} are the whole "
-                f"batch's, so its rows can't have adapters of "
-                "their own; put that in eval mode, with running statistics, or leave the site "
-                "out with exclude_names"
+                f"batch's, so its rows can't have adapters of their own; put that in eval mode, "
+                f"with running statistics, or leave the site out with exclude_names"
             )
 
 
@@ -171,9 +170,8 @@ def _of_unknown(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
         return None if inner else _FIRST
     raise UnsupportedError(
         f"{module._ll.path!r} ({type(module).__name__}): is given a tensor of shape "
-        f"{tuple(t.shape)} beside one of shape "
-        f"{tuple(x.shape)}, of which it can't be told whether its first dimension is the {rows} "
-        f"rows; {_LEAVE}"
+        f"{tuple(t.shape)} beside one of shape {tuple(x.shape)}, of which it can't be told "
+        f"whether its first dimension is the {rows} rows; {_LEAVE}"
     )
 
 

@@ -67,9 +67,8 @@ def check_training(module: Any, attachments: Iterable[Attachment]) -> None:
         if module.training and dropout_of(cfg):
             raise UnsupportedError(
                 f"{attachment.site.path!r}: {dropout_of(cfg)} acts on features that "
-                f"come to a layer's call, and in this model the weight itself "
-                "is used here; set it to 0, leave the layer out with exclude_names, or put the "
-                "model in eval mode"
+                f"come to a layer's call, and in this model the weight itself is used here; set "
+                f"it to 0, leave the layer out with exclude_names, or put the model in eval mode"
             )
 
 
@@ -161,27 +160,23 @@ def check_mergeable(module: Any, site: Site, dequantize: bool = False) -> None:
     if weight is None:
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its {name} is computed, not a parameter, so "
-            f"merged values have nowhere to go; "
-            f"bake it in first ({how_to_bake(module, name)})"
+            f"merged values have nowhere to go; bake it in first ({how_to_bake(module, name)})"
         )
     check_parallel(module, path, name, "merged values are of the whole of it")
     if is_packed(weight) and not dequantize:
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its {name} is packed ({weight.dtype}, shape "
-            f"{tuple(weight.shape)}); merge it into a "
-            "dense layer with dequantize=True, which costs the memory that packing saves, or "
-            "merge into the unquantised model"
+            f"{tuple(weight.shape)}); merge it into a dense layer with dequantize=True, which "
+            f"costs the memory that packing saves, or merge into the unquantised model"
         )
     if weight.is_meta and "_hf_hook" in module.__dict__:
         raise UnsupportedError(
-            f"{path!r} ({type(module).__name__}): its {name} is offloaded, so there are no "
-            f"values at hand to merge into; "
-            "merge into the model before it is dispatched"
+            f"{path!r} ({type(module).__name__}): its {name} is offloaded, so there are no values "
+            f"at hand to merge into; merge into the model before it is dispatched"
         )
     if site.kind == "linear" and not is_packed(weight) and not is_affine(module, site):
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}): its call isn't x W^T + b, so a merged weight "
-            f"wouldn't give what its adapter gives around "
-            f"the call; adapt the weight itself "
+            f"wouldn't give what its adapter gives around the call; adapt the weight itself "
             f"(target_parameters={path + '.weight' if path else 'weight'!r}), or don't merge"
         )

@@ -107,7 +107,6 @@ def _checked(attachment: Attachment, made: Any, M: Tensor) -> tuple[Tensor, Tens
     if made[1] is not None and KINDS[attachment.site.kind].bare:
         raise UnsupportedError(
             f"{where} moves a bias, which a bare parameter hasn't; choose other parameters (a "
-            f"method that always moves one says in its "
-            "`sites` what it can adapt)"
+            f"method that always moves one says in its `sites` what it can adapt)"
         )
     return made

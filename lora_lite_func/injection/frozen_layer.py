@@ -121,11 +121,10 @@ class FrozenLayer:
             or (weight.is_meta and not next(iter(self.p.values())).is_meta)
         ):
             raise UnsupportedError(
-                f"{site.path!r}: {self.attachments[self.count].variant.name} multiplies the "
-                f"dense weight itself in every call, and "
-                f"this layer ({type(self.module).__name__}) has "
-                f"{'other adapters inside' if self.count else 'none at hand'}; "
-                "merge those first, or use a method that needs only the layer's call"
+                f"{site.path!r}: {self.attachments[self.count].variant.name} multiplies the dense "
+                f"weight itself in every call, and this layer ({type(self.module).__name__}) has "
+                f"{'other adapters inside' if self.count else 'none at hand'}; merge those first, "
+                f"or use a method that needs only the layer's call"
             )
         return matrix(weight, site)
 
@@ -165,9 +164,8 @@ class FrozenLayer:
         if mixed is not None:
             raise UnsupportedError(
                 f"{mixed.site.path!r}: {self.attachments[self.count].variant.name} reads the "
-                f"layer underneath, which here is another one for each "
-                f"row ({mixed.variant.name} by rows); put it first, so that the rows' own "
-                f"adapters are outside"
+                f"layer underneath, which here is another one for each row ({mixed.variant.name} "
+                f"by rows); put it first, so that the rows' own adapters are outside"
             )
         module = self.module
         x = x.to(compute_dtype(module))

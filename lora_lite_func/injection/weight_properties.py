@@ -120,9 +120,8 @@ def _refusing(name: str) -> Callable[[Any], None]:
     def drop(self: Any) -> None:
         raise UnsupportedError(
             f"{self._ll.path!r} ({self._ll_base.__name__}): its {name} is part of what its "
-            f"adapter makes, so it can't be taken out, as "
-            "FullyShardedDataParallel does; shard with "
-            "torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
+            f"adapter makes, so it can't be taken out, as FullyShardedDataParallel does; shard "
+            f"with torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
         )
 
     return drop

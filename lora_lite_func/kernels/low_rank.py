@@ -164,8 +164,7 @@ def check_rank(site: Site, method: str) -> None:
     if site.r > limit:
         raise UnsupportedError(
             f"{method} splits a {site.d_out} x {site.d_in} weight, expected a rank of at most "
-            f"{limit}, found r={site.r}; "
-            "lower r, or set it there with rank_pattern"
+            f"{limit}, found r={site.r}; lower r, or set it there with rank_pattern"
         )
 
 

@@ -54,10 +54,9 @@ def not_rows(path: str, x: Tensor, rows: int) -> StructureError:
         )
     return StructureError(
         f"site {path!r}: rows expects an input whose first dimension is the {rows} rows of the "
-        f"batch, found shape {tuple(x.shape)}{hint}. "
-        "A layer that mixes rows (routed experts, flattened tokens, time first) can't tell them "
-        "apart: leave it out with exclude_names, "
-        "or call the model once per adapter"
+        f"batch, found shape {tuple(x.shape)}{hint}. A layer that mixes rows (routed experts, "
+        f"flattened tokens, time first) can't tell them apart: leave it out with exclude_names, "
+        f"or call the model once per adapter"
     )
 
 
@@ -65,6 +64,5 @@ def untraceable(where: str = "") -> UnsupportedError:
     """The error for a call under torch.jit.trace, which can't record vmap."""
     return UnsupportedError(
         f"{where}torch.jit.trace has no record for rows with adapters of their own (it knows no "
-        f"vmap); use torch.export.export or "
-        "torch.compile, or trace one adapter"
+        f"vmap); use torch.export.export or torch.compile, or trace one adapter"
     )

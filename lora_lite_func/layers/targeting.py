@@ -165,8 +165,7 @@ def _site(
     if found.d_in < 1 or found.d_out < 1:
         raise UnsupportedError(
             f"{path!r}: this {type(module).__name__} is {found.d_in} -> {found.d_out}; call a "
-            f"lazy model once so that it has its sizes, "
-            "or leave the layer out with exclude_names"
+            f"lazy model once so that it has its sizes, or leave the layer out with exclude_names"
         )
     bias = not kind.bare and isinstance(stored(module, "bias"), Tensor)
     at = Site(

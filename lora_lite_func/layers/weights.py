@@ -211,8 +211,7 @@ def dense_weight(module: Any, method: str, size: int, name: str = "weight") -> T
     if not is_dense(weight, size):
         raise UnsupportedError(
             f"{method} needs the dense weight, found {type(module).__name__} with a "
-            f"{weight.dtype} one of shape {tuple(weight.shape)}; "
-            f"{_WITHOUT}"
+            f"{weight.dtype} one of shape {tuple(weight.shape)}; {_WITHOUT}"
         )
     if not weight.isfinite().all():
         raise UnsupportedError(

@@ -81,8 +81,7 @@ def param_specs(cfg: BOFTConfig, site: Site) -> dict[str, ParamSpec]:
         )
         raise UnsupportedError(
             f"BOFT with block_size={cfg.block_size} and m={cfg.m} mixes runs of {span} features, "
-            f"expected d_in divisible by it, "
-            f"found d_in={site.d_in}; m={most} fits"
+            f"expected d_in divisible by it, found d_in={site.d_in}; m={most} fits"
         )
     return {
         "lora_boft_q": ParamSpec(

@@ -75,8 +75,7 @@ def param_specs(cfg: FourierFTConfig, site: Site) -> dict[str, ParamSpec]:
     if cfg.n_frequency > site.d_in * site.d_out:
         raise UnsupportedError(
             f"FourierFT has a coefficient per frequency, expected n_frequency of at most d_out * "
-            f"d_in = {site.d_in * site.d_out}, "
-            f"found {cfg.n_frequency}; lower n_frequency"
+            f"d_in = {site.d_in * site.d_out}, found {cfg.n_frequency}; lower n_frequency"
         )
     return {
         "lora_c": ParamSpec((cfg.n_frequency,)),

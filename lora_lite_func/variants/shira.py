@@ -106,8 +106,7 @@ def param_specs(cfg: SHiRAConfig, site: Site) -> dict[str, ParamSpec]:
     if n > site.d_in * site.d_out:
         raise UnsupportedError(
             f"SHiRA trains r (d_in + d_out) = {n} entries, found only {site.d_out} x {site.d_in} "
-            f"with r={site.r}; "
-            "lower r, or set it there with rank_pattern"
+            f"with r={site.r}; lower r, or set it there with rank_pattern"
         )
     return {"lora_v": ParamSpec((n,)), "lora_idx": positions.spec(n, site.d_out, site.d_in)}
 

@@ -157,9 +157,8 @@ def refuse_tied(
         if path not in known or other not in known or not torch.equal(known[path], known[other]):
             raise CheckpointError(
                 f"{reader.where}: changes {short_repr(path)}, which is {short_repr(other)} too: "
-                f"PEFT doesn't change both alike, and here they are one "
-                "tensor; untie them in the model first (layer.weight = "
-                "nn.Parameter(layer.weight.detach().clone()))"
+                f"PEFT doesn't change both alike, and here they are one tensor; untie them in the "
+                f"model first (layer.weight = nn.Parameter(layer.weight.detach().clone()))"
             )
 
 

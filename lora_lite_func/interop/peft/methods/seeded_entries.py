@@ -66,6 +66,5 @@ def seed_of(
             return seed
     raise UnsupportedError(
         f"to_peft: PEFT draws {method}'s places from its own seed, and these were drawn "
-        "otherwise; only adapters that came from "
-        "PEFT go back; merge this one (ll.merge) instead"
+        f"otherwise; only adapters that came from PEFT go back; merge this one (ll.merge) instead"
     )

@@ -24,8 +24,7 @@ def shared_tensor(reader: ConfigReader, entry: ModuleEntry, name: str) -> Tensor
     if name not in entry.shared:
         raise CheckpointError(
             f"{reader.where}: no {name} among its tensors (save_projection=false): PEFT draws it "
-            f"again from the sizes of all targets; "
-            "save it in PEFT with save_projection=True"
+            f"again from the sizes of all targets; save it in PEFT with save_projection=True"
         )
     return entry.shared[name]
 
