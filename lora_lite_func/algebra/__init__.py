@@ -1,1 +1,1 @@
-"""Adapters to adapters: trees, stacks, rows, optimizers. No model has a part in it."""
+"""Functions from adapters to adapters: trees, stacks, rows, optimizers. They take no model."""

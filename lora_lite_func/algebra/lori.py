@@ -1,4 +1,4 @@
-"""LoRI's second training: the entries of B that the first one moved furthest, and B anew."""
+"""LoRI's second training: of the entries of B that the first one moved furthest, from B = 0."""
 
 from __future__ import annotations
 

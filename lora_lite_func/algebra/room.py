@@ -94,7 +94,7 @@ class Room:
         self._left.append(slot)
 
     def _make_room(self, adapter: Adapter, count: int) -> None:
-        """See to a free slot that is wide enough."""
+        """Make sure that there is a free slot that is wide enough."""
         capacity = self.capacity
         while count > capacity:
             capacity *= 2

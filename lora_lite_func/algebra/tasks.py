@@ -99,8 +99,8 @@ def _sites(params: Adapter) -> list[Site]:
 
 
 class _Layouts:
-    """The layouts of tasks' adapters that were made, as attributes. A compiled call can't make one,
-    but it can look one up here, where each look-up sees what has come in since.
+    """The layouts of tasks' adapters made so far, as attributes. A compiled call can't make one,
+    but it can look one up here, and each look-up sees those that were added since.
     """
 
 

@@ -1,1 +1,1 @@
-"""How an adapter's maths gets into a copied module tree."""
+"""The way of an adapter's maths into a copied module tree."""

@@ -2,8 +2,8 @@
 
 Their attention modules call a function that their config names. A site's copy has a config of its
 own, which names the one here: it calls the function that the model's config names, and lets the
-adapters change what that gives. The name is registered once, for the process; which adapters are
-meant is told by the module that calls.
+adapters change what that gives. The name is registered once per process; the
+module that calls says which adapters are meant.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def own_written(
     model: nn.Module,
     copies: Mapping[int, nn.Module],
 ) -> None:
-    """Give the tree its own ones of the parameters and buffers that its calls write on.
+    """Give the tree copies of the parameters and buffers that its calls write on.
 
     Args:
         written: (a module of the base, the attributes that lead from it to a tensor).

@@ -1,4 +1,4 @@
-"""What a bound model says of the adapters in it, and the names of their tensors in its state."""
+"""The adapters of a bound model, and the names of their tensors in its state dict."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def entries_of(model: Any) -> list[Entry] | None:
 
 
 def keep_entries(bound: nn.Module, entries: Sequence[Entry]) -> None:
-    """Let a bound model keep what its adapters are."""
+    """Note on a bound model what its adapters are."""
     bound.__dict__[_KEPT] = list(entries)
 
 
 def part_of(entry: Entry, path: str) -> Entry | None:
-    """What an adapter has inside the module at `path`, with names that begin there."""
+    """The part of an adapter inside the module at `path`, with paths that begin there."""
     if not path:
         return entry
     inside = {p: p[len(path) + 1 :] for p in entry.slots if p.startswith(f"{path}.")}

@@ -22,9 +22,9 @@ _OF_ENCODER = "encoder_"
 
 
 def own_tokens(result: Any, front: Front, tokens: int) -> Any:
-    """A result with what it has for the row's own tokens alone, in its logits and hidden states.
+    """A result whose logits and hidden states are those of the row's own tokens alone.
 
-    Attention weights stay whole: they are between all tokens.
+    Attention weights stay whole, since they are between all tokens.
 
     Args:
         result: a tensor, a tuple, a mapping (a ModelOutput of transformers).

@@ -1,6 +1,6 @@
 """Factors of a bound model as linear layers that are called.
 
-Tools that hook modules see them so: per-sample gradients of opacus, Kronecker factors of
+This is for tools that hook modules: per-sample gradients of opacus, Kronecker factors of
 curvlinops, laplace and nngeometry, the engine of torchjd.
 """
 

@@ -44,10 +44,9 @@ def check_bias(module: Any, attachment: Attachment, b: Tensor | None) -> None:
 
 
 def check_training(module: Any, attachments: Iterable[Attachment]) -> None:
-    """Refuse to leave dropout, and what else a method does in training alone, out of training
-    where a weight stands for the method.
+    """Refuse training where a weight stands for a method that does more in training.
 
-    There is no branch then whose input could be dropped.
+    With a weight in the place of the phases there is no branch whose input could be dropped.
 
     Raises:
         UnsupportedError: a method asks for dropout (the message names the field), or its phases do

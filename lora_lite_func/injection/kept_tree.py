@@ -2,8 +2,8 @@
 
 A copy is made for one call, which owns it. It may serve another call once nobody else holds a part
 of it (gradient checkpointing does until the backward pass is done), where the call has left nothing
-on its modules, and while the model is what it was when the copy was made. All of that is looked at,
-object by object; a tree of which it can't be told is not kept.
+on its modules, and while the model is what it was when the copy was made. All of that is checked,
+object by object, and a tree that can't be checked is not kept.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ _DEEPEST = 8
 def _is_settled(value: Any) -> bool:
     """Whether a call's copy of a module may have this very object, whatever is done to it.
 
-    So it is with settings, devices, classes, and with functions that reach nothing but what they
-    are given.
+    Settings, devices and classes are settled, and so are functions that reach nothing but their
+    arguments.
     """
     if isinstance(value, types.FunctionType):
         alone = not value.__closure__ and not value.__defaults__ and not value.__kwdefaults__

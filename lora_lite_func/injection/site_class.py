@@ -128,7 +128,7 @@ def _made(
     else:
         body["forward"] = layer_call
     if not links:
-        # What a layer says of itself is of its stored tensors: nothing is merged to be printed.
+        # A layer is printed from its stored tensors, so that printing merges nothing.
         body["extra_repr"] = lambda self: on_stand_in(self, cls, _extra_repr)
     if issubclass(cls, nn.RNNBase):
         # After a .to() nothing is flattened here; the copy that each call makes is flattened.

@@ -158,7 +158,7 @@ def _results_of(fn: Callable[[Tensor], Tensor]) -> Once:
         return Once()
     try:
         return _RESULTS.setdefault(fn, Once())
-    except TypeError:  # nothing can refer to it weakly
+    except TypeError:  # such a function has no weak references
         return Once()
 
 

@@ -1,6 +1,6 @@
 """A module's own call on a batch whose tokens have adapters of their own.
 
-Tokens are rows for a layer that takes each of them alone, so the rows' way serves.
+Tokens are rows for a layer that takes each of them alone, so they go the way of rows.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A call that doesn't go on from a cache is given the tokens in front of its own, embedded by the
 copy's own table, with a mask, labels and positions that fit; its result has the caller's tokens
 alone. A call that goes on from a cache, which holds the virtual tokens too, is given mask and
-positions that count them. Which of the two it is, is told by the cache's length. Keys and values
-are put into the cache before the first tokens are.
+positions that count them. The cache's length tells which of the two it is. Keys and values are
+put into the cache before the first tokens.
 """
 
 from __future__ import annotations

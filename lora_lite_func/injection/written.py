@@ -1,8 +1,8 @@
 """What a module's call may write on in place, as far as the code of its class tells.
 
 Counters, statistics and caches are kept in tensors that a forward writes on, and some models bound
-their weights while they run. The copied tree has its own ones of those, so that nothing reaches the
-base; but weights, and large tables that are only read, mustn't be copied in every call.
+their weights while they run. The copied tree has copies of those, so that nothing reaches the base.
+Weights, and large tables that are only read, mustn't be copied in every call.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Maths on tensors and plans of indices. Knows no module and no adapter."""
+"""Maths on tensors, and plans of indices. Nothing here knows a module or an adapter."""
