@@ -209,13 +209,17 @@ FLATTENED = (
 EXPERTS = {"target_names": ("self_attn",), "target_parameters": ("experts",)}
 CONVOLUTIONS = {"target_kinds": ("linear", "conv")}
 
+
+def _language(build: Callable[[], nn.Module], sites: int, **more: Any) -> Family:
+    """A causal language model."""
+    return Family(build, TEXT, _logits, sites, PROMPT, **more)
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_decoder("Llama"), TEXT, _logits, 14, PROMPT),
-    "qwen3": Family(
-        _decoder("Qwen3", head_dim=8, tie_word_embeddings=True), TEXT, _logits, 14, PROMPT
-    ),
-    "gemma2": Family(_decoder("Gemma2", head_dim=8, sliding_window=4), TEXT, _logits, 14, PROMPT),
-    "gemma3": Family(
+    "llama": _language(_decoder("Llama"), 14),
+    "qwen3": _language(_decoder("Qwen3", head_dim=8, tie_word_embeddings=True), 14),
+    "gemma2": _language(_decoder("Gemma2", head_dim=8, sliding_window=4), 14),
+    "gemma3": _language(
         _hub(
             "Gemma3ForCausalLM",
             "Gemma3TextConfig",
@@ -224,45 +228,33 @@ FAMILIES: dict[str, Family] = {
             head_dim=8,
             sliding_window=4,
         ),
-        TEXT,
-        _logits,
         14,
-        PROMPT,
     ),
-    "mistral": Family(_decoder("Mistral", sliding_window=4), TEXT, _logits, 14, PROMPT),
-    "mixtral": Family(
+    "mistral": _language(_decoder("Mistral", sliding_window=4), 14),
+    "mixtral": _language(
         _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2),
-        TEXT,
-        _logits,
         12,
-        PROMPT,
         config=EXPERTS,
         rows=FLATTENED,
     ),
-    "qwen3_moe": Family(
+    "qwen3_moe": _language(
         _decoder(
             "Qwen3Moe", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
         ),
-        TEXT,
-        _logits,
         12,
-        PROMPT,
         config=EXPERTS,
         rows=FLATTENED,
     ),
-    "gpt_oss": Family(
+    "gpt_oss": _language(
         _decoder(
             "GptOss", head_dim=8, sliding_window=4, num_local_experts=4, num_experts_per_tok=4
         ),
-        TEXT,
-        _logits,
         12,
-        PROMPT,
         config={**EXPERTS, "target_parameters": (r"experts\.\w+_proj$",)},
         rows=FLATTENED,
     ),
-    "deepseek_v3": Family(_deepseek, TEXT, _logits, 18, PROMPT, config=_DEEPSEEK, rows=FLATTENED),
-    "gpt2": Family(
+    "deepseek_v3": _language(_deepseek, 18, config=_DEEPSEEK, rows=FLATTENED),
+    "gpt2": _language(
         _hub(
             "GPT2LMHeadModel",
             "GPT2Config",
@@ -273,10 +265,7 @@ FAMILIES: dict[str, Family] = {
             n_positions=64,
             **_TOKENS,
         ),
-        TEXT,
-        _logits,
         8,
-        PROMPT,
     ),
     "bert": Family(
         _hub("BertModel", "BertConfig", **_SIZES, vocab_size=64, max_position_embeddings=64),
