@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_lite_func as ll
 
-from .harness import Row, Suite, llama, token_ids
+from .harness import Result, Row, Suite, llama, token_ids
 from .peers import lora, lora_lite, peft_lora
 
 
@@ -40,6 +40,12 @@ class _Chain(nn.Module):
         return x
 
 
+def _bound(found: Result, peers: dict[str, float], curve: tuple[str, str, float]) -> Row:
+    """A point of a bound model's curve."""
+    ratio = found.ratios["bound"]
+    return Row("bound", ratio, "time over the base's", guard=found.guard, peers=peers, curve=curve)
+
+
 def _sites(suite: Suite) -> Iterator[Row]:
     for count in (8, 64) if suite.quick else (8, 32, 128, 512, 2000):
         model = _Chain(count).to(suite.device)
@@ -54,14 +60,7 @@ def _sites(suite: Suite) -> Iterator[Row]:
             found = suite.compare(calls, inner=max(1, 200 // count))
         curve = ("forward against the number of sites", "sites of width 64", float(count))
         peers = {"apply": found.ratios["apply"]}
-        yield Row(
-            "bound",
-            found.ratios["bound"],
-            "time over the base's",
-            guard=found.guard,
-            peers=peers,
-            curve=curve,
-        )
+        yield _bound(found, peers, curve)
 
 
 def _rank(suite: Suite, base: Any) -> Iterator[Row]:
@@ -78,14 +77,7 @@ def _rank(suite: Suite, base: Any) -> Iterator[Row]:
             calls["lora-lite"] = lambda m=lite: m(ids)
         found = suite.compare(calls)
         curve = ("forward of 512 tokens against the rank", "rank", float(r))
-        yield Row(
-            "bound",
-            found.ratios["bound"],
-            "time over the base's",
-            guard=found.guard,
-            peers=found.peers("PEFT", "lora-lite"),
-            curve=curve,
-        )
+        yield _bound(found, found.peers("PEFT", "lora-lite"), curve)
 
 
 def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
@@ -102,14 +94,7 @@ def _tokens(suite: Suite, base: Any) -> Iterator[Row]:
             calls["lora-lite"] = lambda ids=ids: lite(ids)
         found = suite.compare(calls, inner=5 if tokens < 64 else 1)
         curve = ("forward of LoRA r=8 against the tokens", "tokens", float(tokens))
-        yield Row(
-            "bound",
-            found.ratios["bound"],
-            "time over the base's",
-            guard=found.guard,
-            peers=found.peers("PEFT", "lora-lite"),
-            curve=curve,
-        )
+        yield _bound(found, found.peers("PEFT", "lora-lite"), curve)
 
 
 def _members(suite: Suite, base: Any) -> Iterator[Row]:

@@ -20,9 +20,9 @@ from ..layers.tied import tied_names
 from .prompt import Prompt
 from .side_outputs import SideOutputs
 
-__all__ = ["Attachment", "Plan", "everywhere", "ids_of_rows", "is_here"]
+__all__ = ["AnyRowPlan", "Attachment", "everywhere", "ids_of_rows", "is_here"]
 
-Plan: TypeAlias = RowPlan | Mixture
+AnyRowPlan: TypeAlias = RowPlan | Mixture
 """Which member of a stack each row of a batch has, or how much of each."""
 
 
@@ -55,7 +55,7 @@ class Attachment(NamedTuple):
     dropout: float
     slot: str = "0"
     prompt: Prompt | None = None
-    row_plan: Plan | None = None
+    row_plan: AnyRowPlan | None = None
     here: Tensor | None = None
     optional: bool = False
     called: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..core.torch_internals import first_of
-from .attachment import Attachment, Plan
+from .attachment import AnyRowPlan, Attachment
 from .linear import choose
 from .rebinding import turn_callables
 from .references import shallow_copy
@@ -18,15 +18,15 @@ from .state import SiteState
 __all__ = ["Within", "narrowed", "of_rows"]
 
 
-Within = Callable[[Plan], Plan]
+Within = Callable[[AnyRowPlan], AnyRowPlan]
 """Makes the plan of some rows from the plan of all rows."""
 
 
 def of_rows(rows: Sequence[int]) -> Within:
     """A function that makes the plans of these rows, each once, from the plans of all rows."""
-    made: list[tuple[Plan, Plan]] = []
+    made: list[tuple[AnyRowPlan, AnyRowPlan]] = []
 
-    def within(plan: Plan) -> Plan:
+    def within(plan: AnyRowPlan) -> AnyRowPlan:
         found = first_of((new for old, new in made if old is plan), None)
         if found is None:
             found = plan.only(rows)
