@@ -20,13 +20,13 @@ from .algebra.activated import activated, invoked
 from .algebra.adamw import AdamW, AdamWState, adamw
 from .algebra.bank import Bank
 from .algebra.clip import clip_grads
-from .algebra.flat import from_dict, ravel, to_dict
 from .algebra.gradients import grad, value_and_grad
 from .algebra.lori import masked_by
 from .algebra.mean import mean
 from .algebra.mixed import Mixed, mixed
-from .algebra.parts import combine, partition
+from .algebra.partition import combine, partition
 from .algebra.penalty import penalty
+from .algebra.plain_data import from_dict, ravel, to_dict
 from .algebra.rows import Rows, rows
 from .algebra.stack import concatenate, names, num_members, stack, unstack, update
 from .algebra.tree import cast, num_params, project, scale, summary

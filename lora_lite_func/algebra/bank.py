@@ -12,7 +12,7 @@ from ..core.adapter import Adapter, member
 from ..core.errors import StructureError, UnsupportedError, nearest, short_repr
 from ..core.torch_internals import is_tracing_here, is_transformed
 from .alike import check_adapter
-from .room import Room
+from .bank_room import Room
 from .stack import stack
 
 __all__ = ["Bank"]

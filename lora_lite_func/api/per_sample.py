@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..algebra.alike import map_adapters
 from ..algebra.gradients import grad
-from ..algebra.parts import combine, partition
+from ..algebra.partition import combine, partition
 from ..algebra.rows import rows
 from ..core.adapter import Adapter
 from ..core.adapter_shapes import check_shapes

@@ -14,7 +14,7 @@ from ..core.site import Site
 from ..core.torch_internals import at_trace_time, is_sharded, is_traced
 from ..layers.kinds import KINDS
 from .attachment import Attachment
-from .nested import by_values
+from .jagged_inputs import by_values
 from .phases import phases
 from .sharded_call import sharded_call
 from .stand_in import on_stand_in

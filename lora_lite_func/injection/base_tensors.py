@@ -23,7 +23,7 @@ from ..core.torch_internals import (
     with_notes,
 )
 from ..layers.weights import is_packed
-from .written import may_write
+from .in_place_writes import may_write
 
 __all__ = [
     "BaseTensors",

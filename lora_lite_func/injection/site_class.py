@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.torch_internals import at_trace_time, flatten_again
 from ..layers.embedding import bounded, padded, rows
 from . import activation_route, linear, virtual_call
-from .nested import by_values
+from .jagged_inputs import by_values
 from .phases import phases
 from .references import slots
 from .stand_in import delegated, on_stand_in

@@ -24,12 +24,12 @@ from ..layers.refusals import check_model, refusal
 from .attachment import Attachment, everywhere
 from .base_tensors import own_written
 from .checks import no_module
+from .in_place_writes import writes_directly
 from .prompt_scope import has_own_prompt, is_scope, scope_class, takes_mask, under_scope
 from .references import slots
 from .site_copy import site_copy
 from .tree_references import TreeReferences
 from .unfollowed import global_names
-from .written import writes_directly
 
 __all__ = ["Copier", "copy_tree"]
 

@@ -9,8 +9,8 @@ import torch
 from ..core.adapter import Adapter, leaves, rebuild
 from ..core.layout import Layout
 from ..core.stacked import LENGTH, SCALING, Stacked, who_lacks
+from .bank_slots import Slots, check_leaves
 from .members import Common
-from .slots import Slots, check_leaves
 
 __all__ = ["Room"]
 
