@@ -9,8 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, Case
 from families import FAMILIES
-from helpers import close, moved, same_state, seeded, snapshot
-from test_tokens import IDS, batch, several
+from helpers import close, moved, normal, same_state, seeded, snapshot
+from test_tokens import IDS, several
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -22,7 +22,7 @@ MASK = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
 @every
 def test_it_is_the_base_wherever_the_mask_is_zero(case: Case) -> None:
     model, (params,) = several(case, 1)
-    x, before = batch(3, 5, 16), snapshot(model)
+    x, before = normal(3, 5, 16), snapshot(model)
     here = MASK[..., None] != 0
     wanted = torch.where(here, ll.apply(model, params, x), model(x))
     close(ll.apply(model, ll.activated(params, MASK), x), wanted, 1e-9)
@@ -33,7 +33,7 @@ def test_it_is_the_base_wherever_the_mask_is_zero(case: Case) -> None:
 
 def test_rows_weights_and_several_adapters_are_masked() -> None:
     model, members = several(CASES[0])
-    stack, x = ll.stack(members), batch(3, 5, 16)
+    stack, x = ll.stack(members), normal(3, 5, 16)
     both = ll.activated([members[0], {"other": members[1]}], MASK)
     wanted = torch.where(MASK[..., None] != 0, ll.apply(model, members[:2], x), model(x))
     close(ll.apply(model, both, x), wanted, 1e-9)
@@ -41,7 +41,7 @@ def test_rows_weights_and_several_adapters_are_masked() -> None:
         own = ids if ids.ndim > 1 else ids[:, None]
         wanted = ll.apply(model, ll.rows(stack, torch.where(MASK != 0, own, -1)), x)
         close(ll.apply(model, ll.activated(ll.rows(stack, ids), MASK), x), wanted, 1e-9)
-    for w in (batch(3, 3), batch(3, 5, 3)):
+    for w in (normal(3, 3), normal(3, 5, 3)):
         own = w if w.ndim > 2 else w[:, None]
         wanted = ll.apply(model, ll.mixed(stack, own * MASK[..., None]), x)
         close(ll.apply(model, ll.activated(ll.mixed(stack, w), MASK), x), wanted, 1e-9)
@@ -49,7 +49,7 @@ def test_rows_weights_and_several_adapters_are_masked() -> None:
 
 def test_gradients_maps_and_graphs() -> None:
     model, (params, _) = several(CASES[0], 2)
-    x = batch(3, 5, 16)
+    x = normal(3, 5, 16)
 
     def loss(p: ll.Adapter, mask: Tensor = MASK) -> Tensor:
         return ll.apply(model, ll.activated(p, mask), x).square().sum()

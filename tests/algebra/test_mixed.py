@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, Case, start
 from families import FAMILIES
-from helpers import Net, close, moved, net, same_state, seeded, snapshot
-from test_tokens import IDS, batch, several
+from helpers import Net, close, moved, net, normal, same_state, seeded, snapshot
+from test_tokens import IDS, several
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -38,7 +38,7 @@ def at_the_first_site(case: Case) -> tuple[Net, list[ll.Adapter], list[Tensor]]:
 @every
 def test_at_a_layer_it_is_the_weighted_sum_of_the_members_updates(case: Case) -> None:
     model, members, seen = at_the_first_site(case)
-    variant, x = members[0].layout.variant, batch(3, 5, 16)
+    variant, x = members[0].layout.variant, normal(3, 5, 16)
     if not variant.adds:
         assert case.name not in ADDING
         message = f"mixed: what {variant.name} does isn't a sum .* give each row one of them"
@@ -49,7 +49,7 @@ def test_at_a_layer_it_is_the_weighted_sum_of_the_members_updates(case: Case) ->
     for member in ((), *members):
         ll.apply(model, member, x)
     y, *outputs = seen
-    for w in (batch(3, 1, 3), batch(3, 5, 3)):
+    for w in (normal(3, 1, 3), normal(3, 5, 3)):
         wanted = y + sum(w[..., k : k + 1] * (out - y) for k, out in enumerate(outputs))
         mixed = ll.mixed(ll.stack(members), w if w.shape[1] > 1 else w[:, 0])
         for grad in (True, False):
@@ -66,7 +66,7 @@ def test_rows_are_its_one_hot_case(case: Case) -> None:
     model, members = several(case)
     if not members[0].layout.variant.adds:
         return
-    stack, x = ll.stack(members), batch(3, 5, 16)
+    stack, x = ll.stack(members), normal(3, 5, 16)
     for ids in (IDS, IDS[:, 0]):
         wanted = ll.apply(model, ll.rows(stack, ids), x)
         close(ll.apply(model, ll.mixed(stack, one_hot(ids)), x), wanted, 1e-9)
@@ -75,7 +75,7 @@ def test_rows_are_its_one_hot_case(case: Case) -> None:
 @pytest.mark.parametrize("name", ["lora", "loha"])
 def test_sites_may_have_weights_of_their_own(name: str) -> None:
     model, members = several(next(c for c in CASES if c.name == name))
-    stack, x = ll.stack(members), batch(3, 5, 16)
+    stack, x = ll.stack(members), normal(3, 5, 16)
     ids = {path: (IDS + n) % 4 - 1 for n, path in enumerate(stack)}
     for by_token in (True, False):
         own = {path: i if by_token else i[:, 0] for path, i in ids.items()}
@@ -103,7 +103,7 @@ def _only(params: ll.Adapter, path: str) -> ll.Adapter:
 def test_gradients_reach_weights_and_leaves(name: str, by_token: bool) -> None:
     model, members = several(next(c for c in CASES if c.name == name), 2)
     trainable, frozen = ll.partition(ll.stack(members))
-    w, x = batch(*((2, 3, 2) if by_token else (2, 2))), batch(2, 3, 16)
+    w, x = normal(*((2, 3, 2) if by_token else (2, 2))), normal(2, 3, 16)
     leaves, form = pytree.tree_flatten(trainable)
 
     def loss(w: Tensor, *leaves: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def test_ranks_and_strengths_may_differ_and_dropout_drops_for_all_members_alike(
     members = [
         moved(ll.init(model, ll.LoRAConfig(r=r, alpha=2.0, dropout=0.5)), r) for r in (2, 4, 8)
     ]
-    stack, x = ll.stack(members), batch(3, 5, 16)
+    stack, x = ll.stack(members), normal(3, 5, 16)
     close(
         ll.apply(model, ll.mixed(stack, one_hot(IDS)), x),
         ll.apply(model, ll.rows(stack, IDS), x),
@@ -145,11 +145,11 @@ def test_ranks_and_strengths_may_differ_and_dropout_drops_for_all_members_alike(
 # --------------------------------------------------------------------------------------- transforms
 def test_one_graph_serves_all_weights_and_they_may_be_mapped() -> None:
     model, members = several(CASES[0])
-    stack, x, counter = ll.stack(members), batch(3, 5, 16), CompileCounter()
+    stack, x, counter = ll.stack(members), normal(3, 5, 16), CompileCounter()
     step = torch.compile(
         lambda s, w, x: ll.apply(model, ll.mixed(s, w), x), fullgraph=True, backend=counter
     )
-    many = batch(4, 3, 5, 3)
+    many = normal(4, 3, 5, 3)
     wanted = torch.stack([ll.apply(model, ll.mixed(stack, w), x) for w in many])
     close(torch.stack([step(stack, w, x) for w in many]), wanted, 1e-9)
     assert counter.frame_count == 1
@@ -158,7 +158,7 @@ def test_one_graph_serves_all_weights_and_they_may_be_mapped() -> None:
 
 def test_it_composes_in_order_with_rows_and_plain_adapters() -> None:
     model, members = several(CASES[0])
-    gate, x = moved(ll.init(model, ll.IA3Config()), 9), batch(3, 5, 16)
+    gate, x = moved(ll.init(model, ll.IA3Config()), 9), normal(3, 5, 16)
     stack = ll.stack(members)
     for order in (lambda a, b, c: (a, b, c), lambda a, b, c: (c, b, a)):
         close(
@@ -209,10 +209,10 @@ def test_sites_that_have_no_such_rows_or_tokens_are_refused() -> None:
     model, members = several(CASES[0], 2)
     stack = ll.stack(members)
     with pytest.raises(ll.StructureError, match=r"site 'layers.0.up': rows expects .* the 2 rows"):
-        ll.apply(model, ll.mixed(stack, torch.ones(2, 2)), batch(3, 5, 16))
+        ll.apply(model, ll.mixed(stack, torch.ones(2, 2)), normal(3, 5, 16))
     with pytest.raises(ll.StructureError, match=r"site 'layers.0.up': .* 3 x 4 tokens"):
-        ll.apply(model, ll.mixed(stack, torch.ones(3, 4, 2)), batch(3, 5, 16))
+        ll.apply(model, ll.mixed(stack, torch.ones(3, 4, 2)), normal(3, 5, 16))
     conv = seeded(nn.Conv1d(4, 4, 1))
     kernels = ll.stack([ll.init(conv, ll.LoRAConfig(r=2, target_kinds="conv"))] * 2)
     with pytest.raises(ll.UnsupportedError, match=r"'' .Conv1d.: its weight itself is adapted"):
-        ll.apply(conv, ll.mixed(kernels, torch.ones(3, 2)), batch(3, 4, 4))
+        ll.apply(conv, ll.mixed(kernels, torch.ones(3, 2)), normal(3, 4, 4))
