@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.errors import UnsupportedError
-from ..core.phases import Factors, FactorsFn
 from ..core.shared import expert_axes, site_tensors
 from ..core.stacked import unfolded
 from ..core.torch_internals import autocasts
+from ..core.update_functions import Factors, FactorsFn
 
 __all__ = ["exactly", "factors_at", "low_rank_update"]
 
