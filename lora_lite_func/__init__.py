@@ -39,7 +39,8 @@ from .api.init import init, targets
 from .api.merge import merge, merged
 from .api.per_sample import per_sample_grads
 from .api.report import Report
-from .core.adapter import ABSENT, Adapter, rebuild
+from .core.absent import ABSENT
+from .core.adapter import Adapter, rebuild
 from .core.config import AdapterConfig
 from .core.errors import (
     CheckpointError,
@@ -364,7 +365,7 @@ _PICKLED = {
     "rebuild": rebuild,
     "variant_for": variant_for,
 }
-"""What pickles of public values name beside public classes: found here whatever file it is in."""
+"""What pickles of public values name besides public classes: found here whatever file it is in."""
 
 pin((name for name in __all__ if name not in _ON_USE), globals(), __name__)
 pin(_PICKLED, _PICKLED, __name__)

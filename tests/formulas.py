@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved
+from helpers import close, moved, normal
 from linear_layers import layer
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def check_formula(
     )
     if "bias" in merged:
         close(merged["bias"], b, 1e-10)
-    x = torch.randn(2, 5, d_in, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = normal(2, 5, d_in, seed=1)
     y = x @ W.mT if b is None else x @ W.mT + b
     close(ll.apply(model, params, x), y, 1e-10)
 

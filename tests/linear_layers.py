@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from helpers import moved, net
+from helpers import moved, net, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -22,7 +22,7 @@ def layer(bias: bool = True, d_in: int = 16, d_out: int = 24) -> nn.Linear:
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    return normal(*shape, 16, seed=3, dtype=dtype)
 
 
 def wet(p: float = 0.5, **config: Any) -> tuple[nn.Module, ll.Adapter]:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import net
+from helpers import net, normal
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft")
 
 
-X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+X = normal(3, 16, seed=0, dtype=torch.float32)
 
 
 def base(bias: bool = True) -> nn.Module:

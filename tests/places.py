@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from cases import Case
+from helpers import normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -80,7 +81,7 @@ class Own(nn.Embedding):
 
 
 def features(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return normal(*shape, seed=1)
 
 
 IDS = torch.tensor([[1, 3, 0], [5, 5, 14]])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, check_shapes, leaves, rebuild
+from ..core.adapter import Adapter, leaves, rebuild
+from ..core.adapter_shapes import check_shapes
 from ..core.arguments import flag, items, whole
 from ..core.errors import StructureError, UnsupportedError
 from ..core.torch_internals import is_tracing_here, outside_transforms, plain_values

@@ -10,7 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, keys, leaves
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, keys, leaves
 from ..core.config import probability, real
 from ..core.errors import ConfigError, StructureError, short_repr
 from ..core.torch_internals import first_of, fused_adamw, is_recorded

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..core.adapter import Adapter
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, leaves
 from ..core.config import AdapterConfig
 from ..core.errors import StructureError
 from ..core.layout import Layout
@@ -17,6 +18,7 @@ __all__ = [
     "check_same_layout",
     "check_same_method",
     "check_same_sites",
+    "check_whole",
     "every_adapter",
     "map_adapters",
     "other_method",
@@ -32,6 +34,24 @@ def check_adapter(params: Any, what: str) -> None:
     """
     if not isinstance(params, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(params).__name__}")
+
+
+def check_whole(params: Adapter, what: str, verb: str) -> None:
+    """Refuse a part of a partition.
+
+    Args:
+        params: the adapter.
+        what: what it was given to, for the message.
+        verb: what to do with the whole instead, for the message.
+
+    Raises:
+        StructureError: it is a part.
+    """
+    if any(leaf is ABSENT for leaf in leaves(params)):
+        raise StructureError(
+            f"{what}: this is one part of a partition; {verb} the whole, "
+            f"ll.combine(trainable, frozen)"
+        )
 
 
 def map_adapters(f: Callable[..., Any], params: Any, what: str, *others: Any) -> Any:
@@ -78,10 +98,10 @@ def map_adapters(f: Callable[..., Any], params: Any, what: str, *others: Any) ->
 
 
 def _other_form(what: str, expected: str, found: Any) -> StructureError:
-    shown = type(found).__name__
+    described = type(found).__name__
     if isinstance(found, (tuple, list, Mapping)) and not isinstance(found, Adapter):
-        shown = f"{shown} of {len(found)}"
-    return StructureError(f"{what}: expected {expected} as in the first, found {shown}")
+        described = f"{described} of {len(found)}"
+    return StructureError(f"{what}: expected {expected} as in the first, found {described}")
 
 
 def every_adapter(params: Any, what: str) -> list[Adapter]:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.adapter import Adapter, check_shapes
+from ..core.adapter import Adapter
+from ..core.adapter_shapes import check_shapes
 from ..core.errors import StructureError, UnsupportedError, short_repr
 from ..kernels.low_rank import core_dtype
 from ..variants import ArrowConfig

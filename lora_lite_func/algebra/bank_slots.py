@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, check_shapes
+from ..core.adapter import Adapter
+from ..core.adapter_shapes import check_shapes
 from ..core.errors import StructureError
 from ..core.layout import Layout, LeafSpec
 from ..core.stacked import OF_MEMBERS, number_of

@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..core.adapter import members_of
+from ..core.adapter import count_members
 from ..core.errors import StructureError
 from .alike import every_adapter
 from .rates import along_members, check_fit, check_not_negative, is_stack
@@ -36,7 +36,7 @@ def clip_grads(grads: Any, max_norm: float | Tensor) -> tuple[Any, Tensor]:
     adapters = every_adapter(grads, "clip_grads")
     check_not_negative(max_norm, "clip_grads: max_norm")
     check_fit(max_norm, grads, "clip_grads: max_norm")
-    counts = {members_of(a, "clip_grads") if is_stack(a) else None for a in adapters}
+    counts = {count_members(a, "clip_grads") if is_stack(a) else None for a in adapters}
     if len(counts) > 1:
         raise StructureError(
             "clip_grads: expected single adapters, or stacks of one size, found both or several"

@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ..core.adapter import Adapter, check_shapes
+from ..core.adapter import Adapter
+from ..core.adapter_shapes import check_shapes
 from ..core.arguments import items
 from ..core.errors import StructureError, UnsupportedError, short_repr
 from ..core.registry import variant_for
@@ -134,20 +135,20 @@ def combine_adapters(
     return made[0]
 
 
-def _places(
+def _by_site(
     group: Sequence[tuple[Any, Adapter]],
 ) -> Iterator[tuple[str, Site, list[tuple[Any, Adapter]]]]:
-    """(path, site, (weight, adapter) of all that adapt it), each at the same place."""
+    """(path, site, (weight, adapter) of all that adapt it), of each site that one adapts."""
     for path in dict.fromkeys(path for _, adapter in group for path in adapter):
         there = [(w, adapter) for w, adapter in group if path in adapter]
-        yield path, _same_place([adapter.sites[path] for _, adapter in there]), there
+        yield path, _common_site([adapter.sites[path] for _, adapter in there]), there
 
 
 def _weighted_tensors(group: Sequence[tuple[Any, Adapter]]) -> dict[str, Weighted]:
     """{path: (weight, tensors, site) of all that adapt it}."""
     return {
         path: [(w, site_tensors(a.layout.shared, a._data, path), a.sites[path]) for w, a in there]
-        for path, _, there in _places(group)
+        for path, _, there in _by_site(group)
     }
 
 
@@ -155,7 +156,7 @@ def _combined_low_rank(recipe: Recipe, group: Sequence[tuple[Any, Adapter]]) -> 
     """One LoRA adapter made of adapters whose updates are pairs of factors."""
     sites: dict[str, Site] = {}
     pairs: dict[str, list[tuple[Any, Tensor, Tensor, float]]] = {}
-    for path, site, there in _places(group):
+    for path, site, there in _by_site(group):
         sites[path] = site
         pairs[path] = [
             (w, *low_rank_update(adapter, path, "combine_adapters")) for w, adapter in there
@@ -230,7 +231,7 @@ def add(*adapters: Adapter) -> Adapter:
     return combine_adapters(adapters)
 
 
-def _same_place(sites: Sequence[Site]) -> Site:
+def _common_site(sites: Sequence[Site]) -> Site:
     first = sites[0]
     for other in sites:
         if (other.kind, other.d_in, other.d_out, other.num_experts) != (

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, check_shapes, members_of
+from ..core.adapter import Adapter, count_members
+from ..core.adapter_shapes import check_shapes
 from ..core.errors import StructureError, UnsupportedError
 from ..kernels.mixture import Mixture, MixtureBySite
 from ..kernels.row_plan import RowPlan
@@ -50,10 +51,10 @@ def flatten(
             _check_all_tokens(params)
         return [(params, None)]
     if isinstance(params, Rows):
-        if members_of(params.stack, "rows") != params.plan.members:
+        if count_members(params.stack, "rows") != params.plan.members:
             raise StructureError(
                 f"rows: made for {params.plan.members} members, found "
-                f"{members_of(params.stack, 'rows')}"
+                f"{count_members(params.stack, 'rows')}"
             )
         if not params.plan.by_token:
             _check_all_tokens(params.stack)
@@ -62,7 +63,7 @@ def flatten(
             layout.variant.check_rows(layout.config, params.plan.by_token)
         return [(params.stack, params.plan)]
     if isinstance(params, Mixed):
-        mixture, members = params.mixture(), members_of(params.stack, "mixed")
+        mixture, members = params.mixture(), count_members(params.stack, "mixed")
         if members != mixture.members:
             raise StructureError(
                 f"mixed: weights for {mixture.members} members, found a stack of {members}"

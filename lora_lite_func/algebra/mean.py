@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, members_of, rebuild
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, count_members, rebuild
 from ..core.errors import StructureError, short_repr
 from ..core.stacked import Stacked
 from ..core.torch_internals import is_tracing_here, is_transformed
@@ -33,7 +34,7 @@ def mean(stack: Adapter, weights: Tensor | Sequence[float] | None = None) -> Ada
         StructureError: not a stack, weights that aren't one finite number per member, members of
             different strengths or sites, or frozen leaves that differ and so have no average.
     """
-    count = members_of(stack, "mean")
+    count = count_members(stack, "mean")
     w = _weights(weights, count)
     layout = stack.layout.alone() if isinstance(stack.layout, Stacked) else stack.layout
     if isinstance(stack.layout, Stacked):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter
 from ..core.errors import StructureError
 from ..core.layout import Layout, LeafSpec
 from ..core.shared import Once
@@ -29,14 +30,14 @@ class Common:
     def __init__(self) -> None:
         self._first: Layout | None = None
         self._last: Layout | None = None
-        self._homes: dict[str, Layout] = {}  # the first member that has a site
+        self._first_with: dict[str, Layout] = {}  # the first member that has a site
 
     def take(self, layout: Layout) -> None:
         """Take what a member has that those before it hadn't."""
         if layout is not self._last:
             self._first, self._last = self._first or layout, layout
             for path in layout.names:
-                self._homes.setdefault(path, layout)
+                self._first_with.setdefault(path, layout)
 
     def check(self, layout: Layout, what: str) -> None:
         """Refuse a layout that can't be a member's.
@@ -55,10 +56,10 @@ class Common:
             raise other_method(first, layout, what)
         if isinstance(layout, Stacked):
             raise StructureError(f"{what} is a stack itself; ll.concatenate puts stacks together")
-        common = [path for path in layout.names if path in self._homes]
+        common = [path for path in layout.names if path in self._first_with]
         for path in common:
-            site, other = layout.sites.get(path), self._homes[path].sites.get(path)
-            if site is not None and other is not None and _place(site) != _place(other):
+            site, other = layout.sites.get(path), self._first_with[path].sites.get(path)
+            if site is not None and other is not None and _shape_of(site) != _shape_of(other):
                 check_same_sites({path: _anywhere(other)}, {path: _anywhere(site)}, what)
         if layout.config != first.config:
             free = {name: getattr(first.config, name) for name in _FREE}
@@ -66,16 +67,16 @@ class Common:
             if settings != first.config:
                 raise other_settings(first.config, settings, what)
         for path in common:
-            if layout.specs[path] != self._homes[path].specs[path]:
-                _check_leaves(self._homes[path], layout, path, what)
-            if layout.shared.get(path) != self._homes[path].shared.get(path):
+            if layout.specs[path] != self._first_with[path].specs[path]:
+                _check_leaves(self._first_with[path], layout, path, what)
+            if layout.shared.get(path) != self._first_with[path].shared.get(path):
                 raise StructureError(
                     f"{what} shares other tensors at {path!r} than the first, or with other sites"
                 )
 
 
-def _place(site: Site) -> tuple[Any, ...]:
-    """What members share of a site."""
+def _shape_of(site: Site) -> tuple[Any, ...]:
+    """What all members must have in common at a site."""
     return (
         site.kind,
         site.d_in,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, members_of
+from ..core.adapter import Adapter, count_members
 from ..core.errors import StructureError, UnsupportedError, nearest
 from ..core.nodes import register_node
 from ..kernels.mixture import Mixture, MixtureBySite
@@ -69,7 +69,7 @@ def mixed(stack: Adapter, weights: Weights | Mapping[str, Weights]) -> Mixed:
             paths than the stack's sites.
         UnsupportedError: what the method's members do can't be summed at the layer's output.
     """
-    count = members_of(stack, "mixed")
+    count = count_members(stack, "mixed")
     if isinstance(weights, Mapping):
         odd = sorted(weights.keys() ^ stack.keys(), key=str)
         if odd:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from ..core.adapter import ABSENT, Adapter, keys, leaves, rebuild, replace
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, keys, leaves, rebuild, replace
 from ..core.arguments import function
 from ..core.errors import StructureError
 from .alike import check_same_layout, map_adapters

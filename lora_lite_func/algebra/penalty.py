@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, leaves
-from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
+from ..core.errors import ConfigError, UnsupportedError, short_repr
 from ..core.shared import each_site, expert_axes
 from ..core.stacked import OF_MEMBERS, PRESENT
-from .alike import check_adapter
+from .alike import check_adapter, check_whole
 
 __all__ = ["penalty"]
 
@@ -30,11 +29,7 @@ def penalty(params: Any) -> Tensor:
     layout = params.layout
     if layout.variant.penalty is None:
         raise UnsupportedError(f"{layout.variant.name} adds nothing to the loss")
-    if any(leaf is ABSENT for leaf in leaves(params)):
-        raise StructureError(
-            "penalty: this is one part of a partition; give the whole, ll.combine(trainable, "
-            "frozen)"
-        )
+    check_whole(params, "penalty", "give")
     total: Any = 0.0
     for path, tensors in each_site(layout.shared, params._data):
         site = layout.sites[path]

@@ -9,7 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, check_shapes, rebuild
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, rebuild
+from ..core.adapter_shapes import check_shapes
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
 from ..core.torch_internals import first_of

@@ -22,7 +22,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, replace
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, replace
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
 from ..core.stacked import OF_MEMBERS, SCALING

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, keys, leaves, members_of
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter, count_members, keys, leaves
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, nearest, short_repr
 from ..core.torch_internals import first_of
@@ -97,7 +98,7 @@ def check_fit(value: Any, tree: Any, what: str) -> None:
 
 
 def _per_member(rate: Tensor, adapter: Adapter, what: str) -> None:
-    count = members_of(adapter, what)
+    count = count_members(adapter, what)
     if tuple(rate.shape) != (count,):
         raise StructureError(
             f"{what}: expected one number or {count}, one per member of the stack, found "

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, members_of
+from ..core.adapter import Adapter, count_members
 from ..core.arguments import texts
 from ..core.config_values import check_pattern
 from ..core.errors import StructureError, nearest
@@ -86,7 +86,7 @@ def rows(
     """
     if isinstance(stack, Bank):
         stack = stack.snapshot()
-    count, patterns = members_of(stack, "rows"), _patterns(stack, flattened)
+    count, patterns = count_members(stack, "rows"), _patterns(stack, flattened)
     if isinstance(ids, Tensor):
         whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
         if ids.ndim not in (1, 2) or not whole:

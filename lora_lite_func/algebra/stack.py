@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..core.adapter import Adapter, check_shapes, member, members_of, rebuild
+from ..core.adapter import Adapter, count_members, member, rebuild
+from ..core.adapter_shapes import check_shapes
 from ..core.config import to_dict
 from ..core.errors import StructureError, nearest
 from ..core.layout import Layout
@@ -67,7 +68,7 @@ def unstack(stacked: Adapter) -> list[Adapter]:
     Raises:
         StructureError: not a stack.
     """
-    return [member(stacked, i) for i in range(members_of(stacked, "unstack"))]
+    return [member(stacked, i) for i in range(count_members(stacked, "unstack"))]
 
 
 def num_members(stacked: Adapter) -> int:
@@ -76,7 +77,7 @@ def num_members(stacked: Adapter) -> int:
     Raises:
         StructureError: not a stack.
     """
-    return members_of(stacked, "num_members")
+    return count_members(stacked, "num_members")
 
 
 def names(stacked: Adapter) -> tuple[str, ...] | None:
@@ -102,10 +103,10 @@ def update(stacked: Adapter, which: int | str, adapter: Adapter) -> Adapter:
     Raises:
         StructureError: no such member, or the adapter doesn't stack with the others.
     """
-    count, labels = members_of(stacked, "update"), _labels_of(stacked)
+    count, labels = count_members(stacked, "update"), _labels_of(stacked)
     check_adapter(adapter, "update")
     check_shapes(adapter)
-    place = _place(which, count, labels)
+    place = _number(which, count, labels)
     layouts = [stacked.layout.member(i) for i in range(count)]
     common = Common()
     for layout in layouts[:place] + layouts[place + 1 :]:
@@ -120,7 +121,7 @@ def update(stacked: Adapter, which: int | str, adapter: Adapter) -> Adapter:
     return _stacked(several, labels)
 
 
-def _place(which: Any, count: int, labels: Sequence[str | None] | None) -> int:
+def _number(which: Any, count: int, labels: Sequence[str | None] | None) -> int:
     """A member's number, from 0.
 
     Raises:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, check_shapes, rebuild
+from ..core.adapter import Adapter, rebuild
+from ..core.adapter_shapes import check_shapes
 from ..core.arguments import flag
 from ..core.config import AdapterConfig
 from ..core.errors import UnsupportedError

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter, leaves, members_of, replace
+from ..core.adapter import Adapter, count_members, replace
 from ..core.arguments import flag
 from ..core.config import real
 from ..core.errors import ConfigError, StructureError, UnsupportedError, short_repr
-from ..core.shared import Once, each_site, expert_axes
+from ..core.shared import each_site, expert_axes
 from ..core.stacked import OF_MEMBERS
-from .alike import check_adapter
+from .alike import check_adapter, check_whole
 
 __all__ = ["cast", "check_named", "num_params", "project", "scale", "summary"]
 
@@ -49,12 +49,9 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
             f"{layout.variant.name} has no `scale` function in its Variant, so its strength "
             f"can't be set"
         )
-    if any(leaf is ABSENT for leaf in leaves(params)):
-        raise StructureError(
-            "scale: this is one part of a partition; scale the whole, ll.combine(trainable, frozen)"
-        )
+    check_whole(params, "scale", "scale")
     if isinstance(strength, Tensor) and strength.ndim:
-        count = members_of(params, "scale by a strength per member of a stack")
+        count = count_members(params, "scale by a strength per member of a stack")
         if tuple(strength.shape) != (count,):
             raise StructureError(
                 f"scale: expected one strength or {count}, one per member of the stack, found "
@@ -71,7 +68,7 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
                 "the adapter has",
             )
 
-        # a member's own scale is no part of the method's tensors
+        # The method doesn't know the leaves that are a stack's own.
         own = {name: t for name, t in tensors.items() if name not in OF_MEMBERS}
         if layout.sites[path].num_experts:
             shared = layout.shared.get(path, ())
@@ -79,7 +76,7 @@ def scale(params: Adapter, strength: float | Tensor) -> Adapter:
             made = {name: t[0] if name in shared else t for name, t in made.items()}
         else:
             made = one(own)
-        # a wide strength widens a 0-dim tensor
+        # A strength of a wide dtype widens 0-dim tensors.
         return {name: made.get(name, t).to(t.dtype) for name, t in tensors.items()}
 
     sites = each_site(layout.shared, params._data)
@@ -126,11 +123,7 @@ def project(params: Adapter) -> Adapter:
         raise UnsupportedError(
             f"{layout.variant.name} has no constraint that its parameters could be projected to"
         )
-    if any(leaf is ABSENT for leaf in leaves(params)):
-        raise StructureError(
-            "project: this is one part of a partition; project the whole, ll.combine(trainable, "
-            "frozen)"
-        )
+    check_whole(params, "project", "project")
 
     def nearest(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         where = f"site {path!r}: {layout.variant.name}.project"
@@ -150,19 +143,7 @@ def cast(params: Adapter, dtype: torch.dtype) -> Adapter:
     check_adapter(params, "cast")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
         raise StructureError(f"cast: expected a floating dtype, found {dtype!r}")
-    specs, once = params.layout.specs, Once()
-
-    def leaf(path: str, name: str, t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            return t
-        spec = specs[path][name]
-        wanted = dtype if spec.dtype is None else torch.promote_types(dtype, spec.dtype)
-        return t.to(wanted) if spec.trainable else once(lambda t: t.to(wanted), t, key=wanted)
-
-    return replace(
-        params,
-        {path: {n: leaf(path, n, t) for n, t in ts.items()} for path, ts in params._data.items()},
-    )
+    return params.to(dtype=dtype)
 
 
 def num_params(params: Adapter, *, trainable_only: bool = True) -> int:

@@ -17,12 +17,12 @@ from ..core.shared import each_site
 from ..core.site import Site
 from ..core.stacked import PRESENT
 from ..core.torch_internals import is_followed
-from ..injection.activation_route import get_ready
 from ..injection.attachment import Attachment
 from ..injection.base_tensors import Frozen
 from ..injection.bound import Entry, entries_of, keep_entries, tensors_in
 from ..injection.called_linears import CalledLeaves, check_callable
-from ..injection.state import Leaves, held_by, hold
+from ..injection.phases import get_ready
+from ..injection.state import Leaves, count_held, hold
 from ..injection.tree_copy import copy_tree
 from ..interop.bound_loads import teach_loading
 from ..interop.bound_saves import teach_saving
@@ -199,7 +199,7 @@ def prepared(model: ModelT, params: Adapters) -> ModelT:
         own = pytree.tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, params)
         bound = bind(model, own).requires_grad_(False).eval()
         for module in bound.modules():
-            if held_by(module):
+            if count_held(module):
                 get_ready(module)
     return bound
 
@@ -254,7 +254,7 @@ def _bound_before(model: nn.Module, path: str) -> int:
     except AttributeError:
         # copy_tree says what is wrong with the path.
         return 0
-    return held_by(module)
+    return count_held(module)
 
 
 def _check_trainable(adapter: Adapter) -> None:

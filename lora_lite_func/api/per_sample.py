@@ -12,7 +12,8 @@ from ..algebra.alike import map_adapters
 from ..algebra.gradients import grad
 from ..algebra.partition import combine, partition
 from ..algebra.rows import rows
-from ..core.adapter import Adapter, check_shapes
+from ..core.adapter import Adapter
+from ..core.adapter_shapes import check_shapes
 from ..core.arguments import function
 from ..core.errors import StructureError
 from ..core.torch_internals import first_of

@@ -185,5 +185,5 @@ class EvalTensors:
             if p is not None and p.requires_grad:
                 copy._parameters[name] = constant(p, copy)  # type: ignore[assignment]
 
-    def beside(self, memory: Any, holder: nn.Module) -> Any:
+    def tensor_for(self, memory: Any, holder: nn.Module) -> Any:
         return own_memory(memory, self.made)

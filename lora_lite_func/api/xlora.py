@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..algebra.mixed import Mixed, mixed
 from ..algebra.stack import stack as stacked
-from ..core.adapter import Adapter, members_of
+from ..core.adapter import Adapter, count_members
 from ..core.arguments import flag, number, whole
 from ..core.config import probability
 from ..core.errors import ConfigError, StructureError, short_repr
@@ -127,7 +127,7 @@ class XLoRA:
         Raises:
             StructureError: hidden states of another width.
         """
-        said, count = self.settings, members_of(self.stack, "XLoRA")
+        said, count = self.settings, count_members(self.stack, "XLoRA")
         width = self.head["0.weight"].shape[1]
         if hidden.shape[-1] != width:
             raise StructureError(
@@ -214,7 +214,7 @@ def xlora(
     probability(number(dropout, "xlora: dropout"), "xlora: dropout")
     one = isinstance(experts, Adapter)
     stack: Adapter = experts if isinstance(experts, Adapter) else stacked(experts)
-    count = members_of(stack, "xlora" if one else "stack")
+    count = count_members(stack, "xlora" if one else "stack")
     mixed(stack, torch.zeros(1, count))  # refuses what can't be summed
     flag(layerwise, "xlora: layerwise")
     whole(depth, "xlora: depth", least=1)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
+from .absent import ABSENT
 from .config import AdapterConfig
 from .errors import StructureError, nearest
 from .layout import Layout
@@ -23,14 +24,11 @@ from .site_tensors import SiteTensors
 from .summary import render
 
 __all__ = [
-    "ABSENT",
     "Adapter",
-    "Layout",
-    "check_shapes",
+    "count_members",
     "keys",
     "leaves",
     "member",
-    "members_of",
     "rebuild",
     "replace",
 ]
@@ -40,21 +38,6 @@ if TYPE_CHECKING:
     _TensorTree = optree.PyTree[Tensor]  # so that optree's functions take an Adapter
 else:
     _TensorTree = object
-
-
-class _Absent:
-    """What stands where a leaf was taken out: a pytree node without children, which no transform
-    sees.
-    """
-
-    def __repr__(self) -> str:
-        return "absent"
-
-    def __reduce__(self) -> str:
-        return "ABSENT"  # pickle and copy find the one instance by this name
-
-
-ABSENT = _Absent()
 
 
 class Adapter(Mapping[str, Mapping[str, Tensor]], _TensorTree):  # type: ignore[misc]
@@ -213,6 +196,11 @@ def leaves(params: Adapter) -> list[Any]:
     return [leaf for tensors in params._data.values() for leaf in tensors.values()]
 
 
+def keys(params: Adapter) -> list[tuple[str, str]]:
+    """(path, lora_name) of every leaf, in the order of `leaves`."""
+    return [(path, name) for path, names in params.layout.names.items() for name in names]
+
+
 def rebuild(layout: Layout, children: Iterable[Any]) -> Adapter:
     """An adapter of these leaves, unchecked: transforms put ints, shapes and None among them."""
     new: Adapter = Adapter.__new__(Adapter)
@@ -235,7 +223,7 @@ def replace(params: Adapter, data: Mapping[str, Mapping[str, Any]]) -> Adapter:
     )
 
 
-def members_of(stacked: Any, what: str) -> int:
+def count_members(stacked: Any, what: str) -> int:
     """How many adapters a stack has.
 
     Raises:
@@ -271,7 +259,7 @@ def member(stacked: Adapter, index: int) -> Adapter:
         StructureError: not a stack.
         IndexError: it has no such member.
     """
-    count = members_of(stacked, "a member of a stack")
+    count = count_members(stacked, "a member of a stack")
     if not -count <= index < count:
         raise IndexError(f"expected a member 0 to {count - 1} of the stack, found {index}")
     layout = stacked.layout.member(index % count)
@@ -285,41 +273,3 @@ def member(stacked: Adapter, index: int) -> Adapter:
                     t = t if t.shape[axis] == size else t.narrow(axis, 0, size)
             found.append(t)
     return rebuild(layout, found)
-
-
-def check_shapes(params: Adapter) -> None:
-    """Check that every leaf is a tensor of the shape that its site asks for.
-
-    Raises:
-        StructureError: a leaf isn't; the message names the path, the leaf, what was expected and
-            found, and what to do.
-    """
-    for path, specs in params.layout.specs.items():
-        for name, tensor in params._data[path].items():
-            expected = specs[name].shape
-            if not isinstance(tensor, Tensor) or tensor.shape != expected:
-                raise StructureError(_misfit(path, name, expected, tensor))
-
-
-def _misfit(path: str, name: str, expected: Sequence[int], found: Any) -> str:
-    where = f"{path!r} {name}: expected shape {tuple(expected)}, "
-    if found is ABSENT:
-        return (
-            where + "found nothing: this is one part of a partition; put it back with "
-            "ll.combine(trainable, frozen)"
-        )
-    if not isinstance(found, Tensor):
-        return where + f"found {type(found).__name__}"
-    if tuple(found.shape[1:]) == tuple(expected):
-        return where + (
-            f"found {tuple(found.shape)}: a stack of {found.shape[0]} adapters; "
-            "ll.rows(stack, ids) gives each row of a batch its own, torch.func.vmap(lambda p: "
-            "ll.apply(model, p, x))(stack) runs them all "
-            "on the same batch, stack[i] is one of them"
-        )
-    return where + f"found {tuple(found.shape)}"
-
-
-def keys(params: Adapter) -> list[tuple[str, str]]:
-    """(path, lora_name) of every leaf, in the order of `leaves`."""
-    return [(path, name) for path, names in params.layout.names.items() for name in names]

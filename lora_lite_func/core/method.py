@@ -52,10 +52,10 @@ def _default_scaling(cfg: AdapterConfig, site: Site) -> float:
 class Variant(Generic[ConfigT, DataT]):
     """One method: a record of pure functions, none of which may write on what it is given.
 
-    The types of the functions, in core/start_functions.py, phase_functions.py and
-    update_functions.py, say their arguments and shapes. A method needs
-    `param_specs` and at least one of `inputs`, `outputs`, `weight`,
-    `virtual` and `attend`.
+    The types of the functions say their arguments and shapes. Those of a call are in
+    core/phase_functions.py, those of the start in core/start_functions.py, those of the weight in
+    core/update_functions.py. A method needs `param_specs` and at least one of `inputs`, `outputs`,
+    `weight`, `virtual` and `attend`.
 
     Attributes:
         name: how files and tables call it.

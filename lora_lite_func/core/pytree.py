@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .adapter import ABSENT, Adapter, keys, leaves, rebuild
+from .absent import ABSENT
+from .adapter import Adapter, keys, leaves, rebuild
 from .layout import Layout, from_json, to_json
 from .nodes import register_node
 from .site_tensors import SiteTensors

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
+from ..core.errors import UnsupportedError
 from ..core.method import Variant
 from ..core.site import Params, Site
 from ..core.stacked import PRESENT
 from ..kernels.mixture import Mixture
+from ..kernels.row_axes import not_rows
 from ..kernels.row_plan import RowPlan
 from ..layers.tied import tied_names
 from .prompt import Prompt
 from .side_outputs import SideOutputs
 
-__all__ = ["AnyRowPlan", "Attachment", "everywhere", "is_here"]
+__all__ = ["AnyRowPlan", "Attachment", "everywhere", "ids_of_rows", "is_here"]
 
 AnyRowPlan: TypeAlias = RowPlan | Mixture
 """Which member of a stack each row of a batch has, or how much of each."""
@@ -74,6 +77,30 @@ def is_here(attachment: Attachment, p: Params) -> Tensor | None:
         p: its tensors at the site.
     """
     return p[PRESENT] > 0.5 if attachment.optional else attachment.here
+
+
+def ids_of_rows(attachment: Attachment, rows: int, why: str) -> Tensor:
+    """Which member of the stack each row of a batch has, (N,) int64, -1 for none.
+
+    Args:
+        attachment: an adapter with a row plan.
+        rows: N, how many rows came to the site.
+        why: what the method does that can't be another for each token, for the message.
+
+    Raises:
+        StructureError: the plan is for another number of rows.
+        UnsupportedError: each token has an adapter of its own.
+    """
+    plan, path = attachment.row_plan, attachment.site.path
+    assert isinstance(plan, RowPlan)
+    if plan.by_token:
+        raise UnsupportedError(
+            f"site {path!r}: {attachment.variant.name} {why}, so it can't be another one for each "
+            f"token; give an id for each row"
+        )
+    if plan.rows != rows:
+        raise not_rows(path, torch.empty(rows, 0, device="meta"), plan.rows)
+    return plan.ids
 
 
 def everywhere(

@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UnsupportedError
 from ..core.site import Site
 from ..core.stacked import unfolded
-from ..kernels.row_axes import not_rows
-from ..kernels.row_plan import RowPlan
-from .attachment import Attachment, is_here
+from .attachment import Attachment, ids_of_rows, is_here
 from .state import tensors_at
 
 __all__ = ["turn_to_adapters"]
@@ -29,6 +26,8 @@ __all__ = ["turn_to_adapters"]
 _NAME = "lora_lite_func"
 _CONFIG = "_ll_attention_config"
 """The attribute of a site's copy with the config that is the model's, where `config` is its own."""
+
+_MEETS = "changes an attention, in which tokens meet"
 
 
 def turn_to_adapters(site: Any) -> None:
@@ -54,13 +53,13 @@ def _attention(
     eager = name in (None, "eager")
     own = model_code.eager_attention_forward if eager else model_code.ALL_ATTENTION_FUNCTIONS[name]
     attachments = module._ll.attachments
-    _tell(attachments, "inputs", query)
+    _record(attachments, "inputs", query)
     y, weights = own(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     for attachment in attachments:
         if attachment.variant.attend is not None:
             y = _attended(attachment, module, query, scaling, y)
-    _tell(attachments, "outputs", query, y)
+    _record(attachments, "outputs", query, y)
     return y, weights
 
 
@@ -74,25 +73,12 @@ def _attended(
     if plan is None:
         here = is_here(attachment, p)
     else:
-        ids = _ids(attachment, query.shape[0]).to(query.device)
+        ids = ids_of_rows(attachment, query.shape[0], _MEETS).to(query.device)
         p = {name: t.index_select(0, ids.clamp(min=0)) for name, t in p.items()}
         here = (ids >= 0)[:, None, None, None]
     q, site = unfolded(p, attachment.site)
     made = attend(attachment.cfg, q, _keys(module, query), query, scaling, y, site)
     return made if here is None else torch.where(here, made, y)
-
-
-def _ids(attachment: Attachment, rows: int) -> Tensor:
-    plan, path = attachment.row_plan, attachment.site.path
-    assert isinstance(plan, RowPlan)
-    if plan.by_token:
-        raise UnsupportedError(
-            f"site {path!r}: {attachment.variant.name} changes an attention, in which tokens meet, "
-            f"so it can't be another one for each token; give an id for each row"
-        )
-    if plan.rows != rows:
-        raise not_rows(path, torch.empty(rows, 0, device="meta"), plan.rows)
-    return plan.ids
 
 
 def _keys(module: Any, like: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -114,8 +100,8 @@ def _keys(module: Any, like: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]
     return keys
 
 
-def _tell(attachments: Any, phase: str, *tensors: Tensor) -> None:
-    """Tell what isn't of this kind, as `ll.check` records with it, of the call."""
+def _record(attachments: Any, phase: str, *tensors: Tensor) -> None:
+    """Run the phases of adapters of another kind, with which `ll.check` records a call."""
     for a in attachments:
         function = None if a.variant.attend is not None else getattr(a.variant, phase)
         if function is not None:

@@ -54,8 +54,8 @@ class BaseTensors(Protocol):
     made: dict[int, Any]
     """{id of a tensor or array of the base: the tree's own one, which is cloned from it}."""
 
-    def beside(self, memory: Any, holder: nn.Module) -> Any:
-        """What stands for numbers that a module holds beside its parameters and buffers.
+    def tensor_for(self, memory: Any, holder: nn.Module) -> Any:
+        """What stands for numbers that a module holds besides its parameters and buffers.
 
         Args:
             memory: the module's tensor or array (references.holds_numbers).
@@ -116,7 +116,7 @@ class Constants:
             copy.__dict__["_ll"].rebased = True
         return given
 
-    def beside(self, memory: Any, holder: nn.Module) -> Any:
+    def tensor_for(self, memory: Any, holder: nn.Module) -> Any:
         if id(memory) in self.made or _is_written(holder):
             return own_memory(memory, self.made)
         learned = isinstance(memory, Tensor) and memory.requires_grad
@@ -153,7 +153,7 @@ class Frozen:
             parameters[name] = self.parameters[id(p)]
         own_buffers(copy, self.made)
 
-    def beside(self, memory: Any, holder: nn.Module) -> Any:
+    def tensor_for(self, memory: Any, holder: nn.Module) -> Any:
         return own_memory(memory, self.made)
 
 

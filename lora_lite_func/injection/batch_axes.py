@@ -26,7 +26,7 @@ from ..kernels.row_axes import not_rows
 __all__ = ["PLAIN", "Axis", "check_apart", "input_axes", "output_axis"]
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-"""Types that may come to a call and leave it beside tensors; they are the same for all rows."""
+"""Types that may come to a call and leave it besides tensors; they are the same for all rows."""
 
 
 class Axis(NamedTuple):
@@ -71,16 +71,16 @@ def input_axes(
     """
     path = module._ll.path
     if isinstance(module, nn.MultiheadAttention):
-        places = _of_attention(module, args, kwargs)
+        axes = _of_attention(module, args, kwargs)
     elif isinstance(module, nn.RNNBase):
-        places = _of_recurrent(module, args, kwargs, flat)
+        axes = _of_recurrent(module, args, kwargs, flat)
     else:
-        places = _of_others(module, flat, counts[0])
-    for t, at in zip(flat, places, strict=True):
+        axes = _of_others(module, flat, counts[0])
+    for t, at in zip(flat, axes, strict=True):
         for rows in counts:
             if at is not None and (t.ndim <= at.dim or t.shape[at.dim] != rows * at.each):
                 raise not_rows(path, t, rows)
-    return places
+    return axes
 
 
 def _of_attention(
@@ -119,7 +119,13 @@ def _of_recurrent(
     if x.ndim != 3:
         raise _unbatched(module, x)
     own = Axis(0 if module.batch_first else 1)
-    return [None if not isinstance(t, Tensor) else own if t is x else Axis(1) for t in flat]
+
+    def axis_of(value: Any) -> Axis | None:
+        if not isinstance(value, Tensor):
+            return None
+        return own if value is x else Axis(1)
+
+    return list(map(axis_of, flat))
 
 
 def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
@@ -136,27 +142,26 @@ def _of_others(module: Any, flat: list[Any], rows: int) -> list[Axis | None]:
             f"{module._ll.path!r} ({type(module).__name__}): is given {what}, in which rows "
             f"can't be told apart; {_LEAVE}"
         )
-    x, least = tensors[0], _least(module)
-    if x.ndim < (least or 1):
+    x, least_dims = tensors[0], _least_dims(module)
+    if x.ndim < (least_dims or 1):
         raise _unbatched(module, x)
     if x.shape[0] != rows:
         raise not_rows(module._ll.path, x, rows)
-    if least:
+    if least_dims:
         return [_FIRST if isinstance(t, Tensor) else None for t in flat]
-    return [
-        None
-        if not isinstance(t, Tensor)
-        else _FIRST
-        if t is x
-        else _of_stranger(module, t, x, rows)
-        for t in flat
-    ]
+
+    def axis_of(value: Any) -> Axis | None:
+        if not isinstance(value, Tensor):
+            return None
+        return _FIRST if value is x else _of_unknown(module, value, x, rows)
+
+    return list(map(axis_of, flat))
 
 
 _LEAVE = "leave it out with exclude_names, or call the model once per adapter"
 
 
-def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
+def _of_unknown(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
     """Where a further tensor of an unknown module has its rows; x (rows, ...) is the first one."""
     if t.ndim == 0 or (t.shape[0] == 1 != rows):
         return None
@@ -170,7 +175,7 @@ def _of_stranger(module: Any, t: Tensor, x: Tensor, rows: int) -> Axis | None:
     )
 
 
-def _least(module: Any) -> int:
+def _least_dims(module: Any) -> int:
     """How many dimensions an input with rows has at least.
 
     It is known for torch's own classes, and 0 for an unknown one.

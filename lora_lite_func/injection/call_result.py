@@ -30,6 +30,9 @@ def own_tokens(result: Any, front: Front, tokens: int) -> Any:
         result: a tensor, a tuple, a mapping (a ModelOutput of transformers).
         front: where the virtual tokens stand.
         tokens: T, how many tokens a row has of its own.
+
+    Raises:
+        UnsupportedError: a result of another kind, in which they can't be found.
     """
     width = front.slots + tokens
 

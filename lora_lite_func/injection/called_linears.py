@@ -16,7 +16,7 @@ from ..core.errors import UnsupportedError
 from ..core.layout import Layout, LeafSpec
 from ..core.site import Params, Site
 from ..kernels.low_rank import cast
-from ..layers.weights import held
+from ..layers.weights import read_tensor
 from .attachment import Attachment
 from .state import Leaves
 
@@ -115,7 +115,7 @@ def _linear(weight: Tensor, trainable: bool) -> nn.Linear:
 
 def _weight(linear: nn.Linear) -> Tensor:
     weight = linear.weight
-    return held(linear) if weight.is_meta and "_hf_hook" in linear.__dict__ else weight
+    return read_tensor(linear) if weight.is_meta and "_hf_hook" in linear.__dict__ else weight
 
 
 def called_outputs(

@@ -55,23 +55,22 @@ def merge_site(
         here = is_here(attachment, p)
         if here is not None:
             M = torch.where(here, M, new)
-            moved = (
-                moved
-                if moved is bias or moved is None
-                else torch.where(here, moved, 0.0 if bias is None else bias)
-            )
+            if moved is not None and moved is not bias:
+                moved = torch.where(here, moved, 0.0 if bias is None else bias)
         new, bias = M, moved
     if KINDS[attachment.site.kind].one_hot:
         # The bias goes into every row of the table, as the entries of a one-hot vector sum to 1.
         if bias is not None:
-            new, bias = (
-                restored(matrix(new, attachment.site) + bias[:, None], new, attachment.site),
-                None,
-            )
+            table = matrix(new, attachment.site) + bias[:, None]
+            new, bias = restored(table, new, attachment.site), None
         new = keeping_padding(module, W, new)
     if bias is start or bias is None:
         return new.to(dtype), b
-    shape = b.shape if b is not None else W.shape if attachment.site.d_in == 1 else bias.shape
+    shape = bias.shape
+    if b is not None:
+        shape = b.shape
+    elif attachment.site.d_in == 1:
+        shape = W.shape
     return new.to(dtype), bias.reshape(shape).to(dtype)
 
 

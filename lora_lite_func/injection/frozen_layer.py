@@ -39,15 +39,15 @@ class FrozenLayer:
         phases: Callable[..., Any],
     ) -> None:
         if any(attachment.called for attachment in attachments[:count]):
-            # What a hook sees is the model's call, and not what is asked here of the layer.
+            # Hooks are to see the model's call, and not what a method asks of the layer.
             attachments = [attachment.changed(called=False) for attachment in attachments]
-        self.attachments, self.count, self.module, self.p, self.phases = (
-            attachments,
-            count,
-            module,
-            p,
-            phases,
-        )
+        self.attachments, self.count, self.module = attachments, count, module
+        self.p, self.phases = p, phases
+
+    @property
+    def inside(self) -> Sequence[Attachment]:
+        """The adapters between this one and the frozen layer, innermost first."""
+        return self.attachments[: self.count]
 
     @property
     def is_plain(self) -> bool:
@@ -71,9 +71,8 @@ class FrozenLayer:
             return None if bias is None else whole(bias)
         if KINDS[self.attachments[0].site.kind].one_hot:
             return None
-        zero = torch.zeros(
-            1, self.attachments[0].site.d_in, device=next(iter(self.p.values())).device
-        )
+        device = next(iter(self.p.values())).device
+        zero = torch.zeros(1, self.attachments[0].site.d_in, device=device)
         return self._call(zero)[0]
 
     @property
@@ -91,7 +90,7 @@ class FrozenLayer:
         """
         self._check_product()
         weight, site = getattr(self.module, "weight", None), self.attachments[0].site
-        inside = self.attachments[: self.count]
+        inside = self.inside
         mergeable = all(a.variant.weight is not None and a.row_plan is None for a in inside)
         if isinstance(weight, Tensor) and is_dense(weight, site.d_in * site.d_out) and mergeable:
             whole = merge_site(self.module, inside, weight, None)[0] if inside else weight
@@ -140,22 +139,17 @@ class FrozenLayer:
         if self.is_plain:
             return F.linear(x.to(weight.dtype), matrix(weight, self.attachments[0].site))
         if KINDS[self.attachments[0].site.kind].one_hot:
-            table = (
-                merge_site(self.module, self.attachments[: self.count], weight, None)[0]
-                if self.count
-                else weight
-            )
+            table = weight
+            if self.count:
+                table = merge_site(self.module, self.inside, weight, None)[0]
             return F.linear(x, matrix(table, self.attachments[0].site).to(x.dtype))
         # The layer is quantised or offloaded, or has other adapters inside, so it is called.
-        y, bias = (
-            self._call(x),
-            self.bias,
-        )
+        y, bias = self._call(x), self.bias
         return y if bias is None else y - bias.to(y.dtype)
 
     def _check_product(self) -> None:
         """Refuse to read a weight that an adapter inside hasn't left."""
-        for inside in self.attachments[: self.count]:
+        for inside in self.inside:
             if inside.variant.weight is None:
                 raise UnsupportedError(
                     f"{inside.site.path!r}: {self.attachments[self.count].variant.name} reads the "
@@ -165,14 +159,8 @@ class FrozenLayer:
                 )
 
     def _call(self, x: Tensor) -> Tensor:
-        mixed = first_of(
-            (
-                attachment
-                for attachment in self.attachments[: self.count]
-                if attachment.row_plan is not None
-            ),
-            None,
-        )
+        by_rows = (inside for inside in self.inside if inside.row_plan is not None)
+        mixed = first_of(by_rows, None)
         if mixed is not None:
             raise UnsupportedError(
                 f"{mixed.site.path!r}: {self.attachments[self.count].variant.name} reads the "

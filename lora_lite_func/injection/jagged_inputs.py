@@ -32,14 +32,12 @@ def by_values(
     if not is_jagged(x):
         raise UnsupportedError(
             f"site {site.path!r}: expected a nested tensor of layout torch.jagged, contiguous, "
-            f"with "
-            f"its lengths behind the first dimension, found layout {x.layout}; make it so "
+            f"with its lengths behind the first dimension, found layout {x.layout}; make it so "
             f"(torch.nested.nested_tensor(..., layout=torch.jagged)), or pad it"
         )
     if any(attachment.row_plan is not None for attachment in attachments):
         raise UnsupportedError(
             f"site {site.path!r}: a jagged input's tokens lie in a row, in which rows with "
-            f"adapters "
-            f"of their own can't be told apart; pad it"
+            f"adapters of their own can't be told apart; pad it"
         )
     return torch.nested.nested_tensor_from_jagged(call(x.values()), x.offsets())

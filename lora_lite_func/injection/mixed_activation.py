@@ -65,14 +65,14 @@ def by_weights(
     if variant.low_rank_factors is not None and not by_phases:
         return add_mixture(y, x, *stacked_factors(attachment, p), w)
     assert variant.outputs is not None
-    nothing = torch.zeros_like(y)
+    zeros = torch.zeros_like(y)
     for k in range(mixture.members):
         q, at = unfolded({name: t[k] for name, t in p.items()}, site)
         d = None
         if variant.prepare is not None:
             device = next(iter(q.values())).device.type
             d = without_autocast(device, variant.prepare, attachment.cfg, q, at, layer)
-        update = variant.outputs(attachment.cfg, q, d, x, nothing, at)
+        update = variant.outputs(attachment.cfg, q, d, x, zeros, at)
         y = (y + w[..., k : k + 1] * update).to(y.dtype)
     return y
 

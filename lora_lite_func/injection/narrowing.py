@@ -59,11 +59,8 @@ def narrowed(module: nn.Module, within: Within) -> dict[str, nn.Module | None]:
     def visit(child: nn.Module) -> nn.Module:
         if id(child) in copies:
             return copies[id(child)]
-        had, inside = (
-            child.__dict__,
-            {name: c if c is None else visit(c) for name, c in child._modules.items()},
-        )
-        state: SiteState = had.get("_ll", _NO_SITE)
+        inside = {name: c if c is None else visit(c) for name, c in child._modules.items()}
+        state: SiteState = child.__dict__.get("_ll", _NO_SITE)
         attachments, subs = state.attachments, state.substituted
         mixed = any(
             attachment.row_plan is not None

@@ -144,25 +144,25 @@ def _call(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     outer: Prompt | None = self.__dict__.get("_ll_prompt")
     under = self._ll_under
-    telling = _Telling(_prompt_of(under, args, kwargs, outer))
-    made = telling.copy(self, under)
-    telling.rebind()
+    prompt_call = _PromptCall(_prompt_of(under, args, kwargs, outer))
+    made = prompt_call.copy(self, under)
+    prompt_call.rebind()
     own = made.__dict__.get("_ll_forward")
     forward = made.forward if own is None else own
     if torch.compiler.is_dynamo_compiling():
         return forward(*args, **kwargs)
-    before = [(module, copy, dict(copy.__dict__)) for module, copy in telling.pairs]
+    before = [(module, copy, dict(copy.__dict__)) for module, copy in prompt_call.pairs]
     try:
         return forward(*args, **kwargs)
     finally:
-        originals = {id(copy): module for module, copy in telling.pairs}
+        originals = {id(copy): module for module, copy in prompt_call.pairs}
         for module, copy, attributes in before:
             for name, value in copy.__dict__.items():
                 if name not in _OWN and attributes.get(name, attributes) is not value:
                     module.__dict__[name] = originals.get(id(value), value)
 
 
-class _Telling:
+class _PromptCall:
     """One call's copies of the modules that lead to sites.
 
     Args:

@@ -31,6 +31,14 @@ from .references import (
     refers,
     role_of,
 )
+from .turned_values import (
+    turned_built_in_method,
+    turned_cache,
+    turned_cell,
+    turned_method,
+    turned_partial,
+    turned_proxy,
+)
 from .unfollowed import leads, modules_in
 
 __all__ = ["MUTABLE", "OWNED", "Rebinding", "own_object", "turn_callables"]
@@ -47,8 +55,8 @@ class Rebinding:
     Args:
         copies: {id of an original module: its copy}. Other objects are added as they are copied, so
             that what was one object stays one.
-        beside: (tensor or array, self) -> what stands for one that a container or a closure holds;
-            None leaves those as they are.
+        tensor_for: (tensor or array, self) -> what stands for one that a container or a closure
+            holds; None leaves those as they are.
         tensors: {id of a tensor or array of the base: the tree's own one}.
         root: the original of the whole tree, where it is a whole one.
 
@@ -62,14 +70,14 @@ class Rebinding:
     def __init__(
         self,
         copies: dict[int, Any],
-        beside: Callable[[Any, Rebinding], Any] | None = None,
+        tensor_for: Callable[[Any, Rebinding], Any] | None = None,
         tensors: Mapping[int, Any] | None = None,
         root: nn.Module | None = None,
     ) -> None:
         self.copies = copies
         self.root = root
         self.tensors = {} if tensors is None else tensors
-        self.beside = beside
+        self.tensor_for = tensor_for
         self.by_id = TRACES_IDS or not torch.compiler.is_dynamo_compiling()
         self.unfollowed: list[tuple[str, nn.Module | None]] = []
         self.kept: list[Any] = []
@@ -148,8 +156,8 @@ class Rebinding:
             return item
         if role_of(kind) in OWNED:
             return self.own(item)
-        if self.beside is not None and holds_numbers(item):
-            return self.beside(item, self)
+        if self.tensor_for is not None and holds_numbers(item):
+            return self.tensor_for(item, self)
         return item
 
     def turn_owned(self) -> None:
@@ -241,7 +249,7 @@ class Rebinding:
         alone = isinstance(value, weakref.WeakSet)
         held = [(item, item) for item in value] if alone else list(value.items())
         new = [(self.turned(key), self.turned(item)) for key, item in held]
-        if self.beside is None and same_members(new, held):
+        if self.tensor_for is None and same_members(new, held):
             return value
         for now, before in zip(sum(new, ()), sum(held, ()), strict=True):
             if now is not before and not isinstance(now, (nn.Module, *PLAIN)):
@@ -267,30 +275,22 @@ class Rebinding:
     def _pointer(self, value: Any) -> Any:
         kind = type(value)
         if kind in weakref.ProxyTypes:
-            return self._proxy(value)
+            return turned_proxy(value, self.turned)
         if issubclass(kind, Tensor):
-            return value if self.beside is None else self.beside(value, self)
+            return value if self.tensor_for is None else self.tensor_for(value, self)
         if issubclass(kind, nn.Module):
             return self._module(value)
         if issubclass(kind, types.MethodType):
-            owner, function = self.turned(value.__self__), self.turned(value.__func__)
-            if owner is value.__self__ and function is value.__func__:
-                return value
-            return types.MethodType(function, owner)
+            return turned_method(value, self.turned)
         if issubclass(kind, types.FunctionType):
             return self._function(value)
         if issubclass(kind, functools.partial):
-            return self._partial(value)
+            return turned_partial(value, self.turned)
         if issubclass(kind, types.BuiltinMethodType):
-            owner = self.turned(value.__self__)
-            return value if owner is value.__self__ else getattr(owner, value.__name__)
+            return turned_built_in_method(value, self.turned)
         if issubclass(kind, weakref.ReferenceType):
             return self._reference(value)
-        # The value is a functools.lru_cache; the new one starts empty.
-        inner = self.turned(value.__wrapped__)
-        if inner is value.__wrapped__:
-            return value
-        return functools.lru_cache(**value.cache_parameters())(inner)
+        return turned_cache(value, self.turned)
 
     def _module(self, value: nn.Module) -> nn.Module:
         """A module's copy; one from outside the tree itself, which mustn't call those inside."""
@@ -313,23 +313,6 @@ class Rebinding:
             self.kept.append(owner)
         return type(value)(owner)
 
-    def _proxy(self, value: Any) -> Any:
-        try:
-            target = value.__init__.__self__
-        except ReferenceError:
-            return value
-        owner = self.turned(target)
-        return value if owner is target else weakref.proxy(owner)
-
-    def _partial(self, value: Any) -> Any:
-        parts = (value.func, value.args, value.keywords)
-        function, args, keywords = new = tuple(self.turned(part) for part in parts)
-        if all(a is b for a, b in zip(new, parts, strict=True)):
-            return value
-        made = type(value)(function, *args, **keywords)
-        made.__dict__.update(self.turned(value.__dict__))
-        return made
-
     def _function(self, value: Any) -> Any:
         """A function whose closure, defaults or attributes refer to modules, around the modules'
         copies.
@@ -344,7 +327,7 @@ class Rebinding:
         held = (value.__defaults__, value.__kwdefaults__, value.__dict__)
         if not cells and held == _NOTHING:
             return value
-        new_cells = tuple(self._cell(cell) for cell in cells)
+        new_cells = tuple(turned_cell(cell, self.turned) for cell in cells)
         defaults, keywords, attributes = new = tuple(self.turned(part) for part in held)
         pairs = (*zip(new_cells, cells, strict=True), *zip(new, held, strict=True))
         if all(a is b for a, b in pairs):
@@ -367,15 +350,6 @@ class Rebinding:
             if leads(value):
                 what = f"the function {function.__qualname__!r}, which reads {read.what}"
                 self.note(what, value)
-
-    def _cell(self, cell: Any) -> Any:
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            # The cell isn't filled yet.
-            return cell
-        new = self.turned(content)
-        return cell if new is content else types.CellType(new)
 
 
 def _notes(container: Any) -> dict[str, Any]:

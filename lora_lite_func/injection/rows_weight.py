@@ -18,7 +18,7 @@ from ..core.errors import UnsupportedError
 from ..core.site import Params
 from ..core.torch_internals import BATCH_NORMS, CONVOLUTIONS, is_tracing_here
 from ..kernels.row_axes import not_rows
-from ..kernels.row_groups import RowGroups, parted
+from ..kernels.row_groups import RowGroups, in_groups
 from ..kernels.row_plan import RowPlan
 from .attachment import Attachment
 from .batch_axes import PLAIN, Axis, check_apart, input_axes, output_axis
@@ -47,7 +47,7 @@ def _chosen(chains: Chains, own: Mapping[Any, Attachment | None]) -> Chains:
 def by_adapters(
     module: Any,
     chains: Chains,
-    home: Callable[[Any], Any],
+    holder: Callable[[Any], Any],
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -57,7 +57,7 @@ def by_adapters(
     Args:
         module: the site.
         chains: its adapters, some of them of a stack with a row plan.
-        home: gives, for the key of a chain, the module that holds its tensors.
+        holder: gives, for the key of a chain, the module that holds its tensors.
         call: (chains, args, kwargs, within) -> the output, for adapters that all rows have;
             `within` is for what is inside the module.
         args: the positional arguments of the call.
@@ -81,35 +81,36 @@ def by_adapters(
         if isinstance(attachment.row_plan, RowPlan)
     ]
     flat, form = pytree.tree_flatten((args, kwargs))
-    places = input_axes(module, args, kwargs, flat, [plan.rows for plan in plans])
-    lead = next((t for t, at in zip(flat, places, strict=True) if at is not None))
-    parts = parted(plans, lead.device)
-    if not parts.rows:
+    axes = input_axes(module, args, kwargs, flat, [plan.rows for plan in plans])
+    lead = next((t for t, at in zip(flat, axes, strict=True) if at is not None))
+    groups = in_groups(plans, lead.device)
+    if not groups.rows:
         return call(_chosen(chains, dict.fromkeys(mixed)), args, kwargs)
-    runs = _runs(parts, _maps(module))
+    segments = _segments(groups, _maps(module))
     members = {
-        at: _members(attachment, home(at[0]), parts, n, runs)
+        at: _members(attachment, holder(at[0]), groups, n, segments)
         for n, (at, attachment) in enumerate(mixed.items())
     }
     cut = [
-        [t] * len(runs) if at is None else _cut(t, at, parts, runs)
-        for t, at in zip(flat, places, strict=True)
+        [t] * len(segments) if at is None else _cut(t, at, groups, segments)
+        for t, at in zip(flat, axes, strict=True)
     ]
 
     def one(own: Mapping[Any, Attachment | None], pieces: list[Any], within: Within | None) -> Any:
         return call(_chosen(chains, own), *pytree.tree_unflatten(pieces, form), within)
 
     made = []
-    for n, (low, high) in enumerate(runs):
-        own, pieces = (
-            {at: attachments[n] for at, attachments in members.items()},
-            [column[n] for column in cut],
-        )
+    for n, (low, high) in enumerate(segments):
+        own = {at: attachments[n] for at, attachments in members.items()}
+        pieces = [column[n] for column in cut]
         if high - low > 1:
-            made.append(_together(one, own, pieces, [at is not None for at in places], high - low))
+            made.append(_together(one, own, pieces, [at is not None for at in axes], high - low))
         else:
-            made.append(one(own, pieces, None if len(runs) == 1 else of_rows(parts.rows[low])))
-    return made[0] if len(made) == 1 and parts.back is None else _joined(module, made, parts, runs)
+            within = None if len(segments) == 1 else of_rows(groups.rows[low])
+            made.append(one(own, pieces, within))
+    if len(made) == 1 and groups.back is None:
+        return made[0]
+    return _joined(module, made, groups, segments)
 
 
 def _maps(module: Any) -> bool:
@@ -126,37 +127,37 @@ def _maps(module: Any) -> bool:
     )
 
 
-def _runs(parts: RowGroups, maps: bool) -> list[tuple[int, int]]:
-    """The segments of the parts, as [(low, high)].
+def _segments(groups: RowGroups, maps: bool) -> list[tuple[int, int]]:
+    """Segments of neighbouring groups, as [(low, high)].
 
-    A segment is one part, or neighbouring parts that have as many rows and adapters for the same
+    A segment is one group, or neighbouring groups that have as many rows and adapters for the same
     plans.
     """
     if not maps:
-        return [(n, n + 1) for n in range(len(parts.rows))]
-    runs: list[tuple[int, int]] = []
-    kinds = [(len(rows), *(bare[n] for bare in parts.bare)) for n, rows in enumerate(parts.rows)]
+        return [(n, n + 1) for n in range(len(groups.rows))]
+    segments: list[tuple[int, int]] = []
+    kinds = [(len(rows), *(bare[n] for bare in groups.bare)) for n, rows in enumerate(groups.rows)]
     for n, kind in enumerate(kinds):
-        if runs and kinds[runs[-1][0]] == kind:
-            runs[-1] = (runs[-1][0], n + 1)
+        if segments and kinds[segments[-1][0]] == kind:
+            segments[-1] = (segments[-1][0], n + 1)
         else:
-            runs.append((n, n + 1))
-    return runs
+            segments.append((n, n + 1))
+    return segments
 
 
 def _members(
     attachment: Attachment,
     module: Any,
-    parts: RowGroups,
+    groups: RowGroups,
     plan: int,
-    runs: Sequence[tuple[int, int]],
+    segments: Sequence[tuple[int, int]],
 ) -> list[Attachment | None]:
     """The adapter of each segment, or None where the segment has none.
 
-    In a segment of several parts its tensors have a leading axis of those.
+    In a segment of several groups the adapter's tensors have a leading axis of groups.
     """
-    index, bare, here = parts.members[plan], parts.bare[plan], parts.here[plan]
-    sizes = [high - low for low, high in runs]
+    index, bare, here = groups.members[plan], groups.bare[plan], groups.here[plan]
+    sizes = [high - low for low, high in segments]
 
     def split(t: Tensor) -> list[Tensor]:
         return [piece.squeeze(0) if piece.shape[0] == 1 else piece for piece in t.split(sizes)]
@@ -165,11 +166,11 @@ def _members(
         name: split(t.index_select(0, index.to(t.device)))
         for name, t in tensors_at(attachment, module).items()
     }
-    flags = [None] * len(runs) if here is None else split(here)
-    own: list[Params] = [{name: ts[n] for name, ts in leaves.items()} for n in range(len(runs))]
+    flags = [None] * len(segments) if here is None else split(here)
+    own: list[Params] = [{name: ts[n] for name, ts in leaves.items()} for n in range(len(segments))]
     return [
         None if bare[low] else attachment.changed(p=own[n], row_plan=None, here=flags[n])
-        for n, (low, _) in enumerate(runs)
+        for n, (low, _) in enumerate(segments)
     ]
 
 
@@ -184,7 +185,7 @@ def _together(
     present = {at: attachment for at, attachment in own.items() if attachment is not None}
     rows = [t.unflatten(0, (count, -1)) for t, there in zip(pieces, has_rows, strict=True) if there]
 
-    def of_part(leaves: list[Params], here: list[Tensor | None], *rows: Tensor) -> Any:
+    def of_group(leaves: list[Params], here: list[Tensor | None], *rows: Tensor) -> Any:
         it = iter(rows)
         attachments = {
             at: attachment.changed(p=p, here=h)
@@ -197,7 +198,7 @@ def _together(
         )
 
     return mapped(
-        of_part,
+        of_group,
         [attachment.p for attachment in present.values()],
         [attachment.here for attachment in present.values()],
         *rows,
@@ -205,24 +206,26 @@ def _together(
 
 
 def _cut(
-    t: Tensor, at: Axis, parts: RowGroups, runs: Sequence[tuple[int, int]]
+    t: Tensor, at: Axis, groups: RowGroups, segments: Sequence[tuple[int, int]]
 ) -> Sequence[Tensor]:
     """A tensor's rows, cut into segments."""
     dim, each = at
-    sizes = [size * each for size in _sizes(parts, runs)]
-    if parts.take is None:
+    sizes = [size * each for size in _sizes(groups, segments)]
+    if groups.take is None:
         return t.split(sizes, dim)
-    take = parts.take.to(t.device)
+    take = groups.take.to(t.device)
     if each > 1:
         take = (take[:, None] * each + torch.arange(each, device=t.device)).flatten()
     return t.index_select(dim, take).split(sizes, dim)
 
 
-def _sizes(parts: RowGroups, runs: Sequence[tuple[int, int]]) -> list[int]:
-    return [sum(map(len, parts.rows[low:high])) for low, high in runs]
+def _sizes(groups: RowGroups, segments: Sequence[tuple[int, int]]) -> list[int]:
+    return [sum(map(len, groups.rows[low:high])) for low, high in segments]
 
 
-def _joined(module: Any, made: list[Any], parts: RowGroups, runs: Sequence[tuple[int, int]]) -> Any:
+def _joined(
+    module: Any, made: list[Any], groups: RowGroups, segments: Sequence[tuple[int, int]]
+) -> Any:
     """Put the outputs of the segments together, each row where it was."""
     columns, forms = zip(*map(pytree.tree_flatten, made), strict=True)
     path, kind = module._ll.path, type(module).__name__
@@ -236,12 +239,12 @@ def _joined(module: Any, made: list[Any], parts: RowGroups, runs: Sequence[tuple
             joined.append(column[0])
             continue
         dim = output_axis(module, n)
-        for t, size in zip(column, _sizes(parts, runs), strict=True):
+        for t, size in zip(column, _sizes(groups, segments), strict=True):
             if t.ndim <= dim or t.shape[dim] != size:
                 raise not_rows(path, t, size)
         whole = torch.cat(column, dim)
         joined.append(
-            whole if parts.back is None else whole.index_select(dim, parts.back.to(whole.device))
+            whole if groups.back is None else whole.index_select(dim, groups.back.to(whole.device))
         )
     return pytree.tree_unflatten(joined, forms[0])
 

@@ -15,10 +15,12 @@ from ..core.torch_internals import at_trace_time, flatten_again
 from ..layers.embedding import bounded, padded, rows
 from . import activation_route, linear, virtual_call
 from .jagged_inputs import by_values
+from .phases import phases
 from .references import slots
 from .stand_in import delegated, on_stand_in
 from .state import Held
-from .weight_route import read, read_substituted, substituted
+from .weight_properties import read, read_substituted
+from .weight_route import substituted
 
 __all__ = ["site_class"]
 
@@ -38,7 +40,7 @@ class _Lookup(nn.Embedding):
                 seen.append(rows(table, ids) if table.max_norm is not None else call(ids))
                 return seen[-1]
 
-            return activation_route.phases(attachments, len(attachments), frozen, table, input)
+            return phases(attachments, len(attachments), frozen, table, input)
 
         y = padded(self, input, on_stand_in(self, nn.Embedding, on_table), seen[-1])
         return y if self.max_norm is None else bounded(y, self)

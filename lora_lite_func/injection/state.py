@@ -22,7 +22,7 @@ __all__ = [
     "Leaves",
     "SiteState",
     "Step",
-    "held_by",
+    "count_held",
     "hold",
     "leaves_at",
     "leaves_of",
@@ -179,7 +179,7 @@ def leaves_of(site: Any) -> Iterable[Leaves]:
     return site._modules[CHILD]._modules.values() if CHILD in site._modules else ()
 
 
-def held_by(module: Any) -> int:
+def count_held(module: Any) -> int:
     """How many adapters' tensors a bound site holds; 0 for any other module."""
     return len(module._modules.get(CHILD, ())) if hasattr(type(module), "_ll_base") else 0
 

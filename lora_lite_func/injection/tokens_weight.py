@@ -33,7 +33,7 @@ def has_tokens(chains: Chains) -> bool:
 def by_tokens(
     module: Any,
     chains: Chains,
-    home: Callable[[Any], Any],
+    holder: Callable[[Any], Any],
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -43,7 +43,7 @@ def by_tokens(
     Args:
         module: the site.
         chains: its adapters, some of them with a plan for tokens.
-        home: as in `by_adapters`.
+        holder: as in `by_adapters`.
         call: as in `by_adapters`.
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
@@ -76,4 +76,4 @@ def by_tokens(
     own = {key: tuple(map(of_tokens, attachments)) for key, attachments in chains.items()}
     given = [x.flatten(0, 1) if t is x else t for t in flat]
     args, kwargs = pytree.tree_unflatten(given, form)
-    return by_adapters(module, own, home, call, args, kwargs).unflatten(0, shape)
+    return by_adapters(module, own, holder, call, args, kwargs).unflatten(0, shape)

@@ -128,7 +128,7 @@ class Copier:
         self.sites = _by_module(sites)
         self.left = dict.fromkeys(self.sites)
         self.root = model
-        self.tells = any(map(_asks, sites.values()))
+        self.needs_prompt = any(map(_needs_prompt, sites.values()))
         self.base_tensors = base_tensors
         self.copies: dict[int, Any] = {}
         self.written: list[tuple[nn.Module, tuple[str, ...]]] = []
@@ -165,7 +165,7 @@ class Copier:
         facts = _facts_of(type(module))
         if facts.refusal is not None:
             raise UnsupportedError(f"{path!r} ({type(module).__name__}) {facts.refusal}")
-        if attachments is None and not facts.is_special and not self.tells:
+        if attachments is None and not facts.is_special and not self.needs_prompt:
             copy = _shallow(module, type(module), facts.slots)
         else:
             copy = self._special(module, path, facts, attachments, by_weight)
@@ -193,7 +193,7 @@ class Copier:
         if facts.has_inner and _joined(path, "out_proj") in self.sites:
             inner = ("out_proj",)
         bounds = facts.is_table and module.__dict__.get("max_norm") is not None
-        scope = facts.is_scope or (self.tells and self._has_prompt(module, path))
+        scope = facts.is_scope or (self.needs_prompt and self._has_prompt(module, path))
         make = _scope if scope else _shallow
         if attachments is None and not inner and not bounds:
             return make(module, under_scope(type(module)), facts.slots)
@@ -275,7 +275,7 @@ def _scope(module: nn.Module, cls: type[nn.Module], kept: tuple[str, ...]) -> nn
     return copy
 
 
-def _asks(attachments: Sequence[Attachment]) -> bool:
+def _needs_prompt(attachments: Sequence[Attachment]) -> bool:
     """Whether one of a site's adapters has to be told the prompt."""
     for attachment in attachments:
         if attachment.prompt is None and KINDS[attachment.site.kind].listed:

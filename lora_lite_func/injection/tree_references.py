@@ -71,7 +71,7 @@ class TreeReferences:
         self, model: nn.Module, copies: dict[int, Any], base_tensors: Any, refuse: bool
     ) -> None:
         self.model, self.copies, self.refuse = model, copies, refuse
-        self.beside: Callable[..., Any] | None = getattr(base_tensors, "beside", None)
+        self.tensor_for: Callable[..., Any] | None = getattr(base_tensors, "tensor_for", None)
         self.tensors: dict[int, Any] = getattr(base_tensors, "made", {})
         self.kept: bool = getattr(base_tensors, "kept", False)
         self.replaced: Container[str] = getattr(base_tensors, "replaced", ())
@@ -168,7 +168,7 @@ class TreeReferences:
         """
         if not self.noted and not self.readers:
             return
-        rebinding = Rebinding(self.copies, self._beside, self.tensors, self.model)
+        rebinding = Rebinding(self.copies, self._tensor_for, self.tensors, self.model)
         for noted in self.noted:
             self._own(rebinding, noted)
         for noted in self.noted:
@@ -192,7 +192,7 @@ class TreeReferences:
             if role_of(type(value)) in OWNED:
                 _set(copy, name, rebinding.own(value))
             elif holds_numbers(value) and not _is_computed(copy, name):
-                _set(copy, name, self._beside(value, rebinding))
+                _set(copy, name, self._tensor_for(value, rebinding))
 
     def _turn(self, rebinding: Rebinding, noted: _Noted) -> None:
         copy, path, attributes = noted.copy, noted.path, noted.copy.__dict__
@@ -223,11 +223,11 @@ class TreeReferences:
                 if not leads(value):
                     continue
                 if isinstance(value, nn.Parameter):
-                    self._beside(value, rebinding)
+                    self._tensor_for(value, rebinding)
                 rebinding.note(read.what, value)
                 self._check(rebinding, path, f"{who} reads")
 
-    def _beside(self, memory: Any, rebinding: Rebinding) -> Any:
+    def _tensor_for(self, memory: Any, rebinding: Rebinding) -> Any:
         """What stands for a tensor or array that a module holds in an attribute or a container."""
         # Only a parameter, or what could become one, has to be looked for among the tree's tensors.
         found = None
@@ -238,7 +238,7 @@ class TreeReferences:
                 self._index = dict(self._tensors())
             found = self._index.get(id(memory))
         if found is None:
-            return memory if self.beside is None else self.beside(memory, self.holder)
+            return memory if self.tensor_for is None else self.tensor_for(memory, self.holder)
         path, copy, name = found
         state = copy.__dict__.get("_ll")
         replaced = (f"{path}.{name}" if path else name) in self.replaced

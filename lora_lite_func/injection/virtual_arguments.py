@@ -111,7 +111,7 @@ def in_front(
     made = {k: v for k, v in given.items() if k not in ("input_ids", "cache_position")}
     made["inputs_embeds"] = front.join(values, own)
     if mask is not None:
-        made[_MASK] = mask if front.order is None else front.join(*_parted(mask, front.slots))
+        made[_MASK] = front.joined_mask(mask)
     if made.get(_POSITIONS) is not None:
         made[_POSITIONS] = front.positions(made[_POSITIONS])
     elif causal and mask is not None and _POSITIONS in names:
@@ -169,10 +169,6 @@ def _without_first(labels: Tensor, front: Front) -> Tensor:
     place = torch.arange(labels.shape[1], device=labels.device)
     bare = front.lengths.to(labels.device)[:, None] == 0
     return labels.masked_fill(bare & (place == front.slots), -100)
-
-
-def _parted(mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    return mask[:, :slots], mask[:, slots:]
 
 
 def _is_of_tokens(value: Any, rows: int, tokens: int) -> bool:

@@ -70,7 +70,7 @@ def in_front_of_decoded(
         own["input_ids"] = shifted(given["labels"])
     own = {name: value for name, value in own.items() if value is not None}
     decoder = module.get_decoder()
-    home = module if token_table(decoder) is None else decoder
-    made, front = in_front(front, values, home, own, (), True, path)
+    holder = module if token_table(decoder) is None else decoder
+    made, front = in_front(front, values, holder, own, (), True, path)
     given = {k: v for k, v in given.items() if k not in (*_NAMES, "labels", "cache_position")}
     return given | {k if k == "labels" else _OWN + k: v for k, v in made.items()}, front

@@ -61,9 +61,8 @@ def encoded(attachments: Sequence[Attachment], module: Any, given: Given) -> Giv
     for attachment in reversed(attachments):
         front = front_of(attachment, module, rows)
         mask = front.mask(mask, rows, tokens, device)
-        packed = front.packed(mask)
-        if mask is not None and packed.order is not None:
-            mask = packed.join(mask[:, : front.slots], mask[:, front.slots :])
+        if mask is not None:
+            mask = front.packed(mask).joined_mask(mask)
         tokens += front.slots
     return given if mask is None else {**given, _MASK: mask}
 

@@ -50,6 +50,12 @@ class Front(NamedTuple):
             used = (place >= self.slots - self.lengths.to(own.device)[:, None]).to(own.dtype)
         return torch.cat([used, own], dim=1)
 
+    def joined_mask(self, mask: Tensor) -> Tensor:
+        """The joined mask (N, P + T) in the order of the row's places."""
+        if self.order is None:
+            return mask
+        return self.join(mask[:, : self.slots], mask[:, self.slots :])
+
     def packed(self, mask: Tensor | None) -> Front:
         """The same tokens with what the joined mask leaves out at the end of each row."""
         if mask is None:

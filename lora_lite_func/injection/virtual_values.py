@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UnsupportedError
 from ..core.site import Params
 from ..core.stacked import LENGTH, PRESENT, unfolded
-from ..kernels.row_axes import not_rows
 from ..kernels.row_plan import RowPlan
 from ..layers.whole_calls import predicts_next
-from .attachment import Attachment
+from .attachment import Attachment, ids_of_rows
 from .rows_activation import mapped
 from .state import tensors_at
 from .virtual_front import Front
 
 __all__ = ["decoder_values_of", "front_of", "label_weights_of", "labels_of", "values_of"]
+
+_STANDS = "stands in front of whole rows"
 
 
 def values_of(attachment: Attachment, module: Any, rows: int) -> Tensor:
@@ -78,7 +78,7 @@ def _of_rows(
     if attachment.row_plan is None:
         made = one(p)
         return made.expand(rows, *made.shape)
-    ids = _ids(attachment, rows).to(_any(p).device).clamp(min=0)
+    ids = ids_of_rows(attachment, rows, _STANDS).to(_any(p).device).clamp(min=0)
     return mapped(one, p).index_select(0, ids)
 
 
@@ -103,7 +103,7 @@ def _lengths(attachment: Attachment, p: Params, rows: int) -> Tensor | None:
         length = p.get(LENGTH, first.new_tensor(float(attachment.site.r)))
         length = length * p[PRESENT] if PRESENT in p else length
         return length.long().expand(rows)
-    ids = _ids(attachment, rows)
+    ids = ids_of_rows(attachment, rows, _STANDS)
     known = plan.known_ids if isinstance(plan, RowPlan) else None
     if LENGTH not in p and known is not None and min(known, default=0) >= 0:
         return None
@@ -111,19 +111,6 @@ def _lengths(attachment: Attachment, p: Params, rows: int) -> Tensor | None:
     of_member = p.get(LENGTH, torch.full((plan.members,), attachment.site.r, device=device))
     ids = ids.to(device)
     return torch.where(ids < 0, 0, of_member.index_select(0, ids.clamp(min=0)).long())
-
-
-def _ids(attachment: Attachment, rows: int) -> Tensor:
-    plan = attachment.row_plan
-    assert isinstance(plan, RowPlan)
-    if plan.by_token:
-        raise UnsupportedError(
-            f"site {attachment.site.path!r}: {attachment.variant.name} stands in front of whole "
-            f"rows, so it can't be another one for each token; give an id for each row"
-        )
-    if plan.rows != rows:
-        raise not_rows(attachment.site.path, torch.empty(rows, 0, device="meta"), plan.rows)
-    return plan.ids
 
 
 def _any(p: Params) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,22 +13,19 @@ from ..core.torch_internals import flatten_again, parameters_of, with_class
 from ..kernels.mixture import Mixture
 from ..kernels.row_plan import RowPlan
 from ..layers.kinds import KINDS
-from ..layers.weights import is_packed
 from .attachment import Attachment
-from .called_linears import uncalled
 from .checks import check_bias, check_training
 from .dense_weight import merge_site
 from .narrowing import Within, narrowed
 from .rebinding import turn_callables
 from .references import shallow_copy
 from .rows_weight import Chains, by_adapters
-from .state import tensors_at
 from .tokens_weight import by_tokens, has_tokens
-from .weight_view import lazily, waits
 
-Tensors = Mapping[str, Tensor | None]
+__all__ = ["Tensors", "adapted", "chains_of", "substituted"]
 
-__all__ = ["read", "read_substituted", "substituted"]
+Tensors: TypeAlias = Mapping[str, Tensor | None]
+"""{name: tensor} of a module, None where it has none of that name."""
 
 
 def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,13 +33,13 @@ def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     Where rows have adapters of their own, the module is called once for each of those.
     """
-    chains = _chains(self)
+    chains = chains_of(self)
     if all(
         attachment.row_plan is None for attachments in chains.values() for attachment in attachments
     ):
         return _on_adapted(self, chains, args, kwargs)
 
-    def home(key: tuple[str, str]) -> Any:
+    def holder(key: tuple[str, str]) -> Any:
         return self._modules[key[0]] if key[0] else self
 
     def call(
@@ -53,7 +50,7 @@ def substituted(self: Any, *args: Any, **kwargs: Any) -> Any:
     _check_unmixed(self, chains)
     chains = _at_input(self, chains, args)
     way = by_tokens if has_tokens(chains) else by_adapters
-    return way(self, chains, home, call, args, kwargs)
+    return way(self, chains, holder, call, args, kwargs)
 
 
 def _at_input(site: Any, chains: Chains, args: tuple[Any, ...]) -> Chains:
@@ -85,7 +82,7 @@ def _check_unmixed(site: Any, chains: Chains) -> None:
             )
 
 
-def _chains(site: Any) -> Chains:
+def chains_of(site: Any) -> Chains:
     """The adapters that go into each tensor that a site substitutes.
 
     The keys are (name of the child that holds the tensor, or "", name of the tensor).
@@ -133,7 +130,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
     attributes = made.__dict__
     attributes["_parameters"] = {
         **parameters_of(site),
-        **_adapted(site, chains, parameters_of(site)),
+        **adapted(site, chains, parameters_of(site)),
     }
     for name in attributes["_parameters"]:
         # A replica has a stand-in of this name, which would be read first.
@@ -165,7 +162,7 @@ def _concrete(site: Any, chains: Chains) -> Any:
     return made
 
 
-def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
+def adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
     """{name: tensor}: a module's stored tensors with the adapters in them."""
     made: dict[str, Tensor | None] = {}
     for (child, name), attachments in chains.items():
@@ -186,130 +183,3 @@ def _adapted(module: Any, chains: Chains, stored: Tensors) -> Tensors:
             check_bias(module, attachments[-1], b)
             made["bias"] = b
     return made
-
-
-def read(name: str) -> property:
-    """A property: `site.weight` or `.bias` for code that reads it without calling the layer.
-
-    Reading it gives the adapted tensor. It raises AttributeError where the layer has none.
-
-    Raises:
-        UnsupportedError: the tensor is written on, or taken out.
-    """
-
-    def get(self: Any) -> Any:
-        found = _own(self, name)
-        if found is _NONE:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        weight = _own(self, "weight")
-        if not isinstance(weight, Tensor) or is_packed(weight) or weight.is_meta:
-            # A packed or offloaded tensor is nothing that an adapter could go into.
-            return found
-        bias = _own(self, "bias")
-        stored = {"weight": weight, "bias": None if bias is _NONE else bias}
-        return _read(self, name, {("", "weight"): self._ll.attachments}, stored, _merged)
-
-    return property(get, _putting(name), _refusing(name))
-
-
-def _merged(module: Any, chains: Chains, stored: Tensors) -> Tensors:
-    (attachments,) = chains.values()
-    check_training(module, attachments)
-    W = stored["weight"]
-    assert W is not None
-    merged, bias = merge_site(module, attachments, W, stored["bias"])
-    return {"weight": with_class(merged, W), "bias": bias}
-
-
-def read_substituted(name: str) -> property:
-    """A property: a substituted tensor for code that reads it without calling the module."""
-
-    def get(self: Any) -> Any:
-        chains = {key: chain for key, chain in _chains(self).items() if not key[0]}
-        return _read(self, name, chains, parameters_of(self), _adapted)
-
-    return property(get, _putting(name), _refusing(name))
-
-
-def _read(
-    self: Any,
-    name: str,
-    chains: Chains,
-    stored: Tensors,
-    adapted: Callable[[Any, Chains, Tensors], Tensors],
-) -> Any:
-    """A tensor of a site with its adapters in, made now or when it is used."""
-    found = stored.get(name)
-    if found is None or not waits(found):
-        return adapted(self, chains, stored).get(name, found)
-    names = [n for n, t in stored.items() if t is not None]
-    leaves = [tensors_at(attachment, self) for chain in chains.values() for attachment in chain]
-
-    def make(*tensors: Tensor) -> Tensor:
-        if any(attachment.called for chain in chains.values() for attachment in chain):
-            raise uncalled(self._ll.path)
-        it = iter(tensors)
-        given = {**stored, **{n: next(it) for n in names}}
-        filled = iter([{key: next(it) for key in p} for p in leaves])
-        own = {
-            key: tuple(attachment.changed(p=next(filled)) for attachment in chain)
-            for key, chain in chains.items()
-        }
-        made = adapted(self, own, given).get(name, given[name])
-        assert made is not None
-        return made
-
-    tensors = [t for n in names if (t := stored[n]) is not None]
-    tensors += [t for p in leaves for t in p.values()]
-    path = f"{self._ll.path}.{name}" if self._ll.path else name
-    return lazily(path, found, tensors, make)
-
-
-def _putting(name: str) -> Callable[[Any, Any], None]:
-    """The setter of such a tensor where it is no parameter.
-
-    A hook that computes the tensor sets it, or a replica sets its stand-in.
-    """
-
-    def put(self: Any, value: Any) -> None:
-        self.__dict__[name] = value
-
-    return put
-
-
-def _refusing(name: str) -> Callable[[Any], None]:
-    """The deleter of such a tensor: it refuses to take the tensor out of a site.
-
-    Raises:
-        UnsupportedError: always, with what to do instead.
-    """
-
-    def drop(self: Any) -> None:
-        raise UnsupportedError(
-            f"{self._ll.path!r} ({self._ll_base.__name__}): its {name} is part of what its "
-            f"adapter makes, so it can't be taken out, as "
-            "FullyShardedDataParallel does; shard with "
-            "torch.distributed.fsdp.fully_shard(ll.bind(model, params))"
-        )
-
-    return drop
-
-
-_NONE = object()
-
-
-def _own(self: Any, name: str) -> Any:
-    """A layer's tensor as the layer sees it.
-
-    It is computed by a property of the layer's own class, stored, or set on the layer by a hook.
-    """
-    attributes = self.__dict__
-    if name in self._ll_computed:
-        return getattr(self._ll_base, name).__get__(self)
-    if name in attributes["_parameters"]:
-        return attributes["_parameters"][name]
-    if name in attributes:
-        return attributes[name]
-    if name in attributes["_buffers"]:
-        return attributes["_buffers"][name]
-    return _NONE

@@ -37,7 +37,7 @@ from ..variants import (
 )
 from .assembly import ModuleEntry, Part, assemble
 from .lora_lite_methods import (
-    Held,
+    Tensors,
     read_antipasto,
     read_delora,
     read_dora,
@@ -82,7 +82,7 @@ class _Way(NamedTuple):
 
     config: Any
     fields: Mapping[str, str]
-    read: Callable[[ModuleEntry, Held, int, float, float | None], dict[str, Tensor]]
+    read: Callable[[ModuleEntry, Tensors, int, float, float | None], dict[str, Tensor]]
     renamed: Mapping[str, str] = {}
     fixed: Mapping[str, Any] = {}
 
@@ -130,7 +130,9 @@ def from_lora_lite(path: str | os.PathLike[str], model: nn.Module | None = None)
     return found
 
 
-def _config_of(where: str, tensors: Held, metadata: Mapping[str, str]) -> tuple[_Way, ConfigReader]:
+def _config_of(
+    where: str, tensors: Tensors, metadata: Mapping[str, str]
+) -> tuple[_Way, ConfigReader]:
     """The file's variant, and its settings with those of the variant among them.
 
     Raises:
@@ -157,7 +159,9 @@ def _config_of(where: str, tensors: Held, metadata: Mapping[str, str]) -> tuple[
     return _WAYS[name], reader
 
 
-def _places(where: str, tensors: Held, model: Any) -> list[tuple[ModuleEntry, dict[str, Tensor]]]:
+def _places(
+    where: str, tensors: Tensors, model: Any
+) -> list[tuple[ModuleEntry, dict[str, Tensor]]]:
     sites: dict[str, dict[str, Tensor]] = {}
     for key, t in tensors.items():
         path, _, name = key.rpartition(".")
@@ -172,7 +176,7 @@ def _places(where: str, tensors: Held, model: Any) -> list[tuple[ModuleEntry, di
     return [(ModuleEntry(path, {}, _sizes(path, held)), held) for path, held in sites.items()]
 
 
-def _sizes(path: str, held: Held) -> Site | None:
+def _sizes(path: str, held: Tensors) -> Site | None:
     for a, b in (("lora_A", "lora_B"), ("lora_Vh", "lora_U")):
         if a in held and b in held and held[a].ndim == held[b].ndim == 2:
             return Site(path, held[a].shape[1], held[b].shape[0])

@@ -11,7 +11,7 @@ from ..core.errors import CheckpointError, short_repr
 from .assembly import ModuleEntry
 
 __all__ = [
-    "Held",
+    "Tensors",
     "matches",
     "read_antipasto",
     "read_delora",
@@ -23,7 +23,7 @@ __all__ = [
 # Fingerprints are sums of squares of weights that may have been rounded to 16 bits.
 _CLOSE = 2e-3
 
-Held = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 def matches(weight: Tensor, expected: float | None, whole: Tensor | None = None) -> bool:
@@ -38,7 +38,7 @@ def matches(weight: Tensor, expected: float | None, whole: Tensor | None = None)
 
 
 def read_plain(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+    entry: ModuleEntry, held: Tensors, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
     """Return nothing besides what the file holds. The base is compared if it was given.
 
@@ -58,7 +58,7 @@ def read_plain(
 
 
 def read_dora(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+    entry: ModuleEntry, held: Tensors, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
     """Return the squared norms of the base weight's rows. lora-lite computes them again in each
     call, and ours are kept.
@@ -68,7 +68,7 @@ def read_dora(
 
 
 def read_delora(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+    entry: ModuleEntry, held: Tensors, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
     """Refuse another base than the file's, told by the column norms that the file holds."""
     read_plain(entry, held, r, scale, expected)
@@ -95,7 +95,7 @@ def _refuse_apart(entry: ModuleEntry, held: Tensor, own: Tensor, what: str) -> N
 
 
 def read_pissa(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+    entry: ModuleEntry, held: Tensors, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
     """Return the start that was taken out of W. It is the top singular triplets, divided by the
     scale or (in lora-lite's earlier versions) not, and the fingerprint tells which.
@@ -121,7 +121,7 @@ def read_pissa(
 
 
 def read_antipasto(
-    entry: ModuleEntry, held: Held, r: int, scale: float, expected: float | None
+    entry: ModuleEntry, held: Tensors, r: int, scale: float, expected: float | None
 ) -> dict[str, Tensor]:
     """Check that the file's singular triplets are of the base, U_i^T W v_i = S_i. `half_angles`
     says how the variant uses T.
@@ -142,7 +142,7 @@ def read_antipasto(
     return {}
 
 
-def _refuse_triplets(entry: ModuleEntry, held: Held) -> None:
+def _refuse_triplets(entry: ModuleEntry, held: Tensors) -> None:
     U, S, Vh = (held.get(f"lora_{name}") for name in ("U", "S", "Vh"))
     W = entry.weight("AntiPaSTO")
     if U is None or S is None or Vh is None or U.shape[:1] + Vh.shape[-1:] != W.shape:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.adapter import ABSENT
+from ..core.absent import ABSENT
 from ..core.errors import CheckpointError, StructureError, nearest, short_repr
 from ..core.layout import Layout
 from ..core.leaf_dtype import dtype_fits

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.adapter import ABSENT, Adapter
+from ..core.absent import ABSENT
+from ..core.adapter import Adapter
 from ..core.errors import CheckpointError, short_repr
 from ..core.layout import Layout, to_json
 from ..core.stacked import Stacked

@@ -49,7 +49,7 @@ def write_safetensors(
     _atomic(
         path,
         what,
-        lambda beside: safetensors.torch.save_file(dict(tensors), beside, dict(metadata)),
+        lambda temporary: safetensors.torch.save_file(dict(tensors), temporary, dict(metadata)),
     )
 
 
@@ -69,7 +69,7 @@ def write_text(text: str, path: str | os.PathLike[str], what: str) -> None:
     Raises:
         CheckpointError: the file can't be written.
     """
-    _atomic(path, what, lambda beside: beside.write_text(text, encoding="utf-8"))
+    _atomic(path, what, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any]) -> None:
@@ -78,8 +78,8 @@ def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any
         # A link stays a link, and what it points to is replaced.
         target = Path(os.path.realpath(where))
         check_replaceable(target, what)
-        beside = target.parent / f".{secrets.token_hex(8)}.tmp"
-        permissions = _created(beside)
+        temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+        permissions = _created(temporary)
         if target.exists():
             permissions = stat.S_IMODE(target.stat().st_mode) & 0o777
     except (OSError, ValueError) as error:
@@ -89,14 +89,14 @@ def _atomic(path: str | os.PathLike[str], what: str, write: Callable[[Path], Any
             f"{what}: can't write in {os.path.dirname(where) or '.'}: {error}"
         ) from error
     try:
-        os.chmod(beside, 0o600)  # only its owner may read it until it is whole
-        write(beside)
-        os.chmod(beside, permissions)
-        os.replace(beside, target)
+        os.chmod(temporary, 0o600)  # only its owner may read it until it is whole
+        write(temporary)
+        os.chmod(temporary, permissions)
+        os.replace(temporary, target)
     except _WRITE_FAULTS as error:
         raise CheckpointError(f"{what}: can't write {where}: {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_replaceable(target: Path, what: str) -> None:

@@ -98,8 +98,8 @@ def dense_pays(forms: bool | Forms, site: Site, tokens: int, device: torch.devic
     costs = costs_on(device)
     if costs is None:
         return False
-    beside, whole = tokens * costs.of(forms.row), costs.of(forms.weight)
+    by_rows, by_weight = tokens * costs.of(forms.row), costs.of(forms.weight)
     if torch.is_grad_enabled():
         gradient = tokens * site.d_in * site.d_out
-        beside, whole = _BACKWARD * beside, (_BACKWARD + 1) * whole + gradient
-    return whole < beside
+        by_rows, by_weight = _BACKWARD * by_rows, (_BACKWARD + 1) * by_weight + gradient
+    return by_weight < by_rows

@@ -92,7 +92,7 @@ def project(x: Tensor, A: Tensor) -> Tensor:
         return F.embedding(x, A.mT)
     if A.ndim == 3:
         columns = _flat(cast(x, A.dtype)).mT  # (m, d_in, n)
-        # with the long side inside the product is up to twice as fast
+        # A x^T rather than x A^T, because it is up to twice as fast with the long side inside.
         return torch.bmm(A, columns).mT.unflatten(1, x.shape[1:-1])
     return F.linear(cast(x, A.dtype), A)
 
@@ -112,13 +112,14 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     if h.dtype == y.dtype:
         if B.dtype != h.dtype:
             B = B.to(h.dtype)  # under autocast
-        Bt = _turned(B)  # (r, d_out)
+        Bt = _transposed(B)  # (r, d_out)
         if B.ndim == 3:
-            if makes_graph():  # scaled here, or the backward pass would scale all of B's gradient
+            if makes_graph():
+                # Scaling h is cheaper: the backward pass of alpha would scale all of B's gradient.
                 h, s = h * s, 1.0
             return torch.baddbmm(_flat(y), _flat(h), Bt, alpha=s).view_as(y)
         if y.ndim == 3 and not is_traced() and y.shape[0] == 1:
-            # the same product, without the views that flattening takes
+            # The same product, in fewer calls than flattening takes.
             return torch.baddbmm(y, h, Bt.unsqueeze(0), alpha=s)
         made = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), Bt, alpha=s)
         return made if y.ndim == 2 else made.view_as(y)
@@ -127,11 +128,11 @@ def expand(y: Tensor, h: Tensor, B: Tensor, s: float | Tensor = 1.0) -> Tensor:
     return (y + branch).to(y.dtype)  # summed in the wider dtype
 
 
-def _turned(B: Tensor) -> Tensor:
+def _transposed(B: Tensor) -> Tensor:
     """B^T (..., r, d_out).
 
-    Where a graph is recorded it is a copy: the products of both gradients are faster by a half
-    then. It is copied from B made flat, so that B's gradient lies in memory as B does.
+    Where a graph is recorded it is a copy, with which the products of both gradients are half as
+    fast again. It is copied by way of a flat view, so that B's gradient has B's memory layout.
     """
     if makes_graph():
         return B.reshape(-1).view(B.shape).mT.contiguous()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.torch_internals import may_overwrite
+from .segment_products import add_branch, add_product, leaves_of, members_of, product, rows_of
 from .segments import Segment, SegmentLayout
 
 __all__ = ["low_rank_by_rows"]
@@ -41,12 +42,12 @@ def low_rank_by_rows(
         segments: the segments of the layout whose updates are to be added.
     """
     if torch.is_grad_enabled():
-        return _trained(layout, segments, x, W, b, A, B, s)
+        return _with_graph(layout, segments, x, W, b, A, B, s)
     X = x if layout.take is None else x.index_select(0, layout.take)
-    return _served(layout, segments, x, X, W, b, A, B, s)
+    return _without_graph(layout, segments, x, X, W, b, A, B, s)
 
 
-def _trained(
+def _with_graph(
     layout: SegmentLayout,
     segments: tuple[Segment, ...],
     x: Tensor,
@@ -56,17 +57,17 @@ def _trained(
     B: Tensor,
     s: float | Tensor,
 ) -> Tensor:
-    """y in a graph; no row of the sorted batch is repeated then."""
+    """y where a graph is recorded. No row of the sorted batch is repeated there."""
     take, back = layout.take, layout.back
-    X: Tensor = x if take is None else _Sorted.apply(x, take, back)
+    X: Tensor = x if take is None else _Reordered.apply(x, take, back)
     flat, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
-    y: Tensor = _ByRows.apply(flat, W, b, A, B, s, segments, tokens)
-    # viewed out here: autograd lets nobody write on a view that a function returns
+    y: Tensor = _LowRankByRows.apply(flat, W, b, A, B, s, segments, tokens)
+    # The view is made outside: autograd forbids writing on a view that a function returns.
     y = y.view(*x.shape[:-1], W.shape[0])
-    return y if take is None else _Sorted.apply(y, back, take)
+    return y if take is None else _Reordered.apply(y, back, take)
 
 
-def _served(
+def _without_graph(
     layout: SegmentLayout,
     segments: tuple[Segment, ...],
     x: Tensor,
@@ -77,11 +78,11 @@ def _served(
     B: Tensor,
     s: float | Tensor,
 ) -> Tensor:
-    """y without a graph. Where the sorted batch X repeats rows, the layer runs on x as it came, and
+    """y where no graph is recorded. Where the sorted batch X repeats rows, the layer runs on x, and
     the update alone on X.
     """
     rows, tokens = X.shape[0], 1
-    if X.ndim > 2 and len(segments) > 1:  # made flat once, not for each segment
+    if X.ndim > 2 and len(segments) > 1:  # flattened once, rather than for each segment
         X, tokens = X.view(-1, X.shape[-1]), X[0].numel() // X.shape[-1]
     repeats = rows != x.shape[0]
     if repeats:
@@ -89,7 +90,7 @@ def _served(
     else:
         y = F.linear(X, W, b)
         for segment in segments:
-            _onto(segment, tokens, y, X, A, B, s)
+            add_branch(segment, tokens, y, X, A, B, s)
     if y.ndim != x.ndim:
         y = y.view(rows, *x.shape[1:-1], W.shape[0])
     if layout.back is not None:
@@ -115,84 +116,13 @@ def _update(
     if stop > start:
         y[start * tokens : stop * tokens] = 0.0
     for segment in segments:
-        _onto(segment, tokens, y, X, A, B, s, 1.0 if banded else 0.0)
+        add_branch(segment, tokens, y, X, A, B, s, 1.0 if banded else 0.0)
     return y
 
 
-def _rows(segment: Segment, tokens: int, t: Tensor) -> Tensor:
-    """The segment's rows of a sorted batch (N tokens, ..., d): a view (m, n, d), or (n, d) of one
-    member.
-    """
-    members = segment.high - segment.low
-    if not segment.whole:
-        t = t.narrow(0, segment.start * tokens, members * segment.width * tokens)
-    if members == 1:
-        return t if t.ndim == 2 else t.view(-1, t.shape[-1])
-    return t if segment.width == 1 and t.ndim == 3 else t.view(members, -1, t.shape[-1])
-
-
-def _members(segment: Segment, t: Tensor) -> Tensor:
-    """The segment's members of a tensor (K, ...): a view (m, ...), or (...) of one member."""
-    if segment.high - segment.low == 1:
-        return t.select(0, segment.low)
-    return t if segment.whole else t.narrow(0, segment.low, segment.high - segment.low)
-
-
-def _own(segment: Segment, leaves: Tensor) -> Tensor:
-    """The segment's members and ranks of leaves (K, r, d): a view (m, r, d), or (r, d) of one
-    member.
-    """
-    leaves = _members(segment, leaves)
-    if segment.ranks is not None:
-        first, last = segment.ranks
-        leaves = leaves.narrow(-2, first, min(last, leaves.shape[-2]) - first)
-    return leaves
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, of matrices or of batches; torch.matmul would ask for more first."""
-    return torch.mm(a, b, out=out) if a.ndim == 2 else torch.bmm(a, b, out=out)
-
-
-def _add(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """beta y + alpha a b onto y, of matrices or of batches."""
-    if y.ndim == 2:
-        y.addmm_(a, b, alpha=alpha, beta=beta)
-    else:
-        y.baddbmm_(a, b, alpha=alpha, beta=beta)
-
-
-def _onto(
-    segment: Segment,
-    tokens: int,
-    y: Tensor,
-    X: Tensor,
-    A: Tensor,
-    B: Tensor,
-    s: float | Tensor,
-    beta: float = 1.0,
-) -> Tensor:
-    """Make the segment's rows of y (N tokens, d_out) beta y + s (X A^T) B^T, in place.
-
-    Gives A X^T (m, r, n), times s where s isn't a float.
-    """
-    # with the long side inside the product is up to twice as fast
-    h = _product(_own(segment, A), _rows(segment, tokens, X).mT)
-    if not isinstance(s, float):
-        h.mul_(_members(segment, s))
-    _add(
-        _rows(segment, tokens, y),
-        h.mT,
-        _own(segment, B.mT),
-        s if isinstance(s, float) else 1.0,
-        beta,
-    )
-    return h
-
-
-class _Sorted(torch.autograd.Function):
-    """Rows in another order. The gradient is put back in the old one; index_select's own would add
-    it up entry by entry onto zeros.
+class _Reordered(torch.autograd.Function):
+    """Rows in another order. The gradient is taken by index_select too; the gradient of torch's own
+    index_select would add entry by entry onto zeros.
     """
 
     @staticmethod
@@ -205,7 +135,7 @@ class _Sorted(torch.autograd.Function):
         return G.index_select(0, ctx.back), None, None
 
 
-class _ByRows(torch.autograd.Function):
+class _LowRankByRows(torch.autograd.Function):
     """y (N tokens, d_out) of the sorted batch X (N tokens, d_in); gradients reach X, A and B,
     exactly zero where a member has no row.
     """
@@ -223,7 +153,7 @@ class _ByRows(torch.autograd.Function):
         tokens: int,
     ) -> Tensor:
         y = F.linear(X, W, b)
-        hs = [_onto(segment, tokens, y, X, A, B, s) for segment in segments]
+        hs = [add_branch(segment, tokens, y, X, A, B, s) for segment in segments]
         ctx.s, ctx.segments, ctx.tokens = s, segments, tokens
         ctx.save_for_backward(X, W, b, A, B, *hs)
         return y
@@ -233,19 +163,19 @@ class _ByRows(torch.autograd.Function):
         X, W, b, A, B, *hs = ctx.saved_tensors
         to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
         if not may_overwrite(G):
-            return _plainly(ctx, X, W, b, A, B, G)
+            return _gradients_out_of_place(ctx, X, W, b, A, B, G)
         G, s, tokens = G.contiguous(), ctx.s, ctx.tokens
         dX = G @ W if to_X else None
-        dA, dBt = _Gathered(A, ctx.segments), _Gathered(B.mT, ctx.segments)
+        dA, dBt = _SegmentGradients(A, ctx.segments), _SegmentGradients(B.mT, ctx.segments)
         for segment, h in zip(ctx.segments, hs, strict=True):
-            g = _rows(segment, tokens, G)  # (m, n, d_out)
+            g = rows_of(segment, tokens, G)  # (m, n, d_out)
             if to_X or to_A:
-                dh = _product(_own(segment, B.mT), g.mT)  # (m, r, n)
-                dh.mul_(s if isinstance(s, float) else _members(segment, s))
+                dh = product(leaves_of(segment, B.mT), g.mT)  # (m, r, n)
+                dh.mul_(s if isinstance(s, float) else members_of(segment, s))
                 if dX is not None:
-                    _add(_rows(segment, tokens, dX), dh.mT, _own(segment, A))
+                    add_product(rows_of(segment, tokens, dX), dh.mT, leaves_of(segment, A))
                 if to_A:
-                    dA.put(segment, dh, _rows(segment, tokens, X))  # (m, r, d_in)
+                    dA.put(segment, dh, rows_of(segment, tokens, X))  # (m, r, d_in)
             if to_B:
                 dBt.put(segment, h * s if isinstance(s, float) else h, g)  # (m, r, d_out)
         return (
@@ -260,7 +190,7 @@ class _ByRows(torch.autograd.Function):
         )
 
 
-class _Gathered:
+class _SegmentGradients:
     """Gradients of leaves (K, r, d), segment by segment; zero where there is none."""
 
     def __init__(self, like: Tensor, segments: tuple[Segment, ...]) -> None:
@@ -277,26 +207,26 @@ class _Gathered:
         if self.alone:
             self.made = torch.bmm(a, b)
         else:
-            _product(a, b, out=_own(segment, self.made))
+            product(a, b, out=leaves_of(segment, self.made))
 
 
-def _plainly(
+def _gradients_out_of_place(
     ctx: Any, X: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, G: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients by autograd, over operations that write on nothing.
 
-    X, A and B are viewed first: X may depend on A and B where the layer was called before, and
-    those ways must not count here.
+    X, A and B are viewed first: X depends on A and B where the layer was called before, and
+    gradients along those paths must not be counted here.
     """
     to_X, _, _, to_A, to_B, *_ = ctx.needs_input_grad
     with torch.enable_grad():
         X, A, B = (t.view_as(t) for t in (X, A, B))
         y = F.linear(X, W, b)
         for segment in ctx.segments:
-            s = ctx.s if isinstance(ctx.s, float) else _members(segment, ctx.s)
-            h = _product(_own(segment, A), _rows(segment, ctx.tokens, X).mT)  # (m, r, n)
-            branch = _product((h * s).to(X.dtype).mT, _own(segment, B.mT))
-            added = (_rows(segment, ctx.tokens, y) + branch).view(-1, y.shape[-1])
+            s = ctx.s if isinstance(ctx.s, float) else members_of(segment, ctx.s)
+            h = product(leaves_of(segment, A), rows_of(segment, ctx.tokens, X).mT)  # (m, r, n)
+            branch = product((h * s).to(X.dtype).mT, leaves_of(segment, B.mT))
+            added = (rows_of(segment, ctx.tokens, y) + branch).view(-1, y.shape[-1])
             start = segment.start * ctx.tokens
             y = torch.slice_scatter(y, added, 0, start, start + added.shape[0])
         given = [t for t, to in zip((X, A, B), (to_X, to_A, to_B), strict=True) if to]

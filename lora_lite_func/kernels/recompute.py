@@ -26,12 +26,14 @@ def recomputed_linear(make: Make, x: Tensor, tensors: tuple[Tensor, ...]) -> Ten
         tensors: everything that W' and b' depend on.
     """
     flat = x if x.ndim <= 2 else x.flatten(0, -2)  # (T, d_in)
-    y: Tensor = _OneProduct.apply(make, flat, *tensors)
-    # viewed out here: autograd lets nobody write on a view that a function returns
+    y: Tensor = _RecomputedLinear.apply(make, flat, *tensors)
+    # The view is made outside: autograd forbids writing on a view that a function returns.
     return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
-class _OneProduct(torch.autograd.Function):
+class _RecomputedLinear(torch.autograd.Function):
+    """`recomputed_linear` of an x (T, d_in)."""
+
     @staticmethod
     def forward(make: Make, x: Tensor, *tensors: Tensor) -> Tensor:
         return F.linear(x, *make(*tensors))
@@ -46,7 +48,7 @@ class _OneProduct(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         to_x, *to = ctx.needs_input_grad[1:]
         learned = [t for t, needed in zip(tensors, to, strict=True) if needed]
-        W, pull = _again(ctx.make, tensors, to) if learned else (ctx.make(*tensors)[0], None)
+        W, pull = _pullback(ctx.make, tensors, to) if learned else (ctx.make(*tensors)[0], None)
         dx = g @ W if to_x else None
         if pull is None:
             return None, dx, *(None for _ in tensors)
@@ -60,17 +62,17 @@ Pull = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """(dW (d_out, d_in), G (T, d_out), the gradient of y) to the gradients of the learned tensors."""
 
 
-def _again(make: Make, tensors: Sequence[Tensor], to: Sequence[bool]) -> tuple[Tensor, Pull]:
-    """W', made again, and how its gradient and b's become those of the tensors that `to` marks.
+def _pullback(make: Make, tensors: Sequence[Tensor], to: Sequence[bool]) -> tuple[Tensor, Pull]:
+    """W', made again, and the map from its gradient and b''s to those of what `to` marks.
 
-    By torch.func.vjp, which can itself be differentiated.
+    The map is a torch.func.vjp, which can itself be differentiated.
     """
 
     def again(*learned: Tensor) -> tuple[Tensor, ...]:
         these = iter(learned)
         W, b = make(*(next(these) if needed else t for t, needed in zip(tensors, to, strict=True)))
-        # a constant bias is left out: it has no gradient, and a transform that has ended since it
-        # was saved may still wrap it, which vjp can't return
+        # A constant bias is left out. It has no gradient, and a transform that has ended since it
+        # was saved may still wrap it, which vjp can't return.
         return (W,) if b is None or any(b is t for t in tensors) else (W, b)
 
     with without_saved_hooks():

@@ -12,7 +12,7 @@ from ..core.torch_internals import is_traced, is_tracing_here, is_watched
 from .row_axes import untraceable
 from .row_plan import RowPlan, once
 
-__all__ = ["RowGroups", "parted"]
+__all__ = ["RowGroups", "in_groups"]
 
 
 class RowGroups(NamedTuple):
@@ -36,9 +36,9 @@ class RowGroups(NamedTuple):
     back: Tensor | None = None
 
 
-def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
-    """A batch in parts, where each row has an adapter by each of several plans. Where ids are
-    unknown each row is a part.
+def in_groups(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
+    """A batch in groups, where each row has an adapter by each of several plans. Where ids are
+    unknown each row is a group of its own.
 
     Args:
         plans: at least one, all with the same number of rows.
@@ -61,18 +61,18 @@ def parted(plans: Sequence[RowPlan], device: torch.device) -> RowGroups:
         )
     first = plans[0]
     if any(plan is not first for plan in plans):
-        return _parts(list(zip(*known, strict=True)), len(plans), device)
+        return _by_known_ids(list(zip(*known, strict=True)), len(plans), device)
     made: RowGroups = once(
         first.groups,
         (len(plans), device),
-        lambda: _parts(list(zip(*known, strict=True)), len(plans), device),
+        lambda: _by_known_ids(list(zip(*known, strict=True)), len(plans), device),
         is_watched(),
     )
     return made
 
 
-def _parts(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> RowGroups:
-    """Parts of rows whose ids, one for each plan, are known."""
+def _by_known_ids(ids: Sequence[tuple[int, ...]], plans: int, device: torch.device) -> RowGroups:
+    """Groups of rows whose ids, one for each plan, are known."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, members in enumerate(ids):
         groups.setdefault(members, []).append(row)

@@ -126,7 +126,7 @@ class RowPlan:
         has them flattened.
         """
         if self.flattened and any(re.search(pattern, path) for pattern in self.flattened):
-            return self._flattened(x)
+            return self._of_flattened(x)
         return self.fitting(x)
 
     def fitting(self, x: Tensor) -> RowPlan:
@@ -142,7 +142,10 @@ class RowPlan:
         if later is not None and later.shape[1] == tokens:
             return later
         kept = had if tokens > had else 0
-        at = [*range(kept), *[had - 1] * (tokens - kept)]  # which of the ids each token has
+        at = [
+            *range(kept),
+            *[had - 1] * (tokens - kept),
+        ]  # each token's position among its row's ids
         known = None
         if self.known_ids is not None:
             known = [self.known_ids[row * had + i] for row in range(self.shape[0]) for i in at]
@@ -152,7 +155,7 @@ class RowPlan:
         later = self._later = RowPlan(ids, self.members, known, self.ranks)
         return later
 
-    def _flattened(self, x: Tensor) -> RowPlan:
+    def _of_flattened(self, x: Tensor) -> RowPlan:
         """The plan for x (N T, ...), or this one if that isn't its size."""
         rows, count = self.shape[0], x.shape[0] if x.ndim else 0
         tokens = count // rows if rows else 0
@@ -213,7 +216,7 @@ class RowPlan:
             return self
         ids = self.ids.view(self.shape)
         if self.known_ids is None or torch.compiler.is_dynamo_compiling():
-            # by values, so that one graph serves members of any sites
+            # Values decide, so that one graph serves members of any sites.
             there = present.to(ids.device)[ids.clamp(min=0)] > 0.5
             ids = torch.where(there, ids, BARE)
             return RowPlan(ids, self.members, None, self.ranks, self.goes_on, self.flattened)

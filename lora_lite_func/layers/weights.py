@@ -24,13 +24,13 @@ __all__ = [
     "compute_dtype",
     "dense_weight",
     "device_of",
-    "held",
     "how_to_bake",
     "is_dense",
     "is_linear_like",
     "is_packed",
     "is_size",
     "own_tensor",
+    "read_tensor",
     "stored",
 ]
 
@@ -132,7 +132,7 @@ def is_packed(weight: Tensor) -> bool:
     return not weight.is_floating_point() or weight.itemsize == 1 or is_wrapper(weight)
 
 
-def held(module: Any, name: str = "weight") -> Tensor:
+def read_tensor(module: Any, name: str = "weight") -> Tensor:
     """A tensor as it is stored; one that is offloaded, or still in a file, is read.
 
     Raises:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
 import lora_lite_func as ll
 
-X = torch.randn(6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+X = normal(6, 16, seed=5)
 MODEL = net(depth=1)
 
 

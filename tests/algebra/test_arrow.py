@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved, net
+from helpers import close, moved, net, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -24,8 +24,7 @@ def update(params: ll.Adapter, path: str) -> Tensor:
 
 
 def batch() -> Tensor:
-    gen = torch.Generator().manual_seed(1)
-    return torch.randn(7, 16, generator=gen, dtype=torch.float64)
+    return normal(7, 16, seed=1)
 
 
 def by_hand(updates: list[dict[str, Tensor]], x: Tensor, top_k: int, t: float) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import CASES, Case
-from helpers import Net, close, in_threads, leaves, moved, net
+from helpers import Net, close, in_threads, leaves, moved, net, normal
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
@@ -25,7 +25,7 @@ import lora_lite_func as ll
 from lora_lite_func.core.torch_internals import shares_memory
 
 MODEL = net(depth=1)
-X = torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+X = normal(4, 2, 16, seed=3)
 NAMES = ("a", "b", "c", "d", "e")
 KINDS: list[dict[str, Any]] = [
     {"r": 4},

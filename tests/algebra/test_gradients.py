@@ -7,17 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import Checkpointed, Net, close, in_threads, leaves, moved, net
+from helpers import Checkpointed, Net, close, in_threads, leaves, moved, net, normal
 from torch import Tensor
 
 import lora_lite_func as ll
 
-
-def batch(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-X = batch(6, 16)
+X = normal(6, 16)
 
 
 def situation(config: ll.AdapterConfig | None = None) -> tuple[Net, ll.Adapter]:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
 MODEL = net(depth=1)
-X = torch.randn(9, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+X = normal(9, 16, seed=5)
 
 
 def situation(config: ll.AdapterConfig | None = None) -> tuple[ll.Adapter, ll.Adapter]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
 from families import FAMILIES
-from helpers import Net, close, in_threads, leaves, moved, net, same_state, seeded, snapshot
+from helpers import Net, close, in_threads, leaves, moved, net, normal, same_state, seeded, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -40,10 +40,6 @@ def looped(model: nn.Module, members: list[ll.Adapter], ids: list[int], x: Tenso
     return torch.cat(calls) if calls else model(x)
 
 
-def batch(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 mixes = st.integers(1, 4).flatmap(
     lambda k: st.tuples(st.just(k), st.lists(st.integers(-1, k - 1), min_size=1, max_size=9))
 )
@@ -58,7 +54,7 @@ def test_rows_is_a_loop_over_members(
     count, ids = mix
     ids = sorted(ids) if sort else ids
     model, members = several(case, count)
-    x = batch(len(ids), *inner, 16)
+    x = normal(len(ids), *inner, 16)
     before = snapshot(model)
     with torch.no_grad():
         close(
@@ -74,7 +70,7 @@ def test_rows_is_a_loop_over_members(
 def test_each_member_gets_exactly_its_own_gradient(case: Case, mix: tuple[int, list[int]]) -> None:
     count, ids = mix
     model, members = several(case, count)
-    x = batch(len(ids), 2, 16)
+    x = normal(len(ids), 2, 16)
 
     def loss(stack: ll.Adapter) -> Tensor:
         return ll.apply(model, ll.rows(stack, ids), x).square().sum()
@@ -97,7 +93,7 @@ def test_each_member_gets_exactly_its_own_gradient(case: Case, mix: tuple[int, l
 @every
 def test_bind_takes_rows_and_trains_the_stack(case: Case) -> None:
     model, members = several(case, 3)
-    stack, ids, x = ll.stack(members), [2, 0, -1, 0], batch(4, 3, 16)
+    stack, ids, x = ll.stack(members), [2, 0, -1, 0], normal(4, 3, 16)
     bound = ll.bind(model, ll.rows(stack, ids))
     y = bound(x)
     close(y.detach(), looped(model, members, ids, x).detach(), 1e-9)
@@ -116,11 +112,11 @@ def test_vmap_over_a_stack_of_unlike_strengths_is_a_loop(case: Case) -> None:
         moved(start(case, model, case.config(r=4, alpha=alpha)), i)
         for i, alpha in enumerate((1.0, 8.0, 12.5))
     ]
-    stack, x = ll.stack(members), batch(3, 16)
+    stack, x = ll.stack(members), normal(3, 16)
     ys = torch.func.vmap(lambda p: ll.apply(model, p, x))(stack)
     close(ys, torch.stack([ll.apply(model, p, x) for p in members]), 1e-10)
     ids = [1, 2, 0, -1, 1]
-    x = batch(5, 2, 16)
+    x = normal(5, 2, 16)
     close(ll.apply(model, ll.rows(stack, ids), x), looped(model, members, ids, x), 1e-9)
     for i, member in enumerate(members):
         again = ll.unstack(stack)[i]
@@ -152,7 +148,7 @@ def test_ranks_are_padded_or_refused_by_name(case: Case) -> None:
         ):
             ll.stack(members)
         return
-    stack, ids, x = ll.stack(members), [2, 0, 1, -1, 0], batch(5, 2, 16)
+    stack, ids, x = ll.stack(members), [2, 0, 1, -1, 0], normal(5, 2, 16)
     close(ll.apply(model, ll.rows(stack, ids), x), looped(model, members, ids, x), 1e-9)
     for member, again in zip(members, ll.unstack(stack), strict=True):
         assert again.layout == member.layout
@@ -164,7 +160,7 @@ def test_padding_stays_zero_in_training() -> None:
     model, _ = several(CASES[0], 1)
     stack = ll.stack([moved(ll.init(model, ll.LoRAConfig(r=r)), r) for r in (2, 8)])
     trainable, frozen = ll.partition(stack)
-    x = batch(4, 16)
+    x = normal(4, 16)
     g = torch.func.grad(
         lambda t: ll.apply(model, ll.rows(ll.combine(t, frozen), [0, 1, 0, 1]), x).square().sum()
     )(trainable)
@@ -178,7 +174,7 @@ def test_a_stack_has_names() -> None:
     stack = ll.stack({"fr": fr, "de": de})
     assert ll.names(stack) == ("fr", "de")
     assert ll.num_members(stack) == 2
-    x = batch(4, 16)
+    x = normal(4, 16)
     close(
         ll.apply(model, ll.rows(stack, ["de", None, "fr", "de"]), x),
         looped(model, [fr, de], [1, -1, 0, 1], x),
@@ -253,12 +249,12 @@ def test_a_leading_dimension_that_is_not_rows_is_refused_with_the_path() -> None
         ll.StructureError,
         match=r"site 'layers.0.up': rows expects .* 2 rows .* found shape \(6, 16\), 3 for each",
     ):
-        ll.apply(model, mixed, batch(6, 16))
+        ll.apply(model, mixed, normal(6, 16))
     with pytest.raises(
         ll.StructureError,
         match=r"site 'layers.0.up': rows expects .*found shape \(3, 16\)\. A layer",
     ):
-        ll.apply(model, mixed, batch(3, 16))
+        ll.apply(model, mixed, normal(3, 16))
 
 
 def test_a_weight_that_is_read_without_a_call_is_refused_with_the_path() -> None:
@@ -277,7 +273,7 @@ def test_a_weight_that_is_read_without_a_call_is_refused_with_the_path() -> None
             ll.UnsupportedError,
             match=f"'{kind}'.*the weight itself is used here, one for the whole batch",
         ):
-            ll.apply(model, ll.rows(ll.stack(members), [0, 1]), batch(2, 16), kind)
+            ll.apply(model, ll.rows(ll.stack(members), [0, 1]), normal(2, 16), kind)
     with pytest.raises(ll.UnsupportedError, match="one for the whole batch"):
         ll.merge(net(), ll.rows(ll.stack(several(CASES[0], 2)[1]), [0, 1]))
 
@@ -287,7 +283,7 @@ def test_rows_and_plain_adapters_compose_in_order() -> None:
     model, members = several(CASES[0], 3)
     gate = moved(ll.init(model, ll.IA3Config()), 9)
     others = several(next(c for c in CASES if c.name == "oft_4"), 2)[1]
-    x, ids, second = batch(4, 2, 16), [2, -1, 0, 2], [1, 0, 1, -1]
+    x, ids, second = normal(4, 2, 16), [2, -1, 0, 2], [1, 0, 1, -1]
     mixed = ll.rows(ll.stack(members), ids)
     turned = ll.rows(ll.stack(others), second)
 
@@ -306,7 +302,7 @@ def test_rows_and_plain_adapters_compose_in_order() -> None:
 def test_a_method_that_reads_the_layer_goes_inside_rows() -> None:
     model, members = several(CASES[0], 2)
     dora = moved(ll.init(model, ll.DoRAConfig(r=2)), 3)
-    mixed, x = ll.rows(ll.stack(members), [1, 0]), batch(2, 16)
+    mixed, x = ll.rows(ll.stack(members), [1, 0]), normal(2, 16)
     wanted = torch.cat(
         [ll.apply(model, (dora, members[i]), x[n : n + 1]) for n, i in enumerate((1, 0))]
     )
@@ -321,7 +317,7 @@ def test_a_method_that_reads_the_layer_goes_inside_rows() -> None:
 # --------------------------------------------------------------------------------------- transforms
 def test_one_graph_serves_every_mix_inside_a_compiled_call() -> None:
     model, members = several(CASES[0], 3)
-    stack, x = ll.stack(members), batch(6, 2, 16)
+    stack, x = ll.stack(members), normal(6, 2, 16)
     counter = CompileCounter()
     step = torch.compile(
         lambda s, ids, x: ll.apply(model, ll.rows(s, ids), x), fullgraph=True, backend=counter
@@ -338,7 +334,7 @@ def test_one_graph_serves_every_mix_inside_a_compiled_call() -> None:
 
 def test_one_graph_serves_every_value_of_rows() -> None:
     model, members = several(CASES[0], 3)
-    stack, x = ll.stack(members), batch(6, 2, 16)
+    stack, x = ll.stack(members), normal(6, 2, 16)
     counter = CompileCounter()
     step = torch.compile(
         lambda mixed, x: ll.apply(model, mixed, x), fullgraph=True, backend=counter
@@ -350,7 +346,7 @@ def test_one_graph_serves_every_value_of_rows() -> None:
 
 def test_a_compiled_call_may_have_its_ids_as_numbers() -> None:
     model, members = several(CASES[0], 3)
-    stack, x = ll.stack(members), batch(4, 2, 16)
+    stack, x = ll.stack(members), normal(4, 2, 16)
     step = torch.compile(
         lambda s, x: ll.apply(model, ll.rows(s, [2, 0, None, 0]), x),
         fullgraph=True,
@@ -361,7 +357,7 @@ def test_a_compiled_call_may_have_its_ids_as_numbers() -> None:
 
 def test_rows_is_a_tree_and_ids_may_be_mapped() -> None:
     model, members = several(CASES[0], 3)
-    stack, x = ll.stack(members), batch(4, 16)
+    stack, x = ll.stack(members), normal(4, 16)
     mixed = ll.rows(stack, [1, -1, 0, 2])
     g = torch.func.grad(lambda m: ll.apply(model, m, x).square().sum())(mixed)
     close(
@@ -378,7 +374,7 @@ def test_rows_is_a_tree_and_ids_may_be_mapped() -> None:
 
 def test_threads_do_not_meet() -> None:
     model, members = several(CASES[0], 3)
-    stack, x = ll.stack(members), batch(5, 2, 16)
+    stack, x = ll.stack(members), normal(5, 2, 16)
     mixes_ = [[0, 1, 2, 0, 1], [2, 1, 0, 0, -1], [1, 1, 1, 1, 1], [2, -1, 0, 2, 1]]
     wanted = [looped(model, members, ids, x) for ids in mixes_]
     shared = [ll.rows(stack, ids) for ids in mixes_]
@@ -407,7 +403,7 @@ def test_layers_that_share_an_input_sort_it_once_and_see_it_change() -> None:
 
     model = Twin()
     members = [moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2)]
-    ids, x = [1, 0, 1], batch(3, 8)
+    ids, x = [1, 0, 1], normal(3, 8)
     with torch.no_grad():
         wanted = torch.cat(
             [ll.apply(model, members[i], x[n : n + 1].clone()) for n, i in enumerate(ids)]
@@ -428,7 +424,7 @@ def unsorted() -> tuple[nn.Module, nn.Module]:
 
 def test_a_sorted_input_that_comes_to_need_a_gradient_gets_all_of_it() -> None:
     kept, fresh = unsorted()
-    x = batch(4, 8)
+    x = normal(4, 8)
     kept(x)
     kept(x.requires_grad_()).sum().backward()
     again = x.detach().clone().requires_grad_()
@@ -438,7 +434,7 @@ def test_a_sorted_input_that_comes_to_need_a_gradient_gets_all_of_it() -> None:
 
 def test_memory_that_others_write_on_is_read_again_in_each_call() -> None:
     kept, fresh = unsorted()
-    memory = batch(4, 8).numpy()
+    memory = normal(4, 8).numpy()
     x = torch.from_numpy(memory)
     with torch.no_grad():
         for _ in range(3):
@@ -459,7 +455,7 @@ def test_a_layer_called_twice_has_one_gradient_with_and_without_a_graph_of_it() 
     members = [moved(ll.init(model, ll.LoRAConfig(r=2)), s) for s in (1, 2, 3)]
     bound = ll.bind(model, ll.rows(ll.stack(members), [0, 1, 2, 2, 2, 2]))
     tensors = [p for p in bound.parameters() if p.requires_grad]
-    y = bound(batch(6, 8)).square().sum(1)
+    y = bound(normal(6, 8)).square().sum(1)
     wanted = torch.autograd.grad(y.sum(), tensors, retain_graph=True)
     close(torch.autograd.grad(y.sum(), tensors, create_graph=True), wanted, 1e-12)
     each = torch.autograd.grad(y, tensors, torch.eye(6, dtype=torch.float64), is_grads_batched=True)
@@ -469,7 +465,7 @@ def test_a_layer_called_twice_has_one_gradient_with_and_without_a_graph_of_it() 
 @pytest.mark.parametrize("grad", [False, True])
 def test_inputs_die_when_nobody_holds_them(grad: bool) -> None:
     kept, _ = unsorted()
-    x = batch(4, 8).requires_grad_(grad)
+    x = normal(4, 8).requires_grad_(grad)
     kept(x).sum().backward()
     gone = weakref.ref(x)
     del x
@@ -479,7 +475,7 @@ def test_inputs_die_when_nobody_holds_them(grad: bool) -> None:
 # ----------------------------------------------------------------------------------------- storages
 def test_no_base_weight_is_copied() -> None:
     model, members = several(CASES[0], 5, net(width=13, inner=29, out=7))
-    stack, x = ll.stack(members), batch(6, 13)
+    stack, x = ll.stack(members), normal(6, 13)
     sizes = {p.shape for p in model.parameters()}
     made: list[tuple[int, ...]] = []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case
-from helpers import Net, close, leaves, moved, net
+from helpers import Net, close, leaves, moved, net, normal
 from torch import Tensor
 
 import lora_lite_func as ll
@@ -17,10 +17,6 @@ from lora_lite_func.core.registry import variant_for
 
 PHASED = [c for c in CASES if variant_for(type(c.config(r=4))).has_phases]
 every = pytest.mark.parametrize("case", PHASED, ids=repr)
-
-
-def batch(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------- many at once
@@ -60,7 +56,7 @@ def alone(
 def test_a_stacked_run_is_as_many_runs_alone(config: ll.AdapterConfig, bound: float | None) -> None:
     model, rows = net(depth=1), 4
     starts = [moved(ll.init(model, config, seed=s), s, 0.02) for s in range(3)]
-    xs, targets = batch(3, STEPS, rows, 16), batch(3, rows, 8, seed=6)
+    xs, targets = normal(3, STEPS, rows, 16), normal(3, rows, 8, seed=6)
     trainable, frozen = ll.partition(ll.stack(starts))
     optimizer = ll.adamw(RATES, weight_decay=DECAYS)
     state = optimizer.init(trainable)
@@ -85,7 +81,7 @@ def test_a_stacked_run_is_as_many_runs_alone(config: ll.AdapterConfig, bound: fl
 def test_one_fused_optimizer_of_torch_serves_a_stack() -> None:
     model, rows = net(depth=1), 4
     starts = [moved(ll.init(model, ll.LoRAConfig(r=4), seed=s), s, 0.02) for s in range(3)]
-    xs, targets = batch(3, STEPS, rows, 16), batch(3, rows, 8, seed=6)
+    xs, targets = normal(3, STEPS, rows, 16), normal(3, rows, 8, seed=6)
     bound = ll.bind(model, ll.rows(ll.stack(starts), [0] * rows + [1] * rows + [2] * rows))
     live = [p for p in bound.parameters() if p.requires_grad]
     assert len(live) == len(leaves(starts[0]))  # as many tensors for three members as for one
@@ -140,7 +136,7 @@ def test_adamw_moves_one_adapter_too_and_takes_a_schedule() -> None:
 def test_per_sample_grads_are_a_loop(case: Case) -> None:
     model = net(depth=1)
     params = moved(ll.init(model, case.config(r=4)))
-    x, target = batch(5, 3, 16), batch(5, 3, 8, seed=6)
+    x, target = normal(5, 3, 16), normal(5, 3, 8, seed=6)
     found = ll.per_sample_grads(
         model, params, lambda y, b: (y - b[1]).square().mean((1, 2)), (x, target)
     )
@@ -162,7 +158,7 @@ def test_a_diagonal_fisher() -> None:
     """
     model = torch.nn.Linear(3, 1, bias=False).double()
     params = ll.init(model, ll.BitFitConfig())
-    x, target = batch(64, 3), batch(64, 1, seed=6)
+    x, target = normal(64, 3), normal(64, 1, seed=6)
     grads = ll.per_sample_grads(
         model, params, lambda y, b: 0.5 * (y - b[1]).square().squeeze(1), (x, target)
     )
@@ -176,7 +172,7 @@ def test_losses_that_are_not_per_sample_are_refused(loss: Any) -> None:
     with pytest.raises(
         ll.StructureError, match=r"per_sample_grads: expected a loss per sample, \(2,\), found"
     ):
-        ll.per_sample_grads(model, ll.init(model, ll.LoRAConfig(r=2)), loss, batch(2, 16))
+        ll.per_sample_grads(model, ll.init(model, ll.LoRAConfig(r=2)), loss, normal(2, 16))
     with pytest.raises(ll.StructureError, match="holds no tensor to count samples by"):
         ll.per_sample_grads(model, ll.init(model, ll.LoRAConfig(r=2)), loss, (torch.tensor(1.0),))
 

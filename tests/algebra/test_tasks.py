@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved, net
+from helpers import close, moved, net, normal
 from torch import Tensor
 
 import lora_lite_func as ll
@@ -31,8 +31,7 @@ def of_task(params: ll.Adapter, task: int) -> ll.Adapter:
 
 
 def batch(*shape: int) -> Tensor:
-    gen = torch.Generator().manual_seed(4)
-    return torch.randn(*shape, 16, generator=gen, dtype=torch.float64)
+    return normal(*shape, 16, seed=4)
 
 
 def test_each_row_has_its_task() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
 from families import FAMILIES
-from helpers import Net, close, leaves, moved, net, same_state, seeded, snapshot
+from helpers import Net, close, leaves, moved, net, normal, same_state, seeded, snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -24,10 +24,6 @@ def several(case: Case, count: int = 3, **fields: Any) -> tuple[Net, list[ll.Ada
     model = net()
     first = start(case, model, case.config(**{"r": 4, **fields}))
     return model, [moved(first, seed) for seed in range(count)]
-
-
-def batch(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def picked(model: nn.Module, members: list[ll.Adapter], ids: Tensor, x: Tensor) -> Tensor:
@@ -62,7 +58,7 @@ def lora_at_each_site(model: Any, members: list[ll.Adapter], ids: Tensor, *args:
 @every
 def test_each_token_has_its_own_adapter(case: Case) -> None:
     model, members = several(case)
-    x = batch(3, 5, 16)
+    x = normal(3, 5, 16)
     before, wanted = snapshot(model), picked(model, members, IDS, x)
     mixed = ll.rows(ll.stack(members), IDS)
     close(ll.apply(model, mixed, x), wanted, 1e-9)
@@ -76,7 +72,7 @@ def test_each_token_has_its_own_adapter(case: Case) -> None:
 @every
 def test_each_member_gets_exactly_its_tokens_gradient(case: Case) -> None:
     model, members = several(case)
-    ids, x = torch.where(IDS == 1, 0, IDS), batch(3, 5, 16)
+    ids, x = torch.where(IDS == 1, 0, IDS), normal(3, 5, 16)
     trainable, frozen = ll.partition(ll.stack(members))
     found = torch.func.grad(
         lambda t: ll.apply(model, ll.rows(ll.combine(t, frozen), ids), x).square().sum()
@@ -135,7 +131,7 @@ def test_a_packed_batch_is_its_requests_one_by_one() -> None:
 # --------------------------------------------------------------------------------------- transforms
 def test_one_graph_serves_every_mix_of_tokens_and_ids_may_be_mapped() -> None:
     model, members = several(CASES[0])
-    stack, x, counter = ll.stack(members), batch(3, 5, 16), CompileCounter()
+    stack, x, counter = ll.stack(members), normal(3, 5, 16), CompileCounter()
     step = torch.compile(
         lambda s, ids, x: ll.apply(model, ll.rows(s, ids), x), fullgraph=True, backend=counter
     )
@@ -151,7 +147,7 @@ def test_tokens_rows_and_plain_adapters_compose_in_order() -> None:
     model, members = several(CASES[0])
     gate = moved(ll.init(model, ll.IA3Config()), 9)
     others = several(next(c for c in CASES if c.name == "full"))[1]
-    x, of = batch(3, 5, 16), [1, -1, 0]
+    x, of = normal(3, 5, 16), [1, -1, 0]
     tokens, rows = ll.rows(ll.stack(members), IDS), ll.rows(ll.stack(members), of)
     spread = torch.tensor(of)[:, None].expand(3, 5)
     close(
@@ -170,7 +166,7 @@ def test_tokens_rows_and_plain_adapters_compose_in_order() -> None:
 # ------------------------------------------------------------------------------ values, refusals
 def test_ids_of_tokens_by_name_and_of_any_integer_dtype() -> None:
     model, (fr, de) = several(CASES[0], 2)
-    stack, x = ll.stack({"fr": fr, "de": de}), batch(2, 2, 16)
+    stack, x = ll.stack({"fr": fr, "de": de}), normal(2, 2, 16)
     by_name = ll.rows(stack, [["fr", None], ["de", "de"]])
     assert by_name.ids.tolist() == [[0, -1], [1, 1]]
     assert "4 tokens of 2 adapters" in repr(by_name)
@@ -223,7 +219,7 @@ def test_inputs_whose_tokens_cannot_be_told_are_refused(way: Any, reason: str) -
         mixed = ll.rows(stack, [[0, 1, 0, 1, 1]] * 2)
         match = rf"site 'inner': adapters for 2 x 5 tokens.*{reason}.*exclude_names"
         with pytest.raises(ll.StructureError, match=match):
-            ll.apply(model, mixed, batch(2, 5, 16))
+            ll.apply(model, mixed, normal(2, 5, 16))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +245,7 @@ def test_inputs_whose_tokens_cannot_be_told_are_refused(way: Any, reason: str) -
 def test_modules_in_which_tokens_may_meet_are_refused(build: Any, cfg: Any, message: str) -> None:
     model = seeded(build())
     stack = ll.stack([ll.init(model, cfg, seed=seed) for seed in (0, 1)])
-    x = batch(2, 4, 4)
+    x = normal(2, 4, 4)
     args = (x, x, x) if isinstance(model, nn.MultiheadAttention) else (x,)
     with pytest.raises(ll.UnsupportedError, match=message):
         ll.apply(model, ll.rows(stack, [[0, 1, 0, 1]] * 2), *args)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, start
-from helpers import close, moved, net, same_state, seeded, snapshot
+from helpers import close, moved, net, normal, same_state, seeded, snapshot
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +26,7 @@ def several(case: Case, count: int = 1) -> tuple[Any, list[ll.Adapter]]:
 
 
 def batch(*shape: int) -> Tensor:
-    gen = torch.Generator().manual_seed(2)
-    return torch.randn(*shape, 16, generator=gen, dtype=torch.float64)
+    return normal(*shape, 16, seed=2)
 
 
 def seen_by(model: nn.Module, params: ll.Adapter, path: str, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case
-from helpers import close, leaves, net, same_state, snapshot
+from helpers import close, leaves, net, normal, same_state, snapshot
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -179,7 +179,7 @@ def test_a_float8_weight_is_read_where_its_layer_can_be_called() -> None:
     params = ll.init(model, ll.DoRAConfig(r=2))
     assert {t.dtype for t in params["0"].values()} == {torch.float32}
     close(params["0", "lora_wnorm2"], eight.float().square().sum(1), 1e-6)
-    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    x = normal(3, 16, seed=0, dtype=torch.float32)
     assert torch.equal(ll.apply(model, params, x), model(x))
 
 

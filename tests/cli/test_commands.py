@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from torch import nn
 
 import lora_lite_func as ll
 from lora_lite_func.cli.main import main
 
-X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+X = normal(3, 16, seed=0, dtype=torch.float32)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import moved, net
+from helpers import moved, net, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -17,7 +17,7 @@ from lora_lite_func.cli.health import health, health_lines, update_norm
 from lora_lite_func.cli.main import main
 
 MODEL = net(dtype=torch.float32)
-X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+X = normal(3, 16, seed=0, dtype=torch.float32)
 
 
 def changed(params: ll.Adapter, path: str, name: str, change: Any) -> ll.Adapter:

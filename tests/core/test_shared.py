@@ -18,7 +18,7 @@ import optree
 import pytest
 import torch
 from cases import CASES, Case
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,7 +33,7 @@ BANK = (".all", "lora_bank")
 UP, DOWN = "layers.0.up", "layers.1.down"
 SHARING = [case for case in CASES if ll.init(net(), case.config(r=4)).layout.shared and case.linear]
 every = pytest.mark.parametrize("case", SHARING, ids=repr)
-X = torch.randn(5, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+X = normal(5, 16, seed=2)
 
 
 def vblora(seed: int = 0, **fields: Any) -> ll.Adapter:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
-X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+X = normal(3, 8, seed=0, dtype=torch.float32)
 
 
 class Applied(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor
 
 import lora_lite_func as ll
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def noise(*shape: int, seed: int = 0, size: float = 0.3) -> Tensor:
-    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return size * normal(*shape, seed=seed, dtype=torch.float32)
 
 
 def unet() -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, moved, net
+from helpers import close, moved, net, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # opacus' own
 ]
-X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = normal(6, 16, seed=0)
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
 
 

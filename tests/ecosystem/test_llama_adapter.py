@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved, same_state, snapshot
+from helpers import close, moved, normal, same_state, snapshot
 from prompts import IDS, fresh, greedy
 from torch import Tensor
 from torch.func import grad, vmap
@@ -57,7 +57,7 @@ def test_it_is_the_attention_and_what_its_queries_find_in_the_prompt(
 ) -> None:
     model = fresh("llama", **settings)
     module = model.model.layers[1].self_attn
-    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    x = normal(2, 5, 32, seed=0, dtype=torch.float32)
     rotation = model.model.rotary_emb(x, torch.arange(5)[None])
     start = adapter(module)
     params = moved(start, size=0.5)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import CASES, merging
 from families import FAMILIES, IDS
-from helpers import close, leaves, moved, net, same_state, snapshot
+from helpers import close, leaves, moved, net, normal, same_state, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled"),
 ]
 LORA = ll.LoRAConfig(r=4)
-X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = normal(5, 16, seed=0)
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cases import CALIBRATED, CASES, Case, start
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
-X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = normal(3, 5, 16, seed=0)
 DORA = ll.DoRAConfig(r=4)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, start
-from helpers import close, moved
+from helpers import close, moved, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -39,7 +39,7 @@ def model_of(bias: bool = True) -> One:
 
 
 def features(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return normal(*shape, seed=1, dtype=torch.float32)
 
 
 REFUSED: dict[str, Callable[[], Any]] = {

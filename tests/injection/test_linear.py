@@ -343,8 +343,10 @@ MIXES = [
 
 
 def pieces_of(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fused_rows._ByRows.apply
-    monkeypatch.setattr(fused_rows._ByRows, "apply", functools.partial(_noted, seen, "rows", made))
+    made = fused_rows._LowRankByRows.apply
+    monkeypatch.setattr(
+        fused_rows._LowRankByRows, "apply", functools.partial(_noted, seen, "rows", made)
+    )
 
 
 @pytest.mark.parametrize("alphas", [(8.0, 8.0, 8.0), (8.0, 2.0, 1.0)], ids=str)

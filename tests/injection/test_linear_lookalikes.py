@@ -324,7 +324,7 @@ def test_prepared_keeps_what_it_made_where_it_goes(monkeypatch: pytest.MonkeyPat
         inside = ll.prepared(model, moved(ll.init(model, ll.OFTConfig(block_size=4))))
     y = once(x)
     monkeypatch.setattr(
-        "lora_lite_func.injection.activation_route._prepare",
+        "lora_lite_func.injection.phases._prepare",
         lambda *args: pytest.fail("made again"),
     )
     for made in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import CASES, Case, start
 from counting import counted
-from helpers import close, moved, net, same_state, snapshot
+from helpers import close, moved, net, normal, same_state, snapshot
 
 import lora_lite_func as ll
 
@@ -19,7 +19,7 @@ def ready(case: Case) -> tuple[torch.nn.Module, ll.Adapter, torch.Tensor]:
     return (
         model,
         moved(start(case, model, case.config(r=4))),
-        torch.randn(5, 16, generator=torch.Generator().manual_seed(2)).double(),
+        normal(5, 16, seed=2, dtype=torch.float32).double(),
     )
 
 

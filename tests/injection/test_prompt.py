@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from families import FAMILIES
-from helpers import close, leaves, moved, net, same_state, snapshot
+from helpers import close, leaves, moved, net, normal, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
@@ -316,7 +316,7 @@ def test_blocks_that_are_lists_of_layers_are_bound(cfg: Any) -> None:
         *(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2))
     ).double()
     params = moved(ll.init(blocks, cfg(r=4, first=2, last=2, target_names=(r"^\d$",))))
-    x = torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = normal(3, 10, 16, seed=0)
     y = ll.apply(blocks, params, x)
     for bound in (
         ll.bind(blocks, params),

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved, same_state, snapshot
+from helpers import close, moved, normal, same_state, snapshot
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
-X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+X = normal(3, 4, seed=0, dtype=torch.float32)
 
 
 @dataclass

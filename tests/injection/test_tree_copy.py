@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, close, leaves, moved, net, same_state, snapshot
+from helpers import Net, close, leaves, moved, net, normal, same_state, snapshot
 from hooks import hooked
 from torch import Tensor, nn
 
@@ -464,9 +464,7 @@ class Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.in_features = self.out_features = 16
-        self.weight = nn.Parameter(
-            torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        )
+        self.weight = nn.Parameter(normal(16, 16, seed=0))
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         return x @ self.weight.mT * gain

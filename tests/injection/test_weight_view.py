@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, in_threads, leaves, moved
+from helpers import close, in_threads, leaves, moved, normal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite_func as ll
 from lora_lite_func.core import registry as methods
-from lora_lite_func.injection import weight_route
+from lora_lite_func.injection import weight_properties, weight_route
 
 CONFIGS = [
     ll.LoRAConfig(r=4),
@@ -63,7 +63,7 @@ class Reader(nn.Module):
         return USES[self.use](self.layer, x)
 
 
-X = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+X = normal(5, 16, seed=0)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -122,7 +122,8 @@ def test_a_bias_that_an_adapter_brings() -> None:
 
 def test_questions_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = ll.bind(Reader("linear"), ll.init(Reader("linear"), ll.LoRAConfig(r=4))).layer
-    monkeypatch.setattr(weight_route, "merge_site", lambda *_: 1 / 0)
+    for file in (weight_route, weight_properties):
+        monkeypatch.setattr(file, "merge_site", lambda *_: 1 / 0)
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     assert (weight.dtype, weight.shape, weight.device.type, weight.ndim, weight.numel()) == (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -27,7 +27,7 @@ Q, OUT, CONV = "down_blocks.0.attn1.to_q", "down_blocks.0.attn1.to_out.0", "down
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, seed=seed, dtype=torch.float32)
 
 
 def delta(model: nn.Module, params: Any, path: str) -> Tensor:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, seed=seed, dtype=torch.float32)
 
 
 class Modulated(nn.Module):

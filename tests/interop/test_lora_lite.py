@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
 
 D_IN, D_OUT, R = 12, 8, 4
-X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(0))
+X = normal(5, D_IN, seed=0, dtype=torch.float32)
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,7 +35,7 @@ def model() -> nn.Module:
 
 def noise(*shape: int, seed: int = 2, size: float = 0.2) -> Tensor:
     """Seeded, as if trained."""
-    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return size * normal(*shape, seed=seed, dtype=torch.float32)
 
 
 class Case:

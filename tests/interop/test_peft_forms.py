@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, normal
 from peft_models import peft, saved
 from torch import Tensor, nn
 
@@ -47,8 +47,8 @@ def linears() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
 
 
-X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-PICTURES = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(1))
+X = normal(3, 12, seed=1, dtype=torch.float32)
+PICTURES = normal(2, 6, 5, 5, seed=1, dtype=torch.float32)
 IDS = torch.arange(10)[None]
 LYCORIS = {
     "full": {"r": 8},

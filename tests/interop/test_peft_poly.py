@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved
+from helpers import close, moved, normal
 from peft_models import base, peft
 from torch import Tensor
 
@@ -17,7 +17,7 @@ import lora_lite_func as ll
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-X = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0))
+X = normal(4, 3, 16, seed=0, dtype=torch.float32)
 TASKS = torch.tensor([2, 0, 1, 2])
 
 

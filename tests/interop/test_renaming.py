@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import close
+from helpers import close, normal
 from peft_models import IDS, load_file, peft
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ class Moved(nn.Module):
         return self.lm_head(self.model(x))
 
 
-X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+X = normal(3, 6, seed=1, dtype=torch.float32)
 
 
 def written(
@@ -335,7 +335,7 @@ MOVED: dict[str, dict[str, Any]] = {
             "attention.q_proj": "attention.attention.query",
             "mlp.fc1": "intermediate.dense",
         },
-        "x": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        "x": normal(2, 3, 8, 8, seed=1, dtype=torch.float32),
     },
     "a head": {
         "make": neox,

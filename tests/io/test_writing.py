@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, in_threads, moved, net
+from helpers import close, in_threads, moved, net, normal
 from torch import nn
 
 import lora_lite_func as ll
 from lora_lite_func.io.swapping import swapped
 
-X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+X = normal(3, 16, seed=0, dtype=torch.float32)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, start
-from helpers import close, moved, net
+from helpers import close, moved, net, normal
 
 import lora_lite_func as ll
 from lora_lite_func.core.registry import variant_for
@@ -34,7 +34,7 @@ def test_the_cheaper_form_is_taken_where_costs_are_known() -> None:
 def test_outputs_do_not_depend_on_costs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     params = moved(start(case, model, case.config(r=4)))
-    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = normal(300, 16, seed=0)
     with torch.no_grad():
         expected = ll.apply(model, params, x)
         monkeypatch.setattr(cost, "MEASURED", {})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor
 
 import lora_lite_func as ll
@@ -14,8 +14,7 @@ from lora_lite_func.kernels.gates import gates
 
 
 def logits(*shape: int) -> Tensor:
-    gen = torch.Generator().manual_seed(0)
-    return torch.randn(*shape, generator=gen, dtype=torch.float64)
+    return normal(*shape, seed=0)
 
 
 def test_shares_are_a_softmax_over_the_best() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from helpers import close, leaves, moved, net, same_state, snapshot
+from helpers import close, leaves, moved, net, normal, same_state, snapshot
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ CONFIGS = [
 
 
 def x16() -> Tensor:
-    return torch.randn(4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return normal(4, 16, seed=0)
 
 
 def dense(model: nn.Module, params: ll.Adapter) -> nn.Module:

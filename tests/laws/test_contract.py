@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, MERGED, Case, dense, merging, needs_data, start
-from helpers import Net, close, in_threads, leaves, moved, net, same_state, snapshot
+from helpers import Net, close, in_threads, leaves, moved, net, normal, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -68,7 +68,7 @@ def simple(case: Case, **config: Any) -> tuple[Net, ll.Adapter, Tensor]:
     return (
         model,
         moved(params),
-        torch.randn(6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+        normal(6, 16, seed=5),
     )
 
 
@@ -462,7 +462,7 @@ def test_autocast(case: Case, dtype: torch.dtype) -> None:
     model = net(dtype=torch.float32)
     params = moved(start(case, model, case.config(r=4)), size=0.05)
     trainable, frozen = ll.partition(params)
-    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
+    x = normal(6, 16, seed=5, dtype=torch.float32)
     expected = ll.apply(model, params, x)
     with torch.autocast("cpu", dtype=dtype):
         y, base = ll.apply(model, params, x), model(x)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import lora_lite_func as ll
 
 MODEL = net(width=8, inner=16, depth=1, out=4)
-X = torch.randn(3, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+X = normal(3, 8, seed=5)
 OTHER = moved(ll.init(MODEL, ll.LoRAConfig(r=2), seed=9), 9)
 WIDE = ll.init(MODEL, ll.LoRAConfig(r=4, alpha=3))
 THIRD = moved(OTHER)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from cases import CASES, Case
-from helpers import close, leaves, moved, same_state, seeded, snapshot
+from helpers import close, leaves, moved, normal, same_state, seeded, snapshot
 from places import Experts, Mixing, Own, Scaled, Transposed, features, method
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -374,7 +374,7 @@ def test_attention_s_masks_go_with_their_rows(batch_first: bool) -> None:
     ]
     of, x = [1, 0, -1], features(3, 4, 16)
     hidden = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]).bool()
-    seen = torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seen = normal(6, 4, 4, seed=1)
     turn = lambda t: t if batch_first else t.transpose(0, 1)  # noqa: E731
     for mask in (None, seen[0], seen):
         y, weights = ll.apply(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, Case, dense, start
-from helpers import close, leaves, moved, net
+from helpers import close, leaves, moved, net, normal
 from torch import Tensor
 from torch.func import (
     functionalize,
@@ -198,7 +198,7 @@ def test_a_seed_gives_one_mask_in_every_mode(case: Case, tokens: int) -> None:
     model = net(width=8, inner=16, depth=1, out=4).train()
     params = moved(start(case, model, case.config(r=4, dropout=0.5), seed=3))
     t, frozen = ll.partition(params)
-    x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = normal(tokens, 8, seed=1)
 
     def y(t: Any, x: Tensor = x) -> Tensor:
         return ll.apply(model, ll.combine(t, frozen), x)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import CALIBRATED, CASES, MERGED, Case, start
-from helpers import Net, close, leaves, moved, net
+from helpers import Net, close, leaves, moved, net, normal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -38,7 +38,7 @@ def unlike(case: Case) -> tuple[Net, list[ll.Adapter]]:
 
 
 def batch(rows: int = len(IDS)) -> Tensor:
-    return torch.randn(rows, 3, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return normal(rows, 3, 16)
 
 
 def alone(model: nn.Module, several: list[ll.Adapter], x: Tensor, ids: list[int]) -> Tensor:

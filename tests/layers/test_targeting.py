@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import CASES
-from helpers import close, moved, net, same_state, snapshot
+from helpers import close, moved, net, normal, same_state, snapshot
 from hypothesis import given
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -32,9 +32,7 @@ class Lookalike(nn.Module):
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.in_features, self.out_features = d_in, d_out
-        self.weight = nn.Parameter(
-            torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(0))
-        )
+        self.weight = nn.Parameter(normal(d_out, d_in, seed=0, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.mT

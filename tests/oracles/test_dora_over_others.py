@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, moved
+from helpers import close, moved, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -19,7 +19,7 @@ def layer(bias: bool = True, seed: int = 0) -> nn.Module:
 
 
 def features(*shape: int) -> Tensor:
-    return torch.randn(*shape, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return normal(*shape, 12, seed=3)
 
 
 INNER = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, normal
 from torch import Tensor, nn
 
 import lora_lite_func as ll
@@ -54,7 +54,7 @@ class Beside(nn.Module):
 
 def batch() -> Tensor:
     """(rows, layers, width): enough rows that no two directions are of one size by chance."""
-    return torch.randn(600, len(DECAYS), WIDTH, generator=torch.Generator().manual_seed(1))
+    return normal(600, len(DECAYS), WIDTH, seed=1, dtype=torch.float32)
 
 
 def theirs(model: nn.Module, x: Tensor, **eva: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved
+from helpers import close, moved, normal
 from linear_layers import layer
 from torch import Tensor, nn
 
@@ -127,7 +127,7 @@ def test_dense_formula(
 ) -> None:
     model = layer(bias)
     params = moved(ll.init(model, cfg), size=0.2)
-    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = normal(2, 3, 16, seed=1)
     p = dict(params[""])
     W, b = formula(p, model.weight.detach(), None if model.bias is None else model.bias.detach(), s)
     new = ll.merge(model, params)

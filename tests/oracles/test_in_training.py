@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import close, moved
+from helpers import close, moved, normal
 from linear_layers import layer
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
@@ -24,7 +24,7 @@ noisy = pytest.mark.parametrize("cfg", NOISY, ids=lambda c: type(c).__name__)
 
 def trained(cfg: ll.AdapterConfig) -> tuple[nn.Module, ll.Adapter, Tensor]:
     model = layer(True, 16, 24).train()
-    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = normal(5, 16, seed=1)
     return model, moved(ll.init(model, cfg), size=0.3), x
 
 
@@ -115,7 +115,7 @@ def test_monteclora_s_penalty_is_the_sum_of_divergences() -> None:
     sigma, pi = params[""]["lora_sigma"], params[""]["lora_pi"]
     dirichlet = kl_divergence(Dirichlet(pi.exp()), Dirichlet(torch.full_like(pi, 0.5)))
     wishart = 2.0 * ((2 * sigma).exp() - 2 * sigma - 1).sum()
-    chi2 = torch.randn(400_000, 4, generator=torch.Generator().manual_seed(2)).square().sum(1)
+    chi2 = normal(400_000, 4, seed=2, dtype=torch.float32).square().sum(1)
     v = (2 * sigma).exp()[:, None] * chi2.double()
     draws = 1.5 * (v - v.log() - 1).mean(1).sum()
     close(ll.penalty(params), 0.2 * (dirichlet + wishart + draws), 1e-2)

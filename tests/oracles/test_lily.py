@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import close, moved, net
+from helpers import close, moved, net, normal
 from peft_layers import Tiny, compare, peft
 from peft_models import base, load_file, saved
 from safetensors.torch import save_file
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, of which there 
 
 Gate = Literal["token", "row", "batch"]
 AXES: dict[Gate, tuple[int, ...]] = {"token": (), "row": (1,), "batch": (0, 1)}
-X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+X = normal(3, 5, 16, seed=1)
 
 
 def layer() -> nn.Module:

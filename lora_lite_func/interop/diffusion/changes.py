@@ -13,12 +13,12 @@ from ...layers.weights import stored
 from ...variants import BitFitConfig, FullConfig, LNTuningConfig
 from ..assembly import ModuleEntry, Part
 from ..whole_change import whole_change
-from .factored import Held, Rows, rows_of
+from .factored import Rows, Tensors, rows_of
 
 __all__ = ["changes", "check_size", "replaced"]
 
 
-def changes(held: Held, entry: ModuleEntry, rows: Rows) -> list[Part]:
+def changes(held: Tensors, entry: ModuleEntry, rows: Rows) -> list[Part]:
     """Return the parts that diff and diff_b make of a layer or a norm.
 
     Raises:

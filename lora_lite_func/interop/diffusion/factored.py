@@ -18,9 +18,9 @@ from ...variants import LoHaConfig, LoRAConfig
 from ..assembly import ModuleEntry, Part
 from ..peft.methods.lora import factors
 
-__all__ = ["Hadamard", "Held", "LowRank", "Rows", "given", "product", "rows_of"]
+__all__ = ["Hadamard", "LowRank", "Rows", "Tensors", "given", "product", "rows_of"]
 
-Held = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
 """{role: tensor} of one module of a file."""
 
 Rows = tuple[tuple[int, int], ...]
@@ -41,7 +41,7 @@ class LowRank:
     scale: float
 
     @classmethod
-    def of(cls, held: Held, entry: ModuleEntry) -> LowRank:
+    def of(cls, held: Tensors, entry: ModuleEntry) -> LowRank:
         """Make the update of a module's factors, with the scale 1.
 
         Raises:
@@ -80,7 +80,7 @@ class Hadamard:
     scale: float
 
     @classmethod
-    def of(cls, held: Held, entry: ModuleEntry) -> Hadamard:
+    def of(cls, held: Tensors, entry: ModuleEntry) -> Hadamard:
         """Make the update of a module's factors, with the scale 1.
 
         Raises:
@@ -125,7 +125,7 @@ def product(pair: tuple[Tensor, ...]) -> Tensor:
     return a @ b
 
 
-def given(held: Held, role: str, entry: ModuleEntry) -> Tensor:
+def given(held: Tensors, role: str, entry: ModuleEntry) -> Tensor:
     """Return the tensor of a role.
 
     Raises:

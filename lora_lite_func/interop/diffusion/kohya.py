@@ -29,7 +29,7 @@ from ..peft.methods.lora_write import divisor, is_pair
 __all__ = ["kohya_form"]
 
 _BIASES = {"diff_b", "b_norm"}
-Held = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 def kohya_form(
@@ -84,7 +84,7 @@ def _flat(path: str, modules: Mapping[str, Any]) -> str:
     return ("text_model." + path if nested else path).replace(".", "_")
 
 
-Written = Iterator[tuple[str, Held]]
+Written = Iterator[tuple[str, Tensors]]
 
 
 def _writer(adapter: Adapter) -> Callable[[Adapter, Mapping[str, Any]], Written]:

@@ -13,7 +13,7 @@ from ...core.errors import CheckpointError, short_repr
 from ...variants import LoKrConfig
 from ...variants.lokr import split
 from ..assembly import ModuleEntry, Part
-from .factored import Held, Rows, given, product, rows_of
+from .factored import Rows, Tensors, given, product, rows_of
 
 __all__ = ["Kronecker"]
 
@@ -29,7 +29,7 @@ class Kronecker:
     scale: float
 
     @classmethod
-    def of(cls, held: Held, entry: ModuleEntry) -> Kronecker:
+    def of(cls, held: Tensors, entry: ModuleEntry) -> Kronecker:
         """Make the update of a module's factors, with the scale 1.
 
         Raises:

@@ -10,7 +10,7 @@ from ...core.errors import CheckpointError, short_repr
 from ...variants import DoRAConfig
 from ..assembly import ModuleEntry, Part
 from ..whole_change import whole_change
-from .factored import Held, LowRank
+from .factored import LowRank, Tensors
 
 __all__ = ["has_magnitudes", "over_inputs", "with_magnitudes"]
 
@@ -26,12 +26,14 @@ def over_inputs(t: Tensor) -> bool:
     return t.ndim > 1 and t.shape[0] == 1
 
 
-def has_magnitudes(held: Held) -> bool:
+def has_magnitudes(held: Tensors) -> bool:
     """Tell whether a module of a file has magnitudes."""
     return "magnitude" in held or "dora_scale" in held
 
 
-def with_magnitudes(update: _Update, held: Held, entry: ModuleEntry) -> tuple[Part, Tensor | None]:
+def with_magnitudes(
+    update: _Update, held: Tensors, entry: ModuleEntry
+) -> tuple[Part, Tensor | None]:
     """Return (the part of an update with magnitudes, what a learned bias is multiplied by). A LoRA
     with magnitudes of the outputs is a DoRA. For anything else, the whole change is worked out from
     the weight.

@@ -16,7 +16,7 @@ from ..assembly import ModuleEntry, Part, common_dtype
 from ..peft.modules import adaptable
 from .changes import changes, replaced
 from .declared import Declared
-from .factored import Hadamard, Held, LowRank, Rows, rows_of
+from .factored import Hadamard, LowRank, Rows, Tensors, rows_of
 from .gather import FileModule
 from .kronecker import Kronecker
 from .magnitudes import has_magnitudes, over_inputs, with_magnitudes
@@ -90,7 +90,7 @@ def module_parts(
 
 
 # ------------------------------------------------------------------------------------------ factors
-def _factored(held: Held, entry: ModuleEntry, name: str) -> Update | None:
+def _factored(held: Tensors, entry: ModuleEntry, name: str) -> Update | None:
     """Return the update by factors, if there is one.
 
     Raises:
@@ -112,7 +112,7 @@ def _factored(held: Held, entry: ModuleEntry, name: str) -> Update | None:
     return update
 
 
-def _scaled(update: Update, alpha: float | None, held: Held, entry: ModuleEntry) -> list[Part]:
+def _scaled(update: Update, alpha: float | None, held: Tensors, entry: ModuleEntry) -> list[Part]:
     """Return the parts of an update by factors: with alpha, and DoRA's magnitudes or a learned
     bias.
     """
@@ -150,7 +150,9 @@ def _alpha(module: FileModule) -> float | None:
 
 
 # --------------------------------------------------------------------------------- whole parameters
-def _kept_whole(held: Held, entry: ModuleEntry, rows: Rows, model: nn.Module) -> Iterator[Placed]:
+def _kept_whole(
+    held: Tensors, entry: ModuleEntry, rows: Rows, model: nn.Module
+) -> Iterator[Placed]:
     """Return the parameters that are kept whole: set_weight, and the diff of what no other method
     adapts.
     """
@@ -161,7 +163,7 @@ def _kept_whole(held: Held, entry: ModuleEntry, rows: Rows, model: nn.Module) ->
             yield parameter, replaced(role, held[role], parameter, rows)
 
 
-def _changed(held: Held, entry: ModuleEntry, rows: Rows) -> list[Part]:
+def _changed(held: Tensors, entry: ModuleEntry, rows: Rows) -> list[Part]:
     roles = ("diff", "diff_b") if _by_update(entry) else ("diff_b",)
     return changes({role: held[role] for role in roles if role in held}, entry, rows)
 

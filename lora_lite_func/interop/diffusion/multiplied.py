@@ -19,7 +19,7 @@ from ...variants import IA3Config, IA3FFConfig, LoRAConfig
 from ..assembly import ModuleEntry, Part
 from ..whole_change import whole_change
 from .changes import check_size
-from .factored import Held, Rows, given, rows_of
+from .factored import Rows, Tensors, given, rows_of
 
 __all__ = ["CONSTRAINT", "Gate", "Rotation", "Sandwich"]
 
@@ -36,7 +36,7 @@ class Gate:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, held: Held, entry: ModuleEntry) -> Gate:
+    def of(cls, held: Tensors, entry: ModuleEntry) -> Gate:
         """Make the update of a module's tensors.
 
         Raises:
@@ -81,7 +81,7 @@ class Sandwich:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, held: Held, entry: ModuleEntry) -> Sandwich:
+    def of(cls, held: Tensors, entry: ModuleEntry) -> Sandwich:
         """Make the update of a module's factors, with the scale 1.
 
         Raises:
@@ -127,7 +127,7 @@ class Rotation:
     rows: Rows = ()
 
     @classmethod
-    def of(cls, held: Held, entry: ModuleEntry) -> Rotation:
+    def of(cls, held: Tensors, entry: ModuleEntry) -> Rotation:
         """Make the update of a module's tensors.
 
         Raises:

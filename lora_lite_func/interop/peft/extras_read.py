@@ -26,7 +26,7 @@ __all__ = ["read_extras"]
 def read_extras(
     reader: ConfigReader, rest: Mapping[str, Tensor], model: Any, adapted: Container[str] = ()
 ) -> list[tuple[ModuleEntry, Part]]:
-    """Read what a file holds beside its method's tensors: modules trained whole (modules_to_save),
+    """Read what a file holds besides its method's tensors: modules trained whole (modules_to_save),
     learned biases (bias="all", "lora_only"), new rows of tables, and tables of a resized base.
 
     Args:

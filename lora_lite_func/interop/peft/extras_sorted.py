@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, short_repr
 from ...layers.tied import embeddings_of
-from ...layers.weights import held, stored
+from ...layers.weights import read_tensor, stored
 from ..metadata import ConfigReader
 from .completeness import in_one_of
 from .keys import WRAPPED, elsewhere
@@ -152,7 +152,7 @@ def check_learned(
 
 def _is_the_base(module: Any, name: str, t: Tensor) -> bool:
     """Tell whether a tensor is the base's own, unchanged."""
-    return torch.equal(held(module, name).to(t), t)
+    return torch.equal(read_tensor(module, name).to(t), t)
 
 
 def _unknown(modules: Mapping[str, Any], path: str, bare: str) -> str:

@@ -10,8 +10,7 @@ from torch import Tensor
 from ...core.errors import UnsupportedError
 from ...core.site import Site
 from ...layers.kinds import restored
-from ...layers.weights import held as held_tensor
-from ...layers.weights import own_tensor, stored
+from ...layers.weights import own_tensor, read_tensor, stored
 from .keys import KeyMap, elsewhere
 
 __all__ = ["Values", "biases", "copies", "whole"]
@@ -59,7 +58,7 @@ def whole(
     for key in (f"{parent}.{name}" for parent in parents for name in modules[parent].state_dict()):
         parent, _, leaf = key.rpartition(".")
         if parent in modules:  # a bound model's own tensors are none of the base's
-            kept[key] = held_tensor(modules[parent], leaf)
+            kept[key] = read_tensor(modules[parent], leaf)
     for path, (site, W) in trained.items():
         kept[path] = _restored(W, kept[path], site)
     return sorted(parents), kept
@@ -80,7 +79,7 @@ def copies(
     Args:
         values: those of FullConfig(frozen=True).
         modules: the base's, by path.
-        keys: the wrappers around modules.
+        keys: where modules go in the file, with the wrappers around them.
         rows: {path of a module with replaced rows: the wrapper that PEFT has around it for them}.
 
     Raises:
@@ -96,7 +95,7 @@ def copies(
                     f"has none of this name"
                 )
             key = f"{keys.inside(parent)}{rows.get(parent, '')}.{name}"
-            kept[key] = _restored(W, held_tensor(modules[parent], name), site)
+            kept[key] = _restored(W, read_tensor(modules[parent], name), site)
     return kept
 
 

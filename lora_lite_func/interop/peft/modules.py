@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -78,8 +78,27 @@ def entries_of(
     check_complete(model, modules, reader, method, {*sites, *where.values()}, where)
     entries = {path: ModuleEntry(found, shared, *known[found]) for path, found in where.items()}
     _number(entries.values(), modules)
+    _refuse_unlike(entries.values(), modules, reader, method)
+    for path, entry in entries.items():
+        if moved[path] != path:
+            entry.named = path.partition(WRAPPED)[0]  # as the config knows it
+        _name_in_attention(modules, entry)
+        # torch's attention reads the bare weight, where PEFT has wrapped this layer alone
+        alone = path.endswith("out_proj") and not path.endswith(f"{WRAPPED}.out_proj")
+        entry.unheard = alone and attention(modules, entry.path) is not None
+    _refuse_turned(entries.values(), reader)
+    return entries
+
+
+def _refuse_unlike(
+    entries: Iterable[ModuleEntry],
+    modules: Mapping[str, nn.Module],
+    reader: ConfigReader,
+    method: Codec,
+) -> None:
+    """Refuse places where PEFT computes something else than the changed weight does."""
     rewritten = method.rewrites_base is not None and method.rewrites_base(reader)
-    for entry in entries.values():
+    for entry in entries:
         # PEFT changes one of two places that share it, or rewrites both where one was meant.
         if KINDS[entry.kind].bare or (entry.kind == "linear" and rewritten):
             refuse_tied(
@@ -91,29 +110,24 @@ def entries_of(
                 f"{reader.where}: {short_repr(entry.path)}: {reason}merge it in PEFT "
                 f"(merge_and_unload), whose outputs then are those of the changed weight"
             )
-    for path, entry in entries.items():
-        if moved[path] != path:
-            entry.named = path.partition(WRAPPED)[0]  # as the config knows it
-        _name_in_attention(modules, entry)
-        # torch's attention reads the bare weight, where PEFT has wrapped this layer alone
-        alone = path.endswith("out_proj") and not path.endswith(f"{WRAPPED}.out_proj")
-        entry.unheard = alone and attention(modules, entry.path) is not None
+
+
+def _refuse_turned(entries: Collection[ModuleEntry], reader: ConfigReader) -> None:
+    """Refuse a part of attention beside layers that are stored transposed."""
     across = next(
         (
             f"{p.path!r}"
-            for p in entries.values()
+            for p in entries
             if p.kind == "linear" and p.site is not None and p.site.transposed
         ),
         "its config",
     )
-    if (reader.flag("fan_in_fan_out") or across != "its config") and any(
-        entry.named for entry in entries.values()
-    ):
+    transposed = reader.flag("fan_in_fan_out") or across != "its config"
+    if transposed and any(entry.named for entry in entries):
         raise CheckpointError(
             f"{reader.where}: where layers are stored transposed ({across}), PEFT turns the "
             f"update of attention's out_proj around"
         )
-    return entries
 
 
 def _number(entries: Iterable[ModuleEntry], modules: Mapping[str, nn.Module]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...layers.kinds import KINDS
-from ...layers.weights import held as held_tensor
+from ...layers.weights import read_tensor
 from ...variants import TokensConfig
 from ..assembly import ModuleEntry, Part
 from ..metadata import ConfigReader
@@ -66,7 +66,7 @@ def read_rows(
             done |= dict.fromkeys(parents, new)
         if tied or stored is not None:
             source = first_name(modules, names[0])
-        part = _change(listed[path], new, held_tensor(modules[path]) if stored is None else stored)
+        part = _change(listed[path], new, read_tensor(modules[path]) if stored is None else stored)
         found.append((ModuleEntry(source, {}, *adaptable(model, [source])[source]), part))
     return found
 
@@ -163,7 +163,7 @@ def written_rows(
             padding = _padding(modules[parent])
             if site.kind == "embedding" and padding is not None:
                 change = change.masked_fill(chosen.eq(padding)[:, None], 0.0)
-            table = held_tensor(modules[source])
+            table = read_tensor(modules[source])
             ids[source] = chosen.tolist()
             new = table[chosen].to(change.dtype) + change
             rows |= dict.fromkeys(places if every_place else [source], new)

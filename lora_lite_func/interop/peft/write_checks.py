@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.adapter import ABSENT, Adapter
+from ...core.absent import ABSENT
+from ...core.adapter import Adapter
 from ...core.errors import CheckpointError, UnsupportedError, short_repr
 from ...core.site import Site
 from ...layers.kinds import KINDS

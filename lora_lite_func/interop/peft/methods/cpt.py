@@ -16,8 +16,8 @@ from ....variants.cpt import virtual
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
-from ..whole_model import only_one, said_of_model
-from .prompt_tuning import ABOUT_MODEL, TENSOR, virtual_tokens
+from ..whole_model import only_one
+from .prompt_tuning import ABOUT_MODEL, TENSOR, virtual_tokens, written
 
 __all__ = ["CPT"]
 
@@ -68,8 +68,6 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     p = adapter[path]
     tokens = virtual(cfg, p, adapter.sites[path])
     fields = {
-        "num_virtual_tokens": tokens.shape[0],
-        "token_dim": tokens.shape[1],
         "cpt_token_ids": p["lora_ids"].long().tolist(),
         "cpt_mask": [1] * tokens.shape[0],
         "cpt_tokens_type_mask": p["lora_types"].long().tolist(),
@@ -78,7 +76,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
         "opt_weighted_loss_type": "none" if cfg.decay == 1.0 else "decay",
         "opt_loss_decay_factor": cfg.decay,
     }
-    return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
+    return written(tokens, path, modules, fields)
 
 
 CPT = Codec(

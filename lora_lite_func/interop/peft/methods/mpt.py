@@ -15,8 +15,8 @@ from ....variants import MPTConfig
 from ...assembly import ModuleEntry, Part
 from ...metadata import ConfigReader
 from ..codec import Codec, Written
-from ..whole_model import only_one, said_of_model
-from .prompt_tuning import ABOUT_MODEL, PROMPT_TUNING, TENSOR, virtual_tokens
+from ..whole_model import only_one
+from .prompt_tuning import ABOUT_MODEL, PROMPT_TUNING, TENSOR, virtual_tokens, written
 
 __all__ = ["MPT"]
 
@@ -56,17 +56,15 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     p, cfg = adapter[path], adapter.config
     tokens, columns = p["lora_tokens"], p["lora_columns"]
     fields = {
-        "num_virtual_tokens": tokens.shape[0],
-        "token_dim": tokens.shape[1],
         "num_tasks": cfg.tasks,  # type: ignore[attr-defined]
         "num_ranks": cfg.task_rank,  # type: ignore[attr-defined]
     }
-    fields = said_of_model(modules, path) | fields
+    tensors = {_COLUMNS: columns, _ROWS: p["lora_rows"]}
     if "lora_decoder" in p:
         fields["num_transformer_submodules"] = 2
-        tokens = torch.cat([tokens, p["lora_decoder"]])
-        columns = torch.cat([columns, p["lora_decoder_columns"]], 1)
-    return Written(fields, {path: {TENSOR: tokens, _COLUMNS: columns, _ROWS: p["lora_rows"]}})
+        tensors[TENSOR] = torch.cat([tokens, p["lora_decoder"]])
+        tensors[_COLUMNS] = torch.cat([columns, p["lora_decoder_columns"]], 1)
+    return written(tokens, path, modules, fields, tensors)
 
 
 MPT = Codec(

@@ -9,8 +9,8 @@ from ....core.adapter import Adapter
 from ....variants import PTuningConfig
 from ....variants.p_tuning import virtual
 from ..codec import Codec, Written
-from ..whole_model import only_one, said_of_model
-from .prompt_tuning import ABOUT_MODEL, TENSOR, read
+from ..whole_model import only_one
+from .prompt_tuning import ABOUT_MODEL, TENSOR, read, written
 
 __all__ = ["P_TUNING"]
 
@@ -25,14 +25,12 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     cfg: Any = adapter.config
     tokens = virtual(cfg, adapter[path], adapter.sites[path]).detach()
     fields = {
-        "num_virtual_tokens": tokens.shape[0],
-        "token_dim": tokens.shape[1],
         "encoder_reparameterization_type": cfg.encoder.upper(),
         "encoder_hidden_size": cfg.hidden or tokens.shape[1],
     }
     if cfg.encoder == "lstm":
         fields["encoder_num_layers"] = cfg.lstm_layers
-    return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
+    return written(tokens, path, modules, fields)
 
 
 P_TUNING = Codec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from ...metadata import ConfigReader
 from ..codec import Codec, Written
 from ..whole_model import only_one, said_of_model
 
-__all__ = ["ABOUT_MODEL", "PROMPT_TUNING", "TENSOR", "read", "virtual_tokens"]
+__all__ = ["ABOUT_MODEL", "PROMPT_TUNING", "TENSOR", "read", "virtual_tokens", "written"]
 
 TENSOR = "prompt_embeddings"
 ABOUT_MODEL = "token_dim num_layers num_attention_heads num_transformer_submodules"
@@ -46,6 +47,27 @@ def read(reader: ConfigReader, entry: ModuleEntry, held: Mapping[str, Tensor]) -
     return [Part(PromptTuningConfig, {"lora_tokens": tokens}, r=tokens.shape[0])]
 
 
+def written(
+    tokens: Tensor,
+    path: str,
+    modules: Mapping[str, Any],
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Written:
+    """Make a file of virtual tokens, with what each such file says of its model.
+
+    Args:
+        tokens: (P, width).
+        path: the path of the model that they are for.
+        modules: {path: module}.
+        fields: what the method's own config says.
+        tensors: the method's other tensors.
+    """
+    size = {"num_virtual_tokens": tokens.shape[0], "token_dim": tokens.shape[1]}
+    said = size | said_of_model(modules, path) | dict(fields)
+    return Written(said, {path: {TENSOR: tokens, **tensors}})
+
+
 def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
     """Write the tokens, and what PEFT takes from the model.
 
@@ -58,9 +80,7 @@ def write(adapters: Sequence[Adapter], modules: Mapping[str, Any]) -> Written:
             "to_peft: decoder=True: PEFT's prompt tuning leaves the decoder's virtual tokens out; "
             "train with ll.MPTConfig(decoder=True), whose file has them, or without them"
         )
-    tokens = adapter[path]["lora_tokens"]
-    fields = {"num_virtual_tokens": tokens.shape[0], "token_dim": tokens.shape[1]}
-    return Written(fields | said_of_model(modules, path), {path: {TENSOR: tokens}})
+    return written(adapter[path]["lora_tokens"], path, modules)
 
 
 PROMPT_TUNING = Codec(
