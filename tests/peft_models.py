@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from families import FAMILIES
 from helpers import net, normal
 from torch import Tensor, nn
 
@@ -22,6 +23,23 @@ X = normal(3, 16, seed=0, dtype=torch.float32)
 def base(bias: bool = True) -> nn.Module:
     """Two blocks of 16 -> 24 -> 16, float32."""
     return net(dtype=torch.float32, bias=bias)
+
+
+def activated_llama(folder: Path) -> Any:
+    """A Llama with an activated LoRA (aLoRA) of random factors, invoked by the tokens 5, 6, and its
+    folder.
+    """
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=2,
+        target_modules=["q_proj", "up_proj"],
+        alora_invocation_tokens=[5, 6],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(FAMILIES["llama"].fresh(), config).eval()
+    model.save_pretrained(folder)
+    return model
 
 
 def saved(

@@ -28,6 +28,8 @@ from torch import Tensor
 from ..core.adapter import Adapter, replace
 from ..core.errors import ConfigError, StructureError
 from ..core.layout import Layout
+from .alike import check_method
+from .importance import best_of_all, zeros_like
 
 __all__ = ["Schedule", "State", "allocate", "budget", "orthogonality", "prune", "start"]
 
@@ -96,17 +98,14 @@ def start(params: Adapter, schedule: Schedule) -> State:
     Raises:
         StructureError: not an AdaLoRA adapter, or the target is above the rank it starts with.
     """
-    _is_adalora(params)
+    check_method(params, "adalora", "ll.AdaLoRAConfig", "adalora")
     average = sum(site.r for site in params.sites.values()) / len(params)
     if schedule.target_r > average:
         raise StructureError(
             f"adalora: expected target_r of at most the starting rank {average:g}, found "
             f"{schedule.target_r}"
         )
-    zeros = {
-        path: {name: torch.zeros_like(t, dtype=torch.float32) for name, t in ts.items()}
-        for path, ts in params.items()
-    }
+    zeros = zeros_like(params)
     keep = {path: torch.ones_like(ts["lora_E"], dtype=torch.bool) for path, ts in params.items()}
     return State(schedule, zeros, zeros, keep)
 
@@ -141,7 +140,7 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
     Raises:
         StructureError: not an AdaLoRA adapter.
     """
-    _is_adalora(params)
+    check_method(params, "adalora", "ll.AdaLoRAConfig", "adalora")
     schedule = state.schedule
     mean: dict[str, dict[str, Tensor]] = {}
     deviation: dict[str, dict[str, Tensor]] = {}
@@ -174,11 +173,7 @@ def _choose(
     for path in params:
         s = {name: mean[path][name] * deviation[path][name] for name in mean[path]}
         scores[path] = s["lora_E"] + s["lora_A"].mean(dim=1) + s["lora_B"].mean(dim=0)  # (r,)
-    flat = torch.cat(list(scores.values()))
-    count = budget(schedule, flat.numel(), len(scores), step)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.topk(count).indices] = True
-    return dict(zip(scores, mask.split([s.numel() for s in scores.values()]), strict=True))
+    return best_of_all(scores, lambda total: budget(schedule, total, len(scores), step))
 
 
 def orthogonality(params: Adapter) -> Tensor:
@@ -188,7 +183,7 @@ def orthogonality(params: Adapter) -> Tensor:
     Raises:
         StructureError: not an AdaLoRA adapter.
     """
-    _is_adalora(params)
+    check_method(params, "adalora", "ll.AdaLoRAConfig", "adalora")
     norms = []
     for ts in params.values():
         eye = torch.eye(ts["lora_E"].numel(), dtype=ts["lora_A"].dtype, device=ts["lora_A"].device)
@@ -206,7 +201,7 @@ def prune(params: Adapter) -> Adapter:
     Raises:
         StructureError: not an AdaLoRA adapter, or nothing would be left.
     """
-    _is_adalora(params)
+    check_method(params, "adalora", "ll.AdaLoRAConfig", "adalora")
     sites, data = [], {}
     for path, ts in params.items():
         kept = ts["lora_E"].detach() != 0
@@ -231,9 +226,3 @@ def prune(params: Adapter) -> Adapter:
         alpha_pattern=tuple((exact[site.path], site.alpha) for site in sites),
     )
     return Adapter(Layout(params.layout.variant, config, sites), data)
-
-
-def _is_adalora(params: Any) -> None:
-    if not isinstance(params, Adapter) or params.layout.variant.name != "adalora":
-        found = params.layout.variant.name if isinstance(params, Adapter) else type(params).__name__
-        raise StructureError(f"adalora: expected an adapter of ll.AdaLoRAConfig, found {found}")

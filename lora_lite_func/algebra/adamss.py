@@ -24,6 +24,8 @@ from torch import Tensor
 from ..core.adapter import Adapter, replace
 from ..core.errors import ConfigError, StructureError
 from ..kernels.positions import decoded
+from .alike import check_method
+from .importance import best_of_all, zeros_like
 
 __all__ = ["Schedule", "State", "allocate", "budget", "start"]
 
@@ -87,7 +89,7 @@ def start(params: Adapter, schedule: Schedule) -> State:
         StructureError: not an AdaMSS adapter, a site is a stack of weights, or the target is above
             the number of subspaces.
     """
-    _is_adamss(params)
+    check_method(params, "adamss", "ll.AdaMSSConfig", "adamss")
     stacked = next((site.path for site in params.sites.values() if site.num_experts), None)
     if stacked is not None:
         raise StructureError(
@@ -130,7 +132,7 @@ def allocate(params: Adapter, grads: Any, state: State, step: int) -> tuple[Adap
     Raises:
         StructureError: not an AdaMSS adapter.
     """
-    _is_adamss(params)
+    check_method(params, "adamss", "ll.AdaMSSConfig", "adamss")
     schedule = state.schedule
     data = {path: _with_frozen(ts, state, path) for path, ts in params.items()}
     made = replace(params, data)
@@ -183,7 +185,7 @@ def _choose(
     step: int,
 ) -> dict[str, Tensor]:
     """A mask for each site of the best subspaces that are still trained, of all layers together."""
-    scores = []
+    scores = {}
     for path, ts in data.items():
         s = {n: mean[path][n] * deviation[path][n] for n in _TRAINED}
         cluster, (K, q, r) = _cluster(ts), s["lora_A"].shape
@@ -192,13 +194,9 @@ def _choose(
         of_A = s["lora_A"].sum((1, 2)) / (own_q * r)  # (K,)
         of_B = torch.zeros_like(of_A).index_add(0, cluster, s["lora_B"].sum(1))
         score = of_A + of_B / (own_q * size.clamp(min=1))
-        scores.append(score.masked_fill(~state.keep[path], -torch.inf))
-    flat = torch.cat(scores)
+        scores[path] = score.masked_fill(~state.keep[path], -torch.inf)
     trained = sum(int(mask.sum()) for mask in state.keep.values())
-    count = min(budget(state.schedule, flat.numel(), step), trained)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.topk(count).indices] = True
-    return dict(zip(data, mask.split([len(s) for s in scores]), strict=True))
+    return best_of_all(scores, lambda total: min(budget(state.schedule, total, step), trained))
 
 
 def _cluster(ts: Mapping[str, Tensor]) -> Tensor:
@@ -207,13 +205,4 @@ def _cluster(ts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _zeros(params: Adapter) -> dict[str, dict[str, Tensor]]:
-    return {
-        path: {n: torch.zeros_like(ts[n], dtype=torch.float32) for n in _TRAINED}
-        for path, ts in params.items()
-    }
-
-
-def _is_adamss(params: Any) -> None:
-    if not isinstance(params, Adapter) or params.layout.variant.name != "adamss":
-        found = params.layout.variant.name if isinstance(params, Adapter) else type(params).__name__
-        raise StructureError(f"adamss: expected an adapter of ll.AdaMSSConfig, found {found}")
+    return zeros_like({path: {n: ts[n] for n in _TRAINED} for path, ts in params.items()})

@@ -15,6 +15,7 @@ from ..core.site import Site
 
 __all__ = [
     "check_adapter",
+    "check_method",
     "check_same_layout",
     "check_same_method",
     "check_same_sites",
@@ -34,6 +35,24 @@ def check_adapter(params: Any, what: str) -> None:
     """
     if not isinstance(params, Adapter):
         raise StructureError(f"{what}: expected an Adapter, found {type(params).__name__}")
+
+
+def check_method(params: Any, method: str, config: str, what: str) -> None:
+    """Refuse anything that isn't an adapter of one method.
+
+    Args:
+        params: the adapter.
+        method: the method's name.
+        config: its config's, for the message.
+        what: what it was given to, for the message.
+
+    Raises:
+        StructureError: it isn't one; the message says what was found.
+    """
+    found = params.layout.variant.name if isinstance(params, Adapter) else None
+    if found != method:
+        found = found or type(params).__name__
+        raise StructureError(f"{what}: expected an adapter of {config}, found {found}")
 
 
 def check_whole(params: Adapter, what: str, verb: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from ..core.adapter import Adapter, replace
 from ..core.arguments import number
 from ..core.errors import ConfigError, StructureError
+from .alike import check_method
 
 __all__ = ["masked_by"]
 
@@ -47,9 +48,7 @@ def masked_by(params: Adapter, fraction: float = 0.1) -> Adapter:
 
 
 def _check(params: Any) -> None:
-    if not isinstance(params, Adapter) or params.layout.variant.name != "lori":
-        found = params.layout.variant.name if isinstance(params, Adapter) else type(params).__name__
-        raise StructureError(f"masked_by: expected an adapter of ll.LoRIConfig, found {found}")
+    check_method(params, "lori", "ll.LoRIConfig", "masked_by")
     for path, held in params.items():
         if held["lora_B"].shape != params.layout.specs[path]["lora_B"].shape:
             raise StructureError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .references import all_plain, slots
+from .references import WEAK, all_plain, slots
 
 __all__ = [
     "built_in_base",
@@ -81,13 +81,6 @@ def refill(made: Any, members: Any) -> None:
     fill(made, members)
 
 
-_WEAK: tuple[Any, ...] = (
-    weakref.WeakKeyDictionary,
-    weakref.WeakValueDictionary,
-    weakref.WeakSet,
-)
-
-
 def clone_weak(value: Any, members: Iterable[Any]) -> Any:
     """A weak container of the same class and with the same attributes.
 
@@ -95,7 +88,7 @@ def clone_weak(value: Any, members: Iterable[Any]) -> Any:
         value: the container.
         members: what is in the new one: the members of a set, the (key, value) pairs of a mapping.
     """
-    base = next(base for base in _WEAK if isinstance(value, base))
+    base = next(base for base in WEAK if isinstance(value, base))
     made = object.__new__(type(value))
     base.__init__(made)  # it has weak references to itself, which can't be another's
     notes = {name: item for name, item in vars(value).items() if name not in vars(made)}

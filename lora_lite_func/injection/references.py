@@ -24,6 +24,7 @@ from ..core.weak_memo import WeakMemo
 __all__ = [
     "BINDABLE",
     "PLAIN",
+    "WEAK",
     "Role",
     "all_plain",
     "attributes_of_object",
@@ -57,12 +58,14 @@ _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MADE_IN_PYTHON = (collections.UserDict, collections.UserList, collections.ChainMap)
 """The standard library's containers that are plain objects: what is in them is an attribute."""
 
-_WRAPPERS = (
-    types.MappingProxyType,
+WEAK: tuple[Any, ...] = (
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
     weakref.WeakSet,
 )
+"""Containers that keep nothing alive."""
+
+_WRAPPERS = (types.MappingProxyType, *WEAK)
 _POINTERS = (
     nn.Module,
     nn.Parameter,

@@ -113,7 +113,7 @@ def _begun(
             fill(attachment, module, given, rows)
     inside = (*cached, *tokens)
     result = _called(inside, len(inside), begins, module, call, given)
-    if cached and not has_cache and not _uses_cache(module, given):
+    if cached and not has_cache and not _asked("use_cache", module, given):
         return without_cache(result)
     return result
 
@@ -166,7 +166,7 @@ def _called(
         given, front = in_front_of_decoded(front, values, module, given, path)
         # The members of a tuple don't say which of them are of the tokens that were encoded.
         result = own_tokens(inner(given | {"return_dict": True}), front, tokens)
-        return result if _returns_dict(module, given) else result.to_tuple()
+        return result if _asked("return_dict", module, given) else result.to_tuple()
     values, labels = values_of(attachment, module, rows), labels_of(attachment, module, rows)
     given, front = in_front(front, values, module, given, names, is_causal(module), path, labels)
     result, weights = inner(given), label_weights_of(attachment, module, rows)
@@ -180,13 +180,7 @@ def _decoded(module: Any) -> str:
     return "decoder_" if has_encoder(module) else ""
 
 
-def _uses_cache(module: Any, given: Given) -> bool:
-    """Whether the caller is given the cache that the call makes."""
-    said = given.get("use_cache")
-    return bool(getattr(module.config, "use_cache", True) if said is None else said)
-
-
-def _returns_dict(module: Any, given: Given) -> bool:
-    """Whether the caller is given a ModelOutput and not a tuple."""
-    said = given.get("return_dict")
-    return bool(getattr(module.config, "return_dict", True) if said is None else said)
+def _asked(name: str, module: Any, given: Given) -> bool:
+    """Whether a call has a setting on: as it was given, else as the model's config has it."""
+    said = given.get(name)
+    return bool(getattr(module.config, name, True) if said is None else said)

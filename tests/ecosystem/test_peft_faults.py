@@ -12,11 +12,10 @@ import pytest
 import torch
 from families import FAMILIES
 from helpers import close, moved, normal
+from peft_models import activated_llama, peft
 from torch import Tensor, nn
 
 import lora_lite_func as ll
-
-peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -48,19 +47,10 @@ def expert(folder: Path, seed: int) -> str:
 
 
 def test_activated_lora_without_a_cache_loses_its_place(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=2,
-        target_modules=["q_proj", "up_proj"],
-        alora_invocation_tokens=[5, 6],
-        init_lora_weights=False,
-    )
-    theirs = peft.get_peft_model(llama(), config).eval()
+    theirs = activated_llama(tmp_path)
     with torch.no_grad():
         cached, whole = (scores(theirs, how) for how in (True, False))
     assert (cached - whole).abs().max() > 1e-3, "PEFT generates alike with and without a cache now"
-    theirs.save_pretrained(tmp_path)
     params = ll.from_peft(tmp_path, llama())
     mask = ll.invoked(IDS, params.config.invocation_tokens)
     bound = ll.bind(llama(), ll.activated(params, mask, goes_on=True))

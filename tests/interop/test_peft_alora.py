@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from families import FAMILIES
 from helpers import close
+from peft_models import activated_llama
 
 import lora_lite_func as ll
 
@@ -19,23 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 INPUTS = torch.tensor([[8, 5, 6, 7, 5, 6, 9], [5, 6, 8, 9, 3, 4, 7], [8, 9, 3, 4, 8, 9, 3]])
 
 
-def theirs(folder: Path) -> Any:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=2,
-        target_modules=["q_proj", "up_proj"],
-        alora_invocation_tokens=[5, 6],
-        init_lora_weights=False,
-    )
-    model = peft.get_peft_model(FAMILIES["llama"].fresh(), config).eval()
-    model.save_pretrained(folder)
-    return model
-
-
 def test_outputs_are_peft_s_and_the_file_comes_back(tmp_path: Path) -> None:
-    other, model = theirs(tmp_path / "theirs"), FAMILIES["llama"].fresh()
+    other, model = activated_llama(tmp_path / "theirs"), FAMILIES["llama"].fresh()
     params = ll.from_peft(tmp_path / "theirs", model)
     assert params.config.invocation_tokens == (5, 6)
     mask = ll.invoked(INPUTS, params.config.invocation_tokens)
@@ -74,7 +59,7 @@ def test_it_acts_on_no_other_token() -> None:
 
 
 def test_a_file_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
-    theirs(tmp_path / "a")
+    activated_llama(tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     said = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps(said | {"alora_invocation_tokens": ["5"]}), "utf-8")
